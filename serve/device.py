@@ -1,0 +1,184 @@
+"""What machine this is, and what MLX needs before it is imported there.
+
+`prepare()` runs on import of `serve`. It acts on CPU-only Linux alone: the mlx-cpu wheel links the reference
+BLAS, and an OpenBLAS loaded first with RTLD_GLOBAL answers `cblas_sgemm` in its place.
+This module must not import mlx at its top.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+BLAS_SYMBOL = "cblas_sgemm"
+
+
+class _DlInfo(ctypes.Structure):
+    """`Dl_info` of <dlfcn.h>."""
+
+    _fields_ = (
+        ("dli_fname", ctypes.c_char_p),
+        ("dli_fbase", ctypes.c_void_p),
+        ("dli_sname", ctypes.c_char_p),
+        ("dli_saddr", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class Device:
+    """The machine as `lathe doctor` prints it. Memory in bytes."""
+
+    system: str
+    machine: str
+    backend: str  # metal | cuda | cpu
+    chip: str
+    memory_bytes: int
+    gpu_memory_bytes: int | None
+    mlx_version: str
+    blas: str
+    dtype_policy: str
+
+
+def prepare() -> Path | None:
+    """Give CPU-only Linux a real BLAS and an interpreter without mx.compile's C++ compiler runs.
+
+    Returns the library that was loaded, or None where nothing had to be done or none was found.
+    Safe to call again. Once libmlx has resolved its BLAS a later call cannot change it, so `serve` calls
+    this before anything in Lathe imports mlx.
+    """
+    if not needs_openblas():
+        return None
+    # mx.compile on CPU runs g++ for each fused kernel: seconds per model, and no faster afterwards.
+    os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
+    library = find_openblas()
+    if library is not None:
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return library
+
+
+@cache
+def needs_openblas() -> bool:
+    """True on Linux with MLX's CPU backend and no CUDA backend installed."""
+    return sys.platform.startswith("linux") and not _has_cuda_backend()
+
+
+def _has_cuda_backend() -> bool:
+    spec = importlib.util.find_spec("mlx")
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    return any((Path(root) / "lib" / "libmlx.so").exists() and _is_cuda_wheel(Path(root)) for root in roots)
+
+
+def _is_cuda_wheel(root: Path) -> bool:
+    from importlib import metadata
+
+    names = {(d.metadata["Name"] or "").lower() for d in metadata.distributions(path=[str(root.parent)])}
+    return any(name.startswith("mlx-cuda") for name in names)
+
+
+@cache
+def find_openblas() -> Path | None:
+    """An OpenBLAS with unprefixed symbols: opencv-python's own (a dependency of mlx-vlm), else the system's."""
+    spec = importlib.util.find_spec("cv2")
+    if spec is not None and spec.origin is not None:
+        site = Path(spec.origin).parent.parent
+        for folder in ("opencv_python.libs", "opencv_python_headless.libs"):
+            for found in sorted((site / folder).glob("libopenblas*.so*")):
+                return found
+    system = ctypes.util.find_library("openblas")
+    return Path(system) if system else None
+
+
+def blas_library() -> str:
+    """The file that answers `cblas_sgemm` in this process, once mlx is loaded."""
+    if sys.platform == "darwin":
+        return "Accelerate"
+    import mlx.core as mx
+
+    mx.eval(mx.ones((2, 2)) @ mx.ones((2, 2)))
+    process = ctypes.CDLL(None)
+    try:
+        address = ctypes.cast(getattr(process, BLAS_SYMBOL), ctypes.c_void_p)
+    except AttributeError:
+        return "reference BLAS inside the mlx wheel"
+    info = _DlInfo()
+    libdl = ctypes.CDLL(None)
+    libdl.dladdr.argtypes = [ctypes.c_void_p, ctypes.POINTER(_DlInfo)]
+    if not libdl.dladdr(address, ctypes.byref(info)) or not info.dli_fname:
+        return "unknown"
+    return str(info.dli_fname.decode())
+
+
+def backend() -> str:
+    """`metal`, `cuda` or `cpu`: where MLX's default device computes."""
+    import mlx.core as mx
+
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def compute_dtype(stored: str) -> str:
+    """The dtype a model stored as `stored` computes in here: float32 on CPU, as stored elsewhere.
+
+    On CPU, bf16 and fp16 matmuls run 60 times slower than float32, and quantized ones 100 times.
+    """
+    return "float32" if backend() == "cpu" else stored
+
+
+def matmul_gflops(size: int = 1024, repeats: int = 3) -> float:
+    """Measured float32 matmul rate of the default device, best of `repeats`, in GFLOP/s."""
+    import mlx.core as mx
+
+    a = mx.random.normal((size, size))
+    b = mx.random.normal((size, size))
+    mx.eval(a, b)
+    best_s = float("inf")
+    for _ in range(repeats):
+        start_s = time.perf_counter()
+        mx.eval(a @ b)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return 2 * size**3 / best_s / 1e9
+
+
+def describe() -> Device:
+    """Everything `lathe doctor` prints about the machine."""
+    import mlx.core as mx
+    import psutil
+
+    kind = backend()
+    info = mx.device_info() if kind != "cpu" else {}
+    gpu_memory = info.get("memory_size") or info.get("total_memory")
+    return Device(
+        system=f"{platform.system()} {platform.release()}",
+        machine=platform.machine(),
+        backend=kind,
+        chip=str(info.get("device_name") or _cpu_name()),
+        memory_bytes=int(psutil.virtual_memory().total),
+        gpu_memory_bytes=int(gpu_memory) if gpu_memory else None,
+        mlx_version=mx.__version__,
+        blas=blas_library() if kind == "cpu" else "not used",
+        dtype_policy="float32, quantized weights dequantized at load" if kind == "cpu" else "as stored",
+    )
+
+
+def _cpu_name() -> str:
+    if sys.platform == "darwin":
+        done = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip() or platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

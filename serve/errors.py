@@ -1,0 +1,115 @@
+"""Everything Lathe raises on purpose, in one tree. A test keeps this drawing true.
+
+LatheError                        500 internal_error
+├── ConfigError (ValueError)      400 invalid_config
+├── DataError (ValueError)        400 invalid_data
+├── ModelError (ValueError)       400 invalid_model
+├── AdapterError (ValueError)     400 invalid_adapter
+├── RequestError (ValueError)     400 invalid_request_error
+│   └── ContextLengthError        400 context_length_exceeded
+├── NotFoundError (LookupError)   404 model_not_found
+├── ForbiddenError (PermissionError) 403 forbidden
+├── OverloadedError (RuntimeError) 503 overloaded
+├── StoppedError (RuntimeError)   503 engine_stopped
+├── TrainingError (RuntimeError)  500 training_failed
+└── StorageError (OSError)        507 storage_failed
+"""
+
+from __future__ import annotations
+
+
+class LatheError(Exception):
+    """Base of the tree. `status` and `code` are what an HTTP client sees; the message is one or more lines."""
+
+    status = 500
+    code = "internal_error"
+
+
+class ConfigError(LatheError, ValueError):
+    """A recipe, serving config or command line that cannot be used; the message lists every problem."""
+
+    status = 400
+    code = "invalid_config"
+
+
+class DataError(LatheError, ValueError):
+    """A data row or file that cannot be used; the message names file and line."""
+
+    status = 400
+    code = "invalid_data"
+
+
+class ModelError(LatheError, ValueError):
+    """A base model that cannot be loaded or driven; the message names the model and the part."""
+
+    status = 400
+    code = "invalid_model"
+
+
+class AdapterError(LatheError, ValueError):
+    """An adapter that is unreadable, does not fit the base, or clashes with a loaded name."""
+
+    status = 400
+    code = "invalid_adapter"
+
+
+class RequestError(LatheError, ValueError):
+    """A request that cannot be served as asked. `param` is the field at fault."""
+
+    status = 400
+    code = "invalid_request_error"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(RequestError):
+    """Prompt and answer together do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class NotFoundError(LatheError, LookupError):
+    """No model, adapter, experiment or file of that name."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class ForbiddenError(LatheError, PermissionError):
+    """The server does not read that path."""
+
+    status = 403
+    code = "forbidden"
+
+
+class OverloadedError(LatheError, RuntimeError):
+    """The queue is full; try again after `retry_after_s`."""
+
+    status = 503
+    code = "overloaded"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StoppedError(LatheError, RuntimeError):
+    """The engine has stopped, by request or by a failure named in the message."""
+
+    status = 503
+    code = "engine_stopped"
+
+
+class TrainingError(LatheError, RuntimeError):
+    """A run that had to end: a non-finite loss, nothing to train, nothing to resume."""
+
+    code = "training_failed"
+
+
+class StorageError(LatheError, OSError):
+    """A file could not be written; what was there before is whole."""
+
+    status = 507
+    code = "storage_failed"
