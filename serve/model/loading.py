@@ -1,0 +1,168 @@
+"""A folder or hub name in, a LoadedModel out. Knows mlx-lm's loaders and the dtype policy; nothing of serving."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as mlx_lm_load_tokenizer
+
+from serve import device
+from serve.errors import ModelError, NotFoundError
+from serve.model.network import TextNetwork
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+FINGERPRINT_SAMPLE_BYTES = 1 << 16
+DEFAULT_MAX_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model ready to train or serve. `fingerprint` names its weights; `max_context` is in tokens."""
+
+    name: str
+    path: Path
+    network: TextNetwork
+    tokenizer: TokenizerWrapper
+    config: dict[str, Any]
+    fingerprint: str
+    max_context: int
+
+
+def load(
+    path_or_repo: str,
+    *,
+    name: str | None = None,
+    dequantize: bool | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load weights and tokenizer of a local folder or a hub repository.
+
+    dequantize  None: as the device's policy says (yes on CPU, where quantized matmuls are 100 times slower)
+    dtype       float32 | float16 | bfloat16; None: float32 on CPU, as stored elsewhere
+    Raises NotFoundError when there is nothing at that name, ModelError when it cannot be used.
+    """
+    path = resolve(path_or_repo, revision)
+    try:
+        module, config = mlx_lm_utils.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, FileNotFoundError, RuntimeError) as error:
+        raise ModelError(f"{path_or_repo}: cannot be loaded: {error}") from error
+    on_cpu = device.backend() == "cpu"
+    if dequantize if dequantize is not None else on_cpu:
+        module = mlx_lm_utils.dequantize_model(module)
+    target = DTYPES[dtype] if dtype else (mx.float32 if on_cpu else None)
+    if target is not None:
+        module.set_dtype(target)
+    return _finish(path, name or path_or_repo, module, config, trust_remote_code)
+
+
+def build_random(path: Path, seed: int, *, name: str | None = None) -> LoadedModel:
+    """A model with the architecture of `path`/config.json and random float32 weights; tokenizer of the folder."""
+    config = read_config(path)
+    try:
+        model_class, args_class = mlx_lm_utils._get_classes(config)
+        mx.random.seed(seed)
+        module = model_class(args_class.from_dict(config))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: cannot be built: {error}") from error
+    module.set_dtype(mx.float32)
+    return _finish(path, name or str(path), module, config, False)
+
+
+def _finish(
+    path: Path, name: str, module: nn.Module, config: dict[str, Any], trust_remote_code: bool
+) -> LoadedModel:
+    module.eval()
+    mx.eval(module.parameters())
+    network = TextNetwork(module)
+    network.check()
+    tokenizer = load_tokenizer(str(path), config=config, trust_remote_code=trust_remote_code)
+    return LoadedModel(
+        name=name,
+        path=path,
+        network=network,
+        tokenizer=tokenizer,
+        config=config,
+        fingerprint=fingerprint(path),
+        max_context=_max_context(config),
+    )
+
+
+def load_tokenizer(
+    path_or_repo: str, *, config: dict[str, Any] | None = None, trust_remote_code: bool = False
+) -> TokenizerWrapper:
+    """The tokenizer alone, without weights."""
+    path = resolve(path_or_repo)
+    config = config if config is not None else read_config(path)
+    try:
+        return mlx_lm_load_tokenizer(
+            path, {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id")
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{path_or_repo}: its tokenizer cannot be loaded: {error}") from error
+
+
+def resolve(path_or_repo: str, revision: str | None = None) -> Path:
+    """The local folder of a model, downloaded from the hub where it is not one."""
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    looks_local = path.is_absolute() or path_or_repo.startswith((".", "~")) or path_or_repo.count("/") != 1
+    if looks_local:
+        raise NotFoundError(f"no model folder at {path_or_repo}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                path_or_repo, revision=revision, allow_patterns=list(mlx_lm_utils.DEFAULT_ALLOW_PATTERNS)
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise NotFoundError(
+            f"no model {path_or_repo!r}: not a folder here, and the hub said: {error}"
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`config.json` of a model folder."""
+    try:
+        return mlx_lm_utils.load_config(path)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} is not a model folder: it has no config.json") from error
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path / 'config.json'}: {error}") from error
+
+
+def fingerprint(path: Path) -> str:
+    """A name for the weights in a folder: sha256 over each file's header, size and three samples of its bytes.
+
+    Reads kilobytes of a checkpoint of any size. Two folders with the same fingerprint hold the same tensors for
+    every purpose but a deliberate forgery.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(min(header_bytes, size)))
+            for offset in (8 + header_bytes, size // 2, max(size - FINGERPRINT_SAMPLE_BYTES, 0)):
+                stream.seek(offset)
+                digest.update(stream.read(FINGERPRINT_SAMPLE_BYTES))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _max_context(config: dict[str, Any]) -> int:
+    text = config.get("text_config") or config
+    return int(text.get("max_position_embeddings") or text.get("n_positions") or DEFAULT_MAX_CONTEXT)
