@@ -19,7 +19,7 @@ from __future__ import annotations
 
 
 class LatheError(Exception):
-    """Base of the tree. `status` and `code` are what an HTTP client sees; the message is one or more lines."""
+    """Base of the tree. `status` and `code` are what an HTTP client sees; messages may have lines."""
 
     status = 500
     code = "internal_error"

@@ -93,7 +93,7 @@ def _parse_config(path: Path, raw: Any) -> AdapterConfig:
 
 
 def read_tensors(folder: Path, config: AdapterConfig | None = None) -> dict[str, mx.array]:
-    """The adapter's tensors, checked for truncation, and against the content hash where `config` carries one."""
+    """The adapter's tensors, checked for truncation, and against the content hash in `config`, if any."""
     path = folder / TENSORS_FILE
     check_whole(path)
     try:
@@ -107,8 +107,8 @@ def read_tensors(folder: Path, config: AdapterConfig | None = None) -> dict[str,
     if lineage and lineage.content_hash and content_hash(tensors) != lineage.content_hash:
         raise AdapterError(
             f"{path}: its tensors are not the ones {CONFIG_FILE} was written for "
-            f"(content hash {content_hash(tensors)}, expected {lineage.content_hash}); a save was interrupted "
-            f"or a file was replaced"
+            f"(content hash {content_hash(tensors)}, expected {lineage.content_hash}); a save was "
+            f"interrupted or a file was replaced"
         )
     return tensors
 

@@ -34,7 +34,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to generate. `adapter` is pinned by whoever made the request and released by the worker."""
+    """One sequence to generate. `adapter` is pinned by whoever made the request; the worker releases it."""
 
     id: str
     prompt: Prompt

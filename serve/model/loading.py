@@ -1,4 +1,4 @@
-"""A folder or hub name in, a LoadedModel out. Knows mlx-lm's loaders and the dtype policy; nothing of serving."""
+"""A folder or hub name in, a LoadedModel out. Knows mlx-lm's loaders and the dtype policy, not serving."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def load(
 
 
 def build_random(path: Path, seed: int, *, name: str | None = None) -> LoadedModel:
-    """A model with the architecture of `path`/config.json and random float32 weights; tokenizer of the folder."""
+    """A model with the architecture of `path`/config.json and random float32 weights, and its tokenizer."""
     config = read_config(path)
     try:
         model_class, args_class = mlx_lm_utils._get_classes(config)

@@ -93,7 +93,7 @@ class TextNetwork:
     def logits(self, hidden: mx.array) -> mx.array:
         """The head alone: [..., D] → [..., V], by the family's own code."""
         outer = self._outer
-        head = object.__new__(type(outer))
+        head = dict.__new__(type(outer))
         dict.update(head, outer)
         head.__dict__.update(outer.__dict__)
         dict.__setitem__(head, self._backbone_name, _Passthrough(self.backbone))
