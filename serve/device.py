@@ -134,6 +134,20 @@ def compute_dtype(stored: str) -> str:
     return "float32" if backend() == "cpu" else stored
 
 
+def free_memory_bytes() -> int:
+    """Memory that arrays may still take on the default device."""
+    import mlx.core as mx
+    import psutil
+
+    if backend() == "cpu":
+        return int(psutil.virtual_memory().available)
+    info = mx.device_info()
+    total = (
+        info.get("max_recommended_working_set_size") or info.get("memory_size") or info.get("total_memory")
+    )
+    return max(int(total or psutil.virtual_memory().available) - mx.get_active_memory(), 0)
+
+
 def matmul_gflops(size: int = 1024, repeats: int = 3) -> float:
     """Measured float32 matmul rate of the default device, best of `repeats`, in GFLOP/s."""
     import mlx.core as mx

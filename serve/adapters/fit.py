@@ -1,4 +1,4 @@
-"""Does an adapter fit a network? Tensors in, one (A, B) pair per module out, or one AdapterError with every problem."""
+"""Does an adapter fit a network? Tensors in; out comes one (A, B) pair a module, or one error with every problem."""
 
 from __future__ import annotations
 

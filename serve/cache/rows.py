@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-POSITION_BLOCK = 256
+from serve.cache.capacity import positions_capacity, rows_capacity
 
 
 class Span:
@@ -117,30 +117,18 @@ class LayerRows:
         if not self._buffers:
             self._buffers = [
                 mx.zeros(
-                    (_rows_capacity(num_rows), part.shape[1], positions_capacity(extent), part.shape[3]),
+                    (rows_capacity(num_rows), part.shape[1], positions_capacity(extent), part.shape[3]),
                     part.dtype,
                 )
                 for part in (keys, values)
             ]
             return
         rows, _, positions, _ = self._buffers[0].shape
-        more_rows = max(_rows_capacity(num_rows) - rows, 0)
+        more_rows = max(rows_capacity(num_rows) - rows, 0)
         more_positions = max(positions_capacity(extent) - positions, 0)
         if more_rows or more_positions:
             widths = [(0, more_rows), (0, 0), (0, more_positions), (0, 0)]
             self._buffers = [mx.pad(buffer, widths) for buffer in self._buffers]
-
-
-def _rows_capacity(count: int) -> int:
-    return 1 << (count - 1).bit_length()
-
-
-def positions_capacity(extent: int) -> int:
-    """Positions a buffer holds for `extent` used ones: blocks of 256, doubling blocks past 2048."""
-    if extent <= 8 * POSITION_BLOCK:
-        return -(-extent // POSITION_BLOCK) * POSITION_BLOCK
-    block = 1 << ((extent - 1).bit_length() - 3)
-    return -(-extent // block) * block
 
 
 class BatchRows:

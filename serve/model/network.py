@@ -91,15 +91,13 @@ class TextNetwork:
         return self.backbone(tokens, cache=cache, input_embeddings=embeddings)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """The head alone: [..., D] → [..., V], by the family's own code."""
+        """The head alone: [B, T, D] → [B, T, V], by the family's own code."""
         outer = self._outer
         head = dict.__new__(type(outer))
         dict.update(head, outer)
         head.__dict__.update(outer.__dict__)
         dict.__setitem__(head, self._backbone_name, _Passthrough(self.backbone))
-        flat = hidden.reshape(1, -1, hidden.shape[-1])
-        out = type(outer).__call__(head, flat)
-        return out.reshape(*hidden.shape[:-1], out.shape[-1])
+        return type(outer).__call__(head, hidden)
 
     def check(self) -> None:
         """Raise ModelError unless head(backbone(x)) is the whole model on a few tokens."""

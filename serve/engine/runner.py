@@ -1,0 +1,159 @@
+"""A Plan in, drawn tokens out. The one file that builds a step's arrays, and the one place that evaluates them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+from serve.adapters.bank import Bank
+from serve.cache.rows import BatchRows, LayerRows, Span
+from serve.engine.plan import Plan, PrefillChunk, Sequence
+from serve.engine.request import TokenLogprob
+from serve.engine.sampler import Logprobs, Sampler
+from serve.errors import ModelError
+from serve.model.network import TextNetwork
+
+PAD_TOKEN = 0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One new token of one sequence."""
+
+    sequence: Sequence
+    token_id: int
+    logprob: TokenLogprob | None
+
+
+class Runner:
+    """Owns the KV rows; drives network and bank. Every method runs on the thread that owns the arrays."""
+
+    def __init__(self, network: TextNetwork, bank: Bank) -> None:
+        self._network = network
+        self._bank = bank
+        self.rows = BatchRows(_layer_rows(network))
+        self._decode_arrays: tuple[int, mx.array | None, Sampler] | None = None
+
+    def bytes_per_position(self) -> int:
+        """KV bytes of one position of one row, over all layers: measured on one token."""
+        self._forward(mx.array([[1]], dtype=mx.int32), Span([0], [0], 1), None)
+        mx.eval([layer.state for layer in self.rows.layers])
+        buffers = [buffer for layer in self.rows.layers for buffer in layer.state]
+        total = sum(buffer.nbytes // (buffer.shape[0] * buffer.shape[2]) for buffer in buffers)
+        self.rows.clear()
+        return total
+
+    def run(self, plan: Plan) -> list[Drawn]:
+        """One step: move rows, decode, prefill, draw. Lazily built, evaluated once at its end."""
+        self.rows.move(plan.moves)
+        hidden, sequences = self._hidden(plan)
+        drawn: mx.array | None = None
+        logprobs: Logprobs | None = None
+        if sequences:
+            sampler = self._sampler(plan, sequences)
+            self._bank.rows.slots = _slots(sequences)
+            logits = self._network.logits(hidden)[:, 0]  # [B, V]
+            drawn = sampler.draw(logits, [len(sequence.generated) for sequence in sequences])
+            logprobs = sampler.logprobs(logits, drawn)
+        # The step's one evaluation. The KV rows are named because a prompt's middle chunk leads to no token.
+        mx.eval(drawn, logprobs.arrays() if logprobs else [], [layer.state for layer in self.rows.layers])
+        return _read(sequences, drawn, logprobs)
+
+    def _hidden(self, plan: Plan) -> tuple[mx.array, list[Sequence]]:
+        """Final hidden states [B, 1, D] of every row that draws a token, and whose they are."""
+        parts: list[mx.array] = []
+        sequences = list(plan.decode)
+        if plan.decode:
+            parts.append(self._decode(plan))
+        if plan.prefill:
+            hidden, finished = self._prefill(plan.prefill)
+            if finished:
+                parts.append(hidden)
+                sequences.extend(finished)
+        if not parts:
+            return mx.zeros((0, 1, 1)), []
+        return (parts[0] if len(parts) == 1 else mx.concatenate(parts)), sequences
+
+    def _decode(self, plan: Plan) -> mx.array:
+        tokens = np.fromiter((s.generated[-1] for s in plan.decode), np.int32, len(plan.decode))
+        starts = [s.num_cached_tokens for s in plan.decode]
+        span = Span([s.row for s in plan.decode], starts, 1)
+        return self._forward(mx.array(tokens[:, None]), span, self._cached(plan)[0])
+
+    def _prefill(self, chunks: Seq[PrefillChunk]) -> tuple[mx.array, list[Sequence]]:
+        width = max(chunk.stop - chunk.start for chunk in chunks)
+        tokens = np.full((len(chunks), width), PAD_TOKEN, dtype=np.int32)
+        for row, chunk in enumerate(chunks):
+            part = chunk.sequence.request.prompt.token_ids[chunk.start : chunk.stop]
+            tokens[row, : len(part)] = part
+        sequences = [chunk.sequence for chunk in chunks]
+        span = Span([s.row for s in sequences], [chunk.start for chunk in chunks], width)
+        hidden = self._forward(mx.array(tokens), span, _slots(sequences))  # [B, T, D]
+        last = [(row, c.stop - c.start - 1) for row, c in enumerate(chunks) if c.is_last]
+        if not last:
+            return hidden, []
+        rows, columns = (mx.array(np.asarray(part, dtype=np.int32)) for part in zip(*last, strict=True))
+        return hidden[rows, columns][:, None], [chunks[row].sequence for row, _ in last]
+
+    def _forward(self, tokens: mx.array, span: Span, slots: mx.array | None) -> mx.array:
+        self.rows.set_span(span)
+        self._bank.rows.slots = slots
+        return self._network.hidden(tokens, cache=self.rows.layers)
+
+    def _cached(self, plan: Plan) -> tuple[mx.array | None, Sampler]:
+        """Slots and settings of the decoding rows: arrays that live as long as the composition does."""
+        if self._decode_arrays is None or self._decode_arrays[0] != plan.composition:
+            settings = [sequence.request.sampling for sequence in plan.decode]
+            self._decode_arrays = (plan.composition, _slots(plan.decode), Sampler(settings))
+        return self._decode_arrays[1], self._decode_arrays[2]
+
+    def _sampler(self, plan: Plan, sequences: Seq[Sequence]) -> Sampler:
+        if len(sequences) == len(plan.decode):
+            return self._cached(plan)[1]
+        return Sampler([sequence.request.sampling for sequence in sequences])
+
+
+def _slots(sequences: Seq[Sequence]) -> mx.array | None:
+    """[B] uint32, or None when every row is the base's: such a forward skips the bank."""
+    slots = [sequence.slot for sequence in sequences]
+    return mx.array(np.asarray(slots, dtype=np.uint32)) if any(slots) else None
+
+
+def _read(sequences: Seq[Sequence], drawn: mx.array | None, logprobs: Logprobs | None) -> list[Drawn]:
+    if drawn is None:
+        return []
+    details: dict[int, TokenLogprob] = {}
+    token_ids: list[int] = drawn.tolist()  # type: ignore[assignment]
+    if logprobs is not None:
+        values = logprobs.drawn.tolist()
+        top_ids = logprobs.top_ids.tolist() if logprobs.top_ids is not None else []
+        top_values = logprobs.top_values.tolist() if logprobs.top_values is not None else []
+        for place, row in enumerate(logprobs.rows):
+            count = sequences[row].request.sampling.num_logprobs or 0
+            top = tuple(zip(top_ids[place][:count], top_values[place][:count], strict=True)) if count else ()
+            details[row] = TokenLogprob(token_ids[row], values[place], top)
+    return [
+        Drawn(sequence, token_id, details.get(row))
+        for row, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True))
+    ]
+
+
+def _layer_rows(network: TextNetwork) -> list[LayerRows]:
+    """One LayerRows a layer, by what the family's own cache is. Sliding windows are kept whole and masked."""
+    layers: list[LayerRows] = []
+    for index, cache in enumerate(make_prompt_cache(network.module)):
+        if type(cache) is KVCache:
+            layers.append(LayerRows())
+        elif type(cache) is RotatingKVCache and cache.keep == 0:
+            layers.append(LayerRows(window=cache.max_size))
+        else:
+            raise ModelError(
+                f"{type(network.module).__module__}: layer {index} keeps its past in a "
+                f"{type(cache).__name__}, which cannot be held as rows of keys and values: the model has "
+                f"recurrent or chunked state, and this version batches attention caches only"
+            )
+    return layers

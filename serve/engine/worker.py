@@ -1,0 +1,219 @@
+"""The one thread that owns the arrays. Requests come in from any thread, events go out to whoever asked.
+
+Exactly one final event ends each request: finished, cancelled, or failed. A step that raises fails every open
+request, and the worker then refuses new ones and says why (`failure`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from serve.engine.engine import Engine
+from serve.engine.request import EngineStats, Event, Request
+from serve.errors import LatheError, OverloadedError, StoppedError
+
+logger = logging.getLogger(__name__)
+
+Sink = Callable[[Event], None]
+STOP_TIMEOUT_S = 30.0
+
+
+@dataclass
+class _Open:
+    """A request that has not ended, and where its events go."""
+
+    request: Request
+    sink: Sink
+    loop: asyncio.AbstractEventLoop | None = None
+    """Set when `sink` must run on that loop."""
+
+
+class Worker:
+    """Runs an Engine. `start` before use, `stop` after; both once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.failure: BaseException | None = None
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._open: dict[str, _Open] = {}  # the worker's thread alone
+        self._lock = threading.Lock()  # guards the two below
+        self._num_open = 0
+        self._is_accepting = False
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="lathe-engine", daemon=True)
+
+    def start(self) -> None:
+        """Take over the engine's arrays."""
+        self._is_accepting = True
+        self.engine.registry.run = self.call
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Fail what is open, end the thread, and wait for it: a running thread at interpreter exit would abort it."""
+        with self._lock:
+            self._is_accepting = False
+        if self._thread.is_alive():
+            self._commands.put(self._stop)
+            self._thread.join(STOP_TIMEOUT_S)
+
+    def submit(self, request: Request, sink: Sink, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Queue a request; `sink` gets its events, on the worker's thread or on `loop`.
+
+        Raises RequestError, OverloadedError or StoppedError, and then no event follows and the adapter's pin has
+        been released. Otherwise the worker releases it with the final event.
+        """
+        try:
+            self.engine.check(request)
+            self._enter()
+        except LatheError:
+            self._release(request)
+            raise
+        self._commands.put(lambda: self._admit(_Open(request, sink, loop)))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; its final event is `cancelled`, unless it ended first. Unknown ids do nothing."""
+        self._commands.put(lambda: self._cancel(request_id))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run `function` on the worker's thread between two steps and wait for it; what it raises is raised here."""
+        if threading.current_thread() is self._thread:
+            function()
+            return
+        if self.failure is not None or not self._thread.is_alive():
+            raise self._stopped()
+        done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._commands.put(lambda: done.put(_outcome(function)))
+        while True:
+            try:
+                outcome = done.get(timeout=1.0)
+                break
+            except queue.Empty:
+                if not self._thread.is_alive():
+                    raise self._stopped() from None
+        if outcome is not None:
+            raise outcome
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the engine's counters; may be one step old."""
+        return self.engine.stats()
+
+    async def stream(self, request: Request) -> AsyncIterator[Event]:
+        """The events of one request. Closing the iterator early cancels the request.
+
+        Raises before the first event as `submit` does; a failure later comes as an event with finish "error".
+        """
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        self.submit(request, events.put_nowait, asyncio.get_running_loop())
+        is_final = False
+        try:
+            while not is_final:
+                event = await events.get()
+                is_final = event.finish is not None
+                yield event
+        finally:
+            if not is_final:
+                self.cancel(request.id)
+
+    def _enter(self) -> None:
+        limits = self.engine.limits
+        with self._lock:
+            if not self._is_accepting or self.failure is not None:
+                raise self._stopped()
+            if self._num_open >= limits.max_rows + limits.max_waiting:
+                raise OverloadedError(
+                    f"{self._num_open} requests are running or waiting, which is all this server takes"
+                )
+            self._num_open += 1
+
+    def _stopped(self) -> StoppedError:
+        if self.failure is not None:
+            return StoppedError(f"the engine has failed: {self.failure!r}")
+        return StoppedError("the engine is not running")
+
+    def _release(self, request: Request) -> None:
+        if request.adapter is not None:
+            self.engine.registry.release(request.adapter)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._do_commands(wait=not self.engine.has_work)
+            if self.engine.has_work and not self._stopping:
+                self._deliver(self._step())
+        self._deliver(self.engine.abort("the server is shutting down"))
+
+    def _step(self) -> list[Event]:
+        try:
+            return self.engine.step()
+        except Exception as error:
+            # The arrays may be in any state: say so to everyone, and take nothing new.
+            logger.exception("the engine's step failed")
+            with self._lock:
+                self.failure = error
+            return self.engine.abort(f"the engine has failed: {error!r}")
+
+    def _do_commands(self, *, wait: bool) -> None:
+        if wait:
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _admit(self, opened: _Open) -> None:
+        request = opened.request
+        self._open[request.id] = opened
+        if self.failure is not None:
+            self._deliver([Event(request.id, finish="error", error=str(self._stopped()))])
+            return
+        try:
+            self.engine.add(request)
+        except LatheError as error:
+            self._deliver([Event(request.id, finish="error", error=str(error))])
+
+    def _cancel(self, request_id: str) -> None:
+        event = self.engine.cancel(request_id)
+        if event is not None:
+            self._deliver([event])
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _deliver(self, events: list[Event]) -> None:
+        """Each event to its sink; those of one asyncio loop together, since waking a loop costs a system call."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Sink, Event]]] = {}
+        for event in events:
+            opened = self._open[event.request_id]
+            if event.finish is not None:
+                self._close(opened)
+            if opened.loop is None:
+                opened.sink(event)
+            else:
+                by_loop.setdefault(opened.loop, []).append((opened.sink, event))
+        for loop, batch in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, batch)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                for _, event in batch:
+                    self.cancel(event.request_id)
+
+    def _close(self, opened: _Open) -> None:
+        del self._open[opened.request.id]
+        self._release(opened.request)
+        with self._lock:
+            self._num_open -= 1
+
+
+def _put_all(batch: list[tuple[Sink, Event]]) -> None:
+    for sink, event in batch:
+        sink(event)
+
+
+def _outcome(function: Callable[[], None]) -> BaseException | None:
+    try:
+        function()
+    except Exception as error:  # handed to the caller's thread
+        return error
+    return None
