@@ -1,0 +1,78 @@
+"""Names of recipe keys in other trainers: the few accepted as they are, and what to write for the rest."""
+
+from __future__ import annotations
+
+ALIASES = {
+    "micro_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accumulation_steps",
+    "num_epochs": "epochs",
+}
+"""axolotl's spellings of the same knob with the same meaning."""
+
+_SAME_MEANING = {
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "rl": "objective",
+    "dataset": "datasets",
+    "dataset_name": "datasets: [{path: …}]",
+    "lora_r": "lora_parameters.rank",
+    "r": "lora_parameters.rank",
+    "rank": "lora_parameters.rank",
+    "lora_rank": "lora_parameters.rank",
+    "lora_alpha": "lora_parameters.alpha",
+    "alpha": "lora_parameters.alpha",
+    "scale": "lora_parameters.scale",
+    "lora_scale": "lora_parameters.scale",
+    "lora_dropout": "lora_parameters.dropout",
+    "dropout": "lora_parameters.dropout",
+    "keys": "lora_parameters.keys",
+    "lora_layers": "num_layers",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_checkpointing": "grad_checkpoint",
+    "sequence_len": "max_seq_length",
+    "max_length": "max_seq_length",
+    "cutoff_len": "max_seq_length",
+    "packing": "sample_packing",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_schedule.name",
+    "lr_scheduler_type": "lr_schedule.name",
+    "cosine_min_lr_ratio": "lr_schedule.final_ratio",
+    "warmup_steps": "lr_schedule.warmup",
+    "warmup": "lr_schedule.warmup",
+    "gradient_clipping": "max_grad_norm",
+    "max_gradient_norm": "max_grad_norm",
+    "optim": "optimizer",
+    "weight_decay": "optimizer_config.adamw.weight_decay",
+    "adam_epsilon": "optimizer_config.adamw.eps",
+    "steps_per_save": "save_every",
+    "output_dir": "adapter_path",
+    "adapter_file": "adapter_path",
+    "field_messages": "chat_feature",
+    "early_stopping_rounds": "early_stopping_patience",
+}
+
+FOREIGN = {
+    **{theirs: f"write {ours}" for theirs, ours in _SAME_MEANING.items()},
+    "adapter": "write fine_tune_type: lora",
+    "lora_target_modules": "write lora_parameters.keys, with names inside a block (self_attn.q_proj)",
+    "target_modules": "write lora_parameters.keys, with names inside a block (self_attn.q_proj)",
+    "lora_target_linear": "write lora_parameters.keys: all-linear",
+    "train_on_inputs": "write mask_prompt, which says the opposite (train_on_inputs: false is mask_prompt: true)",
+    "train_on_prompt": "write mask_prompt, which says the opposite",
+    "max_steps": "write iters, which counts batches (max_steps * grad_accumulation_steps)",
+    "logging_steps": "write steps_per_report, which counts batches",
+    "eval_steps": "write steps_per_eval, which counts batches",
+    "save_steps": "write save_every, which counts batches",
+    "adam_beta1": "write optimizer_config.adamw.betas: [beta1, beta2]",
+    "adam_beta2": "write optimizer_config.adamw.betas: [beta1, beta2]",
+    "load_in_4bit": "leave it out; a quantized model folder is trained as it is",
+    "load_in_8bit": "leave it out; a quantized model folder is trained as it is",
+    "bf16": "leave it out; the model's dtype follows the machine",
+    "fp16": "leave it out; the model's dtype follows the machine",
+    "use_dora": "DoRA is not in this version; write fine_tune_type: lora",
+    "use_rslora": "write lora_parameters.scale (rsLoRA's is alpha / sqrt(rank))",
+    "wandb": "not in this version: metrics go to files in adapter_path; leave it out",
+    "wandb_project": "not in this version: metrics go to files in adapter_path; leave it out",
+}
+"""Spelling elsewhere -> what to write here, for the message that refuses it."""
