@@ -60,8 +60,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def write_model(folder: Path, config: dict, *, seed: int = 0, is_lively: bool = True) -> Path:
     """A random model of an mlx-lm family as a Hugging Face folder.
 
-    A plain random model repeats one token and hides cache and mask faults; larger output projections and an
-    untied head make its greedy text depend on every token before it.
+    A plain random model repeats one token and so hides cache and mask faults; these scales make its greedy text
+    depend on every token before it (about 35 distinct tokens of 40).
     """
     from mlx_lm.utils import _get_classes
 
@@ -69,9 +69,9 @@ def write_model(folder: Path, config: dict, *, seed: int = 0, is_lively: bool = 
     mx.random.seed(seed)
     module = model_class(args_class.from_dict(config))
     if is_lively:
-        louder = ("o_proj.weight", "down_proj.weight")
+        louder = {"o_proj": 4, "down_proj": 4, "q_norm": 8, "embed_tokens": 8}
         scaled = tree_map_with_path(
-            lambda path, w: w * 8 if path.endswith(louder) else w, module.parameters()
+            lambda path, w: w * next((k for part, k in louder.items() if part in path), 1), module.parameters()
         )
         module.update(scaled)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +86,13 @@ def write_model(folder: Path, config: dict, *, seed: int = 0, is_lively: bool = 
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A lively random qwen3."""
     return write_model(tmp_path_factory.mktemp("models") / "lively", QWEN3)
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_model(name, config, seed=0, is_lively=True) → folder of a random model of any mlx-lm family."""
+    root = tmp_path_factory.mktemp("families")
+    return lambda name, config, **options: write_model(root / name, config, **options)
 
 
 @pytest.fixture

@@ -65,6 +65,8 @@ class LayerRows:
 
     def __init__(self, window: int | None = None) -> None:
         self._window = window
+        self.num_head_axes = 1
+        """Axes the family's scores have between rows and tokens: 2 where grouped heads stand apart (gemma2)."""
         self._buffers: list[mx.array] = []
         self.span: Span | None = None
 
@@ -89,7 +91,8 @@ class LayerRows:
     ) -> mx.array:
         """The span's mask; `window_size` as the model asks for it."""
         assert self.span is not None
-        return self.span.mask(window_size if window_size is not None else self._window)
+        mask = self.span.mask(window_size if window_size is not None else self._window)
+        return mask if self.num_head_axes == 1 else mask[:, None]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """keys, values [B, H, T, D] are written; returns all of the rows' [B, H, extent, D]."""

@@ -162,5 +162,5 @@ class Engine:
             max_waiting=limits.max_waiting,
             prefill_chunk_tokens=limits.prefill_chunk_tokens,
             max_context=min(limits.max_context or model.max_context, model.max_context),
-            max_positions=kv_bytes // self._runner.bytes_per_position(),
+            max_positions=kv_bytes // self._runner.probe(),
         )

@@ -18,6 +18,7 @@ from serve.errors import ModelError
 from serve.model.network import TextNetwork
 
 PAD_TOKEN = 0
+PROBE_ROWS = 11  # no family has 11 heads, so a mask of the wrong rank cannot broadcast by accident
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,19 @@ class Runner:
         self.rows = BatchRows(_layer_rows(network))
         self._decode_arrays: tuple[int, mx.array | None, Sampler] | None = None
 
-    def bytes_per_position(self) -> int:
-        """KV bytes of one position of one row, over all layers: measured on one token."""
-        self._forward(mx.array([[1]], dtype=mx.int32), Span([0], [0], 1), None)
+    def probe(self) -> int:
+        """Run a few rows once, to learn how the family takes a mask. Returns KV bytes of one position of one row."""
+        tokens = mx.ones((PROBE_ROWS, 1), dtype=mx.int32)
+        for num_head_axes in (1, 2):
+            for layer in self.rows.layers:
+                layer.num_head_axes = num_head_axes
+            try:
+                self._forward(tokens, Span(range(PROBE_ROWS), range(PROBE_ROWS), 1), None)
+                break
+            except ValueError as error:  # the mask does not broadcast over this family's scores
+                problem = error
+        else:
+            raise ModelError(f"{type(self._network.module).__module__}: rows cannot be masked: {problem}")
         mx.eval([layer.state for layer in self.rows.layers])
         buffers = [buffer for layer in self.rows.layers for buffer in layer.state]
         total = sum(buffer.nbytes // (buffer.shape[0] * buffer.shape[2]) for buffer in buffers)

@@ -41,7 +41,7 @@ class Worker:
         self.failure: BaseException | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._open: dict[str, _Open] = {}  # the worker's thread alone
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards what follows
         self._num_open = 0
         self._is_accepting = False
         self._stopping = False
@@ -57,8 +57,8 @@ class Worker:
         """Fail what is open, end the thread, and wait for it: a running thread at interpreter exit would abort it."""
         with self._lock:
             self._is_accepting = False
-        if self._thread.is_alive():
             self._commands.put(self._stop)
+        if self._thread.is_alive():
             self._thread.join(STOP_TIMEOUT_S)
 
     def submit(self, request: Request, sink: Sink, loop: asyncio.AbstractEventLoop | None = None) -> None:
@@ -69,11 +69,10 @@ class Worker:
         """
         try:
             self.engine.check(request)
-            self._enter()
+            self._enter(_Open(request, sink, loop))
         except LatheError:
             self._release(request)
             raise
-        self._commands.put(lambda: self._admit(_Open(request, sink, loop)))
 
     def cancel(self, request_id: str) -> None:
         """End a request; its final event is `cancelled`, unless it ended first. Unknown ids do nothing."""
@@ -119,7 +118,7 @@ class Worker:
             if not is_final:
                 self.cancel(request.id)
 
-    def _enter(self) -> None:
+    def _enter(self, opened: _Open) -> None:
         limits = self.engine.limits
         with self._lock:
             if not self._is_accepting or self.failure is not None:
@@ -129,6 +128,8 @@ class Worker:
                     f"{self._num_open} requests are running or waiting, which is all this server takes"
                 )
             self._num_open += 1
+            # Under the lock, so that nothing is queued behind `_stop`.
+            self._commands.put(lambda: self._admit(opened))
 
     def _stopped(self) -> StoppedError:
         if self.failure is not None:

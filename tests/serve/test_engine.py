@@ -1,0 +1,162 @@
+"""Laws of the engine: two ways to the same tokens. On lively models, whose text depends on every token before it."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from serve.adapters.lora import LoRALinear
+from serve.adapters.manifest import read_config, read_tensors
+from serve.engine.engine import Engine, EngineLimits
+from serve.engine.generate import generate
+from serve.errors import ModelError
+from serve.model.loading import load
+
+TEXTS = ["hello", "Hello there", "a", "the quick brown fox jumps over the lazy dog " * 9, "x" * 70, "tickets!"]
+
+
+def greedy_by_mlx_lm(module, prompt, num_tokens: int) -> tuple[int, ...]:
+    """The plain loop over the family's own cache: the oracle."""
+    cache, tokens, out = make_prompt_cache(module), mx.array([prompt]), []
+    for _ in range(num_tokens):
+        drawn = mx.argmax(module(tokens, cache=cache)[:, -1], axis=-1)
+        out.append(drawn.item())
+        tokens = drawn[None]
+    return tuple(out)
+
+
+def merged(model_folder, adapter_folder):
+    """The base with one adapter fused into its weights."""
+    module = load(str(model_folder)).network.module
+    config, tensors = read_config(adapter_folder), read_tensors(adapter_folder)
+    for path in {key.rpartition(".")[0] for key in tensors}:
+        parent = module
+        *parts, name = path.split(".")
+        for part in parts:
+            parent = parent[int(part)] if part.isdigit() else parent[part]
+        a, b = tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"]
+        parent[name] = LoRALinear(parent[name], a, b, config.scale).fuse()
+    return module
+
+
+def test_rows_in_company_match_the_plain_loop_alone(model, make_request):
+    requests = [make_request(str(i), text) for i, text in enumerate(TEXTS)]
+    answers = generate(Engine(model, EngineLimits(prefill_chunk_tokens=64)), requests)
+    for request, answer in zip(requests, answers, strict=True):
+        assert len(set(answer.token_ids)) > 10, "the reference must be lively"
+        assert answer.token_ids == greedy_by_mlx_lm(model.network.module, request.prompt.token_ids, 24)
+
+
+def test_rows_with_different_adapters_match_running_each_merged_and_alone(
+    model, model_folder, make_adapter, make_request
+):
+    folders = [make_adapter(1), make_adapter(2, rank=7, keys=["self_attn.q_proj", "mlp.up_proj"]), None]
+    engine = Engine(model)
+    versions = [engine.registry.load(f"a{i}", folder) if folder else None for i, folder in enumerate(folders)]
+    requests = [
+        make_request(f"{i}-{text}", text, adapter=version) for i, version in enumerate(versions) for text in TEXTS
+    ]
+    answers = generate(engine, requests)
+    assert len({answer.token_ids for answer in answers}) == len(answers), "the adapters must change the text"
+    for request, answer in zip(requests, answers, strict=True):
+        folder = folders[int(request.id[0])]
+        module = merged(model_folder, folder) if folder else load(str(model_folder)).network.module
+        assert answer.token_ids == greedy_by_mlx_lm(module, request.prompt.token_ids, 24)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}])
+def test_a_batch_of_one_gives_the_tokens_of_a_batch_of_many(model, make_request, settings):
+    requests = [make_request(str(i), text, seed=i, **settings) for i, text in enumerate(TEXTS)]
+    together = generate(Engine(model), requests)
+    alone = [generate(Engine(model), [request])[0] for request in requests]
+    assert together == alone
+    assert len({answer.token_ids for answer in alone}) == len(TEXTS)
+
+
+def test_a_seed_repeats_and_another_seed_differs(model, make_request):
+    engine = Engine(model)
+    first, again, other = (
+        generate(engine, [make_request("r", temperature=1.0, seed=seed)])[0].token_ids for seed in (7, 7, 8)
+    )
+    assert first == again != other
+
+
+def test_prefill_chunk_size_does_not_change_the_tokens(model, make_request):
+    requests = [make_request(str(i), text) for i, text in enumerate(TEXTS)]
+    whole = generate(Engine(model, EngineLimits(prefill_chunk_tokens=1024)), requests)
+    assert whole == generate(Engine(model, EngineLimits(prefill_chunk_tokens=7)), requests)
+
+
+def test_rows_that_join_and_leave_do_not_disturb_the_others(model, make_request):
+    requests = [make_request(str(i), TEXTS[i % 6], max_tokens=5 + 11 * (i % 4), seed=i) for i in range(14)]
+    alone = [generate(Engine(model), [request])[0] for request in requests]
+    assert generate(Engine(model, EngineLimits(max_rows=3)), requests) == alone
+
+
+def test_cancelling_a_row_frees_it_and_leaves_the_rest_alone(model, make_request):
+    engine = Engine(model)
+    engine.add(make_request("goes", max_tokens=500))
+    engine.add(make_request("stays", "Hello there"))
+    tokens = []
+    for step in range(24):
+        tokens += [t for event in engine.step() if event.request_id == "stays" for t in event.token_ids]
+        if step == 5:
+            assert engine.cancel("goes").finish == "cancelled"
+    assert engine.cancel("goes") is None
+    expected = generate(Engine(model), [make_request("stays", "Hello there")])[0].token_ids
+    assert tuple(tokens) == expected
+    assert not engine.has_work
+    assert engine.stats().kv_bytes == 0
+
+
+def test_the_end_token_stops_a_row_and_is_counted_but_not_shown(model, make_request):
+    free = generate(Engine(model), [make_request("r", temperature=1.5, seed=1, max_tokens=600)])[0]
+    eos = model.tokenizer.eos_token_id
+    assert eos in free.token_ids, "the seed must lead to an end token"
+    stopped = generate(
+        Engine(model), [make_request("r", temperature=1.5, seed=1, max_tokens=600, ignore_eos=False)]
+    )[0]
+    assert stopped.finish == "stop"
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(eos) + 1]
+    assert "<|im_end|>" not in stopped.text
+
+
+def test_logprobs_are_those_of_the_whole_model(model, make_request):
+    request = make_request("r", num_logprobs=3)
+    answer = generate(Engine(model), [make_request("other", "zzz"), request])[1]
+    tokens = mx.array([[*request.prompt.token_ids, *answer.token_ids]])
+    logits = model.network.module(tokens)[0, len(request.prompt.token_ids) - 1 : -1]
+    expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    assert len(answer.logprobs) == len(answer.token_ids)
+    for step, entry in enumerate(answer.logprobs):
+        assert entry.logprob == pytest.approx(expected[step, entry.token_id].item(), abs=1e-3)
+        assert [token for token, _ in entry.top][0] == entry.token_id
+        assert len(entry.top) == 3
+
+
+MAMBA2 = {
+    "model_type": "mamba2",
+    "num_heads": 4,
+    "head_dim": 16,
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "state_size": 8,
+    "num_hidden_layers": 2,
+    "layer_norm_epsilon": 1e-5,
+    "conv_kernel": 4,
+    "n_groups": 1,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "tie_word_embeddings": True,
+    "time_step_limit": [0.0, 10.0],
+    "time_step_rank": "auto",
+    "ssm_state_size": 8,
+    "max_position_embeddings": 128,
+}
+
+
+def test_a_recurrent_model_is_refused_at_start_by_name(make_model):
+    recurrent = load(str(make_model("mamba2", MAMBA2, is_lively=False)))
+    with pytest.raises(ModelError, match="mamba2: layer 0 keeps its past in a ArraysCache"):
+        Engine(recurrent)
