@@ -1,0 +1,363 @@
+"""The front door: `lathe COMMAND`. Reads words, hands values on, prints results; decides nothing else.
+
+Everything but typer is imported inside the commands, so `lathe --help` loads neither mlx nor the packages.
+A mistake in what was typed, or in a file that was named, ends with one message and status 2; other failures
+that Lathe foresees with status 1; Ctrl-C with 130.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from serve.config import ServeConfig
+    from serve.errors import LatheError
+
+HOME = Path(__file__).resolve().parent
+"""Where data/ and recipes/ stand: a checkout of the project."""
+EMBEDDED_MODEL = HOME / "data" / "tickets"
+DEFAULT_PORT = 8000
+
+app = typer.Typer(
+    name="lathe",
+    help="Train adapters, serve many of them on one model, compare them, export the winner.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+bench_app = typer.Typer(help="Measure servers.", no_args_is_help=True)
+ab_app = typer.Typer(help="Look at experiments.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+app.add_typer(ab_app, name="ab")
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write every number to FILE.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key, e.g. a.b=3.")
+]
+Adapters = Annotated[
+    list[str] | None, typer.Option("--adapter", metavar="NAME=PATH", help="Load this adapter; repeatable.")
+]
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `lathe` script."""
+    try:
+        app()
+    except (SystemExit, KeyboardInterrupt) as stop:
+        sys.exit(130 if isinstance(stop, KeyboardInterrupt) else stop.code)
+    except _foreseen() as error:
+        sys.exit(_tell(error))
+
+
+def _foreseen() -> type[LatheError]:
+    """The root of the error tree, imported only once something was raised."""
+    from serve.errors import LatheError
+
+    return LatheError
+
+
+def _tell(error: LatheError) -> int:
+    """Print the message; return the exit status: 2 if the user can mend it by typing something else."""
+    from rich.text import Text
+
+    message = Text.assemble(("error: ", "bold red"), str(error))
+    _console(stderr=True).print(message, soft_wrap=True)
+    return 2 if error.status < 500 else 1
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe: YAML; a stock mlx_lm.lora file works too.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe, data and masks; train nothing.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train an adapter, or the whole model, from a recipe."""
+    from train.recipe import load_recipe
+    from train.run import run
+
+    run(load_recipe(recipe, overrides or ()), dry_run=dry_run, resume=resume, console=_console())
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="A model folder, a hub name, or a serving configuration (.yaml).")
+    ],
+    adapter: Adapters = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Serve a model and any number of adapters over an OpenAI-compatible API."""
+    from serve.api.server import run
+
+    run(_serve_config(model, adapter or [], host, port, overrides or []))
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(help="What to serve and talk to; without --url only.")
+    ] = None,
+    adapter: Adapters = None,
+    url: Annotated[str | None, typer.Option(help="Talk to this running server instead.")] = None,
+    to: Annotated[
+        str | None, typer.Option("--model", help="Which of the server's models or adapters.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    api_key: Annotated[str | None, typer.Option(envvar="LATHE_API_KEY")] = None,
+) -> None:
+    """Talk to a model in the terminal: /reset forgets, /exit ends. Lines may come from a pipe."""
+    from serve.chat import Conversation, Speaker, choose_model
+
+    sampling = {"temperature": temperature, "max_tokens": max_tokens}
+    with _server_for(model, adapter or [], url) as served_url:
+        chosen = choose_model(served_url, to, api_key)
+        _talk(Conversation(Speaker(served_url, chosen, api_key, sampling), system))
+
+
+@ab_app.command("report")
+def ab_report(
+    experiment: Annotated[str, typer.Argument(help="The experiment's public name.")],
+    store: Annotated[
+        str | None, typer.Option(help="The server's `store`, e.g. sqlite:///lathe.sqlite.")
+    ] = None,
+    outcome: Annotated[str | None, typer.Option(help="Which feedback to compare on.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Say what the evidence so far says about an experiment's variants; looking early is allowed."""
+    from serve.experiments.report import render, report
+    from serve.experiments.store import Store
+
+    opened = Store(store or _default_store(), create=False)
+    try:
+        found = report(opened, experiment, outcome)
+    finally:
+        opened.close()
+    _console().print(render(found))
+    _save_json(json_file, found.to_dict())
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder.")],
+    out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    bits: Annotated[int | None, typer.Option(help="Quantize to 4 or 8 bits.")] = None,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
+    base: Annotated[str | None, typer.Option(help="Base model, if not where the adapter says.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Held-out JSONL to measure fidelity on.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Fuse an adapter into its base, quantize if asked, and measure what that changed."""
+    from dataclasses import asdict
+
+    from train.export import export as fuse
+
+    console = _console()
+    report = fuse(adapter, out, bits=bits, group_size=group_size, base=base, data=data, console=console)
+    _save_json(json_file, asdict(report))
+
+
+@bench_app.command("serve")
+def bench_serve(
+    url: Annotated[str, typer.Option(help="The server, without /v1.")] = f"http://127.0.0.1:{DEFAULT_PORT}",
+    model: Annotated[
+        str | None, typer.Option(help="Models to ask in turn, a,b,c; else the first listed.")
+    ] = None,
+    concurrency: Annotated[
+        str, typer.Option(help="Numbers of clients, measured one after the other.")
+    ] = "1,4,16",
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    requests: Annotated[int | None, typer.Option(min=1, help="At each level; default: 4 a client.")] = None,
+    endpoint: Annotated[str, typer.Option(help="chat or completions.")] = "chat",
+    ignore_eos: Annotated[
+        bool, typer.Option(help="Ask for full-length answers, where the server can.")
+    ] = False,
+    tokenizer: Annotated[Path | None, typer.Option(help="Size prompts with this folder's tokenizer.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="LATHE_API_KEY")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure any OpenAI-compatible server: time to first token, time per token, tokens per second."""
+    from serve.bench.summary import notes, table
+    from serve.bench.sweep import Sweep, run
+    from serve.chat import choose_model
+
+    sweep = Sweep(
+        url=url,
+        models=tuple(_words(model)) if model else (choose_model(url, None, api_key),),
+        concurrency=_numbers(concurrency, "--concurrency"),
+        num_prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        num_requests=requests,
+        endpoint=_one_of(endpoint, ("chat", "completions"), "--endpoint"),
+        tokenizer=tokenizer,
+        extra={"ignore_eos": True} if ignore_eos else {},
+        api_key=api_key,
+    )
+    with _progress() as progress:
+        summaries = run(sweep, progress)
+    console = _console()
+    console.print(
+        table(f"{url}, {prompt_tokens} prompt tokens asked, {max_tokens} new; p50 / p95", summaries)
+    )
+    for note in notes(summaries):
+        console.print(note, markup=False, style="dim")
+    _save_json(json_file, {"settings": sweep.as_json(), "results": [each.as_json() for each in summaries]})
+
+
+@bench_app.command("compare")
+def bench_compare(
+    concurrency: Annotated[str, typer.Option(help="Numbers of clients.")] = "1,4,16",
+    prompt_tokens: Annotated[int, typer.Option(min=16)] = 74,
+    max_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Servers take turns this many times.")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="Keep model, adapters and server logs here.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure Lathe, mlx_lm.server and mlx_vlm.server on one random 29M-parameter model, in turns."""
+    import tempfile
+
+    from serve.bench import compare
+    from serve.bench.summary import notes, table
+
+    asked = compare.Comparison(
+        concurrency=_numbers(concurrency, "--concurrency"),
+        num_prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        rounds=rounds,
+    )
+    with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
+        outcome = compare.run(asked, folder or Path(temporary), progress)
+    console = _console()
+    console.print(table("p50 / p95 over all rounds", outcome.summaries), compare.table(outcome))
+    for note in [*notes(outcome.summaries), *compare.notes(outcome)]:
+        console.print(note, markup=False, style="dim")
+    _save_json(json_file, outcome.as_json(asked))
+
+
+@app.command()
+def demo(
+    json_file: JsonFile = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the server running and say what to try.")
+    ] = False,
+    folder: Annotated[Path, typer.Option(help="Where to write; emptied first.")] = Path("runs/demo"),
+) -> None:
+    """Do the whole job once, on the embedded model: train two adapters, serve, compare, export; about two minutes."""
+    from train.demo import Demo
+
+    numbers = Demo(home=HOME, folder=folder, console=_console()).run(keep=keep)
+    _save_json(json_file, numbers)
+
+
+@app.command()
+def doctor(json_file: JsonFile = None) -> None:
+    """Say what this machine is, how fast its matmul is, and what is missing."""
+    from serve.doctor import diagnose, show
+
+    found = diagnose(EMBEDDED_MODEL)
+    show(found, _console())
+    _save_json(json_file, found.as_json())
+
+
+def _serve_config(
+    model: str, adapters: list[str], host: str | None, port: int | None, overrides: list[str]
+) -> ServeConfig:
+    """The configuration that `lathe serve` was asked for: a file's, or one made of words."""
+    raise NotImplementedError
+
+
+@contextmanager
+def _server_for(model: str | None, adapters: list[str], url: str | None) -> Iterator[str]:
+    """The address of a server: the one that was named, or one started here for as long as it is needed."""
+    raise NotImplementedError
+
+
+def _talk(conversation: Any) -> None:
+    from serve import chat as terminal
+
+    console = _console()
+    if sys.stdin.isatty():
+        console.print(f"{conversation.model}. {terminal.HELP}", style="dim", markup=False)
+        terminal.run(conversation, terminal.typed(console), console, echo=False)
+    else:
+        terminal.run(conversation, sys.stdin, console, echo=True)
+
+
+def _default_store() -> str:
+    raise NotImplementedError
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Tell what runs: one changing line in a terminal, lines elsewhere."""
+    console = _console(stderr=True)
+    if not console.is_terminal:
+        yield lambda message: console.print(message, markup=False, soft_wrap=True)
+        return
+    with console.status("") as status:
+        yield status.update
+
+
+def _save_json(path: Path | None, numbers: dict[str, Any]) -> None:
+    """Write `numbers` to `path`, if any: whole or not at all."""
+    if path is None:
+        return
+    import json
+    import os
+
+    from serve.errors import StorageError
+
+    new = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(json.dumps(numbers, indent=2) + "\n")
+        os.replace(new, path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error}") from error
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    """'1,4,16' -> (1, 4, 16)."""
+    words = _words(text)
+    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise typer.BadParameter(
+            f"found {text!r}; expected positive whole numbers like 1,4,16", param_hint=option
+        )
+    return tuple(int(word) for word in words)
+
+
+def _one_of(text: str, choices: tuple[Any, ...], option: str) -> Any:
+    if text not in choices:
+        raise typer.BadParameter(f"found {text!r}; expected {' or '.join(choices)}", param_hint=option)
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""One streamed request to an OpenAI-compatible server, with the times at which its tokens arrived.
+
+It knows HTTP and the streaming format, and nothing of what serves: any server is measured the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import httpx
+
+Endpoint = Literal["chat", "completions"]
+PATHS: Mapping[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: a greedy answer of `max_tokens` tokens to `prompt`."""
+
+    model: str
+    prompt: str
+    max_tokens: int
+    endpoint: Endpoint = "chat"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Fields added to the body as they are, for servers that know more than OpenAI's."""
+
+    def body(self) -> dict[str, Any]:
+        """The JSON that is sent."""
+        text: dict[str, Any] = {"prompt": self.prompt}
+        if self.endpoint == "chat":
+            text = {"messages": [{"role": "user", "content": self.prompt}]}
+        return {
+            "model": self.model,
+            **text,
+            "max_tokens": self.max_tokens,
+            "temperature": 0.0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self.extra,
+        }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back. Times are seconds after the request was sent; None where nothing came."""
+
+    model: str
+    first_s: float | None
+    """Until the first piece of text: TTFT."""
+    last_s: float | None
+    """Until the last piece of text."""
+    num_prompt_tokens: int | None
+    """As the server counts them; None if it gave no usage."""
+    num_tokens: int
+    counted_by: Literal["usage", "chunks"]
+    text: str
+    finish: str | None
+    error: str | None = None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Seconds between tokens after the first one."""
+        if self.first_s is None or self.last_s is None or self.num_tokens < 2:
+            return None
+        return (self.last_s - self.first_s) / (self.num_tokens - 1)
+
+
+async def ask(http: httpx.AsyncClient, request: Ask) -> Answer:
+    """Send `request` and read its stream to the end. A failure is an Answer with `error`, not an exception."""
+    reading = _Reading(request.model)
+    try:
+        async with http.stream("POST", PATHS[request.endpoint], json=request.body()) as response:
+            if response.status_code != 200:
+                await response.aread()
+                return reading.answer(f"HTTP {response.status_code}: {_message(response.text)}")
+            async for chunk in _chunks(response):
+                reading.take(chunk)
+    except (httpx.HTTPError, json.JSONDecodeError) as error:
+        return reading.answer(f"{type(error).__name__}: {error}")
+    return reading.answer(reading.error)
+
+
+class _Reading:
+    """What is known of a stream so far."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.start_s = time.perf_counter()
+        self.first_s: float | None = None
+        self.last_s: float | None = None
+        self.pieces: list[str] = []
+        self.usage: Mapping[str, Any] | None = None
+        self.finish: str | None = None
+        self.error: str | None = None
+
+    def take(self, chunk: Mapping[str, Any]) -> None:
+        if chunk.get("error"):
+            self.error = _message(json.dumps(chunk))
+        self.usage = chunk.get("usage") or self.usage
+        for choice in chunk.get("choices") or ():
+            self.finish = choice.get("finish_reason") or self.finish
+            piece = _text_of(choice)
+            if piece:
+                self.last_s = time.perf_counter() - self.start_s
+                self.first_s = self.last_s if self.first_s is None else self.first_s
+                self.pieces.append(piece)
+
+    def answer(self, error: str | None) -> Answer:
+        if error is None and self.finish is None:
+            error = "the stream ended without a finish_reason"
+        counted = (self.usage or {}).get("completion_tokens")
+        return Answer(
+            model=self.model,
+            first_s=self.first_s,
+            last_s=self.last_s,
+            num_prompt_tokens=(self.usage or {}).get("prompt_tokens"),
+            num_tokens=len(self.pieces) if counted is None else int(counted),
+            counted_by="chunks" if counted is None else "usage",
+            text="".join(self.pieces),
+            finish=self.finish,
+            error=error,
+        )
+
+
+async def _chunks(response: httpx.Response) -> AsyncIterator[Mapping[str, Any]]:
+    """The JSON objects of a server-sent event stream, up to [DONE]."""
+    async for line in response.aiter_lines():
+        data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+        if data and data != "[DONE]":
+            yield json.loads(data)
+
+
+def _text_of(choice: Mapping[str, Any]) -> str:
+    """The text of one streamed choice; reasoning counts, it is made of tokens too."""
+    delta = choice.get("delta") or {}
+    reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""
+    return (delta.get("content") or "") + reasoning + (choice.get("text") or "")
+
+
+def _message(body: str) -> str:
+    """The message inside an OpenAI-style error body, or the beginning of whatever it is."""
+    try:
+        error = json.loads(body).get("error")
+    except (json.JSONDecodeError, AttributeError):
+        return body[:500]
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error or body[:500])

@@ -1,0 +1,227 @@
+"""`lathe bench compare`: Lathe, mlx_lm.server and mlx_vlm.server on one random model, one after the other.
+
+All three get the same BLAS, the same prompts and the same number of tokens to make. They stay up for the whole
+run, and all but the one being measured are paused. Rounds alternate between them, so drift of the machine
+meets all alike, and ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+from rich.table import Table
+
+from serve import device
+from serve.bench import standin
+from serve.bench.load import Round
+from serve.bench.process import ServerProcess
+from serve.bench.summary import Summary, summarize
+from serve.bench.sweep import Sweep, SweepRunner
+from serve.errors import StoppedError
+
+NUM_ADAPTERS = 8
+PYTHON = (sys.executable, "-P", "-m")
+"""-P: a folder named `serve` or `train` where the user stands is not imported."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to measure, the same for every server."""
+
+    concurrency: tuple[int, ...] = (1, 4, 16)
+    num_prompt_tokens: int = 74
+    max_tokens: int = 64
+    rounds: int = 3
+    requests_per_client: int = 2
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A server, and the models its requests name."""
+
+    label: str
+    server: ServerProcess
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Throughput of one setting over another's: the median over rounds, and its extremes."""
+
+    of: str
+    to: str
+    concurrency: int
+    median: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything `lathe bench compare` shows."""
+
+    summaries: list[Summary]
+    ratios: list[Ratio]
+    same_text: dict[str, float]
+    """Fraction of Lathe's base answers that another server gave too, word for word."""
+
+    def as_json(self, comparison: Comparison) -> dict[str, Any]:
+        packages = ("mlx", "mlx-lm", "mlx-vlm", "mlx-lathe")
+        return {
+            "machine": asdict(device.describe()),
+            "versions": {name: metadata.version(name) for name in packages},
+            "settings": asdict(comparison),
+            "results": [each.as_json() for each in self.summaries],
+            "ratios": [asdict(each) for each in self.ratios],
+            "same_text": self.same_text,
+        }
+
+
+def run(comparison: Comparison, folder: Path, progress: Callable[[str], None]) -> Outcome:
+    """Write the model into `folder`, start the servers, measure, stop them. Raises StoppedError if one fails."""
+    progress("writing a random model and 8 adapters")
+    model, adapters = folder / "model", folder / "adapters"
+    standin.write_model(model, mx.float32 if device.backend() == "cpu" else mx.bfloat16)
+    paths = standin.write_adapters(adapters, NUM_ADAPTERS)
+    with ExitStack() as stack:
+        contestants = _start(model, paths, folder, stack, progress)
+        rounds = _measure(contestants, comparison, progress)
+    summaries = [summarize(label, each) for (label, _), each in rounds.items()]
+    return Outcome(summaries, _ratios(rounds, comparison), _same_text(rounds))
+
+
+def _start(
+    model: Path,
+    adapters: Mapping[str, Path],
+    folder: Path,
+    stack: ExitStack,
+    progress: Callable[[str], None],
+) -> list[Contestant]:
+    options = [word for name, path in adapters.items() for word in ("--adapter", f"{name}={path}")]
+    address = ["--host", "127.0.0.1", "--port", "{port}"]
+    commands = {
+        "lathe": ["lathe", "serve", str(model), *options, *address],
+        "mlx_lm.server": ["mlx_lm", "server", "--model", str(model), "--log-level", "WARNING", *address],
+        "mlx_vlm.server": ["mlx_vlm.server", "--model", str(model), *address],
+    }
+    servers = {}
+    for name, words in commands.items():
+        progress(f"starting {name}")
+        server = ServerProcess(name, [*PYTHON, *words], folder / f"{name}.log", _environment(name))
+        servers[name] = stack.enter_context(server)
+    base = model.name if _knows(servers["lathe"], model.name) else str(model)
+    return [
+        Contestant("lathe", servers["lathe"], (base,)),
+        Contestant("mlx_lm.server", servers["mlx_lm.server"], ("default_model",)),
+        Contestant("mlx_vlm.server", servers["mlx_vlm.server"], (str(model),)),
+        Contestant(f"lathe, {len(adapters)} adapters mixed", servers["lathe"], tuple(adapters)),
+    ]
+
+
+def _environment(name: str) -> dict[str, str]:
+    """The same BLAS for all: Lathe loads it itself, the others have it loaded for them."""
+    library = device.find_openblas() if device.needs_openblas() else None
+    if library is None:
+        return {}
+    preload = {} if name == "lathe" else {"LD_PRELOAD": str(library)}
+    return {"MLX_DISABLE_COMPILE": "1", **preload}
+
+
+def _measure(
+    contestants: Sequence[Contestant], comparison: Comparison, progress: Callable[[str], None]
+) -> dict[tuple[str, int], list[Round]]:
+    """(label, concurrency) -> its rounds, in order."""
+    runners = {}
+    for each in contestants:
+        progress(f"warming up {each.label}")
+        runners[each.label] = SweepRunner(_sweep(each, comparison))
+        runners[each.label].warm_up()
+    for each in contestants:
+        each.server.pause()
+    rounds: dict[tuple[str, int], list[Round]] = {}
+    for number in range(comparison.rounds):
+        for concurrency in comparison.concurrency:
+            for each in contestants:
+                progress(f"round {number + 1} of {comparison.rounds}: {each.label}, {concurrency} client(s)")
+                each.server.resume()
+                count = max(2, comparison.requests_per_client * concurrency)
+                done = runners[each.label].level(concurrency, count)
+                each.server.pause()
+                _check(each.label, done)
+                rounds.setdefault((each.label, concurrency), []).append(done)
+    return rounds
+
+
+def _sweep(contestant: Contestant, comparison: Comparison) -> Sweep:
+    return Sweep(
+        url=contestant.server.url,
+        models=contestant.models,
+        num_prompt_tokens=comparison.num_prompt_tokens,
+        max_tokens=comparison.max_tokens,
+    )
+
+
+def _check(label: str, done: Round) -> None:
+    """No error, and as many tokens as asked for: only then do rates compare."""
+    failed = [answer.error for answer in done.answers if answer.error is not None]
+    if failed:
+        raise StoppedError(f"{label}: {len(failed)} of {len(done.answers)} requests failed: {failed[0]}")
+
+
+def _ratios(rounds: Mapping[tuple[str, int], Sequence[Round]], comparison: Comparison) -> list[Ratio]:
+    labels = list(dict.fromkeys(label for label, _ in rounds))
+    pairs = [(labels[0], labels[1]), (labels[0], labels[2]), (labels[3], labels[0])]
+    return [
+        _ratio(of, to, concurrency, rounds[of, concurrency], rounds[to, concurrency])
+        for of, to in pairs
+        for concurrency in comparison.concurrency
+    ]
+
+
+def _ratio(of: str, to: str, concurrency: int, ours: Sequence[Round], theirs: Sequence[Round]) -> Ratio:
+    values = [_rate(a) / _rate(b) for a, b in zip(ours, theirs, strict=True)]
+    return Ratio(of, to, concurrency, median(values), min(values), max(values))
+
+
+def _rate(done: Round) -> float:
+    return sum(answer.num_tokens for answer in done.answers) / done.wall_s
+
+
+def _same_text(rounds: Mapping[tuple[str, int], Sequence[Round]]) -> dict[str, float]:
+    """Servers saw the same prompts in the same order, so equal weights should give equal greedy text."""
+    texts = {label: [] for label, _ in rounds}
+    for (label, _), each in rounds.items():
+        texts[label] += [sorted(answer.text for answer in one.answers) for one in each]
+    ours, *others = texts
+    return {label: _overlap(texts[ours], texts[label]) for label in others[:2]}
+
+
+def _overlap(ours: Sequence[Sequence[str]], theirs: Sequence[Sequence[str]]) -> float:
+    shared = sum(text in there for here, there in zip(ours, theirs, strict=True) for text in here)
+    return shared / max(1, sum(len(here) for here in ours))
+
+
+def table(outcome: Outcome) -> Table:
+    """Throughput of each setting, with the ratios under it."""
+    drawn = Table(title="Ratios of tokens per second: median of rounds (min to max)", title_justify="left")
+    for heading in ("setting", "over", "clients", "ratio"):
+        drawn.add_column(heading, justify="left" if heading in ("setting", "over") else "right", no_wrap=True)
+    for each in outcome.ratios:
+        ratio = f"{each.median:.2f} ({each.min:.2f} to {each.max:.2f})"
+        drawn.add_row(each.of, each.to, str(each.concurrency), ratio)
+    return drawn
+
+
+def _knows(server: ServerProcess, name: str) -> bool:
+    import httpx
+
+    listed = httpx.get(f"{server.url}/v1/models", timeout=30.0).json()
+    return any(entry.get("id") == name for entry in listed.get("data", ()))

@@ -1,0 +1,177 @@
+"""`lathe doctor`: what this machine is, how fast its matmul is and why, which packages there are, what is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from serve import device
+
+PACKAGES = (
+    "mlx-lathe",
+    "mlx",
+    "mlx-cpu",
+    "mlx-lm",
+    "mlx-vlm",
+    "transformers",
+    "tokenizers",
+    "fastapi",
+    "openai",
+)
+OPTIONAL = frozenset({"mlx-cpu", "openai"})
+FAST_SIZE, SLOW_SIZE = 1024, 384
+"""Side of the square matmuls; the reference BLAS would need a second for each 1024 one."""
+SLOW_BLAS_GFLOPS = 10.0
+
+REFERENCE_SCRIPT = f"""
+import sys, time
+import mlx.core as mx
+a = mx.random.normal(({SLOW_SIZE}, {SLOW_SIZE})); mx.eval(a, a @ a)
+best = float("inf")
+for _ in range(3):
+    start = time.perf_counter(); mx.eval(a @ a); best = min(best, time.perf_counter() - start)
+print(2 * {SLOW_SIZE}**3 / best / 1e9)
+"""
+"""Run without `serve`, so with whatever BLAS the mlx wheel links."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something missing or wrong, and what to do about it."""
+
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything `lathe doctor` prints. Rates in GFLOP/s of float32 matmul."""
+
+    device: device.Device
+    matmul_gflops: float
+    reference_gflops: float | None
+    """What mlx reaches here without Lathe's set-up; None where Lathe changes nothing."""
+    packages: dict[str, str | None]
+    embedded_model: str | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def gain(self) -> float | None:
+        """How many times faster matmul is for Lathe's set-up."""
+        return self.matmul_gflops / self.reference_gflops if self.reference_gflops else None
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "gain": self.gain, "python": sys.version.split()[0]}
+
+
+def diagnose(embedded_model: Path) -> Diagnosis:
+    """Measure this machine. `embedded_model` is the folder the demo uses."""
+    described = device.describe()
+    rate = device.matmul_gflops(FAST_SIZE)
+    reference = _reference_gflops() if device.needs_openblas() else None
+    packages = {name: _version(name) for name in PACKAGES}
+    has_model = (embedded_model / "config.json").exists() and any(embedded_model.glob("*.safetensors"))
+    findings = [*_blas_findings(rate), *_package_findings(packages)]
+    if not has_model:
+        findings.append(
+            Finding(
+                f"no embedded model in {embedded_model}",
+                "`lathe demo` needs it: run from a checkout of the project",
+            )
+        )
+    return Diagnosis(
+        device=described,
+        matmul_gflops=rate,
+        reference_gflops=reference,
+        packages=packages,
+        embedded_model=str(embedded_model) if has_model else None,
+        findings=tuple(findings),
+    )
+
+
+def _reference_gflops() -> float | None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", REFERENCE_SCRIPT], capture_output=True, text=True, check=False
+    )
+    return float(done.stdout) if done.returncode == 0 else None
+
+
+def _blas_findings(rate: float) -> list[Finding]:
+    if not device.needs_openblas():
+        return []
+    if device.find_openblas() is None:
+        return [
+            Finding(
+                "no OpenBLAS found: matmul runs on the reference BLAS, about 60 times slower",
+                "install one: `apt install libopenblas0`, `dnf install openblas`, or `pip install opencv-python`",
+            )
+        ]
+    if rate < SLOW_BLAS_GFLOPS:
+        return [
+            Finding(
+                f"OpenBLAS was found, yet matmul reaches {rate:.1f} GFLOP/s",
+                "something imported mlx before serve; import serve first, or set LD_PRELOAD to "
+                f"{device.find_openblas()}",
+            )
+        ]
+    return []
+
+
+def _package_findings(packages: dict[str, str | None]) -> list[Finding]:
+    return [
+        Finding(f"{name} is not installed", "run `make venv`, or `pip install -e .`")
+        for name, version in packages.items()
+        if version is None and name not in OPTIONAL
+    ]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def show(found: Diagnosis, console: Console) -> None:
+    """Print the diagnosis."""
+    machine = found.device
+    drawn = Table(show_header=False, box=None, pad_edge=False)
+    drawn.add_column(style="bold", no_wrap=True)
+    drawn.add_column(overflow="fold")
+    rows = {
+        "machine": f"{machine.system}, {machine.machine}",
+        "chip": machine.chip,
+        "memory": _gib(machine.memory_bytes),
+        "GPU memory": _gib(machine.gpu_memory_bytes) if machine.gpu_memory_bytes else None,
+        "MLX": f"{machine.mlx_version}, {machine.backend} backend",
+        "BLAS": machine.blas,
+        "matmul": _rate_line(found),
+        "computes in": machine.dtype_policy,
+        "Python": sys.version.split()[0],
+        "packages": ", ".join(f"{name} {version}" for name, version in found.packages.items() if version),
+        "embedded model": found.embedded_model or "missing",
+    }
+    for name, value in rows.items():
+        if value is not None:
+            drawn.add_row(name, value)
+    problems = [Text(f"{each.what}\n  {each.remedy}", style="yellow") for each in found.findings]
+    console.print(Group(drawn, *(problems or [Text("Nothing is missing.", style="green")])))
+
+
+def _rate_line(found: Diagnosis) -> str:
+    line = f"{found.matmul_gflops:.1f} GFLOP/s in float32 ({FAST_SIZE} x {FAST_SIZE})"
+    if found.reference_gflops is None or found.gain is None:
+        return line
+    return f"{line}, {found.gain:.0f} times the {found.reference_gflops:.1f} GFLOP/s of mlx by itself"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"
