@@ -21,13 +21,13 @@ class Schedule(Strict):
     """Learning rate over optimizer updates: `warmup` linear steps, then the named mlx schedule."""
 
     name: Literal["constant", "linear_schedule", "cosine_decay", "exponential_decay", "step_decay"]
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(default=0, ge=0)
     """Optimizer updates from `warmup_init` to the peak."""
-    warmup_init: float = Field(0.0, ge=0)
+    warmup_init: float = Field(default=0.0, ge=0)
     """Learning rate of the first update when there is a warmup."""
     arguments: tuple[float, ...] | None = None
     """As mlx.optimizers takes them, peak first; left out, they follow from learning_rate and the run's length."""
-    final_ratio: float = Field(0.0, ge=0, le=1)
+    final_ratio: float = Field(default=0.0, ge=0, le=1)
     """Last rate over peak rate, when `arguments` are left out (linear, cosine)."""
 
     @model_validator(mode="after")
@@ -52,34 +52,34 @@ class Schedule(Strict):
 
 class AdamConfig(Strict):
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     bias_correction: bool = False
 
 
 class AdamWConfig(AdamConfig):
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
 
 
 class MuonConfig(Strict):
-    momentum: float = Field(0.95, ge=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    weight_decay: float = Field(default=0.01, ge=0)
     nesterov: bool = True
-    ns_steps: int = Field(5, ge=1)
+    ns_steps: int = Field(default=5, ge=1)
 
 
 class SGDConfig(Strict):
-    momentum: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    dampening: float = Field(0.0, ge=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    dampening: float = Field(default=0.0, ge=0)
     nesterov: bool = False
 
 
 class AdafactorConfig(Strict):
     eps: tuple[float, float] = (1e-30, 1e-3)
-    clip_threshold: float = Field(1.0, gt=0)
+    clip_threshold: float = Field(default=1.0, gt=0)
     decay_rate: float = -0.8
     beta_1: float | None = None
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     scale_parameter: bool = True
     relative_step: bool = True
     warmup_init: bool = False

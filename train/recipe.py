@@ -27,13 +27,13 @@ Features = ("prompt_feature", "completion_feature", "chat_feature", "text_featur
 class LoRAParameters(Strict):
     """What an adapter adds to a linear layer: y = Wx + scale · B(Ax)."""
 
-    rank: int = Field(8, ge=1)
+    rank: int = Field(default=8, ge=1)
     """Inner size of the update; memory and adapter size grow with it."""
-    alpha: float | None = Field(None, gt=0)
+    alpha: float | None = Field(default=None, gt=0)
     """PEFT's strength, scale * rank. Write this or `scale`, never both."""
     scale: float | None = Field(default_factory=lambda seen: None if seen.get("alpha") else 20.0, gt=0)
     """mlx-lm's strength, the factor itself; 20 (mlx-lm's default) if neither is written."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of an adapted layer's inputs zeroed while training."""
     keys: LoRAKeys | None = None
     """Module names inside a block (`self_attn.q_proj`); `all-linear`, or nothing, is every linear layer of it."""
@@ -70,7 +70,7 @@ class DatasetSource(Strict):
     """Where test rows come from; a folder's test file is used without being named."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `datasets.load_dataset` for a hub name (`name`, `revision`, …)."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     """Training rows are taken this many times: 2 repeats all, 0.25 takes a fixed quarter."""
     prompt_feature: str = "prompt"
     completion_feature: str = "completion"
@@ -97,9 +97,9 @@ class Metric(Strict):
     """Answers of the validation rows' last turns, generated greedily by the serving engine and compared."""
 
     name: Literal["exact_match"] = "exact_match"
-    rows: int = Field(50, ge=1)
+    rows: int = Field(default=50, ge=1)
     """The first this many validation rows are answered each time."""
-    max_tokens: int = Field(64, ge=1)
+    max_tokens: int = Field(default=64, ge=1)
     """An answer that is longer counts as wrong."""
 
 
@@ -150,13 +150,13 @@ class Recipe(Strict):
     """mlx-lm's switch; false is refused, for `lathe train` trains."""
     test: bool = False
     """After training, the loss on the test rows too."""
-    test_batches: int = Field(500, ge=-1)
+    test_batches: int = Field(default=500, ge=-1)
     """Batches of that test; -1 is all."""
 
     fine_tune_type: Literal["lora", "full"] = "lora"
     """`lora` trains low-rank updates beside frozen weights, `full` the weights of the last `num_layers` blocks."""
     objective: Literal["sft"] = "sft"
-    num_layers: int = Field(16, ge=-1)
+    num_layers: int = Field(default=16, ge=-1)
     """The last this many blocks are trained; -1, or more than the model has, is all of them."""
     lora_parameters: LoRAParameters | None = Field(
         default_factory=lambda seen: LoRAParameters() if seen.get("fine_tune_type") == "lora" else None
@@ -173,10 +173,10 @@ class Recipe(Strict):
     completion_feature: str = "completion"
     chat_feature: str = "messages"
     text_feature: str = "text"
-    val_set_size: int | float = Field(0, ge=0)
+    val_set_size: int | float = Field(default=0, ge=0)
     """Validation rows split off the training rows: a share below 1, or a number of rows. 0 takes none."""
 
-    max_seq_length: int = Field(2048, ge=2)
+    max_seq_length: int = Field(default=2048, ge=2)
     """Longest row in tokens."""
     excess_length_strategy: Literal["truncate", "drop", "raise"] = "truncate"
     """What happens to a longer row. A row left with nothing to learn from is dropped and reported in any case."""
@@ -184,16 +184,16 @@ class Recipe(Strict):
     mask_prompt: bool = True
     """True: every assistant turn is supervised, and nothing else. False, mlx-lm's default: every token is.
     Text rows have no prompt and are supervised whole either way."""
-    roles_to_train: tuple[str, ...] = Field(("assistant",), min_length=1)
+    roles_to_train: tuple[str, ...] = Field(default=("assistant",), min_length=1)
     """Whose turns are supervised under mask_prompt."""
     train_on_eos: Literal["turn", "last", "none"] = "turn"
     """Which end-of-turn tokens are supervised under mask_prompt: each trained turn's, the last one's, none."""
 
-    batch_size: int = Field(4, ge=1)
+    batch_size: int = Field(default=4, ge=1)
     """Rows in one forward pass."""
-    grad_accumulation_steps: int = Field(1, ge=1)
+    grad_accumulation_steps: int = Field(default=1, ge=1)
     """Batches whose gradients make one optimizer update."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     """Length of the run in passes over the rows; instead of `iters`."""
     iters: int | None = Field(default_factory=lambda seen: None if seen.get("epochs") else 1000, ge=1)
     """Length of the run in batches, as mlx-lm counts: `grad_accumulation_steps` of them are one update."""
@@ -208,31 +208,31 @@ class Recipe(Strict):
         gt=0,
     )
     """Peak rate."""
-    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Share of the optimizer updates that warm up; instead of lr_schedule.warmup."""
-    max_grad_norm: float | None = Field(None, gt=0)
+    max_grad_norm: float | None = Field(default=None, gt=0)
     """Gradients are scaled down to this global norm. Nothing: no clipping."""
 
     grad_checkpoint: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    clear_cache_threshold: Annotated[int, BeforeValidator(_bytes)] = Field(0, ge=0)
+    clear_cache_threshold: Annotated[int, BeforeValidator(_bytes)] = Field(default=0, ge=0)
     """Free the allocator's cache after a step when it holds more bytes than this; `4GB` is understood."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of adapter initialisation, dropout, the order of batches and the validation split."""
 
-    steps_per_report: int = Field(10, ge=1)
+    steps_per_report: int = Field(default=10, ge=1)
     """Batches between loss reports."""
-    steps_per_eval: int = Field(200, ge=1)
+    steps_per_eval: int = Field(default=200, ge=1)
     """Batches between validations."""
-    val_batches: int = Field(25, ge=-1)
+    val_batches: int = Field(default=25, ge=-1)
     """Batches of a validation, the same rows each time; -1 is all, 0 is no validation."""
-    save_every: int = Field(100, ge=1)
+    save_every: int = Field(default=100, ge=1)
     """Batches between checkpoints."""
-    save_total_limit: int | None = Field(None, ge=1)
+    save_total_limit: int | None = Field(default=None, ge=1)
     """Checkpoints kept; the best one is kept besides. Nothing: all."""
     load_best_model_at_end: bool = False
     """Publish the adapter with the lowest validation loss rather than the last one."""
-    early_stopping_patience: int | None = Field(None, ge=1)
+    early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after this many validations without a lower loss."""
     metric: Metric | None = None
     """A measure of answers beside the loss, at each validation."""
