@@ -64,8 +64,8 @@ def _arguments(name: str, given: Sequence[float], rate: float, final: float, num
         "constant": [rate],
         "linear_schedule": [rate, final, num_steps],
         "cosine_decay": [rate, num_steps, final],
-        "exponential_decay": [rate, 0.01 ** (1 / num_steps)],
-        "step_decay": [rate, 0.1, max(num_steps // 3, 1)],
+        "exponential_decay": [],  # mlx-lm's meaning has no natural default; the recipe asks for the arguments
+        "step_decay": [],
     }
     if name not in defaults:
         raise ConfigError(f"lr_schedule.name: found {name!r}; expected one of {', '.join(SCHEDULES)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,7 +22,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from serve.errors import TrainingError
 from serve.model.network import TextNetwork
-from train.loss import find_targets, sum_loss
+from train.adapt import checkpointed_layers
+from train.loss import Targets, find_targets, sum_loss
 from train.optim import current_rate
 
 MAX_ROWS_IN_MESSAGE = 8
@@ -77,6 +78,8 @@ class TrainState:
     seconds: float = 0.0
     """Spent in steps, evaluations left out."""
     train_loss: float | None = None
+    first_valid_loss: float | None = None
+    """Before the first step; it is no candidate for the best."""
     valid_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
@@ -138,10 +141,12 @@ class Stepper:
         max_grad_norm: float | None = None,
         compiled: bool = False,
         seed: int = 0,
+        recompute: bool = False,
         name_row: Callable[[int], str] = str,
     ) -> None:
         self.network = network
         self.optimizer = optimizer
+        self.recompute = recompute
         self.name_row = name_row
         self.compiled = compiled
         self.seed = seed
@@ -174,10 +179,20 @@ class Stepper:
         num_targets = sum(targets.num_targets for targets in found)
         if not num_targets:
             raise TrainingError(f"no loss targets in {self.name_rows(batches)}: nothing to learn from")
-        gradients: dict | None = None
+        with checkpointed_layers(self.network) if self.recompute else nullcontext():
+            gradients, losses = self._accumulate(batches, found, num_targets, first_iteration)
+        norm = self._apply(gradients)
+        shares = mx.stack(losses)
+        mx.eval(self._state[:2], norm, shares)
+        return shares, norm, num_targets
+
+    def _accumulate(
+        self, batches: Sequence[Batch], found: Sequence[Targets], num_targets: int, first_iteration: int
+    ) -> tuple[dict, list[mx.array]]:
+        gradients: dict = {}
         losses: list[mx.array] = []
         for offset, (batch, targets) in enumerate(zip(batches, found, strict=True)):
-            if gradients is not None:
+            if losses:
                 mx.eval(gradients, losses)  # frees the last part's activations before the next part runs
             mx.random.seed((self.seed << 32) + first_iteration + offset)
             loss, new = self._gradients(
@@ -187,12 +202,9 @@ class Stepper:
                 # The division by the targets of the whole step sits in the weights: half floats stay in range.
                 mx.array(targets.weights / np.float32(num_targets)),
             )
+            gradients = tree_map(mx.add, gradients, new) if losses else new
             losses.append(loss)
-            gradients = new if gradients is None else tree_map(mx.add, gradients, new)
-        norm = self._apply(gradients)
-        shares = mx.stack(losses)
-        mx.eval(self._state[:2], norm, shares)
-        return shares, norm, num_targets
+        return gradients, losses
 
     def check_finite(self, step: int, batches: Sequence[Batch], shares: np.ndarray, norm: float) -> None:
         """TrainingError naming step and rows, if a loss or the gradient norm is not a finite number."""
@@ -216,9 +228,9 @@ class Stepper:
 class Trainer:
     """Runs steps to the end of the run, a signal, or the end of patience.
 
-    batch_at     iteration → Batch, a pure function: resuming needs only the number
-    evaluations  the fixed validation batches; empty means no evaluation
-    stop         asked between steps; true ends the run after saving
+    batch_at       iteration → Batch, a pure function: resuming needs only the number
+    valid_batches  the same at each evaluation; empty means no evaluation
+    stop           asked between steps; true ends the run after saving
     """
 
     def __init__(
@@ -241,33 +253,32 @@ class Trainer:
         self._stop = stop
         self._window = _Window()
 
-    def fit(self, around: AbstractContextManager | None = None) -> TrainState:
+    def fit(self) -> TrainState:
         """Train. On return the weights are those of the last step, and a checkpoint of them was asked for.
 
         TrainingError on a non-finite loss or gradient, naming step and rows; nothing is saved after it happened.
         """
         state, settings = self.state, self.settings
         self.stepper.network.module.train()
-        with around or nullcontext():
-            if state.step == 0:
-                self._evaluate()
-            while state.iteration < settings.num_iterations and not self._is_out_of_patience():
-                before = state.iteration
-                self._step()
-                is_end = state.iteration >= settings.num_iterations
-                stopped = self._stop()
-                if is_end or stopped or _crossed(settings.iterations_per_report, before, state.iteration):
-                    self._report()
-                is_best = False
-                if is_end or _crossed(settings.iterations_per_eval, before, state.iteration):
-                    is_best = self._evaluate()
-                due = _crossed(settings.iterations_per_save, before, state.iteration)
-                ends = is_end or stopped or self._is_out_of_patience()
-                if ends or due or (is_best and settings.save_best):
-                    self._settle()
-                    self._observer.on_save(state)
-                if stopped:
-                    break
+        if state.step == 0:
+            self._evaluate()
+        while state.iteration < settings.num_iterations and not self._is_out_of_patience():
+            before = state.iteration
+            self._step()
+            is_end = state.iteration >= settings.num_iterations
+            stopped = self._stop()
+            if is_end or stopped or _crossed(settings.iterations_per_report, before, state.iteration):
+                self._report()
+            is_best = False
+            if is_end or _crossed(settings.iterations_per_eval, before, state.iteration):
+                is_best = self._evaluate()
+            due = _crossed(settings.iterations_per_save, before, state.iteration)
+            ends = is_end or stopped or self._is_out_of_patience()
+            if ends or due or (is_best and settings.save_best):
+                self._settle()
+                self._observer.on_save(state)
+            if stopped:
+                break
         self.stepper.network.module.eval()
         return state
 
@@ -301,7 +312,7 @@ class Trainer:
         window = self._window
         for step, batches, shares, norm, num_targets in window.unread:
             values = np.array(shares)
-            window.last_norm = float(norm.item())
+            window.last_norm = float(np.array(norm))
             self.stepper.check_finite(step, batches, values, window.last_norm)
             window.loss_sum += float(values.sum()) * num_targets
         window.unread = []
@@ -338,9 +349,13 @@ class Trainer:
         state = self.state
         start_s = time.perf_counter()
         loss = mean_loss(self.stepper.network, self._valid_batches)
-        is_best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+        is_best = (
+            state.step > 0 and math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+        )
         state.valid_loss = loss
-        if is_best:
+        if state.step == 0:
+            state.first_valid_loss = loss
+        elif is_best:
             state.best_loss, state.best_step, state.num_evals_without_gain = loss, state.step, 0
         else:
             state.num_evals_without_gain += 1
@@ -358,7 +373,7 @@ def mean_loss(network: TextNetwork, batches: Iterable[Batch]) -> float:
         if not found.num_targets:
             continue
         arrays = (mx.array(a) for a in (batch.tokens, found.positions, found.token_ids, found.weights))
-        total += float(sum_loss(network, *arrays).item())
+        total += float(np.array(sum_loss(network, *arrays)))
         num_targets += found.num_targets
     network.module.train(was_training)
     return total / num_targets if num_targets else math.nan

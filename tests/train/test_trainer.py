@@ -200,9 +200,9 @@ def test_patience_ends_the_run(tiny_network, make_batch):
         recorder,
     )
     state = trainer.fit()
-    assert [is_best for _, _, is_best in recorder.evals] == [True, False, False]
-    assert state.step == 2
-    assert recorder.saves[-1].step == 2
+    assert [is_best for _, _, is_best in recorder.evals] == [False, True, False, False]
+    assert state.step == 3
+    assert recorder.saves[-1].step == 3
 
 
 def test_dropout_depends_on_the_iteration_and_not_on_what_was_drawn_before(tiny_network, make_batch):
