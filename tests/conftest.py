@@ -7,17 +7,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+
 import serve as serve  # before mlx: it brings a real BLAS
+
 import mlx.core as mx  # isort: skip
 from mlx.utils import tree_flatten, tree_map_with_path
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from serve.adapters.fit import linear_modules
 from serve.adapters.lora import linear_shape
 from serve.adapters.manifest import AdapterConfig, write_adapter
+from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.model.loading import LoadedModel, load
 from serve.model.prompt import Prompt
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -71,7 +75,8 @@ def write_model(folder: Path, config: dict, *, seed: int = 0, is_lively: bool = 
     if is_lively:
         louder = {"o_proj": 4, "down_proj": 4, "q_norm": 8, "embed_tokens": 8}
         scaled = tree_map_with_path(
-            lambda path, w: w * next((k for part, k in louder.items() if part in path), 1), module.parameters()
+            lambda path, w: w * next((k for part, k in louder.items() if part in path), 1),
+            module.parameters(),
         )
         module.update(scaled)
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,6 +104,12 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def model(model_folder: Path) -> LoadedModel:
     """The lively model, freshly loaded: an engine wraps its layers, so tests do not share it."""
     return load(str(model_folder), name="lively")
+
+
+@pytest.fixture
+def fresh_engine(model_folder: Path) -> Callable[..., Engine]:
+    """fresh_engine(**limits) → an engine over its own copy of the lively model: the reference to compare with."""
+    return lambda **limits: Engine(load(str(model_folder), name="lively"), EngineLimits(**limits))
 
 
 @pytest.fixture(scope="session")

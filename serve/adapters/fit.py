@@ -49,6 +49,8 @@ def fit(
         if config.lineage is not None:
             shown.append(f"its manifest says it was trained on {config.lineage.base_model}")
         raise AdapterError("\n  ".join([f"adapter {name!r} does not fit the base model:", *shown]))
+    # An array is evaluated on the thread that made it: MLX's streams are per thread.
+    mx.eval([(update.a, update.b) for update in updates.values()])
     return updates
 
 

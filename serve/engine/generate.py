@@ -24,7 +24,7 @@ def generate(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
     events: dict[str, list[Event]] = {request.id: [] for request in requests}
     pending = list(reversed(requests))
     while pending or engine.has_work:
-        while pending and len(engine.scheduler.waiting) < engine.limits.max_waiting:
+        while pending and len(engine.scheduler.waiting) < engine.limits.max_rows:
             engine.add(pending.pop())
         for event in engine.step():
             events[event.request_id].append(event)

@@ -77,9 +77,10 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. RequestError if it can never run, OverloadedError if the queue is full."""
         self.check(sequence)
-        if len(self.waiting) >= self.budget.max_waiting:
+        num_sequences = len(self.decoding) + len(self.prefilling) + len(self.waiting)
+        if num_sequences >= self.budget.max_rows + self.budget.max_waiting:
             raise OverloadedError(
-                f"{len(self.waiting)} requests are waiting, which is all this server queues"
+                f"{num_sequences} requests are running or waiting, which is all there is room for"
             )
         self.waiting.append(sequence)
 

@@ -125,7 +125,7 @@ class Worker:
                 raise self._stopped()
             if self._num_open >= limits.max_rows + limits.max_waiting:
                 raise OverloadedError(
-                    f"{self._num_open} requests are running or waiting, which is all this server takes"
+                    f"{self._num_open} requests are running or waiting, which is all there is room for"
                 )
             self._num_open += 1
             # Under the lock, so that nothing is queued behind `_stop`.

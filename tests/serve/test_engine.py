@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
+
 from serve.adapters.lora import LoRALinear
 from serve.adapters.manifest import read_config, read_tensors
 from serve.engine.engine import Engine, EngineLimits
@@ -12,7 +13,14 @@ from serve.engine.generate import generate
 from serve.errors import ModelError
 from serve.model.loading import load
 
-TEXTS = ["hello", "Hello there", "a", "the quick brown fox jumps over the lazy dog " * 9, "x" * 70, "tickets!"]
+TEXTS = [
+    "hello",
+    "Hello there",
+    "a",
+    "the quick brown fox jumps over the lazy dog " * 9,
+    "x" * 70,
+    "tickets!",
+]
 
 
 def greedy_by_mlx_lm(module, prompt, num_tokens: int) -> tuple[int, ...]:
@@ -54,7 +62,9 @@ def test_rows_with_different_adapters_match_running_each_merged_and_alone(
     engine = Engine(model)
     versions = [engine.registry.load(f"a{i}", folder) if folder else None for i, folder in enumerate(folders)]
     requests = [
-        make_request(f"{i}-{text}", text, adapter=version) for i, version in enumerate(versions) for text in TEXTS
+        make_request(f"{i}-{text}", text, adapter=version)
+        for i, version in enumerate(versions)
+        for text in TEXTS
     ]
     answers = generate(engine, requests)
     assert len({answer.token_ids for answer in answers}) == len(answers), "the adapters must change the text"
@@ -64,7 +74,9 @@ def test_rows_with_different_adapters_match_running_each_merged_and_alone(
         assert answer.token_ids == greedy_by_mlx_lm(module, request.prompt.token_ids, 24)
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}]
+)
 def test_a_batch_of_one_gives_the_tokens_of_a_batch_of_many(model, make_request, settings):
     requests = [make_request(str(i), text, seed=i, **settings) for i, text in enumerate(TEXTS)]
     together = generate(Engine(model), requests)
@@ -130,7 +142,7 @@ def test_logprobs_are_those_of_the_whole_model(model, make_request):
     assert len(answer.logprobs) == len(answer.token_ids)
     for step, entry in enumerate(answer.logprobs):
         assert entry.logprob == pytest.approx(expected[step, entry.token_id].item(), abs=1e-3)
-        assert [token for token, _ in entry.top][0] == entry.token_id
+        assert next(token for token, _ in entry.top) == entry.token_id
         assert len(entry.top) == 3
 
 

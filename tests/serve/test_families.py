@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
+
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.errors import ModelError

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from serve.engine.plan import Plan, Sequence
 from serve.engine.request import Request, Sampling
 from serve.engine.scheduler import Budget, Scheduler
@@ -112,7 +113,7 @@ def test_what_can_never_run_is_refused_and_a_full_queue_says_so():
         scheduler.add(sequence("empty", 0))
     with pytest.raises(RequestError, match="max_tokens is 0"):
         scheduler.add(sequence("none", 4, 0))
-    for index in range(BUDGET.max_waiting):
+    for index in range(BUDGET.max_rows + BUDGET.max_waiting):
         scheduler.add(sequence(str(index)))
-    with pytest.raises(OverloadedError, match="8 requests are waiting"):
+    with pytest.raises(OverloadedError, match="12 requests are running or waiting"):
         scheduler.add(sequence("one more"))

@@ -1,0 +1,248 @@
+"""Adapter folders, admission checks, versions and slots."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm import load as mlx_lm_load
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from serve.adapters.manifest import (
+    CONFIG_FILE,
+    TENSORS_FILE,
+    AdapterConfig,
+    Lineage,
+    content_hash,
+    read_config,
+    read_tensors,
+    write_adapter,
+)
+from serve.engine.engine import Engine, EngineLimits
+from serve.engine.generate import generate
+from serve.errors import AdapterError, NotFoundError
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    return target
+
+
+def test_our_folder_loads_in_mlx_lm_and_gives_the_same_tokens(
+    model, model_folder, make_adapter, make_request
+):
+    folder = make_adapter(3, keys=["self_attn.q_proj", "mlp.down_proj"])
+    engine = Engine(model)
+    version = engine.registry.load("ours", folder)
+    request = make_request("r", adapter=version)
+    ours = generate(engine, [request])[0].token_ids
+    theirs, _ = mlx_lm_load(str(model_folder), adapter_path=str(folder))
+    theirs.set_dtype(mx.float32)
+    logits = theirs(mx.array([[*request.prompt.token_ids, *ours]]))[0]
+    start = len(request.prompt.token_ids) - 1
+    assert mx.argmax(logits[start:-1], axis=-1).tolist() == list(ours)
+    assert len(set(ours)) > 10
+
+
+def test_an_mlx_lm_adapter_loads_here_and_gives_the_same_tokens(model, model_folder, make_request, tmp_path):
+    theirs, _ = mlx_lm_load(str(model_folder))
+    theirs.freeze()
+    parameters = {"rank": 5, "scale": 3.0, "dropout": 0.0, "keys": ["self_attn.v_proj", "mlp.gate_proj"]}
+    linear_to_lora_layers(theirs, 2, parameters)
+    theirs.apply_to_modules(
+        lambda _, m: m.update({"lora_b": mx.random.normal(m.lora_b.shape) * 0.3}) if "lora_b" in m else None
+    )
+    theirs.eval()
+    mx.save_safetensors(str(tmp_path / TENSORS_FILE), dict(tree_flatten(theirs.trainable_parameters())))
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters, "model": "whatever"}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    engine = Engine(model)
+    request = make_request("r", adapter=engine.registry.load("theirs", tmp_path))
+    ours = generate(engine, [request])[0].token_ids
+    logits = theirs(mx.array([[*request.prompt.token_ids, *ours]]))[0]
+    assert mx.argmax(logits[len(request.prompt.token_ids) - 1 : -1], axis=-1).tolist() == list(ours)
+
+
+def test_a_base_row_beside_adapter_rows_is_bitwise_the_base(model, make_adapter, make_request):
+    alone = generate(Engine(model), [make_request("base", num_logprobs=0)])[0]
+    engine = Engine(model)
+    version = engine.registry.load("a", make_adapter(1))
+    mixed = generate(engine, [make_request("base", num_logprobs=0), make_request("other", adapter=version)])[
+        0
+    ]
+    assert mixed.token_ids == alone.token_ids
+    assert [e.logprob for e in mixed.logprobs] == pytest.approx([e.logprob for e in alone.logprobs], abs=1e-5)
+
+
+def test_a_replaced_version_serves_its_requests_to_their_end_and_new_ones_get_the_new(
+    model, make_adapter, make_request
+):
+    engine = Engine(model)
+    registry = engine.registry
+    expected = {
+        seed: generate(
+            e := Engine(model), [make_request("r", adapter=e.registry.load("x", make_adapter(seed)))]
+        )[0].token_ids
+        for seed in (1, 2)
+    }
+    registry.load("x", make_adapter(1))
+    old = registry.acquire("x")
+    engine.add(make_request("old", adapter=old))
+    tokens: dict[str, list[int]] = {"old": [], "new": []}
+    for step in range(40):
+        if step == 6:
+            registry.load("x", make_adapter(2), replace=True)
+            new = registry.acquire("x")
+            assert (old.id, new.id) == ("x@1", "x@2")
+            assert registry.resolve("x@1") == old
+            engine.add(make_request("new", adapter=new))
+        for event in engine.step() if engine.has_work else []:
+            tokens[event.request_id] += event.token_ids
+    assert tuple(tokens["old"]) == expected[1]
+    assert tuple(tokens["new"]) == expected[2]
+    registry.release(old)
+    with pytest.raises(NotFoundError):
+        registry.resolve("x@1")
+    registry.check_integrity()
+
+
+def test_a_slot_returns_when_its_last_request_ends_and_the_next_adapter_leaves_no_trace(
+    model, make_adapter, make_request
+):
+    engine = Engine(model, EngineLimits(max_adapters=1))
+    registry = engine.registry
+    registry.load("wide", make_adapter(1, rank=9))
+    held = registry.acquire("wide")
+    registry.unload("wide")
+    with pytest.raises(NotFoundError, match="no adapter 'wide'"):
+        registry.acquire("wide")
+    with pytest.raises(AdapterError, match="all 1 slots are taken"):
+        registry.load("narrow", make_adapter(2, keys=["self_attn.q_proj"]))
+    registry.release(held)
+    version = registry.load("narrow", make_adapter(2, keys=["self_attn.q_proj"]))
+    answer = generate(engine, [make_request("r", adapter=version)])[0].token_ids
+    fresh = Engine(model)
+    version = fresh.registry.load("narrow", make_adapter(2, keys=["self_attn.q_proj"]))
+    assert answer == generate(fresh, [make_request("r", adapter=version)])[0].token_ids
+    registry.check_integrity()
+
+
+def test_an_adapter_of_another_model_is_refused_by_tensor(model, make_model, make_adapter, tmp_path):
+    folder = copy_of(make_adapter(1, keys=["self_attn.q_proj"]), tmp_path / "other")
+    tensors = read_tensors(folder)
+    tensors["model.layers.0.self_attn.q_proj.lora_a"] = mx.zeros((128, 4))
+    tensors["model.layers.7.self_attn.q_proj.lora_a"] = mx.zeros((64, 4))
+    lineage = Lineage("Qwen3-1.7B", model.fingerprint, "", "", "", "", "0")
+    write_adapter(folder, tensors, AdapterConfig("lora", -1, 4, 2.0, lineage=lineage))
+    engine = Engine(model)
+    with pytest.raises(AdapterError) as caught:
+        engine.registry.load("support", folder)
+    message = str(caught.value)
+    assert "layers.0.self_attn.q_proj.lora_a is (128, 4), the model needs (64, 4)" in message
+    assert "layers.7.self_attn.q_proj: the model has no linear layer of that name" in message
+    assert "trained on Qwen3-1.7B" in message
+    assert engine.registry.names() == []
+    engine.registry.check_integrity()
+
+
+def test_an_adapter_of_the_same_shape_but_other_weights_is_refused_unless_allowed(
+    model, make_adapter, tmp_path
+):
+    folder = copy_of(make_adapter(1), tmp_path / "other")
+    lineage = Lineage("other-base", "sha256:0000", "", "", "", "", "0")
+    write_adapter(folder, read_tensors(folder), AdapterConfig("lora", -1, 4, 2.0, lineage=lineage))
+    with pytest.raises(
+        AdapterError, match="trained on other weights than these: its manifest names other-base"
+    ):
+        Engine(model).registry.load("a", folder)
+    assert Engine(model, EngineLimits(allow_other_base=True)).registry.load("a", folder).id == "a@1"
+
+
+def test_broken_files_are_named_and_nothing_changes(model, make_adapter, tmp_path):
+    registry = Engine(model).registry
+    with pytest.raises(NotFoundError, match="no adapter folder at"):
+        registry.load("a", tmp_path / "nowhere")
+    cut = copy_of(make_adapter(1), tmp_path / "cut")
+    whole = (cut / TENSORS_FILE).read_bytes()
+    for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        (cut / TENSORS_FILE).write_bytes(whole[:length])
+        with pytest.raises(AdapterError, match=r"adapters\.safetensors: (truncated|not a safetensors)"):
+            registry.load("a", cut)
+    (cut / TENSORS_FILE).write_bytes(b"\x08\0\0\0\0\0\0\0not json")
+    with pytest.raises(AdapterError, match="not a safetensors file"):
+        registry.load("a", cut)
+    (cut / CONFIG_FILE).write_text("{")
+    with pytest.raises(AdapterError, match="not JSON"):
+        registry.load("a", cut)
+    (cut / CONFIG_FILE).write_text('{"peft_type": "LORA"}')
+    with pytest.raises(AdapterError, match="PEFT"):
+        registry.load("a", cut)
+    (cut / CONFIG_FILE).write_text('{"fine_tune_type": "dora"}')
+    with pytest.raises(AdapterError, match="fine_tune_type is 'dora'"):
+        registry.load("a", cut)
+    assert registry.versions() == []
+    registry.check_integrity()
+
+
+def test_nan_weights_and_too_high_ranks_are_refused_by_tensor(model, make_adapter, tmp_path):
+    folder = copy_of(make_adapter(1, rank=40), tmp_path / "nan")
+    tensors = read_tensors(folder)
+    name = "model.layers.1.mlp.up_proj.lora_b"
+    tensors[name] = mx.where(mx.arange(tensors[name].shape[1]) == 3, mx.nan, tensors[name])
+    write_adapter(folder, tensors, AdapterConfig("lora", -1, 40, 2.0))
+    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.up_proj\.lora_b holds NaN or infinite values"):
+        Engine(model).registry.load("a", folder)
+    with pytest.raises(AdapterError, match="has rank 40, this server takes up to 16"):
+        Engine(model, EngineLimits(max_rank=16)).registry.load("a", folder)
+
+
+def test_tensors_swapped_under_a_manifest_are_noticed(make_adapter, tmp_path):
+    folder = copy_of(make_adapter(1), tmp_path / "swapped")
+    lineage = Lineage("base", "", "", "", "", "", "0")
+    config = write_adapter(folder, read_tensors(folder), AdapterConfig("lora", -1, 4, 2.0, lineage=lineage))
+    assert read_config(folder) == config
+    assert content_hash(read_tensors(folder, config)) == config.lineage.content_hash
+    shutil.copy(make_adapter(2) / TENSORS_FILE, folder / TENSORS_FILE)
+    with pytest.raises(AdapterError, match="a save was interrupted or a file was replaced"):
+        read_tensors(folder, read_config(folder))
+
+
+def test_a_loaded_name_is_kept_unless_replacing_and_bad_names_are_refused(model, make_adapter):
+    registry = Engine(model).registry
+    registry.load("a", make_adapter(1))
+    with pytest.raises(AdapterError, match="'a' has already been loaded"):
+        registry.load("a", make_adapter(2))
+    for name in ("", "a@2", "lively"):
+        with pytest.raises(AdapterError, match="cannot be called"):
+            registry.load(name, make_adapter(1))
+
+
+def test_loads_and_releases_from_many_threads_lose_no_slot(model, make_adapter):
+    registry = Engine(model, EngineLimits(max_adapters=6)).registry
+    folders = [make_adapter(seed) for seed in (1, 2)]
+    lock = threading.Lock()  # stands for the one thread that owns the arrays
+
+    def run_alone(install) -> None:
+        with lock:
+            install()
+
+    registry.run = run_alone
+
+    def churn(worker: int) -> None:
+        for round_ in range(8):
+            registry.load(f"n{worker}", folders[round_ % 2], replace=True)
+            held = registry.acquire(f"n{worker}")
+            registry.release(held)
+
+    threads = [threading.Thread(target=churn, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    registry.check_integrity()
+    assert sorted(version.id for version in registry.versions()) == ["n0@8", "n1@8", "n2@8"]

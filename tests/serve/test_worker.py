@@ -1,0 +1,141 @@
+"""The worker: one final event a request, whatever happens; hot loads beside running streams."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+
+import pytest
+
+from serve.engine.engine import Engine, EngineLimits
+from serve.engine.generate import generate
+from serve.engine.worker import Worker
+from serve.errors import ContextLengthError, OverloadedError, StoppedError
+
+
+@pytest.fixture
+def worker(model):
+    worker = Worker(Engine(model, EngineLimits(max_rows=4, max_waiting=4)))
+    worker.start()
+    yield worker
+    worker.stop()
+
+
+def collect(events: queue.SimpleQueue) -> tuple[tuple[int, ...], str]:
+    tokens: list[int] = []
+    while True:
+        event = events.get(timeout=30)
+        tokens += event.token_ids
+        if event.finish:
+            return tuple(tokens), event.finish
+
+
+def test_answers_equal_the_engines_own_and_end_once(worker, fresh_engine, make_request):
+    sinks = {}
+    for i in range(6):
+        sinks[i] = queue.SimpleQueue()
+        worker.submit(make_request(str(i), f"text {i}", max_tokens=10 + i), sinks[i].put)
+    expected = generate(
+        fresh_engine(), [make_request(str(i), f"text {i}", max_tokens=10 + i) for i in range(6)]
+    )
+    for i in range(6):
+        assert collect(sinks[i]) == (expected[i].token_ids, "length")
+        assert sinks[i].empty()
+
+
+def test_an_adapter_loads_while_a_stream_runs_and_the_stream_goes_on(
+    worker, fresh_engine, make_adapter, make_request
+):
+    running: queue.SimpleQueue = queue.SimpleQueue()
+    worker.submit(make_request("runs", max_tokens=300), running.put)
+    first = [running.get(timeout=30) for _ in range(5)]
+    worker.engine.registry.load("late", make_adapter(1))
+    assert worker.stats().num_decoding == 1, "the stream must still be running"
+    pinned = worker.engine.registry.acquire("late")
+    late: queue.SimpleQueue = queue.SimpleQueue()
+    worker.submit(make_request("late", adapter=pinned), late.put)
+    tokens, _ = collect(late)
+    rest, finish = collect(running)
+    assert finish == "length"
+    alone = generate(fresh_engine(), [make_request("runs", max_tokens=300)])[0].token_ids
+    assert tuple(t for e in first for t in e.token_ids) + rest == alone
+    assert tokens != generate(fresh_engine(), [make_request("late")])[0].token_ids
+    assert worker.engine.registry.num_pins(pinned) == 0
+
+
+def test_closing_a_stream_early_cancels_its_row_and_releases_its_adapter(worker, make_adapter, make_request):
+    registry = worker.engine.registry
+    registry.load("a", make_adapter(1))
+    pinned = registry.acquire("a")
+
+    async def read_three() -> int:
+        stream = worker.stream(make_request("r", max_tokens=900, adapter=pinned))
+        count = 0
+        async for event in stream:
+            count += len(event.token_ids)
+            if count == 3:
+                await stream.aclose()
+                return count
+        return count
+
+    assert asyncio.run(read_three()) == 3
+    done = threading.Event()
+    worker.call(done.set)  # runs after the cancellation that was queued before it
+    assert worker.stats().num_finished == {"cancelled": 1}
+    assert registry.num_pins(pinned) == 0
+    assert not worker.engine.has_work
+
+
+def test_what_cannot_be_taken_is_refused_before_any_event_and_unpinned(worker, make_adapter, make_request):
+    registry = worker.engine.registry
+    registry.load("a", make_adapter(1))
+    seen: queue.SimpleQueue = queue.SimpleQueue()
+    pinned = registry.acquire("a")
+    with pytest.raises(ContextLengthError):
+        worker.submit(make_request("big", max_tokens=5000, adapter=pinned), seen.put)
+    assert registry.num_pins(pinned) == 0
+    sinks = [queue.SimpleQueue() for _ in range(8)]
+    for i, sink in enumerate(sinks):
+        worker.submit(make_request(str(i), max_tokens=200), sink.put)
+    with pytest.raises(OverloadedError, match="8 requests are running or waiting"):
+        worker.submit(make_request("ninth"), seen.put)
+    assert seen.empty()
+    for i in range(8):
+        worker.cancel(str(i))
+    assert {collect(sink)[1] for sink in sinks} <= {"cancelled", "length"}
+
+
+def test_a_failing_step_reaches_every_stream_and_new_requests_are_told(worker, make_request):
+    sinks = [queue.SimpleQueue() for _ in range(2)]
+    for i, sink in enumerate(sinks):
+        worker.submit(make_request(str(i), max_tokens=900), sink.put)
+    for sink in sinks:
+        sink.get(timeout=30)
+
+    def break_the_network() -> None:
+        worker.engine.model.network.layers[1].self_attn.o_proj.weight = None
+
+    worker.call(break_the_network)
+    assert [collect(sink)[1] for sink in sinks] == ["error", "error"]
+    assert worker.failure is not None
+    with pytest.raises(StoppedError, match="the engine has failed"):
+        worker.submit(make_request("after"), queue.SimpleQueue().put)
+
+
+def test_stopping_ends_open_requests_and_later_ones_are_refused(model, make_request):
+    worker = Worker(Engine(model))
+    worker.start()
+    sink: queue.SimpleQueue = queue.SimpleQueue()
+    worker.submit(make_request("r", max_tokens=900), sink.put)
+    sink.get(timeout=30)
+    worker.stop()
+    assert collect(sink)[1] == "error"
+    with pytest.raises(StoppedError, match="not running"):
+        worker.submit(make_request("after"), sink.put)
+
+
+def test_what_a_called_function_raises_is_raised_at_the_caller(worker):
+    with pytest.raises(ZeroDivisionError):
+        worker.call(lambda: 1 / 0)
+    assert worker.failure is None
