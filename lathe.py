@@ -7,6 +7,7 @@ that Lathe foresees with status 1; Ctrl-C with 130.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,10 +52,14 @@ Adapters = Annotated[
 
 def main() -> None:
     """Run the command line; the entry point of the `lathe` script."""
+    # So that `with` blocks end the servers they started.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app()
-    except (SystemExit, KeyboardInterrupt) as stop:
-        sys.exit(130 if isinstance(stop, KeyboardInterrupt) else stop.code)
+    except SystemExit:
+        raise
+    except KeyboardInterrupt:
+        sys.exit(130)
     except _foreseen() as error:
         sys.exit(_tell(error))
 
@@ -88,7 +93,8 @@ def train(
     from train.recipe import load_recipe
     from train.run import run
 
-    run(load_recipe(recipe, overrides or ()), dry_run=dry_run, resume=resume, console=_console())
+    summary = run(load_recipe(recipe, overrides or ()), dry_run=dry_run, resume=resume, console=_console())
+    raise typer.Exit(summary.exit_code)
 
 
 @app.command()
@@ -134,9 +140,7 @@ def chat(
 @ab_app.command("report")
 def ab_report(
     experiment: Annotated[str, typer.Argument(help="The experiment's public name.")],
-    store: Annotated[
-        str | None, typer.Option(help="The server's `store`, e.g. sqlite:///lathe.sqlite.")
-    ] = None,
+    store: Annotated[str, typer.Option(help="The server's `store`.")] = "sqlite:///lathe.sqlite",
     outcome: Annotated[str | None, typer.Option(help="Which feedback to compare on.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -144,7 +148,7 @@ def ab_report(
     from serve.experiments.report import render, report
     from serve.experiments.store import Store
 
-    opened = Store(store or _default_store(), create=False)
+    opened = Store(store, create=False)
     try:
         found = report(opened, experiment, outcome)
     finally:
@@ -159,8 +163,14 @@ def export(
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
     bits: Annotated[int | None, typer.Option(help="Quantize to 4 or 8 bits.")] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of unquantized weights: float16, bfloat16, float32.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Base model, if not where the adapter says.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Held-out JSONL to measure fidelity on.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Held-out rows (or a recipe) to measure fidelity on.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in OUT.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Fuse an adapter into its base, quantize if asked, and measure what that changed."""
@@ -168,8 +178,17 @@ def export(
 
     from train.export import export as fuse
 
-    console = _console()
-    report = fuse(adapter, out, bits=bits, group_size=group_size, base=base, data=data, console=console)
+    report = fuse(
+        adapter,
+        out,
+        bits=None if bits is None else _one_of(bits, (4, 8), "--bits"),
+        group_size=group_size,
+        dtype=None if dtype is None else _one_of(dtype, ("float16", "bfloat16", "float32"), "--dtype"),
+        base=base,
+        data=data,
+        force=force,
+        console=_console(),
+    )
     _save_json(json_file, asdict(report))
 
 
@@ -260,10 +279,9 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where to write; emptied first.")] = Path("runs/demo"),
 ) -> None:
     """Do the whole job once, on the embedded model: train two adapters, serve, compare, export; about two minutes."""
-    from train.demo import Demo
+    from train.demo import run
 
-    numbers = Demo(home=HOME, folder=folder, console=_console()).run(keep=keep)
-    _save_json(json_file, numbers)
+    _save_json(json_file, run(HOME, folder, _console(), keep=keep))
 
 
 @app.command()
@@ -280,7 +298,20 @@ def _serve_config(
     model: str, adapters: list[str], host: str | None, port: int | None, overrides: list[str]
 ) -> ServeConfig:
     """The configuration that `lathe serve` was asked for: a file's, or one made of words."""
-    raise NotImplementedError
+    from serve.config import load_config
+
+    changes: dict[str, Any] = {"host": host, "port": port}
+    if adapters:
+        changes["adapters"] = [_adapter(words) for words in adapters]
+    return load_config(model, overrides, **changes)
+
+
+def _adapter(words: str) -> dict[str, str]:
+    """'NAME=PATH' -> its parts."""
+    name, equals, path = words.partition("=")
+    if not (name and equals and path):
+        raise typer.BadParameter(f"found {words!r}; expected NAME=PATH", param_hint="--adapter")
+    return {"name": name, "path": path}
 
 
 @contextmanager
@@ -298,10 +329,6 @@ def _talk(conversation: Any) -> None:
         terminal.run(conversation, terminal.typed(console), console, echo=False)
     else:
         terminal.run(conversation, sys.stdin, console, echo=True)
-
-
-def _default_store() -> str:
-    raise NotImplementedError
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -353,10 +380,11 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
-def _one_of(text: str, choices: tuple[Any, ...], option: str) -> Any:
-    if text not in choices:
-        raise typer.BadParameter(f"found {text!r}; expected {' or '.join(choices)}", param_hint=option)
-    return text
+def _one_of(found: Any, choices: tuple[Any, ...], option: str) -> Any:
+    if found not in choices:
+        expected = " or ".join(map(str, choices))
+        raise typer.BadParameter(f"found {found}; expected {expected}", param_hint=option)
+    return found
 
 
 if __name__ == "__main__":

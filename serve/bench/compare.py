@@ -117,9 +117,8 @@ def _start(
         progress(f"starting {name}")
         server = ServerProcess(name, [*PYTHON, *words], folder / f"{name}.log", _environment(name))
         servers[name] = stack.enter_context(server)
-    base = model.name if _knows(servers["lathe"], model.name) else str(model)
     return [
-        Contestant("lathe", servers["lathe"], (base,)),
+        Contestant("lathe", servers["lathe"], (model.name,)),
         Contestant("mlx_lm.server", servers["mlx_lm.server"], ("default_model",)),
         Contestant("mlx_vlm.server", servers["mlx_vlm.server"], (str(model),)),
         Contestant(f"lathe, {len(adapters)} adapters mixed", servers["lathe"], tuple(adapters)),
@@ -197,7 +196,7 @@ def _rate(done: Round) -> float:
 
 def _same_text(rounds: Mapping[tuple[str, int], Sequence[Round]]) -> dict[str, float]:
     """Servers saw the same prompts in the same order, so equal weights should give equal greedy text."""
-    texts = {label: [] for label, _ in rounds}
+    texts: dict[str, list[list[str]]] = {label: [] for label, _ in rounds}
     for (label, _), each in rounds.items():
         texts[label] += [sorted(answer.text for answer in one.answers) for one in each]
     ours, *others = texts
@@ -220,8 +219,9 @@ def table(outcome: Outcome) -> Table:
     return drawn
 
 
-def _knows(server: ServerProcess, name: str) -> bool:
-    import httpx
-
-    listed = httpx.get(f"{server.url}/v1/models", timeout=30.0).json()
-    return any(entry.get("id") == name for entry in listed.get("data", ()))
+def notes(outcome: Outcome) -> list[str]:
+    """How alike the servers' answers were."""
+    return [
+        f"{label} gave {share:.0%} of Lathe's base answers word for word"
+        for label, share in outcome.same_text.items()
+    ]

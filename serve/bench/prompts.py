@@ -1,4 +1,4 @@
-"""Prompts of a wanted number of tokens, all different from their first word on, so no prefix cache helps.
+"""Prompts of a wanted number of tokens, all different, so that no cache of whole prompts helps.
 
 How many tokens a word makes is not known here: it is measured, by asking the server or a tokenizer.
 """

@@ -1,0 +1,444 @@
+"""`lathe demo`: the whole job once, with real parts, on the embedded model.
+
+Two recipes are trained, a server is started as a process of its own, the second adapter is loaded while a request
+streams, held-out prompts are scored over HTTP, an experiment compares the adapters, and the winner is exported.
+Everything it shows is in the numbers it returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from serve.bench.process import ServerProcess
+from serve.errors import ConfigError, StoppedError, TrainingError
+from serve.experiments.report import ExperimentReport, render, report
+from serve.experiments.store import Store
+from train.data.sources import read
+from train.export import ExportReport, export
+from train.recipe import Recipe, load_recipe
+from train.run import RunSummary
+from train.run import run as run_recipe
+
+MARKER = ".lathe-demo"
+BASE = "tickets"
+ADAPTERS = ("tickets-all", "tickets-attn")
+"""Names of the adapters, and of their recipes. The first is served from the start, the second joins later."""
+EXPERIMENT = "ticket-router"
+OUTCOME = "exact_match"
+CLIENTS = 16
+MAX_TOKENS = 64
+STREAM_TOKENS = 600
+EXPORT_BITS: Literal[4, 8] = 8
+TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One prompt that no adapter was trained on, and its right answer."""
+
+    messages: list[dict[str, Any]]
+    answer: str
+
+    def is_met_by(self, text: str) -> bool:
+        """Equal, white space around it aside."""
+        return text.strip() == self.answer.strip()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the server said to one prompt."""
+
+    id: str
+    text: str
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class HotLoad:
+    """What a stream saw while an adapter was loaded beside it. Pieces are of streamed text."""
+
+    adapter: str
+    load_s: float
+    pieces_before: int
+    pieces_during: int
+    pieces_after: int
+    longest_gap_s: float
+    stream_went_on: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """Exact answers of one model to the held-out prompts."""
+
+    exact_match: float
+    num_exact: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Served:
+    """What was measured over HTTP."""
+
+    hot_load: HotLoad
+    scores: dict[str, Score]
+    num_requests: int
+    num_tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the scoring: base and both adapters in the same batches."""
+        return self.num_tokens / self.seconds
+
+
+def run(home: Path, folder: Path, console: Console, *, keep: bool = False) -> dict[str, Any]:
+    """Do it all and return every number.
+
+    home    the checkout that data/ and recipes/ are read from
+    folder  where everything is written; it is emptied first, if it is an earlier demo's
+    keep    leave the server running at the end
+    """
+    start_s = time.perf_counter()
+    folder = folder.absolute()
+    _make_fresh(folder)
+    recipes = {name: _recipe(home, folder, name) for name in ADAPTERS}
+    training = {name: _train(recipe, console) for name, recipe in recipes.items()}
+    rows = held_out(recipes[ADAPTERS[0]])
+    with ExitStack() as stack:
+        console.rule("Serving", align="left")
+        server = ServerProcess("lathe serve", _command(home, folder), folder / "server.log")
+        stack.enter_context(server)
+        served = asyncio.run(_drive(server.url, folder, rows, console))
+        found = _report(folder)
+        winner = _winner(served.scores)
+        console.rule("Export", align="left")
+        exported = _export(recipes[winner], folder, home, console)
+        numbers = _numbers(training, served, found, winner, exported, time.perf_counter() - start_s)
+        _show(numbers, found, console)
+        if keep:
+            _say_what_to_try(server, rows[0], console)
+            stack.pop_all()
+    return numbers
+
+
+def _make_fresh(folder: Path) -> None:
+    """Empty the folder of an earlier demo; anything else that is in the way stays, and is an error."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
+        raise ConfigError(f"{folder} is not empty and not an earlier demo's; name another folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
+
+
+def _recipe(home: Path, folder: Path, name: str) -> Recipe:
+    changes = {
+        "model": home / "data" / "tickets",
+        "data": home / "data" / "routing",
+        "adapter_path": folder / name,
+    }
+    # JSON quoting is YAML's too, whatever the path holds.
+    overrides = [f"{key}={json.dumps(str(path))}" for key, path in changes.items()]
+    return load_recipe(home / "recipes" / f"{name}.yaml", overrides)
+
+
+def _train(recipe: Recipe, console: Console) -> RunSummary:
+    console.rule(f"Training {Path(recipe.adapter_path).name}", align="left")
+    summary = run_recipe(recipe, console=console)
+    if summary.signal is not None:
+        raise KeyboardInterrupt
+    if summary.status != "finished":
+        raise TrainingError(f"{recipe.adapter_path}: the run ended as {summary.status!r}")
+    return summary
+
+
+def held_out(recipe: Recipe) -> list[HeldOut]:
+    """The test rows of a recipe's data."""
+    found = [example.as_messages() for example in read(recipe, "test")]
+    return [
+        HeldOut([dict(message) for message in messages[:-1]], str(messages[-1]["content"]))
+        for messages in found
+        if messages
+    ]
+
+
+def _command(home: Path, folder: Path) -> list[str]:
+    """How the server is started, its configuration written."""
+    config = {
+        "model": str(home / "data" / "tickets"),
+        "name": BASE,
+        "adapters": [{"name": ADAPTERS[0], "path": str(folder / ADAPTERS[0])}],
+        "allowed_adapter_roots": [str(folder)],
+        "experiments": [{"name": EXPERIMENT, "variants": [{"model": name} for name in ADAPTERS]}],
+        "store": _store_url(folder),
+    }
+    path = folder / "serve.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return [sys.executable, "-P", "-m", "lathe", "serve", str(path), "--port", "{port}"]
+
+
+def _store_url(folder: Path) -> str:
+    return f"sqlite:///{folder / 'experiments.sqlite'}"
+
+
+# Over HTTP, as any client would.
+
+
+async def _drive(url: str, folder: Path, rows: Sequence[HeldOut], console: Console) -> Served:
+    # The pool keeps the rest waiting: CLIENTS requests at once, and no limit on how long one waits for its turn.
+    limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
+    timeout = httpx.Timeout(TIMEOUT_S, pool=None)
+    async with httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits) as http:
+        hot_load = await _load_while_streaming(http, folder / ADAPTERS[1], rows[0])
+        _say_hot_load(hot_load, console)
+        models = (BASE, *ADAPTERS)
+        with _bar("held-out prompts, base and adapters mixed", len(rows) * len(models), console) as told:
+            start_s = time.perf_counter()
+            asked = [(model, row) for row in rows for model in models]
+            replies = await asyncio.gather(*(_ask(http, model, row, told) for model, row in asked))
+            seconds = time.perf_counter() - start_s
+        with _bar(f"experiment {EXPERIMENT}", len(rows), console) as told:
+            users = [f"customer-{number}" for number in range(len(rows))]
+            await asyncio.gather(
+                *(_experiment(http, row, user, told) for row, user in zip(rows, users, strict=True))
+            )
+    hits = [(model, row.is_met_by(reply.text)) for (model, row), reply in zip(asked, replies, strict=True)]
+    return Served(
+        hot_load=hot_load,
+        scores={model: _score([hit for name, hit in hits if name == model]) for model in models},
+        num_requests=len(replies),
+        num_tokens=sum(reply.num_tokens for reply in replies),
+        seconds=seconds,
+    )
+
+
+async def _load_while_streaming(http: httpx.AsyncClient, adapter: Path, row: HeldOut) -> HotLoad:
+    """Start a long answer, load the adapter after its first piece, see that the pieces keep coming."""
+    arrivals: list[float] = []
+    begun = asyncio.Event()
+    stream = asyncio.create_task(_watch(http, row, arrivals, begun))
+    waiting = asyncio.create_task(begun.wait())
+    await asyncio.wait({stream, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    start_s = time.perf_counter()
+    body = {"lora_name": adapter.name, "lora_path": str(adapter)}
+    _checked(await http.post("/v1/load_lora_adapter", json=body))
+    end_s = time.perf_counter()
+    await stream
+    before = sum(arrival < start_s for arrival in arrivals)
+    after = sum(arrival > end_s for arrival in arrivals)
+    gaps = [later - earlier for earlier, later in pairwise(arrivals)]
+    return HotLoad(
+        adapter=adapter.name,
+        load_s=end_s - start_s,
+        pieces_before=before,
+        pieces_during=len(arrivals) - before - after,
+        pieces_after=after,
+        longest_gap_s=max(gaps, default=0.0),
+        stream_went_on=before > 0 and after > 0,
+    )
+
+
+async def _watch(http: httpx.AsyncClient, row: HeldOut, arrivals: list[float], begun: asyncio.Event) -> None:
+    """Stream one long answer of the first adapter, noting when each piece comes."""
+    body = {
+        "model": ADAPTERS[0],
+        "messages": row.messages,
+        "max_tokens": STREAM_TOKENS,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    async with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.status_code != 200:
+            await response.aread()
+            _checked(response)
+        async for line in response.aiter_lines():
+            if line.startswith("data:") and '"content"' in line:
+                arrivals.append(time.perf_counter())
+                begun.set()
+            if '"error"' in line:
+                raise StoppedError(f"the stream broke: {line}")
+
+
+async def _ask(
+    http: httpx.AsyncClient, model: str, row: HeldOut, told: Callable[[], None], user: str | None = None
+) -> Reply:
+    body = {
+        "model": model,
+        "messages": row.messages,
+        "max_tokens": MAX_TOKENS,
+        "temperature": 0.0,
+        "user": user,
+    }
+    reply = _checked(await http.post("/v1/chat/completions", json=body))
+    told()
+    text = str(reply["choices"][0]["message"]["content"])
+    return Reply(str(reply["id"]), text, int(reply["usage"]["completion_tokens"]))
+
+
+async def _experiment(http: httpx.AsyncClient, row: HeldOut, user: str, told: Callable[[], None]) -> None:
+    """Ask under the experiment's public name, and report how the answer turned out."""
+    reply = await _ask(http, EXPERIMENT, row, told, user)
+    outcome = {"id": reply.id, "name": OUTCOME, "value": float(row.is_met_by(reply.text))}
+    _checked(await http.post("/v1/feedback", json=outcome))
+
+
+def _checked(response: httpx.Response) -> dict[str, Any]:
+    """The answer's JSON. Raises StoppedError with the server's words if it refused."""
+    if response.status_code != 200:
+        where = f"{response.request.method} {response.request.url.path}"
+        raise StoppedError(f"{where} answered {response.status_code}: {response.text[:500]}")
+    is_json = response.headers.get("content-type", "").startswith("application/json")
+    body = response.json() if is_json else {}
+    return body if isinstance(body, dict) else {}
+
+
+# What came of it.
+
+
+def _score(hits: Sequence[bool]) -> Score:
+    return Score(exact_match=sum(hits) / len(hits), num_exact=sum(hits), num_rows=len(hits))
+
+
+def _report(folder: Path) -> ExperimentReport:
+    store = Store(_store_url(folder), create=False)
+    try:
+        return report(store, EXPERIMENT, OUTCOME)
+    finally:
+        store.close()
+
+
+def _winner(scores: dict[str, Score]) -> str:
+    """The adapter with most exact answers; the first one of equals."""
+    return max(ADAPTERS, key=lambda name: scores[name].exact_match)
+
+
+def _export(recipe: Recipe, folder: Path, home: Path, console: Console) -> ExportReport:
+    adapter = Path(recipe.adapter_path)
+    return export(
+        adapter,
+        folder / f"{adapter.name}-{EXPORT_BITS}bit",
+        bits=EXPORT_BITS,
+        base=recipe.model,
+        data=home / "data" / "routing" / "test.jsonl",
+        console=console,
+    )
+
+
+def _numbers(
+    training: dict[str, RunSummary],
+    served: Served,
+    found: ExperimentReport,
+    winner: str,
+    exported: ExportReport,
+    seconds: float,
+) -> dict[str, Any]:
+    return {
+        "seconds": seconds,
+        "base": asdict(served.scores[BASE]),
+        "adapters": {
+            name: {**asdict(served.scores[name]), "training": asdict(summary)}
+            for name, summary in training.items()
+        },
+        "hot_load": asdict(served.hot_load),
+        "serving": {
+            "num_requests": served.num_requests,
+            "num_tokens": served.num_tokens,
+            "seconds": served.seconds,
+            "tokens_per_s": served.tokens_per_s,
+            "clients": CLIENTS,
+        },
+        "experiment": found.to_dict(),
+        "winner": winner,
+        "export": asdict(exported),
+    }
+
+
+def _show(numbers: dict[str, Any], found: ExperimentReport, console: Console) -> None:
+    console.rule("Result", align="left")
+    drawn = Table(title="Held-out prompts answered exactly, over HTTP", title_justify="left")
+    for heading in ("model", "exact", "of", "exact match", "trained weights", "training"):
+        drawn.add_column(heading, justify="left" if heading == "model" else "right")
+    lines = {f"{BASE} (base)": numbers["base"], **numbers["adapters"]}
+    for name, score in lines.items():
+        training = score.get("training")
+        drawn.add_row(
+            name,
+            str(score["num_exact"]),
+            str(score["num_rows"]),
+            f"{score['exact_match']:.1%}",
+            f"{training['num_trainable']:,}" if training else "",
+            f"{training['seconds']:.0f} s" if training else "",
+        )
+    exported, serving = numbers["export"], numbers["serving"]
+    console.print(drawn, render(found))
+    console.print(
+        f"served: {serving['num_requests']} requests of the base and both adapters in shared batches, "
+        f"{serving['tokens_per_s']:.0f} tok/s\n"
+        f"exported: {numbers['winner']} as {exported['bits']} bit in {exported['out']}, top-1 agreement "
+        f"{exported['top1_agreement']:.2%}, KL {exported['kl_mean']:.1e} nats a token\n"
+        f"all of it took {numbers['seconds']:.0f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _say_hot_load(seen: HotLoad, console: Console) -> None:
+    went = "the stream went on" if seen.stream_went_on else "[red]the stream did not go on[/red]"
+    console.print(
+        f"loaded {seen.adapter} in {seen.load_s * 1e3:.0f} ms while {ADAPTERS[0]} was streaming: {went}, "
+        f"{seen.pieces_before} pieces before, {seen.pieces_during} during, {seen.pieces_after} after, "
+        f"longest gap {seen.longest_gap_s * 1e3:.0f} ms",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _say_what_to_try(server: ServerProcess, row: HeldOut, console: Console) -> None:
+    body = json.dumps({"model": ADAPTERS[0], "messages": row.messages})
+    quoted = body.replace("'", "'\\''")
+    console.print(
+        f"\nThe server stays up: {server.url} (stop it with: kill {server.pid})\n"
+        f"  curl {server.url}/v1/models\n"
+        f"  curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{quoted}'\n"
+        f"  lathe chat --url {server.url} --model {ADAPTERS[1]}\n"
+        f"  lathe bench serve --url {server.url} --model {BASE},{','.join(ADAPTERS)}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+class _bar:
+    """A progress bar in a terminal, one line elsewhere; gives a function that counts one more."""
+
+    def __init__(self, title: str, total: int, console: Console) -> None:
+        self._title, self._total, self._console = title, total, console
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+
+    def __enter__(self) -> Callable[[], None]:
+        if not self._console.is_terminal:
+            self._console.print(f"{self._title}: {self._total} requests", highlight=False)
+        self._progress.start()
+        task = self._progress.add_task(self._title, total=self._total)
+        return lambda: self._progress.advance(task)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
