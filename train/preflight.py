@@ -143,24 +143,22 @@ def show(preflight: Preflight, console: Console, *, with_recipe: bool = False) -
 
 
 def _rows_table(splits: Sequence[Split]) -> Table:
-    table = Table("split", title="data", title_justify="left")
-    for name in (
-        "rows read",
-        "sequences",
-        "truncated",
-        "dropped",
-        "tokens",
-        "targets",
-        "target share",
-        "longest",
-    ):
-        table.add_column(name, justify="right")
-    for split in splits:
-        report = split.report
-        share = report.num_targets / report.num_tokens if report.num_tokens else 0.0
-        counts = (report.num_read, report.num_sequences, report.num_truncated, sum(report.dropped.values()))
-        numbers = [f"{count:,}" for count in (*counts, report.num_tokens, report.num_targets)]
-        table.add_row(split.name, *numbers, f"{share:.1%}", f"{report.longest:,}")
+    table = Table("data", *(split.name for split in splits))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    reports = [split.report for split in splits]
+    counts = {
+        "rows read": [report.num_read for report in reports],
+        "sequences": [report.num_sequences for report in reports],
+        "truncated": [report.num_truncated for report in reports],
+        "dropped": [sum(report.dropped.values()) for report in reports],
+        "tokens": [report.num_tokens for report in reports],
+        "targets": [report.num_targets for report in reports],
+        "longest": [report.longest for report in reports],
+    }
+    for name, values in counts.items():
+        table.add_row(name, *(f"{value:,}" for value in values))
+    table.add_row("target share", *(f"{r.num_targets / max(r.num_tokens, 1):.1%}" for r in reports))
     return table
 
 
