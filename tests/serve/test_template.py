@@ -1,0 +1,270 @@
+"""Laws of the prompt renderer, on templates in the style of real families and a tiny byte-level BPE tokenizer."""
+
+from __future__ import annotations
+
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from serve.errors import RequestError
+from serve.model.template import ChatTemplate
+
+SPECIAL = [
+    *("<|im_start|>", "<|im_end|>", "<think>", "</think>"),
+    *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *("<bos>", "<start_of_turn>", "<end_of_turn>", "<s>", "</s>", "[INST]", "[/INST]"),
+]
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATML_MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}<|im_end|>{% endgeneration %}\n{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN3 = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% set words = m.content %}"
+    "{% if m.role == 'assistant' %}{% set thought = '' %}{% if '</think>' in words %}"
+    "{% set thought = words.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set words = words.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if loop.index0 > ns.last %}<|im_start|>assistant\n<think>\n{{ thought }}\n</think>\n\n{{ words }}<|im_end|>\n"
+    "{% else %}<|im_start|>assistant\n{{ words }}<|im_end|>\n{% endif %}"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ words }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}"
+    "<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+LLAMA3 = (
+    "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "<bos>{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}"
+    "{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+MISTRAL = (
+    "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+THINK_OPENS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+TURNS = [
+    {"role": "user", "content": "Where is my order?"},
+    {"role": "assistant", "content": "It left on Monday.\nAnything else?"},
+    {"role": "user", "content": "Größe ändern: 42 → 43 🙂"},
+    {"role": "assistant", "content": "Erledigt. 🙂"},
+]
+FAMILIES = {
+    "chatml": (CHATML, "<|im_end|>", TURNS),
+    "chatml with markers": (CHATML_MARKED, "<|im_end|>", TURNS),
+    "chatml and system": (CHATML, "<|im_end|>", [{"role": "system", "content": "Be brief."}, *TURNS]),
+    "llama3": (LLAMA3, "<|eot_id|>", TURNS),
+    "gemma": (GEMMA, "<end_of_turn>", TURNS),
+    "mistral": (MISTRAL, "</s>", TURNS),
+}
+
+
+@pytest.fixture(scope="module")
+def bpe() -> str:
+    """tokenizer.json of a small byte-level BPE, with merges over words and newlines."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    corpus = [f"{m['role']}:\n{m['content']}\n\n" for m in TURNS] * 4 + [
+        "user\n",
+        "assistant\n",
+        "\n\n",
+        "\n\nIt",
+    ] * 8
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer.to_str()
+
+
+@pytest.fixture
+def make_tokenizer(bpe):
+    def make(template: str | None, eos: str = "<|im_end|>", eos_is_known: bool = True) -> TokenizerWrapper:
+        fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe), chat_template=template)
+        if eos_is_known:
+            fast.eos_token = eos
+        return TokenizerWrapper(fast)
+
+    return make
+
+
+def supervised_text(tokenizer: TokenizerWrapper, sequence) -> list[str]:
+    return [tokenizer.decode(list(sequence.token_ids[start:stop])) for start, stop in sequence.spans]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_assistant_turn_is_supervised_through_its_end_token_and_nothing_else(family, make_tokenizer):
+    template, eos, messages = FAMILIES[family]
+    tokenizer = make_tokenizer(template, eos)
+    (sequence,) = ChatTemplate(tokenizer).supervise(messages)
+    space = " " if family == "mistral" else ""
+    answers = [space + m["content"] + eos for m in messages if m["role"] == "assistant"]
+    assert supervised_text(tokenizer, sequence) == answers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_as_served_and_answer_are_the_training_sequence(family, make_tokenizer):
+    template, eos, messages = FAMILIES[family]
+    chat = ChatTemplate(make_tokenizer(template, eos))
+    (sequence,) = chat.supervise(messages)
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    assert len(sequence.spans) == len(turns)
+    for i, (start, _) in zip(turns, sequence.spans, strict=True):
+        assert sequence.token_ids[:start] == chat.render(messages[:i])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_render_gives_the_tokens_that_the_tokenizer_itself_gives(family, make_tokenizer):
+    template, eos, messages = FAMILIES[family]
+    tokenizer = make_tokenizer(template, eos)
+    for prompt in (True, False):
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt)
+        assert ChatTemplate(tokenizer).render(messages, add_generation_prompt=prompt) == tuple(expected)
+
+
+def test_an_end_token_the_tokenizer_does_not_call_eos_is_still_supervised(make_tokenizer):
+    tokenizer = make_tokenizer(GEMMA, eos_is_known=False)
+    (sequence,) = ChatTemplate(tokenizer).supervise(TURNS)
+    assert all(text.endswith("<end_of_turn>") for text in supervised_text(tokenizer, sequence))
+
+
+def test_a_template_that_rewrites_history_gives_one_sequence_a_turn_as_served(make_tokenizer):
+    tokenizer = make_tokenizer(QWEN3)
+    messages = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "<think>\neasy\n</think>\n\n4"},
+        {"role": "user", "content": "and 3+3?"},
+        {"role": "assistant", "content": "6"},
+    ]
+    chat = ChatTemplate(tokenizer)
+    first, second = chat.supervise(messages)
+    assert supervised_text(tokenizer, first) == ["<think>\neasy\n</think>\n\n4<|im_end|>"]
+    assert supervised_text(tokenizer, second) == ["<think>\n\n</think>\n\n6<|im_end|>"]
+    assert first.token_ids[: first.spans[0][0]] == chat.render(messages[:1])
+    assert second.token_ids[: second.spans[0][0]] == chat.render(messages[:3])
+    assert "easy" not in tokenizer.decode(list(second.token_ids))
+
+
+def test_an_answer_that_would_melt_into_its_prompt_is_tokenized_as_served(make_tokenizer):
+    tokenizer = make_tokenizer(PLAIN)
+    chat = ChatTemplate(tokenizer)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "\nIt left"}]
+    prompt, melted = chat.render(messages[:1]), chat.render(messages, add_generation_prompt=False)
+    assert melted[: len(prompt)] != prompt  # the tokenizer joins the two newlines: what this test is about
+    (sequence,) = chat.supervise(messages)
+    assert sequence.token_ids[: sequence.spans[0][0]] == prompt
+    assert tokenizer.decode(list(sequence.token_ids)) == tokenizer.decode(list(melted))
+
+
+def test_without_an_end_token_the_newlines_after_a_turn_are_not_supervised(make_tokenizer):
+    tokenizer = make_tokenizer(PLAIN)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello you"}]
+    (sequence,) = ChatTemplate(tokenizer).supervise(messages)
+    assert "".join(supervised_text(tokenizer, sequence)).rstrip("\n") == "Hello you"
+
+
+def test_what_a_template_marks_as_generated_is_what_is_supervised(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML_MARKED.replace("{% generation %}", "(a note) {% generation %}"))
+    (sequence,) = ChatTemplate(tokenizer).supervise(TURNS)
+    assert "(a note) It left" in tokenizer.decode(list(sequence.token_ids))
+    assert supervised_text(tokenizer, sequence)[0] == "It left on Monday.\nAnything else?<|im_end|>"
+
+
+def test_train_on_eos_chooses_which_end_tokens_count(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML)
+    ends = {}
+    for choice in ("turn", "last", "none"):
+        (sequence,) = ChatTemplate(tokenizer).supervise(TURNS, train_on_eos=choice)
+        ends[choice] = [text.endswith("<|im_end|>") for text in supervised_text(tokenizer, sequence)]
+    assert ends == {"turn": [True, True], "last": [False, True], "none": [False, False]}
+
+
+def test_other_roles_are_supervised_without_their_headers(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML)
+    (sequence,) = ChatTemplate(tokenizer).supervise(TURNS, roles=("user", "assistant"))
+    assert supervised_text(tokenizer, sequence) == [m["content"] + "<|im_end|>" for m in TURNS]
+
+
+def test_a_conversation_without_such_a_turn_gives_no_sequence(make_tokenizer):
+    assert ChatTemplate(make_tokenizer(CHATML)).supervise(TURNS[:1]) == []
+
+
+def test_an_answer_that_quotes_the_end_token_is_supervised_to_its_real_end(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML)
+    messages = [TURNS[0], {"role": "assistant", "content": "it is <|im_end|> and then"}, *TURNS[2:]]
+    (sequence,) = ChatTemplate(tokenizer).supervise(messages)
+    assert supervised_text(tokenizer, sequence)[0] == "it is <|im_end|> and then<|im_end|>"
+
+
+def test_a_prompt_that_the_answer_does_not_continue_is_refused_not_trained(make_tokenizer):
+    with pytest.raises(RequestError, match="serving would never see"):
+        ChatTemplate(make_tokenizer(THINK_OPENS)).supervise(TURNS[:2])
+
+
+def test_what_the_template_refuses_is_a_request_error_with_its_words(make_tokenizer):
+    chat = ChatTemplate(make_tokenizer(GEMMA, "<end_of_turn>"))
+    with pytest.raises(RequestError, match="System role not supported") as caught:
+        chat.render([{"role": "system", "content": "x"}])
+    assert caught.value.param == "messages"
+
+
+def test_no_template_and_no_messages_are_request_errors(make_tokenizer):
+    bare = ChatTemplate(make_tokenizer(None))
+    assert not bare.exists
+    with pytest.raises(RequestError, match="no chat template"):
+        bare.render(TURNS)
+    with pytest.raises(RequestError, match="at least one message"):
+        ChatTemplate(make_tokenizer(CHATML)).render([])
+
+
+def test_parts_null_content_and_json_arguments_render_as_their_plain_forms(make_tokenizer):
+    chat = ChatTemplate(
+        make_tokenizer(
+            "{% for m in messages %}{{ m.content }}|{% for c in m.tool_calls or [] %}"
+            "{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+        )
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    odd = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    odd.append({"role": "assistant", "content": None, "tool_calls": [call]})
+    text = chat._tokenizer.decode(list(chat.render(odd)))
+    assert text == 'ab||{"a": 1}'
+    with pytest.raises(RequestError, match="image_url"):
+        chat.render([{"role": "user", "content": [{"type": "image_url"}]}])
+
+
+def test_hash_names_the_template(make_tokenizer):
+    same, again = ChatTemplate(make_tokenizer(CHATML)), ChatTemplate(make_tokenizer(CHATML))
+    assert same.hash == again.hash != ChatTemplate(make_tokenizer(LLAMA3)).hash
+
+
+def test_continuing_a_final_message_leaves_it_open(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML)
+    ids = ChatTemplate(tokenizer).render(TURNS[:2], add_generation_prompt=False, continue_final_message=True)
+    assert tokenizer.decode(list(ids)).endswith("Anything else?")
