@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 BLAS_SYMBOL = "cblas_sgemm"
@@ -78,8 +79,6 @@ def _has_cuda_backend() -> bool:
 
 
 def _is_cuda_wheel(root: Path) -> bool:
-    from importlib import metadata
-
     names = {(d.metadata["Name"] or "").lower() for d in metadata.distributions(path=[str(root.parent)])}
     return any(name.startswith("mlx-cuda") for name in names)
 
@@ -178,7 +177,7 @@ def describe() -> Device:
         chip=str(info.get("device_name") or _cpu_name()),
         memory_bytes=int(psutil.virtual_memory().total),
         gpu_memory_bytes=int(gpu_memory) if gpu_memory else None,
-        mlx_version=mx.__version__,
+        mlx_version=metadata.version("mlx"),
         blas=blas_library() if kind == "cpu" else "not used",
         dtype_policy="float32, quantized weights dequantized at load" if kind == "cpu" else "as stored",
     )

@@ -13,9 +13,10 @@ import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import mlx.core as mx
+import numpy as np
 
 from serve.errors import AdapterError, NotFoundError, StorageError
 
@@ -97,7 +98,7 @@ def read_tensors(folder: Path, config: AdapterConfig | None = None) -> dict[str,
     path = folder / TENSORS_FILE
     check_whole(path)
     try:
-        tensors = mx.load(str(path))
+        tensors = cast(dict[str, mx.array], mx.load(str(path)))
         mx.eval(tensors)
     except RuntimeError as error:
         raise AdapterError(f"{path}: {error}") from error
@@ -139,7 +140,7 @@ def content_hash(tensors: dict[str, mx.array]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(memoryview(mx.contiguous(tensor).reshape(-1).view(mx.uint8)))
+        digest.update(memoryview(np.asarray(mx.contiguous(tensor).reshape(-1).view(mx.uint8))))
     return f"sha256:{digest.hexdigest()}"
 
 

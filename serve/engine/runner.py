@@ -138,11 +138,12 @@ def _read(sequences: Seq[Sequence], drawn: mx.array | None, logprobs: Logprobs |
     if drawn is None:
         return []
     details: dict[int, TokenLogprob] = {}
-    token_ids: list[int] = drawn.tolist()  # type: ignore[assignment]
+    token_ids: list[int] = np.asarray(drawn).tolist()
     if logprobs is not None:
-        values = logprobs.drawn.tolist()
-        top_ids = logprobs.top_ids.tolist() if logprobs.top_ids is not None else []
-        top_values = logprobs.top_values.tolist() if logprobs.top_values is not None else []
+        values = np.asarray(logprobs.drawn).tolist()
+        top_ids, top_values = (
+            np.asarray(part).tolist() if part is not None else [] for part in (logprobs.top_ids, logprobs.top_values)
+        )
         for place, row in enumerate(logprobs.rows):
             count = sequences[row].request.sampling.num_logprobs or 0
             top = tuple(zip(top_ids[place][:count], top_values[place][:count], strict=True)) if count else ()

@@ -125,8 +125,8 @@ class Store:
         """Drop all connections."""
         self._engine.dispose()
 
-    def begin_run(self, experiment: Experiment) -> int:
-        """The id of the run with this definition, made if it is new; from here on it is the newest."""
+    def begin_run(self, experiment: Experiment) -> Run:
+        """The run with this definition, made if it is new; from here on it is the newest."""
         definition = json.dumps(asdict(experiment), sort_keys=True)
         now = time.time()
         statement = (
@@ -139,10 +139,11 @@ class Store:
                 activated_at=now,
             )
             .on_conflict_do_update(index_elements=["experiment", "digest"], set_={"activated_at": now})
-            .returning(runs.c.id)
+            .returning(runs.c.id, runs.c.started_at)
         )
         with _told(self.url), self._engine.begin() as connection:
-            return int(connection.execute(statement).scalar_one())
+            found = connection.execute(statement).one()
+        return Run(int(found.id), experiment, float(found.started_at))
 
     def expose(self, exposure: Exposure) -> None:
         """Write an exposure; a second one with the same completion id changes nothing."""

@@ -39,7 +39,7 @@ def expose(store: Store, run: int, number: int, variant: str, unit: str | None =
 
 
 def test_counts_means_latency_and_verdict_come_from_what_was_written(store):
-    run = store.begin_run(ARMS)
+    run = store.begin_run(ARMS).id
     for i in range(400):
         variant = ("attn", "all")[i % 2]
         completion = expose(store, run, i, variant)
@@ -58,7 +58,7 @@ def test_counts_means_latency_and_verdict_come_from_what_was_written(store):
 
 
 def test_a_busy_unit_counts_once_with_its_mean(store):
-    run = store.begin_run(ARMS)
+    run = store.begin_run(ARMS).id
     for i in range(10):
         store.record_outcome(expose(store, run, i, "attn", unit="busy"), "ok", float(i < 5))
     store.record_outcome(expose(store, run, 10, "attn"), "ok", 1.0)
@@ -68,7 +68,7 @@ def test_a_busy_unit_counts_once_with_its_mean(store):
 
 
 def test_feedback_is_idempotent_and_its_last_value_counts(store):
-    run = store.begin_run(ARMS)
+    run = store.begin_run(ARMS).id
     completion = expose(store, run, 0, "attn")
     for value in (0.0, 0.0, 1.0):
         store.record_outcome(completion, "ok", value)
@@ -77,7 +77,7 @@ def test_feedback_is_idempotent_and_its_last_value_counts(store):
 
 
 def test_an_exposure_written_twice_is_one(store):
-    run = store.begin_run(ARMS)
+    run = store.begin_run(ARMS).id
     expose(store, run, 0, "attn")
     expose(store, run, 0, "all")
     assert [v.num_exposures for v in report(store, "tickets").variants] == [1, 0]
@@ -90,18 +90,18 @@ def test_feedback_on_an_unknown_completion_is_refused(store):
 
 
 def test_the_same_definition_is_one_run_and_another_definition_starts_afresh(store):
-    run = store.begin_run(ARMS)
+    run = store.begin_run(ARMS).id
     expose(store, run, 0, "attn")
-    assert store.begin_run(ARMS) == run
-    other = store.begin_run(Experiment("tickets", "another salt", ARMS.variants))
+    assert store.begin_run(ARMS).id == run
+    other = store.begin_run(Experiment("tickets", "another salt", ARMS.variants)).id
     assert other != run
     assert sum(v.num_exposures for v in report(store, "tickets").variants) == 0
-    assert store.begin_run(ARMS) == run
+    assert store.begin_run(ARMS).id == run
     assert sum(v.num_exposures for v in report(store, "tickets").variants) == 1
 
 
 def test_a_report_needs_the_file_only_and_reads_while_another_connection_writes(store, tmp_path):
-    run = store.begin_run(ARMS)
+    run = store.begin_run(ARMS).id
     expose(store, run, 0, "attn")
     reader = Store(f"sqlite:///{tmp_path}/e.sqlite", create=False)
     assert report(reader, "tickets").variants[0].num_exposures == 1
@@ -112,7 +112,7 @@ def test_a_report_needs_the_file_only_and_reads_while_another_connection_writes(
 
 
 def test_many_threads_write_at_once_and_nothing_is_lost(store):
-    run = store.begin_run(ARMS)
+    run = store.begin_run(ARMS).id
 
     def write(i: int) -> None:
         store.record_outcome(expose(store, run, i, "all"), "ok", 1.0)
@@ -123,7 +123,7 @@ def test_many_threads_write_at_once_and_nothing_is_lost(store):
 
 
 def test_a_skewed_split_and_a_replaced_adapter_are_warned_of(store):
-    run = store.begin_run(ARMS)
+    run = store.begin_run(ARMS).id
     for i in range(200):
         expose(store, run, i, "all" if i % 4 else "attn", model_version=f"tickets-all@{1 + i // 100}")
     found = report(store, "tickets")
@@ -133,7 +133,7 @@ def test_a_skewed_split_and_a_replaced_adapter_are_warned_of(store):
 
 
 def test_what_cannot_be_compared_is_refused_by_name(store):
-    run = store.begin_run(ARMS)
+    run = store.begin_run(ARMS).id
     completion = expose(store, run, 0, "attn")
     store.record_outcome(completion, "ok", 1.0)
     store.record_outcome(completion, "stars", 4.0)
@@ -155,7 +155,7 @@ def test_stores_that_cannot_work_are_refused(url):
 
 
 def test_the_table_names_every_variant_and_the_verdict(store):
-    run = store.begin_run(ARMS)
+    run = store.begin_run(ARMS).id
     store.record_outcome(expose(store, run, 0, "attn"), "ok", 1.0)
     console = Console(file=io.StringIO(), width=160)
     console.print(render(report(store, "tickets")))

@@ -1,5 +1,6 @@
 """The anytime-valid comparison: honest under peeking, and able to find a true difference."""
 
+from functools import cache
 from math import exp
 
 import numpy as np
@@ -19,9 +20,14 @@ from serve.experiments.statistics import (
 ALPHA = 0.05
 
 
+@cache
+def interval(total: int, count: int) -> Interval:
+    return confidence_sequence(total, count, ALPHA / 2)
+
+
 def comparison(total0: float, n0: int, total1: float, n1: int) -> str:
-    low, high = (confidence_sequence(t, n, ALPHA / 2) for t, n in ((total0, n0), (total1, n1)))
-    return verdict(difference(low, high))
+    control, treatment = (interval(int(t), n) for t, n in ((total0, n0), (total1, n1)))
+    return verdict(difference(control, treatment))
 
 
 def ever_left_out(draws: np.ndarray, p: float, alpha: float) -> np.ndarray:
