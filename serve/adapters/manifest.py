@@ -140,7 +140,7 @@ def content_hash(tensors: dict[str, mx.array]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(memoryview(np.asarray(mx.contiguous(tensor).reshape(-1).view(mx.uint8))))
+        digest.update(np.asarray(mx.contiguous(tensor).reshape(-1).view(mx.uint8)).data)
     return f"sha256:{digest.hexdigest()}"
 
 

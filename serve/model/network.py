@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -91,13 +92,18 @@ class TextNetwork:
         return self.backbone(tokens, cache=cache, input_embeddings=embeddings)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """The head alone: [B, T, D] → [B, T, V], by the family's own code."""
+        """The head alone: [..., D] → [..., V], by the family's own code. Rows keep their axis: adapters may touch it."""
         outer = self._outer
         head = dict.__new__(type(outer))
         dict.update(head, outer)
         head.__dict__.update(outer.__dict__)
         dict.__setitem__(head, self._backbone_name, _Passthrough(self.backbone))
         return type(outer).__call__(head, hidden)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """V: how many tokens the head scores. Token ids are below it."""
+        return self.logits(self.hidden(mx.array([[0]], dtype=mx.int32))).shape[-1]
 
     def check(self) -> None:
         """Raise ModelError unless head(backbone(x)) is the whole model on a few tokens."""
