@@ -92,7 +92,7 @@ class TextNetwork:
         return self.backbone(tokens, cache=cache, input_embeddings=embeddings)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """The head alone: [..., D] → [..., V], by the family's own code. Rows keep their axis: adapters may touch it."""
+        """The head alone: [..., D] → [..., V], by the family's own code. Rows keep their axis."""
         outer = self._outer
         head = dict.__new__(type(outer))
         dict.update(head, outer)
