@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,12 +50,12 @@ Adapters = Annotated[
 ]
 
 
-def main() -> None:
-    """Run the command line; the entry point of the `lathe` script."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line, or `words` in its place; the entry point of the `lathe` script. Ends by SystemExit."""
     # So that `with` blocks end the servers they started.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        app()
+        app(words)
     except SystemExit:
         raise
     except KeyboardInterrupt:
@@ -217,14 +217,16 @@ def bench_serve(
     from serve.bench.sweep import Sweep, run
     from serve.chat import choose_model
 
+    levels = _numbers(concurrency, "--concurrency")
+    _one_of(endpoint, ("chat", "completions"), "--endpoint")
     sweep = Sweep(
         url=url,
         models=tuple(_words(model)) if model else (choose_model(url, None, api_key),),
-        concurrency=_numbers(concurrency, "--concurrency"),
+        concurrency=levels,
         num_prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
         num_requests=requests,
-        endpoint=_one_of(endpoint, ("chat", "completions"), "--endpoint"),
+        endpoint="completions" if endpoint == "completions" else "chat",
         tokenizer=tokenizer,
         extra={"ignore_eos": True} if ignore_eos else {},
         api_key=api_key,
@@ -317,7 +319,22 @@ def _adapter(words: str) -> dict[str, str]:
 @contextmanager
 def _server_for(model: str | None, adapters: list[str], url: str | None) -> Iterator[str]:
     """The address of a server: the one that was named, or one started here for as long as it is needed."""
-    raise NotImplementedError
+    if (model is None) == (url is None):
+        raise typer.BadParameter(
+            "name what to serve, or a running server with --url", param_hint="MODEL, --url"
+        )
+    if url is not None:
+        yield url
+        return
+    from serve.api.server import serving
+    from serve.runtime import Runtime
+
+    runtime = Runtime.start(_serve_config(str(model), adapters, None, None, []))
+    try:
+        with serving(runtime) as served_url:
+            yield served_url
+    finally:
+        runtime.close()
 
 
 def _talk(conversation: Any) -> None:

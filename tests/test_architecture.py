@@ -1,0 +1,117 @@
+"""Laws about the source itself: who may import whom, where the environment is read, and files that must load."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from serve import errors
+from serve.config import load_config
+from train.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted([*ROOT.glob("serve/**/*.py"), *ROOT.glob("train/**/*.py")])
+YAML_FILES = sorted([*ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("configs/**/*.yaml")])
+MAY_TOUCH_ENVIRONMENT = {"serve/device.py"}
+SCHEDULER = ROOT / "serve/engine/scheduler.py"
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of everything a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}: relative import"
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def test_serve_imports_neither_train_nor_the_front_door():
+    wrong = {name_of(p): imported(p) & {"train", "lathe"} for p in SOURCES if name_of(p).startswith("serve/")}
+    assert len(wrong) > 10
+    assert not {name: names for name, names in wrong.items() if names}
+
+
+def test_train_does_not_import_the_front_door():
+    assert not [name_of(p) for p in SOURCES if "lathe" in imported(p)]
+
+
+def test_the_scheduler_knows_no_arrays():
+    assert not imported(SCHEDULER) & {"mlx", "numpy", "mlx_lm"}
+
+
+def environment_reads(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        is_os = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os"
+        if is_os and node.attr in ("environ", "getenv", "putenv", "environb"):
+            yield f"{name_of(path)}:{node.lineno}"
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            names = {alias.name for alias in node.names} & {"environ", "getenv", "putenv"}
+            yield from (f"{name_of(path)}:{node.lineno}" for _ in names)
+
+
+def test_only_the_front_door_and_device_read_the_environment():
+    places = [place for path in SOURCES for place in environment_reads(path)]
+    assert not [place for place in places if place.partition(":")[0] not in MAY_TOUCH_ENVIRONMENT]
+    assert places, "the scan finds what it looks for, in serve/device.py"
+
+
+def tree_lines(kind: type, indent: str = "") -> Iterator[str]:
+    children = kind.__subclasses__()
+    for number, child in enumerate(children):
+        is_last = number == len(children) - 1
+        inherited = [base.__name__ for base in child.__bases__ if not issubclass(base, errors.LatheError)]
+        stdlib = f" ({inherited[0]})" if inherited else ""
+        yield f"{indent}{'└── ' if is_last else '├── '}{child.__name__}{stdlib} {child.status} {child.code}"
+        yield from tree_lines(child, indent + ("    " if is_last else "│   "))
+
+
+def test_the_drawing_of_the_error_tree_is_true():
+    root = errors.LatheError
+    drawn = [line for line in errors.__doc__.splitlines()[1:] if line.strip()]
+    wanted = [f"{root.__name__} {root.status} {root.code}", *tree_lines(root)]
+    # Columns are aligned by hand; indentation counts, runs of spaces inside a line do not.
+    assert [squeeze(line) for line in drawn] == [squeeze(line) for line in wanted]
+
+
+def squeeze(line: str) -> tuple[int, str]:
+    bare = line.lstrip(" │├└─")
+    return len(line) - len(bare), " ".join(bare.split())
+
+
+def test_every_deliberate_error_is_also_one_python_users_know():
+    for kind in (errors.LatheError, *errors.LatheError.__subclasses__()):
+        assert not issubclass(kind, KeyError)
+        assert kind is errors.LatheError or len(kind.__bases__) == 2, kind
+
+
+@pytest.mark.parametrize("path", YAML_FILES, ids=name_of)
+def test_every_yaml_in_recipes_and_configs_loads(path):
+    if path.parent.name == "recipes":
+        load_recipe(path)
+    else:
+        load_config(path)
+
+
+def test_there_are_recipes_and_they_are_yaml_mappings():
+    assert len([path for path in YAML_FILES if path.parent.name == "recipes"]) >= 2
+    assert all(isinstance(yaml.safe_load(path.read_text()), dict) for path in YAML_FILES)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_every_file_opens_by_saying_what_it_is(path):
+    tree = ast.parse(path.read_text())
+    if tree.body:
+        said = ast.get_docstring(tree)
+        assert said
+        assert len(said.splitlines()) <= 25
