@@ -1,0 +1,302 @@
+"""Whole runs of a tiny model: what they leave behind, and how they continue."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from rich.console import Console
+
+from serve.adapters.manifest import read_config, read_tensors
+from serve.errors import ConfigError
+from serve.model.loading import load
+from train import checkpoint
+from train.preflight import prepare
+from train.recipe import load_recipe
+from train.run import run
+
+RECIPE = """
+num_layers: -1
+batch_size: 4
+iters: 8
+learning_rate: 1e-2
+lora_parameters: {rank: 4, scale: 4.0, dropout: 0.1}
+lr_schedule: {name: cosine_decay, warmup: 2}
+max_grad_norm: 1.0
+steps_per_report: 2
+steps_per_eval: 4
+save_every: 4
+"""
+# As in mlx-lm's examples/lora_config.yaml; only the places and the length are ours.
+STOCK = """
+model: "{model}"
+train: true
+fine_tune_type: lora
+optimizer: adamw
+optimizer_config:
+  adamw:
+    betas: [0.9, 0.98]
+    eps: 1e-6
+    weight_decay: 0.05
+    bias_correction: true
+data: "{data}"
+seed: 0
+num_layers: 16
+batch_size: 4
+iters: 4
+val_batches: 25
+learning_rate: 1e-5
+report_to: null
+project_name: null
+steps_per_report: 10
+steps_per_eval: 200
+resume_adapter_file: null
+adapter_path: "{out}"
+save_every: 100
+test: false
+test_batches: 100
+max_seq_length: 2048
+grad_checkpoint: false
+lora_parameters:
+  keys: ["self_attn.q_proj", "self_attn.v_proj"]
+  rank: 8
+  scale: 20.0
+  dropout: 0.0
+lr_schedule:
+  name: cosine_decay
+  warmup: 100
+  warmup_init: 1e-7
+  arguments: [1e-5, 1000, 1e-7]
+"""
+
+
+@pytest.fixture(scope="session")
+def rows_folder(tmp_path_factory) -> Path:
+    """Conversations of different lengths, with train, valid and test files."""
+    folder = tmp_path_factory.mktemp("rows")
+    for split, count in (("train", 22), ("valid", 5), ("test", 3)):
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"{split} {'ab' * (i % 5)} {i}?"},
+                    {"role": "assistant", "content": f"no {i % 3}"},
+                ]
+            }
+            for i in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def make_recipe(tmp_path, model_folder, rows_folder):
+    """name, *overrides → the tiny recipe, writing to tmp_path/name."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+
+    def make(name: str, *overrides: str):
+        places = (f"model={model_folder}", f"data={rows_folder}", f"adapter_path={tmp_path / name}")
+        return load_recipe(path, (*places, *overrides))
+
+    return make
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def target_logits(module, recipe) -> np.ndarray:
+    batch = prepare(recipe).valid_batches()[0]
+    return np.array(module(mx.array(batch.tokens)).astype(mx.float32))[batch.is_target]
+
+
+def test_a_run_leaves_an_adapter_that_mlx_lm_loads_with_the_same_logits(make_recipe, model_folder, tmp_path):
+    recipe = make_recipe("out", "test=true", "metric={rows: 3, max_tokens: 8}")
+    summary = run(recipe, console=quiet())
+    out = tmp_path / "out"
+    assert (summary.status, summary.steps, summary.published_step, summary.exit_code) == ("finished", 8, 8, 0)
+    assert summary.valid_loss < summary.first_valid_loss
+    assert summary.test_loss > 0
+    assert summary.metric_before is not None
+    assert summary.metric_after is not None
+    assert json.loads((out / "summary.json").read_text())["content_hash"] == summary.content_hash
+    assert load_recipe(out / "recipe.yaml") == recipe
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines if line["kind"] == "valid"] == [0, 4, 8]
+    assert list((out / "tensorboard").glob("events*"))
+    lineage = read_config(out).lineage
+    assert lineage.base_fingerprint == load(str(model_folder)).fingerprint
+    assert lineage.metrics["valid_loss"] == summary.valid_loss
+    theirs, _ = mlx_lm.load(str(model_folder), adapter_path=str(out))
+    plain, _ = mlx_lm.load(str(model_folder))
+    ours = load(str(model_folder))
+    from train.export import load_adapted
+
+    adapted = load_adapted(out, read_config(out), str(model_folder))
+    logits = target_logits(theirs, recipe)
+    assert np.allclose(logits, target_logits(adapted.network.module, recipe), atol=1e-4)
+    assert np.allclose(target_logits(plain, recipe), target_logits(ours.network.module, recipe), atol=1e-4)
+    assert np.abs(logits - target_logits(plain, recipe)).max() > 0.1
+
+
+def test_a_resumed_run_publishes_the_same_bytes(make_recipe, tmp_path):
+    overrides = ("grad_accumulation_steps=2", "metric={rows: 3, max_tokens: 8}", "save_every=4")
+    straight = run(make_recipe("straight", *overrides), console=quiet())
+    shutil.copytree(tmp_path / "straight", tmp_path / "half")
+    checkpoint.remove(tmp_path / "half" / "checkpoints" / "step-000004")
+    (tmp_path / "half" / "adapters.safetensors").unlink()
+    mx.random.seed(1234)
+    resumed = run(make_recipe("half", *overrides), resume=True, console=quiet())
+    assert resumed.steps == straight.steps == 4
+    assert resumed.content_hash == straight.content_hash
+    assert resumed.metric_before == straight.metric_before
+    optimizers = [
+        checkpoint.load(checkpoint.find(tmp_path / name)).optimizer for name in ("straight", "half")
+    ]
+    assert all(np.array_equal(np.array(v), np.array(optimizers[1][k])) for k, v in optimizers[0].items())
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "half" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == [json.loads(line)["step"] for line in (tmp_path / "straight/metrics.jsonl").open()]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_can_be_continued(make_recipe, tmp_path, number, code):
+    recipe = make_recipe("cut", "iters=400", "steps_per_report=1", "save_every=1000", "val_batches=0")
+    script = (
+        "import sys; from train.recipe import load_recipe; from train.run import run\n"
+        "sys.exit(run(load_recipe(sys.argv[1], sys.argv[2:])).exit_code)"
+    )
+    arguments = [f"{name}={getattr(recipe, name)}" for name in ("model", "data", "adapter_path", "iters")]
+    arguments += ["steps_per_report=1", "save_every=1000", "val_batches=0"]
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-c", script, str(tmp_path / "recipe.yaml"), *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    for line in child.stdout:
+        if line.startswith("iter 3/"):
+            child.send_signal(number)
+            break
+    child.stdout.read()
+    assert child.wait(60) == code
+    saved = checkpoint.existing(tmp_path / "cut")
+    assert len(saved) == 1
+    step = checkpoint.step_of(saved[0])
+    assert 3 <= step < 400
+    summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["signal"]) == ("interrupted", step, number)
+    with pytest.raises(ConfigError, match="holds an unfinished run, last saved at step-"):
+        run(recipe, console=quiet())
+    longer = make_recipe("cut", f"iters={step + 2}", "val_batches=0", "lr_schedule={name: constant}")
+    assert run(longer, resume=True, console=quiet()).steps == step + 2
+
+
+def test_a_finished_run_gives_way_to_a_new_one(make_recipe, tmp_path):
+    first = run(make_recipe("out", "iters=2"), console=quiet())
+    second = run(make_recipe("out", "iters=3", "seed=1"), console=quiet())
+    assert (first.steps, second.steps) == (2, 3)
+    assert [p.name for p in checkpoint.existing(tmp_path / "out")] == ["step-000003"]
+
+
+def test_a_stock_mlx_lm_yaml_runs(tmp_path, model_folder, rows_folder):
+    path = tmp_path / "lora_config.yaml"
+    path.write_text(STOCK.format(model=model_folder, data=rows_folder, out=tmp_path / "stock"))
+    summary = run(load_recipe(path), console=quiet())
+    assert (summary.status, summary.iterations) == ("finished", 4)
+    names = {name.split(".", 3)[3].rsplit(".", 1)[0] for name in read_tensors(tmp_path / "stock")}
+    assert names == {"self_attn.q_proj", "self_attn.v_proj"}
+
+
+def test_an_adapter_mlx_lm_made_is_a_warm_start(make_recipe, model_folder, tmp_path):
+    module, _ = mlx_lm.load(str(model_folder))
+    module.freeze()
+    parameters = {"rank": 4, "scale": 4.0, "dropout": 0.0}
+    linear_to_lora_layers(module, -1, parameters)
+    made = tmp_path / "made"
+    made.mkdir()
+    tensors = {n: t + 0.02 for n, t in tree_flatten(module.trainable_parameters())}
+    mx.save_safetensors(str(made / "adapters.safetensors"), tensors)
+    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}
+    (made / "adapter_config.json").write_text(json.dumps(config))
+    cold = run(make_recipe("cold", "iters=1"), console=quiet())
+    for source in (made, made / "adapters.safetensors"):
+        recipe = make_recipe(f"warm-{source.name}", "iters=1", f"resume_adapter_file={source}")
+        warm = run(recipe, console=quiet())
+        theirs, _ = mlx_lm.load(str(model_folder), adapter_path=str(made))
+        assert abs(warm.first_valid_loss - cold.first_valid_loss) > 0.01
+        assert warm.first_valid_loss == pytest.approx(mean_valid_loss(theirs, recipe), rel=1e-4)
+
+
+def mean_valid_loss(module, recipe) -> float:
+    """As plainly as it can be said."""
+    total, count = 0.0, 0
+    for batch in prepare(recipe).valid_batches():
+        logits = module(mx.array(batch.tokens)).astype(mx.float32)
+        logprobs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        for row, column in zip(*np.nonzero(batch.is_target), strict=True):
+            total -= logprobs[row, column - 1, batch.tokens[row, column]]
+            count += 1
+    return total / count
+
+
+def test_the_best_weights_are_published_when_asked(make_recipe, tmp_path):
+    """A rate that explodes late: the best validation is not the last."""
+    recipe = make_recipe(
+        "best",
+        "load_best_model_at_end=true",
+        "steps_per_eval=2",
+        "save_every=100",
+        "lr_schedule={name: linear_schedule, arguments: [1e-2, 40.0, 8]}",
+        "learning_rate=1e-2",
+        "max_grad_norm=null",
+        "save_total_limit=1",
+    )
+    summary = run(recipe, console=quiet())
+    assert summary.best_valid_loss < summary.valid_loss
+    assert summary.published_step == summary.best_step < 8
+    best = checkpoint.load(checkpoint.folder_of(tmp_path / "best", summary.best_step))
+    published = read_tensors(tmp_path / "best")
+    assert all(np.array_equal(np.array(best.tensors[name]), np.array(published[name])) for name in published)
+
+
+def test_a_dry_run_needs_no_weights_and_writes_nothing(make_recipe, model_folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    console = quiet()
+    summary = run(make_recipe("dry", f"model={bare}"), dry_run=True, console=console)
+    assert summary.status == "dry_run"
+    assert not (tmp_path / "dry").exists()
+    printed = console.file.getvalue()
+    for words in ("resolved recipe", "target share", "tokens up to", "an epoch is 6 batches", "padding"):
+        assert words in printed
+
+
+def test_random_weights_train_whole(make_recipe, model_folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    recipe = make_recipe(
+        "scratch",
+        f"model={bare}",
+        "init=random",
+        "fine_tune_type=full",
+        "lora_parameters=null",
+        "optimizer=muon",
+    )
+    summary = run(recipe, console=quiet())
+    assert summary.valid_loss < summary.first_valid_loss
+    assert "model.embed_tokens.weight" in read_tensors(tmp_path / "scratch")
+    assert summary.num_trainable == sum(t.size for t in read_tensors(tmp_path / "scratch").values())
