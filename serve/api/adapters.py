@@ -1,0 +1,66 @@
+"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter, as vLLM has them. Streams go on meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import APIRouter, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import PlainTextResponse
+
+from serve.api.errors import error_response
+from serve.api.schemas import LoadAdapterBody, UnloadAdapterBody
+from serve.api.services import ServicesDep
+from serve.config import ServeConfig
+from serve.errors import AdapterError, ForbiddenError, NotFoundError, RequestError
+from serve.runtime import Runtime
+
+router = APIRouter()
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_lora_adapter(body: LoadAdapterBody, services: ServicesDep) -> Response:
+    """Load a folder under a name; with load_inplace, replace the version that new requests get."""
+    if not body.lora_name or not body.lora_path:
+        raise RequestError("Both 'lora_name' and 'lora_path' must be provided.", "lora_name")
+    try:
+        await run_in_threadpool(_load, services.runtime, body)
+    except NotFoundError as error:
+        return error_response(404, str(error), code="not_found", param="lora_path")
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_lora_adapter(body: UnloadAdapterBody, services: ServicesDep) -> Response:
+    """Refuse the name to new requests; running ones end with the version they hold."""
+    if not body.lora_name:
+        raise RequestError("'lora_name' needs to be provided to unload a LoRA adapter.", "lora_name")
+    try:
+        await run_in_threadpool(services.runtime.registry.unload, body.lora_name)
+    except NotFoundError:
+        message = f"The lora adapter '{body.lora_name}' cannot be found."
+        return error_response(404, message, code="not_found", param="lora_name")
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _load(runtime: Runtime, body: LoadAdapterBody) -> None:
+    if body.lora_name in runtime.experiments:
+        raise AdapterError(f"{body.lora_name!r} is the public name of an experiment; choose another")
+    path = allowed_path(body.lora_path, runtime.config)
+    runtime.registry.load(body.lora_name, path, replace=body.load_inplace)
+
+
+def allowed_path(path: str, config: ServeConfig) -> Path:
+    """The folder behind `path`, links followed. ForbiddenError where this server may not read;
+    NotFoundError where nothing is."""
+    resolved = Path(path).expanduser().resolve()
+    roots = config.allowed_adapter_roots
+    if roots is None and not config.is_loopback:
+        raise ForbiddenError(
+            f"{path} may not be loaded: this server listens on {config.host} and names no allowed_adapter_roots"
+        )
+    if roots is not None and not any(resolved.is_relative_to(root.expanduser().resolve()) for root in roots):
+        raise ForbiddenError(f"{path} is under none of this server's allowed_adapter_roots")
+    if not resolved.is_dir():
+        raise NotFoundError(f"No adapter found for {path}: there is no such folder")
+    return resolved

@@ -1,0 +1,21 @@
+"""A Runtime in, the ASGI application out."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from serve.api import adapters, chat, completions, errors, feedback, health, models
+from serve.api.services import Services
+from serve.runtime import Runtime
+
+
+def create_app(runtime: Runtime) -> FastAPI:
+    """The HTTP server's application. The runtime stays its maker's to close."""
+    app = FastAPI(title="Lathe", version=version("mlx-lathe"))
+    app.state.services = Services(runtime)
+    errors.install(app)
+    for part in (chat, completions, models, adapters, feedback, health):
+        app.include_router(part.router)
+    return app

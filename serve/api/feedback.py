@@ -1,0 +1,29 @@
+"""POST /v1/feedback: an outcome for a completion that an experiment answered."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+
+from serve.api.errors import error_response
+from serve.api.schemas import FeedbackBody
+from serve.api.services import ServicesDep
+from serve.errors import NotFoundError
+
+router = APIRouter()
+
+
+@router.post("/v1/feedback")
+async def feedback(body: FeedbackBody, services: ServicesDep) -> Response:
+    """Idempotent by (id, name): the last value counts."""
+    recorder = services.runtime.recorder
+    if recorder is None:
+        message = "id: this server runs no experiment, so no completion takes feedback"
+        return error_response(404, message, code="not_found", param="id")
+    try:
+        await asyncio.wrap_future(recorder.outcome(body.id, body.name, body.value))
+    except NotFoundError as error:
+        return error_response(404, str(error), code="not_found", param="id")
+    return JSONResponse({"id": body.id, "name": body.name, "value": body.value})

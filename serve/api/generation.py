@@ -1,0 +1,191 @@
+"""One HTTP completion in the engine: its rows, their events, its timing, and its exposure. Knows no JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
+
+from serve.api.schemas import GenerationBody
+from serve.api.services import Services
+from serve.api.targets import Target
+from serve.engine.request import Event, Request, Sampling
+from serve.errors import ContextLengthError, LatheError, RequestError, StoppedError
+from serve.experiments.store import Exposure
+from serve.model.prompt import Prompt
+
+logger = logging.getLogger(__name__)
+
+
+class Generation:
+    """Rows of the engine that answer one HTTP request: one per prompt and choice, in that order.
+
+    The rows belong to this object until `close`, which may be called at any time and any number of times, and
+    takes out of the engine what is still running.
+    """
+
+    def __init__(
+        self, services: Services, id: str, endpoint: str, target: Target, requests: Sequence[Request]
+    ) -> None:
+        """Submits all rows or none. RequestError, OverloadedError, StoppedError."""
+        self.id = id
+        self.created = int(time.time())
+        self.target = target
+        self.num_answer_tokens = 0
+        self._services = services
+        self._endpoint = endpoint
+        self._started_s = time.perf_counter()
+        self._first_token_s: float | None = None
+        self._exposed: Future[None] | None = None
+        self._finish = "cancelled"
+        self._is_closed = False
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._open: dict[int, str] = {}
+        self._num_rows = len(requests)
+        try:
+            for index, request in enumerate(requests):
+                self._submit(index, request)
+        except LatheError:
+            self._finish = "refused"
+            self.close()
+            raise
+
+    @property
+    def is_done(self) -> bool:
+        """True when every row has had its final event."""
+        return not self._open
+
+    async def next(self) -> tuple[int, Event]:
+        """The next event of any row, with the row's index. StoppedError if the engine ended the row."""
+        index, event = await self._events.get()
+        self.num_answer_tokens += len(event.token_ids)
+        if event.finish in ("error", "cancelled"):
+            self._finish = "error"
+            del self._open[index]
+            raise StoppedError(event.error or "the request was cancelled by the server")
+        if event.token_ids and self._first_token_s is None:
+            self._note_first_token()
+        if event.finish is not None:
+            del self._open[index]
+            self._finish = event.finish
+            if self.is_done and self._exposed is not None:
+                # Whoever has seen the end of the answer may send feedback on it.
+                await asyncio.wrap_future(self._exposed)
+        return index, event
+
+    def close(self) -> None:
+        """Cancel what still runs, and count the request."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        worker = self._services.runtime.worker
+        for request_id in self._open.values():
+            worker.cancel(request_id)
+        if self._open and self._finish not in ("error", "refused"):
+            self._finish = "cancelled"
+        self._count()
+
+    def _submit(self, index: int, request: Request) -> None:
+        runtime = self._services.runtime
+        if request.adapter is not None:
+            runtime.registry.acquire(request.adapter.id)  # released by the worker
+        put = partial(self._put, index)
+        runtime.worker.submit(request, put, asyncio.get_running_loop())
+        self._open[index] = request.id
+
+    def _put(self, index: int, event: Event) -> None:
+        self._events.put_nowait((index, event))
+
+    def _note_first_token(self) -> None:
+        now = time.perf_counter()
+        self._first_token_s = now
+        ttft_s = now - self._started_s
+        self._services.metrics.ttft_s.labels(self.target.label).observe(ttft_s)
+        assignment, recorder = self.target.assignment, self._services.runtime.recorder
+        if assignment is None or recorder is None:
+            return
+        version = self.target.version
+        self._exposed = recorder.expose(
+            Exposure(
+                completion_id=self.id,
+                run_id=assignment.run.id,
+                variant=assignment.variant.name,
+                unit=assignment.unit,
+                model_version=self.target.served,
+                content_hash=version.content_hash if version else self._services.runtime.model.fingerprint,
+                exposed_at=time.time(),
+                ttft_s=ttft_s,
+            )
+        )
+
+    def _count(self) -> None:
+        metrics = self._services.metrics
+        metrics.requests.labels(self._endpoint, self.target.label, self._finish).inc()
+        now = time.perf_counter()
+        latency_s = now - self._started_s
+        if self._finish in ("stop", "length") and self._first_token_s is not None:
+            metrics.e2e_s.labels(self.target.label).observe(latency_s)
+            tokens_a_row = self.num_answer_tokens / self._num_rows
+            if tokens_a_row > 1:
+                tpot_s = (now - self._first_token_s) / (tokens_a_row - 1)
+                metrics.tpot_s.labels(self.target.label).observe(tpot_s)
+        recorder = self._services.runtime.recorder
+        if self._exposed is not None and recorder is not None:
+            recorder.complete(
+                self.id, latency_s=latency_s, num_tokens=self.num_answer_tokens, finish=self._finish
+            )
+
+
+def build_requests(
+    services: Services, id: str, body: GenerationBody, prompts: Sequence[tuple[int, ...]], target: Target
+) -> list[Request]:
+    """One engine request per prompt and choice; choice i draws with seed + i. RequestError."""
+    num_choices = body.n or 1
+    limits = services.runtime.engine.limits
+    if len(prompts) * num_choices > limits.max_rows + limits.max_waiting:
+        raise RequestError(
+            f"n: {len(prompts)} prompts times {num_choices} choices are more than the "
+            f"{limits.max_rows + limits.max_waiting} rows that this server takes",
+            "n",
+        )
+    seed = body.seed if body.seed is not None else secrets.randbits(32)
+    return [
+        Request(
+            id=f"{id}-{p * num_choices + choice}",
+            prompt=Prompt(prompt),
+            sampling=_sampling(services, body, len(prompt), seed + choice),
+            adapter=target.version,
+        )
+        for p, prompt in enumerate(prompts)
+        for choice in range(num_choices)
+    ]
+
+
+def new_id(prefix: str) -> str:
+    """A completion id."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def _sampling(services: Services, body: GenerationBody, num_prompt_tokens: int, seed: int) -> Sampling:
+    remaining = services.runtime.max_context - num_prompt_tokens
+    if remaining < 1:
+        raise ContextLengthError(
+            f"this model's context is {services.runtime.max_context} tokens; the prompt alone has "
+            f"{num_prompt_tokens} and leaves no room for an answer",
+            "prompt",
+        )
+    return Sampling(
+        max_tokens=body.answer_limit or min(remaining, services.runtime.config.default_max_tokens),
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        seed=seed,
+        stop=body.stops,
+        ignore_eos=body.ignore_eos,
+        num_logprobs=body.num_logprobs,
+    )

@@ -1,0 +1,36 @@
+"""GET /health and /metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from serve.api.services import ServicesDep
+from serve.api.targets import served_names
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(services: ServicesDep) -> Response:
+    """200 while the engine takes requests; 503 with its failure once it does not."""
+    worker = services.runtime.worker
+    if worker.failure is not None:
+        return JSONResponse({"status": "failed", "error": repr(worker.failure)}, 503)
+    stats = worker.stats()
+    return JSONResponse(
+        {
+            "status": "ok",
+            "models": served_names(services.runtime),
+            "num_decoding": stats.num_decoding,
+            "num_prefilling": stats.num_prefilling,
+            "num_waiting": stats.num_waiting,
+        }
+    )
+
+
+@router.get("/metrics")
+async def metrics(services: ServicesDep) -> Response:
+    """Prometheus text."""
+    return Response(generate_latest(services.metrics.registry), media_type=CONTENT_TYPE_LATEST)

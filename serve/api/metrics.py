@@ -1,0 +1,68 @@
+"""What /metrics shows: the engine's own counters, read at each scrape, and per-request counts and latencies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from serve.runtime import Runtime
+
+TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+TPOT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """One app's metrics, in a registry of its own. `model` labels are names without versions."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(runtime))
+        self.requests = Counter(
+            "lathe_requests",
+            "Generations by how they ended.",
+            ["endpoint", "model", "finish"],
+            registry=self.registry,
+        )
+        self.errors = Counter(
+            "lathe_http_errors", "Requests refused or failed.", ["status"], registry=self.registry
+        )
+        self.ttft_s = self._histogram("lathe_ttft_seconds", "Time to the first token.", TTFT_BUCKETS_S)
+        self.tpot_s = self._histogram("lathe_tpot_seconds", "Time per token after the first.", TPOT_BUCKETS_S)
+        self.e2e_s = self._histogram("lathe_request_seconds", "Time to the last token.", E2E_BUCKETS_S)
+
+    def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, meaning, ["model"], buckets=buckets, registry=self.registry)
+
+
+class _EngineCollector(Collector):
+    """Reads the engine when asked, so nothing is counted twice."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._runtime.worker.stats()
+        rows = GaugeMetricFamily("lathe_rows", "Requests in the engine.", labels=["state"])
+        rows.add_metric(["decoding"], stats.num_decoding)
+        rows.add_metric(["prefilling"], stats.num_prefilling)
+        rows.add_metric(["waiting"], stats.num_waiting)
+        yield rows
+        yield GaugeMetricFamily("lathe_kv_bytes", "Memory of keys and values.", stats.kv_bytes)
+        versions = len(self._runtime.registry.versions())
+        yield GaugeMetricFamily("lathe_adapter_versions", "Adapter versions in memory.", versions)
+        is_up = float(self._runtime.worker.failure is None)
+        yield GaugeMetricFamily("lathe_engine_up", "0 once a step has failed.", is_up)
+        yield CounterMetricFamily("lathe_steps", "Engine steps.", stats.num_steps)
+        yield CounterMetricFamily("lathe_prompt_tokens", "Prompt tokens computed.", stats.num_prompt_tokens)
+        yield CounterMetricFamily("lathe_generated_tokens", "Tokens generated.", stats.num_generated_tokens)
+        finished = CounterMetricFamily("lathe_finished", "Ended rows by reason.", labels=["finish"])
+        for reason, count in stats.num_finished.items():
+            finished.add_metric([reason], count)
+        yield finished
+        recorder = self._runtime.recorder
+        lost = recorder.num_failed_writes if recorder else 0
+        yield CounterMetricFamily("lathe_exposures_lost", "Exposures the store did not take.", lost)

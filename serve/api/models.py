@@ -1,0 +1,64 @@
+"""GET /v1/models and /v1/models/{id}: the base, the adapters, and the experiments' public names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from serve.adapters.version import AdapterVersion
+from serve.api.services import Services, ServicesDep
+from serve.errors import NotFoundError
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(services: ServicesDep) -> dict[str, Any]:
+    """As vLLM lists them: an adapter's `parent` is the base, its `root` the folder it came from."""
+    return {"object": "list", "data": _cards(services)}
+
+
+@router.get("/v1/models/{model:path}")
+async def retrieve_model(model: str, services: ServicesDep) -> dict[str, Any]:
+    """One of them; `name@version` too, while that version is in memory."""
+    for card in _cards(services):
+        if card["id"] == model:
+            return card
+    for version in services.runtime.registry.versions():
+        if version.id == model:
+            return _adapter_card(services, version, version.id)
+    raise NotFoundError(f"model {model!r} is not served here")
+
+
+def _cards(services: Services) -> list[dict[str, Any]]:
+    runtime = services.runtime
+    base = _card(services, runtime.model.name, root=str(runtime.model.path), parent=None)
+    adapters = [
+        _adapter_card(services, runtime.registry.resolve(name), name) for name in runtime.registry.names()
+    ]
+    experiments = [
+        {
+            **_card(services, name, root=None, parent=runtime.model.name),
+            "variants": [variant.name for variant in run.experiment.variants],
+        }
+        for name, run in runtime.experiments.items()
+    ]
+    return [base, *adapters, *experiments]
+
+
+def _adapter_card(services: Services, version: AdapterVersion, id: str) -> dict[str, Any]:
+    card = _card(services, id, root=version.path, parent=services.runtime.model.name)
+    return {**card, "version": version.id, "content_hash": version.content_hash}
+
+
+def _card(services: Services, id: str, *, root: str | None, parent: str | None) -> dict[str, Any]:
+    return {
+        "id": id,
+        "object": "model",
+        "created": services.created,
+        "owned_by": "lathe",
+        "root": root,
+        "parent": parent,
+        "max_model_len": services.runtime.max_context,
+    }

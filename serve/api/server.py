@@ -1,0 +1,80 @@
+"""A ServeConfig in, a running HTTP server out. The port is bound before the model loads."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from serve.api.app import create_app
+from serve.api.targets import served_names
+from serve.config import ServeConfig
+from serve.errors import ConfigError
+from serve.runtime import Runtime
+
+GRACEFUL_SHUTDOWN_S = 10
+BACKLOG = 2048
+
+
+def run(config: ServeConfig, say: Callable[[str], None] = print) -> None:
+    """Serve until SIGINT or SIGTERM. `say` gets the URL and the models' names. ConfigError: port in use."""
+    with bind(config.host, config.port) as listener:
+        runtime = Runtime.start(config)
+        try:
+            say(f"Lathe serves {', '.join(served_names(runtime))} at {url_of(listener)}/v1")
+            _server(runtime).run(sockets=[listener])
+        finally:
+            runtime.close()
+
+
+@contextmanager
+def serving(runtime: Runtime) -> Iterator[str]:
+    """Serve `runtime` on a free loopback port from a thread; the URL, without /v1. For tests and the demo."""
+    with bind("127.0.0.1", 0) as listener:
+        server = _server(runtime)
+        thread = threading.Thread(target=server.run, args=([listener],), name="lathe-http")
+        thread.start()
+        try:
+            yield url_of(listener)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; from here on clients queue until the server runs. ConfigError names the port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        reason = (
+            "it is in use; choose another, or 0 for a free one" if error.errno == errno.EADDRINUSE else error
+        )
+        raise ConfigError(f"port {port} on {host} cannot be opened: {reason}") from None
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """http://host:port, with the port that was really taken."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _server(runtime: Runtime) -> uvicorn.Server:
+    config = uvicorn.Config(
+        create_app(runtime),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+        backlog=BACKLOG,
+    )
+    return uvicorn.Server(config)

@@ -1,0 +1,42 @@
+"""What every endpoint needs: the runtime, the metrics, and the work that must not run on the event loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Annotated, TypeVar
+
+import anyio
+import anyio.to_thread
+from fastapi import Depends, Request
+
+from serve.api.logprobs import TokenTexts
+from serve.api.metrics import Metrics
+from serve.runtime import Runtime
+
+T = TypeVar("T")
+
+
+class Services:
+    """One app's belongings; endpoints get it as ServicesDep."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.metrics = Metrics(runtime)
+        self.texts = TokenTexts(runtime.model.tokenizer)
+        self.created = int(time.time())
+        # One at a time: a fast tokenizer refuses to be used by two threads at once.
+        self._tokenizing = anyio.CapacityLimiter(1)
+
+    async def tokenize(self, work: Callable[[], T]) -> T:
+        """Run template or tokenizer work on a thread."""
+        return await anyio.to_thread.run_sync(work, limiter=self._tokenizing)
+
+
+def _services(request: Request) -> Services:
+    found = request.app.state.services
+    assert isinstance(found, Services)
+    return found
+
+
+ServicesDep = Annotated[Services, Depends(_services)]

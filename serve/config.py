@@ -1,0 +1,219 @@
+"""The serving configuration: each knob once, its meaning under it. YAML or a model path in, ServeConfig out."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from serve.errors import ConfigError
+from serve.experiments.assignment import Experiment, Variant
+from serve.settings import Problems, Strict, load_yaml
+
+SQLITE_PREFIX = "sqlite:///"
+
+
+class AdapterConfig(Strict):
+    """An adapter that is loaded before the first request."""
+
+    name: str = Field(min_length=1)
+    """What requests put into `model`."""
+    path: Path
+    """Folder with adapters.safetensors and adapter_config.json."""
+
+
+class VariantConfig(Strict):
+    """One arm of an experiment."""
+
+    model: str = Field(min_length=1)
+    """The base's name, an adapter's name, or `name@version`. It may be loaded later: until then, requests that
+    are assigned to it answer 503."""
+    name: str | None = None
+    """How reports call it; the model, if left out."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the units, relative to the other variants' weights."""
+
+
+class ExperimentConfig(Strict):
+    """A public model name behind which variants share the traffic."""
+
+    name: str = Field(min_length=1)
+    """What requests put into `model`."""
+    salt: str | None = None
+    """Changes who gets which variant; the experiment's name, if left out."""
+    variants: tuple[VariantConfig, ...] = Field(min_length=2)
+    """The first is the one the others are compared with."""
+
+    def build(self) -> Experiment:
+        """The plain value that assignment and reports take."""
+        variants = tuple(Variant(v.name or v.model, v.model, v.weight) for v in self.variants)
+        return Experiment(self.name, self.salt or self.name, variants)
+
+
+class ServeConfig(Strict):
+    """Everything `lathe serve` can be told."""
+
+    model: str = Field(min_length=1)
+    """The base: a local folder or a hub name."""
+    name: str | None = None
+    """What requests call the base; the folder's name or the hub name, if left out."""
+    adapters: tuple[AdapterConfig, ...] = ()
+    """Loaded at start, in this order."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Anything but loopback also closes the adapter paths, see allowed_adapter_roots."""
+    port: int = Field(8000, ge=0, le=65535)
+    """TCP port; 0 takes a free one and prints it."""
+    allowed_adapter_roots: tuple[Path, ...] | None = None
+    """Folders under which /v1/load_lora_adapter may read. Left out: everywhere when bound to loopback, else
+    nowhere."""
+    max_rows: int = Field(64, ge=1)
+    """Requests that run at once."""
+    max_waiting: int = Field(256, ge=0)
+    """Requests that wait for a row; more answer 503 with Retry-After."""
+    prefill_chunk_tokens: int = Field(256, ge=1)
+    """Prompt tokens computed between two decode steps: the longest a running stream is held up."""
+    max_context: int | None = Field(None, ge=1)
+    """Tokens of prompt and answer together; what the model was made for, if left out."""
+    kv_budget_gib: float | None = Field(None, gt=0)
+    """Memory for keys and values, in GiB; 0.6 of what is free at start, if left out."""
+    max_adapters: int = Field(64, ge=1)
+    """Adapter versions in memory at once."""
+    max_rank: int = Field(256, ge=1)
+    """Largest rank an adapter may have."""
+    allow_other_base: bool = False
+    """Load adapters whose manifest names other base weights."""
+    default_max_tokens: int = Field(1024, ge=1)
+    """Answer length of requests that name none, in tokens; less where less of the context remains."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """What to compute in; float32 on CPU and as stored elsewhere, if left out."""
+    dequantize: bool | None = None
+    """Expand quantized weights at load; yes on CPU and no elsewhere, if left out."""
+    experiments: tuple[ExperimentConfig, ...] = ()
+    """A/B tests, each under its own public model name."""
+    store: str = "sqlite:///lathe.sqlite"
+    """SQLAlchemy URL of exposures and outcomes (SQLite or PostgreSQL); opened if there are experiments."""
+
+    @property
+    def base_name(self) -> str:
+        """What requests call the base."""
+        if self.name is not None:
+            return self.name
+        folder = Path(self.model).expanduser()
+        return folder.resolve().name if folder.is_dir() else self.model
+
+    @property
+    def is_loopback(self) -> bool:
+        """True if only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def kv_budget_bytes(self) -> int | None:
+        """kv_budget_gib in bytes."""
+        return None if self.kv_budget_gib is None else int(self.kv_budget_gib * 2**30)
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> ServeConfig:
+        problems = list(self._name_problems())
+        for index, experiment in enumerate(self.experiments):
+            arms = Counter(variant.name for variant in experiment.build().variants)
+            problems += [
+                (f"experiments.{index}.variants", f"two variants are called {name!r}; give each its own name")
+                for name, count in arms.items()
+                if count > 1
+            ]
+            problems += [
+                (
+                    f"experiments.{index}.variants.{i}.model",
+                    f"found the experiment {v.model!r}; expected a model",
+                )
+                for i, v in enumerate(experiment.variants)
+                if v.model in {e.name for e in self.experiments}
+            ]
+        if problems:
+            raise Problems(problems)
+        return self
+
+    def _name_problems(self) -> list[tuple[str, str]]:
+        """Public names share one space: the base's, the adapters' and the experiments'."""
+        taken = {self.base_name: "the base"}
+        names = [(f"adapters.{i}", adapter.name) for i, adapter in enumerate(self.adapters)]
+        names += [(f"experiments.{i}", experiment.name) for i, experiment in enumerate(self.experiments)]
+        problems = []
+        for key, name in names:
+            if "@" in name:
+                problems.append((f"{key}.name", f"found {name!r}; '@' separates a name from its version"))
+            elif name in taken:
+                problems.append((f"{key}.name", f"{name!r} is already the name of {taken[name]}"))
+            taken.setdefault(name, key)
+        return problems
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), **changes: Any) -> ServeConfig:
+    """Read a serving YAML, or make a configuration around a model.
+
+    path       a file ending in .yaml or .yml, else a model folder or hub name
+    overrides  `key=value`, as --set gives them
+    changes    fields from the command line (host=, port=, adapters=[{name, path}], …); None leaves a field
+               alone, adapters are added to the file's
+    Relative paths in the file resolve against the file's folder. Raises ConfigError that lists all problems.
+    """
+    if str(path).endswith((".yaml", ".yml")):
+        config = _resolve_paths(load_yaml(Path(path), ServeConfig, overrides), Path(path).absolute().parent)
+    else:
+        config = load_yaml("\n", ServeConfig, [*overrides, f"model={_quoted(str(path))}"])
+    changed = {key: value for key, value in changes.items() if value is not None}
+    if not changed:
+        return config
+    added = tuple(AdapterConfig.model_validate(adapter) for adapter in changed.pop("adapters", ()))
+    merged = {**dict(config), **changed, "adapters": (*config.adapters, *added)}
+    return _checked(merged)
+
+
+def _checked(fields: dict[str, Any]) -> ServeConfig:
+    from pydantic import ValidationError
+
+    try:
+        return ServeConfig.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_line(problem) for problem in error.errors())) from None
+
+
+def _line(problem: Any) -> str:
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, Problems):
+        return str(cause)
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
+    """Paths that the file wrote, relative to it. What it left out (a hub name, the default store) stays."""
+    changes: dict[str, Any] = {
+        "adapters": tuple(
+            adapter.model_copy(update={"path": _under(folder, adapter.path)}) for adapter in config.adapters
+        )
+    }
+    if config.allowed_adapter_roots is not None:
+        changes["allowed_adapter_roots"] = tuple(_under(folder, r) for r in config.allowed_adapter_roots)
+    model = Path(config.model).expanduser()
+    if config.model.startswith((".", "~")) or (folder / model).is_dir():
+        changes["model"] = str(_under(folder, model))
+    if "store" in config.model_fields_set and config.store.startswith(SQLITE_PREFIX):
+        changes["store"] = SQLITE_PREFIX + str(_under(folder, Path(config.store[len(SQLITE_PREFIX) :])))
+    return config.model_copy(update=changes)
+
+
+def _under(folder: Path, path: Path) -> Path:
+    return (folder / path.expanduser()).resolve()

@@ -1,0 +1,88 @@
+"""A serving configuration in, everything that answers requests out: model, engine, adapters, template, experiments.
+
+Knows no HTTP. One Runtime a process is the usual number, but nothing here is global.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from serve.adapters.registry import Registry
+from serve.config import ServeConfig
+from serve.engine.engine import Engine, EngineLimits
+from serve.engine.worker import Worker
+from serve.experiments.recorder import Recorder
+from serve.experiments.store import Run, Store
+from serve.model.loading import LoadedModel, load
+from serve.model.template import ChatTemplate
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a server runs on. Owned by whoever started it, who closes it."""
+
+    config: ServeConfig
+    model: LoadedModel
+    engine: Engine
+    worker: Worker
+    template: ChatTemplate
+    experiments: Mapping[str, Run]
+    """By public name."""
+    recorder: Recorder | None
+    """None without experiments."""
+
+    @property
+    def registry(self) -> Registry:
+        """The adapters there are."""
+        return self.engine.registry
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.engine.scheduler.budget.max_context
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        text = self.model.config.get("text_config") or self.model.config
+        return int(text["vocab_size"])
+
+    @classmethod
+    def start(cls, config: ServeConfig) -> Runtime:
+        """Load the model and the adapters, open the store, start the engine's thread. Raises LatheError."""
+        model = load(config.model, name=config.base_name, dequantize=config.dequantize, dtype=config.dtype)
+        return cls.around(model, config)
+
+    @classmethod
+    def around(cls, model: LoadedModel, config: ServeConfig) -> Runtime:
+        """As `start`, on a model that is loaded already and named config.base_name."""
+        engine = Engine(model, _limits(config))
+        template = ChatTemplate(model.tokenizer)
+        for adapter in config.adapters:
+            engine.registry.load(adapter.name, adapter.path)
+        recorder = Recorder(Store(config.store)) if config.experiments else None
+        runs = [recorder.store.begin_run(each.build()) for each in config.experiments] if recorder else []
+        experiments = {run.experiment.name: run for run in runs}
+        worker = Worker(engine)
+        worker.start()
+        return cls(config, model, engine, worker, template, experiments, recorder)
+
+    def close(self) -> None:
+        """Stop the engine's thread, whose open requests end with an error, and finish writing."""
+        self.worker.stop()
+        if self.recorder is not None:
+            self.recorder.close()
+
+
+def _limits(config: ServeConfig) -> EngineLimits:
+    return EngineLimits(
+        max_rows=config.max_rows,
+        max_waiting=config.max_waiting,
+        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        max_context=config.max_context,
+        kv_budget_bytes=config.kv_budget_bytes,
+        max_adapters=config.max_adapters,
+        max_rank=config.max_rank,
+        allow_other_base=config.allow_other_base,
+    )
