@@ -1,0 +1,168 @@
+"""Laws of tokenizing: the mask is exactly the answers, nothing is cut in silence, rows without targets are told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from serve.errors import DataError
+from serve.model.template import ChatTemplate
+from train.data.example import Example
+from train.data.tokens import tokenize
+from train.recipe import Recipe
+
+CHATML = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+REWRITES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if loop.last or m.role == 'user' else '…' }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(template: str | None) -> TokenizerWrapper:
+    """One token a byte."""
+    special = ["<|im_start|>", "<|im_end|>"]
+    vocab = {token: n for n, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, eos_token="<|im_end|>")
+    return TokenizerWrapper(fast)
+
+
+TOKENIZER = make_tokenizer(CHATML)
+BARE = make_tokenizer(None)
+
+
+def recipe(**knobs) -> Recipe:
+    return Recipe(model="m", data="d", **knobs)
+
+
+def conversation(*contents: str, line: int = 1) -> Example:
+    roles = ("user", "assistant")
+    messages = tuple({"role": roles[i % 2], "content": content} for i, content in enumerate(contents))
+    return Example("rows.jsonl", line, messages=messages)
+
+
+def run(examples, tokenizer=TOKENIZER, **knobs):
+    return tokenize(examples, ChatTemplate(tokenizer), tokenizer, recipe(**knobs))
+
+
+def targets(row, tokenizer=TOKENIZER) -> str:
+    return tokenizer.decode(row.token_ids[row.is_target].tolist())
+
+
+def test_the_mask_is_every_answer_with_its_end_and_not_one_token_more():
+    (row,), _ = run([conversation("hi", "hello", "and?", "bye")])
+    assert targets(row) == "hello<|im_end|>bye<|im_end|>"
+    assert row.token_ids.dtype == np.int32
+    after_answer = [t for t in range(1, len(row)) if row.is_target[t - 1] and not row.is_target[t]]
+    assert [TOKENIZER.decode([int(row.token_ids[t])]) for t in after_answer] == ["\n", "\n"]
+
+
+def test_with_mask_prompt_off_every_token_but_the_first_counts():
+    (row,), report = run([conversation("hi", "hello")], mask_prompt=False)
+    assert row.is_target.tolist() == [False] + [True] * (len(row) - 1)
+    assert report.num_targets == report.num_tokens - 1
+
+
+def test_tokens_are_those_of_mlx_lm():
+    chat, pair = conversation("hi", "hello"), Example("f", 1, prompt="p?", completion="c.")
+    text = Example("f", 1, text="Once upon a time")
+    ours = [run([example])[0][0].token_ids.tolist() for example in (chat, pair, text)]
+    messages = {"messages": [dict(m) for m in chat.messages]}
+    theirs = [
+        ChatDataset([], TOKENIZER).process(messages)[0],
+        CompletionsDataset([], TOKENIZER, "prompt", "completion", True).process(
+            {"prompt": "p?", "completion": "c."}
+        )[0],
+        TextDataset([], TOKENIZER).process({"text": "Once upon a time"})[0],
+    ]
+    assert ours == theirs
+
+
+def test_prompt_and_completion_are_a_turn_each_where_there_is_a_template_and_plain_where_not():
+    pair = Example("f", 1, prompt="2+2=", completion="4")
+    (row,), _ = run([pair])
+    assert targets(row) == "4<|im_end|>"
+    assert TOKENIZER.decode(row.token_ids.tolist()).startswith("<|im_start|>user\n2+2=<|im_end|>")
+    (plain,), _ = run([pair], BARE)
+    assert BARE.decode(plain.token_ids.tolist()) == "2+2=4<|im_end|>"
+    assert targets(plain, BARE) == "4<|im_end|>"
+    (open_end,), _ = run([pair], BARE, train_on_eos="none")
+    assert targets(open_end, BARE) == "4"
+
+
+def test_text_is_supervised_whole_and_ends_with_one_end_token():
+    (row,), _ = run([Example("f", 1, text="abc")])
+    assert TOKENIZER.decode(row.token_ids.tolist()) == "abc<|im_end|>"
+    assert row.is_target.tolist() == [False, True, True, True]
+
+
+def test_a_prompt_longer_than_the_limit_is_dropped_and_told_never_kept_without_targets():
+    rows, report = run([conversation("x" * 200, "y"), conversation("hi", "hello", line=7)], max_seq_length=64)
+    assert [row.line for row in rows] == [7]
+    assert report.dropped == {"nothing supervised is left within max_seq_length": 1}
+    assert report.dropped_places == ("rows.jsonl:1",)
+
+
+def test_excess_length_is_truncated_dropped_or_raised_as_asked():
+    examples = [conversation("hi", "y" * 100), conversation("hi", "hello", line=2)]
+    rows, report = run(examples, max_seq_length=50)
+    assert [len(row) for row in rows] == [50, len(rows[1])]
+    assert (report.num_truncated, report.dropped) == (1, {})
+    rows, report = run(examples, max_seq_length=50, excess_length_strategy="drop")
+    assert [row.line for row in rows] == [2]
+    assert report.dropped == {"longer than max_seq_length": 1}
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: \d+ tokens; max_seq_length is 50"):
+        run(examples, max_seq_length=50, excess_length_strategy="raise")
+
+
+def test_a_row_that_fits_exactly_is_not_touched():
+    (row,), _ = run([conversation("hi", "hello")])
+    (again,), report = run([conversation("hi", "hello")], max_seq_length=len(row))
+    assert again.token_ids.tolist() == row.token_ids.tolist()
+    assert report.num_truncated == 0
+
+
+def test_a_row_with_no_turn_to_learn_from_is_dropped_and_told():
+    rows, report = run([conversation("hi", "hello")], roles_to_train=("tool",))
+    assert rows == []
+    assert report.dropped == {"nothing in it is supervised": 1}
+
+
+def test_a_template_that_rewrites_history_gives_a_sequence_a_turn():
+    tokenizer = make_tokenizer(REWRITES)
+    rows, report = run([conversation("a", "first", "b", "second")], tokenizer)
+    assert [targets(row, tokenizer) for row in rows] == ["first<|im_end|>", "second<|im_end|>"]
+    assert (report.num_read, report.num_sequences) == (1, 2)
+
+
+def test_rows_the_template_refuses_are_named_all_at_once():
+    bad = [Example("f", line, messages=({"role": "tool", "content": "x"},)) for line in (3, 9)]
+    with pytest.raises(DataError) as caught:
+        run(bad, roles_to_train=("tool",))
+    assert [line.split(" ")[0] for line in str(caught.value).splitlines()] == ["f:3:", "f:9:"]
+
+
+def test_the_report_adds_up():
+    rows, report = run([conversation("hi", "y" * n, line=n) for n in range(1, 60)])
+    assert report.num_read == report.num_sequences == len(rows) == 59
+    assert report.num_tokens == sum(len(row) for row in rows)
+    assert report.num_targets == sum(row.num_targets for row in rows) == sum(n + 1 for n in range(1, 60))
+    assert sum(count for _, count in report.histogram) == 59
+    assert report.longest == max(len(row) for row in rows)
+    assert all(bound & (bound - 1) == 0 for bound, _ in report.histogram)
+
+
+def test_no_rows_give_an_empty_report():
+    rows, report = run([])
+    assert (rows, report.num_sequences, report.longest, report.histogram) == ([], 0, 0, ())
