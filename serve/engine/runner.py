@@ -142,7 +142,8 @@ def _read(sequences: Seq[Sequence], drawn: mx.array | None, logprobs: Logprobs |
     if logprobs is not None:
         values = np.asarray(logprobs.drawn).tolist()
         top_ids, top_values = (
-            np.asarray(part).tolist() if part is not None else [] for part in (logprobs.top_ids, logprobs.top_values)
+            np.asarray(part).tolist() if part is not None else []
+            for part in (logprobs.top_ids, logprobs.top_values)
         )
         for place, row in enumerate(logprobs.rows):
             count = sequences[row].request.sampling.num_logprobs or 0
