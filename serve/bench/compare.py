@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
+from rich import box
 from rich.table import Table
 
 from serve import device
@@ -209,13 +210,17 @@ def _overlap(ours: Sequence[Sequence[str]], theirs: Sequence[Sequence[str]]) -> 
 
 
 def table(outcome: Outcome) -> Table:
-    """Throughput of each setting, with the ratios under it."""
-    drawn = Table(title="Ratios of tokens per second: median of rounds (min to max)", title_justify="left")
-    for heading in ("setting", "over", "clients", "ratio"):
-        drawn.add_column(heading, justify="left" if heading in ("setting", "over") else "right", no_wrap=True)
-    for each in outcome.ratios:
-        ratio = f"{each.median:.2f} ({each.min:.2f} to {each.max:.2f})"
-        drawn.add_row(each.of, each.to, str(each.concurrency), ratio)
+    """How many times as fast: the median of the rounds and its extremes, a column for each number of clients."""
+    title = "Ratio of tokens per second: median of rounds (lowest, highest)"
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    levels = list(dict.fromkeys(each.concurrency for each in outcome.ratios))
+    drawn.add_column("of")
+    drawn.add_column("to")
+    for level in levels:
+        drawn.add_column(f"{level} client{'s' if level > 1 else ''}", justify="right", no_wrap=True)
+    for of, to in dict.fromkeys((each.of, each.to) for each in outcome.ratios):
+        found = [each for each in outcome.ratios if (each.of, each.to) == (of, to)]
+        drawn.add_row(of, to, *(f"{each.median:.2f} ({each.min:.2f}, {each.max:.2f})" for each in found))
     return drawn
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from serve.bench.load import Round
@@ -88,18 +89,17 @@ def _spread(values: Iterable[float | None]) -> Spread | None:
 
 def table(title: str, summaries: Sequence[Summary]) -> Table:
     """One line a setting; times in milliseconds, p50 / p95."""
-    drawn = Table(title=title, title_justify="left")
-    for heading in ("setting", "clients", "tok/s", "req/s", "TTFT ms", "TPOT ms", "total ms", "errors"):
-        drawn.add_column(heading, justify="left" if heading == "setting" else "right", no_wrap=True)
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    drawn.add_column("setting")
+    for heading in ("clients", "tok/s", "TTFT ms", "TPOT ms", "errors"):
+        drawn.add_column(heading, justify="right", no_wrap=True)
     for each in summaries:
         drawn.add_row(
             each.label,
             str(each.concurrency),
             f"{each.tokens_per_s:.1f}",
-            f"{each.requests_per_s:.2f}",
             _pair(each.ttft_s),
             _pair(each.tpot_s),
-            _pair(each.latency_s),
             f"{each.num_errors} of {each.num_requests}" if each.num_errors else "0",
         )
     return drawn

@@ -1,0 +1,85 @@
+"""`lathe demo`, whole: the promises of the README's first command, kept on this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+import lathe
+
+ROOT = Path(lathe.__file__).parent
+BUDGET_S = 180
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One run from another working directory: what it wrote, what it printed."""
+    where = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-P", "-m", "lathe", "demo", "--json", "demo.json"]
+    done = subprocess.run(
+        command, cwd=where, capture_output=True, text=True, timeout=3 * BUDGET_S, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return where, json.loads((where / "demo.json").read_text()), done.stdout
+
+
+def test_it_takes_less_than_three_minutes(demo):
+    _, numbers, _ = demo
+    assert numbers["seconds"] < BUDGET_S
+
+
+def test_the_base_cannot_do_the_task_and_both_adapters_can(demo):
+    _, numbers, _ = demo
+    assert numbers["base"]["exact_match"] <= 0.05
+    assert len(numbers["adapters"]) == 2
+    for score in numbers["adapters"].values():
+        assert score["num_rows"] >= 100
+        assert score["exact_match"] >= 0.9
+
+
+def test_an_adapter_arrived_while_another_streamed(demo):
+    _, numbers, _ = demo
+    seen = numbers["hot_load"]
+    assert seen["stream_went_on"]
+    assert seen["pieces_before"] > 0
+    assert seen["pieces_after"] > 0
+    assert seen["pieces_before"] + seen["pieces_during"] + seen["pieces_after"] > 100
+
+
+def test_the_experiment_saw_every_prompt_once_and_agrees_with_the_scores(demo):
+    _, numbers, _ = demo
+    arms = {arm["name"]: arm for arm in numbers["experiment"]["variants"]}
+    assert set(arms) == set(numbers["adapters"])
+    num_rows = numbers["base"]["num_rows"]
+    assert sum(arm["num_exposures"] for arm in arms.values()) == num_rows
+    assert sum(arm["num_units_with_outcome"] for arm in arms.values()) == num_rows
+    for arm in arms.values():
+        assert arm["num_exposures"] > num_rows / 4
+        assert arm["mean"] >= 0.85
+
+
+def test_the_export_says_what_the_adapter_says(demo):
+    where, numbers, _ = demo
+    assert numbers["export"]["bits"] == 8
+    assert numbers["export"]["top1_agreement"] >= 0.99
+    assert numbers["export"]["num_rows"] >= 50
+    assert (where / "runs" / "demo" / f"{numbers['winner']}-8bit" / "model.safetensors").exists()
+
+
+def test_every_number_of_the_result_is_printed(demo):
+    _, numbers, printed = demo
+    shown = [f"{score['exact_match']:.1%}" for score in (numbers["base"], *numbers["adapters"].values())]
+    shown += [f"{numbers['export']['top1_agreement']:.2%}", f"{numbers['seconds']:.0f} s"]
+    assert not [number for number in shown if number not in printed]
+
+
+def test_its_server_is_gone(demo):
+    where, _, _ = demo
+    url = (where / "runs" / "demo" / "server.log").read_text().split(" at ")[-1].split("/v1")[0]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
