@@ -20,6 +20,7 @@ from serve.model.template import ChatTemplate
 from serve.settings import dump
 from train.data.batches import Batch, BatchPlan, collate, validation_rows
 from train.data.example import Example
+from train.data.sources import Split as SplitName
 from train.data.sources import read
 from train.data.tokens import TokenizedExample, TokenizeReport, tokenize
 from train.recipe import Recipe
@@ -115,7 +116,7 @@ def prepare(recipe: Recipe) -> Preflight:
     )
 
 
-def _split(name: str, recipe: Recipe, tokenizer: TokenizerWrapper, template: ChatTemplate) -> Split:
+def _split(name: SplitName, recipe: Recipe, tokenizer: TokenizerWrapper, template: ChatTemplate) -> Split:
     examples = read(recipe, name)
     rows, report = tokenize(examples, template, tokenizer, recipe)
     return Split(name, examples, rows, report)
