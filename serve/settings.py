@@ -230,10 +230,11 @@ def _override(document: _Document, override: str, aliases: Mapping[str, str]) ->
 
 
 def _get(data: Any, key: Key) -> Any:
-    for part in key:
-        if not isinstance(data, dict) or part not in data:
-            return None
-        data = data[part]
+    try:
+        for part in key:
+            data = data[part]
+    except (LookupError, TypeError):
+        return None
     return data
 
 
@@ -319,7 +320,7 @@ def _explain(
     for key, texts in expected.items():
         if any(deeper[: len(key)] == key and len(deeper) > len(key) for deeper in seen):
             continue  # a union's other branch; the one that was meant has told more
-        found = _show(_find(data, key))
+        found = _show(_get(data, key))
         wanted = " or ".join(dict.fromkeys(texts))
         wanted += _yaml_word(found, wanted)
         yield f"{document.place(key)}: {_dotted(key)}: found {found}; expected {wanted}"
@@ -344,12 +345,6 @@ def _locate(
         if isinstance(part, str):
             owners, models = models, _models_under(models, part)
     return key, owners
-
-
-def _find(data: Any, key: Key) -> Any:
-    for part in key:
-        data = data[part]
-    return data
 
 
 def _hint(name: str, models: Sequence[type[BaseModel]], known: Mapping[str, str]) -> str:

@@ -191,6 +191,12 @@ def test_an_unreadable_file_is_a_data_error_that_names_it(tmp_path, name, conten
     assert name in problem
 
 
+def test_no_test_rows_is_an_error_and_no_validation_rows_is_not(tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", [chat(0)])
+    assert "no test rows" in problems_of(recipe_for(file), "test")[0]
+    assert read(recipe_for(file), "valid") == []
+
+
 def test_bytes_that_are_no_text_are_named_by_line(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json.dumps(chat(0)).encode() + b'\n{"text": "\xff"}\n')
     (problem,) = problems_of(recipe_for(tmp_path / "a.jsonl"))

@@ -128,7 +128,8 @@ def test_excess_length_is_truncated_dropped_or_raised_as_asked():
 
 def test_a_row_that_fits_exactly_is_not_touched():
     (row,), _ = run([conversation("hi", "hello")])
-    (again,), report = run([conversation("hi", "hello")], max_seq_length=len(row))
+    exactly = {"max_seq_length": len(row), "excess_length_strategy": "drop"}
+    (again,), report = run([conversation("hi", "hello")], **exactly)
     assert again.token_ids.tolist() == row.token_ids.tolist()
     assert report.num_truncated == 0
 

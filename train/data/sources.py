@@ -27,12 +27,16 @@ def read(recipe: Recipe, split: Split) -> list[Example]:
     """The rows of a split, in the order written; sources follow each other.
 
     `valid` is the sources' own validation rows, or the share `val_set_size` takes from the training rows, or nothing.
-    DataError for broken rows, for no training rows at all, and for validation rows given in two ways.
+    DataError for broken rows, for no training or test rows at all, and for validation rows given in two ways.
     """
     entries = recipe.sources()
     if split == "test":
-        test = _read_all(entries, "test", recipe)
-        return [example for rows in test for example in rows]
+        test = [example for rows in _read_all(entries, "test", recipe) for example in rows]
+        if not test:
+            raise DataError(
+                f"no test rows in {_names(entries)}; a folder's stand in test.jsonl, or name test_split"
+            )
+        return test
     valid = [example for rows in _read_all(entries, "valid", recipe) for example in rows]
     if valid and recipe.val_set_size:
         raise DataError(
@@ -42,7 +46,7 @@ def read(recipe: Recipe, split: Split) -> list[Example]:
         return valid
     train = _read_all(entries, "train", recipe)
     if not any(train):
-        raise DataError(f"no training rows in {', '.join(entry.path for entry in entries)}")
+        raise DataError(f"no training rows in {_names(entries)}")
     taken = _validation_indices(sum(map(len, train)), recipe)
     held_out, remaining = _divide(train, taken)
     if split == "valid":
@@ -52,6 +56,10 @@ def read(recipe: Recipe, split: Split) -> list[Example]:
         for entry, rows in zip(entries, remaining, strict=True)
         for example in _weighted(rows, entry.weight, recipe.seed)
     ]
+
+
+def _names(entries: Sequence[DatasetSource]) -> str:
+    return ", ".join(entry.path for entry in entries)
 
 
 def _read_all(entries: Sequence[DatasetSource], split: Split, recipe: Recipe) -> list[list[Example]]:
