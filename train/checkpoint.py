@@ -43,6 +43,7 @@ FORMAT = 1
 class Checkpoint:
     """What a checkpoint folder holds. `identity` names what the cursor and the weights mean; see `check_identity`."""
 
+    folder: Path
     tensors: dict[str, mx.array]
     optimizer: dict[str, mx.array]
     config: AdapterConfig
@@ -98,6 +99,7 @@ def load(folder: Path) -> Checkpoint:
         raise TrainingError(f"{folder / STATE_FILE}: not a state of this version: {error}") from error
     config = read_config(folder)
     return Checkpoint(
+        folder=folder,
         tensors=read_tensors(folder, config),
         optimizer=load_tensors(folder / OPTIMIZER_FILE),
         config=config,
@@ -107,7 +109,7 @@ def load(folder: Path) -> Checkpoint:
     )
 
 
-def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any], folder: Path) -> None:
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
     """ConfigError unless the run resumed is the run that saved: same base, data, batches and optimizer."""
     different = [
         f"  {name}: the checkpoint has {checkpoint.identity.get(name)!r}, this run {value!r}"
@@ -116,7 +118,7 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any], folder: 
     ]
     if different:
         raise ConfigError(
-            f"{folder} cannot be continued with this recipe:\n" + "\n".join(different) + "\n"
+            f"{checkpoint.folder} cannot be continued with this recipe:\n" + "\n".join(different) + "\n"
             "  resume_adapter_file starts a new run from its weights alone"
         )
 

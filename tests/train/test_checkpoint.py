@@ -144,9 +144,9 @@ def test_a_checkpoint_of_another_run_or_optimizer_is_refused(tmp_path, tiny_netw
     network, _, _ = train(tmp_path, tiny_network, make_batch, optimizer_name="adam", num_iterations=2)
     folder = checkpoint.find(tmp_path)
     saved = checkpoint.load(folder)
-    checkpoint.check_identity(saved, {"seed": 1}, folder)
+    checkpoint.check_identity(saved, {"seed": 1})
     with pytest.raises(ConfigError, match=r"seed: the checkpoint has 1, this run 2"):
-        checkpoint.check_identity(saved, {"seed": 2}, folder)
+        checkpoint.check_identity(saved, {"seed": 2})
     other = OPTIMIZERS["sgd"](1e-3, momentum=0.9)
     other.init(network.module.trainable_parameters())
     with pytest.raises(TrainingError, match="another optimizer"):
