@@ -7,6 +7,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from serve.api import adapters, chat, completions, errors, feedback, health, models
+from serve.api.metrics import CountErrors
 from serve.api.services import Services
 from serve.runtime import Runtime
 
@@ -14,7 +15,9 @@ from serve.runtime import Runtime
 def create_app(runtime: Runtime) -> FastAPI:
     """The HTTP server's application. The runtime stays its maker's to close."""
     app = FastAPI(title="Lathe", version=version("mlx-lathe"))
-    app.state.services = Services(runtime)
+    services = Services(runtime)
+    app.state.services = services
+    app.add_middleware(CountErrors, metrics=services.metrics)
     errors.install(app)
     for part in (chat, completions, models, adapters, feedback, health):
         app.include_router(part.router)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import Sequence
@@ -14,11 +13,9 @@ from serve.api.schemas import GenerationBody
 from serve.api.services import Services
 from serve.api.targets import Target
 from serve.engine.request import Event, Request, Sampling
-from serve.errors import ContextLengthError, LatheError, RequestError, StoppedError
+from serve.errors import ContextLengthError, LatheError, OverloadedError, RequestError, StoppedError
 from serve.experiments.store import Exposure
 from serve.model.prompt import Prompt
-
-logger = logging.getLogger(__name__)
 
 
 class Generation:
@@ -60,13 +57,13 @@ class Generation:
         return not self._open
 
     async def next(self) -> tuple[int, Event]:
-        """The next event of any row, with the row's index. StoppedError if the engine ended the row."""
+        """The next event of any row, with the row's index. StoppedError or OverloadedError if the engine ended it."""
         index, event = await self._events.get()
         self.num_answer_tokens += len(event.token_ids)
         if event.finish in ("error", "cancelled"):
             self._finish = "error"
             del self._open[index]
-            raise StoppedError(event.error or "the request was cancelled by the server")
+            raise self._failure(event)
         if event.token_ids and self._first_token_s is None:
             self._note_first_token()
         if event.finish is not None:
@@ -99,6 +96,12 @@ class Generation:
 
     def _put(self, index: int, event: Event) -> None:
         self._events.put_nowait((index, event))
+
+    def _failure(self, event: Event) -> LatheError:
+        reason = event.error or "the request was cancelled by the server"
+        if self._services.runtime.worker.failure is None and self._first_token_s is None:
+            return OverloadedError(reason)  # it never began: the same request may be sent again
+        return StoppedError(reason)
 
     def _note_first_token(self) -> None:
         now = time.perf_counter()

@@ -27,6 +27,12 @@ def url(model_folder, make_adapter):
 
 
 @pytest.fixture(scope="module")
+def http(url):
+    with httpx.Client(base_url=url, timeout=60) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
 def client(url):
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as opened:
         yield opened
@@ -139,15 +145,15 @@ def test_logprobs_come_one_a_token_in_both_ways(client):
     assert plain.choices[0].logprobs.text_offset[0] == 0
 
 
-def test_models_asked_at_once_share_the_engine_and_answer_as_alone(client, url):
+def test_models_asked_at_once_share_the_engine_and_answer_as_alone(client, http):
     names = ["lively", "a1", "a2", "a1@1"] * 2
     alone = {name: chat(client, model=name).choices[0].message.content for name in set(names)}
     assert len({alone["lively"], alone["a1"], alone["a2"]}) == 3
-    steps = _metric(url, "lathe_steps_total")
+    steps = _metric(http, "lathe_steps_total")
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda name: chat(client, model=name).choices[0].message.content, names))
     assert answers == [alone[name] for name in names]
-    assert _metric(url, "lathe_steps_total") - steps < 8 * 24
+    assert _metric(http, "lathe_steps_total") - steps < 8 * 24
 
 
 def test_a_response_says_which_version_answered(client):
@@ -200,7 +206,11 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": IMAGE}, "messages", "images are not accepted, this model reads text only"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "'assistant'"),
-        ({"messages": [{"role": "user", "content": "x", "name": "bob"}]}, "messages", "messages.0.name: found"),
+        (
+            {"messages": [{"role": "user", "content": "x", "name": "bob"}]},
+            "messages",
+            "messages.0.name: found",
+        ),
         ({"extra_body": {"temprature": 1}}, "temprature", "did you mean temperature"),
         (
             {"extra_body": {"chat_template_kwargs": {"messages": []}}},
@@ -260,20 +270,20 @@ def test_an_unknown_model_is_404_and_the_message_names_those_there_are(client):
         assert "lively, a1, a2" in error["message"]
 
 
-def test_too_long_has_openais_code_and_no_body_no_model_no_json_are_400(client, url):
+def test_too_long_has_openais_code_and_no_body_no_model_no_json_are_400(client, http):
     assert refused(lambda: chat(client, max_tokens=5000))["code"] == "context_length_exceeded"
     for content, told in ((b"{", "not JSON"), (b"{}", "model: missing"), (b"[]", "the body")):
-        answer = httpx.post(
-            f"{url}/v1/chat/completions", content=content, headers={"content-type": "application/json"}
+        answer = http.post(
+            "/v1/chat/completions", content=content, headers={"content-type": "application/json"}
         )
         assert answer.status_code == 400
         assert told in answer.json()["error"]["message"]
-    assert httpx.get(f"{url}/v1/nothing").json()["error"]["code"] == "not_found"
+    assert http.get("/v1/nothing").json()["error"]["code"] == "not_found"
 
 
-def test_every_event_of_a_stream_is_one_json_line_and_the_last_is_done(url):
+def test_every_event_of_a_stream_is_one_json_line_and_the_last_is_done(http):
     body = {"model": "lively", "messages": MESSAGES, "max_tokens": 3, "stream": True}
-    answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+    answer = http.post("/v1/chat/completions", json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["x-lathe-model"] == "lively"
     events = answer.text.removesuffix("\n\n").split("\n\n")
@@ -283,6 +293,6 @@ def test_every_event_of_a_stream_is_one_json_line_and_the_last_is_done(url):
     )
 
 
-def _metric(url: str, name: str) -> float:
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
+def _metric(http: httpx.Client, name: str) -> float:
+    lines = http.get("/metrics").text.splitlines()
     return next(float(line.split()[-1]) for line in lines if line.startswith(name))

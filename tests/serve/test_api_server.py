@@ -1,0 +1,169 @@
+"""The server around the endpoints: ports, clients that leave, a full queue, an engine that fails."""
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from serve.api.server import bind, run, serving
+from serve.config import ServeConfig
+from serve.errors import ConfigError
+from serve.runtime import Runtime
+
+LONG = {"model": "lively", "prompt": "hello there", "max_tokens": 900, "ignore_eos": True}
+
+
+@pytest.fixture
+def start(model_folder):
+    """start(**config) → a Runtime, closed at the end."""
+    started = []
+
+    def begin(**fields) -> Runtime:
+        started.append(Runtime.start(ServeConfig(model=str(model_folder), name="lively", **fields)))
+        return started[-1]
+
+    yield begin
+    for runtime in started:
+        runtime.close()
+
+
+@contextmanager
+def browsing(runtime: Runtime) -> Iterator[httpx.Client]:
+    """A client of a server on `runtime`."""
+    with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
+        yield http
+
+
+def wait_for(http: str, fact: Callable[[dict], bool], timeout_s: float = 20) -> bool:
+    """True as soon as `fact` holds of /health; False if it does not come to hold."""
+    end = time.monotonic() + timeout_s
+    while not fact(http.get("/health").json()):
+        if time.monotonic() > end:
+            return False
+    return True
+
+
+def is_idle(health: dict) -> bool:
+    return health["num_decoding"] + health["num_prefilling"] + health["num_waiting"] == 0
+
+
+def test_a_port_in_use_is_named_before_any_model_is_loaded(tmp_path):
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 cannot be opened: it is in use"):
+            run(ServeConfig(model=str(tmp_path / "no model here"), port=port))
+
+
+def test_a_failed_start_gives_the_port_back(tmp_path):
+    with bind("127.0.0.1", 0) as probe:
+        port = probe.getsockname()[1]
+    with pytest.raises(LookupError):
+        run(ServeConfig(model=str(tmp_path / "no model here"), port=port))
+    bind("127.0.0.1", port).close()
+
+
+def test_closing_a_stream_frees_its_row_and_its_adapter(start, make_adapter):
+    runtime = start(adapters=[{"name": "x", "path": make_adapter(1)}])
+    with browsing(runtime) as http:
+        body = {**LONG, "model": "x", "stream": True, "n": 2}
+        with http.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()  # dropping it would close the connection
+            next(lines)
+            assert runtime.worker.stats().num_decoding == 2
+        assert wait_for(http, is_idle)
+        assert runtime.worker.stats().num_finished == {"cancelled": 2}
+        assert runtime.registry.num_pins(runtime.registry.resolve("x")) == 0
+        assert 'finish="cancelled"' in http.get("/metrics").text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_any_answer_frees_its_row(start, stream):
+    runtime = start(max_rows=1)
+    with (
+        browsing(runtime) as http,
+        http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as first,
+    ):
+        lines = first.iter_lines()  # dropping it would close the connection
+        next(lines)
+        host, port = http.base_url.host, http.base_url.port
+        content = json.dumps({**LONG, "stream": stream}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        with socket.create_connection((host, port)) as leaver:
+            leaver.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+            assert wait_for(http, lambda health: health["num_waiting"] == 1)
+        assert wait_for(http, lambda health: health["num_waiting"] == 0)
+        assert runtime.worker.stats().num_decoding == 1, "the other stream goes on"
+
+
+def test_a_client_that_leaves_while_its_whole_answer_is_made_frees_its_row(start):
+    runtime = start()
+    with browsing(runtime) as http:
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/completions", json=LONG, timeout=httpx.Timeout(30, read=0.3))
+        assert wait_for(http, is_idle)
+        assert runtime.worker.stats().num_finished == {"cancelled": 1}
+
+
+def test_a_full_queue_answers_503_with_retry_after(start):
+    runtime = start(max_rows=1, max_waiting=1)
+    with browsing(runtime) as http, ThreadPoolExecutor(2) as pool:
+        body = {**LONG, "max_tokens": 200}
+        taken = [pool.submit(http.post, "/v1/completions", json=body) for _ in range(2)]
+        assert wait_for(http, lambda health: health["num_waiting"] == 1)
+        for stream in (False, True):
+            answer = http.post("/v1/completions", json={**LONG, "stream": stream})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["type"] == "server_error"
+        assert [answer.result().status_code for answer in taken] == [200, 200]
+
+
+def test_a_failed_engine_ends_streams_with_an_error_event_and_turns_health_to_503(start):
+    runtime = start()
+    with browsing(runtime) as http:
+        assert http.get("/health").json()["status"] == "ok"
+        with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            runtime.worker.call(lambda: _break(runtime))
+            last = [line for line in lines if line][-1]
+        assert "the engine has failed" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        health = http.get("/health")
+        assert health.status_code == 503
+        assert "NoneType" in health.json()["error"]
+        refused = http.post("/v1/completions", json=LONG)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_stopped")
+        assert "lathe_engine_up 0.0" in http.get("/metrics").text
+
+
+def _break(runtime: Runtime) -> None:
+    runtime.engine._runner.run = None
+
+
+def test_metrics_count_requests_tokens_and_latencies_by_model(start, make_adapter):
+    runtime = start(adapters=[{"name": "x", "path": make_adapter(1)}])
+    with browsing(runtime) as http:
+        for model in ("lively", "x", "x@1"):
+            http.post("/v1/completions", json={**LONG, "model": model, "max_tokens": 4})
+        http.post("/v1/completions", json={**LONG, "model": "nope"})
+        text = http.get("/metrics").text
+    assert 'lathe_requests_total{endpoint="completions",finish="length",model="x"} 2.0' in text
+    assert 'lathe_requests_total{endpoint="completions",finish="length",model="lively"} 1.0' in text
+    for histogram in ("ttft", "tpot", "request"):
+        assert f'lathe_{histogram}_seconds_count{{model="x"}} 2.0' in text
+    assert "lathe_generated_tokens_total 12.0" in text
+    assert 'lathe_http_errors_total{status="404"} 1.0' in text
+    assert "nope" not in text
+
+
+def test_two_apps_in_one_process_count_apart(start):
+    one, other = start(), start()
+    with browsing(one) as http, browsing(other) as other_http:
+        http.post("/v1/completions", json={**LONG, "max_tokens": 2})
+        assert "lathe_generated_tokens_total 2.0" in http.get("/metrics").text
+        assert "lathe_generated_tokens_total 0.0" in other_http.get("/metrics").text
