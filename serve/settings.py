@@ -366,24 +366,15 @@ def _closest(item: Any) -> str:
 
 
 def _yaml_word(found: str, wanted: str) -> str:
-    words = {
-        "'yes'": "true",
-        "'on'": "true",
-        "'y'": "true",
-        "'no'": "false",
-        "'off'": "false",
-        "'n'": "false",
-    }
-    if wanted.startswith("boolean") and found.lower() in words:
-        return f"; write {words[found.lower()]} (only true and false are booleans here)"
-    return ""
+    word = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(found.strip("'").lower())
+    if word is None or not wanted.startswith("boolean"):
+        return ""
+    return f"; write {word} (only true and false are booleans here)"
 
 
 def _meaning(name: str, models: Sequence[type[BaseModel]]) -> str:
-    for model in models:
-        if name in model.model_fields and model.model_fields[name].description:
-            return f"; expected: {' '.join(str(model.model_fields[name].description).split())}"
-    return ""
+    said = [model.model_fields[name].description for model in models if name in model.model_fields]
+    return f"; expected: {' '.join(said[0].split())}" if said and said[0] else ""
 
 
 def _dotted(key: Key) -> str:

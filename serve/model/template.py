@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -190,13 +191,19 @@ class ChatTemplate:
         """All turns in one sequence, if each prompt, as served, is a prefix of it; otherwise None."""
         if not all(whole.startswith(turn.text) for turn in turns):
             return None
-        ids = self._encode(whole)
+        # One call: a fast tokenizer encodes the texts side by side.
+        encoded = self._tokenizer._tokenizer([whole, *(t.prompt for t in turns)], add_special_tokens=False)
+        ids, *prompts = map(tuple, encoded["input_ids"])
+        if any(ids[: len(prompt)] != prompt for prompt in prompts):
+            return None
+        begins = [begin for begin, _ in encoded.encodings[0].offsets] if encoded.is_fast else None
         spans = []
-        for turn in turns:
-            prompt = self._encode(turn.prompt)
-            if ids[: len(prompt)] != prompt:
-                return None
-            stop = len(ids) if turn.text == whole else _common(ids, self._encode(turn.text))
+        for turn, prompt in zip(turns, prompts, strict=True):
+            stop = len(ids)
+            if turn.text != whole and begins is not None:
+                stop = bisect_left(begins, len(turn.text))
+            elif turn.text != whole:
+                stop = _common(ids, self._encode(turn.text))
             spans.append(self._span(ids, len(prompt), stop, turn.with_eos))
         return Supervised(ids, tuple(spans))
 

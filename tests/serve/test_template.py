@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from serve.errors import RequestError
 from serve.model.template import ChatTemplate
@@ -146,6 +146,22 @@ def test_render_gives_the_tokens_that_the_tokenizer_itself_gives(family, make_to
     for prompt in (True, False):
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt)
         assert ChatTemplate(tokenizer).render(messages, add_generation_prompt=prompt) == tuple(expected)
+
+
+class WithoutOffsets(PreTrainedTokenizerFast):
+    """Answers as tokenizers written in Python do: ids and no offsets."""
+
+    def __call__(self, *args, **kwargs):
+        return BatchEncoding({"input_ids": super().__call__(*args, **kwargs)["input_ids"]})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tokenizer_without_offsets_gives_the_same_sequences(family, bpe, make_tokenizer):
+    template, eos, messages = FAMILIES[family]
+    slow = WithoutOffsets(tokenizer_object=Tokenizer.from_str(bpe), chat_template=template, eos_token=eos)
+    for choice in ("turn", "none"):
+        expected = ChatTemplate(make_tokenizer(template, eos)).supervise(messages, train_on_eos=choice)
+        assert ChatTemplate(TokenizerWrapper(slow)).supervise(messages, train_on_eos=choice) == expected
 
 
 def test_an_end_token_the_tokenizer_does_not_call_eos_is_still_supervised(make_tokenizer):
