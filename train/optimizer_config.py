@@ -65,6 +65,8 @@ class MuonConfig(Strict):
     weight_decay: float = Field(default=0.01, ge=0)
     nesterov: bool = True
     ns_steps: int = Field(default=5, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak rate of the weights Muon takes. Nothing: a fixed multiple of the recipe's learning_rate."""
 
 
 class SGDConfig(Strict):
@@ -81,7 +83,8 @@ class AdafactorConfig(Strict):
     beta_1: float | None = None
     weight_decay: float = Field(default=0.0, ge=0)
     scale_parameter: bool = True
-    relative_step: bool = True
+    relative_step: bool = False
+    """mlx's own default is true, which ignores learning_rate; here that has to be asked for."""
     warmup_init: bool = False
 
 

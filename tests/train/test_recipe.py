@@ -117,6 +117,12 @@ def test_every_default_is_filled_in_so_that_the_resolved_recipe_says_it(recipe_o
     assert recipe_of(scheduled).learning_rate == 1e-3
 
 
+def test_adafactor_obeys_learning_rate_unless_told_otherwise(recipe_of):
+    assert not recipe_of(LEAST).optimizer_config.adafactor.relative_step
+    text = LEAST + "optimizer_config: {adafactor: {relative_step: true}}\n"
+    assert recipe_of(text).optimizer_config.adafactor.relative_step
+
+
 def test_alpha_is_scale_times_rank(recipe_of):
     text = LEAST + "lora_parameters: {rank: 8, alpha: 160}\n"
     assert recipe_of(text).lora_parameters.effective_scale == 20.0
