@@ -189,6 +189,6 @@ def _sampling(services: Services, body: GenerationBody, num_prompt_tokens: int, 
         min_p=body.min_p or 0.0,
         seed=seed,
         stop=body.stops,
-        ignore_eos=body.ignore_eos,
+        ignore_eos=bool(body.ignore_eos),
         num_logprobs=body.num_logprobs,
     )

@@ -79,7 +79,7 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     user: str | None = None
     """The unit of an experiment: the same user meets the same variant. Without effect on other models."""
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
 
     @field_validator("stop")
     @classmethod

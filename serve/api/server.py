@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import uvicorn
 
@@ -20,13 +22,19 @@ GRACEFUL_SHUTDOWN_S = 10
 BACKLOG = 2048
 
 
-def run(config: ServeConfig, say: Callable[[str], None] = print) -> None:
-    """Serve until SIGINT or SIGTERM. `say` gets the URL and the models' names. ConfigError: port in use."""
-    with bind(config.host, config.port) as listener:
+def run(config: ServeConfig, say: Callable[[str], None] = partial(print, flush=True)) -> None:
+    """Serve until SIGINT or SIGTERM, then let streams end for a while and write what is queued. Main thread only.
+
+    say  gets one line with the models' names and the URL, once requests are answered
+    Raises ConfigError (port in use) before anything is loaded, and what Runtime.start raises.
+    """
+    with _ended_by_sigterm(), bind(config.host, config.port) as listener:
         runtime = Runtime.start(config)
         try:
             say(f"Lathe serves {', '.join(served_names(runtime))} at {url_of(listener)}/v1")
             _server(runtime).run(sockets=[listener])
+        except KeyboardInterrupt:
+            pass  # uvicorn has shut down and raised the signal again
         finally:
             runtime.close()
 
@@ -66,6 +74,20 @@ def url_of(listener: socket.socket) -> str:
     """http://host:port, with the port that was really taken."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does; by default it would end the process with writes still queued."""
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _server(runtime: Runtime) -> uvicorn.Server:

@@ -1,11 +1,15 @@
 """The server around the endpoints: ports, clients that leave, a full queue, an engine that fails."""
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,8 +17,10 @@ import pytest
 from serve.api.server import bind, run, serving
 from serve.config import ServeConfig
 from serve.errors import ConfigError
+from serve.experiments.store import Store
 from serve.runtime import Runtime
 
+ROOT = Path(__file__).parents[2]
 LONG = {"model": "lively", "prompt": "hello there", "max_tokens": 900, "ignore_eos": True}
 
 
@@ -65,6 +71,29 @@ def test_a_failed_start_gives_the_port_back(tmp_path):
     with pytest.raises(LookupError):
         run(ServeConfig(model=str(tmp_path / "no model here"), port=port))
     bind("127.0.0.1", port).close()
+
+
+def test_sigterm_ends_the_server_after_its_streams_and_its_writes(model_folder, tmp_path):
+    experiment = {"name": "e", "variants": [{"model": "lively"}, {"model": "lively", "name": "twin"}]}
+    config = tmp_path / "c.yaml"
+    fields = {"model": str(model_folder), "name": "lively", "port": 0, "experiments": [experiment]}
+    config.write_text(json.dumps({**fields, "store": "sqlite:///e.sqlite"}))
+    code = "import sys; from serve.config import load_config; from serve.api.server import run; "
+    command = [sys.executable, "-c", f"{code}run(load_config(sys.argv[1]))", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        line = process.stdout.readline()
+        assert line.startswith("Lathe serves lively, e at http://127.0.0.1:")
+        body = {**LONG, "model": "e", "max_tokens": 200, "stream": True}
+        url = line.split()[-1].removesuffix("/v1")
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert process.wait(30) == 0
+    store = Store(f"sqlite:///{tmp_path}/e.sqlite", create=False)
+    assert [row.finish for row in store.rows(store.newest_run("e").id)] == ["length"]
+    store.close()
 
 
 def test_closing_a_stream_frees_its_row_and_its_adapter(start, make_adapter):
