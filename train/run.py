@@ -11,7 +11,6 @@ import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 import mlx.core as mx
 import mlx.optimizers as mlx_optim
@@ -39,7 +38,7 @@ from train.preflight import Preflight
 from train.progress import RunProgress
 from train.recipe import Recipe
 from train.summary import RunSummary
-from train.trainer import LoopSettings, Stepper, Trainer, TrainState, mean_loss, peak_memory_bytes
+from train.trainer import LoopSettings, Stepper, Trainer, TrainState, mean_loss
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -113,34 +112,19 @@ def _train(
         test_batches = flight.test_batches()
         test_loss = mean_loss(model.network, test_batches) if test_batches else None
     config = write_adapter(folder, trainable_tensors(model.network), journal.config(state))
-    is_short = state.iteration < flight.num_iterations
-    status: Literal["interrupted", "stopped_early", "finished"] = "finished"
-    if is_short:
-        status = "interrupted" if caught else "stopped_early"
-    result = RunSummary(
-        status=status,
-        adapter_path=str(folder),
-        steps=state.step,
-        iterations=state.iteration,
-        train_loss=state.train_loss,
-        first_valid_loss=state.first_valid_loss,
-        valid_loss=state.valid_loss,
-        best_valid_loss=state.best_loss,
-        best_step=state.best_step,
+    result = summary.of_run(
+        state,
+        folder,
+        num_iterations=flight.num_iterations,
+        caught=caught[0] if caught else None,
         published_step=published_step,
         test_loss=test_loss,
         metric=recipe.metric.name if recipe.metric else None,
         metric_before=journal.metric_before,
         metric_after=journal.metric_after,
         num_trainable=adapted.num_trainable,
-        num_targets=state.num_targets,
-        num_tokens=state.num_tokens,
         seconds=time.perf_counter() - start_s,
-        train_seconds=state.seconds,
-        tokens_per_s=state.num_tokens / max(state.seconds, 1e-9),
-        peak_memory_bytes=peak_memory_bytes(),
         content_hash=config.lineage.content_hash if config.lineage else "",
-        signal=caught[0] if status == "interrupted" else None,
     )
     summary.write(result, folder)
     return result

@@ -7,12 +7,13 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from serve.errors import ConfigError, StorageError
 from train import checkpoint
 from train.metrics import FILE as METRICS_FILE
 from train.metrics import TENSORBOARD_FOLDER
+from train.trainer import TrainState, peak_memory_bytes
 
 FILE = "summary.json"
 
@@ -51,6 +52,33 @@ class RunSummary:
     def exit_code(self) -> int:
         """0, or 130 and 143 after SIGINT and SIGTERM, as shells count."""
         return 0 if self.signal is None else 128 + self.signal
+
+
+def of_run(
+    state: TrainState, folder: Path, *, num_iterations: int, caught: int | None, **measured: Any
+) -> RunSummary:
+    """The summary of a run that ended at `state`; `measured` are further fields of it."""
+    status: Literal["finished", "stopped_early", "interrupted"] = "finished"
+    if state.iteration < num_iterations:
+        status = "stopped_early" if caught is None else "interrupted"
+    return RunSummary(
+        status=status,
+        adapter_path=str(folder),
+        steps=state.step,
+        iterations=state.iteration,
+        train_loss=state.train_loss,
+        first_valid_loss=state.first_valid_loss,
+        valid_loss=state.valid_loss,
+        best_valid_loss=state.best_loss,
+        best_step=state.best_step,
+        num_targets=state.num_targets,
+        num_tokens=state.num_tokens,
+        train_seconds=state.seconds,
+        tokens_per_s=state.num_tokens / max(state.seconds, 1e-9),
+        peak_memory_bytes=peak_memory_bytes(),
+        signal=caught if status == "interrupted" else None,
+        **measured,
+    )
 
 
 def write(summary: RunSummary, folder: Path) -> None:

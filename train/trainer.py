@@ -62,10 +62,6 @@ class LoopSettings:
     clear_cache_bytes: int = 0
     """The allocator's cache is freed after a step when it holds more than this."""
 
-    @property
-    def num_steps(self) -> int:
-        return -(-self.num_iterations // self.accumulation)
-
 
 @dataclass
 class TrainState:

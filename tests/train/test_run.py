@@ -300,3 +300,26 @@ def test_random_weights_train_whole(make_recipe, model_folder, tmp_path):
     assert summary.valid_loss < summary.first_valid_loss
     assert "model.embed_tokens.weight" in read_tensors(tmp_path / "scratch")
     assert summary.num_trainable == sum(t.size for t in read_tensors(tmp_path / "scratch").values())
+
+
+def test_full_fine_tuned_weights_load_in_mlx_lm(make_recipe, model_folder, tmp_path):
+    recipe = make_recipe("full", "fine_tune_type=full", "lora_parameters=null", "learning_rate=1e-3")
+    summary = run(recipe, console=quiet())
+    theirs, _ = mlx_lm.load(str(model_folder), adapter_path=str(tmp_path / "full"))
+    assert mean_valid_loss(theirs, recipe) == pytest.approx(summary.valid_loss, rel=1e-4)
+    assert summary.valid_loss < summary.first_valid_loss
+
+
+def test_early_stopping_ends_the_run_and_says_so(make_recipe):
+    recipe = make_recipe(
+        "early",
+        "early_stopping_patience=2",
+        "steps_per_eval=1",
+        "iters=50",
+        "lr_schedule={name: constant}",
+        "learning_rate=30.0",
+        "max_grad_norm=null",
+    )
+    summary = run(recipe, console=quiet())
+    assert summary.status == "stopped_early"
+    assert summary.steps == summary.best_step + 2 < 50
