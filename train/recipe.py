@@ -123,7 +123,10 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is True,
         "packing is not in this version; batches go by length, which leaves about 5 % padding; expected false",
     ),
-    "train": (lambda v: v is False, "`lathe train` trains; to measure an adapter run `lathe eval`"),
+    "train": (
+        lambda v: v is False,
+        "`lathe train` always trains; leave it out (`test: true` measures the test rows after training)",
+    ),
     "report_to": (
         lambda v: v is not None,
         "reporting to services is not in this version; metrics go to files in adapter_path; leave it out",

@@ -149,7 +149,7 @@ def test_axolotls_spellings_are_the_same_knobs_and_both_at_once_are_refused(reci
         ("report_to: wandb", "reporting to services is not in this version"),
         ("project_name: x", "reporting service"),
         ("config: other.yaml", "does not include another file"),
-        ("train: false", "lathe eval"),
+        ("train: false", "always trains"),
         ("fine_tune_type: dora", "DoRA is not in this version"),
         ("objective: dpo", "expected sft"),
         ("sample_packing: true", "packing is not in this version"),
