@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.optimizers as mlx_optim
 import pytest
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import build_schedule as mlx_lm_build_schedule
 
 from serve.errors import ConfigError
@@ -83,3 +84,20 @@ def test_muon_takes_hidden_matrices_at_ten_times_the_rate_and_adamw_the_rest(tin
     assert "embed_tokens" not in muon.state["model"]
     assert "embed_tokens" in rest.state["model"]
     assert rest.state["model"]["layers"][0]["self_attn"].keys() == {"q_norm", "k_norm"}
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon", "sgd", "adafactor"])
+def test_at_rate_zero_nothing_moves_and_at_half_the_rate_half_as_much(name, tiny_network):
+    network = tiny_network()
+    train_all(network)
+    weights = network.module.trainable_parameters()
+    gradients = tree_map(lambda w: w * 0 + 1e-3, weights)
+    moves = []
+    for rate in (0.0, 1e-3, 2e-3):
+        schedule = build_schedule({"name": "constant", "arguments": [rate]}, learning_rate=1e-3, num_steps=10)
+        optimizer = build_optimizer(name, {}, schedule, learning_rate=1e-3)
+        moved = optimizer.apply_gradients(gradients, weights)
+        before, after = dict(tree_flatten(weights)), dict(tree_flatten(moved))
+        moves.append(max(float(mx.abs(after[path] - before[path]).max()) for path in before))
+    assert moves[0] == 0
+    assert moves[2] == pytest.approx(2 * moves[1], rel=1e-2)
