@@ -41,6 +41,9 @@ def test_paths_in_a_file_are_relative_to_it_and_hub_names_are_left_alone(tmp_pat
     assert config.adapters[0].path == tmp_path / "a"
     assert config.allowed_adapter_roots == (folder / "roots",)
     assert config.store == f"sqlite:///{folder / 'x.db'}"
+    (folder / "org" / "here").mkdir(parents=True)
+    file.write_text("model: org/here\n")
+    assert load_config(file).model == str(folder / "org" / "here")
     file.write_text("model: some-org/some-model\n")
     assert load_config(file).model == load_config(file).base_name == "some-org/some-model"
     assert load_config(file).store == "sqlite:///lathe.sqlite"
