@@ -32,8 +32,8 @@ from serve.experiments.store import Store
 from train.data.sources import read
 from train.export import ExportReport, export
 from train.recipe import Recipe, load_recipe
-from train.run import RunSummary
 from train.run import run as run_recipe
+from train.summary import RunSummary
 
 MARKER = ".lathe-demo"
 BASE = "tickets"
@@ -79,6 +79,7 @@ class HotLoad:
     pieces_during: int
     pieces_after: int
     longest_gap_s: float
+    """Between two pieces, of those around the load."""
     stream_went_on: bool
 
 
@@ -128,7 +129,7 @@ def run(home: Path, folder: Path, console: Console, *, keep: bool = False) -> di
         found = _report(folder)
         winner = _winner(served.scores)
         console.rule("Export", align="left")
-        exported = _export(recipes[winner], folder, home, console)
+        exported = _export(recipes[winner], folder, console)
         numbers = _numbers(training, served, found, winner, exported, time.perf_counter() - start_s)
         _show(numbers, found, console)
         if keep:
@@ -242,7 +243,7 @@ async def _load_while_streaming(http: httpx.AsyncClient, adapter: Path, row: Hel
     await stream
     before = sum(arrival < start_s for arrival in arrivals)
     after = sum(arrival > end_s for arrival in arrivals)
-    gaps = [later - earlier for earlier, later in pairwise(arrivals)]
+    gaps = [later - earlier for earlier, later in pairwise(arrivals) if later > start_s and earlier < end_s]
     return HotLoad(
         adapter=adapter.name,
         load_s=end_s - start_s,
@@ -329,14 +330,13 @@ def _winner(scores: dict[str, Score]) -> str:
     return max(ADAPTERS, key=lambda name: scores[name].exact_match)
 
 
-def _export(recipe: Recipe, folder: Path, home: Path, console: Console) -> ExportReport:
+def _export(recipe: Recipe, folder: Path, console: Console) -> ExportReport:
     adapter = Path(recipe.adapter_path)
     return export(
         adapter,
         folder / f"{adapter.name}-{EXPORT_BITS}bit",
         bits=EXPORT_BITS,
         base=recipe.model,
-        data=home / "data" / "routing" / "test.jsonl",
         console=console,
     )
 

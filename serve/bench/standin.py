@@ -1,7 +1,7 @@
 """Writes a random model of a real family, and random adapters for it, where no download is wanted.
 
-The model is 29M parameters of qwen3: 512 wide, 8 layers. It is built lively, so that greedy answers are long
-runs of different tokens, and none of them is a stop token: every server generates as many as it is asked for.
+The model is 29M parameters of qwen3: 512 wide, 8 layers. Its greedy answers are runs of different tokens that
+depend on all of the prompt, and hold no stop token: every server generates as many tokens as it is asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -20,8 +21,6 @@ NUM_LAYERS = 8
 HIDDEN = 512
 VOCABULARY = 4096
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-RESIDUAL_GAIN = 4.0
-"""Attention and MLP outputs against the embedding: at 1 a random model repeats one token for ever."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -119,25 +118,18 @@ def _tokenizer() -> Tokenizer:
 
 def _weights(tokenizer: Tokenizer, seed: int) -> dict[str, mx.array]:
     model = qwen3.Model(qwen3.ModelArgs.from_dict(CONFIG))
-    shapes = {name: tensor.shape for name, tensor in _flat(model)}
+    shapes = {name: tensor.shape for name, tensor in tree_flatten(model.parameters())}
     keys = mx.random.split(mx.random.key(seed), len(shapes))
     weights = {}
     for key, (name, shape) in zip(keys, sorted(shapes.items()), strict=True):
         if len(shape) == 1:
             weights[name] = mx.ones(shape)
             continue
-        gain = RESIDUAL_GAIN if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-        weights[name] = mx.random.normal(shape, key=key) * gain * shape[1] ** -0.5
+        weights[name] = mx.random.normal(shape, key=key) * shape[1] ** -0.5
     speakable = mx.array([_is_speakable(tokenizer, token) for token in range(VOCABULARY)])
     # A zero row's logit is 0, which the largest of 4,000 random ones always passes.
     weights["lm_head.weight"] = weights["lm_head.weight"] * speakable[:, None]
     return weights
-
-
-def _flat(model: qwen3.Model) -> list[tuple[str, mx.array]]:
-    from mlx.utils import tree_flatten
-
-    return tree_flatten(model.parameters())
 
 
 def _is_speakable(tokenizer: Tokenizer, token: int) -> bool:
