@@ -44,6 +44,7 @@ WEIGHTS_FILES = "model*.safetensors"
 ROWS_PER_BATCH = 8
 COPIED = ("*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "*.json")
 NOT_COPIED = ("config.json", "model.safetensors.index.json", FIDELITY_FILE)
+SPLITS: tuple[Literal["test", "valid", "train"], ...] = ("test", "valid", "train")
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 
@@ -67,6 +68,16 @@ class ExportReport:
     num_rows: int
     num_bytes: int
     seconds: float
+    split: str
+    """Where the rows are from: test, else valid, else train."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Token rows to compare on, and the split they are from."""
+
+    split: str
+    batches: list[Batch]
 
 
 def export(
@@ -99,14 +110,14 @@ def export(
     if name is None:
         raise ConfigError(f"{adapter} does not say what its base is; name it with base")
     reference = load_adapted(adapter, config, name, is_other_base_fine=force)
-    batches = held_out(adapter, data, reference, max_rows)
+    rows = held_out(adapter, data, reference, max_rows)
     partial = out.with_name(f".new-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         console.print(f"fusing {adapter} into {name}", highlight=False)
         stored = write_fused(partial, adapter, config, name, bits=bits, group_size=group_size, dtype=dtype)
         exported = load(str(partial))
-        agreement = compare(reference.network, exported.network, batches)
+        agreement = compare(reference.network, exported.network, rows.batches)
         report = ExportReport(
             out=str(out),
             adapter=str(adapter),
@@ -114,6 +125,7 @@ def export(
             bits=bits,
             group_size=group_size if bits else None,
             dtype=stored,
+            split=rows.split,
             num_bytes=sum(file.stat().st_size for file in partial.glob(WEIGHTS_FILES)),
             seconds=time.perf_counter() - start_s,
             **agreement,
@@ -262,19 +274,23 @@ def _copy_beside(source: Path, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-def held_out(adapter: Path, data: Path | None, model: LoadedModel, max_rows: int) -> list[Batch]:
+def held_out(adapter: Path, data: Path | None, model: LoadedModel, max_rows: int) -> HeldOut:
     """Token rows to compare on: test rows, else validation rows, else training rows of a recipe or a data file."""
     recipe = _recipe_for(adapter, data, model)
     template = ChatTemplate(model.tokenizer)
-    for split in ("test", "valid", "train"):
-        rows, _ = tokenize(read(recipe, split), template, model.tokenizer, recipe)
+    rows, split, problems = [], "", []
+    for name in SPLITS:
+        try:
+            rows, split = tokenize(read(recipe, name), template, model.tokenizer, recipe)[0], name
+        except DataError as error:  # a data set without test rows says so by this
+            problems.append(str(error))
         if rows:
             break
     if not rows:
-        raise DataError(f"{data or adapter}: no rows to compare base + adapter and export on")
+        raise DataError("\n".join([f"{data or adapter}: no rows to compare the export on", *problems]))
     num_batches = math.ceil(max_rows / ROWS_PER_BATCH)
     chosen = validation_rows([len(row) for row in rows], ROWS_PER_BATCH, num_batches)
-    return [collate(rows, ids) for ids in chosen]
+    return HeldOut(split, [collate(rows, ids) for ids in chosen])
 
 
 def _recipe_for(adapter: Path, data: Path | None, model: LoadedModel) -> Recipe:
@@ -334,5 +350,5 @@ def _table(report: ExportReport) -> Table:
     table.add_row("weights", f"{form}, {report.num_bytes / 1e6:,.1f} MB")
     table.add_row("top-1 agreement", f"{report.top1_agreement:.2%} of {report.num_tokens:,} target tokens")
     table.add_row("KL(base + adapter ‖ export)", f"mean {report.kl_mean:.2e}, max {report.kl_max:.2e} nats")
-    table.add_row("rows", f"{report.num_rows:,}")
+    table.add_row("rows", f"{report.num_rows:,}, {report.split} split")
     return table

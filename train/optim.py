@@ -105,7 +105,7 @@ def _muon(
     learning_rate: float,
     embedding_names: frozenset[str],
 ) -> mlx_optim.Optimizer:
-    rate = float(arguments.pop("learning_rate", MUON_RATE_FACTOR * learning_rate))
+    rate = float(arguments.pop("learning_rate", None) or MUON_RATE_FACTOR * learning_rate)
     factor = rate / learning_rate if learning_rate else MUON_RATE_FACTOR
     matrices = _make("muon", arguments, lambda step: schedule(step) * factor)
     rest = _make("adamw", adamw_arguments, schedule)

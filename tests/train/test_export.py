@@ -92,7 +92,7 @@ def test_an_export_opens_in_mlx_lm_and_reports_its_own_loss(
         options = {**options, "group_size": 32}
     report = export(adapter, tmp_path / "out", data=rows_file, console=quiet(), **options)
     assert json.loads((tmp_path / "out" / "fidelity.json").read_text())["kl_mean"] == report.kl_mean
-    assert report.num_rows == 9
+    assert (report.num_rows, report.split) == (9, "train")
     assert report.num_tokens == sum(len(a.encode()) + 1 for a in ("that", "over there", "soon")) * 3
     bounds = {None: (1.0, 1e-5), 8: (0.9, 1e-2), 4: (0.3, math.inf)}
     agreement, kl = bounds[options.get("bits")]
