@@ -70,7 +70,7 @@ class Generation:
             del self._open[index]
             self._finish = event.finish
             if self.is_done and self._exposed is not None:
-                # Whoever has seen the end of the answer may send feedback on it.
+                # Whoever has seen the end of the answer may send feedback on it, to any replica.
                 await asyncio.wrap_future(self._exposed)
         return index, event
 

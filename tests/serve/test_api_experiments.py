@@ -1,5 +1,8 @@
 """An experiment end to end: split, headers, exposures, feedback, and the report read from the file alone."""
 
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
 import openai
 import pytest
@@ -97,6 +100,21 @@ def test_feedback_may_follow_the_end_of_a_stream_at_once(http):
             sent = http.post("/v1/feedback", json={"id": finished.id, "name": "ok", "value": 1})
             assert sent.status_code == 200
             chunks.close()
+
+
+def test_an_answer_does_not_end_before_its_exposure_is_written(http, tmp_path):
+    other_replica = sqlite3.connect(tmp_path / "e.sqlite", isolation_level=None)
+    body = {"model": "test", "messages": MESSAGES, "max_tokens": 2}
+    with ThreadPoolExecutor(1) as pool:
+        other_replica.execute("BEGIN IMMEDIATE")
+        answer = pool.submit(http.post, "/v1/chat/completions", json=body)
+        with pytest.raises(TimeoutError):
+            answer.result(timeout=1)
+        other_replica.execute("COMMIT")
+        completion = answer.result(timeout=20).json()["id"]
+    found = other_replica.execute("SELECT completion_id FROM exposures").fetchall()
+    other_replica.close()
+    assert found == [(completion,)]
 
 
 def test_what_feedback_cannot_take_is_refused_by_its_name(ask, http):
