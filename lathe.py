@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -52,8 +53,7 @@ Adapters = Annotated[
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line, or `words` in its place; the entry point of the `lathe` script. Ends by SystemExit."""
-    # So that `with` blocks end the servers they started.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app(words)
     except SystemExit:
@@ -62,6 +62,14 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except _foreseen() as error:
         sys.exit(_tell(error))
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a command as Ctrl-C does, so that `with` blocks stop the servers they started."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    if not callable(on_interrupt):
+        sys.exit(128 + number)
+    on_interrupt(signal.SIGINT, frame)
 
 
 def _foreseen() -> type[LatheError]:

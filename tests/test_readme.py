@@ -1,13 +1,14 @@
-"""README's commands, run in order in a copy of the checkout.
+"""README's commands, run in order, as one shell session in a copy of the checkout.
 
-Fenced blocks that follow a line `<!-- test -->` are run: lines that start with `$ ` are commands (a trailing
-backslash continues them), everything else is output and is not compared.
+Fenced blocks after a line `<!-- test -->` are run. A line that starts with `$ ` begins a command; it goes on while
+it ends in a backslash or a quote is open. Everything else is output and is not compared.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import lathe
+from serve.bench.process import free_port
 
 ROOT = Path(lathe.__file__).parent
 README = ROOT / "README.md"
@@ -23,34 +25,71 @@ BLOCK = re.compile(r"<!--\s*test\s*-->\s*```(?:console|bash|sh)\n(.*?)```", re.D
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "exports", "*.sqlite*", "__pycache__", ".*_cache")
 TIMEOUT_S = 600
 
+SESSION = """
+set -eo pipefail
+trap 'kill $(jobs -p) 2>/dev/null' EXIT
+curl() { command curl --fail "$@"; }  # an HTTP error is a failure here
+"""
+
 
 def commands(text: str) -> list[str]:
     """The commands of the blocks marked for testing."""
-    blocks = [block.replace("\\\n", " ") for block in BLOCK.findall(text)]
-    return [line[2:].strip() for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+    found: list[str] = []
+    is_open = False
+    for line in "\n".join(BLOCK.findall(text)).splitlines():
+        if is_open:
+            found[-1] += "\n" + line
+        elif line.startswith("$ "):
+            found.append(line[2:])
+        else:
+            continue
+        is_open = goes_on(found[-1])
+    return found
+
+
+def goes_on(command: str) -> bool:
+    if command.endswith("\\"):
+        return True
+    try:
+        shlex.split(command)
+    except ValueError:
+        return True
+    return False
 
 
 def test_marked_blocks_are_found_and_others_left_alone():
-    text = "```console\n$ rm -rf /\n```\n<!-- test -->\n```console\n$ lathe a \\\n    --b\nprinted\n$ lathe c\n```\n"
-    assert [" ".join(command.split()) for command in commands(text)] == ["lathe a --b", "lathe c"]
+    text = """
+```console
+$ rm -rf /
+```
+<!-- test -->
+```console
+$ lathe a \\
+    --b
+printed
+$ lathe c '{"x":
+  1}'
+```
+"""
+    assert commands(text) == ["lathe a \\\n    --b", "lathe c '{\"x\":\n  1}'"]
 
 
 @pytest.mark.skipif(not README.exists(), reason="no README yet")
 def test_the_commands_of_the_readme_run(tmp_path):
     checkout = tmp_path / "lathe"
     shutil.copytree(ROOT, checkout, ignore=LEFT_OUT)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    found = commands(README.read_text())
+    found = commands(README.read_text().replace("8000", str(free_port())))
     assert found, "README marks no block with <!-- test -->"
-    for command in found:
+    shown = "\n".join(f"echo {shlex.quote('$ ' + command)}\n{command}" for command in found)
+    with (tmp_path / "output").open("w") as output:
         done = subprocess.run(
-            command,
-            shell=True,
+            ["bash", "-c", SESSION + shown],
             cwd=checkout,
-            env={**os.environ, "PATH": path},
-            capture_output=True,
-            text=True,
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
             timeout=TIMEOUT_S,
             check=False,
         )
-        assert done.returncode == 0, f"$ {command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert done.returncode == 0, (tmp_path / "output").read_text()[-4000:]
