@@ -1,0 +1,42 @@
+"""What was trained is what is served: one adapter, its logits in the trainer and in the engine."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from serve.adapters.manifest import AdapterConfig, write_adapter
+from serve.engine.engine import Engine
+from serve.engine.generate import generate
+from serve.model.loading import load
+from train.adapt import add_lora
+from train.loss import target_logits
+
+
+@pytest.mark.parametrize("keys", [None, ["self_attn.q_proj", "mlp.down_proj"]])
+def test_a_trained_adapter_gives_the_same_logits_in_trainer_and_engine(
+    model, model_folder, make_request, tmp_path, keys
+):
+    trained = load(str(model_folder)).network
+    adapted = add_lora(trained, rank=5, scale=3.0, keys=keys)
+    for module in trained.module.modules():
+        if "lora_b" in module:
+            module.lora_b = mx.random.normal(module.lora_b.shape) * 0.2
+    trained.module.eval()
+    config = AdapterConfig("lora", adapted.num_layers, 5, 3.0, keys=adapted.keys)
+    write_adapter(tmp_path / "a", dict(tree_flatten(trained.module.trainable_parameters())), config)
+
+    engine = Engine(model)
+    request = make_request("r", adapter=engine.registry.load("a", tmp_path / "a"), num_logprobs=0)
+    answer = generate(engine, [request, make_request("base beside it")])[0]
+
+    prompt = request.prompt.token_ids
+    tokens = mx.array([[*prompt, *answer.token_ids]])
+    positions = mx.arange(len(prompt) - 1, tokens.shape[1] - 1)
+    logits = target_logits(trained, tokens, positions)
+    expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    assert len(set(answer.token_ids)) > 10
+    assert mx.argmax(logits, axis=-1).tolist() == list(answer.token_ids)
+    for step, entry in enumerate(answer.logprobs):
+        assert entry.logprob == pytest.approx(expected[step, entry.token_id].item(), abs=2e-3)
