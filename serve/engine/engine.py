@@ -92,13 +92,6 @@ class Engine:
         self.scheduler.commit(plan)
         return self._commit(plan, drawn)
 
-    def abort(self, reason: str) -> list[Event]:
-        """End every request with an error event: the step that served them raised."""
-        events = [Event(request_id, finish="error", error=reason) for request_id in self._by_id]
-        self._forget(list(self._by_id.values()))
-        self._num_finished["error"] += len(events)
-        return events
-
     def stats(self) -> EngineStats:
         """A snapshot; counters are of the engine's life."""
         return EngineStats(

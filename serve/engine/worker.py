@@ -142,20 +142,27 @@ class Worker:
 
     def _run(self) -> None:
         while not self._stopping:
-            self._do_commands(wait=not self.engine.has_work)
-            if self.engine.has_work and not self._stopping:
-                self._deliver(self._step())
-        self._deliver(self.engine.abort("the server is shutting down"))
+            try:
+                self._turn()
+            except Exception as error:
+                # The arrays may be in any state: say so to everyone, and take nothing new.
+                logger.exception("the engine has failed")
+                with self._lock:
+                    self.failure = error
+                self._end_all(str(self._stopped()))
+        self._end_all("the server is shutting down")
 
-    def _step(self) -> list[Event]:
-        try:
-            return self.engine.step()
-        except Exception as error:
-            # The arrays may be in any state: say so to everyone, and take nothing new.
-            logger.exception("the engine's step failed")
-            with self._lock:
-                self.failure = error
-            return self.engine.abort(f"the engine has failed: {error!r}")
+    def _turn(self) -> None:
+        """What was asked meanwhile, then one step. Waits for something to do where there is nothing."""
+        self._do_commands(wait=not self._has_work())
+        if self._has_work() and not self._stopping:
+            self._deliver(self.engine.step())
+
+    def _has_work(self) -> bool:
+        return self.failure is None and self.engine.has_work
+
+    def _end_all(self, reason: str) -> None:
+        self._deliver([Event(request_id, finish="error", error=reason) for request_id in self._open])
 
     def _do_commands(self, *, wait: bool) -> None:
         if wait:

@@ -106,17 +106,21 @@ def test_what_cannot_be_taken_is_refused_before_any_event_and_unpinned(worker, m
     assert {collect(sink)[1] for sink in sinks} <= {"cancelled", "length"}
 
 
-def test_a_failing_step_reaches_every_stream_and_new_requests_are_told(worker, make_request):
+@pytest.mark.parametrize("broken", ["forward", "scheduler"])
+def test_a_failing_engine_reaches_every_stream_and_new_requests_are_told(worker, make_request, broken):
     sinks = [queue.SimpleQueue() for _ in range(2)]
     for i, sink in enumerate(sinks):
         worker.submit(make_request(str(i), max_tokens=900), sink.put)
     for sink in sinks:
         sink.get(timeout=30)
 
-    def break_the_network() -> None:
-        worker.engine.model.network.layers[1].self_attn.o_proj.weight = None
+    def break_it() -> None:
+        if broken == "forward":
+            worker.engine.model.network.layers[1].self_attn.o_proj.weight = None
+        else:
+            del worker.engine.scheduler.waiting
 
-    worker.call(break_the_network)
+    worker.call(break_it)
     assert [collect(sink)[1] for sink in sinks] == ["error", "error"]
     assert worker.failure is not None
     with pytest.raises(StoppedError, match="the engine has failed"):
