@@ -80,7 +80,7 @@ async def ask(http: httpx.AsyncClient, request: Ask) -> Answer:
             async for chunk in _chunks(response):
                 reading.take(chunk)
     except (httpx.HTTPError, json.JSONDecodeError) as error:
-        return reading.answer(f"{type(error).__name__}: {error}")
+        return reading.answer(f"{type(error).__name__}: {error}".removesuffix(": "))
     return reading.answer(reading.error)
 
 
