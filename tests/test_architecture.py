@@ -115,3 +115,16 @@ def test_every_file_opens_by_saying_what_it_is(path):
         said = ast.get_docstring(tree)
         assert said
         assert len(said.splitlines()) <= 25
+
+
+def test_readmes_tree_has_a_line_for_every_file_and_none_for_files_that_are_gone():
+    block = next(b for b in (ROOT / "README.md").read_text().split("```") if "\nlathe.py" in b)
+    shown, folders = set(), []
+    for line in block.strip().splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name] if name.endswith("/") else []
+        if name.endswith(".py"):
+            shown.add("".join(folders) + name)
+    there = {name_of(path) for path in SOURCES if path.name != "__init__.py"} | {"lathe.py"}
+    assert shown == there
