@@ -21,9 +21,7 @@ def demo(tmp_path_factory):
     """One run from another working directory: what it wrote, what it printed."""
     where = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-P", "-m", "lathe", "demo", "--json", "demo.json"]
-    done = subprocess.run(
-        command, cwd=where, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return where, json.loads((where / "demo.json").read_text()), done.stdout
 
