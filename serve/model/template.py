@@ -55,7 +55,7 @@ class ChatTemplate:
         self._custom = getattr(tokenizer, "_chat_template", None)
         template = None if self._custom is not None else tokenizer.chat_template
         self.exists: bool = bool(tokenizer.has_chat_template)
-        self.hash: str = hashlib.sha256(_identity(self._custom, template).encode()).hexdigest()
+        self.hash: str = f"sha256:{hashlib.sha256(_identity(self._custom, template).encode()).hexdigest()}"
         self._has_markers = isinstance(template, str) and _MARKER.search(template) is not None
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {int(number) for number, token in added.items() if token.special}
