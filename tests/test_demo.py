@@ -26,13 +26,14 @@ def demo(tmp_path_factory):
     return where, json.loads((where / "demo.json").read_text()), done.stdout
 
 
-def test_the_base_cannot_do_the_task_and_both_adapters_can(demo):
+def test_the_base_cannot_do_the_task_and_the_adapters_can(demo):
     _, numbers, _ = demo
-    assert numbers["base"]["exact_match"] <= 0.05
+    assert numbers["base"]["exact_match"] <= MOST_OF_BASE
     assert len(numbers["adapters"]) == 2
     for score in numbers["adapters"].values():
         assert score["num_rows"] >= 100
-        assert score["exact_match"] >= 0.9
+        assert score["exact_match"] >= LEAST_OF_EACH
+    assert numbers["adapters"][numbers["winner"]]["exact_match"] >= LEAST_OF_BEST
 
 
 def test_an_adapter_arrived_while_another_streamed(demo):
@@ -51,15 +52,16 @@ def test_the_experiment_saw_every_prompt_once_and_agrees_with_the_scores(demo):
     num_rows = numbers["base"]["num_rows"]
     assert sum(arm["num_exposures"] for arm in arms.values()) == num_rows
     assert sum(arm["num_units_with_outcome"] for arm in arms.values()) == num_rows
-    for arm in arms.values():
+    for name, arm in arms.items():
         assert arm["num_exposures"] > num_rows / 4
-        assert arm["mean"] >= 0.85
+        # A variant's share of the same prompts: its score, but for the luck of the draw.
+        assert arm["mean"] == pytest.approx(numbers["adapters"][name]["exact_match"], abs=0.2)
 
 
 def test_the_export_says_what_the_adapter_says(demo):
     where, numbers, _ = demo
     assert numbers["export"]["bits"] == 8
-    assert numbers["export"]["top1_agreement"] >= 0.99
+    assert numbers["export"]["top1_agreement"] >= LEAST_AGREEMENT
     assert numbers["export"]["num_rows"] >= 50
     assert (where / "runs" / "demo" / f"{numbers['winner']}-8bit" / "model.safetensors").exists()
 
