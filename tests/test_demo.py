@@ -14,6 +14,9 @@ import lathe
 
 ROOT = Path(lathe.__file__).parent
 TIMEOUT_S = 900
+MOST_OF_BASE = 0.05
+LEAST_OF_BEST, LEAST_OF_EACH = 0.95, 0.5
+LEAST_AGREEMENT = 0.99
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,8 @@ OUTCOME = "exact_match"
 CLIENTS = 16
 MAX_TOKENS = 64
 STREAM_TOKENS = 600
+STREAM_TEMPERATURE = 5.0
+"""Past its answer a trained adapter repeats the end token, which is no text; hot enough, it rambles on visibly."""
 EXPORT_BITS: Literal[4, 8] = 8
 TIMEOUT_S = 120.0
 
@@ -261,7 +263,8 @@ async def _watch(http: httpx.AsyncClient, row: HeldOut, arrivals: list[float], b
         "model": ADAPTERS[0],
         "messages": row.messages,
         "max_tokens": STREAM_TOKENS,
-        "temperature": 0.0,
+        "temperature": STREAM_TEMPERATURE,
+        "seed": 0,
         "ignore_eos": True,
         "stream": True,
     }
