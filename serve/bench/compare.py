@@ -186,12 +186,8 @@ def _ratios(rounds: Mapping[tuple[str, int], Sequence[Round]], comparison: Compa
 
 
 def _ratio(of: str, to: str, concurrency: int, ours: Sequence[Round], theirs: Sequence[Round]) -> Ratio:
-    values = [_rate(a) / _rate(b) for a, b in zip(ours, theirs, strict=True)]
+    values = [a.tokens_per_s / b.tokens_per_s for a, b in zip(ours, theirs, strict=True)]
     return Ratio(of, to, concurrency, median(values), min(values), max(values))
-
-
-def _rate(done: Round) -> float:
-    return sum(answer.num_tokens for answer in done.answers if answer.error is None) / done.wall_s
 
 
 def _same_text(rounds: Mapping[tuple[str, int], Sequence[Round]]) -> dict[str, float]:

@@ -22,6 +22,11 @@ class Round:
     wall_s: float
     answers: tuple[Answer, ...]
 
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all clients together; failed requests give none."""
+        return sum(answer.num_tokens for answer in self.answers if answer.error is None) / self.wall_s
+
 
 def drive(url: str, asks: Sequence[Ask], concurrency: int, api_key: str | None = None) -> Round:
     """Send all `asks`, never more than `concurrency` at a time, and wait for them."""

@@ -37,6 +37,7 @@ class Summary:
     wall_s: float
     num_tokens: int
     tokens_per_s: float
+    tokens_per_s_by_round: tuple[float, ...]
     requests_per_s: float
     ttft_s: Spread | None
     tpot_s: Spread | None
@@ -68,6 +69,7 @@ def summarize(label: str, rounds: Sequence[Round]) -> Summary:
         wall_s=wall_s,
         num_tokens=num_tokens,
         tokens_per_s=num_tokens / wall_s,
+        tokens_per_s_by_round=tuple(each.tokens_per_s for each in rounds),
         requests_per_s=len(good) / wall_s,
         ttft_s=_spread(answer.first_s for answer in good),
         tpot_s=_spread(answer.tpot_s for answer in good),
