@@ -130,26 +130,21 @@ def render(found: ExperimentReport) -> Group:
     """The report for a rich console."""
     title = f"{found.experiment}, run {found.run_id}, since {found.started_at}"
     table = Table(title=title, title_justify="left")
-    table.add_column("variant")
-    for name in (
-        "exposures",
-        "units",
-        "outcomes",
-        found.outcome or "outcome",
-        f"{1 - found.alpha:.0%} interval",
-    ):
-        table.add_column(name, justify="right")
-    for name in ("p50", "p95", "TTFT p50", "TTFT p95"):
+    table.add_column("variant", overflow="fold")
+    mean = f"{found.outcome or 'outcome'}\n{1 - found.alpha:.0%} interval"
+    for name in ("exposures", "users", "outcomes", mean, "latency\np50 / p95 ms", "TTFT\np50 / p95 ms"):
         table.add_column(name, justify="right")
     for arm in found.variants:
+        latency = arm.latency
         table.add_row(
             arm.name,
             str(arm.num_exposures),
             str(arm.num_units),
-            f"{arm.num_outcomes} of {arm.num_units_with_outcome} units",
-            "-" if arm.mean is None else f"{arm.mean:.3f}",
+            str(arm.num_outcomes),
+            f"{'-' if arm.mean is None else format(arm.mean, '.3f')}\n"
             f"{arm.interval.low:.3f} … {arm.interval.high:.3f}",
-            *map(_seconds, asdict(arm.latency).values()),
+            _pair(latency.p50_s, latency.p95_s),
+            _pair(latency.ttft_p50_s, latency.ttft_p95_s),
         )
     lines = [Text(_sentence(comparison)) for comparison in found.comparisons]
     lines += [Text(f"Warning: {warning}", style="yellow") for warning in found.warnings]
@@ -251,5 +246,5 @@ def _sentence(comparison: Comparison) -> str:
     )
 
 
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f} s"
+def _pair(p50_s: float | None, p95_s: float | None) -> str:
+    return "-" if p50_s is None or p95_s is None else f"{p50_s * 1e3:.0f} / {p95_s * 1e3:.0f}"
