@@ -15,7 +15,7 @@ import lathe
 ROOT = Path(lathe.__file__).parent
 TIMEOUT_S = 900
 MOST_OF_BASE = 0.05
-LEAST_OF_BEST, LEAST_OF_EACH = 0.95, 0.5
+LEAST_OF_EACH = 0.9
 LEAST_AGREEMENT = 0.99
 
 
@@ -29,14 +29,13 @@ def demo(tmp_path_factory):
     return where, json.loads((where / "demo.json").read_text()), done.stdout
 
 
-def test_the_base_cannot_do_the_task_and_the_adapters_can(demo):
+def test_the_base_cannot_do_the_task_and_both_adapters_can(demo):
     _, numbers, _ = demo
     assert numbers["base"]["exact_match"] <= MOST_OF_BASE
     assert len(numbers["adapters"]) == 2
     for score in numbers["adapters"].values():
         assert score["num_rows"] >= 100
         assert score["exact_match"] >= LEAST_OF_EACH
-    assert numbers["adapters"][numbers["winner"]]["exact_match"] >= LEAST_OF_BEST
 
 
 def test_an_adapter_arrived_while_another_streamed(demo):
