@@ -1,6 +1,6 @@
 """Many adapters stacked beside one base, so that every row of a batch uses its own. Arrays only, no names.
 
-Slot 0 is the base: all zeros, never written. A batch of base rows sets `slots` to None and pays nothing.
+Slot 0 is the base: all zeros, never written. A batch of base rows sets no slots and pays nothing.
 Owned by the thread that runs the network.
 """
 
@@ -17,10 +17,19 @@ from serve.model.network import TextNetwork
 
 
 class RowSlots:
-    """Which slot each row of the coming forward uses: [B] uint32, or None when all rows are the base's."""
+    """Which slot each row of the coming forward uses. Set before a forward, read by every banked layer."""
 
     def __init__(self) -> None:
         self.slots: mx.array | None = None
+        """[B] uint32, or None when all rows are the base's."""
+        self.rows: mx.array | None = None
+        """[B] uint32: 0 … B-1."""
+
+    def set(self, slots: mx.array | None) -> None:
+        """The coming forward's rows use these slots."""
+        self.slots = slots
+        if slots is not None and (self.rows is None or self.rows.size != slots.size):
+            self.rows = mx.arange(slots.size, dtype=mx.uint32)
 
 
 class BankedLinear(nn.Module):
@@ -36,13 +45,13 @@ class BankedLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """[B, ..., D] → [B, ..., O]."""
         y = self.linear(x)
-        slots = self._rows.slots
-        if slots is None:
+        rows, slots = self._rows.rows, self._rows.slots
+        if rows is None or slots is None:
             return y
         if x.ndim == 3:
-            return y + banked_delta(x, self._a, self._b, slots)
+            return y + banked_delta(x, self._a, self._b, rows, slots)
         flat = x.reshape(x.shape[0], -1, x.shape[-1])
-        return y + banked_delta(flat, self._a, self._b, slots).reshape(y.shape)
+        return y + banked_delta(flat, self._a, self._b, rows, slots).reshape(y.shape)
 
 
 class Bank:

@@ -70,14 +70,16 @@ class LoRALinear(nn.Module):
         return fused
 
 
-def banked_delta(x: mx.array, a: mx.array, b: mx.array, slots: mx.array) -> mx.array:
+def banked_delta(x: mx.array, a: mx.array, b: mx.array, rows: mx.array, slots: mx.array) -> mx.array:
     """Low-rank update, each row with its own adapter.
 
     x      [B, T, D]  activations
     a      [S, D, R]  down projections, one a slot
     b      [S, R, O]  up projections, the scale folded in
+    rows   [B] uint32 0 … B-1
     slots  [B] uint32 row -> slot; slot 0 is the base (zero update)
     Returns [B, T, O] in x.dtype, to be added to the layer's output.
     """
-    h = mx.gather_mm(x, a, rhs_indices=slots)  # [B, T, R]
-    return mx.gather_mm(h, b, rhs_indices=slots).astype(x.dtype)
+    # Without lhs_indices, gather_mm would make them anew in each of its calls: a hundred small operations a step.
+    h = mx.gather_mm(x, a, lhs_indices=rows, rhs_indices=slots)  # [B, T, R]
+    return mx.gather_mm(h, b, lhs_indices=rows, rhs_indices=slots).astype(x.dtype)

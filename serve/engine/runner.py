@@ -66,7 +66,7 @@ class Runner:
         logprobs: Logprobs | None = None
         if sequences:
             sampler = self._sampler(plan, sequences)
-            self._bank.rows.slots = _slots(sequences)
+            self._bank.rows.set(_slots(sequences))
             logits = self._network.logits(hidden)[:, 0]  # [B, V]
             drawn = sampler.draw(logits, [len(sequence.generated) for sequence in sequences])
             logprobs = sampler.logprobs(logits, drawn)
@@ -112,7 +112,7 @@ class Runner:
 
     def _forward(self, tokens: mx.array, span: Span, slots: mx.array | None) -> mx.array:
         self.rows.set_span(span)
-        self._bank.rows.slots = slots
+        self._bank.rows.set(slots)
         return self._network.hidden(tokens, cache=self.rows.layers)
 
     def _cached(self, plan: Plan) -> tuple[mx.array | None, Sampler]:

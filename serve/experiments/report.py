@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -129,11 +130,11 @@ def report(
 def render(found: ExperimentReport) -> Group:
     """The report for a rich console."""
     title = f"{found.experiment}, run {found.run_id}, since {found.started_at}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("variant", overflow="fold")
     mean = f"{found.outcome or 'outcome'}\n{1 - found.alpha:.0%} interval"
-    for name in ("exposures", "users", "outcomes", mean, "latency\np50 / p95 ms", "TTFT\np50 / p95 ms"):
-        table.add_column(name, justify="right")
+    for name in ("exposures", "users", "outcomes", mean, "latency ms\np50 / p95", "TTFT ms\np50 / p95"):
+        table.add_column(name, justify="right", no_wrap=True)
     for arm in found.variants:
         latency = arm.latency
         table.add_row(
@@ -142,7 +143,7 @@ def render(found: ExperimentReport) -> Group:
             str(arm.num_units),
             str(arm.num_outcomes),
             f"{'-' if arm.mean is None else format(arm.mean, '.3f')}\n"
-            f"{arm.interval.low:.3f} … {arm.interval.high:.3f}",
+            f"{arm.interval.low:.3f}–{arm.interval.high:.3f}",
             _pair(latency.p50_s, latency.p95_s),
             _pair(latency.ttft_p50_s, latency.ttft_p95_s),
         )
