@@ -143,7 +143,7 @@ def render(found: ExperimentReport) -> Group:
             str(arm.num_units),
             str(arm.num_outcomes),
             f"{'-' if arm.mean is None else format(arm.mean, '.3f')}\n"
-            f"{arm.interval.low:.3f}–{arm.interval.high:.3f}",
+            f"{arm.interval.low:.3f} to {arm.interval.high:.3f}",
             _pair(latency.p50_s, latency.p95_s),
             _pair(latency.ttft_p50_s, latency.ttft_p95_s),
         )
