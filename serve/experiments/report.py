@@ -131,9 +131,9 @@ def render(found: ExperimentReport) -> Group:
     """The report for a rich console."""
     title = f"{found.experiment}, run {found.run_id}, since {found.started_at}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    table.add_column("variant", overflow="fold")
+    table.add_column("variant", overflow="fold", min_width=12)
     mean = f"{found.outcome or 'outcome'}\n{1 - found.alpha:.0%} interval"
-    for name in ("exposures", "users", "outcomes", mean, "latency ms\np50 / p95", "TTFT ms\np50 / p95"):
+    for name in ("expo-\nsures", "users", "out-\ncomes", mean, "latency ms\np50 / p95", "TTFT ms\np50 / p95"):
         table.add_column(name, justify="right", no_wrap=True)
     for arm in found.variants:
         latency = arm.latency

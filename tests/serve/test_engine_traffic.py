@@ -15,7 +15,20 @@ from serve.engine.request import Request
 from serve.model.loading import load
 
 NUM_REQUESTS = 16
-WORDS = ["ticket", "lamp", "broken", "urgent", "hello", "maria", "please", "refund", "7", "Grüße", "日本", "\n"]
+WORDS = [
+    "ticket",
+    "lamp",
+    "broken",
+    "urgent",
+    "hello",
+    "maria",
+    "please",
+    "refund",
+    "7",
+    "Grüße",
+    "日本",
+    "\n",
+]
 
 
 def random_request(rng: random.Random, index: int, make_request, adapter) -> Request:
