@@ -10,7 +10,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from serve.engine.engine import Engine
@@ -100,23 +100,6 @@ class Worker:
     def stats(self) -> EngineStats:
         """A snapshot of the engine's counters; may be one step old."""
         return self.engine.stats()
-
-    async def stream(self, request: Request) -> AsyncIterator[Event]:
-        """The events of one request. Closing the iterator early cancels the request.
-
-        Raises before the first event as `submit` does; a failure later comes as an event with finish "error".
-        """
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        self.submit(request, events.put_nowait, asyncio.get_running_loop())
-        is_final = False
-        try:
-            while not is_final:
-                event = await events.get()
-                is_final = event.finish is not None
-                yield event
-        finally:
-            if not is_final:
-                self.cancel(request.id)
 
     def _enter(self, opened: _Open) -> None:
         limits = self.engine.limits

@@ -67,14 +67,6 @@ class TextNetwork:
         """The transformer blocks, first to last."""
         return self.module.layers
 
-    def layer_prefix(self) -> str:
-        """Where the blocks live in the parameter tree, e.g. `model.layers`."""
-        first = self.layers[0]
-        for path, child in self.module.named_modules():
-            if child is first:
-                return path.rsplit(".", 1)[0]
-        raise ModelError(f"{type(self.module).__module__}: its layers are not in its module tree")
-
     def hidden(
         self, tokens: mx.array, cache: Sequence[Any] | None = None, embeddings: mx.array | None = None
     ) -> mx.array:
