@@ -42,12 +42,6 @@ class Runtime:
         """Tokens of prompt and answer together."""
         return self.engine.scheduler.budget.max_context
 
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below this."""
-        text = self.model.config.get("text_config") or self.model.config
-        return int(text["vocab_size"])
-
     @classmethod
     def start(cls, config: ServeConfig) -> Runtime:
         """Load the model and the adapters, open the store, start the engine's thread. Raises LatheError."""

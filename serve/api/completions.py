@@ -64,10 +64,10 @@ def _encode(services: Services, prompt: str | list[int]) -> tuple[int, ...]:
     runtime = services.runtime
     if isinstance(prompt, str):
         return tuple(runtime.model.tokenizer.encode(prompt))
-    outside = [token for token in prompt if not 0 <= token < runtime.vocab_size]
+    outside = [token for token in prompt if not 0 <= token < runtime.model.network.vocab_size]
     if outside:
         raise RequestError(
-            f"prompt: token id {outside[0]} is not in this model's vocabulary of {runtime.vocab_size}",
+            f"prompt: token id {outside[0]} is not in this model's vocabulary of {runtime.model.network.vocab_size}",
             "prompt",
         )
     return tuple(prompt)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -52,6 +51,8 @@ class TextNetwork:
                 f"looked for {', '.join(BACKBONE_NAMES)}, found {found}"
             )
         self._outer = outer
+        self.vocab_size = 0
+        """V: how many tokens the head scores; known once `check` has run."""
         self._backbone_name = names[0]
         self._takes_embeddings = (
             "input_embeddings" in inspect.signature(type(self.backbone).__call__).parameters
@@ -92,15 +93,11 @@ class TextNetwork:
         dict.__setitem__(head, self._backbone_name, _Passthrough(self.backbone))
         return type(outer).__call__(head, hidden)
 
-    @cached_property
-    def vocab_size(self) -> int:
-        """V: how many tokens the head scores. Token ids are below it."""
-        return self.logits(self.hidden(mx.array([[0]], dtype=mx.int32))).shape[-1]
-
     def check(self) -> None:
         """Raise ModelError unless head(backbone(x)) is the whole model on a few tokens."""
         tokens = mx.array([[1, 2, 3]], dtype=mx.int32)
         whole = self.module(tokens)
+        self.vocab_size = whole.shape[-1]
         split = self.logits(self.hidden(tokens))
         scale = mx.maximum(mx.abs(whole).max(), 1.0)
         if not bool(mx.all(mx.abs(whole - split).max() <= 1e-2 * scale)):

@@ -132,6 +132,20 @@ def test_a_slot_returns_when_its_last_request_ends_and_the_next_adapter_leaves_n
     registry.check_integrity()
 
 
+def test_a_retired_version_stays_until_the_last_of_several_requests_has_ended(model, make_adapter):
+    registry = Engine(model).registry
+    registry.load("a", make_adapter(1))
+    held = registry.acquire("a")
+    assert registry.acquire("a") == held
+    registry.unload("a")
+    registry.release(held)
+    assert registry.resolve("a@1") == held
+    registry.check_integrity()
+    registry.release(held)
+    assert registry.versions() == []
+    registry.check_integrity()
+
+
 def test_an_adapter_of_another_model_is_refused_by_tensor(model, make_model, make_adapter, tmp_path):
     folder = copy_of(make_adapter(1, keys=["self_attn.q_proj"]), tmp_path / "other")
     tensors = read_tensors(folder)
