@@ -80,13 +80,13 @@ def test_a_base_row_beside_adapter_rows_is_bitwise_the_base(model, make_adapter,
 
 
 def test_a_replaced_version_serves_its_requests_to_their_end_and_new_ones_get_the_new(
-    model, make_adapter, make_request
+    model, fresh_engine, make_adapter, make_request
 ):
     engine = Engine(model)
     registry = engine.registry
     expected = {
         seed: generate(
-            e := Engine(model), [make_request("r", adapter=e.registry.load("x", make_adapter(seed)))]
+            e := fresh_engine(), [make_request("r", adapter=e.registry.load("x", make_adapter(seed)))]
         )[0].token_ids
         for seed in (1, 2)
     }
@@ -112,7 +112,7 @@ def test_a_replaced_version_serves_its_requests_to_their_end_and_new_ones_get_th
 
 
 def test_a_slot_returns_when_its_last_request_ends_and_the_next_adapter_leaves_no_trace(
-    model, make_adapter, make_request
+    model, fresh_engine, make_adapter, make_request
 ):
     engine = Engine(model, EngineLimits(max_adapters=1))
     registry = engine.registry
@@ -126,7 +126,7 @@ def test_a_slot_returns_when_its_last_request_ends_and_the_next_adapter_leaves_n
     registry.release(held)
     version = registry.load("narrow", make_adapter(2, keys=["self_attn.q_proj"]))
     answer = generate(engine, [make_request("r", adapter=version)])[0].token_ids
-    fresh = Engine(model)
+    fresh = fresh_engine()
     version = fresh.registry.load("narrow", make_adapter(2, keys=["self_attn.q_proj"]))
     assert answer == generate(fresh, [make_request("r", adapter=version)])[0].token_ids
     registry.check_integrity()
