@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from serve.errors import ConfigError
 from serve.experiments.assignment import Experiment, Variant
+from serve.model.quantization import Quantization
 from serve.settings import Problems, Strict, load_yaml
 
 SQLITE_PREFIX = "sqlite:///"
@@ -79,7 +80,7 @@ class ServeConfig(Strict):
     max_context: int | None = Field(None, ge=1)
     """Tokens of prompt and answer together; what the model was made for, if left out."""
     kv_budget_gib: float | None = Field(None, gt=0)
-    """Memory for keys and values, in GiB; 0.6 of what is free at start, if left out."""
+    """Memory for keys, values and recurrent state, in GiB; 0.6 of what is free at start, if left out."""
     max_adapters: int = Field(64, ge=1)
     """Adapter versions in memory at once."""
     max_rank: int = Field(256, ge=1)
@@ -92,6 +93,8 @@ class ServeConfig(Strict):
     """What to compute in; float32 on CPU and as stored elsewhere, if left out."""
     dequantize: bool | None = None
     """Expand quantized weights at load; yes on CPU and no elsewhere, if left out."""
+    quantize: Quantization | None = None
+    """Pack a full-precision base as it is loaded: as the recipe of its adapters did, or to save memory."""
     experiments: tuple[ExperimentConfig, ...] = ()
     """A/B tests, each under its own public model name."""
     store: str = "sqlite:///lathe.sqlite"

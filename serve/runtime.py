@@ -45,7 +45,13 @@ class Runtime:
     @classmethod
     def start(cls, config: ServeConfig) -> Runtime:
         """Load the model and the adapters, open the store, start the engine's thread. Raises LatheError."""
-        model = load(config.model, name=config.base_name, dequantize=config.dequantize, dtype=config.dtype)
+        model = load(
+            config.model,
+            name=config.base_name,
+            dequantize=config.dequantize,
+            dtype=config.dtype,
+            quantize=config.quantize,
+        )
         return cls.around(model, config)
 
     @classmethod

@@ -307,6 +307,12 @@ def _explain(
                 yield f"{document.place(inner)}: {_dotted(inner)}: {message}"
         elif item["type"] == "extra_forbidden":
             yield f"{document.place(key)}: {_dotted(key)}: unknown key{_hint(str(key[-1]), models, known)}"
+        elif item["type"].startswith("union_tag"):
+            tag = item["ctx"]["discriminator"].strip("'")
+            found = _show(item["ctx"]["tag"]) if "tag" in item["ctx"] else "nothing"
+            wanted = item["ctx"].get("expected_tags") or _tags(models, tag)
+            inner = (*key, tag)
+            yield f"{document.place(inner)}: {_dotted(inner)}: found {found}; expected one of {wanted}"
         elif item["type"] == "missing":
             meaning = _meaning(str(key[-1]), models)
             yield f"{document.place(key[:-1])}: {_dotted(key)}: missing{meaning}"
@@ -345,6 +351,17 @@ def _locate(
         if isinstance(part, str):
             owners, models = models, _models_under(models, part)
     return key, owners
+
+
+def _tags(models: Sequence[type[BaseModel]], tag: str) -> str:
+    """The words that the branches of a union go by, for an item that names none."""
+    branches = [
+        branch for model in models for name in model.model_fields for branch in _models_under([model], name)
+    ]
+    words = [
+        get_args(branch.model_fields[tag].annotation) for branch in branches if tag in branch.model_fields
+    ]
+    return ", ".join(repr(word) for choice in words for word in choice)
 
 
 def _hint(name: str, models: Sequence[type[BaseModel]], known: Mapping[str, str]) -> str:

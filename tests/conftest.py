@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,12 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from serve.adapters.fit import linear_modules
-from serve.adapters.lora import linear_shape
 from serve.adapters.manifest import AdapterConfig, write_adapter
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.model.loading import LoadedModel, load
 from serve.model.prompt import Prompt
+from serve.model.weights import linear_modules, linear_shape
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -42,6 +42,45 @@ QWEN3 = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
+
+RECURRENT = {
+    "mamba2": {
+        "num_heads": 8,
+        "head_dim": 16,
+        "vocab_size": 259,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "state_size": 8,
+        "num_hidden_layers": 2,
+        "layer_norm_epsilon": 1e-5,
+        "conv_kernel": 4,
+        "n_groups": 1,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "tie_word_embeddings": False,
+        "time_step_limit": [0.0, 10.0],
+        "time_step_rank": "auto",
+        "max_position_embeddings": 1024,
+    },
+    "qwen3_next": {
+        **QWEN3,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 32,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 32,
+        "partial_rotary_factor": 0.5,
+        "norm_topk_prob": True,
+        "full_attention_interval": 2,
+    },
+}
+"""Families whose layers keep recurrent state: all of them (mamba2), or beside attention (qwen3_next)."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -73,12 +112,18 @@ def write_model(folder: Path, config: dict, *, seed: int = 0, is_lively: bool = 
     mx.random.seed(seed)
     module = model_class(args_class.from_dict(config))
     if is_lively:
-        louder = {"o_proj": 4, "down_proj": 4, "q_norm": 8, "embed_tokens": 8}
+        louder = {"o_proj": 4, "down_proj": 4, "q_norm": 8, "embed_tokens": 8}  # attention and its MLP
+        louder |= {"in_proj": 4, "out_proj": 4, "w2": 4}  # recurrent layers
         scaled = tree_map_with_path(
             lambda path, w: w * next((k for part, k in louder.items() if part in path), 1),
             module.parameters(),
         )
         module.update(scaled)
+        # Routers that begin at zero (deepseek) would send every token to the same experts.
+        routers = {p: w for p, w in tree_flatten(scaled) if p.endswith("gate.weight") and not w.any().item()}
+        module.load_weights(
+            [(p, mx.random.normal(w.shape) / w.shape[-1] ** 0.5) for p, w in routers.items()], strict=False
+        )
     folder.mkdir(parents=True, exist_ok=True)
     weights = dict(tree_flatten(module.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
@@ -113,12 +158,26 @@ def fresh_engine(model_folder: Path) -> Callable[..., Engine]:
 
 
 @pytest.fixture(scope="session")
-def make_adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make_adapter(seed, rank=4, scale=2.0, keys=None, size=0.3) → folder of a random adapter of the lively model."""
+def recurrent_folder(make_model: Callable[..., Path]) -> Callable[[str], Path]:
+    """recurrent_folder("mamba2" | "qwen3_next") → folder of a lively random model, made once."""
+    folders: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in folders:
+            folders[name] = make_model(f"lively-{name}", {**RECURRENT[name], "model_type": name})
+        return folders[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_adapter_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_adapter_of(model_folder, seed, rank=4, scale=2.0, keys=None, size=0.3) → folder of a random adapter."""
     root = tmp_path_factory.mktemp("adapters")
-    modules = linear_modules(load(str(model_folder)).network.module)
+    modules = cache(lambda folder: linear_modules(load(str(folder)).network.module))
 
     def make(
+        model_folder: Path,
         seed: int,
         *,
         rank: int = 4,
@@ -129,18 +188,27 @@ def make_adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     ) -> Path:
         mx.random.seed(seed)
         tensors = {}
-        for path, linear in modules.items():
-            if path.startswith("model.layers.") and (keys is None or path.split(".", 3)[3] in keys):
+        for path, linear in modules(model_folder).items():
+            inside = path.split(".", 3)[
+                3:
+            ]  # of model.layers.0.self_attn.q_proj the last two; of lm_head nothing
+            if inside and (keys is None or inside[0] in keys):
                 inputs, outputs = linear_shape(linear)
                 tensors[f"{path}.lora_a"] = mx.random.normal((inputs, rank)) * size
                 tensors[f"{path}.lora_b"] = mx.random.normal((rank, outputs)) * size
-        folder = root / f"adapter-{seed}-{rank}-{scale}-{size}-{'-'.join(keys or ())}"
+        folder = root / f"{model_folder.name}-{seed}-{rank}-{scale}-{size}-{'-'.join(keys or ())}"
         write_adapter(
             folder, tensors, config or AdapterConfig("lora", -1, rank, scale, keys=tuple(keys or ()))
         )
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_adapter(model_folder: Path, make_adapter_of: Callable[..., Path]) -> Callable[..., Path]:
+    """make_adapter(seed, **as make_adapter_of) → folder of a random adapter of the lively model."""
+    return partial(make_adapter_of, model_folder)
 
 
 @pytest.fixture(scope="session")

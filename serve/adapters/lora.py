@@ -11,17 +11,22 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
+from serve.model.weights import dense_weight, linear_shape
 
-def linear_shape(linear: nn.Module) -> tuple[int, int]:
-    """(inputs D, outputs O) of a Linear or QuantizedLinear."""
-    outputs, inputs = linear.weight.shape
-    if isinstance(linear, nn.QuantizedLinear):
-        inputs = inputs * 32 // linear.bits
-    return inputs, outputs
+LEAVES = ("lora_a", "lora_b", "m")
+"""Names of the tensors an adapter folder may hold for a module, mlx-lm's."""
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer with one trainable low-rank update."""
+class AdaptedLayer(nn.Module):
+    """A frozen layer `linear` with a trainable low-rank update. With `is_on` false it is its base layer.
+
+    With principal factors A₀, B₀ (PiSSA) the update is scale · (B A − B₀ A₀): the base keeps its weights, and the
+    layer starts unchanged with A, B on the base's largest singular values. They are frozen, and no parameters.
+    """
+
+    is_on: bool = True
+    RANK_AXES = (1, 0)
+    """Which axis of lora_a, and of lora_b, counts the rank."""
 
     def __init__(
         self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0
@@ -32,6 +37,43 @@ class LoRALinear(nn.Module):
         self.scale = scale
         self.lora_a = lora_a
         self.lora_b = lora_b
+
+    def start_from(self, lora_a: mx.array, lora_b: mx.array) -> None:
+        """Begin at these principal factors (PiSSA), which are subtracted for good."""
+        self.lora_a, self.lora_b = lora_a, lora_b
+        self._a0, self._b0 = lora_a, lora_b
+
+    @property
+    def has_principal(self) -> bool:
+        """Whether frozen principal factors are subtracted from the update."""
+        return "_a0" in self
+
+    def tensors(self) -> dict[str, mx.array]:
+        """What an adapter folder holds of this layer: a plain update, of twice the rank where A₀, B₀ are subtracted.
+
+        [A | A₀] and [B | −B₀], as PEFT converts PiSSA, so any reader of LoRA files has the right update.
+        """
+        if not self.has_principal:
+            return {"lora_a": self.lora_a, "lora_b": self.lora_b}
+        axis_a, axis_b = self.RANK_AXES
+        return {
+            "lora_a": mx.concatenate([self.lora_a, self._a0], axis=axis_a),
+            "lora_b": mx.concatenate([self.lora_b, -self._b0], axis=axis_b),
+        }
+
+    def set_tensors(self, tensors: dict[str, mx.array]) -> None:
+        """The inverse of `tensors`, exactly."""
+        if not self.has_principal:
+            self.update(tensors)
+            return
+        axis_a, axis_b = self.RANK_AXES
+        self.lora_a, self._a0 = mx.split(tensors["lora_a"], 2, axis=axis_a)
+        self.lora_b, principal = mx.split(tensors["lora_b"], 2, axis=axis_b)
+        self._b0 = -principal
+
+
+class LoRALinear(AdaptedLayer):
+    """A frozen linear layer with one trainable low-rank update."""
 
     @classmethod
     def from_base(
@@ -45,29 +87,34 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """[..., D] → [..., O]."""
+        y = self.linear(x)
+        return y + self.update_of(x).astype(x.dtype) if self.is_on else y
+
+    def update_of(self, x: mx.array) -> mx.array:
+        """scale · B A x, with the principal factors subtracted: [..., O]."""
         update = (self.dropout(x) @ self.lora_a) @ self.lora_b
-        return self.linear(x) + (self.scale * update).astype(x.dtype)
+        if self.has_principal:
+            update = update - (x @ self._a0) @ self._b0
+        return self.scale * update
+
+    def delta(self) -> mx.array:
+        """What is added to the weight: [O, D] float32."""
+        parts = self.tensors()
+        return self.scale * (parts["lora_a"].astype(mx.float32) @ parts["lora_b"].astype(mx.float32)).T
 
     def fuse(self) -> nn.Linear:
         """One plain linear layer, in full precision: a quantized base is dequantized, never re-quantized."""
-        linear = self.linear
-        weight = linear.weight
-        if isinstance(linear, nn.QuantizedLinear):
-            weight = mx.dequantize(
-                weight,
-                linear.scales,
-                linear.get("biases"),
-                group_size=linear.group_size,
-                bits=linear.bits,
-                mode=linear.mode,
-            )
-        outputs, inputs = weight.shape
-        delta = self.scale * (self.lora_a.astype(mx.float32) @ self.lora_b.astype(mx.float32)).T
-        fused = nn.Linear(inputs, outputs, bias="bias" in linear)
-        fused.weight = (weight.astype(mx.float32) + delta).astype(weight.dtype)
-        if "bias" in linear:
-            fused.bias = linear.bias
-        return fused
+        weight = dense_weight(self.linear)
+        return fused_linear(self.linear, weight.astype(mx.float32) + self.delta(), weight.dtype)
+
+
+def fused_linear(linear: nn.Module, weight: mx.array, dtype: mx.Dtype) -> nn.Linear:
+    """A plain linear layer with this weight [O, D] and the bias that `linear` has."""
+    fused = nn.Linear(1, 1, bias=False)
+    fused.weight = weight.astype(dtype)
+    if "bias" in linear:
+        fused.bias = linear.bias
+    return fused
 
 
 def banked_delta(x: mx.array, a: mx.array, b: mx.array, rows: mx.array, slots: mx.array) -> mx.array:

@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +23,9 @@ from serve.errors import AdapterError, NotFoundError, StorageError
 
 TENSORS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
+
+
+FineTuneType = Literal["lora", "dora", "full"]
 
 
 @dataclass(frozen=True)
@@ -38,19 +42,29 @@ class Lineage:
     content_hash: str = ""
     """Of the tensors; filled when the folder is written, checked when it is read."""
     metrics: dict[str, float] = field(default_factory=dict)
+    parent: str = ""
+    """Of a warm start: the adapter it began with, as the recipe names it."""
+    parent_hash: str = ""
+    """That adapter's content hash."""
+    objective: str = ""
+    """What was trained for: sft, dpo, …; nothing in manifests of earlier versions."""
+    quantize: dict[str, Any] | None = None
+    """How the base was packed as it was loaded (mode, bits, group_size). `base_fingerprint` is the packed one's."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """`adapter_config.json`. The LoRA fields mean nothing for a full fine-tune."""
 
-    fine_tune_type: Literal["lora", "full"]
+    fine_tune_type: FineTuneType
     num_layers: int
     rank: int = 8
     scale: float = 20.0
     dropout: float = 0.0
     keys: tuple[str, ...] = ()
-    """Paths inside a layer, as mlx-lm's `keys`; empty: every linear layer."""
+    """Paths inside a layer, and the head's path, as mlx-lm's `keys`; empty: all that mlx-lm adapts without them."""
+    init_lora_weights: str = "default"
+    """How A and B began; after pissa the folder holds an update of twice the recipe's rank."""
     lineage: Lineage | None = None
 
 
@@ -76,8 +90,8 @@ def _parse_config(path: Path, raw: Any) -> AdapterConfig:
             f"{path}: is a PEFT adapter ({raw['peft_type']}); this version reads mlx-lm's layout"
         )
     kind = raw.get("fine_tune_type", "lora")
-    if kind not in ("lora", "full"):
-        raise AdapterError(f"{path}: fine_tune_type is {kind!r}; this version reads lora and full")
+    if kind not in get_args(FineTuneType):
+        raise AdapterError(f"{path}: fine_tune_type is {kind!r}; this version reads lora, dora and full")
     parameters = raw.get("lora_parameters") or {}
     try:
         return AdapterConfig(
@@ -87,10 +101,17 @@ def _parse_config(path: Path, raw: Any) -> AdapterConfig:
             scale=float(parameters.get("scale", 20.0)),
             dropout=float(parameters.get("dropout", 0.0)),
             keys=tuple(parameters.get("keys") or ()),
-            lineage=Lineage(**raw["lineage"]) if raw.get("lineage") else None,
+            init_lora_weights=str(parameters.get("init_lora_weights", "default")),
+            lineage=_parse_lineage(raw["lineage"]) if raw.get("lineage") else None,
         )
     except (TypeError, ValueError, AttributeError) as error:
         raise AdapterError(f"{path}: {error}") from error
+
+
+def _parse_lineage(raw: Mapping[str, Any]) -> Lineage:
+    """Keys of a later version are left out; TypeError names those that are missing."""
+    known = {entry.name for entry in dataclasses.fields(Lineage)}
+    return Lineage(**{name: value for name, value in raw.items() if name in known})
 
 
 def read_tensors(folder: Path, config: AdapterConfig | None = None) -> dict[str, mx.array]:
@@ -161,8 +182,9 @@ def write_adapter(folder: Path, tensors: dict[str, mx.array], config: AdapterCon
         new_config.write_text(json.dumps(config_json(config), indent=2) + "\n")
         for path in (new_tensors, new_config):
             _sync(path)
-        os.replace(new_tensors, folder / TENSORS_FILE)
+        # The config first: between the two, its content hash gives away the tensors that are not its own.
         os.replace(new_config, folder / CONFIG_FILE)
+        os.replace(new_tensors, folder / TENSORS_FILE)
         _sync(folder)
     except (OSError, RuntimeError, AdapterError) as error:
         for path in (new_tensors, new_config):
@@ -176,8 +198,10 @@ def config_json(config: AdapterConfig) -> dict[str, Any]:
     parameters: dict[str, Any] = {"rank": config.rank, "scale": config.scale, "dropout": config.dropout}
     if config.keys:
         parameters["keys"] = list(config.keys)
+    if config.init_lora_weights != "default":
+        parameters["init_lora_weights"] = config.init_lora_weights
     raw: dict[str, Any] = {"fine_tune_type": config.fine_tune_type, "num_layers": config.num_layers}
-    if config.fine_tune_type == "lora":
+    if config.fine_tune_type != "full":
         raw["lora_parameters"] = parameters
     if config.lineage is not None:
         raw["lineage"] = dataclasses.asdict(config.lineage)

@@ -11,12 +11,15 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import mlx.core as mx
+
 from serve.adapters import manifest
 from serve.adapters.bank import Bank
 from serve.adapters.fit import LowRank, fit
 from serve.adapters.version import AdapterVersion
 from serve.errors import AdapterError, NotFoundError
 from serve.model.loading import LoadedModel
+from serve.model.quantization import Quantization
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class Registry:
         self._max_rank = max_rank
         self._allow_other_base = allow_other_base
         self._loading = threading.Lock()  # one load at a time; held while files are read
+        self._squared_norms: dict[str, mx.array] = {}  # of the base's rows; under _loading
         self._lock = threading.Lock()  # guards everything below; held for dictionary work alone
         self._current: dict[str, AdapterVersion] = {}
         self._live: dict[str, AdapterVersion] = {}  # by id; current, or still held by requests
@@ -66,7 +70,14 @@ class Registry:
             config = manifest.read_config(folder)
             tensors = manifest.read_tensors(folder, config)
             self._check_base(name, config)
-            updates = fit(name, tensors, config, self._model.network, max_rank=self._max_rank)
+            updates = fit(
+                name,
+                tensors,
+                config,
+                self._model.network,
+                max_rank=self._max_rank,
+                squared_norms=self._squared_norms,
+            )
             version = self._reserve(name, manifest.content_hash(tensors), folder)
             self._install(version, updates)
             return version
@@ -146,7 +157,7 @@ class Registry:
             return
         message = (
             f"adapter {name!r} was trained on other weights than these: its manifest names {lineage.base_model} "
-            f"({lineage.base_fingerprint[:19]}…), this server runs {self._model.name} "
+            f"({lineage.base_fingerprint[:19]}…){_packed(lineage)}, this server runs {self._model.name} "
             f"({self._model.fingerprint[:19]}…)"
         )
         if not self._allow_other_base:
@@ -186,3 +197,10 @@ class Registry:
         del self._live[version.id]
         del self._pins[version.id]
         self._free_slots.append(version.slot)
+
+
+def _packed(lineage: manifest.Lineage) -> str:
+    if lineage.quantize is None:
+        return ""
+    how = Quantization(**lineage.quantize)
+    return f", packed to {how} as it was loaded (serve it with the same quantize)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -55,11 +56,15 @@ SHAPES = {
 """(in, out) of each linear layer, as CONFIG makes them."""
 
 
-def write_model(folder: Path, dtype: mx.Dtype, seed: int = 0) -> None:
-    """The model folder, as mlx-lm and mlx-vlm load it: config, weights, tokenizer with chat template."""
+def write_model(folder: Path, dtype: mx.Dtype, seed: int = 0, vocabulary: int = VOCABULARY) -> None:
+    """The model folder, as mlx-lm and mlx-vlm load it: config, weights, tokenizer with chat template.
+
+    vocabulary  rows of embedding and head; those past the tokenizer's 4,096 are never met in text
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": str(dtype).split(".")[-1]}))
+    config = {**CONFIG, "vocab_size": vocabulary}
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": str(dtype).split(".")[-1]}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": CONFIG["eos_token_id"]}))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
@@ -75,7 +80,7 @@ def write_model(folder: Path, dtype: mx.Dtype, seed: int = 0) -> None:
             }
         )
     )
-    weights = {name: tensor.astype(dtype) for name, tensor in _weights(tokenizer, seed).items()}
+    weights = {name: tensor.astype(dtype) for name, tensor in _weights(tokenizer, seed, config).items()}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
 
 
@@ -116,8 +121,8 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _weights(tokenizer: Tokenizer, seed: int) -> dict[str, mx.array]:
-    model = qwen3.Model(qwen3.ModelArgs.from_dict(CONFIG))
+def _weights(tokenizer: Tokenizer, seed: int, config: dict[str, Any]) -> dict[str, mx.array]:
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
     shapes = {name: tensor.shape for name, tensor in tree_flatten(model.parameters())}
     keys = mx.random.split(mx.random.key(seed), len(shapes))
     weights = {}
@@ -126,7 +131,7 @@ def _weights(tokenizer: Tokenizer, seed: int) -> dict[str, mx.array]:
             weights[name] = mx.ones(shape)
             continue
         weights[name] = mx.random.normal(shape, key=key) * shape[1] ** -0.5
-    speakable = mx.array([_is_speakable(tokenizer, token) for token in range(VOCABULARY)])
+    speakable = mx.array([_is_speakable(tokenizer, token) for token in range(config["vocab_size"])])
     # A zero row's logit is 0, which the largest of 4,000 random ones always passes.
     weights["lm_head.weight"] = weights["lm_head.weight"] * speakable[:, None]
     return weights

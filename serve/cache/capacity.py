@@ -1,6 +1,11 @@
-"""How much KV memory a batch takes, in rows and positions. Integers only: the scheduler plans with it."""
+"""How much memory a batch's rows take: keys and values by rows and positions, recurrent state by rows.
+
+Integers only: the scheduler plans with it.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 POSITION_BLOCK = 256
 
@@ -16,3 +21,18 @@ def positions_capacity(extent: int) -> int:
         return -(-extent // POSITION_BLOCK) * POSITION_BLOCK
     block = 1 << ((extent - 1).bit_length() - 3)
     return -(-extent // block) * block
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """Bytes of one row, over all layers."""
+
+    position_bytes: int
+    """Keys and values of one position; 0 where no layer attends."""
+    state_bytes: int = 0
+    """Recurrent state, old and new, since a step replaces it; the same at any length, 0 where no layer keeps any."""
+
+    def batch_bytes(self, num_rows: int, longest: int) -> int:
+        """Memory of `num_rows` rows, the longest of them `longest` positions. States have no spare rows."""
+        positions = rows_capacity(num_rows) * positions_capacity(longest)
+        return positions * self.position_bytes + num_rows * self.state_bytes

@@ -1,13 +1,14 @@
 """KV memory of a batch: fixed rows with their own lengths, so that joining, leaving and trimming copy nothing.
 
-Row r holds positions [0, length_r); what lies beyond is garbage that the mask hides and the next write replaces.
-Lengths live with the scheduler; a forward is told where it writes by a `Span`. The layer objects keep the
+Row r holds positions [0, length_r); what lies beyond is finite garbage that the mask hides and the next write
+replaces. Lengths live with the scheduler; a forward is told where it writes by a `Span`. The layer objects keep the
 duck-typed contract of mlx-lm's models (`update_and_fetch`, `offset`, `make_mask`, `state`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -21,10 +22,25 @@ class Span:
     rows       row indices in the buffers, B of them
     starts     [B] first position written, one a row
     num_tokens T, tokens a row in this forward (right padding included)
+    num_rows   rows in use, whether this forward runs them or not: all are below it
+    new_rows   those of `rows` whose sequence begins here
     """
 
-    def __init__(self, rows: Sequence[int], starts: Sequence[int], num_tokens: int) -> None:
+    def __init__(
+        self,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        num_tokens: int,
+        *,
+        num_rows: int,
+        new_rows: Sequence[int] = (),
+    ) -> None:
         self.rows = list(rows)
+        self.num_tokens = num_tokens
+        self.num_rows = num_rows
+        self.new_ranges = _ranges(new_rows)
+        self.is_first = len(new_rows) == len(self.rows)
+        """Every row of this forward begins."""
         self.extent = max(starts) + num_tokens
         self.offset = mx.array(np.asarray(starts, dtype=np.int32))  # [B]
         self.positions = self.offset[:, None] + mx.arange(num_tokens, dtype=mx.int32)[None]  # [B, T]
@@ -32,6 +48,8 @@ class Span:
         self._masks: dict[int | None, mx.array] = {}
         first = self.rows[0]
         self.slice = slice(first, first + len(self.rows)) if self._is_range() else None
+        self.is_everything = self.slice == slice(0, num_rows)
+        """This forward runs every row in use."""
 
     def mask(self, window: int | None) -> mx.array:
         """[B, 1, T, extent] bool: a token sees positions up to its own, at most `window` of them."""
@@ -55,9 +73,30 @@ class Span:
             return buffer[self.slice, :, : self.extent]
         return buffer[:, :, : self.extent][self._row_index]
 
+    def read_rows(self, buffer: mx.array) -> mx.array:
+        """buffer [C, ...] → [B, ...], the rows' own."""
+        if self.slice is None:
+            return buffer[self._row_index]
+        return buffer if len(self.rows) == buffer.shape[0] else buffer[self.slice]
+
+    def write_rows(self, buffer: mx.array, values: mx.array) -> None:
+        """buffer [C, ...], values [B, ...]: whole rows."""
+        buffer[self.slice if self.slice is not None else self._row_index] = values
+
     def _is_range(self) -> bool:
         first = self.rows[0]
         return self.rows == list(range(first, first + len(self.rows)))
+
+
+def _ranges(rows: Sequence[int]) -> list[slice]:
+    """Neighbours together: a slice is written several times faster than the same rows by index."""
+    ranges: list[slice] = []
+    for row in sorted(rows):
+        if ranges and ranges[-1].stop == row:
+            ranges[-1] = slice(ranges[-1].start, row + 1)
+        else:
+            ranges.append(slice(row, row + 1))
+    return ranges
 
 
 class LayerRows:
@@ -99,6 +138,10 @@ class LayerRows:
         span = self.span
         assert span is not None
         self._reserve(keys, values, max(span.rows) + 1, span.extent)
+        for rows in span.new_ranges:
+            # A masked position still counts 0 · value, so what the row's last sequence left must be finite.
+            for buffer in self._buffers:
+                buffer[rows] = 0
         span.write(self._buffers[0], keys)
         span.write(self._buffers[1], values)
         return span.read(self._buffers[0]), span.read(self._buffers[1])
@@ -134,16 +177,39 @@ class LayerRows:
             self._buffers = [mx.pad(buffer, widths) for buffer in self._buffers]
 
 
-class BatchRows:
-    """All layers' rows. `move` is how rows stay compact when one leaves."""
+class Rows(Protocol):
+    """What all kinds of rows do: LayerRows (keys and values) and StateRows (recurrent state)."""
 
-    def __init__(self, layers: Sequence[LayerRows]) -> None:
+    span: Span | None
+
+    @property
+    def state(self) -> list[mx.array]: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def gather(self, rows: mx.array) -> list[mx.array]: ...
+    def scatter(self, rows: mx.array, copies: Sequence[mx.array]) -> None: ...
+    def clear(self) -> None: ...
+
+
+class BatchRows:
+    """All layers' rows. `move` is how rows stay compact when one leaves.
+
+    caches  what the family's code is given as its cache: one object a layer, rows or several rows in a CacheList
+    layers  the rows in them
+    """
+
+    def __init__(self, caches: Sequence[Any], layers: Sequence[Rows]) -> None:
+        self.caches = list(caches)
         self.layers = list(layers)
 
     @property
     def num_bytes(self) -> int:
         """Memory held by all layers."""
         return sum(layer.num_bytes for layer in self.layers)
+
+    def arrays(self) -> list[list[mx.array]]:
+        """All layers' arrays: what to evaluate with a step."""
+        return [layer.state for layer in self.layers]
 
     def set_span(self, span: Span) -> None:
         """The coming forward reads and writes there."""

@@ -155,5 +155,6 @@ class Engine:
             max_waiting=limits.max_waiting,
             prefill_chunk_tokens=limits.prefill_chunk_tokens,
             max_context=min(limits.max_context or model.max_context, model.max_context),
-            max_positions=kv_bytes // self._runner.probe(),
+            max_bytes=kv_bytes,
+            row_cost=self._runner.probe(),
         )

@@ -65,6 +65,8 @@ class Plan:
     """In row order."""
     composition: int
     """Changes whenever the decoding rows or their order do; arrays made for one value serve until the next."""
+    num_rows: int
+    """Rows in use after the moves, those included that this step does not run."""
 
     @property
     def is_empty(self) -> bool:

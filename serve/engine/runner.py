@@ -7,18 +7,17 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from serve.adapters.bank import Bank
-from serve.cache.rows import BatchRows, LayerRows, Span
+from serve.cache.capacity import RowCost
+from serve.cache.rows import Span
+from serve.engine import probe
 from serve.engine.plan import Plan, PrefillChunk, Sequence
 from serve.engine.request import TokenLogprob
 from serve.engine.sampler import Logprobs, Sampler
-from serve.errors import ModelError
 from serve.model.network import TextNetwork
 
 PAD_TOKEN = 0
-PROBE_ROWS = 11  # no family has 11 heads, so a mask of the wrong rank cannot broadcast by accident
 
 
 @dataclass(frozen=True)
@@ -31,32 +30,20 @@ class Drawn:
 
 
 class Runner:
-    """Owns the KV rows; drives network and bank. Every method runs on the thread that owns the arrays."""
+    """Owns the rows; drives network and bank. Every method runs on the thread that owns the arrays."""
 
     def __init__(self, network: TextNetwork, bank: Bank) -> None:
         self._network = network
         self._bank = bank
-        self.rows = BatchRows(_layer_rows(network))
+        self.rows = probe.make_rows(network)
         self._decode_arrays: tuple[int, mx.array | None, Sampler] | None = None
 
-    def probe(self) -> int:
-        """Run a few rows once, to learn how the family takes a mask. Returns KV bytes of one position of one row."""
-        tokens = mx.ones((PROBE_ROWS, 1), dtype=mx.int32)
-        for num_head_axes in (1, 2):
-            for layer in self.rows.layers:
-                layer.num_head_axes = num_head_axes
-            try:
-                self._forward(tokens, Span(range(PROBE_ROWS), range(PROBE_ROWS), 1), None)
-                break
-            except ValueError as error:  # the mask does not broadcast over this family's scores
-                problem = error
-        else:
-            raise ModelError(f"{type(self._network.module).__module__}: rows cannot be masked: {problem}")
-        mx.eval([layer.state for layer in self.rows.layers])
-        buffers = [buffer for layer in self.rows.layers for buffer in layer.state]
-        total = sum(buffer.nbytes // (buffer.shape[0] * buffer.shape[2]) for buffer in buffers)
-        self.rows.clear()
-        return total
+    def probe(self) -> RowCost:
+        """What a row costs. ModelError where a family's rows cannot be what its own cache is."""
+        cost = probe.measure(self._network, self.rows)
+        if cost.state_bytes:
+            probe.prove(self._network, self.rows)
+        return cost
 
     def run(self, plan: Plan) -> list[Drawn]:
         """One step: move rows, decode, prefill, draw. Lazily built, evaluated once at its end."""
@@ -70,8 +57,8 @@ class Runner:
             logits = self._network.logits(hidden)[:, 0]  # [B, V]
             drawn = sampler.draw(logits, [len(sequence.generated) for sequence in sequences])
             logprobs = sampler.logprobs(logits, drawn)
-        # The step's one evaluation. The KV rows are named because a prompt's middle chunk leads to no token.
-        mx.eval(drawn, logprobs.arrays() if logprobs else [], [layer.state for layer in self.rows.layers])
+        # The step's one evaluation. The rows are named because a prompt's middle chunk leads to no token.
+        mx.eval(drawn, logprobs.arrays() if logprobs else [], self.rows.arrays())
         return _read(sequences, drawn, logprobs)
 
     def _hidden(self, plan: Plan) -> tuple[mx.array, list[Sequence]]:
@@ -81,7 +68,7 @@ class Runner:
         if plan.decode:
             parts.append(self._decode(plan))
         if plan.prefill:
-            hidden, finished = self._prefill(plan.prefill)
+            hidden, finished = self._prefill(plan.prefill, plan.num_rows)
             if finished:
                 parts.append(hidden)
                 sequences.extend(finished)
@@ -92,17 +79,23 @@ class Runner:
     def _decode(self, plan: Plan) -> mx.array:
         tokens = np.fromiter((s.generated[-1] for s in plan.decode), np.int32, len(plan.decode))
         starts = [s.num_cached_tokens for s in plan.decode]
-        span = Span([s.row for s in plan.decode], starts, 1)
+        span = Span([s.row for s in plan.decode], starts, 1, num_rows=plan.num_rows)
         return self._forward(mx.array(tokens[:, None]), span, self._cached(plan)[0])
 
-    def _prefill(self, chunks: Seq[PrefillChunk]) -> tuple[mx.array, list[Sequence]]:
+    def _prefill(self, chunks: Seq[PrefillChunk], num_rows: int) -> tuple[mx.array, list[Sequence]]:
         width = max(chunk.stop - chunk.start for chunk in chunks)
         tokens = np.full((len(chunks), width), PAD_TOKEN, dtype=np.int32)
         for row, chunk in enumerate(chunks):
             part = chunk.sequence.request.prompt.token_ids[chunk.start : chunk.stop]
             tokens[row, : len(part)] = part
         sequences = [chunk.sequence for chunk in chunks]
-        span = Span([s.row for s in sequences], [chunk.start for chunk in chunks], width)
+        span = Span(
+            [sequence.row for sequence in sequences],
+            [chunk.start for chunk in chunks],
+            width,
+            num_rows=num_rows,
+            new_rows=[chunk.sequence.row for chunk in chunks if chunk.start == 0],
+        )
         hidden = self._forward(mx.array(tokens), span, _slots(sequences))  # [B, T, D]
         last = [(row, c.stop - c.start - 1) for row, c in enumerate(chunks) if c.is_last]
         if not last:
@@ -113,7 +106,7 @@ class Runner:
     def _forward(self, tokens: mx.array, span: Span, slots: mx.array | None) -> mx.array:
         self.rows.set_span(span)
         self._bank.rows.set(slots)
-        return self._network.hidden(tokens, cache=self.rows.layers)
+        return self._network.hidden(tokens, cache=self.rows.caches)
 
     def _cached(self, plan: Plan) -> tuple[mx.array | None, Sampler]:
         """Slots and settings of the decoding rows: arrays that live as long as the composition does."""
@@ -153,20 +146,3 @@ def _read(sequences: Seq[Sequence], drawn: mx.array | None, logprobs: Logprobs |
         Drawn(sequence, token_id, details.get(row))
         for row, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True))
     ]
-
-
-def _layer_rows(network: TextNetwork) -> list[LayerRows]:
-    """One LayerRows a layer, by what the family's own cache is. Sliding windows are kept whole and masked."""
-    layers: list[LayerRows] = []
-    for index, cache in enumerate(make_prompt_cache(network.module)):
-        if type(cache) is KVCache:
-            layers.append(LayerRows())
-        elif type(cache) is RotatingKVCache and cache.keep == 0:
-            layers.append(LayerRows(window=cache.max_size))
-        else:
-            raise ModelError(
-                f"{type(network.module).__module__}: layer {index} keeps its past in a "
-                f"{type(cache).__name__}, which cannot be held as rows of keys and values: the model has "
-                f"recurrent or chunked state, and this version batches attention caches only"
-            )
-    return layers

@@ -12,21 +12,27 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from serve.cache.capacity import positions_capacity, rows_capacity
+from serve.cache.capacity import RowCost
 from serve.engine.plan import Plan, PrefillChunk, Sequence
 from serve.errors import ContextLengthError, OverloadedError, RequestError
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The scheduler's bounds. Tokens and positions, not bytes."""
+    """The scheduler's bounds."""
 
     max_rows: int
     max_waiting: int
     prefill_chunk_tokens: int
     max_context: int
-    max_positions: int
-    """KV positions over all rows: rows times the longest of them, both rounded up as the buffers are."""
+    max_bytes: int
+    """Memory of all rows together, their buffers' rounding included."""
+    row_cost: RowCost
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Rows keep a state that takes in every token of a forward, padding too."""
+        return self.row_cost.state_bytes > 0
 
 
 class Scheduler:
@@ -66,11 +72,12 @@ class Scheduler:
                 f"{sequence.num_prompt_tokens} and max_tokens asks for {sequence.request.sampling.max_tokens}",
                 "max_tokens",
             )
-        if positions_capacity(sequence.max_total_tokens) > budget.max_positions:
+        needed = budget.row_cost.batch_bytes(1, sequence.max_total_tokens)
+        if needed > budget.max_bytes:
             raise ContextLengthError(
-                f"this server has KV memory for {budget.max_positions} positions; the prompt has "
-                f"{sequence.num_prompt_tokens} tokens and max_tokens asks for "
-                f"{sequence.request.sampling.max_tokens}",
+                f"this server has {budget.max_bytes} bytes for the keys, values and states of its rows; the "
+                f"prompt has {sequence.num_prompt_tokens} tokens and max_tokens asks for "
+                f"{sequence.request.sampling.max_tokens}, which take {needed}",
                 "max_tokens",
             )
 
@@ -93,6 +100,7 @@ class Scheduler:
             prefill=tuple(chunks),
             decode=tuple(self.decoding),
             composition=self._composition,
+            num_rows=len(self.decoding) + len(self.prefilling),
         )
 
     def commit(self, plan: Plan) -> None:
@@ -129,7 +137,11 @@ class Scheduler:
         assert rows == sorted(set(rows)), "two sequences share a row"
 
     def _prefill_chunks(self) -> list[PrefillChunk]:
-        """Chunks of this step, in order of arrival. Rows are padded to the longest, and padding counts."""
+        """Chunks of this step, in order of arrival. Rows are padded to the longest, and padding counts.
+
+        Recurrent rows are not padded: those that come along with the first take as many tokens as it does, and
+        only where they too begin, or too go on, since a beginning row has no state yet.
+        """
         chunks: list[PrefillChunk] = []
         for sequence in self.prefilling:
             if not self._add_chunk(chunks, sequence):
@@ -142,6 +154,11 @@ class Scheduler:
     def _add_chunk(self, chunks: list[PrefillChunk], sequence: Sequence) -> bool:
         start = sequence.num_cached_tokens
         wanted = min(sequence.num_prompt_tokens - start, self.budget.prefill_chunk_tokens)
+        if chunks and self.budget.is_recurrent:
+            first = chunks[0]
+            if wanted < first.stop - first.start or (start == 0) != (first.start == 0):
+                return False
+            wanted = first.stop - first.start
         width = max(wanted, *(chunk.stop - chunk.start for chunk in chunks), 0)
         if chunks and width * (len(chunks) + 1) > self.budget.prefill_chunk_tokens:
             return False
@@ -153,7 +170,7 @@ class Scheduler:
         if len(running) > self.budget.max_rows:
             return False
         longest = max(other.max_total_tokens for other in running)
-        return rows_capacity(len(running)) * positions_capacity(longest) <= self.budget.max_positions
+        return self.budget.row_cost.batch_bytes(len(running), longest) <= self.budget.max_bytes
 
     def _place_rows(self) -> tuple[tuple[int, int], ...]:
         """Compact rows with as few copies as can be: who already stands in the right part stays."""

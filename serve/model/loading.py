@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from mlx_lm.tokenizer_utils import load as mlx_lm_load_tokenizer
 from serve import device
 from serve.errors import ModelError, NotFoundError
 from serve.model.network import TextNetwork
+from serve.model.quantization import Quantization
+from serve.model.weights import QUANTIZED
+from serve.model.weights import dequantize as dequantize_all
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 FINGERPRINT_SAMPLE_BYTES = 1 << 16
@@ -34,6 +38,8 @@ class LoadedModel:
     config: dict[str, Any]
     fingerprint: str
     max_context: int
+    notes: tuple[str, ...] = ()
+    """What a person should know about how the weights were made."""
 
 
 def load(
@@ -42,6 +48,7 @@ def load(
     name: str | None = None,
     dequantize: bool | None = None,
     dtype: str | None = None,
+    quantize: Quantization | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
@@ -49,6 +56,8 @@ def load(
 
     dequantize  None: as the device's policy says (yes on CPU, where quantized matmuls are 100 times slower)
     dtype       float32 | float16 | bfloat16; None: float32 on CPU, as stored elsewhere
+    quantize    pack the weights first, from the dtype they are stored in; what `dequantize` then unpacks are the
+                packed weights' values
     Raises NotFoundError when there is nothing at that name, ModelError when it cannot be used.
     """
     path = resolve(path_or_repo, revision)
@@ -57,12 +66,47 @@ def load(
     except (ValueError, KeyError, TypeError, FileNotFoundError, RuntimeError) as error:
         raise ModelError(f"{path_or_repo}: cannot be loaded: {error}") from error
     on_cpu = device.backend() == "cpu"
-    if dequantize if dequantize is not None else on_cpu:
-        module = mlx_lm_utils.dequantize_model(module)
+    is_unpacked = dequantize if dequantize is not None else on_cpu
+    notes: list[str] = []
+    if quantize is not None:
+        config = pack(module, config, quantize, path_or_repo, notes)
+        if is_unpacked:
+            notes.append(
+                f"quantize: the weights are rounded to {quantize} and computed with in full precision; quantized "
+                f"matmuls are far slower on CPU, so this saves no memory here"
+            )
+    if is_unpacked:
+        dequantize_all(module)
     target = DTYPES[dtype] if dtype else (mx.float32 if on_cpu else None)
     if target is not None:
         module.set_dtype(target)
-    return _finish(path, name or path_or_repo, module, config, trust_remote_code)
+    return _finish(path, name or path_or_repo, module, config, trust_remote_code, quantize, notes)
+
+
+def pack(
+    module: nn.Module, config: dict[str, Any], quantize: Quantization, name: str, notes: list[str]
+) -> dict[str, Any]:
+    """Quantize a model in place, layer by layer as mlx-lm would. Returns the config with `quantization`.
+
+    Layers that cannot be packed stay, and `notes` says which. ModelError if the model is quantized already, or
+    nothing of it can be.
+    """
+    if "quantization" in config or any(isinstance(m, QUANTIZED) for m in module.modules()):
+        raise ModelError(
+            f"quantize: {name} is quantized already; leave it out, or name the model in full precision"
+        )
+    before = sorted(path for path, m in module.named_modules() if hasattr(m, "to_quantized"))
+    with contextlib.redirect_stdout(None):  # mlx-lm prints the bits per weight
+        _, packed = mlx_lm_utils.quantize_model(
+            module, config, quantize.group_size, quantize.bits, mode=quantize.mode
+        )
+    modules = dict(module.named_modules())
+    left = [path for path in before if not isinstance(modules[path], QUANTIZED)]
+    if len(left) == len(before):
+        raise ModelError(f"quantize: no layer of {name} can be packed in groups of {quantize.group_size}")
+    if left:
+        notes.append(f"quantize: {len(left)} of {len(before)} layers stay as they are, {left[0]} first")
+    return packed
 
 
 def build_random(path: Path, seed: int, *, name: str | None = None) -> LoadedModel:
@@ -75,11 +119,17 @@ def build_random(path: Path, seed: int, *, name: str | None = None) -> LoadedMod
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: cannot be built: {error}") from error
     module.set_dtype(mx.float32)
-    return _finish(path, name or str(path), module, config, False)
+    return _finish(path, name or str(path), module, config, False, None, [])
 
 
 def _finish(
-    path: Path, name: str, module: nn.Module, config: dict[str, Any], trust_remote_code: bool
+    path: Path,
+    name: str,
+    module: nn.Module,
+    config: dict[str, Any],
+    trust_remote_code: bool,
+    quantize: Quantization | None,
+    notes: list[str],
 ) -> LoadedModel:
     module.eval()
     mx.eval(module.parameters())
@@ -92,8 +142,9 @@ def _finish(
         network=network,
         tokenizer=tokenizer,
         config=config,
-        fingerprint=fingerprint(path),
+        fingerprint=fingerprint(path, quantize),
         max_context=_max_context(config),
+        notes=tuple(notes),
     )
 
 
@@ -144,11 +195,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path / 'config.json'}: {error}") from error
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, quantize: Quantization | None = None) -> str:
     """A name for the weights in a folder: sha256 over each file's header, size and three samples of its bytes.
 
     Reads kilobytes of a checkpoint of any size. Two folders with the same fingerprint hold the same tensors for
-    every purpose but a deliberate forgery.
+    every purpose but a deliberate forgery. Packed as they are loaded, they are other weights with another name.
     """
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")):
@@ -160,6 +211,8 @@ def fingerprint(path: Path) -> str:
             for offset in (8 + header_bytes, size // 2, max(size - FINGERPRINT_SAMPLE_BYTES, 0)):
                 stream.seek(offset)
                 digest.update(stream.read(FINGERPRINT_SAMPLE_BYTES))
+    if quantize is not None:
+        digest.update(f"quantized:{quantize.mode}:{quantize.bits}:{quantize.group_size}".encode())
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -19,13 +19,14 @@ BACKBONE_NAMES = ("model", "transformer", "backbone")
 
 
 class _Passthrough:
-    """Stands where the backbone stood: returns its input, and lends the backbone's parts (tied embeddings)."""
+    """Stands where the backbone stood: returns `hidden`, and lends the backbone's parts (tied embeddings)."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, hidden: mx.array) -> None:
         self._backbone = backbone
+        self._hidden = hidden
 
-    def __call__(self, hidden: mx.array, *_: object, **__: object) -> mx.array:
-        return hidden
+    def __call__(self, *_: object, **__: object) -> mx.array:
+        return self._hidden
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backbone, name)
@@ -53,6 +54,8 @@ class TextNetwork:
         self._outer = outer
         self.vocab_size = 0
         """V: how many tokens the head scores; known once `check` has run."""
+        self.num_head_axes: int | None = None
+        """Axes the family's scores have between rows and tokens; known once `packed.mask_axes` has run."""
         self._backbone_name = names[0]
         self._takes_embeddings = (
             "input_embeddings" in inspect.signature(type(self.backbone).__call__).parameters
@@ -90,8 +93,11 @@ class TextNetwork:
         head = dict.__new__(type(outer))
         dict.update(head, outer)
         head.__dict__.update(outer.__dict__)
-        dict.__setitem__(head, self._backbone_name, _Passthrough(self.backbone))
-        return type(outer).__call__(head, hidden)
+        states = hidden if hidden.ndim > 2 else hidden[None]
+        dict.__setitem__(head, self._backbone_name, _Passthrough(self.backbone, states))
+        # Some heads look at the shape of the tokens, [B, T], before they hand them on.
+        logits: mx.array = type(outer).__call__(head, mx.zeros(states.shape[:-1], dtype=mx.int32))
+        return logits if hidden.ndim > 2 else logits[0]
 
     def check(self) -> None:
         """Raise ModelError unless head(backbone(x)) is the whole model on a few tokens."""

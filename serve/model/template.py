@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -24,6 +24,8 @@ from serve.errors import RequestError
 
 Message = Mapping[str, Any]
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MAX_TAILS, MAX_TAIL_CHARS = 1024, 256
+"""Ends of prompts whose tokens are remembered; nearly all prompts of a template share one."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class ChatTemplate:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {int(number) for number, token in added.items() if token.special}
         self._end_ids = special | set(tokenizer.eos_token_ids)
+        self._cut_ids = {int(number) for number, token in added.items() if _cuts(token)}
+        self._tails: dict[str, tuple[int, ...]] = {}
+        self._blank: dict[int, bool] = {}
 
     def render(
         self,
@@ -86,14 +91,16 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         roles: Sequence[str] = ("assistant",),
         train_on_eos: str = "turn",
+        skip: Collection[int] = (),
     ) -> list[Supervised]:
         """Training sequences of a conversation: spans run from a turn's first own token through its end-of-turn.
 
         roles         whose turns are supervised; headers never are, nor what follows the end-of-turn token
         train_on_eos  which end-of-turn tokens are: "turn" each, "last" the conversation's last one, "none"
+        skip          indices of turns that are context only, whatever their role
         Empty if no turn has one of the roles. RequestError as `render`.
         """
-        indices = [i for i, message in enumerate(messages) if message.get("role") in roles]
+        indices = [i for i, message in enumerate(messages) if message.get("role") in roles and i not in skip]
         turns = [
             self._turn(
                 messages, i, tools, train_on_eos == "turn" or (train_on_eos == "last" and i == indices[-1])
@@ -102,7 +109,9 @@ class ChatTemplate:
         ]
         if not turns:
             return []
-        whole = self._text(messages, tools, False, {}) if len(turns) > 1 else turns[0].text
+        # Of several turns the last may end before the conversation does; of one, nothing after it is learned from.
+        ends_it = len(turns) == 1 or indices[-1] == len(messages) - 1
+        whole = turns[-1].text if ends_it else self._text(messages, tools, False, {})
         joint = self._joint(whole, turns)
         return [joint] if joint is not None else [self._alone(turn) for turn in turns]
 
@@ -191,21 +200,44 @@ class ChatTemplate:
         """All turns in one sequence, if each prompt, as served, is a prefix of it; otherwise None."""
         if not all(whole.startswith(turn.text) for turn in turns):
             return None
-        # One call: a fast tokenizer encodes the texts side by side.
-        encoded = self._tokenizer._tokenizer([whole, *(t.prompt for t in turns)], add_special_tokens=False)
-        ids, *prompts = map(tuple, encoded["input_ids"])
-        if any(ids[: len(prompt)] != prompt for prompt in prompts):
-            return None
+        encoded = self._tokenizer._tokenizer([whole], add_special_tokens=False)
+        ids = tuple(encoded["input_ids"][0])
         begins = [begin for begin, _ in encoded.encodings[0].offsets] if encoded.is_fast else None
         spans = []
-        for turn, prompt in zip(turns, prompts, strict=True):
+        for turn in turns:
+            start = self._prompt_length(turn.prompt, ids, begins)
+            if start is None:
+                return None
             stop = len(ids)
             if turn.text != whole and begins is not None:
                 stop = bisect_left(begins, len(turn.text))
             elif turn.text != whole:
                 stop = _common(ids, self._encode(turn.text))
-            spans.append(self._span(ids, len(prompt), stop, turn.with_eos))
+            spans.append(self._span(ids, start, stop, turn.with_eos))
         return Supervised(ids, tuple(spans))
+
+    def _prompt_length(self, prompt: str, ids: tuple[int, ...], begins: Sequence[int] | None) -> int | None:
+        """Tokens of `prompt` if `ids`, of a text that goes on from it, begin with them; otherwise None.
+
+        A fast tokenizer looks for special tokens before anything else and encodes what is between them piece by
+        piece, so only the prompt's tail from its last special token on is encoded: all before it is the same.
+        """
+        tail = 0
+        if begins is not None:
+            tail = max(bisect_left(begins, len(prompt)) - 1, 0)
+            while tail and ids[tail] not in self._cut_ids:
+                tail -= 1
+        words = prompt[begins[tail] :] if begins is not None and tail else prompt
+        found = self._tail(words)
+        return tail + len(found) if ids[tail : tail + len(found)] == found else None
+
+    def _tail(self, words: str) -> tuple[int, ...]:
+        found = self._tails.get(words)
+        if found is None:
+            found = self._encode(words)
+            if len(self._tails) < MAX_TAILS and len(words) <= MAX_TAIL_CHARS:
+                self._tails[words] = found
+        return found
 
     def _alone(self, turn: _Turn) -> Supervised:
         """One turn after its prompt as served; what follows the turn is cut off."""
@@ -218,11 +250,22 @@ class ChatTemplate:
 
     def _span(self, ids: tuple[int, ...], start: int, stop: int, with_eos: bool) -> tuple[int, int]:
         """`[start, stop)` without what follows the end-of-turn token, or without it too."""
-        while stop > start and not self._tokenizer.decode([ids[stop - 1]]).strip():
+        while stop > start and self._is_blank(ids[stop - 1]):
             stop -= 1
         if stop > start and not with_eos and ids[stop - 1] in self._end_ids:
             stop -= 1
         return start, stop
+
+    def _is_blank(self, token_id: int) -> bool:
+        found = self._blank.get(token_id)
+        if found is None:
+            found = self._blank[token_id] = not self._tokenizer.decode([token_id]).strip()
+        return found
+
+
+def _cuts(token: Any) -> bool:
+    """Whether an added token is found in the text as it stands, so that it parts what is before it from the rest."""
+    return not (token.normalized or token.lstrip or token.rstrip or token.single_word)
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:

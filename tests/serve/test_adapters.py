@@ -196,8 +196,8 @@ def test_broken_files_are_named_and_nothing_changes(model, make_adapter, tmp_pat
     (cut / CONFIG_FILE).write_text('{"peft_type": "LORA"}')
     with pytest.raises(AdapterError, match="PEFT"):
         registry.load("a", cut)
-    (cut / CONFIG_FILE).write_text('{"fine_tune_type": "dora"}')
-    with pytest.raises(AdapterError, match="fine_tune_type is 'dora'"):
+    (cut / CONFIG_FILE).write_text('{"fine_tune_type": "vera"}')
+    with pytest.raises(AdapterError, match="fine_tune_type is 'vera'"):
         registry.load("a", cut)
     assert registry.versions() == []
     registry.check_integrity()

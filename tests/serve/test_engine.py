@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
 
-from serve.adapters.lora import LoRALinear
-from serve.adapters.manifest import read_config, read_tensors
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
-from serve.errors import ModelError
 from serve.model.loading import load
 
 TEXTS = [
@@ -23,31 +19,7 @@ TEXTS = [
 ]
 
 
-def greedy_by_mlx_lm(module, prompt, num_tokens: int) -> tuple[int, ...]:
-    """The plain loop over the family's own cache: the oracle."""
-    cache, tokens, out = make_prompt_cache(module), mx.array([prompt]), []
-    for _ in range(num_tokens):
-        drawn = mx.argmax(module(tokens, cache=cache)[:, -1], axis=-1)
-        out.append(drawn.item())
-        tokens = drawn[None]
-    return tuple(out)
-
-
-def merged(model_folder, adapter_folder):
-    """The base with one adapter fused into its weights."""
-    module = load(str(model_folder)).network.module
-    config, tensors = read_config(adapter_folder), read_tensors(adapter_folder)
-    for path in {key.rpartition(".")[0] for key in tensors}:
-        parent = module
-        *parts, name = path.split(".")
-        for part in parts:
-            parent = parent[int(part)] if part.isdigit() else parent[part]
-        a, b = tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"]
-        parent[name] = LoRALinear(parent[name], a, b, config.scale).fuse()
-    return module
-
-
-def test_rows_in_company_match_the_plain_loop_alone(model, make_request):
+def test_rows_in_company_match_the_plain_loop_alone(model, make_request, greedy_by_mlx_lm):
     requests = [make_request(str(i), text) for i, text in enumerate(TEXTS)]
     answers = generate(Engine(model, EngineLimits(prefill_chunk_tokens=64)), requests)
     for request, answer in zip(requests, answers, strict=True):
@@ -56,7 +28,7 @@ def test_rows_in_company_match_the_plain_loop_alone(model, make_request):
 
 
 def test_rows_with_different_adapters_match_running_each_merged_and_alone(
-    model, model_folder, make_adapter, make_request
+    model, model_folder, make_adapter, make_request, merged, greedy_by_mlx_lm
 ):
     folders = [make_adapter(1), make_adapter(2, rank=7, keys=["self_attn.q_proj", "mlp.up_proj"]), None]
     engine = Engine(model)
@@ -121,6 +93,25 @@ def test_cancelling_a_row_frees_it_and_leaves_the_rest_alone(model, make_request
     assert engine.stats().kv_bytes == 0
 
 
+def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
+    model, make_adapter, make_request, greedy_by_mlx_lm
+):
+    request = make_request("after", "Hello there")
+    expected = greedy_by_mlx_lm(model.network.module, request.prompt.token_ids, 24)
+    engine = Engine(model)
+    loud = engine.registry.load("loud", make_adapter(1, size=1e30))
+    engine.add(make_request("stays", "z" * 100, max_tokens=500))
+    engine.add(make_request("overflows", "x" * 90, max_tokens=500, adapter=loud))
+    for _ in range(3):
+        engine.step()
+    held = [array for layer in engine._runner.rows.layers for array in layer.state]
+    assert not all(mx.isfinite(array).all() for array in held), "the row must have overflowed"
+    engine.cancel("overflows")
+    engine.add(request)
+    tokens = [event.token_ids for _ in range(24) for event in engine.step() if event.request_id == "after"]
+    assert sum(tokens, ()) == expected
+
+
 def test_the_end_token_stops_a_row_and_is_counted_but_not_shown(model, make_request):
     free = generate(Engine(model), [make_request("r", temperature=1.5, seed=1, max_tokens=600)])[0]
     eos = model.tokenizer.eos_token_id
@@ -144,31 +135,3 @@ def test_logprobs_are_those_of_the_whole_model(model, make_request):
         assert entry.logprob == pytest.approx(expected[step, entry.token_id].item(), abs=1e-3)
         assert next(token for token, _ in entry.top) == entry.token_id
         assert len(entry.top) == 3
-
-
-MAMBA2 = {
-    "model_type": "mamba2",
-    "num_heads": 4,
-    "head_dim": 16,
-    "vocab_size": 259,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "state_size": 8,
-    "num_hidden_layers": 2,
-    "layer_norm_epsilon": 1e-5,
-    "conv_kernel": 4,
-    "n_groups": 1,
-    "use_bias": False,
-    "use_conv_bias": True,
-    "tie_word_embeddings": True,
-    "time_step_limit": [0.0, 10.0],
-    "time_step_rank": "auto",
-    "ssm_state_size": 8,
-    "max_position_embeddings": 128,
-}
-
-
-def test_a_recurrent_model_is_refused_at_start_by_name(make_model):
-    recurrent = load(str(make_model("mamba2", MAMBA2, is_lively=False)))
-    with pytest.raises(ModelError, match="mamba2: layer 0 keeps its past in a ArraysCache"):
-        Engine(recurrent)

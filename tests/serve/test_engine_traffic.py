@@ -87,20 +87,15 @@ def run_traffic(
     return answers
 
 
-def check_traffic(seed: int, model_folder, make_adapter, make_request) -> None:
+def check_traffic(seed: int, model_folder, folders, make_request) -> None:
     rng = random.Random(seed)
-    folders = [
-        str(make_adapter(1)),
-        str(make_adapter(2, rank=7)),
-        str(make_adapter(3, keys=["self_attn.v_proj"])),
-    ]
     limits = EngineLimits(
         max_rows=rng.choice([1, 3, 8]), prefill_chunk_tokens=rng.choice([5, 32, 256]), max_adapters=24
     )
     engine = Engine(load(str(model_folder), name="lively"), limits)
-    answers = run_traffic(engine, rng, folders, make_request)
+    answers = run_traffic(engine, rng, [str(folder) for folder in folders], make_request)
     alone = Engine(load(str(model_folder), name="lively"))
-    versions = {folder: alone.registry.load(f"f{i}", folder) for i, folder in enumerate(folders)}
+    versions = {str(folder): alone.registry.load(f"f{i}", str(folder)) for i, folder in enumerate(folders)}
     for request, folder, tokens in answers.values():
         adapter = versions[folder] if folder else None
         expected = generate(alone, [Request(request.id, request.prompt, request.sampling, adapter)])[
@@ -109,14 +104,42 @@ def check_traffic(seed: int, model_folder, make_adapter, make_request) -> None:
         assert tuple(tokens) == expected, f"seed {seed}, {request.id} with {folder or 'the base'}"
 
 
+@pytest.fixture
+def adapters(make_adapter):
+    return [make_adapter(1), make_adapter(2, rank=7), make_adapter(3, keys=["self_attn.v_proj"])]
+
+
+@pytest.fixture(params=["mamba2", "qwen3_next"])
+def recurrent(request, recurrent_folder, make_adapter_of):
+    """A recurrent model's folder, and its adapters'."""
+    folder = recurrent_folder(request.param)
+    keys = ["mixer.in_proj", "linear_attn.in_proj_qkvz", "linear_attn.out_proj"]
+    return folder, [make_adapter_of(folder, 1, keys=keys), make_adapter_of(folder, 2, rank=7, keys=keys[:2])]
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_each_answer_in_generated_traffic_is_what_it_is_alone(seed, model_folder, make_adapter, make_request):
-    check_traffic(seed, model_folder, make_adapter, make_request)
+def test_each_answer_in_generated_traffic_is_what_it_is_alone(seed, model_folder, adapters, make_request):
+    check_traffic(seed, model_folder, adapters, make_request)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_each_answer_of_a_recurrent_model_in_generated_traffic_is_what_it_is_alone(
+    seed, recurrent, make_request
+):
+    check_traffic(seed, *recurrent, make_request)
 
 
 @pytest.mark.large
 @pytest.mark.parametrize("seed", range(100, 180))
 def test_each_answer_in_much_generated_traffic_is_what_it_is_alone(
-    seed, model_folder, make_adapter, make_request
+    seed, model_folder, adapters, make_request
 ):
-    check_traffic(seed, model_folder, make_adapter, make_request)
+    check_traffic(seed, model_folder, adapters, make_request)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("seed", range(200, 240))
+def test_each_answer_of_a_recurrent_model_in_much_generated_traffic_is_what_it_is_alone(
+    seed, recurrent, make_request
+):
+    check_traffic(seed, *recurrent, make_request)

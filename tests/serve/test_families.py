@@ -82,12 +82,127 @@ FAMILIES = {
         },
     },
 }
+SSM = {
+    "state_size": 8,
+    "layer_norm_epsilon": 1e-5,
+    "conv_kernel": 4,
+    "n_groups": 1,
+    "use_bias": False,
+    "use_conv_bias": True,
+}
+LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+}
+RECURRENT = {
+    "mamba": {**SSM, "time_step_rank": 8},
+    "mamba2": {
+        **SSM,
+        "num_heads": 8,
+        "num_hidden_layers": 2,
+        "time_step_limit": [0.0, 10.0],
+        "time_step_rank": "auto",
+    },
+    "qwen3_next": {
+        **LINEAR,
+        **FAMILIES["qwen3_moe"],
+        "shared_expert_intermediate_size": 32,
+        "partial_rotary_factor": 0.5,
+        "full_attention_interval": 2,
+    },
+    "olmo_hybrid": {
+        **LINEAR,
+        "linear_allow_neg_eigval": True,
+        "attention_bias": False,
+        "layer_types": ["linear_attention", "full_attention"],
+        "rope_parameters": {"rope_theta": 10000.0},
+    },
+    "falcon_h1": {
+        "mamba_d_head": 16,
+        "mamba_d_ssm": 64,
+        "mamba_d_state": 8,
+        "mamba_n_heads": 4,
+        "mamba_chunk_size": 16,
+    },
+    "granitemoehybrid": {
+        **FAMILIES["granite"],
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_proj_bias": False,
+        "mamba_d_state": 8,
+        "mamba_d_conv": 4,
+        "mamba_n_groups": 1,
+        "mamba_conv_bias": True,
+    },
+    "nemotron_h": {
+        **SSM,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "mamba_proj_bias": False,
+        "hybrid_override_pattern": ["M", "*", "-", "M"],
+    },
+    "lfm2": {
+        "norm_eps": 1e-5,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "block_dim": 64,
+        "block_multiple_of": 16,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False,
+        "block_ff_dim": 96,
+        "full_attn_idxs": [1],
+    },
+    "jamba": {
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "expert_layer_offset": 1,
+        "expert_layer_period": 2,
+        "mamba_d_conv": 4,
+        "mamba_d_state": 8,
+        "mamba_expand": 2,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+    },
+    "recurrent_gemma": {
+        "attention_bias": False,
+        "conv1d_width": 4,
+        "logits_soft_cap": 30.0,
+        "attention_window_size": 16,
+        "block_types": ["recurrent", "attention"],
+        "num_key_value_heads": 1,
+    },
+    "kimi_linear": {
+        "linear_attn_config": {
+            "kda_layers": [1],
+            "full_attn_layers": [2],
+            "num_heads": 4,
+            "head_dim": 16,
+            "short_conv_kernel_size": 4,
+        },
+        "model_max_length": 512,
+        "num_experts": 0,
+        "moe_intermediate_size": 32,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "mla_use_nope": True,
+    },
+}
 TEXTS = ["hi", "the quick brown fox jumps over the lazy dog and on", "tickets"]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, *RECURRENT])
 def family(request, make_model):
-    config = {"model_type": request.param, **COMMON, **FAMILIES[request.param]}
+    config = {"model_type": request.param, **COMMON, **(FAMILIES | RECURRENT)[request.param]}
     return load(str(make_model(request.param, config)), name=request.param)
 
 

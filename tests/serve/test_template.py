@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from serve.errors import RequestError
@@ -284,3 +286,79 @@ def test_continuing_a_final_message_leaves_it_open(make_tokenizer):
     tokenizer = make_tokenizer(CHATML)
     ids = ChatTemplate(tokenizer).render(TURNS[:2], add_generation_prompt=False, continue_final_message=True)
     assert tokenizer.decode(list(ids)).endswith("Anything else?")
+
+
+ODD = (
+    "hi",
+    " ",
+    "\n",
+    "\n\n",
+    "It left",
+    "é",
+    "🙂",
+    " b ",
+    "<|im_end|>",
+    "<|im_start|>",
+    "<think>",
+    "</s>",
+    "42",
+    ".",
+)
+TOKENIZERS = {
+    "byte level": lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "byte level with a prefix": lambda t: setattr(
+        t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)
+    ),
+    "metaspace, first": lambda t: setattr(
+        t, "pre_tokenizer", pre_tokenizers.Metaspace(prepend_scheme="first")
+    ),
+    "metaspace, always": lambda t: setattr(
+        t, "pre_tokenizer", pre_tokenizers.Metaspace(prepend_scheme="always")
+    ),
+    "prepended": lambda t: setattr(
+        t, "normalizer", normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    ),
+    "composed": lambda t: setattr(t, "normalizer", normalizers.NFC()),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_only_the_tail_of_a_prompt_is_encoded_and_gives_what_all_of_it_would(kind, bpe):
+    """Random turns of awkward pieces; the reference, which has no offsets, encodes every prompt whole."""
+    base = Tokenizer.from_str(bpe)
+    base.normalizer, base.pre_tokenizer = (
+        normalizers.Sequence([]),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
+    TOKENIZERS[kind](base)
+    rng = random.Random(kind)
+    num_sequences = 0
+    for template, eos in (
+        (CHATML, "<|im_end|>"),
+        (LLAMA3, "<|eot_id|>"),
+        (MISTRAL, "</s>"),
+        (PLAIN, "<|im_end|>"),
+    ):
+        fast = PreTrainedTokenizerFast(tokenizer_object=base, chat_template=template, eos_token=eos)
+        slow = WithoutOffsets(tokenizer_object=base, chat_template=template, eos_token=eos)
+        with_tails, whole = ChatTemplate(TokenizerWrapper(fast)), ChatTemplate(TokenizerWrapper(slow))
+        for _ in range(25):
+            messages = [
+                {
+                    "role": ("user", "assistant")[i % 2],
+                    "content": "".join(rng.choices(ODD, k=rng.randint(1, 5))),
+                }
+                for i in range(rng.randint(2, 6))
+            ]
+            expected = [(s.token_ids, [start for start, _ in s.spans]) for s in whole.supervise(messages)]
+            found = [(s.token_ids, [start for start, _ in s.spans]) for s in with_tails.supervise(messages)]
+            assert found == expected
+            num_sequences += len(found)
+    assert num_sequences >= 100
+
+
+def test_turns_that_are_skipped_are_context(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML)
+    (sequence,) = ChatTemplate(tokenizer).supervise(TURNS, skip=(1,))
+    assert supervised_text(tokenizer, sequence) == ["Erledigt. 🙂<|im_end|>"]
+    assert ChatTemplate(tokenizer).supervise(TURNS, skip=range(4)) == []

@@ -1,0 +1,91 @@
+"""Recurrent state of a batch: one layer's arrays, a row each, beside the rows of keys and values of other layers.
+
+What a recurrent layer keeps of a sequence has one size at any length and holds every token it was ever given, so
+it cannot be masked or trimmed afterwards. Hence two rules, which the scheduler keeps: no forward gives a row a token
+that is not its own (the chunks of a step have one length, nothing is padded), and rows at their first token share
+no forward with rows further on. Such a first forward finds no state, as in a fresh cache of mlx-lm, and the family's
+own code makes the initial one: whatever a row's last sequence left is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache
+
+from serve.cache.rows import Span
+from serve.errors import ModelError
+
+
+class StateRows(ArraysCache):
+    """One layer's state: `size` arrays [C, ...], C rows or more of them in use.
+
+    An ArraysCache to the family's code, whose `lengths` and `left_padding` stay None: no token is padding. Inside a
+    forward `self[i]` is state i of the span's rows, [B, ...], or None at their first token.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.cache: list[mx.array | None] = [None] * size
+        self.span: Span | None = None
+
+    def __getitem__(self, index: int) -> mx.array | None:
+        span, buffer = self.span, self.cache[index]
+        assert span is not None
+        if buffer is None or span.is_first:
+            return None
+        return span.read_rows(buffer)
+
+    def __setitem__(self, index: int, value: mx.array) -> None:
+        span, buffer = self.span, self.cache[index]
+        assert span is not None
+        if span.is_everything and span.num_tokens == 1:
+            self.cache[index] = (
+                value  # decode alone: the new state takes the old one's place, nothing is copied
+            )
+            return
+        if buffer is not None:
+            _check_same(index, buffer, value)
+        if span.is_everything:
+            # Families hand over a view of all their tokens; its few rows must not keep the rest in memory.
+            self.cache[index] = mx.contiguous(value)
+            return
+        if buffer is None:
+            buffer = mx.zeros((span.num_rows, *value.shape[1:]), value.dtype)
+        elif buffer.shape[0] < span.num_rows:
+            more = mx.zeros((span.num_rows - buffer.shape[0], *value.shape[1:]), value.dtype)
+            buffer = mx.concatenate([buffer, more])
+        span.write_rows(buffer, value)
+        self.cache[index] = buffer
+
+    @property
+    def state(self) -> list[mx.array]:
+        """The arrays to evaluate with a step."""
+        return [array for array in self.cache if array is not None]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return sum(array.nbytes for array in self.state)
+
+    def gather(self, rows: mx.array) -> list[mx.array]:
+        """A copy of whole rows, lazily: what `scatter` puts elsewhere."""
+        return [array[rows] for array in self.state]
+
+    def scatter(self, rows: mx.array, copies: Sequence[mx.array]) -> None:
+        """Overwrite whole rows with copies made before."""
+        for array, copy in zip(self.state, copies, strict=True):
+            array[rows] = copy
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self.cache = [None] * len(self.cache)
+
+
+def _check_same(index: int, buffer: mx.array, value: mx.array) -> None:
+    if buffer.shape[1:] != value.shape[1:] or buffer.dtype != value.dtype:
+        raise ModelError(
+            f"state {index} of a layer was {tuple(buffer.shape[1:])} {buffer.dtype} a row and became "
+            f"{tuple(value.shape[1:])} {value.dtype}; a row of state must keep its shape"
+        )

@@ -1,0 +1,195 @@
+"""Every kind of update in one batch: LoRA, DoRA, experts, the head, and rows of the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from serve.adapters.bank import BankedExperts, BankedLinear
+from serve.adapters.fit import balanced
+from serve.adapters.manifest import AdapterConfig, read_config, read_tensors, write_adapter
+from serve.engine.engine import Engine, EngineLimits
+from serve.engine.generate import generate
+from serve.errors import AdapterError
+from serve.model.loading import load
+
+MOE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 48,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 259,
+    "max_position_embeddings": 1024,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+ATTENTION = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")
+EXPERTS = ("mlp.switch_mlp.up_proj", "mlp.switch_mlp.down_proj")
+KINDS = {
+    "lora": ("lora", ATTENTION, 4),
+    "dora": ("dora", (*ATTENTION, "lm_head"), 3),
+    "experts": ("lora", (*EXPERTS, "mlp.gate"), 5),
+    "head": ("lora", ("lm_head",), 2),
+}
+SCALE = 2.0
+TEXTS = ("hello", "the quick brown fox jumps over the lazy dog " * 3, "tickets!")
+
+
+@pytest.fixture(scope="module")
+def moe_folder(make_model) -> Path:
+    return make_model("lively-moe", MOE)
+
+
+@pytest.fixture(scope="module")
+def weights(moe_folder) -> dict[str, np.ndarray]:
+    return {
+        name: np.array(value, np.float64)
+        for name, value in tree_flatten(load(str(moe_folder)).network.module.parameters())
+    }
+
+
+@pytest.fixture(scope="module")
+def make_kind(weights, tmp_path_factory):
+    """make_kind(name) → folder of a random adapter of that kind, in mlx-lm's names and layouts."""
+    root = tmp_path_factory.mktemp("kinds")
+
+    def make(name: str) -> Path:
+        kind, keys, rank = KINDS[name]
+        rng = np.random.default_rng(sorted(KINDS).index(name))
+        tensors = {}
+        for path in (name.removesuffix(".weight") for name in weights):
+            if path.split(".", 3)[-1] in keys:
+                *experts, outputs, inputs = weights[f"{path}.weight"].shape
+                a = (*experts, rank, inputs) if experts else (inputs, rank)
+                b = (*experts, outputs, rank) if experts else (rank, outputs)
+                tensors[f"{path}.lora_a"] = mx.array(rng.normal(size=a) * 0.3, dtype=mx.float32)
+                tensors[f"{path}.lora_b"] = mx.array(rng.normal(size=b) * 0.3, dtype=mx.float32)
+                if kind == "dora":
+                    lengths = np.linalg.norm(weights[f"{path}.weight"], axis=1)
+                    tensors[f"{path}.m"] = mx.array(
+                        lengths * rng.uniform(0.7, 1.5, outputs), dtype=mx.float32
+                    )
+        write_adapter(root / name, tensors, AdapterConfig(kind, -1, rank, SCALE, keys=keys))
+        return root / name
+
+    return make
+
+
+def merged_by_hand(moe_folder, weights, folder):
+    """The definition in numpy: W + s·BA, of DoRA each row made as long as m says."""
+    module = load(str(moe_folder)).network.module
+    tensors = {name: np.array(value, np.float64) for name, value in read_tensors(folder).items()}
+    for path in {name.rpartition(".")[0] for name in tensors}:
+        a, b = tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"]
+        delta = b @ a if a.ndim == 3 else (a @ b).T
+        weight = weights[f"{path}.weight"] + SCALE * delta
+        if f"{path}.m" in tensors:
+            weight *= (tensors[f"{path}.m"] / np.linalg.norm(weight, axis=1))[:, None]
+        module.load_weights([(f"{path}.weight", mx.array(weight, dtype=mx.float32))], strict=False)
+    return module
+
+
+def test_rows_of_every_kind_in_one_batch_match_each_merged_and_alone(
+    moe_folder, weights, make_kind, make_request, greedy_by_mlx_lm
+):
+    engine = Engine(load(str(moe_folder)), EngineLimits(prefill_chunk_tokens=64))
+    versions = {name: engine.registry.load(name, make_kind(name)) for name in KINDS}
+    requests = {
+        (name, i): make_request(f"{name}-{i}", text, adapter=versions.get(name))
+        for i, text in enumerate(TEXTS)
+        for name in (*KINDS, "base")
+    }
+    answers = generate(engine, list(requests.values()))
+    assert len({answer.token_ids for answer in answers}) == len(answers), "every adapter changes the text"
+    modules = {name: merged_by_hand(moe_folder, weights, make_kind(name)) for name in KINDS}
+    modules["base"] = load(str(moe_folder)).network.module
+    for (name, i), answer in zip(requests, answers, strict=True):
+        prompt = requests[name, i].prompt.token_ids
+        assert answer.token_ids == greedy_by_mlx_lm(modules[name], prompt, 24), (name, i)
+
+
+def test_a_batch_reads_only_what_its_own_adapters_touch(moe_folder, make_kind, make_request):
+    """Arrays a batch has no use for are made NaN: whoever read them would say so."""
+
+    def answer(engine, version):
+        request = make_request("r", "the quick brown fox " * 3, adapter=version, num_logprobs=0)
+        return [event.logprob for event in generate(engine, [request])[0].logprobs]
+
+    engine = Engine(load(str(moe_folder)))
+    lora = engine.registry.load("lora", make_kind("lora"))
+    before, base = answer(engine, lora), answer(engine, None)
+    for name in ("dora", "experts", "head"):
+        engine.registry.load(name, make_kind(name))
+    for _, module in engine.model.network.module.named_modules():
+        if isinstance(module, BankedLinear | BankedExperts):
+            if not module._updated & 1 << lora.slot:
+                module._a, module._b = module._a + mx.nan, module._b + mx.nan
+            if module._gain is not None:
+                module._gain = module._gain + mx.nan
+    assert answer(engine, lora) == before
+    assert answer(engine, None) == base
+
+
+def test_a_slot_used_again_keeps_no_length_or_expert_of_the_last_adapter(moe_folder, make_kind, make_request):
+    def alone(name):
+        engine = Engine(load(str(moe_folder)))
+        request = make_request("r", adapter=engine.registry.load(name, make_kind(name)))
+        return generate(engine, [request])[0].token_ids
+
+    engine = Engine(load(str(moe_folder)), EngineLimits(max_adapters=1))
+    for name in ("dora", "experts", "lora", "head"):
+        version = engine.registry.load(name, make_kind(name))
+        assert generate(engine, [make_request("r", adapter=version)])[0].token_ids == alone(name), name
+        engine.registry.unload(name)
+
+
+def test_what_does_not_fit_is_named(moe_folder, make_kind, tmp_path):
+    registry = Engine(load(str(moe_folder))).registry
+    tensors = read_tensors(make_kind("dora"))
+    path = "model.layers.0.self_attn.q_proj"
+    broken = {key: value for key, value in tensors.items() if key != f"{path}.m"}
+    broken["model.layers.1.self_attn.q_proj.m"] = mx.ones((7,))
+    write_adapter(tmp_path / "a", broken, read_config(make_kind("dora")))
+    with pytest.raises(AdapterError, match=r"q_proj: m is missing") as caught:
+        registry.load("a", tmp_path / "a")
+    assert "layers.1.self_attn.q_proj.m is (7,), the model needs (64)" in str(caught.value)
+    write_adapter(tmp_path / "b", tensors, AdapterConfig("lora", -1, 3, SCALE))
+    with pytest.raises(AdapterError, match=r"has m; a lora adapter has lora_a, lora_b"):
+        registry.load("b", tmp_path / "b")
+    experts = read_tensors(make_kind("experts"))
+    name = "model.layers.0.mlp.switch_mlp.up_proj.lora_a"
+    experts[name] = experts[name][:3]
+    write_adapter(tmp_path / "c", experts, read_config(make_kind("experts")))
+    with pytest.raises(AdapterError, match=r"up_proj\.lora_a is \(3, 5, 64\), the model needs \(4, 5, 64\)"):
+        registry.load("c", tmp_path / "c")
+
+
+def test_balanced_factors_keep_a_small_difference_of_large_ones_in_half_precision():
+    rng = np.random.default_rng(0)
+    a0, b0 = rng.normal(size=(3, 64, 4)), rng.normal(size=(3, 4, 48))
+    a1, b1 = a0 + 1e-3 * rng.normal(size=a0.shape), b0 + 1e-3 * rng.normal(size=b0.shape)
+    wanted = a1 @ b1 - a0 @ b0
+    a = mx.array(np.concatenate([a1, a0], -1), dtype=mx.float32)
+    b = mx.array(np.concatenate([b1, -b0], -2), dtype=mx.float32)
+
+    def error(a, b):
+        half = (np.array(part.astype(mx.bfloat16).astype(mx.float32), np.float64) for part in (a, b))
+        left, right = half
+        return np.linalg.norm(left @ right - wanted) / np.linalg.norm(wanted)
+
+    assert error(a, b) > 0.5
+    assert error(*balanced(a, b)) < 0.01
