@@ -35,10 +35,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-bench_app = typer.Typer(help="Measure servers.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure servers and training.", no_args_is_help=True)
 ab_app = typer.Typer(help="Look at experiments.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at training rows.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 app.add_typer(ab_app, name="ab")
+app.add_typer(data_app, name="data")
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write every number to FILE.")
@@ -106,6 +108,31 @@ def train(
 
 
 @app.command()
+def runs(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FOLDER]…", help="Where to look; runs and adapters by default."),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """List runs: how far each came, how good it is, and what it came from."""
+    from train import runs as listing
+
+    console = _console()
+    named = folders or [Path(name) for name in listing.DEFAULT_FOLDERS if Path(name).is_dir()]
+    found = listing.find(named)
+    if found:
+        console.print(listing.table(found))
+    for run in found:
+        if run.problem:
+            console.print(f"{run.folder}: {run.problem}", style="red", markup=False, soft_wrap=True)
+    if not found:
+        where = ", ".join(map(str, named)) or " and ".join(listing.DEFAULT_FOLDERS)
+        console.print(f"no runs under {where}", markup=False)
+    _save_json(json_file, listing.as_json(found))
+
+
+@app.command()
 def serve(
     model: Annotated[
         str, typer.Argument(help="A model folder, a hub name, or a serving configuration (.yaml).")
@@ -143,6 +170,22 @@ def chat(
     with _server_for(model, adapter or [], url) as served_url:
         chosen = choose_model(served_url, to, api_key)
         _talk(Conversation(Speaker(served_url, chosen, api_key, sampling), system))
+
+
+@data_app.command("show")
+def data_show(
+    recipe: Annotated[Path, typer.Argument(help="A recipe.")],
+    rows: Annotated[int, typer.Option(min=1, help="The first so many rows.")] = 3,
+    row: Annotated[int | None, typer.Option(min=1, help="This row alone, counted from 1.")] = None,
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "train",
+    overrides: Overrides = None,
+) -> None:
+    """Print rows as they are trained: each turn, and which of its tokens the loss counts."""
+    from train.data.show import show
+    from train.recipe import load_recipe
+
+    chosen = _one_of(split, ("train", "valid", "test"), "--split")
+    show(load_recipe(recipe, overrides or ()), _console(), split=chosen, rows=rows, row=row)
 
 
 @ab_app.command("report")
@@ -280,6 +323,33 @@ def bench_compare(
     _save_json(json_file, outcome.as_json(asked))
 
 
+@bench_app.command("train")
+def bench_train(
+    iters: Annotated[int, typer.Option(help="Batches; one pass over as many times --batch-size chats.")] = 12,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 8,
+    rounds: Annotated[int, typer.Option(help="The loops take turns this many times.")] = 1,
+    model: Annotated[
+        str | None, typer.Option(help="A model in place of the random one with 32k tokens.")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="Keep model, rows, recipes and logs here.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Train the same chats with Lathe and with mlx_lm.lora, in turns: data tokens per second, peak memory."""
+    import tempfile
+
+    from train.bench import compare
+
+    asked = compare.TrainBench(num_batches=iters, batch_size=batch_size, rounds=rounds, model=model)
+    _check_writable(json_file)
+    with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
+        outcome = compare.run(asked, folder or Path(temporary), progress)
+    console = _console()
+    console.print(*compare.tables(outcome))
+    for note in compare.notes(outcome):
+        console.print(note, markup=False, style="dim")
+    _save_json(json_file, outcome.as_json(asked))
+
+
 @app.command()
 def demo(
     json_file: JsonFile = None,
@@ -389,6 +459,17 @@ def _save_json(path: Path | None, numbers: dict[str, Any]) -> None:
         os.replace(new, path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error}") from error
+
+
+def _check_writable(path: Path | None) -> None:
+    """Before minutes of work, not after them."""
+    if path is None:
+        return
+    import os
+
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if path.is_dir() or not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
+        raise typer.BadParameter(f"{path} cannot be written; expected a file", param_hint="--json")
 
 
 def _words(text: str) -> list[str]:

@@ -15,6 +15,7 @@ import lathe
 ROOT = Path(lathe.__file__).parent
 COMMANDS = (
     "train",
+    "runs",
     "serve",
     "chat",
     "ab",
@@ -23,6 +24,7 @@ COMMANDS = (
     "bench",
     "bench serve",
     "bench compare",
+    "bench train",
     "demo",
     "doctor",
 )
@@ -85,6 +87,10 @@ BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\nite
         ("export {tmp}/no-such-adapter {tmp}/out --bits 3", ("--bits", "4 or 8")),
         ("bench serve --url http://127.0.0.1:1", ("http://127.0.0.1:1",)),
         ("bench serve --concurrency 1,none", ("--concurrency", "1,4,16")),
+        ("bench train --batch-size 0", ("--batch-size", "found 0", "1 or more")),
+        ("bench train --iters 1", ("--iters", "found 1", "2 or more")),
+        ("bench train --model nowhere/at-all", ("nowhere/at-all",)),
+        ("bench train --json /dev/null/numbers.json", ("/dev/null/numbers.json", "cannot be written")),
         ("bench serve --endpoint mail", ("--endpoint", "completions")),
         ("demo --folder {tmp}", ("another folder",)),
         ("no-such-command", ("no-such-command",)),

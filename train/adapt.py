@@ -1,11 +1,10 @@
-"""What of a model trains: LoRA layers put in place of linear ones, or the weights themselves.
+"""What of a model trains: adapter layers put in place of linear ones, or the weights themselves.
 
 A TextNetwork goes in and is changed in place; out comes what trains, by name. Knows no data and no optimizer.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,26 +13,31 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from serve.adapters.lora import LoRALinear
+from serve.adapters.dora import DoRALinear
+from serve.adapters.experts import LoRAExperts
+from serve.adapters.lora import LEAVES, AdaptedLayer, LoRALinear
 from serve.errors import AdapterError, ConfigError
 from serve.model.network import TextNetwork
+from serve.model.weights import EXPERTS, QUANTIZED, linear_shape
+from train.keys import HEADS, Layout, choose, last_layers, layout_of
+from train.pissa import DEFAULT, is_pissa, start_on_principal
 
-ALL_LINEAR = "all-linear"
-LORA_LEAVES = ("lora_a", "lora_b")
+FineTuneType = Literal["lora", "dora", "full"]
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """What was made trainable. `keys` are relative to a layer; `num_layers` counts from the last."""
+    """What was made trainable. `keys` are paths in a layer, or the head's; `num_layers` counts from the last."""
 
-    fine_tune_type: Literal["lora", "full"]
+    fine_tune_type: FineTuneType
     num_layers: int
     keys: tuple[str, ...]
     num_trainable: int
     num_parameters: int
     notes: tuple[str, ...] = ()
+    rank: int = 0
+    """Of the update an adapter folder holds: twice the recipe's with PiSSA."""
 
 
 def add_lora(
@@ -44,40 +48,114 @@ def add_lora(
     dropout: float = 0.0,
     keys: Sequence[str] | str | None = None,
     num_layers: int = -1,
+    fine_tune_type: Literal["lora", "dora"] = "lora",
+    init: str = DEFAULT,
+    is_restored: bool = False,
+    is_sketch: bool = False,
 ) -> Adapted:
-    """Freeze the network and put a fresh LoRALinear over the named linear layers of its last `num_layers` blocks.
+    """Freeze the network and put a fresh adapter over the named layers of its last `num_layers` blocks.
 
-    keys        paths inside a layer (`self_attn.q_proj`); None or "all-linear": every linear layer there is
-    num_layers  -1: all; more than there are: all
-    LoRA weights are float32 whatever the base's dtype; LoRALinear casts the update to the activations' dtype.
+    keys         see `train.keys.choose`; None or "all-linear": every linear layer and expert stack, not the head
+    num_layers   -1: all; more than there are: all
+    init         default: A random, B zero; pissa, pissa_niter_N: the weight's principal part
+    is_restored  a checkpoint's tensors come next, so no singular values are computed
+    is_sketch    the network has no weights yet: nothing is measured or evaluated, shapes alone are right
+    Adapter weights are float32 whatever the base's dtype; the layer casts the update to the activations' dtype.
     Randomness: MLX's global generator. ConfigError names keys that do not exist, or cannot be adapted.
     """
-    layers = _last(network.layers, num_layers)
-    linear, other = _modules_by_key(layers)
-    chosen = set(linear) if keys is None or keys == ALL_LINEAR else _checked(keys, linear, other)
+    if fine_tune_type == "dora" and is_pissa(init):
+        raise ConfigError(
+            f"lora_parameters.init_lora_weights: {init} goes with fine_tune_type: lora, not dora"
+        )
+    layout = layout_of(network, num_layers)
+    chosen = choose(keys, layout)
     notes = []
     if num_layers > len(network.layers):
         notes.append(f"num_layers {num_layers}: the model has {len(network.layers)}, all are adapted")
-    skipped = sorted(key for key, reason in other.items() if "experts" in reason)
-    if skipped and (keys is None or keys == ALL_LINEAR):
-        notes.append(
-            f"not adapted: {', '.join(skipped)} (MoE experts; the serving bank takes linear layers only)"
-        )
+    if fine_tune_type == "dora" and chosen & layout.experts:
+        notes.append(_without_experts(chosen, keys, layout))
+        chosen -= layout.experts
     network.module.freeze()
-    for layer in layers:
+    options = {"rank": rank, "scale": scale, "dropout": dropout}
+    for root, names in [(layer, chosen - layout.heads) for layer in layout.layers] + [
+        (network.module, chosen & layout.heads)
+    ]:
         placed = [
-            (path, LoRALinear.from_base(module, rank=rank, scale=scale, dropout=dropout))
-            for path, module in layer.named_modules()
-            if path in chosen and isinstance(module, nn.Linear | nn.QuantizedLinear)
+            (path, _adapter_over(module, fine_tune_type, options, is_sketch))
+            for path, module in root.named_modules()
+            if path in names and path in layout.adaptable
         ]
         if placed:
-            layer.update_modules(tree_unflatten(placed))
+            root.update_modules(tree_unflatten(placed))
+    if is_pissa(init):
+        for path, layer in adapted_layers(network).items():
+            _start(path, layer, init, is_restored or is_sketch)
     trainable = trainable_tensors(network)
     if not trainable:
         raise ConfigError("lora_parameters.keys: nothing to train: no linear layer was chosen")
-    stray = [name for name in trainable if name.rsplit(".", 1)[-1] not in LORA_LEAVES]
+    stray = [name for name in trainable if name.rsplit(".", 1)[-1] not in LEAVES]
     assert not stray, f"the base must stay frozen, but these train: {stray}"
-    return _adapted(network, "lora", num_layers, tuple(sorted(chosen)), notes)
+    folder_rank = 2 * rank if is_pissa(init) else rank
+    return _adapted(network, fine_tune_type, num_layers, tuple(sorted(chosen)), notes, folder_rank)
+
+
+def _adapter_over(
+    module: nn.Module, fine_tune_type: str, options: dict[str, Any], is_sketch: bool
+) -> AdaptedLayer:
+    if isinstance(module, EXPERTS):
+        return LoRAExperts.from_base(module, **options)
+    if fine_tune_type == "dora":
+        squared = mx.ones(linear_shape(module)[1]) if is_sketch else None
+        return DoRALinear.from_base(module, squared=squared, **options)
+    return LoRALinear.from_base(module, **options)
+
+
+def _start(path: str, layer: AdaptedLayer, init: str, is_restored: bool) -> None:
+    if is_restored:
+        layer.start_from(layer.lora_a, layer.lora_b)
+    else:
+        start_on_principal(path, layer, init)
+
+
+def _without_experts(chosen: set[str], keys: Sequence[str] | str | None, layout: Layout) -> str:
+    """The note that DoRA leaves the experts out; ConfigError where nothing but experts was asked for by an entry."""
+    names = [] if keys is None or isinstance(keys, str) else keys
+    only = [name for name in names if choose([name], layout) <= layout.experts]
+    if only or chosen <= layout.experts:
+        raise ConfigError(
+            f"lora_parameters.keys: {', '.join(only or sorted(chosen))} holds MoE experts; DoRA has no form for them "
+            f"that mlx-lm reads; use fine_tune_type: lora, or leave them out"
+        )
+    return (
+        f"not adapted: {', '.join(sorted(chosen & layout.experts))} (MoE experts; DoRA adapts linear layers)"
+    )
+
+
+def adapted_layers(network: TextNetwork) -> dict[str, AdaptedLayer]:
+    """Every layer with an adapter, by its path in the mlx-lm model."""
+    return {path: m for path, m in network.module.named_modules() if isinstance(m, AdaptedLayer)}
+
+
+@contextmanager
+def adapters_off(network: TextNetwork) -> Iterator[None]:
+    """Inside, every adapted layer is its base layer: the reference model, without a second copy of it.
+
+    ConfigError where the weights themselves train: their former values are gone.
+    """
+    layers = list(adapted_layers(network).values())
+    if not layers:
+        raise ConfigError(
+            "fine_tune_type: full keeps no reference model, for the weights themselves change; "
+            "expected lora or dora"
+        )
+    before = [layer.is_on for layer in layers]
+    try:
+        for layer in layers:
+            layer.is_on = False
+        yield
+    finally:
+        for layer, was_on in zip(layers, before, strict=True):
+            layer.is_on = was_on
 
 
 def train_all(network: TextNetwork, *, num_layers: int = -1) -> Adapted:
@@ -85,7 +163,7 @@ def train_all(network: TextNetwork, *, num_layers: int = -1) -> Adapted:
 
     ConfigError on a quantized base: packed integers have no gradient.
     """
-    quantized = [path for path, module in network.module.named_modules() if _is_quantized(module)]
+    quantized = [path for path, module in network.module.named_modules() if isinstance(module, QUANTIZED)]
     if quantized:
         raise ConfigError(
             f"fine_tune_type: full cannot train a quantized base ({quantized[0]} and {len(quantized) - 1} more are "
@@ -95,7 +173,7 @@ def train_all(network: TextNetwork, *, num_layers: int = -1) -> Adapted:
         network.module.unfreeze()
     else:
         network.module.freeze()
-        for layer in _last(network.layers, num_layers):
+        for layer in last_layers(network.layers, num_layers):
             layer.unfreeze()
     if not trainable_tensors(network):
         raise ConfigError(
@@ -105,13 +183,23 @@ def train_all(network: TextNetwork, *, num_layers: int = -1) -> Adapted:
 
 
 def trainable_tensors(network: TextNetwork) -> dict[str, mx.array]:
-    """What an adapter folder holds: trainable tensors by their path in the mlx-lm model."""
+    """What the optimizer moves: trainable tensors by their path in the mlx-lm model."""
     return dict(tree_flatten(network.module.trainable_parameters()))
 
 
+def adapter_tensors(network: TextNetwork) -> dict[str, mx.array]:
+    """What an adapter folder holds: of each adapted layer its tensors, else what trains."""
+    layers = adapted_layers(network)
+    if not layers:
+        return trainable_tensors(network)
+    return {
+        f"{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.tensors().items()
+    }
+
+
 def set_tensors(network: TextNetwork, tensors: dict[str, mx.array], source: str) -> None:
-    """Put tensors in place of the trainable ones. AdapterError unless names and shapes are the same."""
-    wanted = trainable_tensors(network)
+    """The inverse of `adapter_tensors`, bit for bit. AdapterError unless names and shapes are the same."""
+    wanted = adapter_tensors(network)
     problems = [f"  {name}: missing" for name in wanted if name not in tensors]
     for name, tensor in tensors.items():
         if name not in wanted:
@@ -123,16 +211,18 @@ def set_tensors(network: TextNetwork, tensors: dict[str, mx.array], source: str)
     if problems:
         shown = "\n".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise AdapterError(f"{source} does not fit this run:\n{shown}")
-    cast = [(name, tensor.astype(wanted[name].dtype)) for name, tensor in tensors.items()]
-    network.module.load_weights(cast, strict=False)
+    cast = {name: tensor.astype(wanted[name].dtype) for name, tensor in tensors.items()}
+    layers = adapted_layers(network)
+    for path, layer in layers.items():
+        layer.set_tensors({name: cast[f"{path}.{name}"] for name in layer.tensors()})
+    if not layers:
+        network.module.load_weights(list(cast.items()), strict=False)
 
 
 def embedding_names(network: TextNetwork) -> frozenset[str]:
     """Parameters of embeddings and of the head: Muon leaves them to AdamW."""
     named = network.module.named_modules()
-    paths = [
-        p for p, m in named if isinstance(m, nn.Embedding) or p.rsplit(".", 1)[-1] in ("lm_head", "output")
-    ]
+    paths = [p for p, m in named if isinstance(m, nn.Embedding) or p.rsplit(".", 1)[-1] in HEADS]
     return frozenset(f"{path}.weight" for path in paths)
 
 
@@ -167,58 +257,14 @@ def _recomputing(call: Callable) -> Callable:
     return recomputed
 
 
-def _last(layers: Sequence[nn.Module], num_layers: int) -> list[nn.Module]:
-    return list(layers) if num_layers < 0 else list(layers)[max(len(layers) - num_layers, 0) :]
-
-
-def _modules_by_key(layers: Sequence[nn.Module]) -> tuple[set[str], dict[str, str]]:
-    """(keys of linear layers, keys of weighted modules that cannot be adapted → why)."""
-    linear: set[str] = set()
-    other: dict[str, str] = {}
-    for layer in layers:
-        for path, module in layer.named_modules():
-            if isinstance(module, nn.Linear | nn.QuantizedLinear):
-                linear.add(path)
-            elif isinstance(module, SwitchLinear | QuantizedSwitchLinear):
-                other[path] = "holds MoE experts; the serving bank takes linear layers only, for now"
-            elif path and "weight" in module:
-                other[path] = f"is a {type(module).__name__}; LoRA adapts linear layers"
-    return linear, other
-
-
-def _checked(keys: Sequence[str] | str, linear: set[str], other: dict[str, str]) -> set[str]:
-    names = [keys] if isinstance(keys, str) else list(keys)
-    problems = []
-    for name in names:
-        if name in linear:
-            continue
-        if name in other:
-            problems.append(f"  {name} {other[name]}")
-            continue
-        near = (
-            difflib.get_close_matches(name, linear, n=1) or [k for k in linear if k.endswith(f".{name}")][:1]
-        )
-        hint = f"; did you mean {near[0]}?" if near else ""
-        problems.append(f"  {name}: no layer has it{hint}")
-    if not names:
-        problems.append("  the list is empty: nothing would train")
-    if problems:
-        listing = ", ".join(sorted(linear))
-        raise ConfigError("lora_parameters.keys:\n" + "\n".join(problems) + f"\n  the layers have: {listing}")
-    return set(names)
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    return isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding | QuantizedSwitchLinear)
-
-
 def _adapted(
     network: TextNetwork,
-    kind: Literal["lora", "full"],
+    kind: FineTuneType,
     num_layers: int,
     keys: tuple[str, ...],
     notes: list[str],
+    rank: int = 0,
 ) -> Adapted:
     everything = sum(tensor.size for _, tensor in tree_flatten(network.module.parameters()))
     trains = sum(tensor.size for tensor in trainable_tensors(network).values())
-    return Adapted(kind, num_layers, keys, trains, everything, tuple(notes))
+    return Adapted(kind, num_layers, keys, trains, everything, tuple(notes), rank)

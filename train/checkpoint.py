@@ -4,7 +4,8 @@ checkpoints/step-000100/
     adapters.safetensors  adapter_config.json   the adapter, as mlx-lm would load it
     optimizer.safetensors                       the optimizer's state, flattened
     state.json                                  TrainState, what it may be resumed with, position in metrics.jsonl
-A folder is written beside its place under a dotted name, synced, and renamed: one atomic step.
+A folder is written beside its place under a dotted name, synced, and renamed: one atomic step. What a killed
+process leaves under a dotted name is cleared by `tidy`, which every run calls before it reads.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from serve.errors import AdapterError, ConfigError, NotFoundError, StorageError,
 from train.trainer import TrainState
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+NEW, OLD = ".new-", ".old-"
+"""Prefixes of what is not yet in its place, and of what has left it."""
 STATE_FILE = "state.json"
 FOLDER = "checkpoints"
 FORMAT = 1
@@ -64,7 +67,7 @@ def save(
     """Publish one checkpoint. StorageError leaves every earlier one whole and nothing of the new one."""
     final = folder_of(adapter_path, state.step)
     root = final.parent
-    partial = root / f".new-{final.name}"
+    partial = root / f"{NEW}{final.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -93,7 +96,7 @@ def load(folder: Path) -> Checkpoint:
         raise NotFoundError(f"no checkpoint at {folder}: it has no {STATE_FILE}")
     try:
         body = json.loads((folder / STATE_FILE).read_text())
-        state = TrainState(**body["state"])
+        state = TrainState.of(body["state"])
         identity, metrics_bytes = dict(body["identity"]), int(body["metrics_bytes"])
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{folder / STATE_FILE}: not a state of this version: {error}") from error
@@ -158,10 +161,42 @@ def prune(adapter_path: Path, limit: int | None, best_step: int | None) -> None:
 
 def remove(folder: Path) -> None:
     """Renamed first, so that what `existing` finds is always whole."""
-    doomed = folder.with_name(f".old-{folder.name}")
+    doomed = folder.with_name(f"{OLD}{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def set_aside(adapter_path: Path) -> None:
+    """Take every checkpoint of a run away in one step; `tidy` deletes them. A kill leaves all or none."""
+    doomed = adapter_path / f"{OLD}{FOLDER}"
+    if (adapter_path / FOLDER).exists():
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(adapter_path / FOLDER, doomed)
+
+
+def is_set_aside(adapter_path: Path) -> bool:
+    """Whether a process was killed between `set_aside` and `tidy`."""
+    return (adapter_path / f"{OLD}{FOLDER}").exists()
+
+
+def tidy(adapter_path: Path) -> None:
+    """Clear what a killed process left half done in a run's folder. Not while another process trains there.
+
+    A checkpoint that was whole and about to replace another of the same step is put in its place.
+    """
+    root = adapter_path / FOLDER
+    for partial in root.glob(f"{NEW}step-*"):
+        final = root / partial.name.removeprefix(NEW)
+        # `publish` moves an older folder away only once the new one is whole.
+        if not final.exists() and (root / f"{OLD}{final.name}").exists() and (partial / STATE_FILE).is_file():
+            os.replace(partial, final)
+    folders = [*root.glob(f"{NEW}step-*"), *root.glob(f"{OLD}step-*"), adapter_path / f"{OLD}{FOLDER}"]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in adapter_path.glob(f"{NEW}*"):
+        if file.is_file():
+            file.unlink(missing_ok=True)
 
 
 def flat_state(optimizer: mlx_optim.Optimizer) -> dict[str, mx.array]:
@@ -193,7 +228,7 @@ def _fill(target: Any, source: Any) -> None:
 
 def publish(partial: Path, final: Path) -> None:
     """Rename a finished folder into its place; an older folder there gives way only then."""
-    old = final.with_name(f".old-{final.name}")
+    old = final.with_name(f"{OLD}{final.name}")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
@@ -206,6 +241,19 @@ def write_synced(path: Path, text: str) -> None:
     """Write a file and wait until it is on disk."""
     path.write_text(text)
     sync(path)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step: a reader, and a kill, finds the old one or the new one. OSError as it comes."""
+    partial = path.with_name(f"{NEW}{path.name}")
+    try:
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def sync(path: Path) -> None:

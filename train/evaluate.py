@@ -5,7 +5,8 @@ Examples and a model in, a share out. The model may be one in training: its LoRA
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from serve.engine.generate import generate
 from serve.engine.request import Request, Sampling
 from serve.errors import DataError
 from serve.model.loading import LoadedModel
+from serve.model.network import TextNetwork
 from serve.model.prompt import Prompt
 from serve.model.template import ChatTemplate
 from train.data.example import Example
@@ -94,9 +96,16 @@ def exact_match(
         raise DataError(
             "exact_match: no row has an assistant turn after a prompt; there is nothing to answer"
         )
-    was_training = model.network.module.training
-    model.network.module.eval()
-    try:
+    with evaluating(model.network):
         return answer(Engine(model), questions, max_tokens)
+
+
+@contextmanager
+def evaluating(network: TextNetwork) -> Iterator[None]:
+    """Without dropout inside; afterwards the module is in the mode it was in."""
+    was_training = network.module.training
+    network.module.eval()
+    try:
+        yield
     finally:
-        model.network.module.train(was_training)
+        network.module.train(was_training)

@@ -25,14 +25,16 @@ from mlx_lm import utils as mlx_lm_utils
 from rich.console import Console
 from rich.table import Table
 
-from serve.adapters.lora import LoRALinear
 from serve.adapters.manifest import AdapterConfig, check_whole, read_config, read_tensors
 from serve.errors import AdapterError, ConfigError, DataError, StorageError
 from serve.model.loading import DTYPES, LoadedModel, build_random, load, resolve
+from serve.model.loading import read_config as read_model_config
 from serve.model.network import TextNetwork
+from serve.model.quantization import Quantization
 from serve.model.template import ChatTemplate
+from serve.model.weights import dequantize as dequantize_all
 from train import checkpoint
-from train.adapt import add_lora, set_tensors, train_all
+from train.adapt import adapted_layers, add_lora, set_tensors, train_all
 from train.data.batches import Batch, collate, validation_rows
 from train.data.sources import read
 from train.data.tokens import tokenize
@@ -154,7 +156,7 @@ def load_adapted(
     tensors = read_tensors(adapter, config)
     if config.fine_tune_type == "full":
         return _load_full(tensors, config, base, adapter, is_other_base_fine)
-    model = load(base, dequantize=dequantize)
+    model = load(base, dequantize=dequantize, quantize=_packing_of(config, base))
     _check_base(model, config, base, is_other_base_fine)
     add_lora(
         model.network,
@@ -162,10 +164,17 @@ def load_adapted(
         scale=config.scale,
         keys=config.keys or None,
         num_layers=config.num_layers,
+        fine_tune_type=config.fine_tune_type,
     )
     set_tensors(model.network, tensors, str(adapter))
     model.network.module.eval()
     return model
+
+
+def _packing_of(config: AdapterConfig, base: str) -> Quantization | None:
+    """How the base was packed when the adapter was trained; None too where `base` is a packed folder already."""
+    how = config.lineage.quantize if config.lineage else None
+    return Quantization(**how) if how and "quantization" not in read_model_config(resolve(base)) else None
 
 
 def _load_full(
@@ -191,10 +200,10 @@ def _check_base(model: LoadedModel, config: AdapterConfig, base: str, is_other_b
 
 
 def fuse(network: TextNetwork) -> None:
-    """Fold every LoRALinear into a plain linear layer, and dequantize the rest, in place."""
-    fused = [(p, m.fuse()) for p, m in network.module.named_modules() if isinstance(m, LoRALinear)]
+    """Fold every adapted layer into a plain one, and dequantize the rest, in place."""
+    fused = [(path, layer.fuse()) for path, layer in adapted_layers(network).items()]
     network.module.update_modules(tree_unflatten(fused))
-    mlx_lm_utils.dequantize_model(network.module)
+    dequantize_all(network.module)
 
 
 def write_fused(

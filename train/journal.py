@@ -11,15 +11,24 @@ import mlx.optimizers as mlx_optim
 from serve.adapters.manifest import AdapterConfig, Lineage
 from serve.model.loading import LoadedModel
 from train import checkpoint
-from train.adapt import Adapted, trainable_tensors
+from train.adapt import Adapted, adapter_tensors, set_tensors
+from train.curve import LearningCurve
 from train.evaluate import exact_match
 from train.metrics import MetricsLog
 from train.preflight import Preflight
 from train.progress import RunProgress
-from train.trainer import Report, TrainState
+from train.samples import answers_of
+from train.trainer import Evaluation, Nonfinite, Report, TrainState
 
+PROMPT_WIDTH, ANSWER_WIDTH = 40, 100
+"""Characters of a sample on the console."""
 METRIC_BEFORE = "exact_match_before"
 METRIC = "exact_match"
+DONE = {
+    "stop": "the run ends",
+    "skip": "the step is skipped",
+    "rollback": "going on from the last checkpoint's weights",
+}
 
 
 class Journal:
@@ -46,44 +55,74 @@ class Journal:
         self._optimizer = optimizer
         self._lineage = lineage
         self._metrics = metrics
+        self.curve = LearningCurve(self.folder, title_of(flight, self.folder))
 
     def on_report(self, report: Report) -> None:
-        """A line of progress."""
+        """A line of progress, and what a stream left out since the last one."""
         self.progress.report(report)
-        self._metrics.write("train", **dataclasses.asdict(report))
+        for note in self._flight.take_notes():
+            self.progress.say(note, style="yellow")
+        values = dataclasses.asdict(report)
+        self._metrics.write("train", values.pop("step"), **values.pop("measures"), **values)
 
-    def on_eval(self, step: int, loss: float, is_best: bool, seconds: float) -> None:
-        """A validation loss, and the task's metric where the recipe has one."""
+    def on_eval(self, step: int, evaluation: Evaluation, is_best: bool, seconds: float) -> None:
+        """A validation loss, and what was measured beside it; samples; the learning curve."""
         best = " (best)" if is_best else ""
-        self.progress.say(f"step {step}: validation loss {loss:.4f}{best}, {seconds:.1f} s")
-        self._metrics.write("valid", step, loss=loss, seconds=seconds)
-        self.measure(step)
+        measures = "".join(f"  {name} {value:.4g}" for name, value in evaluation.measures.items())
+        self.progress.say(
+            f"step {step}: validation loss {evaluation.loss:.4f}{measures}{best}, {seconds:.1f} s"
+        )
+        self._metrics.write("valid", step, loss=evaluation.loss, seconds=seconds, **evaluation.measures)
+        self._show_samples(step)
+        self.curve.refresh()
+
+    def on_nonfinite(self, event: Nonfinite) -> None:
+        """A step that was not applied, with the rows to look at."""
+        said = f"step {event.step}: {event.what} on {event.rows}; {DONE[event.action]}"
+        self.progress.say(said, style="yellow")
+        self._metrics.write("nonfinite", **dataclasses.asdict(event))
+
+    def on_rollback(self) -> None:
+        """The last checkpoint's weights and optimizer, in place of those at hand."""
+        saved = checkpoint.load(checkpoint.find(self.folder))
+        set_tensors(self._model.network, saved.tensors, str(saved.folder))
+        checkpoint.restore_optimizer(self._optimizer, saved.optimizer)
 
     def on_save(self, state: TrainState) -> None:
         """Publish a checkpoint."""
-        tensors = trainable_tensors(self._model.network)
-        position = self._metrics.num_bytes
+        tensors = adapter_tensors(self._model.network)
+        position = self._metrics.position()
         identity = identity_of(self._flight, self._lineage)
         checkpoint.save(self.folder, tensors, self._optimizer, self.config(state), state, identity, position)
         checkpoint.prune(self.folder, self.recipe.save_total_limit, state.best_step)
 
-    def measure(self, step: int) -> None:
-        """The task's metric of the weights as they are, on the first validation rows."""
+    def measure(self, step: int) -> dict[str, float]:
+        """The task's metric of the weights as they are, on the first validation rows; {} where there is none."""
         metric, valid = self.recipe.metric, self._flight.valid
         if metric is None or valid is None:
-            return
+            return {}
         template = self._flight.template
         answers = exact_match(
             self._model, template, valid.examples, max_tokens=metric.max_tokens, rows=metric.rows
         )
         value = answers.exact_match
-        self.progress.say(
-            f"step {step}: exact match {value:.1%} ({answers.num_exact} of {len(answers.texts)})"
-        )
-        self._metrics.write("metric", step, exact_match=value)
+        count = f"{answers.num_exact} of {len(answers.texts)}"
+        self.progress.say(f"step {step}: exact match {value:.1%} ({count})")
         if step == 0:
             self.metric_before = value
         self.metric_after = value
+        return {METRIC: value}
+
+    def _show_samples(self, step: int) -> None:
+        """Answers of the weights as they are: the beginning of each to the console, the whole to metrics."""
+        samples, prompts = self.recipe.samples, self._flight.sample_prompts
+        if samples is None:
+            return
+        answers = answers_of(self._model, prompts, samples)
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            self._metrics.write_sample(step, number, prompt.text, answer)
+            line = f"  {brief(prompt.text, PROMPT_WIDTH)} → {brief(answer, ANSWER_WIDTH)}"
+            self.progress.say(line, style="dim")
 
     def recall(self, config: AdapterConfig) -> None:
         """Take up the measurements of the run that is continued."""
@@ -106,22 +145,39 @@ class Journal:
         if self._adapted.fine_tune_type == "full" or lora is None:
             return AdapterConfig("full", self._adapted.num_layers, lineage=lineage)
         return AdapterConfig(
-            fine_tune_type="lora",
+            fine_tune_type=self._adapted.fine_tune_type,
             num_layers=self._adapted.num_layers,
-            rank=lora.rank,
+            rank=self._adapted.rank,
             scale=lora.effective_scale,
             dropout=lora.dropout,
             keys=self._adapted.keys,
+            init_lora_weights=lora.init_lora_weights,
             lineage=lineage,
         )
 
 
+def title_of(flight: Preflight, folder: Path) -> str:
+    """`runs/support · Qwen3-0.6B, lora, sft`: over the learning curve."""
+    recipe = flight.recipe
+    return f"{folder}   ·   {Path(recipe.model).name}, {recipe.fine_tune_type}, {recipe.objective}"
+
+
+def brief(text: str, width: int) -> str:
+    """The beginning of a text on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 1]}…"
+
+
 def identity_of(flight: Preflight, lineage: Lineage) -> dict[str, Any]:
     """What a checkpoint must share with the run that continues it: else its cursor and state mean nothing."""
-    names = ("fine_tune_type", "optimizer", "batch_size", "grad_accumulation_steps", "seed")
+    names = ("fine_tune_type", "objective", "optimizer", "grad_accumulation_steps", "seed")
+    recipe = flight.recipe
+    reference = {"reference": recipe.resume_adapter_file or "base"} if recipe.has_reference else {}
     return {
+        **reference,
         "base_fingerprint": lineage.base_fingerprint,
         "data_hash": lineage.data_hash,
         "template_hash": lineage.template_hash,
         **{name: getattr(flight.recipe, name) for name in names},
+        "batch_size": recipe.batch_size * flight.ranks.size,
     }

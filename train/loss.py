@@ -1,17 +1,25 @@
 """Cross entropy, computed only where a target stands. Batches and a network in, a sum over targets out.
 
+The head runs on chunks of targets, so peak memory holds one chunk's logits, never [targets, vocabulary].
 Knows neither optimizers nor means: whoever calls divides by the targets of the whole accumulated step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 from serve.model.network import TextNetwork
+
+CHUNK_LOGITS = 1 << 22
+"""Logits of one chunk: 16 MiB in float32. MLX allocates some ten operations ahead of the one that runs."""
+MIN_CHUNK_ROWS = 128
+"""Fewer rows would leave a matmul with the head's matrix bound by reading that matrix."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +67,178 @@ def round_up(size: int) -> int:
     return -(-size // grain) * grain
 
 
-def target_logits(network: TextNetwork, tokens: mx.array, positions: mx.array) -> mx.array:
-    """Logits at flat positions: tokens [B, T], positions [N] → [N, V]. The head runs on N rows, not on B·T."""
-    hidden = network.hidden(tokens)  # [B, T, D]
-    return network.logits(hidden.reshape(-1, hidden.shape[-1])[positions])
+def chunk_rows(vocab_size: int) -> int:
+    """Targets the head scores at once."""
+    return max(CHUNK_LOGITS // max(vocab_size, 1), MIN_CHUNK_ROWS)
+
+
+def hidden_states(network: TextNetwork, tokens: mx.array, segments: mx.array | None = None) -> mx.array:
+    """Hidden states before the head: tokens [B, T] → [B, T, D].
+
+    segments  [B, T] int32, the document each token of a packed row belongs to; None: one document a row
+    """
+    if segments is None:
+        return network.hidden(tokens)
+    from serve.model.packed import packed_cache
+
+    return network.hidden(tokens, packed_cache(network, segments))
+
+
+def hidden_at(
+    network: TextNetwork, tokens: mx.array, positions: mx.array, segments: mx.array | None = None
+) -> mx.array:
+    """Hidden states at flat positions: tokens [B, T], positions [N] → [N, D]."""
+    hidden = hidden_states(network, tokens, segments)
+    return hidden.reshape(-1, hidden.shape[-1])[positions]
+
+
+def target_logits(
+    network: TextNetwork, tokens: mx.array, positions: mx.array, segments: mx.array | None = None
+) -> mx.array:
+    """Logits at flat positions: tokens [B, T], positions [N] → [N, V], all at once."""
+    return network.logits(hidden_at(network, tokens, positions, segments))
+
+
+def target_logprobs(
+    network: TextNetwork,
+    tokens: mx.array,
+    positions: mx.array,
+    token_ids: mx.array,
+    segments: mx.array | None = None,
+    *,
+    temperature: float = 1.0,
+) -> mx.array:
+    """Log-probabilities of the targets in nats, [N] float32, with any gradient. Logits are divided by `temperature`.
+
+    Where the targets are more than a chunk, a chunk's logits are computed again in the backward pass.
+    """
+    hidden = hidden_at(network, tokens, positions, segments)
+    size = chunk_rows(network.vocab_size)
+    if len(token_ids) <= size:
+        return -_cross_entropy(network, {_HIDDEN: hidden}, token_ids, temperature)
+    head = _head_parameters(network)
+
+    def chunk_logprobs(leaves: dict[str, mx.array], ids: mx.array) -> mx.array:
+        return -_cross_entropy(network, leaves, ids, temperature)
+
+    parts: list[mx.array] = []
+    for rows in _chunks(len(token_ids), size):
+        scored = mx.checkpoint(partial(chunk_logprobs, ids=token_ids[rows]))
+        parts.append(scored({**head, _HIDDEN: _after(parts, hidden[rows])}))
+    return mx.concatenate(parts)
 
 
 def sum_loss(
-    network: TextNetwork, tokens: mx.array, positions: mx.array, token_ids: mx.array, weights: mx.array
+    network: TextNetwork,
+    tokens: mx.array,
+    positions: mx.array,
+    token_ids: mx.array,
+    weights: mx.array,
+    segments: mx.array | None = None,
+    *,
+    trains: bool = True,
 ) -> mx.array:
-    """Negative log-likelihood in nats, summed over the targets, in float32. Scalar."""
-    logits = target_logits(network, tokens, positions).astype(mx.float32)
-    return (nn.losses.cross_entropy(logits, token_ids) * weights).sum()
+    """Negative log-likelihood in nats, weighted, summed over the targets, in float32. Scalar.
+
+    trains  a gradient will be taken. Then each chunk's gradient is computed beside its value, while its logits
+            are there: the head runs once forward and once backward, and nothing is kept but [N, D].
+            False gives the same value, without a gradient where there is more than one chunk.
+    """
+    hidden = hidden_at(network, tokens, positions, segments)
+    size = chunk_rows(network.vocab_size)
+    if len(token_ids) <= size:
+        return (_cross_entropy(network, {_HIDDEN: hidden}, token_ids) * weights).sum()
+    if trains:
+        return _sum_with_gradient(network, hidden, token_ids, weights, size)
+    sums: list[mx.array] = []
+    for rows in _chunks(len(token_ids), size):
+        leaves = {_HIDDEN: _after(sums, hidden[rows])}
+        sums.append((_cross_entropy(network, leaves, token_ids[rows]) * weights[rows]).sum())
+    return mx.stack(sums).sum()
+
+
+@mx.custom_function
+def cross_entropy(logits: mx.array, token_ids: mx.array) -> mx.array:
+    """−log softmax(logits)[token]: logits [N, V] float32, token_ids [N] → [N], in nats.
+
+    Its own gradient, softmax − one-hot, takes one array of the logits' size; the derived one takes several.
+    """
+    scores = mx.take_along_axis(logits, token_ids[:, None], axis=-1)[:, 0]
+    return mx.logsumexp(logits, axis=-1) - scores
+
+
+@cross_entropy.vjp
+def _cross_entropy_gradient(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array]:
+    logits, token_ids = primals
+    gradient = mx.softmax(logits, axis=-1)
+    rows = mx.arange(len(token_ids))
+    gradient = gradient.at[rows, token_ids].add(-1.0) * cotangent[:, None]
+    return gradient, mx.zeros_like(token_ids)
+
+
+_HIDDEN = "hidden"
+"""Key of the hidden states among a chunk's leaves; parameters' names hold dots."""
+
+
+def _sum_with_gradient(
+    network: TextNetwork, hidden: mx.array, token_ids: mx.array, weights: mx.array, size: int
+) -> mx.array:
+    """The sum, built so that differentiating it yields the gradients computed here.
+
+    With g = ∂sum/∂x held constant, (x · g).sum() has gradient g; taken away from itself it adds nothing.
+    """
+
+    def chunk_sum(leaves: dict[str, mx.array], ids: mx.array, weights: mx.array) -> mx.array:
+        return (_cross_entropy(network, leaves, ids) * weights).sum()
+
+    head = {name: mx.stop_gradient(value) for name, value in _head_parameters(network).items()}
+    values: list[mx.array] = []
+    hidden_gradients: list[mx.array] = []
+    gradients: dict[str, mx.array] = {}
+    for rows in _chunks(len(token_ids), size):
+        part = _after([*values[-1:], *hidden_gradients[-1:]], mx.stop_gradient(hidden[rows]))
+        value, found = mx.value_and_grad(chunk_sum)({**head, _HIDDEN: part}, token_ids[rows], weights[rows])
+        values.append(value)
+        hidden_gradients.append(found.pop(_HIDDEN))
+        gradients = {name: gradients[name] + found[name] if gradients else found[name] for name in found}
+    leaves = {**_head_parameters(network), _HIDDEN: hidden}
+    gradients[_HIDDEN] = mx.concatenate(hidden_gradients)
+    carriers = [_dot(leaves[name], mx.stop_gradient(gradient)) for name, gradient in gradients.items()]
+    carrier = mx.stack(carriers).sum()
+    return mx.stop_gradient(mx.stack(values).sum()) + (carrier - mx.stop_gradient(carrier))
+
+
+def _dot(left: mx.array, right: mx.array) -> mx.array:
+    return (left.astype(mx.float32) * right.astype(mx.float32)).sum()
+
+
+def _cross_entropy(
+    network: TextNetwork, leaves: dict[str, mx.array], token_ids: mx.array, temperature: float = 1.0
+) -> mx.array:
+    """[n] float32 of n hidden states, with the head's trained parameters as given among the leaves."""
+    head = [(name, value) for name, value in leaves.items() if name != _HIDDEN]
+    before = _head_parameters(network) if head else {}
+    network.module.update(tree_unflatten(head)) if head else None
+    logits = network.logits(leaves[_HIDDEN]).astype(mx.float32)
+    network.module.update(tree_unflatten(list(before.items()))) if head else None
+    if temperature != 1.0:
+        logits = logits / temperature
+    return cross_entropy(logits, token_ids)  # type: ignore[return-value]
+
+
+def _head_parameters(network: TextNetwork) -> dict[str, mx.array]:
+    """Trainable parameters outside the layers, by path: what the head may use (a tied embedding too)."""
+    inside = {id(leaf) for layer in network.layers for _, leaf in tree_flatten(layer.trainable_parameters())}
+    outside = tree_flatten(network.module.trainable_parameters())
+    return {name: leaf for name, leaf in outside if id(leaf) not in inside}
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _after(earlier: list[mx.array], value: mx.array) -> mx.array:
+    """`value`, not computed before what came earlier: chunks run one by one, so one chunk's logits are held."""
+    return mx.depends(value, earlier[-2:]) if earlier else value

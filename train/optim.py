@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -79,23 +80,56 @@ def build_optimizer(
     *,
     learning_rate: float,
     embedding_names: frozenset[str] = frozenset(),
+    loraplus_ratio: float | None = None,
 ) -> mlx_optim.Optimizer:
     """An optimizer driven by `schedule`.
 
     config            mlx-lm's nested `optimizer_config`: {optimizer name: {argument: value}}
     learning_rate     the rate the schedule was built for; Muon's own rate is a multiple of the schedule
     embedding_names   parameters Muon leaves to AdamW, beside those that are not matrices
+    loraplus_ratio    B's rate over that of everything else (LoRA+, Hayou et al. 2024, §4); None: no difference
     ConfigError for an unknown optimizer or argument.
     """
     if name not in OPTIMIZERS:
         raise ConfigError(f"optimizer: found {name!r}; expected one of {', '.join(OPTIMIZERS)}")
     arguments = dict(config.get(name) or {})
     if name == "muon":
-        return _muon(arguments, dict(config.get("adamw") or {}), schedule, learning_rate, embedding_names)
-    if name == "adafactor":
-        # mlx's Adafactor ignores the learning rate it is given unless told not to.
-        arguments.setdefault("relative_step", False)
-    return _make(name, arguments, schedule)
+        groups = _muon(arguments, dict(config.get("adamw") or {}), schedule, learning_rate, embedding_names)
+    else:
+        if name == "adafactor":
+            # mlx's Adafactor ignores the learning rate it is given unless told not to.
+            arguments.setdefault("relative_step", False)
+        groups = [Group(_every, name, arguments, schedule)]
+    if loraplus_ratio is not None:
+        groups = [*(_faster(group, loraplus_ratio) for group in groups), *groups]
+    optimizers = [_make(group.name, group.arguments, group.schedule) for group in groups]
+    if len(groups) == 1:
+        return optimizers[0]
+    # The last group takes what is left, so it has no filter of its own.
+    return mlx_optim.MultiOptimizer(optimizers, [group.takes for group in groups[:-1]])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters with an optimizer of their own; a parameter goes to the first group that takes it."""
+
+    takes: Callable[[str, mx.array], bool]
+    name: str
+    arguments: dict[str, Any]
+    schedule: Schedule
+
+
+def _every(path: str, weight: mx.array) -> bool:
+    return True
+
+
+def _faster(group: Group, ratio: float) -> Group:
+    """The same for B alone, at `ratio` times the rate all along the schedule."""
+
+    def takes(path: str, weight: mx.array) -> bool:
+        return path.rsplit(".", 1)[-1] == "lora_b" and group.takes(path, weight)
+
+    return replace(group, takes=takes, schedule=lambda step: group.schedule(step) * ratio)
 
 
 def _muon(
@@ -104,16 +138,17 @@ def _muon(
     schedule: Schedule,
     learning_rate: float,
     embedding_names: frozenset[str],
-) -> mlx_optim.Optimizer:
+) -> list[Group]:
     rate = float(arguments.pop("learning_rate", None) or MUON_RATE_FACTOR * learning_rate)
     factor = rate / learning_rate if learning_rate else MUON_RATE_FACTOR
-    matrices = _make("muon", arguments, lambda step: schedule(step) * factor)
-    rest = _make("adamw", adamw_arguments, schedule)
 
     def is_hidden_matrix(path: str, weight: mx.array) -> bool:
         return weight.ndim == 2 and path not in embedding_names
 
-    return mlx_optim.MultiOptimizer([matrices, rest], [is_hidden_matrix])
+    return [
+        Group(is_hidden_matrix, "muon", arguments, lambda step: schedule(step) * factor),
+        Group(_every, "adamw", adamw_arguments, schedule),
+    ]
 
 
 def _make(name: str, arguments: dict[str, Any], schedule: Schedule) -> mlx_optim.Optimizer:
@@ -133,7 +168,7 @@ def _make(name: str, arguments: dict[str, Any], schedule: Schedule) -> mlx_optim
 
 
 def current_rate(optimizer: mlx_optim.Optimizer) -> float:
-    """The rate of the last update (of AdamW's part where Muon is used). Reads one number from the device."""
+    """The rate of the last update: with Muon, AdamW's; with LoRA+, A's. Reads one number from the device."""
     if isinstance(optimizer, mlx_optim.MultiOptimizer):
         optimizer = optimizer.optimizers[-1]
     return float(optimizer.learning_rate.item())

@@ -6,40 +6,33 @@ A recipe goes in; out come tokenized rows, batches and what was dropped and why.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
-from rich.table import Table
 
 from serve.errors import DataError
 from serve.model.loading import load_tokenizer
 from serve.model.template import ChatTemplate
 from serve.settings import dump
-from train.data.batches import Batch, BatchPlan, collate, validation_rows
-from train.data.example import Example
-from train.data.sources import Split as SplitName
-from train.data.sources import read
-from train.data.tokens import TokenizedExample, TokenizeReport, tokenize
+from train.data.batches import Batch, BatchPlan, Plan, collate, validation_rows
+from train.data.duplicates import DuplicateReport
+from train.data.packing import PackedPlan
+from train.data.splits import Split, read_splits, rows_per_batch
+from train.data.stream import StreamedRows, StreamPlan
+from train.data.tables import (
+    dropped_lines,
+    duplicate_lines,
+    histogram,
+    reasons,
+    rows_table,
+    sources_table,
+    template_lines,
+)
+from train.distributed import Alone, Ranks, share
 from train.recipe import Recipe
-
-BAR_WIDTH = 30
-
-
-@dataclass(frozen=True)
-class Split:
-    """One split of the data, as examples and as token rows."""
-
-    name: str
-    examples: list[Example]
-    rows: list[TokenizedExample]
-    report: TokenizeReport
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(row) for row in self.rows]
+from train.rewards import Scorer
+from train.samples import SamplePrompt, prompts_of
 
 
 @dataclass(frozen=True)
@@ -52,8 +45,15 @@ class Preflight:
     train: Split
     valid: Split | None
     test: Split | None
-    plan: BatchPlan
+    plan: Plan
     num_iterations: int
+    duplicates: DuplicateReport
+    sample_prompts: tuple[SamplePrompt, ...] = ()
+    """What is answered at each validation, for a person to read."""
+    scorer: Scorer | None = None
+    """What answers are worth, under objective grpo."""
+    ranks: Ranks = field(default_factory=Alone)
+    """The processes of the run: a batch of the plan holds batch_size rows for each of them."""
 
     @property
     def num_steps(self) -> int:
@@ -64,68 +64,108 @@ class Preflight:
     def data_hash(self) -> str:
         """Of the training rows as trained on: their tokens, in order, and which of them count."""
         digest = hashlib.sha256()
+        if isinstance(self.train.rows, StreamedRows):
+            # All its rows are not known beforehand: what they are read from, and the first of them.
+            digest.update(self.train.rows.identity.encode())
         for row in self.train.rows:
-            digest.update(row.token_ids.tobytes() + b"|" + row.is_target.tobytes() + b"\n")
+            for sequence in row.sequences:
+                digest.update(sequence.token_ids.tobytes() + b"|" + sequence.is_target.tobytes() + b"\n")
+            if row.label is not None or row.fields is not None:
+                digest.update(repr((row.label, row.fields)).encode())
         return f"sha256:{digest.hexdigest()}"
 
     def batch_at(self, iteration: int) -> Batch:
-        """The batch of any iteration, from its number alone."""
-        return collate(self.train.rows, self.plan.rows(iteration))
+        """This process's share of the batch of any iteration, from its number alone."""
+        return share(self.plan.batch(self.train.rows, iteration), self.ranks)
 
     def name_row(self, row_id: int) -> str:
         """`file:line` of a training row."""
         row = self.train.rows[row_id]
         return f"{row.source}:{row.line}"
 
+    def take_notes(self) -> list[str]:
+        """What a stream left out since the last time this was asked; nothing where rows are read beforehand."""
+        return self.train.rows.take_notes() if isinstance(self.train.rows, StreamedRows) else []
+
     def valid_batches(self) -> list[Batch]:
-        """The fixed validation batches."""
-        return _fixed_batches(self.valid, self.recipe.batch_size, self.recipe.val_batches)
+        """This process's share of the fixed validation batches."""
+        return self._fixed_batches(self.valid, self.recipe.val_batches)
+
+    def check_rewards(self) -> None:
+        """DataError naming the rows that lack a column some reward looks at."""
+        for split in (self.train, self.valid, self.test):
+            if split is not None and self.scorer is not None:
+                rows = ((f"{row.source}:{row.line}", row.fields or {}) for row in split.rows)
+                self.scorer.check_columns(list(rows))
 
     def test_batches(self) -> list[Batch]:
-        """The batches of the test after training."""
-        return _fixed_batches(self.test, self.recipe.batch_size, self.recipe.test_batches)
+        """This process's share of the batches of the test after training."""
+        return self._fixed_batches(self.test, self.recipe.test_batches)
+
+    def _fixed_batches(self, split: Split | None, num_batches: int) -> list[Batch]:
+        if split is None:
+            return []
+        chosen = validation_rows(split.lengths, self.recipe.batch_size * self.ranks.size, num_batches)
+        return [share(collate(split.rows, rows), self.ranks) for rows in chosen]
 
 
-def prepare(recipe: Recipe) -> Preflight:
-    """Read, tokenize and plan. DataError when there is nothing to train on, or no validation where one is needed."""
+def prepare(recipe: Recipe, console: Console | None = None, ranks: Ranks | None = None) -> Preflight:
+    """Read, tokenize and plan; `console` shows progress, `ranks` are the processes that share the batches.
+
+    DataError when there is nothing to train on, or no validation where one is needed.
+    """
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     template = ChatTemplate(tokenizer)
-    train = _split("train", recipe, tokenizer, template)
-    valid = _split("valid", recipe, tokenizer, template) if recipe.val_batches else None
-    test = _split("test", recipe, tokenizer, template) if recipe.test else None
+    splits = read_splits(recipe, tokenizer, template, console)
+    train, valid = splits.train, splits.valid
     if not train.rows:
-        raise DataError(f"no training rows are left: {_reasons(train.report) or 'the source is empty'}")
+        raise DataError(f"no training rows are left: {reasons(train.report) or 'the source is empty'}")
     needs = [
         name
-        for name in ("load_best_model_at_end", "early_stopping_patience", "metric")
+        for name in ("load_best_model_at_end", "early_stopping_patience", "metric", "samples")
         if getattr(recipe, name)
     ]
     if needs and not (valid and valid.rows):
         raise DataError(f"{', '.join(needs)} need validation rows; add a valid split, or set val_set_size")
-    plan = BatchPlan(train.lengths, recipe.batch_size, recipe.seed)
-    num_iterations = recipe.iters or math.ceil((recipe.epochs or 1.0) * plan.batches_per_epoch)
-    return Preflight(
+    ranks = ranks or Alone()
+    plan = _plan(recipe, train, ranks.size)
+    num_iterations = recipe.iters or plan.num_batches(recipe.epochs or 1.0)
+    flight = Preflight(
         recipe=recipe,
         tokenizer=tokenizer,
         template=template,
         train=train,
-        valid=valid if valid and valid.rows else None,
-        test=test if test and test.rows else None,
+        valid=valid,
+        test=splits.test,
         plan=plan,
         num_iterations=num_iterations,
+        sample_prompts=_sample_prompts(recipe, tokenizer, template, valid),
+        duplicates=splits.duplicates,
+        scorer=Scorer(recipe.grpo.rewards) if recipe.grpo is not None else None,
+        ranks=ranks,
     )
+    flight.check_rewards()
+    return flight
 
 
-def _split(name: SplitName, recipe: Recipe, tokenizer: TokenizerWrapper, template: ChatTemplate) -> Split:
-    examples = read(recipe, name)
-    rows, report = tokenize(examples, template, tokenizer, recipe)
-    return Split(name, examples, rows, report)
+def _sample_prompts(
+    recipe: Recipe, tokenizer: TokenizerWrapper, template: ChatTemplate, valid: Split | None
+) -> tuple[SamplePrompt, ...]:
+    if recipe.samples is None:
+        return ()
+    examples = valid.examples if valid else []
+    as_text = recipe.objective == "cpt"
+    return tuple(prompts_of(recipe.samples, template, tokenizer, examples, as_text=as_text))
 
 
-def _fixed_batches(split: Split | None, batch_size: int, num_batches: int) -> list[Batch]:
-    if split is None:
-        return []
-    return [collate(split.rows, rows) for rows in validation_rows(split.lengths, batch_size, num_batches)]
+def _plan(recipe: Recipe, train: Split, num_processes: int) -> Plan:
+    num_rows = rows_per_batch(recipe) * num_processes
+    if isinstance(train.rows, StreamedRows):
+        return StreamPlan(train.rows, num_rows, recipe.seed)
+    if recipe.sample_packing:
+        batch_size = recipe.batch_size * num_processes
+        return PackedPlan(train.lengths, batch_size, recipe.max_seq_length, recipe.seed)
+    return BatchPlan(train.lengths, num_rows, recipe.seed)
 
 
 def show(preflight: Preflight, console: Console, *, with_recipe: bool = False) -> None:
@@ -133,54 +173,48 @@ def show(preflight: Preflight, console: Console, *, with_recipe: bool = False) -
     if with_recipe:
         console.print("[bold]resolved recipe")
         console.print(dump(preflight.recipe), highlight=False, markup=False)
-    console.print(_rows_table([s for s in (preflight.train, preflight.valid, preflight.test) if s]))
-    for split in (preflight.train, preflight.valid, preflight.test):
-        if split and split.report.dropped:
-            places = ", ".join(split.report.dropped_places)
-            console.print(f"{split.name}: dropped {_reasons(split.report)}; first: {places}", highlight=False)
+    splits = [split for split in (preflight.train, preflight.valid, preflight.test) if split]
+    console.print(rows_table(splits))
+    for split in splits:
+        if (table := sources_table(split)) is not None:
+            console.print(table)
+        for line in (*split.notes, *dropped_lines(split)):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        for line in template_lines(split):
+            console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    for line in duplicate_lines(preflight.duplicates):
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if with_recipe:
-        console.print(_histogram(preflight.train.report))
+        console.print(histogram(preflight.train.report))
     console.print(_clocks(preflight), highlight=False)
-
-
-def _rows_table(splits: Sequence[Split]) -> Table:
-    table = Table("data", *(split.name for split in splits))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    reports = [split.report for split in splits]
-    counts = {
-        "rows read": [report.num_read for report in reports],
-        "sequences": [report.num_sequences for report in reports],
-        "truncated": [report.num_truncated for report in reports],
-        "dropped": [sum(report.dropped.values()) for report in reports],
-        "tokens": [report.num_tokens for report in reports],
-        "targets": [report.num_targets for report in reports],
-        "longest": [report.longest for report in reports],
-    }
-    for name, values in counts.items():
-        table.add_row(name, *(f"{value:,}" for value in values))
-    table.add_row("target share", *(f"{r.num_targets / max(r.num_tokens, 1):.1%}" for r in reports))
-    return table
-
-
-def _histogram(report: TokenizeReport) -> Table:
-    table = Table("tokens up to", "sequences", "", title="length of training sequences", title_justify="left")
-    most = max((count for _, count in report.histogram), default=1)
-    for bound, count in report.histogram:
-        table.add_row(f"{bound:,}", f"{count:,}", "█" * round(BAR_WIDTH * count / max(most, 1)))
-    return table
 
 
 def _clocks(preflight: Preflight) -> str:
     recipe, per_epoch = preflight.recipe, preflight.plan.batches_per_epoch
     source = f"iters {recipe.iters}" if recipe.iters else f"epochs {recipe.epochs:g}"
-    return (
-        f"{source} is the clock: {preflight.num_iterations:,} batches of {recipe.batch_size}, "
-        f"{preflight.num_steps:,} optimizer steps of {recipe.grad_accumulation_steps} batches; "
-        f"an epoch is {per_epoch:,} batches, the run {preflight.num_iterations / per_epoch:.2f} epochs; "
+    is_stream = isinstance(preflight.train.rows, StreamedRows)
+    length = (
+        f"batches go by length in windows of {per_epoch}; padding of the first {preflight.plan.padding_share:.1%}"
+        if is_stream
+        else f"an epoch is {per_epoch:,} batches, the run {preflight.num_iterations / per_epoch:.2f} epochs; "
         f"padding {preflight.plan.padding_share:.1%}"
+    )
+    return (
+        f"{source} is the clock: {preflight.num_iterations:,} batches of {_batch_size(preflight)}, "
+        f"{preflight.num_steps:,} optimizer steps of {recipe.grad_accumulation_steps} batches; {length}"
     )
 
 
-def _reasons(report: TokenizeReport) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in report.dropped.items())
+def _batch_size(preflight: Preflight) -> str:
+    recipe = preflight.recipe
+    num_processes = preflight.ranks.size
+    if not recipe.sample_packing:
+        each = f"{recipe.batch_size * num_processes}"
+        return (
+            each
+            if num_processes == 1
+            else f"{each} ({recipe.batch_size} in each of {num_processes} processes)"
+        )
+    tokens = recipe.batch_size * num_processes * recipe.max_seq_length
+    rows = len(preflight.train.rows) / preflight.plan.batches_per_epoch
+    return f"up to {tokens:,} packed tokens (about {rows:.1f} sequences)"

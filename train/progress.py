@@ -46,11 +46,12 @@ class RunProgress:
 
 
 def numbers_of(report: Report) -> str:
-    """`loss 0.412  lr 1.0e-04  |g| 0.31  8,310 targets/s  21,034 tok/s  pad 4%  1.24 GB`."""
+    """`loss 0.412  lr 1.0e-04  |g| 0.31  8,310 targets/s  21,034 tok/s  pad 4%  1.24 GB`, then measures."""
     return (
         f"loss {report.loss:.4f}  lr {report.learning_rate:.2e}  |g| {report.grad_norm:.2f}  "
         f"{report.targets_per_s:,.0f} targets/s  {report.tokens_per_s:,.0f} tok/s  "
         f"pad {report.padding_frac:.0%}  {report.memory_bytes / 1e9:.2f} GB"
+        + "".join(f"  {name} {value:.4g}" for name, value in report.measures.items())
     )
 
 

@@ -8,6 +8,7 @@ written, is relative to the working directory.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from serve.model.quantization import Quantization
 from serve.settings import Problems, Strict, load_yaml
+from train.data.kinds import LEARNS_FROM, Kind, needed
 from train.foreign import ALIASES, FOREIGN
+from train.objective_config import (
+    BLOCKS,
+    MEASURED,
+    DPOConfig,
+    FunctionReward,
+    GRPOConfig,
+    KTOConfig,
+    ORPOConfig,
+)
 from train.optimizer_config import OptimizerConfig, Schedule
 
 LoRAKeys = tuple[str, ...] | Literal["all-linear"]
@@ -36,7 +48,13 @@ class LoRAParameters(Strict):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of an adapted layer's inputs zeroed while training."""
     keys: LoRAKeys | None = None
-    """Module names inside a block (`self_attn.q_proj`); `all-linear`, or nothing, is every linear layer of it."""
+    """What is adapted. `all-linear`, or nothing: every linear layer and expert stack of a block. Else names inside a
+    block (`self_attn.q_proj`), their end (`q_proj`), patterns (`self_attn.*`, `re:.*_(q|v)_proj`), and `lm_head`."""
+    use_rslora: bool = False
+    """scale = alpha / sqrt(rank), which keeps high ranks learning (Kalajdzievski 2023); goes with `alpha`."""
+    init_lora_weights: str = Field(default="default", pattern=r"^(default|pissa|pissa_niter_[1-9]\d*)$")
+    """Where A and B begin. `pissa`: on the weight's largest singular values, subtracted by frozen copies; the folder
+    then holds a plain update of twice the rank. `pissa_niter_16`: the same by 16 power iterations, far faster."""
 
     @model_validator(mode="after")
     def _one_strength(self) -> LoRAParameters:
@@ -44,6 +62,9 @@ class LoRAParameters(Strict):
             raise Problems([("alpha", "the same knob as scale (alpha = scale * rank); keep one")])
         if self.keys == ():
             raise Problems([("keys", "found an empty list; leave it out for every linear layer")])
+        if self.use_rslora and self.alpha is None:
+            said = "divides alpha by sqrt(rank), while scale is the factor itself; write alpha"
+            raise Problems([("use_rslora", said)])
         return self
 
     @property
@@ -52,16 +73,19 @@ class LoRAParameters(Strict):
         if self.scale is not None:
             return self.scale
         assert self.alpha is not None
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class DatasetSource(Strict):
-    """One source of rows: a .jsonl, .json or .parquet file, a folder with train/valid/test files, or a hub name."""
+    """One source of rows: a .jsonl(.gz), .json, .parquet or .csv file, a folder with train/valid/test files, or a
+    hub name."""
 
     path: str
     """File, folder or hub name."""
-    type: Literal["auto", "chat", "completion", "text"] = "auto"
-    """What a row is; `auto` looks at each row's keys: prompt and completion, then messages, then text."""
+    type: Literal["auto"] | Kind = "auto"
+    """What a row is; `auto` looks at each row's keys for what the objective learns from: prompt and completion, then
+    messages, conversations (ShareGPT's), text, instruction and output (alpaca's); or chosen and rejected; or a label.
+    """
     split: str = "train"
     """Where training rows come from: a hub split (`train[:80%]`) or a file's stem in a folder."""
     valid_split: str | None = None
@@ -71,11 +95,18 @@ class DatasetSource(Strict):
     config: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `datasets.load_dataset` for a hub name (`name`, `revision`, …)."""
     weight: float = Field(default=1.0, gt=0)
-    """Training rows are taken this many times: 2 repeats all, 0.25 takes a fixed quarter."""
+    """Training rows are taken this many times: 2 repeats all, 0.25 takes a fixed quarter. Of streams: this source's
+    part of the rows, next to the other weights."""
+    streaming: bool = False
+    """Read rows as training goes, never all of them at once; for all sources or none. At its end a stream starts
+    over."""
     prompt_feature: str = "prompt"
     completion_feature: str = "completion"
     chat_feature: str = "messages"
     text_feature: str = "text"
+    chosen_feature: str = "chosen"
+    rejected_feature: str = "rejected"
+    label_feature: str = "label"
 
 
 class HubDataset(Strict):
@@ -103,6 +134,41 @@ class Metric(Strict):
     """An answer that is longer counts as wrong."""
 
 
+class Samples(Strict):
+    """Prompts that the serving engine answers with the weights as they are. Training is not changed by it."""
+
+    prompts: tuple[str | tuple[dict[str, Any], ...], ...] = ()
+    """Texts, or conversations as lists of messages. A text is a user's turn; without a chat template, and under
+    objective cpt, it is what the model goes on from."""
+    rows: int | None = Field(default=None, ge=1)
+    """Instead of `prompts`: the first this many validation rows, up to their last answer."""
+    max_tokens: int = Field(default=64, ge=1)
+    """Longest answer in tokens."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy."""
+    seed: int = Field(default=0, ge=0)
+    """Of the draws at a temperature above 0: the same at each validation."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Samples:
+        if self.prompts and self.rows is not None:
+            raise Problems([("rows", "prompts already says what is answered; keep one")])
+        if not self.prompts and self.rows is None:
+            raise Problems([("prompts", "missing; write prompts: [texts or messages], or rows: a number")])
+        return self
+
+
+def _services(value: Any) -> Any:
+    """'tensorboard, wandb' -> its parts, as mlx-lm reads it."""
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return value
+    names = tuple(name.strip().lower() for name in names if name.strip())
+    if "swanlab" in names:
+        raise ValueError("SwanLab is not in this version; expected wandb, tensorboard or nothing")
+    return names
+
+
 def _bytes(value: Any) -> Any:
     """'4GB' -> 4000000000, as mlx-lm reads sizes."""
     match = (
@@ -114,24 +180,10 @@ def _bytes(value: Any) -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "fine_tune_type": (lambda v: v == "dora", "DoRA is not in this version; expected lora or full"),
-    "objective": (
-        lambda v: isinstance(v, str) and v != "sft",
-        "this version has no preference or reward objectives; expected sft",
-    ),
-    "sample_packing": (
-        lambda v: v is True,
-        "packing is not in this version; batches go by length, which leaves about 5 % padding; expected false",
-    ),
     "train": (
         lambda v: v is False,
         "`lathe train` always trains; leave it out (`test: true` measures the test rows after training)",
     ),
-    "report_to": (
-        lambda v: v is not None,
-        "reporting to services is not in this version; metrics go to files in adapter_path; leave it out",
-    ),
-    "project_name": (lambda v: v is not None, "names a project at a reporting service; leave it out"),
     "config": (
         lambda v: v is not None,
         "a recipe does not include another file; run that file, or merge the two",
@@ -156,14 +208,27 @@ class Recipe(Strict):
     test_batches: int = Field(default=500, ge=-1)
     """Batches of that test; -1 is all."""
 
-    fine_tune_type: Literal["lora", "full"] = "lora"
-    """`lora` trains low-rank updates beside frozen weights, `full` the weights of the last `num_layers` blocks."""
-    objective: Literal["sft"] = "sft"
+    fine_tune_type: Literal["lora", "dora", "full"] = "lora"
+    """`lora` trains low-rank updates beside frozen weights, `dora` also the length of each output's weights, `full`
+    the weights of the last `num_layers` blocks themselves."""
+    objective: Literal["sft", "cpt", "dpo", "orpo", "kto", "grpo"] = "sft"
+    """What is learned: the answers of conversations (sft), whole documents (cpt), which of two answers is preferred
+    (dpo, orpo), which answers are wanted (kto), what a reward function favours (grpo)."""
+    dpo: DPOConfig | None = Field(default_factory=lambda seen: _block(seen, "dpo"))
+    """The knobs of objective dpo; only the chosen objective's block may be written. `batch_size` counts pairs."""
+    orpo: ORPOConfig | None = Field(default_factory=lambda seen: _block(seen, "orpo"))
+    """The knobs of objective orpo; `batch_size` counts pairs."""
+    kto: KTOConfig | None = Field(default_factory=lambda seen: _block(seen, "kto"))
+    """The knobs of objective kto."""
+    grpo: GRPOConfig | None = None
+    """The knobs of objective grpo, which has no rewards by itself; `batch_size` counts answers."""
     num_layers: int = Field(default=16, ge=-1)
     """The last this many blocks are trained; -1, or more than the model has, is all of them."""
     lora_parameters: LoRAParameters | None = Field(
-        default_factory=lambda seen: LoRAParameters() if seen.get("fine_tune_type") == "lora" else None
+        default_factory=lambda seen: LoRAParameters() if seen.get("fine_tune_type") != "full" else None
     )
+    quantize: Quantization | None = None
+    """Pack a full-precision base as it is loaded (QLoRA). Nothing: the base as it is stored."""
 
     data: str | None = None
     """mlx-lm's: a folder of {train,valid,test}.jsonl, or a hub name."""
@@ -177,16 +242,31 @@ class Recipe(Strict):
     chat_feature: str = "messages"
     text_feature: str = "text"
     val_set_size: int | float = Field(default=0, ge=0)
-    """Validation rows split off the training rows: a share below 1, or a number of rows. 0 takes none."""
+    """Validation rows split off the training rows: a share below 1, or a number of rows. 0 takes none. Rows with the
+    same content stay together; of a stream, its first rows."""
+    dataset_exact_deduplication: bool = False
+    """Leave out training rows whose content stood before, or stands in the validation rows too. Both are counted and
+    told in any case."""
+    dataset_prepared_path: str | None = None
+    """Folder that keeps tokenized rows for the next run with the same rows, tokenizer and knobs. Nothing:
+    ~/.cache/lathe, for data that took longer than a second to tokenize."""
+    dataset_processes: int | None = Field(default=None, ge=1)
+    """Processes that tokenize. Nothing: as many as there are cores, where that is faster than one."""
 
     max_seq_length: int = Field(default=2048, ge=2)
     """Longest row in tokens."""
-    excess_length_strategy: Literal["truncate", "drop", "raise"] = "truncate"
-    """What happens to a longer row. A row left with nothing to learn from is dropped and reported in any case."""
-    sample_packing: Literal[False] = False
-    mask_prompt: bool = True
+    excess_length_strategy: Literal["truncate", "drop", "raise", "split"] = Field(
+        default_factory=lambda seen: "split" if seen.get("objective") == "cpt" else "truncate"
+    )
+    """What happens to a longer row. `split`, for objective cpt and its default, makes rows of all its pieces.
+    A row left with nothing to learn from is dropped and reported in any case; so is a longer prompt of grpo."""
+    sample_packing: bool = False
+    """True: a row holds several documents that do not see each other, and a batch up to batch_size * max_seq_length
+    tokens of them. Batches hold alike many tokens, so batch_size 1 or 2 does what 8 does without packing, at the
+    memory of the average batch instead of the longest rows'. Validation is not packed."""
+    mask_prompt: bool = Field(default_factory=lambda seen: seen.get("objective") != "cpt")
     """True: every assistant turn is supervised, and nothing else. False, mlx-lm's default: every token is.
-    Text rows have no prompt and are supervised whole either way."""
+    Text rows have no prompt and are supervised whole either way, as are all rows under objective cpt."""
     roles_to_train: tuple[str, ...] = Field(default=("assistant",), min_length=1)
     """Whose turns are supervised under mask_prompt."""
     train_on_eos: Literal["turn", "last", "none"] = "turn"
@@ -211,6 +291,8 @@ class Recipe(Strict):
         gt=0,
     )
     """Peak rate."""
+    loraplus_lr_ratio: float | None = Field(default=None, gt=0)
+    """LoRA+: B learns at this many times learning_rate and its schedule; 16 is usual. Nothing: at the same rate."""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Share of the optimizer updates that warm up; instead of lr_schedule.warmup."""
     max_grad_norm: float | None = Field(default=None, gt=0)
@@ -234,9 +316,17 @@ class Recipe(Strict):
     save_total_limit: int | None = Field(default=None, ge=1)
     """Checkpoints kept; the best one is kept besides. Nothing: all."""
     load_best_model_at_end: bool = False
-    """Publish the adapter with the lowest validation loss rather than the last one."""
+    """Publish the best adapter rather than the last one."""
+    metric_for_best_model: Literal[
+        "loss", "exact_match", "rewards/accuracies", "rewards/margins", "reward"
+    ] = "loss"
+    """What makes a validation the best: the lowest loss, or the highest of the others: `metric`'s share, the share
+    of pairs in the right order or their margin (dpo, orpo), the mean reward (grpo)."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
-    """Stop after this many validations without a lower loss."""
+    """Stop after this many validations that are not the best so far."""
+    nonfinite_policy: Literal["stop", "skip", "rollback"] = "stop"
+    """After a step whose loss or gradient is not a finite number (it never touches the weights): end the run, go on
+    with the next batches, or go on with them from the last checkpoint's weights and optimizer."""
     metric: Metric | None = None
     """A measure of answers beside the loss, at each validation."""
 
@@ -247,8 +337,14 @@ class Recipe(Strict):
     resume_from_checkpoint: str | None = None
     """Continue a run exactly: weights, optimizer, schedule, randomness and place in the data."""
 
-    report_to: None = None
-    project_name: None = None
+    samples: Samples | None = None
+    """Answers shown at each validation, for a person to read."""
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...] | None, BeforeValidator(_services)] = (
+        None
+    )
+    """Where curves go besides metrics.jsonl: `wandb`. TensorBoard files are written in any case."""
+    project_name: str | None = None
+    """The project at the reporting service; nothing is `lathe`."""
     config: None = None
 
     @field_validator(*REFUSED, mode="before")
@@ -261,10 +357,22 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Recipe:
-        problems = [*_data_problems(self), *_training_problems(self), *_keeping_problems(self)]
+        problems = [
+            *_data_problems(self),
+            *_objective_problems(self),
+            *_training_problems(self),
+            *_keeping_problems(self),
+        ]
         if problems:
             raise Problems(problems)
         return self
+
+    @property
+    def has_reference(self) -> bool:
+        """True where the objective measures against the model that the run starts from."""
+        if self.dpo is not None:
+            return not self.dpo.reference_free
+        return self.kto is not None or (self.grpo is not None and self.grpo.beta > 0)
 
     def sources(self) -> tuple[DatasetSource, ...]:
         """Where rows come from, however it was spelled."""
@@ -291,6 +399,9 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     resolved["datasets"] = tuple(
         entry.model_copy(update={"path": _beside(folder, entry.path)}) for entry in recipe.datasets
     )
+    if recipe.grpo is not None:
+        rewards = tuple(_reward_beside(folder, reward) for reward in recipe.grpo.rewards)
+        resolved["grpo"] = recipe.grpo.model_copy(update={"rewards": rewards})
     return recipe.model_copy(update=resolved)
 
 
@@ -299,6 +410,18 @@ def _beside(folder: Path, value: str | None) -> str | None:
     if value is None or not (folder / value).exists():
         return value
     return os.path.normpath(folder / value)
+
+
+def _reward_beside(folder: Path, reward: Any) -> Any:
+    if not isinstance(reward, FunctionReward):
+        return reward
+    where, _, name = reward.name.rpartition(":")
+    return reward.model_copy(update={"name": f"{_beside(folder, where)}:{name}"})
+
+
+def _block(seen: dict[str, Any], objective: str) -> Any:
+    """The block of an objective that has no knob without a default."""
+    return BLOCKS[objective]() if seen.get("objective") == objective else None
 
 
 # Knobs that must agree with each other.
@@ -319,17 +442,76 @@ def _data_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "val_set_size",
             f"found {recipe.val_set_size}; expected a share below 1.0 or a whole number of rows",
         )
+    yield from _row_problems(recipe)
+    yield from _stream_problems(recipe)
     if not recipe.mask_prompt:
         for name in ("roles_to_train", "train_on_eos"):
             if getattr(recipe, name) != Recipe.model_fields[name].default:
                 yield name, "has no effect with mask_prompt: false, which supervises every token"
 
 
+def _row_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Knobs that this objective's rows cannot use."""
+    objective = recipe.objective
+    for index, entry in enumerate(recipe.datasets):
+        if entry.type != "auto" and entry.type not in LEARNS_FROM[objective]:
+            reason = f"found {entry.type}; objective {objective} needs rows of {needed(objective)}"
+            yield f"datasets.{index}.type", reason
+    if objective == "cpt" and recipe.mask_prompt:
+        yield "mask_prompt", "objective cpt supervises every token; leave it out, or write objective: sft"
+    if objective not in ("sft", "cpt"):
+        if not recipe.mask_prompt:
+            yield "mask_prompt", f"objective {objective} weighs answers, never prompts; leave it out"
+        if recipe.roles_to_train != ("assistant",):
+            yield "roles_to_train", f"objective {objective} weighs the assistant's answers; leave it out"
+    if recipe.excess_length_strategy == "split" and objective != "cpt":
+        yield "excess_length_strategy", "split makes rows of a document's pieces, which needs objective: cpt"
+
+
+def _stream_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What needs all rows at once, and so no stream."""
+    streamed = [entry.streaming for entry in recipe.datasets]
+    if not any(streamed):
+        return
+    if not all(streamed):
+        yield (
+            f"datasets.{streamed.index(False)}.streaming",
+            "another source is streamed; stream all of them, or none",
+        )
+    if recipe.epochs is not None:
+        yield "epochs", "a stream has no known end, so no epochs; write iters"
+    if isinstance(recipe.val_set_size, float) and recipe.val_set_size:
+        yield "val_set_size", "a share of a stream is not known; write a number of rows, its first ones"
+    if recipe.objective == "grpo":
+        yield "objective", "grpo comes back to its prompts by number, which a stream does not keep"
+    if recipe.dataset_exact_deduplication:
+        yield "dataset_exact_deduplication", "needs all rows at once; a stream has them one after the other"
+    if recipe.sample_packing:
+        yield "sample_packing", "packs rows by all their lengths, which a stream does not know"
+
+
+def _method_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    lora = recipe.lora_parameters
+    if recipe.fine_tune_type == "full":
+        if recipe.quantize is not None:
+            yield "quantize", "packed weights cannot train; leave it out, or write fine_tune_type: lora"
+        if recipe.loraplus_lr_ratio is not None:
+            yield "loraplus_lr_ratio", "has no effect with fine_tune_type: full; leave it out"
+    elif lora is not None and lora.init_lora_weights != "default" and recipe.fine_tune_type == "dora":
+        yield "lora_parameters.init_lora_weights", "pissa goes with fine_tune_type: lora; expected default"
+
+
 def _training_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    yield from _method_problems(recipe)
     if recipe.fine_tune_type == "full" and recipe.lora_parameters is not None:
         yield "lora_parameters", "has no effect with fine_tune_type: full; leave it out"
     if recipe.init == "random" and recipe.fine_tune_type != "full":
         yield "init", "random weights want fine_tune_type: full; an adapter on them would learn nothing"
+    if recipe.sample_packing and recipe.objective not in ("sft", "cpt"):
+        yield (
+            "sample_packing",
+            f"objective {recipe.objective} compares whole answers; packing is for sft and cpt",
+        )
     if recipe.num_layers == 0:
         yield "num_layers", "found 0, which trains nothing; -1 is all blocks"
     if recipe.epochs is not None and recipe.iters is not None:
@@ -348,10 +530,50 @@ def _training_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "optimizer_config.sgd.nesterov", "needs a momentum above 0 and dampening 0"
 
 
+def _objective_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    objective = recipe.objective
+    for name in BLOCKS:
+        if name != objective and getattr(recipe, name) is not None:
+            yield name, f"has no effect with objective: {objective}; write objective: {name}, or leave it out"
+    if recipe.metric is not None and objective in BLOCKS:
+        measures = " or ".join(MEASURED[objective])
+        yield (
+            "metric",
+            f"compares answers with right ones, which rows of {objective} do not say; look at {measures}",
+        )
+    if objective == "grpo" and recipe.grpo is None:
+        yield "grpo", "missing; objective grpo needs grpo: {rewards: [...]}, what an answer is worth"
+    if recipe.grpo is not None and recipe.batch_size % recipe.grpo.num_generations:
+        yield (
+            "batch_size",
+            f"found {recipe.batch_size}; it counts answers, {recipe.grpo.num_generations} to a prompt: expected a "
+            f"multiple of grpo.num_generations",
+        )
+    if objective == "kto" and recipe.batch_size == 1:
+        yield "batch_size", "found 1; kto estimates its KL term from pairs of rows: expected 2 or more"
+    if recipe.has_reference and recipe.fine_tune_type == "full":
+        other = {"dpo": ", objective orpo or dpo.reference_free: true", "grpo": ", or grpo.beta: 0"}
+        yield (
+            "fine_tune_type",
+            f"full changes the weights that the reference of {objective} is made of, and no second copy is kept; "
+            f"expected lora or dora{other.get(objective, '')}",
+        )
+
+
 def _keeping_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    best_by = recipe.metric_for_best_model
+    if best_by == "exact_match" and recipe.metric is None:
+        yield "metric_for_best_model", "found exact_match, but the recipe has no metric"
+    if best_by not in ("loss", "exact_match") and best_by not in MEASURED.get(recipe.objective, ()):
+        yield "metric_for_best_model", f"found {best_by}, which objective {recipe.objective} does not measure"
     if recipe.resume_adapter_file and recipe.resume_from_checkpoint:
         yield "resume_adapter_file", "resume_from_checkpoint restores the weights too; keep one"
     if recipe.val_batches == 0:
-        for name in ("load_best_model_at_end", "early_stopping_patience", "metric"):
+        for name in ("load_best_model_at_end", "early_stopping_patience", "metric", "samples"):
             if getattr(recipe, name):
                 yield name, "needs validation; val_batches is 0"
+    if recipe.project_name is not None and "wandb" not in (recipe.report_to or ()):
+        yield (
+            "project_name",
+            "names a project at a reporting service; write report_to: wandb, or leave it out",
+        )

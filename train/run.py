@@ -5,9 +5,11 @@ The wiring and nothing else; each step is in the file it is imported from.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,24 +23,41 @@ from serve.adapters.manifest import (
     CONFIG_FILE,
     TENSORS_FILE,
     Lineage,
+    content_hash,
     read_config,
     read_tensors,
     write_adapter,
 )
 from serve.errors import AdapterError, ConfigError, StorageError
 from serve.model.loading import LoadedModel, build_random, load, resolve
+from serve.model.packed import packing_problem
 from serve.settings import dump
-from train import checkpoint, preflight, summary
-from train.adapt import Adapted, add_lora, embedding_names, set_tensors, train_all, trainable_tensors
+from train import checkpoint, estimate, preflight, summary
+from train.adapt import Adapted, adapter_tensors, add_lora, embedding_names, set_tensors, train_all
+from train.distributed import (
+    Ranks,
+    Together,
+    agree_to_stop,
+    check_same,
+    join,
+    losses_named,
+    share,
+)
 from train.interrupt import caught_signals
 from train.journal import Journal, identity_of
 from train.metrics import MetricsLog
+from train.objectives.build import build_objective
 from train.optim import build_optimizer, build_schedule
 from train.preflight import Preflight
 from train.progress import RunProgress
 from train.recipe import Recipe
+from train.record import RunRecord, running
+from train.rollouts import Rollouts, evaluation_of, rollouts_of
+from train.start import give_up_later, starting_point
 from train.summary import RunSummary
-from train.trainer import LoopSettings, Stepper, Trainer, TrainState, mean_loss
+from train.trainer import Evaluation, LoopSettings, Stepper, Trainer, TrainState, mean_loss
+from train.wandb_log import WandbBoard, check_installed
+from train.wired import wired
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -56,18 +75,28 @@ def run(
     SIGINT and SIGTERM end the run after the step under way, with a checkpoint; the summary says so.
     Raises from the whole error tree; whatever is raised, published checkpoints stay whole.
     """
+    with losses_named():
+        return _run(recipe, join(), dry_run, resume, console or Console())
+
+
+def _run(
+    recipe: Recipe, ranks: Ranks, dry_run: bool, resume: Path | str | bool | None, console: Console
+) -> RunSummary:
     start_s = time.perf_counter()
-    console = console or Console()
-    flight = preflight.prepare(recipe)
+    console = Console(quiet=True) if ranks.rank else console
+    if "wandb" in (recipe.report_to or ()):
+        check_installed()
+    flight = preflight.prepare(recipe, console, ranks)
     preflight.show(flight, console, with_recipe=dry_run)
+    estimate.show(flight, console)
     if dry_run:
         return RunSummary("dry_run", recipe.adapter_path)
-    saved = _find_checkpoint(recipe, resume, console)
-    if saved is None:
-        summary.make_room(Path(recipe.adapter_path))
+    saved = None if ranks.rank else starting_point(recipe, resume, console)
     model = _load_model(recipe)
+    _check_packing(recipe, model)
     mx.random.seed(recipe.seed)
-    adapted = _adapt(recipe, model, console)
+    is_restored = ranks.gather(saved is not None)[0]
+    adapted = _adapt(recipe, model, console, is_restored=is_restored)
     return _train(flight, model, adapted, saved, console, start_s)
 
 
@@ -79,39 +108,46 @@ def _train(
     console: Console,
     start_s: float,
 ) -> RunSummary:
-    recipe, folder = flight.recipe, Path(flight.recipe.adapter_path)
+    recipe, folder, ranks = flight.recipe, Path(flight.recipe.adapter_path), flight.ranks
     lineage = _lineage(flight, model)
     optimizer = _optimizer(flight, model)
     stepper = _stepper(flight, model, optimizer)
+    check_same(ranks, _facts(lineage, recipe))
     state, metrics_bytes = TrainState(), 0
     if saved is not None:
         checkpoint.check_identity(saved, identity_of(flight, lineage))
         set_tensors(model.network, saved.tensors, str(saved.folder))
         checkpoint.restore_optimizer(optimizer, saved.optimizer)
         state, metrics_bytes = saved.state, saved.metrics_bytes
-    _write_recipe(recipe, folder)
+        give_up_later(saved, folder, recipe.save_total_limit, console)
+    state = TrainState.of(ranks.gather(dataclasses.asdict(state))[0])
+    _spread(stepper)
+    if ranks.rank:
+        return _follow(flight, model, adapted, stepper, state, start_s)
     with (
+        running(_record(flight, lineage, saved), folder) as mine,
         MetricsLog(folder, keep_bytes=metrics_bytes, next_step=state.step + 1) as metrics,
         RunProgress(console, flight.num_iterations, state.iteration) as progress,
+        wired(),
         caught_signals() as caught,
+        losses_named(),
     ):
+        summary.clear(folder)
+        _write_recipe(recipe, folder)
+        if "wandb" in (recipe.report_to or ()):
+            metrics.add(_wandb(recipe, folder, mine))
+        lineage = dataclasses.replace(lineage, created=mine.created)
         journal = Journal(flight, model, adapted, optimizer, lineage, metrics, progress)
         if saved is not None:
             journal.recall(saved.config)
-        trainer = Trainer(
-            stepper,
-            _loop_settings(flight),
-            flight.batch_at,
-            flight.valid_batches(),
-            journal,
-            state=state,
-            stop=lambda: bool(caught),
-        )
-        trainer.fit()
+        rollouts = rollouts_of(flight, model)
+        together = Together(journal, ranks, journal.measure, lambda: _spread(stepper))
+        _trainer(flight, stepper, rollouts, together, state, caught).fit()
         published_step = _choose_weights(recipe, model, journal, state)
-        test_batches = flight.test_batches()
-        test_loss = mean_loss(model.network, test_batches) if test_batches else None
-    config = write_adapter(folder, trainable_tensors(model.network), journal.config(state))
+        _spread(stepper)
+        test_loss = _test_loss(flight, stepper, rollouts)
+    config = write_adapter(folder, adapter_tensors(model.network), journal.config(state))
+    journal.curve.draw()
     result = summary.of_run(
         state,
         folder,
@@ -127,23 +163,115 @@ def _train(
         content_hash=config.lineage.content_hash if config.lineage else "",
     )
     summary.write(result, folder)
+    ranks.gather(None)  # the other processes end when everything is written
     return result
 
 
-def _find_checkpoint(
-    recipe: Recipe, resume: Path | str | bool | None, console: Console
-) -> checkpoint.Checkpoint | None:
-    """The checkpoint to continue, if any; later ones in the same folder belong to a continuation given up."""
-    where = recipe.adapter_path if resume is True else resume or recipe.resume_from_checkpoint
-    if not where:
-        return None
-    saved = checkpoint.load(checkpoint.find(Path(where)))
-    console.print(f"continuing {saved.folder} after step {saved.state.step}", highlight=False)
-    for later in checkpoint.existing(Path(recipe.adapter_path)):
-        if checkpoint.step_of(later) > saved.state.step:
-            console.print(f"{later} belongs to a continuation given up, and is removed", highlight=False)
-            checkpoint.remove(later)
-    return saved
+def _follow(
+    flight: Preflight,
+    model: LoadedModel,
+    adapted: Adapted,
+    stepper: Stepper,
+    state: TrainState,
+    start_s: float,
+) -> RunSummary:
+    """A process that is not the first: it computes its share, writes nothing and ends as rank 0 does."""
+    with wired(), caught_signals() as caught:
+        rollouts = rollouts_of(flight, model)
+        together = Together(None, flight.ranks, lambda step: {}, lambda: _spread(stepper))
+        _trainer(flight, stepper, rollouts, together, state, caught).fit()
+        _spread(stepper)
+        test_loss = _test_loss(flight, stepper, rollouts)
+    flight.ranks.gather(None)
+    return summary.of_run(
+        state,
+        Path(flight.recipe.adapter_path),
+        num_iterations=flight.num_iterations,
+        caught=caught[0] if caught else None,
+        test_loss=test_loss,
+        num_trainable=adapted.num_trainable,
+        seconds=time.perf_counter() - start_s,
+    )
+
+
+def _trainer(
+    flight: Preflight,
+    stepper: Stepper,
+    rollouts: Rollouts | None,
+    together: Together,
+    state: TrainState,
+    caught: list[int],
+) -> Trainer:
+    return Trainer(
+        stepper,
+        _loop_settings(flight),
+        # Answers follow from weights and seeds: every process draws all of a batch, and learns from its share.
+        (lambda index: share(rollouts.batch_at(index), flight.ranks)) if rollouts else flight.batch_at,
+        flight.valid_batches(),
+        together,
+        state=state,
+        stop=lambda: agree_to_stop(flight.ranks, caught),
+        evaluate=_evaluation(flight, rollouts),
+        measure=together.measure,
+    )
+
+
+def _spread(stepper: Stepper) -> None:
+    """Rank 0's weights and optimizer state, in every process."""
+    ranks, module = stepper.ranks, stepper.network.module
+    if ranks.size == 1:
+        return
+    module.update(ranks.first_tree(module.trainable_parameters()))
+    checkpoint.restore_optimizer(
+        stepper.optimizer, ranks.first_tree(checkpoint.flat_state(stepper.optimizer))
+    )
+
+
+def _facts(lineage: Lineage, recipe: Recipe) -> dict[str, str]:
+    """What all processes must have alike; paths may differ from machine to machine."""
+    here = {
+        "model",
+        "data",
+        "datasets",
+        "hf_dataset",
+        "adapter_path",
+        "dataset_prepared_path",
+        "dataset_processes",
+    }
+    said = recipe.model_dump(mode="json", exclude=here | {"resume_adapter_file", "resume_from_checkpoint"})
+    return {
+        **{f"recipe key {name}": json.dumps(value) for name, value in said.items()},
+        "the base": lineage.base_fingerprint,
+        "the chat template": lineage.template_hash or "",
+        "the training data": lineage.data_hash or "",
+        "mlx-lathe": lineage.lathe_version or "",
+        "mlx": metadata.version("mlx"),
+    }
+
+
+def _record(flight: Preflight, lineage: Lineage, saved: checkpoint.Checkpoint | None) -> RunRecord:
+    recipe = flight.recipe
+    return RunRecord(
+        name=Path(recipe.adapter_path).resolve().name,
+        created=lineage.created,
+        base_model=lineage.base_model,
+        base_fingerprint=lineage.base_fingerprint,
+        data_hash=lineage.data_hash,
+        recipe_hash=lineage.recipe_hash,
+        objective=recipe.objective,
+        fine_tune_type=recipe.fine_tune_type,
+        num_iterations=flight.num_iterations,
+        parent=lineage.parent,
+        parent_hash=lineage.parent_hash,
+        resumed_from=str(saved.folder) if saved else "",
+        resumed=_now() if saved else "",
+    )
+
+
+def _wandb(recipe: Recipe, folder: Path, mine: RunRecord) -> WandbBoard:
+    said = recipe.model_dump(mode="json")
+    project, created = recipe.project_name, mine.created
+    return WandbBoard(folder, project=project, config=said, created=created, data_hash=mine.data_hash)
 
 
 def _choose_weights(recipe: Recipe, model: LoadedModel, journal: Journal, state: TrainState) -> int:
@@ -161,10 +289,19 @@ def _choose_weights(recipe: Recipe, model: LoadedModel, journal: Journal, state:
 def _load_model(recipe: Recipe) -> LoadedModel:
     if recipe.init == "random":
         return build_random(resolve(recipe.model), recipe.seed, name=recipe.model)
-    return load(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    return load(recipe.model, quantize=recipe.quantize, trust_remote_code=recipe.trust_remote_code)
 
 
-def _adapt(recipe: Recipe, model: LoadedModel, console: Console) -> Adapted:
+def _check_packing(recipe: Recipe, model: LoadedModel) -> None:
+    problem = packing_problem(model.network, recipe.max_seq_length) if recipe.sample_packing else None
+    if problem:
+        raise ConfigError(
+            f"sample_packing: {recipe.model} cannot be packed: {problem}. Write sample_packing: false; batches "
+            f"then go by length, which leaves about 5 % padding"
+        )
+
+
+def _adapt(recipe: Recipe, model: LoadedModel, console: Console, *, is_restored: bool) -> Adapted:
     if recipe.fine_tune_type == "full":
         if "quantization" in model.config:
             raise ConfigError(
@@ -175,7 +312,7 @@ def _adapt(recipe: Recipe, model: LoadedModel, console: Console) -> Adapted:
         adapted = train_all(model.network, num_layers=-1 if recipe.init == "random" else recipe.num_layers)
     else:
         lora = recipe.lora_parameters
-        assert lora is not None, "the recipe fills lora_parameters for fine_tune_type: lora"
+        assert lora is not None, "the recipe fills lora_parameters unless fine_tune_type is full"
         adapted = add_lora(
             model.network,
             rank=lora.rank,
@@ -183,6 +320,9 @@ def _adapt(recipe: Recipe, model: LoadedModel, console: Console) -> Adapted:
             dropout=lora.dropout,
             keys=lora.keys,
             num_layers=recipe.num_layers,
+            fine_tune_type=recipe.fine_tune_type,
+            init=lora.init_lora_weights,
+            is_restored=is_restored or recipe.resume_adapter_file is not None,
         )
     if recipe.resume_adapter_file:
         _warm_start(Path(recipe.resume_adapter_file), model, adapted)
@@ -190,7 +330,7 @@ def _adapt(recipe: Recipe, model: LoadedModel, console: Console) -> Adapted:
     console.print(
         f"trainable: {adapted.num_trainable:,} of {adapted.num_parameters:,} parameters ({share:.2%})"
     )
-    for note in adapted.notes:
+    for note in (*model.notes, *adapted.notes):
         console.print(note, style="yellow", highlight=False)
     return adapted
 
@@ -211,16 +351,36 @@ def _warm_start(path: Path, model: LoadedModel, adapted: Adapted) -> None:
     set_tensors(model.network, tensors, f"resume_adapter_file {path}")
 
 
+def _evaluation(flight: Preflight, rollouts: Rollouts | None) -> Callable[[], Evaluation] | None:
+    """In place of a loss over validation rows, where those are prompts to answer."""
+    valid, recipe = flight.valid, flight.recipe
+    if rollouts is None or valid is None:
+        return None
+    return lambda: evaluation_of(rollouts, valid, recipe.batch_size * flight.ranks.size, recipe.val_batches)
+
+
+def _test_loss(flight: Preflight, stepper: Stepper, rollouts: Rollouts | None) -> float | None:
+    recipe = flight.recipe
+    if flight.test is None:
+        return None
+    if rollouts is not None:
+        size = recipe.batch_size * flight.ranks.size
+        return evaluation_of(rollouts, flight.test, size, recipe.test_batches).loss
+    return mean_loss(stepper.network, flight.test_batches(), stepper.objective, stepper.ranks).loss
+
+
 def _stepper(flight: Preflight, model: LoadedModel, optimizer: mlx_optim.Optimizer) -> Stepper:
     recipe = flight.recipe
     return Stepper(
         model.network,
         optimizer,
+        build_objective(recipe, model.network),
         max_grad_norm=recipe.max_grad_norm,
         compiled=device.backend() != "cpu",
         seed=recipe.seed,
         recompute=recipe.grad_checkpoint,
         name_row=flight.name_row,
+        ranks=flight.ranks,
     )
 
 
@@ -234,6 +394,9 @@ def _loop_settings(flight: Preflight) -> LoopSettings:
         iterations_per_save=recipe.save_every,
         patience=recipe.early_stopping_patience,
         save_best=recipe.load_best_model_at_end,
+        best_by=recipe.metric_for_best_model,
+        greater_is_better=recipe.metric_for_best_model != "loss",
+        nonfinite=recipe.nonfinite_policy,
         clear_cache_bytes=recipe.clear_cache_threshold,
     )
 
@@ -252,6 +415,7 @@ def _optimizer(flight: Preflight, model: LoadedModel) -> mlx_optim.Optimizer:
         schedule,
         learning_rate=recipe.learning_rate,
         embedding_names=embedding_names(model.network),
+        loraplus_ratio=recipe.loraplus_lr_ratio,
     )
 
 
@@ -261,17 +425,35 @@ def _lineage(flight: Preflight, model: LoadedModel) -> Lineage:
     return Lineage(
         base_model=recipe.model,
         base_fingerprint=model.fingerprint,
+        quantize=recipe.quantize.model_dump() if recipe.quantize else None,
         template_hash=flight.template.hash,
         recipe_hash=f"sha256:{hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}",
         data_hash=flight.data_hash,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=_now(),
         lathe_version=metadata.version("mlx-lathe"),
+        parent=recipe.resume_adapter_file or "",
+        parent_hash=_hash_of(Path(recipe.resume_adapter_file)) if recipe.resume_adapter_file else "",
+        objective=recipe.objective,
     )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _hash_of(parent: Path) -> str:
+    """The content hash of an adapter folder, as its manifest says, or of a file's tensors."""
+    folder = parent if parent.is_dir() else parent.parent
+    if (parent.is_dir() or parent.name == TENSORS_FILE) and (folder / CONFIG_FILE).exists():
+        lineage = read_config(folder).lineage
+        if lineage is not None and lineage.content_hash:
+            return lineage.content_hash
+    return content_hash(checkpoint.load_tensors(folder / TENSORS_FILE if parent.is_dir() else parent))
 
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_synced(folder / RECIPE_FILE, dump(recipe))
+        checkpoint.write_whole(folder / RECIPE_FILE, dump(recipe))
     except OSError as error:
         raise StorageError(f"adapter_path: {folder} cannot be written: {error}") from error

@@ -1,18 +1,15 @@
-"""`summary.json`: how a run ended, and whether its folder may take another run."""
+"""`summary.json`: how a run ended. It is there only while no process trains in the folder."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from serve.errors import ConfigError, StorageError
+from serve.errors import StorageError
 from train import checkpoint
-from train.metrics import FILE as METRICS_FILE
-from train.metrics import TENSORBOARD_FOLDER
 from train.trainer import TrainState, peak_memory_bytes
 
 FILE = "summary.json"
@@ -37,6 +34,8 @@ class RunSummary:
     metric: str | None = None
     metric_before: float | None = None
     metric_after: float | None = None
+    num_skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite; none of them moved a weight."""
     num_trainable: int = 0
     num_targets: int = 0
     num_tokens: int = 0
@@ -71,6 +70,7 @@ def of_run(
         valid_loss=state.valid_loss,
         best_valid_loss=state.best_loss,
         best_step=state.best_step,
+        num_skipped_steps=state.num_nonfinite,
         num_targets=state.num_targets,
         num_tokens=state.num_tokens,
         train_seconds=state.seconds,
@@ -84,30 +84,23 @@ def of_run(
 def write(summary: RunSummary, folder: Path) -> None:
     """Replace summary.json in one step."""
     path = folder / FILE
-    partial = path.with_name(f".new-{FILE}")
     try:
-        checkpoint.write_synced(partial, json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
-        partial.replace(path)
+        checkpoint.write_whole(path, json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise StorageError(f"{path}: {error}") from error
 
 
-def make_room(folder: Path) -> None:
-    """A new run in a folder that holds an unfinished one is refused; a finished one's records give way."""
-    if not checkpoint.existing(folder):
-        return
+def clear(folder: Path) -> None:
+    """The run in a folder goes on: it has not ended."""
     try:
-        status = json.loads((folder / FILE).read_text())["status"]
-    except (OSError, ValueError, KeyError):
-        status = "interrupted"
-    if status == "interrupted":
-        last = checkpoint.existing(folder)[-1]
-        raise ConfigError(
-            f"adapter_path: {folder} holds an unfinished run, last saved at {last.name}. Continue it with --resume, "
-            f"delete the folder, or name another adapter_path"
-        )
-    for name in (checkpoint.FOLDER, TENSORBOARD_FOLDER):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (FILE, METRICS_FILE):
-        (folder / name).unlink(missing_ok=True)
+        (folder / FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder / FILE}: {error}") from error
+
+
+def status_of(folder: Path) -> str | None:
+    """What summary.json says; None where there is none that can be read."""
+    try:
+        return str(json.loads((folder / FILE).read_text())["status"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -30,6 +30,17 @@ EXTRAS: dict[str, dict] = {
     "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
     "gemma2": {"query_pre_attn_scalar": 16.0},
     "phi3": {"tie_word_embeddings": False},
+    "mamba2": {
+        "num_heads": 4,
+        "state_size": 8,
+        "conv_kernel": 4,
+        "n_groups": 1,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "time_step_limit": [0.001, 100.0],
+        "time_step_rank": "auto",
+        "layer_norm_epsilon": 1e-5,
+    },
     "qwen3_moe": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -47,16 +58,26 @@ def tiny_config(family: str) -> dict:
 
 
 @pytest.fixture
-def tiny_network() -> Callable[..., TextNetwork]:
-    """family, seed → a random float32 network; weights large enough that its outputs are lively."""
+def build_network() -> Callable[..., TextNetwork]:
+    """config of an mlx-lm family, seed → a random float32 network; nothing of it is on disk."""
 
-    def build(family: str = "qwen3", seed: int = 0) -> TextNetwork:
-        model_class, args_class = _get_classes(tiny_config(family))
+    def build(config: dict, seed: int = 0) -> TextNetwork:
+        model_class, args_class = _get_classes(config)
         mx.random.seed(seed)
-        module = model_class(args_class.from_dict(tiny_config(family)))
+        module = model_class(args_class.from_dict(config))
         module.set_dtype(mx.float32)
         mx.eval(module.parameters())
         return TextNetwork(module)
+
+    return build
+
+
+@pytest.fixture
+def tiny_network(build_network: Callable[..., TextNetwork]) -> Callable[..., TextNetwork]:
+    """family, seed, **changes to its config → a random float32 network; weights large enough to be lively."""
+
+    def build(family: str = "qwen3", seed: int = 0, **changes: object) -> TextNetwork:
+        return build_network({**tiny_config(family), **changes}, seed)
 
     return build
 

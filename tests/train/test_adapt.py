@@ -15,7 +15,7 @@ from train.adapt import add_lora, set_tensors, train_all, trainable_tensors
 from train.trainer import Stepper
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3_text", "phi3", "olmo2"])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3_text", "phi3", "olmo2", "qwen3_moe"])
 @pytest.mark.parametrize("num_layers", [-1, 1])
 def test_names_and_shapes_are_mlx_lms(tiny_network, family, num_layers):
     ours, theirs = tiny_network(family), tiny_network(family)
@@ -41,16 +41,53 @@ def test_a_key_that_is_not_there_is_answered_with_what_is(tiny_network):
     ) as caught:
         add_lora(tiny_network(), rank=4, scale=2.0, keys=["self_attn.q_porj", "self_attn.k_proj"])
     assert "mlp.down_proj, mlp.gate_proj, mlp.up_proj, self_attn.k_proj" in str(caught.value)
-    with pytest.raises(ConfigError, match=r"v_proj: no layer has it; did you mean self_attn\.v_proj\?"):
-        add_lora(tiny_network(), rank=4, scale=2.0, keys=["v_proj"])
-    with pytest.raises(ConfigError, match=r"input_layernorm is a RMSNorm; LoRA adapts linear layers"):
+    with pytest.raises(ConfigError, match=r"v_porj: no layer has it; did you mean v_proj\?"):
+        add_lora(tiny_network(), rank=4, scale=2.0, keys=["v_porj"])
+    with pytest.raises(ConfigError, match=r"input_layernorm is a RMSNorm; an adapter goes on linear layers"):
         add_lora(tiny_network(), rank=4, scale=2.0, keys=["input_layernorm"])
+    with pytest.raises(ConfigError, match=r"\*\.gate: no layer's name matches"):
+        add_lora(tiny_network(), rank=4, scale=2.0, keys=["*.gate"])
+    with pytest.raises(ConfigError, match=r"re:\(: not a regular expression"):
+        add_lora(tiny_network(), rank=4, scale=2.0, keys=["re:("])
 
 
-def test_moe_experts_are_refused_by_name_and_left_out_of_all_linear(tiny_network):
-    with pytest.raises(ConfigError, match=r"mlp\.switch_mlp\.up_proj holds MoE experts"):
-        add_lora(tiny_network("qwen3_moe"), rank=4, scale=2.0, keys=["mlp.switch_mlp.up_proj"])
-    adapted = add_lora(tiny_network("qwen3_moe"), rank=4, scale=2.0)
+ATTENTION = tuple(f"self_attn.{name}_proj" for name in "koqv")
+MLP = ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["q_proj"], ("self_attn.q_proj",)),
+        (["self_attn.*"], ATTENTION),
+        ([r"re:.*\.(up|q)_proj"], ("mlp.up_proj", "self_attn.q_proj")),
+        (["self_attn.?_proj", "lm_head"], ("lm_head", *ATTENTION)),
+        (["all-linear", "lm_head"], ("lm_head", *MLP, *ATTENTION)),
+        ("all-linear", (*MLP, *ATTENTION)),
+        (None, (*MLP, *ATTENTION)),
+    ],
+)
+def test_keys_are_names_their_ends_or_patterns(tiny_network, keys, expected):
+    network = tiny_network(tie_word_embeddings=False)
+    adapted = add_lora(network, rank=4, scale=2.0, keys=keys, num_layers=1)
+    assert adapted.keys == expected
+    modules = {name.rpartition(".")[0].removeprefix("model.layers.1.") for name in trainable_tensors(network)}
+    assert modules == set(expected)
+
+
+def test_a_tied_head_and_embeddings_are_refused_with_the_reason(tiny_network):
+    with pytest.raises(ConfigError, match="lm_head is tied to the embeddings in this model"):
+        add_lora(tiny_network(), rank=4, scale=2.0, keys=["q_proj", "lm_head"])
+    with pytest.raises(ConfigError, match="embed_tokens is an embedding"):
+        add_lora(tiny_network(), rank=4, scale=2.0, keys=["embed_tokens"])
+
+
+def test_dora_leaves_experts_out_and_refuses_them_by_name(tiny_network):
+    with pytest.raises(ConfigError, match=r"up_proj holds MoE experts; DoRA has no form for them"):
+        add_lora(
+            tiny_network("qwen3_moe"), rank=4, scale=2.0, keys=["q_proj", "up_proj"], fine_tune_type="dora"
+        )
+    adapted = add_lora(tiny_network("qwen3_moe"), rank=4, scale=2.0, fine_tune_type="dora")
     assert not any("switch_mlp" in key for key in adapted.keys)
     assert any("mlp.switch_mlp.up_proj" in note for note in adapted.notes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from serve.adapters.manifest import AdapterConfig, read_tensors
+from serve.adapters.manifest import AdapterConfig, Lineage, read_config, read_tensors, write_adapter
 from serve.errors import AdapterError, ConfigError, NotFoundError, TrainingError
 from train import checkpoint
 from train.adapt import add_lora, embedding_names, set_tensors, train_all, trainable_tensors
@@ -162,3 +163,50 @@ def test_a_checkpoint_holds_an_adapter_as_any_other(tmp_path, tiny_network, make
     assert tensors.keys() == trainable_tensors(network).keys()
     raw = json.loads((folder / "adapter_config.json").read_text())
     assert raw["lora_parameters"] == {"rank": 4, "scale": 2.0, "dropout": 0.1}
+
+
+def test_half_of_a_publication_is_noticed_and_the_config_comes_first(tmp_path):
+    """Between the two renames a reader finds the new config beside the old tensors."""
+    lineage = Lineage("m", "", "", "", "", "", "0")
+    for name, value in (("old", 1.0), ("new", 2.0)):
+        config = dataclasses.replace(CONFIG, lineage=lineage)
+        write_adapter(tmp_path / name, {"w.lora_a": mx.full((2, 2), value)}, config)
+    shutil.copy(tmp_path / "new" / "adapter_config.json", tmp_path / "old")
+    with pytest.raises(AdapterError, match="a save was interrupted"):
+        read_tensors(tmp_path / "old", read_config(tmp_path / "old"))
+    script = f"""
+        import os, signal, sys, serve, mlx.core as mx
+        from pathlib import Path
+        from serve.adapters.manifest import AdapterConfig, write_adapter
+        renames = []
+        def die(event, arguments):
+            if event == "os.rename":
+                renames.append(arguments)
+                if len(renames) == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(die)
+        write_adapter(Path({str(tmp_path / "cut")!r}), {{"w.lora_a": mx.ones((2, 2))}}, AdapterConfig("lora", -1))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+    assert (tmp_path / "cut" / "adapter_config.json").exists()
+    assert not (tmp_path / "cut" / "adapters.safetensors").exists()
+
+
+def test_what_a_kill_leaves_is_cleared_and_a_whole_checkpoint_takes_its_place(tmp_path):
+    root = tmp_path / checkpoint.FOLDER
+    for name in (
+        ".old-step-000003",
+        ".new-step-000003",
+        ".new-step-000004",
+        ".old-step-000001",
+        "step-000002",
+    ):
+        (root / name).mkdir(parents=True)
+        (root / name / "state.json").write_text(name)
+    (tmp_path / ".new-summary.json").write_text("half")
+    (tmp_path / ".old-checkpoints").mkdir()
+    (tmp_path / "notes.txt").write_text("a person's own")
+    checkpoint.tidy(tmp_path)
+    assert {path.name for path in root.iterdir()} == {"step-000002", "step-000003"}
+    assert (root / "step-000003" / "state.json").read_text() == ".new-step-000003"
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint.FOLDER, "notes.txt"}

@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten
 
 from serve.adapters.manifest import AdapterConfig, write_adapter
 from serve.engine.engine import Engine
 from serve.engine.generate import generate
 from serve.model.loading import load
-from train.adapt import add_lora
+from train.adapt import adapter_tensors, add_lora
 from train.loss import target_logits
 
 
-@pytest.mark.parametrize("keys", [None, ["self_attn.q_proj", "mlp.down_proj"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keys": None},
+        {"keys": ["self_attn.q_proj", "mlp.down_proj"]},
+        {"fine_tune_type": "dora", "keys": ["all-linear", "lm_head"]},
+        {"init": "pissa", "keys": ["q_proj", "lm_head"]},
+    ],
+    ids=str,
+)
 def test_a_trained_adapter_gives_the_same_logits_in_trainer_and_engine(
-    model, model_folder, make_request, tmp_path, keys
+    model, model_folder, make_request, tmp_path, options
 ):
     trained = load(str(model_folder)).network
-    adapted = add_lora(trained, rank=5, scale=3.0, keys=keys)
+    adapted = add_lora(trained, rank=5, scale=3.0, **options)
     for module in trained.module.modules():
         if "lora_b" in module:
-            module.lora_b = mx.random.normal(module.lora_b.shape) * 0.2
+            module.lora_b = module.lora_b + mx.random.normal(module.lora_b.shape) * 0.2
+        if "m" in module:
+            module.m = module.m * mx.random.uniform(0.8, 1.3, module.m.shape)
     trained.module.eval()
-    config = AdapterConfig("lora", adapted.num_layers, 5, 3.0, keys=adapted.keys)
-    write_adapter(tmp_path / "a", dict(tree_flatten(trained.module.trainable_parameters())), config)
+    config = AdapterConfig(adapted.fine_tune_type, adapted.num_layers, adapted.rank, 3.0, keys=adapted.keys)
+    write_adapter(tmp_path / "a", adapter_tensors(trained), config)
 
     engine = Engine(model)
     request = make_request("r", adapter=engine.registry.load("a", tmp_path / "a"), num_logprobs=0)

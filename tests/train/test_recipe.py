@@ -145,20 +145,36 @@ def test_axolotls_spellings_are_the_same_knobs_and_both_at_once_are_refused(reci
         ("train_on_inputs: false", "the opposite"),
         ("max_steps: 10", "write iters, which counts batches"),
         ("learning_rte: 1", "did you mean learning_rate?"),
-        ("wandb: x", "not in this version"),
-        ("report_to: wandb", "reporting to services is not in this version"),
-        ("project_name: x", "reporting service"),
+        ("wandb: x", "write report_to: wandb"),
+        ("report_to: swanlab", "SwanLab is not in this version"),
+        ("report_to: wandb, mlflow", "expected 'tensorboard' or 'wandb'"),
+        ("project_name: x", "write report_to: wandb"),
+        ("samples: {max_tokens: 3}", "samples.prompts: missing"),
+        ("samples: {rows: 2, prompts: [hello]}", "samples.rows: prompts already says"),
+        ("val_batches: 0\nsamples: {rows: 2}", "samples: needs validation"),
         ("config: other.yaml", "does not include another file"),
         ("train: false", "always trains"),
-        ("fine_tune_type: dora", "DoRA is not in this version"),
-        ("objective: dpo", "expected sft"),
-        ("sample_packing: true", "packing is not in this version"),
+        ("objective: ppo", "expected 'sft', 'cpt', 'dpo', 'orpo', 'kto' or 'grpo'"),
+        ("objective: cpt\nmask_prompt: true", "supervises every token"),
+        ("objective: dpo\nmask_prompt: false", "weighs answers, never prompts"),
+        ("objective: kto\nroles_to_train: [user]", "weighs the assistant's answers"),
+        ("excess_length_strategy: split", "needs objective: cpt"),
+        ("objective: dpo\nsample_packing: true", "objective dpo compares whole answers"),
+        ("datasets: [{path: a, streaming: true}]\nsample_packing: true", "which a stream does not know"),
         ("train_on_eos: all", "expected 'turn', 'last' or 'none'"),
         ("init: random", "fine_tune_type: full"),
         ("num_layers: 0", "trains nothing"),
         ("iters: 3\nepochs: 1", "keep one"),
         ("lora_parameters: {alpha: 1, scale: 2}", "the same knob as scale"),
         ("fine_tune_type: full\nlora_parameters: {rank: 4}", "no effect with fine_tune_type: full"),
+        ("fine_tune_type: full\nquantize: {bits: 4}", "packed weights cannot train"),
+        ("fine_tune_type: full\nloraplus_lr_ratio: 16", "no effect with fine_tune_type: full"),
+        ("lora_parameters: {use_rslora: true}", "write alpha"),
+        ("lora_parameters: {init_lora_weights: olora}", "init_lora_weights"),
+        (
+            "fine_tune_type: dora\nlora_parameters: {init_lora_weights: pissa}",
+            "pissa goes with fine_tune_type: lora",
+        ),
         ("lora_parameters: {keys: []}", "empty list"),
         ("mask_prompt: false\ntrain_on_eos: last", "has no effect with mask_prompt: false"),
         ("datasets: [{path: a}]", "data already says"),
@@ -180,7 +196,9 @@ def test_what_this_version_does_not_do_is_refused_by_name_with_the_reason(line, 
 
 
 def test_problems_of_every_kind_come_at_once(refusal_of):
-    said = refusal_of("modle: m\nlora_r: 8\nfine_tune_type: dora\nbatch_size: 0\nbatch_size_: 1\n", "iters=x")
+    said = refusal_of(
+        "modle: m\nlora_r: 8\nfine_tune_type: qlora\nbatch_size: 0\nbatch_size_: 1\n", "iters=x"
+    )
     for line in (
         ":1: modle",
         ":2: lora_r",
@@ -242,5 +260,5 @@ def test_every_knob_says_what_it_means_or_is_named_as_mlx_lm_names_it():
     silent = {name for name, field in Recipe.model_fields.items() if not field.description}
     assert silent <= {
         *("objective", "lora_parameters", "completion_feature", "chat_feature", "text_feature"),
-        *("sample_packing", "optimizer_config", "report_to", "project_name", "config"),
+        *("optimizer_config", "report_to", "project_name", "config"),
     }

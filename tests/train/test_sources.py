@@ -72,13 +72,13 @@ def test_all_problems_of_all_files_come_at_once(tmp_path):
         f"{one}:4: messages.0.content: found a number (3); expected a string",
         f"{one}:5: found a list ([1, 2]); expected an object with keys",
         f"{one}:7: completion: found a list (['c']); expected a string",
-        f"{one}:9: found keys conversations; for conversations write chat_feature: conversations",
+        f"{one}:9: conversations: no turn of assistant to learn from; found user",
+        f"{one}:10: messages.0.value: found nothing; expected a string",
         f"{one}:12: text: found an empty string; expected text",
         f"{one}:13: tools: found a string ('get_weather'); expected a list of objects",
     ):
         assert expected in said
-    assert any(line.startswith(f"{one}:8: found keys prompt, answer; expected") for line in said)
-    assert any(line.startswith(f"{one}:10: messages.0.role") and "ShareGPT" in line for line in said)
+    assert any(line.startswith(f"{one}:8: found keys prompt, answer; objective sft needs") for line in said)
     assert any(line.startswith(f"{one}:11:") and "did you mean messages by mesages?" in line for line in said)
     assert any(line.startswith(f"{two}:1:") for line in said)
     assert not any(line.startswith(f"{one}:1:") for line in said)
@@ -179,7 +179,15 @@ def test_json_and_parquet_files_hold_the_same_rows_as_jsonl(tmp_path):
     [
         ("a.json", '{"x": 1}', "expected a list of rows"),
         ("a.json", "[1,\n2,,]", "a.json:2: not JSON"),
-        ("a.csv", "a,b", "expected .jsonl, .json, .parquet"),
+        ("a.txt", "a,b", "expected .jsonl, .jsonl.gz, .json, .parquet or .csv"),
+        ("a.jsonl.gz", "nonsense", "not readable as gzip"),
+        ("a.csv", "", "no training rows"),
+        ("a.csv", "a,b", "no training rows"),
+        ("a.csv", "a,b\n1,2", "a.csv: its columns are no use: found keys a, b; objective sft needs"),
+        ("a.csv", "text,text\n1,2", "a.csv:1: found the header 'text', 'text'; expected a different name"),
+        ("a.csv", "text,\n1,2", "expected a different name for each column"),
+        ("a.csv", "id,text\n1,x\n2", "a.csv:3: found 1 cells; the header has 2"),
+        ("a.csv", 'id,text\n1,"x', "not readable as CSV"),
         ("a.parquet", "nonsense", "not readable as parquet"),
         ("a.jsonl", "", "no training rows"),
     ],

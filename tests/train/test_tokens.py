@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from serve.errors import DataError
 from serve.model.template import ChatTemplate
+from train.data.batches import collate
 from train.data.example import Example
 from train.data.tokens import tokenize
 from train.recipe import Recipe
@@ -167,3 +168,160 @@ def test_the_report_adds_up():
 def test_no_rows_give_an_empty_report():
     rows, report = run([])
     assert (rows, report.num_sequences, report.longest, report.histogram) == ([], 0, 0, ())
+
+
+# Objectives
+
+ASK, SAY, OTHER = (
+    {"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("assistant", "no"))
+)
+KNOWS_THOUGHTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def pair(line: int = 1, before=(ASK,), chosen=(SAY,), rejected=(OTHER,)) -> Example:
+    return Example("f", line, messages=before, chosen=chosen, rejected=rejected)
+
+
+def test_documents_are_supervised_whole_and_split_so_that_each_token_is_predicted_once():
+    text = "".join(chr(97 + n % 26) for n in range(100))
+    rows, report = run([Example("f", 1, text=text)], objective="cpt", max_seq_length=16)
+    assert max(len(row) for row in rows) == 16
+    whole = "".join(TOKENIZER.decode(row.token_ids[row.is_target].tolist()) for row in rows)
+    assert whole == text[1:] + "<|im_end|>"
+    assert report.num_truncated == 0
+    (cut,), report = run(
+        [Example("f", 1, text=text)], objective="cpt", max_seq_length=16, excess_length_strategy="truncate"
+    )
+    assert (len(cut), report.num_truncated) == (16, 1)
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 30, 31, 32])
+def test_splitting_leaves_no_piece_without_targets(length):
+    rows, _ = run([Example("f", 1, text="x" * (length - 1))], objective="cpt", max_seq_length=16)
+    assert all(row.num_targets for row in rows)
+    assert sum(row.num_targets for row in rows) == length - 1
+
+
+def test_conversations_under_cpt_are_rendered_and_supervised_whole():
+    (row,), _ = run([conversation("hi", "hello")], objective="cpt")
+    assert row.is_target.tolist() == [False] + [True] * (len(row) - 1)
+    assert TOKENIZER.decode(row.token_ids.tolist()).startswith("<|im_start|>user")
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_a_pair_is_two_answers_after_one_prompt_and_only_they_count(objective):
+    (row,), report = run([pair(before=(ASK, SAY, ASK))], objective=objective)
+    assert (targets(row), targets(row.rejected)) == ("yes<|im_end|>", "no<|im_end|>")
+    start = int(np.argmax(row.is_target))
+    assert row.token_ids[:start].tolist() == row.rejected.token_ids[:start].tolist()
+    assert row.length == max(len(row), len(row.rejected))
+    assert report.num_tokens == len(row) + len(row.rejected)
+    assert report.num_targets == len("yes") + len("no") + 2
+
+
+def test_a_pair_of_strings_has_the_tokens_of_its_conversation_and_none_of_a_template_where_there_is_none():
+    strings = Example("f", 1, prompt="hi", chosen=(SAY,), rejected=(OTHER,))
+    (row,), (same,) = run([strings], objective="dpo")[0], run([pair()], objective="dpo")[0]
+    assert row.token_ids.tolist() == same.token_ids.tolist()
+    (plain,), _ = run([strings], BARE, objective="dpo")
+    assert (targets(plain, BARE), targets(plain.rejected, BARE)) == ("yes<|im_end|>", "no<|im_end|>")
+
+
+def test_a_pair_without_a_difference_is_dropped_and_told_also_when_only_the_cut_makes_it_so():
+    same = pair(1, chosen=(SAY,), rejected=(SAY,))
+    long = [{"role": "assistant", "content": "x" * 60 + end} for end in "ab"]
+    late = pair(2, chosen=(long[0],), rejected=(long[1],))
+    rows, report = run([same, late, pair(3)], objective="dpo", max_seq_length=60)
+    assert [row.line for row in rows] == [3]
+    assert report.dropped == {"chosen and rejected are the same, so nothing is preferred": 2}
+    assert report.places == {"chosen and rejected are the same, so nothing is preferred": ("f:1", "f:2")}
+
+
+def test_a_pair_is_cut_on_both_sides_and_dropped_if_one_side_keeps_nothing():
+    long = {"role": "assistant", "content": "x" * 90}
+    (row,), report = run([pair(rejected=(long,))], objective="dpo", max_seq_length=40)
+    assert (len(row.rejected), report.num_truncated) == (40, 1)
+    assert len(row) < 40
+    rows, report = run(
+        [pair(before=({"role": "user", "content": "q" * 99},))], objective="dpo", max_seq_length=40
+    )
+    assert (rows, report.num_without_targets) == ([], 1)
+
+
+def test_feedback_counts_its_last_answer_alone_and_carries_its_label():
+    row = Example("f", 1, messages=(ASK, SAY, ASK, OTHER), untrained=(0, 1, 2), label=False)
+    (found,), _ = run([row], objective="kto")
+    assert (targets(found), found.label) == ("no<|im_end|>", False)
+
+
+def test_a_prompt_for_rollouts_is_as_served_and_never_cut():
+    row = Example("f", 1, prompt="2+2?", fields={"answer": "4"})
+    grpo = {"objective": "grpo", "batch_size": 8, "grpo": {"rewards": [{"kind": "regex", "pattern": "4"}]}}
+    (found,), _ = run([row], **grpo)
+    assert tuple(found.token_ids) == ChatTemplate(TOKENIZER).render(row.as_messages())
+    assert not found.is_target.any()
+    assert found.fields == {"answer": "4"}
+    rows, report = run([row], **grpo, max_seq_length=8)
+    assert rows == []
+    assert list(report.dropped) == ["a prompt longer than max_seq_length, and no prompt once cut"]
+
+
+def test_what_the_template_leaves_out_is_told_once_with_the_first_place():
+    thinking = {**SAY, "reasoning_content": "they greet me"}
+    call = {**SAY, "tool_calls": [{"function": {"name": "wave", "arguments": {}}}]}
+    rows = [
+        Example("f", 1, messages=(ASK, SAY)),
+        Example("f", 2, messages=(ASK, thinking)),
+        Example("f", 3, messages=(ASK, thinking)),
+        Example("f", 4, messages=(ASK, call), tools=({"name": "wave"},)),
+    ]
+    _, report = run(rows)
+    assert report.lost == {"reasoning_content": (2, "f:2"), "tool_calls": (1, "f:4"), "tools": (1, "f:4")}
+    (row,), report = run(rows[1:2], make_tokenizer(KNOWS_THOUGHTS))
+    assert report.lost == {}
+    assert "(they greet me)yes" in TOKENIZER.decode(row.token_ids[row.is_target].tolist())
+
+
+def test_a_template_that_reads_thoughts_under_one_name_gets_them_from_rows_with_another():
+    knows = make_tokenizer(KNOWS_THOUGHTS)
+    named = [
+        run([Example("f", 1, messages=(ASK, {**SAY, name: "hm"}))], knows)
+        for name in ("thinking", "reasoning_content")
+    ]
+    assert named[0][0][0].token_ids.tolist() == named[1][0][0].token_ids.tolist()
+
+
+# Traps of other trainers
+
+
+def test_every_answer_counts_not_only_the_last():
+    (row,), _ = run([conversation("a", "first", "b", "second", "c", "third")])
+    assert targets(row) == "first<|im_end|>second<|im_end|>third<|im_end|>"
+
+
+def test_turns_marked_as_context_do_not_count():
+    messages = conversation("a", "first", "b", "second").messages
+    (row,), _ = run([Example("f", 1, messages=messages, untrained=(1,))])
+    assert targets(row) == "second<|im_end|>"
+
+
+def test_no_padding_is_ever_a_target_and_the_last_token_of_each_row_is():
+    rows, _ = run([conversation("hi", "y" * n, line=n) for n in (1, 9, 30)], train_on_eos="turn")
+    batch = collate(rows, (0, 1, 2))
+    for place, row in enumerate(rows):
+        last = int(np.flatnonzero(batch.is_target[place]).max())
+        assert last == int(np.flatnonzero(row.is_target).max()) < len(row)
+        assert not batch.is_target[place, len(row) :].any()
+    assert batch.num_targets == sum(row.num_targets for row in rows)
+
+
+def test_counts_of_sources_add_up_to_the_report():
+    rows = [Example(f"{n % 2}.jsonl", n, messages=conversation("hi", "y" * n).messages) for n in range(1, 30)]
+    _, report = run(rows, max_seq_length=40)
+    for name in ("num_read", "num_sequences", "num_truncated", "num_tokens", "num_targets"):
+        assert sum(getattr(counts, name) for counts in report.sources.values()) == getattr(report, name)
+    assert set(report.sources) == {"0.jsonl", "1.jsonl"}

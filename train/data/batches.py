@@ -6,8 +6,10 @@ batches are shuffled. Epoch and batch follow from (lengths, batch size, seed) al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -21,8 +23,12 @@ WINDOW_BATCHES = 128
 class Batch:
     """Rows of one forward pass, padded on the right.
 
-    tokens     [B, T] int32, padded with 0; T - 1, what a forward reads, is a multiple of `pad_to`
-    is_target  [B, T] bool, token (b, t) is predicted from tokens (b, <t) and counts
+    tokens      [B, T] int32, padded with 0; T - 1, what a forward reads, is a multiple of `pad_to`
+    is_target   [B, T] bool, token (b, t) is predicted from tokens (b, <t) and counts
+    row_ids     of the examples; n preference pairs make B = 2n rows, chosen answers first, then the rejected ones
+    segments    [B, T] int32, packed rows: the document of each token, -1 for padding; None: one document a row
+    labels      [B] bool, whether an answer is wanted (unpaired feedback)
+    advantages  [B] float32, how much better than its group an answer was (group-relative policy optimization)
     """
 
     tokens: np.ndarray
@@ -30,6 +36,27 @@ class Batch:
     num_targets: int
     num_tokens: int
     row_ids: tuple[int, ...]
+    segments: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    advantages: np.ndarray | None = None
+
+
+class Plan(Protocol):
+    """Which rows make which batch; `BatchPlan`, or `train.data.packing.PackedPlan`. Asking changes nothing."""
+
+    @property
+    def batches_per_epoch(self) -> int: ...
+
+    @property
+    def padding_share(self) -> float: ...
+
+    def num_batches(self, epochs: float) -> int: ...
+
+    def epoch(self, index: int) -> int: ...
+
+    def rows(self, index: int) -> tuple[int, ...]: ...
+
+    def batch(self, rows: Sequence[TokenizedExample], index: int) -> Batch: ...
 
 
 class BatchPlan:
@@ -50,6 +77,10 @@ class BatchPlan:
         """Batches in which each row stands once; the last short one counts."""
         return -(-len(self._lengths) // self.batch_size)
 
+    def num_batches(self, epochs: float) -> int:
+        """Batches of so many passes over the rows."""
+        return math.ceil(epochs * self.batches_per_epoch)
+
     def epoch(self, index: int) -> int:
         """The epoch batch `index` stands in, from 0."""
         return index // self.batches_per_epoch
@@ -60,6 +91,10 @@ class BatchPlan:
         if self._epoch_made is None or self._epoch_made[0] != epoch:
             self._epoch_made = (epoch, self._batches(epoch))
         return self._epoch_made[1][place]
+
+    def batch(self, rows: Sequence[TokenizedExample], index: int) -> Batch:
+        """Batch `index` of these rows, as arrays."""
+        return collate(rows, self.rows(index), self.pad_to)
 
     @property
     def padding_share(self) -> float:
@@ -88,14 +123,27 @@ def padded_length(lengths: np.ndarray, pad_to: int) -> np.ndarray:
 
 
 def collate(rows: Sequence[TokenizedExample], row_ids: Sequence[int], pad_to: int = 8) -> Batch:
-    """Rows `row_ids` of `rows` as one padded batch."""
-    lengths = np.array([len(rows[row]) for row in row_ids])
-    shape = (len(row_ids), int(padded_length(lengths.max(), pad_to)))
+    """Rows `row_ids` of `rows` as one padded batch; pairs as two rows each, unpaired feedback with its labels."""
+    examples = [rows[row] for row in row_ids]
+    rejected = [example.rejected for example in examples if example.rejected is not None]
+    assert len(rejected) in (0, len(examples)), "a batch holds pairs, or none"
+    sequences = [*examples, *rejected]
+    lengths = np.array([len(sequence) for sequence in sequences])
+    shape = (len(sequences), int(padded_length(lengths.max(), pad_to)))
     tokens, is_target = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for place, row in enumerate(row_ids):
-        tokens[place, : lengths[place]] = rows[row].token_ids
-        is_target[place, : lengths[place]] = rows[row].is_target
-    return Batch(tokens, is_target, int(is_target.sum()), int(lengths.sum()), tuple(row_ids))
+    for place, sequence in enumerate(sequences):
+        tokens[place, : lengths[place]] = sequence.token_ids
+        is_target[place, : lengths[place]] = sequence.is_target
+    labels = [example.label for example in examples if example.label is not None]
+    assert len(labels) in (0, len(examples)), "a batch holds labels, or none"
+    return Batch(
+        tokens,
+        is_target,
+        int(is_target.sum()),
+        int(lengths.sum()),
+        tuple(row_ids),
+        labels=np.array(labels, bool) if labels else None,
+    )
 
 
 def validation_rows(lengths: Sequence[int], batch_size: int, num_batches: int) -> list[tuple[int, ...]]:

@@ -3,143 +3,368 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from serve.errors import DataError
-from train.data.example import Example
-from train.recipe import DatasetSource
+from train.data.example import Example, Message
+from train.data.kinds import LEARNS_FROM, SHAPES, needed, objectives_of
+from train.data.messages import (
+    kind_of,
+    no_turn_of,
+    parse_json_list,
+    problems_of,
+    turns_of,
+    untrained_turns,
+    without_marks,
+)
+from train.recipe import DatasetSource, Recipe
+
+CONVERSATIONS = "conversations"
+"""ShareGPT's key; read where `chat_feature` is not in the row."""
+ALPACA = ("instruction", "input", "output", "system")
 
 
-def parse_row(row: Any, entry: DatasetSource, roles: Collection[str], source: str, line: int) -> Example:
-    """The Example of a row; `roles` are those of which a conversation must hold a turn (none: any will do).
+@dataclass(frozen=True)
+class Rules:
+    """How rows of one source are read. A conversation must hold a turn of one of `roles`; none: any will do."""
 
-    DataError, a line for each problem, each starting with `source:line`.
-    """
+    entry: DatasetSource
+    objective: str = "sft"
+    roles: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, recipe: Recipe, entry: DatasetSource) -> Rules:
+        """The rules of a recipe for one of its sources."""
+        return cls(entry, recipe.objective, recipe.roles_to_train if recipe.mask_prompt else ())
+
+
+class _Row:
+    """A row being taken apart: its parts so far, and its problems."""
+
+    def __init__(self, row: Mapping[str, Any], rules: Rules) -> None:
+        self.row = row
+        self.entry = rules.entry
+        self.roles: Collection[str] = rules.roles
+        self.problems: list[str] = []
+        self.parts: dict[str, Any] = {}
+        self.used: set[str] = set()
+
+    def get(self, name: str) -> Any:
+        self.used.add(name)
+        return self.row.get(name)
+
+    def text(self, name: str) -> str:
+        """A key's words; a problem if there are none."""
+        value = self.get(name)
+        if not isinstance(value, str):
+            self.problems.append(f"{name}: found {kind_of(value)}; expected a string")
+        elif not value:
+            self.problems.append(f"{name}: found an empty string; expected text")
+        return value if isinstance(value, str) else ""
+
+    def turns(self, name: str) -> list[Any]:
+        """A key's messages, in our spelling; problems where they are none. [] if there are any."""
+        value = parse_json_list(self.get(name))
+        value = [value] if isinstance(value, Mapping) else value
+        problems = list(problems_of(value, name))
+        self.problems += problems
+        return [] if problems else turns_of(value)
+
+    def tools(self) -> None:
+        value = parse_json_list(self.get("tools"))
+        if value is None or value == [] or value == "":
+            return
+        if not isinstance(value, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in value):
+            self.problems.append(f"tools: found {kind_of(value)}; expected a list of objects")
+        else:
+            self.parts["tools"] = tuple(value)
+
+    def converse(self, turns: Sequence[Message], context: int = 0) -> None:
+        """Take `turns` as the conversation; the first `context` of them are not learned from."""
+        marked = untrained_turns(turns)
+        untrained = tuple(sorted({*range(context), *marked}))
+        if marked and not self.roles:
+            self.problems.append(
+                "a turn is marked as not to be trained on, which needs mask_prompt: true and an objective that masks"
+            )
+        self.parts["messages"], self.parts["untrained"] = without_marks(turns), untrained
+
+    def chat_key(self) -> str:
+        """Where this row's conversation stands."""
+        name = self.entry.chat_feature
+        return CONVERSATIONS if name not in self.row and CONVERSATIONS in self.row else name
+
+
+def parse_row(row: Any, rules: Rules, source: str, line: int) -> Example:
+    """The Example of a row. DataError, a line for each problem, each starting with `source:line`."""
     place = f"{source}:{line}"
     if not isinstance(row, Mapping):
-        raise DataError(f"{place}: found {_kind(row)}; expected an object with keys")
-    kind = entry.type if entry.type != "auto" else _kind_of_row(row, entry)
-    if kind is None:
-        raise DataError(f"{place}: {_unknown(row, entry)}")
-    if kind == "chat":
-        problems = list(_chat_problems(row, entry.chat_feature, roles))
-        parts: dict[str, Any] = {
-            "messages": _tuple(row.get(entry.chat_feature)),
-            "tools": _tuple(row.get("tools")),
-        }
-    elif kind == "completion":
-        names = (entry.prompt_feature, entry.completion_feature)
-        problems = [problem for name in names for problem in _text_problems(row, name)]
-        parts = {
-            "prompt": row.get(names[0]),
-            "completion": row.get(names[1]),
-            "tools": _tuple(row.get("tools")),
-        }
-        problems += _tools_problems(row)
-    else:
-        problems = list(_text_problems(row, entry.text_feature))
-        parts = {"text": row.get(entry.text_feature)}
-    if problems:
-        raise DataError("\n".join(f"{place}: {problem}" for problem in problems))
-    return Example(source=source, line=line, **parts)
+        raise DataError(f"{place}: found {kind_of(row)}; expected an object with keys")
+    kind = rules.entry.type if rules.entry.type != "auto" else recognise(row, rules)
+    if kind not in LEARNS_FROM[rules.objective]:
+        raise DataError(f"{place}: {unusable(row, rules)}")
+    taken = _Row(row, rules)
+    _PARSERS[kind](taken)
+    if taken.problems:
+        raise DataError("\n".join(f"{place}: {problem}" for problem in taken.problems))
+    return Example(source=source, line=line, **taken.parts)
 
 
-def _kind_of_row(row: Mapping[str, Any], entry: DatasetSource) -> str | None:
-    """mlx-lm's order: prompt and completion, then messages, then text."""
-    if row.get(entry.prompt_feature) is not None and row.get(entry.completion_feature) is not None:
-        return "completion"
-    if row.get(entry.chat_feature) is not None:
-        return "chat"
-    return "text" if row.get(entry.text_feature) is not None else None
+# What a row is
 
 
-def _unknown(row: Mapping[str, Any], entry: DatasetSource) -> str:
-    wanted = f"{entry.chat_feature}, {entry.prompt_feature} and {entry.completion_feature}, or {entry.text_feature}"
+def recognise(row: Mapping[str, Any], rules: Rules) -> str | None:
+    """The kind of a row by its keys; the objective's own kinds first, in their order. None: nothing fits."""
+    present = list(_kinds(row, rules))
+    if "unpaired" in present and rules.objective in ("sft", "cpt"):
+        return "unpaired"  # half of such answers are unwanted ones: not to be learned from by accident
+    wanted = [kind for kind in LEARNS_FROM[rules.objective] if kind in present]
+    others = [kind for kind in present if kind != "prompt"]  # such a row rather lacks its answer
+    return (wanted or others or [None])[0]
+
+
+def unusable(row: Mapping[str, Any], rules: Rules) -> str | None:
+    """Why no row with these keys can be used, or None."""
+    entry, objective = rules.entry, rules.objective
     found = ", ".join(map(str, row)) or "nothing"
-    if "conversations" in row:
-        return f"found keys {found}; for conversations write chat_feature: conversations"
-    names = [entry.chat_feature, entry.prompt_feature, entry.completion_feature, entry.text_feature]
-    for key in row:
-        if close := difflib.get_close_matches(str(key), names, n=1):
-            return f"found keys {found}; expected {wanted}; did you mean {close[0]} by {key}?"
-    return f"found keys {found}; expected {wanted} (or name the keys by chat_feature, prompt_feature, …)"
-
-
-def _chat_problems(row: Mapping[str, Any], name: str, roles: Collection[str]) -> Iterator[str]:
-    messages = row.get(name)
-    if not isinstance(messages, (list, tuple)):
-        yield f"{name}: found {_kind(messages)}; expected a list of messages"
-        return
-    for index, message in enumerate(messages):
-        for problem in _message_problems(message):
-            yield f"{name}.{index}{problem}"
-    found = [str(message.get("role")) for message in messages if isinstance(message, Mapping)]
-    if roles and not any(role in roles for role in found):
-        yield f"{name}: no turn of {' or '.join(roles)} to learn from; found {', '.join(found) or 'no turns'}"
-    yield from _tools_problems(row)
-
-
-def _message_problems(message: Any) -> Iterator[str]:
-    if not isinstance(message, Mapping):
-        yield f": found {_kind(message)}; expected an object with role and content"
-        return
-    if not isinstance(message.get("role"), str):
-        hint = (
-            "; a ShareGPT row has from and value: rename them to role and content"
-            if "from" in message
-            else ""
+    kind = entry.type if entry.type != "auto" else recognise(row, rules)
+    if kind is None:
+        return f"found keys {found}; objective {objective} needs {needed(objective)}{_hint(row, rules)}"
+    if kind in LEARNS_FROM[objective]:
+        return None
+    if kind == "unpaired":
+        advice = (
+            f"write objective: {objectives_of(kind)}, or type: completion or chat to learn from every answer"
         )
-        yield f".role: found {_kind(message.get('role'))}; expected a string{hint}"
-    content, calls = message.get("content"), message.get("tool_calls")
-    if isinstance(content, (list, tuple)):
-        for index, part in enumerate(content):
-            if (
-                not isinstance(part, Mapping)
-                or part.get("type") != "text"
-                or not isinstance(part.get("text"), str)
-            ):
-                yield f".content.{index}: found {_kind(part)}; expected {{type: text, text: …}}"
-    elif not isinstance(content, str) and not (content is None and calls):
-        yield f".content: found {_kind(content)}; expected a string"
-    if calls is not None and not (
-        isinstance(calls, (list, tuple)) and all(isinstance(c, Mapping) for c in calls)
+    else:
+        advice = f"rows of {SHAPES[kind]} are for objective {objectives_of(kind)}"
+    return f"found keys {found}; objective {objective} needs {needed(objective)}; {advice}"
+
+
+def _kinds(row: Mapping[str, Any], rules: Rules) -> Iterator[str]:
+    def has(*names: str) -> bool:
+        return all(row.get(name) is not None for name in names)
+
+    entry, label = rules.entry, row.get(rules.entry.label_feature)
+    prompt, completion, chat = entry.prompt_feature, entry.completion_feature, entry.chat_feature
+    if has(entry.chosen_feature) or has(entry.rejected_feature):
+        yield "preference"
+    if (_is_label(label) or (label is not None and rules.objective == "kto")) and (
+        has(completion) or has(chat) or has(CONVERSATIONS)
     ):
-        yield f".tool_calls: found {_kind(calls)}; expected a list of objects"
+        yield "unpaired"
+    if has(prompt, completion):
+        yield "completion"
+    if has(chat):
+        yield "chat"
+    if not has(chat) and has(CONVERSATIONS):
+        yield "sharegpt"
+    if has(entry.text_feature):
+        yield "text"
+    if has("instruction", "output"):
+        yield "alpaca"
+    if has(prompt) or has(chat) or has(CONVERSATIONS):
+        yield "prompt"
 
 
-def _tools_problems(row: Mapping[str, Any]) -> Iterator[str]:
-    tools = row.get("tools")
-    if tools is not None and not (
-        isinstance(tools, (list, tuple)) and all(isinstance(t, Mapping) for t in tools)
-    ):
-        yield f"tools: found {_kind(tools)}; expected a list of objects"
+def _is_label(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))
 
 
-def _text_problems(row: Mapping[str, Any], name: str) -> Iterator[str]:
-    value = row.get(name)
-    if not isinstance(value, str):
-        yield f"{name}: found {_kind(value)}; expected a string"
-    elif not value:
-        yield f"{name}: found an empty string; expected text"
+def _hint(row: Mapping[str, Any], rules: Rules) -> str:
+    entry = rules.entry
+    names = [name for key, name in entry if key.endswith("_feature")]
+    for key in row:
+        if (close := difflib.get_close_matches(str(key), names, n=1)) and close[0] not in row:
+            return f"; did you mean {close[0]} by {key}?"
+    return " (or name the keys by chat_feature, prompt_feature, …)"
 
 
-def _tuple(value: Any) -> tuple[Any, ...] | None:
-    return tuple(value) if isinstance(value, (list, tuple)) and value else None
+# The parts of each kind
 
 
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    names = {
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "an object",
-    }
-    shown = repr(value)
-    return (
-        f"{names.get(type(value), type(value).__name__)} ({shown if len(shown) <= 40 else shown[:39] + '…'})"
-    )
+def _chat(taken: _Row, name: str | None = None) -> None:
+    name = name or taken.chat_key()
+    turns = taken.turns(name)
+    if turns:
+        taken.converse(turns)
+        problem = no_turn_of(taken.roles, turns, taken.parts["untrained"])
+        taken.problems += [f"{name}: {problem}"] if problem else []
+    taken.tools()
+
+
+def _sharegpt(taken: _Row) -> None:
+    name = CONVERSATIONS if CONVERSATIONS in taken.row else taken.entry.chat_feature
+    _chat(taken, name)
+    system = taken.get("system")
+    messages = taken.parts.get("messages", ())
+    if isinstance(system, str) and system and messages and messages[0]["role"] != "system":
+        taken.parts["messages"] = ({"role": "system", "content": system}, *messages)
+        taken.parts["untrained"] = tuple(index + 1 for index in taken.parts["untrained"])
+
+
+def _completion(taken: _Row) -> None:
+    """Both as texts, or both as lists of turns (TRL's conversational form: the completion alone is learned from)."""
+    prompt, completion = taken.entry.prompt_feature, taken.entry.completion_feature
+    if isinstance(taken.row.get(prompt), list):
+        before, after = taken.turns(prompt), taken.turns(completion)
+        if before and after:
+            taken.converse([*before, *after], context=len(before) if taken.roles else 0)
+    else:
+        taken.parts["prompt"], taken.parts["completion"] = taken.text(prompt), taken.text(completion)
+    taken.tools()
+
+
+def _text(taken: _Row) -> None:
+    taken.parts["text"] = taken.text(taken.entry.text_feature)
+
+
+def _alpaca(taken: _Row) -> None:
+    """instruction, then input if there is any, as the user's turn; output as the assistant's."""
+    asked, answer = _instruction(taken), taken.text("output")
+    system = taken.get("system")
+    if isinstance(system, str) and system:
+        turns = [("system", system), ("user", asked), ("assistant", answer)]
+        taken.converse([{"role": role, "content": words} for role, words in turns])
+    else:
+        taken.parts["prompt"], taken.parts["completion"] = asked, answer
+
+
+def _instruction(taken: _Row) -> str:
+    more = taken.get("input")
+    if more is not None and not isinstance(more, str):
+        taken.problems.append(f"input: found {kind_of(more)}; expected a string")
+    asked = taken.text("instruction")
+    return f"{asked}\n\n{more}" if isinstance(more, str) and more.strip() else asked
+
+
+def _preference(taken: _Row) -> None:
+    """Two answers after one prompt; or, TRL's implicit form, two whole conversations with a common beginning."""
+    names = taken.entry.chosen_feature, taken.entry.rejected_feature
+    values = [taken.row.get(name) for name in names]
+    taken.tools()
+    if not any(isinstance(value, (list, Mapping)) for value in values):
+        answers = [[{"role": "assistant", "content": taken.text(name)}] for name in names]
+        _before(taken, required=True)
+    else:
+        answers = [taken.turns(name) for name in names]
+        if not all(answers):
+            return
+        is_whole = any(turns[0]["role"] != "assistant" for turns in answers)
+        if is_whole:
+            _take_common_beginning(taken, answers)
+        else:
+            _before(taken, required=True)
+    for name, turns in zip(names, answers, strict=True):
+        _check_answer(taken, name, turns)
+    taken.parts["chosen"], taken.parts["rejected"] = map(without_marks, answers)
+
+
+def _before(taken: _Row, required: bool) -> None:
+    """The turns before the answers: `prompt`, the messages' key, or instruction and input."""
+    prompt, chat = taken.entry.prompt_feature, taken.chat_key()
+    if isinstance(taken.row.get(prompt), str):
+        taken.parts["prompt"] = taken.text(prompt)
+    elif taken.row.get(prompt) is not None:
+        taken.parts["messages"] = without_marks(taken.turns(prompt))
+    elif taken.row.get(chat) is not None:
+        taken.parts["messages"] = without_marks(taken.turns(chat))
+    elif taken.row.get("instruction") is not None:
+        taken.parts["prompt"] = _instruction(taken)
+    elif required:
+        taken.problems.append(
+            f"{prompt}: found nothing; expected the prompt of both answers (or whole conversations in "
+            f"{taken.entry.chosen_feature} and {taken.entry.rejected_feature})"
+        )
+    _check_prompt(taken)
+
+
+def _check_prompt(taken: _Row) -> None:
+    messages = taken.parts.get("messages")
+    if messages and messages[-1]["role"] == "assistant":
+        taken.problems.append("the prompt ends with the assistant's turn; expected the user's (or a tool's)")
+
+
+def _take_common_beginning(taken: _Row, answers: list[list[Any]]) -> None:
+    """Split off the turns that both conversations begin with, in place; they are the prompt."""
+    chosen, rejected = answers
+    prompt, chat = taken.entry.prompt_feature, taken.chat_key()
+    count = sum(1 for _ in _common(chosen, rejected))
+    while count and chosen[count - 1]["role"] == "assistant" and count == min(len(chosen), len(rejected)):
+        count -= 1
+    common = chosen[:count]
+    if not common:
+        taken.problems.append("chosen and rejected are conversations that begin with different turns")
+    said = taken.get(prompt)
+    if isinstance(said, str) and common and said.strip() not in _words(common):
+        taken.problems.append(f"{prompt}: its words are not in the conversation both answers begin with")
+    taken.used.add(chat)
+    taken.parts["messages"] = without_marks(common)
+    answers[:] = [chosen[count:], rejected[count:]]
+
+
+def _words(turns: Sequence[Message]) -> str:
+    return "\n".join(str(turn.get("content")) for turn in turns)
+
+
+def _common(first: Sequence[Any], second: Sequence[Any]) -> Iterator[Any]:
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            return
+        yield one
+
+
+def _check_answer(taken: _Row, name: str, turns: Sequence[Message]) -> None:
+    if not turns:
+        taken.problems.append(f"{name}: found no answer after the turns both begin with")
+    elif turns[0]["role"] != "assistant" or turns[-1]["role"] != "assistant":
+        roles = ", ".join(str(turn["role"]) for turn in turns)
+        taken.problems.append(f"{name}: found turns of {roles}; expected the assistant's answer")
+    elif turns[-1].get("content") == "" and not turns[-1].get("tool_calls"):
+        problem = f"{name}: found an empty string; expected text"
+        taken.problems += [] if problem in taken.problems else [problem]
+
+
+def _unpaired(taken: _Row) -> None:
+    """One answer and whether it was wanted; the answer is the completion, or the last turn of the messages."""
+    label = taken.get(taken.entry.label_feature)
+    if not _is_label(label):
+        taken.problems.append(f"{taken.entry.label_feature}: found {kind_of(label)}; expected true or false")
+    taken.parts["label"] = label if isinstance(label, bool) else str(label).lower() == "true"
+    if taken.row.get(taken.entry.completion_feature) is not None:
+        _completion(taken)
+        return
+    name = taken.chat_key()
+    turns = taken.turns(name)
+    taken.tools()
+    if turns and turns[-1]["role"] != "assistant":
+        taken.problems.append(
+            f"{name}: the last turn is of {turns[-1]['role']}; expected the assistant's answer"
+        )
+    if turns:
+        taken.converse(turns, context=len(turns) - 1)
+
+
+def _prompt(taken: _Row) -> None:
+    """What is to be answered; every other column is for the reward."""
+    taken.tools()
+    _before(taken, required=False)
+    if taken.parts.get("prompt") is None and not taken.parts.get("messages"):
+        taken.problems += (
+            [] if taken.problems else [f"{taken.entry.prompt_feature}: found nothing; expected text"]
+        )
+    taken.parts["fields"] = {str(k): v for k, v in taken.row.items() if k not in taken.used}
+
+
+_PARSERS: Mapping[str, Callable[[_Row], None]] = {
+    "chat": _chat,
+    "completion": _completion,
+    "text": _text,
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
+    "preference": _preference,
+    "unpaired": _unpaired,
+    "prompt": _prompt,
+}

@@ -1,4 +1,4 @@
-"""A recipe's data -> Examples: local .jsonl, .json and .parquet files, folders of them, and hub datasets.
+"""A recipe's data -> Examples, split and weighted. Files are `files`', single rows are `rows`'.
 
 Problems are collected, up to 20, and raised as one DataError that names file and line (for .json, .parquet and hub
 rows, the row's number). The validation split is drawn from the recipe's seed alone; no tokens are made here.
@@ -6,21 +6,31 @@ rows, the row's number). The validation split is drawn from the recipe's seed al
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
 from serve.errors import DataError
+from train.data.duplicates import DuplicateReport, content_key, without_duplicates
+from train.data.duplicates import report as report_duplicates
 from train.data.example import Example
-from train.data.rows import parse_row
+from train.data.files import TABLES, Row, Split, rows_of, suffix_of
+from train.data.rows import Rules, parse_row, unusable
 from train.recipe import DatasetSource, Recipe
 
-Split = Literal["train", "valid", "test"]
-SUFFIXES = (".jsonl", ".json", ".parquet")
 MAX_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A recipe's training and validation rows, and what repeats in them. Training rows are weighted already."""
+
+    train: list[Example]
+    valid: list[Example]
+    duplicates: DuplicateReport
 
 
 def read(recipe: Recipe, split: Split) -> list[Example]:
@@ -37,25 +47,83 @@ def read(recipe: Recipe, split: Split) -> list[Example]:
                 f"no test rows in {_names(entries)}; a folder's stand in test.jsonl, or name test_split"
             )
         return test
-    valid = [example for rows in _read_all(entries, "valid", recipe) for example in rows]
+    if split == "valid" and not recipe.val_set_size:
+        return _own_validation(recipe)
+    return getattr(read_corpus(recipe), split)
+
+
+def read_corpus(recipe: Recipe) -> Corpus:
+    """Training and validation rows of a recipe that does not stream. Raises as `read`."""
+    entries = recipe.sources()
+    valid = _own_validation(recipe)
+    train = _read_all(entries, "train", recipe)
+    if not any(train):
+        raise DataError(f"no training rows in {_names(entries)}")
+    duplicates = report_duplicates(
+        [example for rows in train for example in rows], valid, removed=recipe.dataset_exact_deduplication
+    )
+    if recipe.dataset_exact_deduplication:
+        seen = list(valid)
+        for index, rows in enumerate(train):
+            train[index] = without_duplicates(rows, seen)
+            seen += train[index]
+        if not any(train):
+            raise DataError(
+                "dataset_exact_deduplication leaves no training rows: all stand in the validation rows"
+            )
+    if recipe.val_set_size:
+        held_out = _validation_indices([example for rows in train for example in rows], recipe)
+        valid, train = _divide(train, held_out)
+    weighted = [
+        example
+        for entry, rows in zip(entries, train, strict=True)
+        for example in _weighted(rows, entry.weight, recipe.seed)
+    ]
+    return Corpus(weighted, valid, duplicates)
+
+
+def streamed_validation(recipe: Recipe) -> list[Example]:
+    """Validation rows of a recipe that streams: the sources' own, or the first `val_set_size` of the stream."""
+    valid = _own_validation(recipe)
+    if valid or not recipe.val_set_size:
+        return valid
+    wanted = int(recipe.val_set_size)
+    return _checked(islice(stream_examples(recipe), wanted))
+
+
+def stream_examples(recipe: Recipe) -> Iterator[Example | DataError]:
+    """The training rows of a recipe that streams, without end: sources take turns by weight and start over.
+
+    The same rows each time. A row that cannot be used is given as its DataError; DataError for an empty source.
+    """
+    entries = recipe.sources()
+    readers = [_endless(Rules.of(recipe, entry)) for entry in entries]
+    taken = [0] * len(entries)
+    while True:
+        # The source that is furthest behind its weight: every prefix of the stream holds them in proportion.
+        source = min(range(len(entries)), key=lambda i: ((taken[i] + 1) / entries[i].weight, i))
+        taken[source] += 1
+        yield next(readers[source])
+
+
+def _endless(rules: Rules) -> Iterator[Example | DataError]:
+    while True:
+        count = 0
+        for found in _examples(rules, "train"):
+            count += 1
+            yield found
+        if not count:
+            raise DataError(f"no training rows in {rules.entry.path}")
+
+
+def _own_validation(recipe: Recipe) -> list[Example]:
+    """Validation rows that the sources bring themselves."""
+    valid = [example for rows in _read_all(recipe.sources(), "valid", recipe) for example in rows]
     if valid and recipe.val_set_size:
         raise DataError(
             f"val_set_size is {recipe.val_set_size}, but {valid[0].source} holds validation rows already; keep one"
         )
-    if split == "valid" and not recipe.val_set_size:
-        return valid
-    train = _read_all(entries, "train", recipe)
-    if not any(train):
-        raise DataError(f"no training rows in {_names(entries)}")
-    taken = _validation_indices(sum(map(len, train)), recipe)
-    held_out, remaining = _divide(train, taken)
-    if split == "valid":
-        return held_out
-    return [
-        example
-        for entry, rows in zip(entries, remaining, strict=True)
-        for example in _weighted(rows, entry.weight, recipe.seed)
-    ]
+    return valid
 
 
 def _names(entries: Sequence[DatasetSource]) -> str:
@@ -63,155 +131,95 @@ def _names(entries: Sequence[DatasetSource]) -> str:
 
 
 def _read_all(entries: Sequence[DatasetSource], split: Split, recipe: Recipe) -> list[list[Example]]:
-    roles = recipe.roles_to_train if recipe.mask_prompt else ()
     problems: list[str] = []
     found: list[list[Example]] = []
     for entry in entries:
         examples: list[Example] = []
-        for source, line, row in _rows(entry, split):
-            try:
-                if isinstance(row, DataError):
-                    raise row
-                examples.append(parse_row(row, entry, roles, source, line))
-            except DataError as error:
-                problems += str(error).splitlines()
-            if len(problems) >= MAX_PROBLEMS:
-                problems.append("… and perhaps more; these are the first")
-                raise DataError("\n".join(problems))
+        for example in _examples(Rules.of(recipe, entry), split):
+            if isinstance(example, DataError):
+                problems += str(example).splitlines()
+                _stop_at_many(problems)
+            else:
+                examples.append(example)
         found.append(examples)
     if problems:
         raise DataError("\n".join(problems))
     return found
 
 
-# Files and hub names -> (source, line, row). A row that cannot be parsed is given as its DataError.
-
-Row = tuple[str, int, Any]
-
-
-def _rows(entry: DatasetSource, split: Split) -> Iterator[Row]:
-    path = Path(entry.path)
-    named = {"train": entry.split, "valid": entry.valid_split, "test": entry.test_split}[split]
-    if path.is_dir():
-        yield from _folder_rows(path, named, split)
-    elif path.is_file():
-        if entry.split != "train" or entry.valid_split or entry.test_split:
-            raise DataError(
-                f"{path}: a single file has no splits; give a folder, or take rows by val_set_size"
-            )
-        if split == "train":
-            yield from _file_rows(path)
-    elif (
-        path.suffix in SUFFIXES
-        or path.is_absolute()
-        or entry.path.startswith(".")
-        or entry.path.count("/") > 1
-    ):
-        raise DataError(f"{path}: no such file or folder")
-    else:
-        yield from _hub_rows(entry, named, split)
-
-
-def _folder_rows(folder: Path, named: str | None, split: Split) -> Iterator[Row]:
-    stem = named or split
-    files = [folder / f"{stem}{suffix}" for suffix in SUFFIXES]
-    present = [file for file in files if file.is_file()]
-    if len(present) > 1:
-        raise DataError(f"{folder}: found {' and '.join(file.name for file in present)}; keep one")
-    if present:
-        yield from _file_rows(present[0])
-    elif split == "train" or named is not None:
-        raise DataError(f"{folder}: expected {stem}.jsonl, {stem}.json or {stem}.parquet in it; found none")
-
-
-def _file_rows(path: Path) -> Iterator[Row]:
-    if path.suffix == ".jsonl":
-        yield from _jsonl_rows(path)
-    elif path.suffix == ".json":
-        yield from _json_rows(path)
-    elif path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-    else:
-        raise DataError(f"{path}: found a {path.suffix or 'nameless'} file; expected {', '.join(SUFFIXES)}")
-
-
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            if not raw.strip():
-                continue
-            try:
-                yield str(path), number, json.loads(raw.decode("utf-8-sig"))
-            except json.JSONDecodeError as error:
-                message = f"{path}:{number}: not JSON: {error.msg} at column {error.colno}"
-                yield str(path), number, DataError(message)
-            except UnicodeDecodeError as error:
-                message = f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start}"
-                yield str(path), number, DataError(message)
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
-    if not isinstance(rows, list):
-        raise DataError(
-            f"{path}: found one {type(rows).__name__}; expected a list of rows (or one row a line in .jsonl)"
-        )
-    for number, row in enumerate(rows, 1):
-        yield str(path), number, row
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as parquet: {error}") from None
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield str(path), number, _without_nulls(row)
-
-
-def _hub_rows(entry: DatasetSource, named: str | None, split: Split) -> Iterator[Row]:
-    """A hub dataset's split; validation and test rows that are not named are taken if the dataset has them."""
-    import datasets
-
-    source = f"{entry.path}[{named or split}]"
-    try:
-        if named is not None:
-            rows = datasets.load_dataset(entry.path, split=named, **entry.config)
+def _checked(found: Iterable[Example | DataError]) -> list[Example]:
+    examples: list[Example] = []
+    problems: list[str] = []
+    for example in found:
+        if isinstance(example, DataError):
+            problems += str(example).splitlines()
+            _stop_at_many(problems)
         else:
-            rows = datasets.load_dataset(entry.path, **entry.config).get(split, [])
-    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{source}: not a file here, and the hub gives no such data: {error}") from error
-    for number, row in enumerate(rows, 1):
-        yield source, number, _without_nulls(row)
+            examples.append(example)
+    if problems:
+        raise DataError("\n".join(problems))
+    return examples
 
 
-def _without_nulls(value: Any) -> Any:
-    """Columnar formats fill keys a row does not have with null; templates want them absent."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+def _stop_at_many(problems: list[str]) -> None:
+    if len(problems) >= MAX_PROBLEMS:
+        raise DataError("\n".join([*problems[:MAX_PROBLEMS], "… and perhaps more; these are the first"]))
+
+
+def _examples(rules: Rules, split: Split) -> Iterator[Example | DataError]:
+    """A source's rows as Examples; one that cannot be used is given as its DataError."""
+    is_first = True
+    for source, line, row in rows_of(rules.entry, split):
+        if is_first:
+            _check_columns((source, line, row), rules)
+            is_first = False
+        try:
+            if isinstance(row, DataError):
+                raise row
+            yield parse_row(row, rules, source, line)
+        except DataError as error:
+            yield error
+
+
+def _check_columns(first: Row, rules: Rules) -> None:
+    """A table whose columns are the wrong ones is one problem, not one a row."""
+    source, _, row = first
+    if suffix_of(Path(source)) not in TABLES or isinstance(row, DataError):
+        return
+    reason = unusable(row, rules)
+    if reason:
+        raise DataError(f"{source}: its columns are no use: {reason}")
 
 
 # Dividing and weighting
 
 
-def _validation_indices(total: int, recipe: Recipe) -> set[int]:
-    size = recipe.val_set_size
-    if not size:
-        return set()
+def _validation_indices(rows: Sequence[Example], recipe: Recipe) -> set[int]:
+    """Rows to hold out, rows of one content together: duplicates never stand on both sides."""
+    size, total = recipe.val_set_size, len(rows)
     count = max(1, round(size * total)) if isinstance(size, float) else size
     if count >= total:
         raise DataError(f"val_set_size {size} takes {count} of {total} rows and leaves none to train on")
-    rng = np.random.default_rng([recipe.seed, 1])
-    return set(rng.permutation(total)[:count].tolist())
+    groups: dict[bytes, list[int]] = {}
+    for index, example in enumerate(rows):
+        groups.setdefault(content_key(example), []).append(index)
+    apart = list(groups.values())
+    if len(apart) < 2:
+        raise DataError(
+            f"val_set_size {size}: all {total} rows have the same content; there is nothing to divide"
+        )
+    taken: set[int] = set()
+    for place in np.random.default_rng([recipe.seed, 1]).permutation(len(apart)).tolist():
+        if len(taken) + len(apart[place]) <= count:
+            taken.update(apart[place])
+        if len(taken) == count:
+            break
+    if not taken:
+        smallest = min(map(len, apart))
+        raise DataError(
+            f"val_set_size {size} is {count} rows, but the same content stands in {smallest} at least"
+        )
+    return taken
 
 
 def _divide(

@@ -1,0 +1,165 @@
+"""The estimate of memory against what MLX measures, and the counting rules on graphs small enough to do by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.memory import Operation, Value, cost_of, peak_bytes
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 2000,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+# What a step of the real thing takes at its peak, in a process of its own: peaks are of a process's life.
+SCRIPT = """
+import json, sys
+import mlx.core as mx, numpy as np
+from pathlib import Path
+from serve.model.loading import build_random
+from train.adapt import add_lora, train_all
+from train.data.batches import Batch
+from train.estimate import Workload, estimate
+from train.optim import build_optimizer, build_schedule
+from train.recipe import load_recipe
+from train.trainer import Stepper
+recipe = load_recipe(Path(sys.argv[1]), sys.argv[2:4])
+rows, length, share = int(sys.argv[4]), int(sys.argv[5]), float(sys.argv[6])
+found = estimate(recipe, Workload(rows, length, rows * length, 1, 0, 0))
+network = build_random(Path(recipe.model), 0).network
+if recipe.lora_parameters:
+    add_lora(network, rank=recipe.lora_parameters.rank, scale=1.0, dropout=recipe.lora_parameters.dropout)
+else:
+    train_all(network)
+schedule = build_schedule(None, learning_rate=1e-4, num_steps=9)
+optimizer = build_optimizer(recipe.optimizer, {}, schedule, learning_rate=1e-4)
+stepper = Stepper(network, optimizer, recompute=recipe.grad_checkpoint)
+network.module.train()
+tokens = np.random.default_rng(0).integers(1, 99, (rows, length + 1)).astype(np.int32)
+is_target = np.zeros(tokens.shape, bool)
+is_target[:, -int(length * share):] = True
+batch = Batch(tokens, is_target, int(is_target.sum()), tokens.size, tuple(range(rows)))
+stepper.step([batch], 0)
+mx.clear_cache()
+mx.reset_peak_memory()
+stepper.step([batch], 1)
+print(json.dumps({"estimated": found.peak_bytes - found.process_bytes, "measured": mx.get_peak_memory()}))
+"""
+CASES = [
+    ("qwen3", "fine_tune_type=lora", "grad_checkpoint=false", 4, 128, 0.3),
+    ("llama", "fine_tune_type=full", "grad_checkpoint=true", 2, 256, 0.3),
+]
+MORE_CASES = [
+    *[
+        (family, kind, again, *shape)
+        for family in ("llama", "qwen3", "gemma2")
+        for kind in ("fine_tune_type=lora", "fine_tune_type=full")
+        for again in ("grad_checkpoint=false", "grad_checkpoint=true")
+        for shape in ((4, 128, 0.3), (2, 512, 0.5))
+    ],
+    ("qwen3_moe", "fine_tune_type=lora", "grad_checkpoint=false", 4, 128, 0.3),
+    ("qwen3", "fine_tune_type=lora", "grad_checkpoint=false", 16, 64, 1.0),
+]
+EXTRAS = {
+    "gemma2": {"query_pre_attn_scalar": 32.0},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+    },
+}
+
+
+def measure(make_model, tmp_path, family, kind, again, rows, length, share) -> tuple[int, int]:
+    """(estimated, measured) bytes of arrays at the peak of a step."""
+    model = make_model(f"estimate-{family}", {"model_type": family, **SMALL, **EXTRAS.get(family, {})})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {model}\ndata: nowhere\nnum_layers: -1\n")
+    words = [str(recipe), kind, again, str(rows), str(length), str(share)]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *words], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    return told["estimated"], told["measured"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_the_estimated_peak_is_near_the_measured_one(make_model, tmp_path, case):
+    estimated, measured = measure(make_model, tmp_path, *case)
+    assert measured / 1.5 < estimated < measured * 1.5
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("case", MORE_CASES, ids=lambda case: "-".join(map(str, case)))
+def test_the_estimated_peak_is_near_the_measured_one_for_more(make_model, tmp_path, case):
+    estimated, measured = measure(make_model, tmp_path, *case)
+    print(f"{case}: estimated {estimated / 1e6:.1f} MB, measured {measured / 1e6:.1f} MB")
+    assert measured / 1.5 < estimated < measured * 1.5
+
+
+def value(name: str, *shape: int) -> Value:
+    size = 4
+    for length in shape:
+        size *= length
+    return Value(name, shape, size)
+
+
+X, Y, Z = value("x", 8), value("y", 8), value("z", 8)
+A, B, C = value("a", 8), value("b", 8), value("c", 8)
+
+
+def test_memory_is_free_once_its_last_reader_has_run():
+    chain = [
+        Operation("Matmul", (X,), (A,)),
+        Operation("Matmul", (A,), (B,)),
+        Operation("Matmul", (B,), (C,)),
+    ]
+    assert peak_bytes(chain, ["c"]) == 64
+    kept = [*chain, Operation("Matmul", (A, C), (Z,))]
+    assert peak_bytes(kept, ["z"]) == 96
+
+
+def test_an_elementwise_operation_stands_where_its_input_stood_unless_that_is_read_again():
+    chain = [Operation("Matmul", (X,), (A,)), Operation("Exp", (A,), (B,)), Operation("Exp", (B,), (C,))]
+    assert peak_bytes(chain, ["c"]) == 32
+    again = [*chain[:2], Operation("Multiply", (A, B), (C,))]
+    assert peak_bytes(again, ["c"]) == 64
+    assert peak_bytes([Operation("Exp", (X,), (A,))], ["a"]) == 32, (
+        "the graph's inputs are not ours to write on"
+    )
+
+
+def test_a_view_keeps_its_memory_alive_and_a_reshape_of_a_strided_one_copies():
+    turned = Operation("Transpose", (A,), (B,))
+    view = [Operation("Matmul", (X,), (A,)), turned, Operation("Matmul", (B,), (C,))]
+    assert peak_bytes(view, ["c"]) == 64
+    assert peak_bytes([Operation("Transpose", (X,), (A,))], ["a"]) == 0
+    copied = [Operation("Matmul", (X,), (A,)), turned, Operation("Reshape", (B,), (C,))]
+    assert peak_bytes(copied, ["c"]) == 64
+
+
+def test_products_count_as_arithmetic_and_the_rest_as_traffic():
+    left, right, product = value("l", 2, 3), value("r", 3, 5), value("p", 2, 5)
+    cost = cost_of(
+        [Operation("Matmul", (left, right), (product,)), Operation("Exp", (product,), (Y,))], ["y"]
+    )
+    assert cost.flops == 2 * 2 * 3 * 5
+    assert cost.traffic_bytes == product.num_bytes + Y.num_bytes

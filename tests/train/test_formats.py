@@ -1,0 +1,369 @@
+"""Laws of row formats: each kind is known by its keys, gives the turns it says, and is refused where it is no use."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from serve.errors import ConfigError, DataError
+from train.data.kinds import LEARNS_FROM
+from train.data.rows import Rules, parse_row
+from train.data.sources import read
+from train.recipe import DatasetSource, Recipe, load_recipe
+
+ASK, SAY = {"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "It left."}
+OTHER = {"role": "assistant", "content": "No idea."}
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def parse(row: dict, objective: str = "sft", roles=("assistant",), **entry):
+    return parse_row(row, Rules(DatasetSource(path="p", **entry), objective, roles), "f", 3)
+
+
+def problem_of(row: dict, objective: str = "sft", **entry) -> str:
+    with pytest.raises(DataError) as caught:
+        parse(row, objective, **entry)
+    assert str(caught.value).startswith("f:3: ")
+    return str(caught.value)
+
+
+def turns(example) -> list[tuple[str, str]]:
+    return [(m["role"], m["content"]) for m in example.as_messages()]
+
+
+# Conversations
+
+
+def test_sharegpt_turns_become_messages_and_its_system_line_the_first():
+    row = {
+        "conversations": [
+            {"from": "human", "value": "Where is it?"},
+            {"from": "function_call", "value": '{"name": "track", "arguments": {"id": 7}}'},
+            {"from": "observation", "value": "left Monday"},
+            {"from": "gpt", "value": "It left."},
+        ],
+        "system": "Be brief.",
+        "tools": '[{"name": "track"}]',
+    }
+    example = parse(row)
+    assert turns(example) == [
+        ("system", "Be brief."),
+        ("user", "Where is it?"),
+        ("assistant", ""),
+        ("tool", "left Monday"),
+        ("assistant", "It left."),
+    ]
+    (call,) = example.messages[2]["tool_calls"]
+    assert call["function"] == {"name": "track", "arguments": {"id": 7}}
+    assert example.tools == ({"name": "track"},)
+
+
+def test_conversations_may_be_spelled_with_role_and_content_too():
+    assert turns(parse({"conversations": [ASK, SAY]})) == turns(parse({"messages": [ASK, SAY]}))
+
+
+def test_alpaca_joins_instruction_and_input_and_its_system_is_a_turn():
+    assert turns(parse({"instruction": "Add.", "input": "2 3", "output": "5"})) == [
+        ("user", "Add.\n\n2 3"),
+        ("assistant", "5"),
+    ]
+    assert turns(parse({"instruction": "Hi", "input": "", "output": "Ho"})) == [
+        ("user", "Hi"),
+        ("assistant", "Ho"),
+    ]
+    with_system = parse({"instruction": "Hi", "output": "Ho", "system": "Rhyme."})
+    assert turns(with_system)[0] == ("system", "Rhyme.")
+
+
+def test_mlx_lms_order_decides_between_text_and_alpaca_and_type_overrides_it():
+    row = {"instruction": "a", "output": "b", "text": "whole"}
+    assert parse(row).text == "whole"
+    assert turns(parse(row, type="alpaca")) == [("user", "a"), ("assistant", "b")]
+
+
+def test_a_completion_of_turns_is_learned_from_and_the_turns_of_its_prompt_are_not():
+    example = parse({"prompt": [ASK, SAY, ASK], "completion": [OTHER]})
+    assert [m["content"] for m in example.messages] == [
+        "Where is it?",
+        "It left.",
+        "Where is it?",
+        "No idea.",
+    ]
+    assert example.untrained == (0, 1, 2)
+
+
+@pytest.mark.parametrize("mark", [{"train": False}, {"training": False}, {"weight": 0}])
+def test_a_turn_may_say_that_it_is_not_to_be_learned_from(mark):
+    example = parse({"messages": [ASK, {**SAY, **mark}, ASK, OTHER]})
+    assert example.untrained == (1,)
+    assert set(example.messages[1]) == {"role", "content"}
+    assert "marked as not to be trained on" in problem_of({"messages": [ASK, {**SAY, **mark}]})
+    with pytest.raises(DataError, match="needs mask_prompt: true"):
+        parse({"messages": [ASK, {**SAY, **mark}]}, roles=())
+
+
+def test_thoughts_and_calls_are_kept_and_a_turn_may_consist_of_them():
+    thinking = {"role": "assistant", "content": None, "reasoning_content": "easy"}
+    assert parse({"messages": [ASK, thinking]}).messages[1] == thinking
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert parse({"messages": [ASK, SAY], "tools": json.dumps(tools)}).tools == tuple(tools)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            {"conversations": [{"from": "humn", "value": "x"}]},
+            "conversations.0.from: found a string ('humn'); expected",
+        ),
+        (
+            {"conversations": [{"from": "gpt", "value": 3}]},
+            "conversations.0.value: found a number (3); expected a string",
+        ),
+        ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "expected a call as JSON"),
+        ({"messages": []}, "messages: found an empty list"),
+        ({"messages": [ASK, {**SAY, "thinking": 3}]}, "messages.1.thinking: found a number (3)"),
+        ({"messages": [ASK, {**SAY, "weight": 2}]}, "messages.1.weight: found a number (2); expected 0 or 1"),
+        ({"messages": [ASK, {**SAY, "train": "no"}]}, "expected true or false"),
+        ({"messages": [ASK, {"role": "assistant", "content": None}]}, "messages.1.content: found nothing"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "input: found a number (3); expected a string"),
+        ({"instruction": "a", "output": ""}, "output: found an empty string"),
+        (
+            {"prompt": [ASK], "completion": "x"},
+            "completion: found a string ('x'); expected a list of messages",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_conversation_is_named_by_its_key(row, words):
+    assert words in problem_of(row)
+
+
+# Preferences
+
+
+def test_a_pair_of_strings_is_two_answers_to_a_users_turn():
+    example = parse({"prompt": "Where is it?", "chosen": "It left.", "rejected": "No idea."}, "dpo")
+    assert turns(example) == [("user", "Where is it?")]
+    assert (example.chosen, example.rejected) == ((SAY,), (OTHER,))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [ASK], "chosen": [SAY], "rejected": [OTHER]},
+        {"chosen": [ASK, SAY], "rejected": [ASK, OTHER]},
+        {"prompt": "Where is it?", "chosen": [ASK, SAY], "rejected": [ASK, OTHER]},
+        {"messages": [ASK], "chosen": [SAY], "rejected": [OTHER]},
+        {
+            "conversations": [{"from": "human", "value": "Where is it?"}],
+            "chosen": {"from": "gpt", "value": "It left."},
+            "rejected": {"from": "gpt", "value": "No idea."},
+        },
+    ],
+)
+def test_every_spelling_of_a_pair_is_the_same_pair(row):
+    example = parse(row, "orpo")
+    assert (example.messages, example.chosen, example.rejected) == ((ASK,), (SAY,), (OTHER,))
+
+
+def test_the_common_beginning_of_two_conversations_is_the_prompt_with_earlier_answers_in_it():
+    example = parse({"chosen": [ASK, SAY, ASK, SAY], "rejected": [ASK, SAY, ASK, OTHER]}, "dpo")
+    assert example.messages == (ASK, SAY, ASK)
+
+
+def test_two_equal_conversations_are_a_pair_without_a_difference_not_an_error():
+    example = parse({"chosen": [ASK, SAY], "rejected": [ASK, SAY]}, "dpo")
+    assert example.chosen == example.rejected == (SAY,)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "p", "chosen": "c"}, "rejected: found nothing; expected a string"),
+        ({"prompt": "p", "chosen": "", "rejected": "r"}, "chosen: found an empty string; expected text"),
+        ({"chosen": "c", "rejected": "r"}, "prompt: found nothing; expected the prompt of both answers"),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": [OTHER]},
+            "chosen: found a string ('c'); expected a list",
+        ),
+        (
+            {"chosen": [ASK], "rejected": [ASK, SAY]},
+            "chosen: found no answer after the turns both begin with",
+        ),
+        ({"chosen": [ASK, SAY], "rejected": [OTHER]}, "begin with different turns"),
+        (
+            {"prompt": [ASK, SAY], "chosen": [SAY], "rejected": [OTHER]},
+            "the prompt ends with the assistant's turn",
+        ),
+        (
+            {"prompt": "Who?", "chosen": [ASK, SAY], "rejected": [ASK, OTHER]},
+            "prompt: its words are not in the",
+        ),
+        ({"chosen": [ASK, SAY, ASK], "rejected": [ASK, OTHER]}, "found turns of assistant, user; expected"),
+        (
+            {"text": "t"},
+            "objective dpo needs chosen and rejected, after a prompt; rows of text are for objective sft",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_pair_is_named(row, words):
+    assert words in problem_of(row, "dpo")
+
+
+# Feedback
+
+
+def test_feedback_is_an_answer_and_a_label_however_spelled():
+    plain = parse({"prompt": "Where is it?", "completion": "It left.", "label": True}, "kto")
+    assert (plain.prompt, plain.completion, plain.label) == ("Where is it?", "It left.", True)
+    chat = parse({"messages": [ASK, SAY, ASK, OTHER], "label": False}, "kto")
+    assert (chat.label, chat.untrained) == (False, (0, 1, 2))
+    listed = parse({"prompt": [ASK], "completion": [SAY], "label": "True"}, "kto")
+    assert (listed.label, listed.messages, listed.untrained) == (True, (ASK, SAY), (0,))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "p", "completion": "c", "label": 1}, "label: found a number (1); expected true or false"),
+        (
+            {"prompt": "p", "completion": "c", "label": "yes"},
+            "label: found a string ('yes'); expected true or false",
+        ),
+        ({"prompt": "p", "completion": "c"}, "objective kto needs prompt, completion and label"),
+        (
+            {"messages": [SAY, ASK], "label": True},
+            "the last turn is of user; expected the assistant's answer",
+        ),
+    ],
+)
+def test_what_is_wrong_with_feedback_is_named(row, words):
+    assert words in problem_of(row, "kto")
+
+
+def test_answers_that_may_be_unwanted_are_not_learned_by_accident():
+    row = {"prompt": "p", "completion": "c", "label": False}
+    said = problem_of(row)
+    assert "write objective: kto, or type: completion" in said
+    assert parse(row, type="completion").completion == "c"
+    assert parse({**row, "label": "billing"}).completion == "c"  # a column of that name which is no feedback
+
+
+# Prompts
+
+
+def test_a_prompt_row_keeps_its_other_columns_for_the_reward():
+    example = parse({"prompt": "2+2?", "answer": "4", "level": 1}, "grpo")
+    assert (example.prompt, example.fields) == ("2+2?", {"answer": "4", "level": 1})
+    asked = parse({"question": "2+2?", "answer": "4"}, "grpo", prompt_feature="question")
+    assert (asked.prompt, asked.fields) == ("2+2?", {"answer": "4"})
+    chat = parse({"messages": [ASK], "answer": 4}, "grpo")
+    assert (chat.messages, chat.fields) == ((ASK,), {"answer": 4})
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            {"question": "q", "answer": "a"},
+            "objective grpo needs prompt, or messages that end with the user's turn",
+        ),
+        ({"prompt": ""}, "prompt: found an empty string"),
+        ({"messages": [ASK, SAY]}, "the prompt ends with the assistant's turn"),
+    ],
+)
+def test_what_is_wrong_with_a_prompt_is_named(row, words):
+    assert words in problem_of(row, "grpo")
+
+
+# Objectives and kinds
+
+
+SAMPLES = {
+    "chat": {"messages": [ASK, SAY]},
+    "completion": {"prompt": "p", "completion": "c"},
+    "text": {"text": "t"},
+    "alpaca": {"instruction": "a", "output": "b"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
+    "preference": {"prompt": "p", "chosen": "c", "rejected": "r"},
+    "unpaired": {"prompt": "p", "completion": "c", "label": True},
+    "prompt": {"prompt": "p"},
+}
+
+
+@pytest.mark.parametrize("objective", LEARNS_FROM)
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_an_objective_takes_its_own_kinds_of_rows_and_says_what_it_needs_for_the_others(objective, kind):
+    row = SAMPLES[kind]
+    if kind in LEARNS_FROM[objective] or (objective == "grpo" and "prompt" in row):
+        assert parse(row, objective).line == 3
+    elif objective == "grpo" and kind in ("chat", "sharegpt"):
+        assert "the prompt ends with the assistant's turn" in problem_of(row, objective)
+    else:
+        assert f"objective {objective} needs" in problem_of(row, objective)
+
+
+def test_a_type_that_an_objective_cannot_use_is_refused_in_the_recipe(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\nobjective: dpo\ndatasets: [{path: a, type: chat}]\n")
+    with pytest.raises(ConfigError, match=r"datasets.0.type: found chat; objective dpo needs rows of chosen"):
+        load_recipe(file)
+
+
+# Files
+
+
+def test_csv_and_gzipped_rows_are_those_of_jsonl(tmp_path):
+    rows = [{"prompt": f"a, {n}", "completion": 'two\n"lines"'} for n in range(3)]
+    jsonl, packed, table = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", tmp_path / "c.csv"
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    packed.write_bytes(gzip.compress(jsonl.read_bytes()))
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion", "note"])
+        writer.writeheader()
+        writer.writerows(rows)
+    found = {
+        path: read(Recipe(model="m", datasets=[{"path": str(path)}]), "train")
+        for path in (jsonl, packed, table)
+    }
+    said = [[(e.prompt, e.completion) for e in examples] for examples in found.values()]
+    assert said[0] == said[1] == said[2]
+    assert [e.line for e in found[packed]] == [1, 2, 3]
+    assert [e.line for e in found[table]] == [2, 4, 6]  # where each row starts, its cells having lines
+
+
+def test_csv_labels_are_words_and_messages_json(tmp_path):
+    table = tmp_path / "c.csv"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([["messages", "label"], [json.dumps([ASK, SAY]), "False"]])
+    (example,) = read(Recipe(model="m", objective="kto", datasets=[{"path": str(table)}]), "train")
+    assert (example.messages, example.label) == ((ASK, SAY), False)
+
+
+def test_a_folder_may_hold_any_of_the_formats(tmp_path):
+    (tmp_path / "train.csv").write_text("text\nhello\n")
+    datasets.Dataset.from_list([{"text": "valid"}]).to_parquet(str(tmp_path / "valid.parquet"))
+    recipe = Recipe(model="m", data=str(tmp_path))
+    assert [read(recipe, split)[0].text for split in ("train", "valid")] == ["hello", "valid"]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason=f"needs the public data in {SHARED}")
+def test_public_data_is_read_as_it_stands():
+    wikisql = read(Recipe(model="m", data=str(SHARED / "wikisql")), "train")
+    assert len(wikisql) == 1000
+    assert wikisql[0].text.startswith("table: ")
+    gsm8k = {
+        "path": str(SHARED / "gsm8k" / "test.jsonl"),
+        "prompt_feature": "question",
+        "completion_feature": "answer",
+    }
+    answered = read(Recipe(model="m", datasets=[gsm8k]), "train")
+    grpo = {"rewards": [{"kind": "regex", "pattern": "####"}]}
+    asked = read(Recipe(model="m", objective="grpo", batch_size=8, grpo=grpo, datasets=[gsm8k]), "train")
+    assert len(answered) == len(asked) == 1319
+    assert answered[0].completion == asked[0].fields["answer"]

@@ -1,0 +1,243 @@
+"""kill -9 at any instant of a run, then --resume: as if nothing had happened, and nothing left lying about."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from serve.adapters.manifest import read_config, read_tensors
+from train import checkpoint
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    sys.platform == "darwin", reason="the runs are forked from one process, which macOS forbids after Metal"
+)
+
+RECIPE = """
+num_layers: -1
+batch_size: 2
+iters: 14
+learning_rate: 1e-2
+lora_parameters: {rank: 4, scale: 4.0, dropout: 0.1}
+lr_schedule: {name: cosine_decay, warmup: 2}
+grad_accumulation_steps: 2
+steps_per_report: 3
+steps_per_eval: 4
+save_every: 2
+save_total_limit: 2
+load_best_model_at_end: true
+test: true
+metric: {rows: 2, max_tokens: 4}
+samples: {rows: 1, max_tokens: 4, temperature: 1.0}
+"""
+
+# One process imports everything and computes nothing; each life of a run is forked from it, so that a hundred of them
+# take minutes. A life is killed after some seconds, or at its n-th file operation, which Python's audit events count.
+SCRIPT = """
+import io, json, os, random, select, signal, sys, time, traceback
+from pathlib import Path
+from rich.console import Console
+from train.recipe import load_recipe
+from train.run import run
+from serve.adapters.manifest import read_config, read_tensors
+from serve.errors import AdapterError, NotFoundError
+
+EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
+
+def die_at(place, folder):
+    seen = 0
+    def count(event, arguments):
+        nonlocal seen
+        if event in EVENTS and str(arguments[0]).startswith(str(folder)):
+            seen += 1
+            if seen == place:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+
+def life(work, *, after_s=None, at=None, folder=None):
+    '''"ended", "killed" or "failed"'''
+    ended, mine = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(ended)
+        try:
+            if at is not None:
+                die_at(at, folder)
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+    os.close(mine)
+    if after_s is not None and not select.select([ended], [], [], after_s)[0]:
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    os.close(ended)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return "killed"
+    return "ended" if status == 0 else "failed"
+
+def train(recipe, resume):
+    return lambda: run(recipe, resume=resume, console=Console(file=io.StringIO()))
+
+def published(folder):
+    '''A reader gets a whole adapter or an error; never one half of each of two.'''
+    try:
+        read_tensors(folder, read_config(folder))
+    except (AdapterError, NotFoundError):
+        pass
+
+def of(folder):
+    return load_recipe(Path(sys.argv[1]), [*sys.argv[2:], *more, f"adapter_path={folder}"])
+"""
+
+
+@pytest.fixture(scope="module")
+def rows_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    for split, count in (("train", 13), ("valid", 4), ("test", 2)):
+        rows = [
+            {"prompt": f"{split} {'ab' * (i % 4)} {i}?", "completion": f"no {i % 3}"} for i in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def lives(tmp_path, model_folder, rows_folder) -> Callable[..., dict]:
+    """lives(script, **values) → the JSON object it prints at its end; SCRIPT's functions are there."""
+
+    def run(script: str, **values: object) -> dict:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(RECIPE)
+        settings = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+        whole = f"{SCRIPT}\n{settings}\n{textwrap.dedent(script)}"
+        words = [str(recipe), f"model={model_folder}", f"data={rows_folder}", "dataset_prepared_path=null"]
+        done = subprocess.run(
+            [sys.executable, "-c", whole, *words], capture_output=True, text=True, check=False, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+TIMES = {"time", "seconds", "targets_per_s", "tokens_per_s", "memory_bytes", "eta_s", "overhead_frac"}
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """Without what is a measurement of the machine."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def names_in(folder: Path) -> set[str]:
+    """Files and folders of a run; of TensorBoard and W&B, which name files by time, only the folder."""
+    paths = {path.relative_to(folder) for path in folder.rglob("*")}
+    return {
+        str(path) for path in paths if path.parts[0] not in ("tensorboard", "wandb") or len(path.parts) == 1
+    }
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    ours, theirs = read_tensors(folder, read_config(folder)), read_tensors(reference)
+    assert all(np.array_equal(np.array(ours[name]), np.array(tensor)) for name, tensor in theirs.items())
+    last, theirs_last = (checkpoint.load(checkpoint.find(place)) for place in (folder, reference))
+    assert all(
+        mx.array_equal(last.optimizer[name], tensor).item() for name, tensor in theirs_last.optimizer.items()
+    )
+    assert metrics_of(folder) == metrics_of(reference)
+    assert names_in(folder) == names_in(reference)
+    summary, wanted = (json.loads((place / "summary.json").read_text()) for place in (folder, reference))
+    same = ("status", "steps", "content_hash", "best_step", "published_step", "valid_loss", "test_loss")
+    assert {name: summary[name] for name in same} == {name: wanted[name] for name in same}
+
+
+def kill_at_random(lives, tmp_path: Path, num_kills: int, seed: int) -> dict:
+    """Runs one after the other, each killed at random instants and resumed until it ends."""
+    told = lives(
+        """
+        start = time.perf_counter()
+        assert life(train(of(root + "/straight"), None)) == "ended"
+        whole_s = time.perf_counter() - start
+        random.seed(seed)
+        kills, number, folders = 0, 0, []
+        while kills < num_kills:
+            folder = f"{root}/cut-{number}"
+            number += 1
+            folders.append(folder)
+            while (end := life(train(of(folder), True), after_s=random.uniform(0.05, whole_s))) != "ended":
+                assert end == "killed", f"life {kills} of {folder} failed"
+                kills += 1
+        print(json.dumps({"kills": kills, "folders": folders, "whole_s": whole_s}))
+        """,
+        root=str(tmp_path),
+        more=[],
+        num_kills=num_kills,
+        seed=seed,
+    )
+    for folder in told["folders"]:
+        assert_same_run(Path(folder), tmp_path / "straight")
+    assert told["kills"] >= num_kills
+    return told
+
+
+def test_a_few_kills_at_random_instants_change_nothing(lives, tmp_path):
+    kill_at_random(lives, tmp_path, 4, seed=1)
+
+
+@pytest.mark.large
+def test_a_hundred_kills_at_random_instants_change_nothing(lives, tmp_path):
+    told = kill_at_random(lives, tmp_path, 100, seed=2)
+    print(f"{told['kills']} kills in {len(told['folders'])} runs of {told['whole_s']:.2f} s")
+
+
+def kill_at_operations(lives, tmp_path: Path, every: int, first: int) -> dict:
+    """A run killed at one of its file operations, and resumed; again for the others, `every`-th from `first` on."""
+    told = lives(
+        """
+        assert life(train(of(root + "/straight"), None)) == "ended"
+        at, folders = first, []
+        while True:
+            folder = f"{root}/at-{at}"
+            end = life(train(of(folder), None), at=at, folder=folder)
+            if end == "ended":
+                break
+            assert end == "killed", f"operation {at} failed"
+            assert life(lambda: published(Path(folder))) == "ended"
+            assert life(train(of(folder), True)) == "ended", f"after a kill at operation {at}"
+            folders.append(folder)
+            at += every
+        print(json.dumps({"operations": at, "folders": folders}))
+        """,
+        root=str(tmp_path),
+        more=["iters=6", "save_every=2", "steps_per_eval=2", "save_total_limit=1"],
+        every=every,
+        first=first,
+    )
+    for folder in told["folders"]:
+        assert_same_run(Path(folder), tmp_path / "straight")
+    return told
+
+
+def test_a_kill_at_a_file_operation_changes_nothing(lives, tmp_path):
+    """A sample of them, spread over the whole run; the large test takes all."""
+    told = kill_at_operations(lives, tmp_path, every=47, first=11)
+    assert len(told["folders"]) >= 2
+
+
+@pytest.mark.large
+def test_a_kill_at_any_file_operation_changes_nothing(lives, tmp_path):
+    told = kill_at_operations(lives, tmp_path, every=1, first=1)
+    assert len(told["folders"]) > 60
+    print(f"{told['operations']} file operations")

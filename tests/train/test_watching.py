@@ -1,0 +1,355 @@
+"""What a run shows of itself: boards, samples, the learning curve, and the list of runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
+
+from serve.adapters.manifest import read_config, read_tensors
+from serve.errors import ConfigError, NotFoundError, TrainingError
+from train import curve, record, runs, summary
+from train.metrics import MetricsLog, rows_of
+from train.recipe import load_recipe
+from train.run import run
+from train.wired import recommended_bytes, wired
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+num_layers: -1
+batch_size: 2
+iters: 6
+learning_rate: 1e-2
+lora_parameters: {rank: 4, scale: 4.0, dropout: 0.1}
+steps_per_report: 2
+steps_per_eval: 3
+save_every: 3
+"""
+
+
+@pytest.fixture(scope="module")
+def rows_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    for split, count in (("train", 9), ("valid", 3)):
+        rows = [
+            {"prompt": f"{split} {'ab' * (i % 4)} {i}?", "completion": f"no {i % 3}"} for i in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def train(tmp_path, model_folder, rows_folder):
+    """train(name, *overrides) → (folder, what was printed)"""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+
+    def start(name: str, *overrides: str, resume: bool = False) -> tuple[Path, str]:
+        folder = tmp_path / name
+        places = (f"model={model_folder}", f"data={rows_folder}", f"adapter_path={folder}")
+        console = Console(file=io.StringIO(), width=200)
+        run(load_recipe(path, (*places, *overrides)), resume=resume, console=console)
+        return folder, console.file.getvalue()
+
+    return start
+
+
+def board_of(folder: Path) -> dict[str, dict[int, object]]:
+    """TensorBoard's event files as tag → step → number or text."""
+    found: dict[str, dict[int, object]] = {}
+    for file in sorted((folder / "tensorboard").glob("events*")):
+        data = file.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            for value in event.summary.value:
+                text = value.tensor.string_val
+                shown = text[0].decode() if text else value.simple_value
+                found.setdefault(value.tag, {})[event.step] = shown
+    return found
+
+
+def test_tensorboard_gets_every_number_and_the_samples_as_text(train):
+    folder, printed = train("out", "samples={prompts: [hello there], max_tokens: 6}")
+    board = board_of(folder)
+    wanted = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "padding_frac", "memory_bytes")
+    assert {f"train/{name}" for name in wanted} <= board.keys()
+    assert list(board["train/loss"]) == [2, 4, 6]
+    assert list(board["valid/loss"]) == [0, 3, 6]
+    rows = [row for row in rows_of(folder) if row["kind"] == "sample"]
+    texts = next(values for tag, values in board.items() if tag.startswith("sample/0"))
+    assert list(texts) == [row["step"] for row in rows] == [0, 3, 6]
+    assert all("hello there" in text for text in texts.values())
+    for row in rows:
+        assert all(line in texts[row["step"]] for line in row["answer"].splitlines())
+    assert "hello there →" in printed
+
+
+def test_samples_change_nothing_of_the_training_and_show_that_it_learns(train):
+    plain, _ = train("plain")
+    sampled, _ = train("sampled", "samples={rows: 2, max_tokens: 8, temperature: 1.0, seed: 3}")
+    ours, theirs = read_tensors(plain), read_tensors(sampled)
+    assert all(mx.array_equal(ours[name], theirs[name]).item() for name in ours)
+    answers = [row["answer"] for row in rows_of(sampled) if row["kind"] == "sample" and row["number"] == 0]
+    assert len(answers) == 3
+    assert len(set(answers)) > 1
+
+
+def test_sample_prompts_may_be_conversations_and_a_bad_one_is_named(train):
+    folder, _ = train(
+        "out", "samples.prompts=[[{role: user, content: a}, {role: user, content: b}], c]", "iters=2"
+    )
+    prompts = {row["number"]: row["prompt"] for row in rows_of(folder) if row["kind"] == "sample"}
+    assert prompts == {0: "user: a\nuser: b", 1: "c"}
+    with pytest.raises(ConfigError, match=r"samples\.prompts\.1"):
+        train("bad", "samples.prompts=[a, [{role: user, content: [{type: image_url}]}]]")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("wandb") is None, reason="wandb is not installed (pip install wandb)"
+)
+def test_weights_and_biases_gets_the_same_offline_and_a_continuation_the_same_run(
+    tmp_path, model_folder, rows_folder
+):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    script = (
+        "import sys; from train.recipe import load_recipe; from train.run import run\n"
+        "for iters, resume in ((3, None), (6, True)):\n"
+        "    run(load_recipe(sys.argv[1], [*sys.argv[2:], f'iters={iters}']), resume=resume)"
+    )
+    words = [f"model={model_folder}", f"data={rows_folder}", f"adapter_path={tmp_path / 'out'}"]
+    words += ["report_to=wandb", "project_name=tests", "samples={rows: 1, max_tokens: 4}"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "recipe.yaml"), *words],
+        env={**os.environ, "WANDB_MODE": "offline"},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = list((tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    assert len({file.name for file in files}) == 1, "both processes wrote to one run"
+    stored = b"".join(file.read_bytes() for file in files)
+    for word in (b"train/loss", b"valid/loss", b"train/tokens_per_s", b"sample/0", b"tests"):
+        assert word in stored
+
+
+def test_wandb_that_is_not_installed_says_how_to_install_it():
+    # The packages' folder is hidden after the imports: what a machine without wandb sees.
+    script = (
+        "import sys; from serve.errors import ConfigError; from train.wandb_log import check_installed\n"
+        "sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
+        "try:\n    check_installed()\nexcept ConfigError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert "wandb is not installed; `pip install" in done.stdout, done.stderr
+
+
+def test_the_learning_curve_is_a_picture_of_the_whole_history(train):
+    folder, _ = train("out", "iters=3")
+    first = Image.open(folder / curve.FILE).size
+    train("out", resume=True)
+    history = curve.read(folder)
+    assert [step for step, _ in history.train_loss] == [2, 3, 4, 6]
+    assert [step for step, _ in history.valid_loss] == [0, 3, 6]
+    assert history.best == min(history.valid_loss[1:], key=lambda point: point[1])
+    picture = np.asarray(Image.open(folder / curve.FILE).convert("RGB")).reshape(-1, 3)
+    assert Image.open(folder / curve.FILE).size == first == (880, 616)
+    for color in (curve.TRAIN, curve.VALID, curve.RATE, curve.NORM):
+        wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(picture - np.array(wanted)).max(axis=1) < 30).sum() > 20, color
+
+
+def test_a_running_mean_forgets_by_half_over_a_twentieth():
+    means = curve.running_mean([1.0] * 100)
+    assert means == pytest.approx([1.0] * 100)
+    step = curve.running_mean([0.0] * 1000 + [1.0] * 50)
+    assert step[-1] == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_picture_is_not_drawn_again_at_once(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write("valid", 0, loss=1.0)
+        drawn = curve.LearningCurve(tmp_path, "x")
+        drawn.refresh()
+        assert not (tmp_path / curve.FILE).exists()
+        drawn.draw()
+        assert (tmp_path / curve.FILE).exists()
+        (tmp_path / curve.FILE).unlink()
+        drawn.refresh()
+        assert not (tmp_path / curve.FILE).exists()
+
+
+def test_numbers_that_are_not_finite_stay_json(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write("valid", 1, loss=float("nan"), other=float("inf"))
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert next(rows_of(tmp_path))["loss"] is None
+
+
+def test_runs_are_listed_with_where_they_came_from(train, tmp_path):
+    parent, _ = train("all/first")
+    warm, _ = train("all/deeper/warm", f"resume_adapter_file={parent}", "metric={rows: 2, max_tokens: 4}")
+    train("all/cut", "iters=3")
+    train("all/cut", resume=True)
+    (parent / "checkpoints" / "step-000003" / "run.json").write_text("{}")  # nothing inside a run is a run
+    found = {run.name: run for run in runs.find([tmp_path / "all", parent])}
+    assert found.keys() == {"first", "warm", "cut"}
+    assert {run.status for run in found.values()} == {"finished"}
+    told = summary_of(parent)
+    assert found["first"].best_valid_loss == told["best_valid_loss"]
+    assert found["first"].steps == told["steps"] == 6
+    assert found["warm"].parent_hash == found["first"].content_hash == told["content_hash"]
+    assert read_config(warm).lineage.parent_hash == told["content_hash"]
+    assert found["warm"].metric == "exact_match"
+    assert Path(found["cut"].resumed_from).name == "step-000003"
+    assert len({run.base_fingerprint for run in found.values()}) == 1
+    drawn = Console(file=io.StringIO(), width=250)
+    drawn.print(runs.table(list(found.values())))
+    warm_line = next(line for line in drawn.file.getvalue().splitlines() if "deeper/warm" in line)
+    assert "lora sft" in warm_line
+    assert f"first {told['content_hash'][7:15]}" in warm_line
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / summary.FILE).read_text())
+
+
+def test_a_broken_folder_is_listed_as_such_and_breaks_nothing(train, tmp_path):
+    train("all/good", "iters=2")
+    for name, file, text in (
+        ("no-json", record.FILE, "{"),
+        ("list", summary.FILE, "[1]"),
+        ("empty", record.FILE, "{}"),
+        ("odd", record.FILE, json.dumps({"created": 7, "error": ["x"], "pid": "me"})),
+    ):
+        folder = tmp_path / "all" / name
+        folder.mkdir()
+        (folder / file).write_text(text)
+        (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 3, "loss": 0.5}\n[1]\n{"kind": "va')
+    found = runs.find([tmp_path / "all"])
+    status = {run.name: run.status for run in found}
+    assert status == {
+        "good": "finished",
+        "no-json": "broken",
+        "list": "broken",
+        "empty": "interrupted",
+        "odd": "failed",
+    }
+    assert found[0].name == "good"
+    assert {run.steps for run in found if run.name != "good"} == {3}
+    assert "run.json" in next(run.problem for run in found if run.name == "no-json")
+    Console(file=io.StringIO()).print(runs.table(found))
+    with pytest.raises(NotFoundError, match="no folder"):
+        runs.find([tmp_path / "nowhere"])
+
+
+def test_a_manifest_of_another_version_is_read(train):
+    folder, _ = train("out", "iters=2")
+    path = folder / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    for name in ("parent", "parent_hash", "objective"):
+        del raw["lineage"][name]
+    raw["lineage"]["of_a_later_version"] = 1
+    path.write_text(json.dumps(raw))
+    assert read_config(folder).lineage.objective == ""
+    assert runs.describe(folder).objective == "sft"
+
+
+RECORD = record.RunRecord("x", "2026-01-01T00:00:00+00:00", "m", "", "", "", "sft", "lora", 3)
+
+
+def test_a_failed_run_says_why_and_a_process_that_trains_is_not_disturbed(train, tmp_path):
+    folder = tmp_path / "busy"
+    with pytest.raises(TrainingError, match="nan"), record.running(RECORD, folder):
+        raise TrainingError("step 3: the loss is nan")
+    failed = runs.describe(folder)
+    assert (failed.status, failed.problem) == ("failed", "step 3: the loss is nan")
+    parent = psutil.Process(os.getppid())
+    theirs = dataclasses.replace(
+        RECORD, host=socket.gethostname(), pid=parent.pid, process_started=parent.create_time()
+    )
+    record.write(theirs, folder)
+    assert runs.describe(folder).status == "running"
+    with pytest.raises(ConfigError, match=f"another run, process {parent.pid}"):
+        train("busy")
+    record.write(
+        dataclasses.replace(theirs, process_started=1.0), folder
+    )  # that number is another process's now
+    assert runs.describe(folder).status == "interrupted"
+    train("busy", "iters=2", resume=True)
+    assert runs.describe(folder).status == "finished"
+
+
+def test_a_step_that_is_not_finite_is_in_metrics_and_the_run_is_listed_as_failed(train, tmp_path):
+    with pytest.raises(TrainingError, match="10 steps in a row"):
+        train("out", "optimizer=sgd", "learning_rate=1e38", "nonfinite_policy=skip", "iters=20")
+    rows = [row for row in rows_of(tmp_path / "out") if row["kind"] == "nonfinite"]
+    assert [row["action"] for row in rows] == ["skip"] * 9 + ["stop"]
+    assert all("train.jsonl:" in row["rows"] for row in rows)
+    failed = runs.describe(tmp_path / "out")
+    assert failed.status == "failed"
+    assert "10 steps in a row" in failed.problem
+
+
+def test_resume_without_a_checkpoint_starts_over_but_never_over_a_finished_run(train, tmp_path):
+    _, printed = train("out", "iters=2", resume=True)
+    assert "no checkpoint in" in printed
+    assert "starts from the beginning" in printed
+    for checkpoint in (tmp_path / "out" / "checkpoints").iterdir():
+        checkpoint.rename(tmp_path / checkpoint.name)
+    with pytest.raises(ConfigError, match="is finished and has no checkpoint"):
+        train("out", "iters=2", resume=True)
+
+
+def test_a_checkpoint_continued_in_another_folder_leaves_its_own_run_alone(train, tmp_path):
+    first, _ = train("first")
+    before = sorted(path.name for path in (first / "checkpoints").iterdir())
+    second, _ = train("second", f"resume_from_checkpoint={first / 'checkpoints' / 'step-000003'}")
+    assert sorted(path.name for path in (first / "checkpoints").iterdir()) == before
+    assert [step for step, _ in curve.read(second).valid_loss] == [0, 3, 6]
+    ours, theirs = read_tensors(second), read_tensors(first)
+    assert all(mx.array_equal(ours[name], theirs[name]).item() for name in ours)
+
+
+def test_a_recipe_that_does_not_fit_a_checkpoint_removes_no_later_one(train):
+    folder, _ = train("out")
+    with pytest.raises(ConfigError, match="cannot be continued"):
+        train("out", f"resume_from_checkpoint={folder / 'checkpoints' / 'step-000003'}", "seed=5")
+    assert (folder / "checkpoints" / "step-000006").is_dir()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there is a wired limit here")
+def test_without_metal_there_is_no_wired_limit():
+    assert recommended_bytes() is None
+    with wired() as limit:
+        assert limit is None
+
+
+@pytest.mark.metal
+@pytest.mark.skipif(not mx.metal.is_available(), reason="needs a Mac")
+def test_the_wired_limit_is_raised_while_training_and_put_back():
+    before = mx.set_wired_limit(0)
+    with wired() as limit:
+        assert limit == mx.device_info()["max_recommended_working_set_size"]
+        assert mx.set_wired_limit(limit) == limit
+    assert mx.set_wired_limit(before) == 0

@@ -1,0 +1,378 @@
+"""`lathe bench train`: Lathe and mlx_lm.lora on one model and the same chats, one after the other.
+
+Every run is a process of its own with the same BLAS, the same recipe file and one pass over the same rows; rounds
+go through the runs in turn, so drift of the machine meets all alike. What counts is *data tokens*: those of the
+rows, without padding, whichever way a loop batches them. Imports, loading, tokenizing and the first steps are
+in no rate.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import yaml
+from rich import box
+from rich.table import Table
+
+from serve import device
+from serve.bench import standin
+from serve.errors import ConfigError, StoppedError
+from serve.model.loading import load_tokenizer, resolve
+from serve.model.template import ChatTemplate
+from train import preflight
+from train.bench.chats import Lengths, write_chats
+from train.bench.process import run_child
+from train.metrics import rows_of
+from train.recipe import load_recipe
+
+LOOPS = ("lathe", "mlx_lm_lora", "length_sorted", "lathe_packed")
+"""Lathe as it comes; mlx_lm.lora as it comes; mlx_lm's loop with its sort by length repaired; sample_packing."""
+RATIOS = (
+    ("lathe", "mlx_lm_lora"),
+    ("lathe_packed", "mlx_lm_lora"),
+    ("lathe", "length_sorted"),
+    ("lathe_packed", "length_sorted"),
+    ("lathe_packed", "lathe"),
+)
+PYTHON = (sys.executable, "-P")
+"""-P: a folder named `train` or `serve` where the user stands is not imported."""
+MLX_LM_CHILD = Path(__file__).with_name("mlx_lm_child.py")
+BAR_STEP_S = 0.1
+"""The update that the loop's own cost is set against."""
+STEPS_PER_REPORT = 10
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    """What to measure, the same for every loop. `num_batches` of `batch_size` rows are one pass."""
+
+    num_batches: int = 12
+    batch_size: int = 8
+    rounds: int = 1
+    warmup: int = 1
+    """Steps at the start that are in no rate."""
+    model: str | None = None
+    """A model folder or hub name in place of the random one."""
+    vocabulary: int = 32768
+    lengths: Lengths = field(default_factory=Lengths)
+    seed: int = 0
+
+    def check(self) -> None:
+        """ConfigError if there would be nothing to measure."""
+        for option, least in (("batch_size", 1), ("rounds", 1)):
+            if getattr(self, option) < least:
+                named = option.replace("_", "-")
+                raise ConfigError(f"--{named}: found {getattr(self, option)}; expected {least} or more")
+        if self.num_batches <= self.warmup:
+            raise ConfigError(
+                f"--iters: found {self.num_batches}; expected {self.warmup + 1} or more, for the first "
+                f"{self.warmup} is warm-up and not counted"
+            )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer update. `time` is the wall clock after its report.
+
+    in_loop_s  from the making of its batches to the moved weights; compute_s of that is the update itself. None
+               where a loop does not say
+    """
+
+    time: float
+    loss: float
+    data_tokens: int
+    places: int
+    in_loop_s: float | None = None
+    compute_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process's steps."""
+
+    steps: tuple[Step, ...]
+    peak_memory_bytes: int
+    warmup: int
+
+    @property
+    def counted(self) -> tuple[Step, ...]:
+        return self.steps[self.warmup :]
+
+    @property
+    def seconds(self) -> float:
+        """Of the counted steps, everything between them included."""
+        return self.steps[-1].time - self.steps[self.warmup - 1].time
+
+    @property
+    def data_tokens_per_s(self) -> float:
+        return sum(step.data_tokens for step in self.counted) / self.seconds
+
+    @property
+    def outside_s(self) -> list[tuple[float, float]]:
+        """(seconds in the loop but outside the update, seconds of report) of each counted step; [] if not known."""
+        return [
+            (step.in_loop_s - step.compute_s, step.time - before.time - step.in_loop_s)
+            for before, step in pairwise(self.steps[self.warmup - 1 :])
+            if step.in_loop_s is not None and step.compute_s is not None
+        ]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A loop over all rounds: medians, the largest peak, and the first round's losses."""
+
+    data_tokens_per_s: float
+    data_tokens_per_s_by_round: tuple[float, ...]
+    peak_memory_bytes: int
+    padding_frac: float
+    data_tokens: int
+    """In one pass, warm-up included."""
+    steps: int
+    seconds: float
+    step_s: float
+    loss_first: float
+    loss_last: float
+    overhead_frac: float | None = None
+    """Share of the counted seconds outside the updates, a report after each step included."""
+    loop_ms_per_step: float | None = None
+    """Outside the update: batches made, counts kept. Median over steps."""
+    ms_per_report: float | None = None
+    """Of a report: console, metrics.jsonl, TensorBoard. Median over steps."""
+    overhead_frac_at_100_ms: float | None = None
+    """Of updates of 100 ms, with a report every 10 steps, the recipe's default."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One loop over another, round by round: the median, lowest and highest of the rates; and of the peaks."""
+
+    of: str
+    to: str
+    data_tokens_per_s: float
+    lowest: float
+    highest: float
+    peak_memory: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything `lathe bench train` shows."""
+
+    summaries: dict[str, Summary]
+    ratios: list[Ratio]
+    backend: str
+
+    def as_json(self, bench: TrainBench) -> dict[str, Any]:
+        """The loops stand at the top, by name."""
+        return {
+            **{name: asdict(each) for name, each in self.summaries.items()},
+            "overhead_frac": self.summaries["lathe"].overhead_frac,
+            "ratios": [asdict(each) for each in self.ratios],
+            "settings": asdict(bench),
+            "machine": asdict(device.describe()),
+            "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-lathe")},
+        }
+
+
+def run(bench: TrainBench, folder: Path, progress: Callable[[str], None]) -> Outcome:
+    """Write model and rows into `folder`, then run every loop `rounds` times.
+
+    ConfigError or ModelError on bad settings, before anything runs; StoppedError if a child process fails.
+    """
+    bench.check()
+    model = _model(bench, folder, progress)
+    template = ChatTemplate(load_tokenizer(str(model)))
+    rows = folder / "data" / "train.jsonl"
+    write_chats(rows, bench.num_batches * bench.batch_size, bench.lengths, template, bench.seed)
+    recipes = _write_recipes(bench, model, rows.parent, folder)
+    runs: dict[str, list[Run]] = {name: [] for name in LOOPS}
+    for number in range(bench.rounds):
+        for name in LOOPS:
+            progress(f"round {number + 1} of {bench.rounds}: {name}")
+            runs[name].append(_run_once(name, recipes[name], folder, bench))
+    summaries = {name: _summarize(each) for name, each in runs.items()}
+    ratios = [_ratio(of, to, runs[of], runs[to]) for of, to in RATIOS]
+    return Outcome(summaries, ratios, device.backend())
+
+
+def _model(bench: TrainBench, folder: Path, progress: Callable[[str], None]) -> Path:
+    if bench.model is not None:
+        return resolve(bench.model)
+    progress("writing a random model")
+    dtype = mx.float32 if device.backend() == "cpu" else mx.bfloat16
+    standin.write_model(folder / "model", dtype, vocabulary=bench.vocabulary)
+    mx.clear_cache()
+    return folder / "model"
+
+
+def _write_recipes(bench: TrainBench, model: Path, data: Path, folder: Path) -> dict[str, Path]:
+    """One mlx-lm recipe for all, and what packing changes in it."""
+    common: dict[str, Any] = {
+        "model": str(model),
+        "train": True,
+        "data": str(data),
+        "fine_tune_type": "lora",
+        "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0},
+        "num_layers": -1,
+        "batch_size": bench.batch_size,
+        "iters": bench.num_batches,
+        "optimizer": "adam",
+        "learning_rate": 1e-4,
+        "max_seq_length": bench.lengths.longest,
+        "mask_prompt": True,
+        "val_batches": 0,
+        "steps_per_report": 1,
+        "save_every": 10**6,
+        "seed": bench.seed,
+    }
+    paths = {}
+    for name in LOOPS:
+        changes: dict[str, Any] = {"adapter_path": str(folder / name)}
+        if name == "lathe_packed":
+            # A packed batch is filled up to batch_size · max_seq_length: about what others hold on average.
+            changes |= {"sample_packing": True, "batch_size": _packed_batch_size(bench), "epochs": 1.0}
+        recipe = {
+            key: value
+            for key, value in (common | changes).items()
+            if key != "iters" or "epochs" not in changes
+        }
+        paths[name] = folder / f"{name}.yaml"
+        paths[name].write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return paths
+
+
+def _packed_batch_size(bench: TrainBench) -> int:
+    return max(1, round(bench.batch_size * bench.lengths.mean / bench.lengths.longest))
+
+
+def _run_once(name: str, recipe: Path, folder: Path, bench: TrainBench) -> Run:
+    log = folder / f"{name}.log"
+    if name.startswith("lathe"):
+        peak = run_child(
+            name, [*PYTHON, "-m", "lathe", "train", str(recipe)], log, _environment(preload=False)
+        )
+        steps, reported = _lathe_steps(recipe, folder / name)
+    else:
+        out = folder / f"{name}.json"
+        loop = "sorted" if name == "length_sorted" else "as_is"
+        command = [*PYTHON, str(MLX_LM_CHILD), str(recipe), str(out), loop]
+        peak = run_child(name, command, log, _environment(preload=True))
+        found = json.loads(out.read_text())
+        steps, reported = tuple(Step(**each) for each in found["steps"]), found["peak_memory_bytes"]
+    if len(steps) <= bench.warmup:
+        raise StoppedError(
+            f"{name} took {len(steps)} steps, of which {bench.warmup} are not counted: too few"
+        )
+    return Run(steps, peak if device.backend() == "cpu" else reported, bench.warmup)
+
+
+def _environment(*, preload: bool) -> dict[str, str]:
+    """The same BLAS for all: Lathe loads it itself, mlx_lm has it loaded for it."""
+    library = device.find_openblas() if device.needs_openblas() else None
+    if library is None:
+        return {}
+    return {"MLX_DISABLE_COMPILE": "1", **({"LD_PRELOAD": str(library)} if preload else {})}
+
+
+def _lathe_steps(recipe: Path, adapter: Path) -> tuple[tuple[Step, ...], int]:
+    """(steps, peak as reported) from a run's metrics, with batches made again for their tokens and places."""
+    flight = preflight.prepare(load_recipe(recipe))
+    lines = [line for line in rows_of(adapter) if line["kind"] == "train"]
+    return tuple(_lathe_step(line, flight) for line in lines), max(line["memory_bytes"] for line in lines)
+
+
+def _lathe_step(line: dict[str, Any], flight: preflight.Preflight) -> Step:
+    batch = flight.batch_at(line["iteration"] - 1)
+    in_loop_s = batch.num_tokens / line["tokens_per_s"]
+    compute_s = in_loop_s * (1 - line["overhead_frac"])
+    return Step(line["time"], line["loss"], batch.num_tokens, batch.tokens.size, in_loop_s, compute_s)
+
+
+def _summarize(runs: Sequence[Run]) -> Summary:
+    first = runs[0]
+    rates = tuple(each.data_tokens_per_s for each in runs)
+    places = sum(step.places for step in first.steps)
+    tokens = sum(step.data_tokens for step in first.steps)
+    middle = Summary(
+        data_tokens_per_s=median(rates),
+        data_tokens_per_s_by_round=rates,
+        peak_memory_bytes=max(each.peak_memory_bytes for each in runs),
+        padding_frac=1 - tokens / places,
+        data_tokens=tokens,
+        steps=len(first.steps),
+        seconds=median(each.seconds for each in runs),
+        step_s=median(each.seconds / len(each.counted) for each in runs),
+        loss_first=first.steps[0].loss,
+        loss_last=first.steps[-1].loss,
+    )
+    outside = [step for each in runs for step in each.outside_s]
+    if not outside:
+        return middle
+    loop_s, report_s = (median(part) for part in zip(*outside, strict=True))
+    cost_s = loop_s + report_s / STEPS_PER_REPORT
+    return replace(
+        middle,
+        overhead_frac=sum(map(sum, outside)) / sum(each.seconds for each in runs),
+        loop_ms_per_step=loop_s * 1e3,
+        ms_per_report=report_s * 1e3,
+        overhead_frac_at_100_ms=cost_s / (cost_s + BAR_STEP_S),
+    )
+
+
+def _ratio(of: str, to: str, ours: Sequence[Run], theirs: Sequence[Run]) -> Ratio:
+    rates = [a.data_tokens_per_s / b.data_tokens_per_s for a, b in zip(ours, theirs, strict=True)]
+    peaks = [max(run.peak_memory_bytes for run in runs) for runs in (ours, theirs)]
+    return Ratio(of, to, median(rates), min(rates), max(rates), peaks[0] / peaks[1])
+
+
+def tables(outcome: Outcome) -> Iterator[Table]:
+    """The loops, a line each; then how they compare."""
+    drawn = Table(title="one pass over the same chats", title_justify="left", box=box.SIMPLE_HEAD)
+    drawn.add_column("loop", no_wrap=True)
+    for heading in ("data tok/s", "peak GB", "padding", "steps", "s/step", "loss"):
+        drawn.add_column(heading, justify="right", no_wrap=True)
+    for name, each in outcome.summaries.items():
+        drawn.add_row(
+            name,
+            f"{each.data_tokens_per_s:,.0f}",
+            f"{each.peak_memory_bytes / 1e9:.2f}",
+            f"{each.padding_frac:.0%}",
+            str(each.steps),
+            f"{each.step_s:.3g}",
+            f"{each.loss_first:.1f} → {each.loss_last:.1f}",
+        )
+    yield drawn
+    compared = Table(title="of / to: median of rounds", title_justify="left", box=box.SIMPLE_HEAD)
+    compared.add_column("", no_wrap=True)
+    compared.add_column("data tok/s (lowest, highest)", justify="right", no_wrap=True)
+    compared.add_column("peak", justify="right")
+    for ratio in outcome.ratios:
+        compared.add_row(
+            f"{ratio.of} / {ratio.to}",
+            f"{ratio.data_tokens_per_s:.2f} ({ratio.lowest:.2f}, {ratio.highest:.2f})",
+            f"{ratio.peak_memory:.2f}",
+        )
+    yield compared
+
+
+def notes(outcome: Outcome) -> list[str]:
+    """What a reader of the tables must know."""
+    lathe = outcome.summaries["lathe"]
+    held = "resident set of the process" if outcome.backend == "cpu" else "mx.get_peak_memory"
+    said = [f"peak memory: {held}; length_sorted: mlx_lm's loop with its sort by length repaired"]
+    if lathe.overhead_frac is not None:
+        said.append(
+            f"Lathe outside the updates: {lathe.overhead_frac:.2%} of this run, with a report each step; "
+            f"{lathe.loop_ms_per_step:.2f} ms a step and {lathe.ms_per_report:.1f} ms a report (medians), which is "
+            f"{lathe.overhead_frac_at_100_ms:.1%} of updates of 100 ms and a report every {STEPS_PER_REPORT}"
+        )
+    return said

@@ -1,0 +1,52 @@
+"""A training run as a child process: started, watched, its peak memory read. Knows neither loop's files."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from serve.errors import StoppedError
+
+POLL_S = 0.05
+PEAK = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
+
+
+def run_child(name: str, command: Sequence[str], log: Path, env: Mapping[str, str]) -> int:
+    """Run to the end; returns the most memory it held resident, in bytes, or 0 where the kernel does not say.
+
+    env  added to the environment it inherits
+    Raises StoppedError with the end of its output if it fails. It ends with the caller.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    words = ["env", *(f"{key}={value}" for key, value in env.items()), *command]
+    with log.open("wb") as output:
+        child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+    peak = 0
+    try:
+        while child.poll() is None:
+            peak = max(peak, _resident_peak(child.pid))
+            time.sleep(POLL_S)
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+    if child.returncode:
+        raise StoppedError(f"{name} ended with status {child.returncode}:\n{_tail(log)}")
+    return peak
+
+
+def _resident_peak(pid: int) -> int:
+    """Linux's own high-water mark; wait4's would start from what the parent held when it forked."""
+    try:
+        found = PEAK.search(Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+def _tail(log: Path, num_lines: int = 15) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return "\n".join(f"  {line}" for line in lines[-num_lines:]) or "  it printed nothing"

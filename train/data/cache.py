@@ -1,0 +1,191 @@
+"""Tokenized rows kept on disk, by content: the same rows, tokenizer, template, knobs and code give the same file.
+
+A file holds tokens and masks; places, labels and fields come from the rows themselves, which are read in any case.
+Files are published whole and carry a checksum: one that is damaged is told, and made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from serve.errors import StorageError
+from serve.model import template as template_module
+from serve.model.template import ChatTemplate
+from train.data import tokens as tokens_module
+from train.data.example import Example
+from train.data.tokens import Outcome, TokenizedExample
+from train.recipe import Recipe
+
+FORMAT = 1
+KNOBS = (
+    "objective",
+    "max_seq_length",
+    "excess_length_strategy",
+    "mask_prompt",
+    "roles_to_train",
+    "train_on_eos",
+)
+"""Recipe keys that tokens or masks depend on."""
+LIBRARIES = ("tokenizers", "transformers", "mlx-lm")
+MAX_DEFAULT_BYTES = 10 * 10**9
+"""Of the default folder; the files longest unused go first."""
+SUFFIX = ".tokens"
+CONTENT = ("messages", "tools", "prompt", "completion", "text", "untrained", "chosen", "rejected", "label")
+
+
+class Damaged(Exception):
+    """A cache file that is not what was written."""
+
+
+def default_folder() -> Path:
+    """Where rows are kept if the recipe does not say."""
+    return Path.home() / ".cache" / "lathe" / "tokens"
+
+
+def key_of(examples: Sequence[Example], recipe: Recipe, template: ChatTemplate, tokenizer: Any) -> str:
+    """A name for what tokenizing these rows gives."""
+    digest = hashlib.blake2b(digest_size=20)
+    knobs = {name: getattr(recipe, name) for name in KNOBS}
+    libraries = [metadata.version(name) for name in LIBRARIES]
+    head = [FORMAT, knobs, template.hash, identity_of(tokenizer), libraries, _code_hash()]
+    digest.update(json.dumps(head, sort_keys=True).encode())
+    for example in examples:
+        said = [getattr(example, name) for name in CONTENT]
+        digest.update(json.dumps(said, default=_as_json).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def identity_of(tokenizer: Any) -> str:
+    """A name for everything by which a tokenizer makes ids of text."""
+    inner = tokenizer._tokenizer
+    backend: Any = getattr(inner, "backend_tokenizer", None)
+    said = json.dumps(inner.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    special = [type(inner).__name__, tokenizer.eos_token_id, sorted(tokenizer.eos_token_ids)]
+    return hashlib.sha256(f"{said}{special}".encode()).hexdigest()
+
+
+def save(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Write the outcomes of rows without problems. StorageError if that fails; then there is no file."""
+    tensors, counts = _pack(outcomes)
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    said = {"counts": json.dumps(counts), "checksum": _checksum(tensors, counts), "rows": str(len(outcomes))}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, new, metadata=said)
+        with new.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(new, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            new.unlink()
+        raise StorageError(f"{path}: tokenized rows cannot be kept: {error}") from error
+
+
+def load(path: Path, examples: Sequence[Example]) -> list[Outcome]:
+    """The outcomes of these rows. Damaged if the file is not whole; FileNotFoundError if there is none."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            said = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        counts = json.loads(said["counts"])
+        if said["checksum"] != _checksum(tensors, counts) or int(said["rows"]) != len(examples):
+            raise Damaged("its checksum is another")
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise Damaged(str(error)) from error
+    os.utime(path)
+    return _unpack(tensors, counts, examples)
+
+
+def prune(folder: Path, max_bytes: int = MAX_DEFAULT_BYTES) -> None:
+    """Remove the files that were longest unused until the rest fits."""
+    files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    total = 0
+    for file in files:
+        total += file.stat().st_size
+        if total > max_bytes:
+            file.unlink(missing_ok=True)
+
+
+def _as_json(value: Any) -> Any:
+    return dict(value) if hasattr(value, "keys") else str(value)
+
+
+def _code_hash() -> str:
+    files = (tokens_module.__file__, template_module.__file__)
+    return hashlib.sha256(b"".join(Path(str(file)).read_bytes() for file in files)).hexdigest()
+
+
+def _checksum(tensors: dict[str, np.ndarray], counts: Any) -> str:
+    digest = hashlib.blake2b(json.dumps(counts).encode(), digest_size=20)
+    for name in sorted(tensors):
+        digest.update(f"{name}{tensors[name].shape}".encode() + tensors[name].tobytes())
+    return digest.hexdigest()
+
+
+def _pack(outcomes: Sequence[Outcome]) -> tuple[dict[str, np.ndarray], list[Any]]:
+    """Arrays of all sequences one after the other, and [row, truncated, dropped, lost] where there is something."""
+    sequences = [
+        (index, place, sequence)
+        for index, outcome in enumerate(outcomes)
+        for row in outcome.rows
+        for place, sequence in enumerate(row.sequences)
+    ]
+    tensors: dict[str, np.ndarray] = {
+        "owners": np.array([index for index, _, _ in sequences], np.int64),
+        "is_rejected": np.array([place for _, place, _ in sequences], np.uint8),
+        "lengths": np.array([len(sequence) for _, _, sequence in sequences], np.int64),
+        "token_ids": np.concatenate([np.zeros(0, np.int32), *(s.token_ids for _, _, s in sequences)]),
+        "is_target": np.packbits(
+            np.concatenate([np.zeros(0, bool), *(s.is_target for _, _, s in sequences)])
+        ),
+    }
+    counts: list[Any] = [
+        [index, outcome.num_truncated, list(outcome.dropped), list(outcome.lost)]
+        for index, outcome in enumerate(outcomes)
+        if outcome.num_truncated or outcome.dropped or outcome.lost
+    ]
+    return tensors, counts
+
+
+def _unpack(tensors: dict[str, np.ndarray], counts: list[Any], examples: Sequence[Example]) -> list[Outcome]:
+    ends = np.cumsum(tensors["lengths"]).tolist()
+    all_ids = tensors["token_ids"]
+    all_targets = np.unpackbits(tensors["is_target"], count=len(all_ids)).astype(bool)
+    rows: list[list[TokenizedExample]] = [[] for _ in examples]
+    begin = 0
+    for owner, is_rejected, end in zip(
+        tensors["owners"].tolist(), tensors["is_rejected"].tolist(), ends, strict=True
+    ):
+        example = examples[owner]
+        ids, is_target = all_ids[begin:end], all_targets[begin:end]
+        begin = end
+        if is_rejected:
+            other = TokenizedExample(ids, is_target, example.source, example.line)
+            chosen = rows[owner].pop()
+            rows[owner].append(
+                TokenizedExample(chosen.token_ids, chosen.is_target, example.source, example.line, other)
+            )
+        else:
+            fields = None if is_target.any() else example.fields
+            rows[owner].append(
+                TokenizedExample(
+                    ids, is_target, example.source, example.line, label=example.label, fields=fields
+                )
+            )
+    outcomes = [Outcome(tuple(found)) for found in rows]
+    for index, num_truncated, dropped, lost in counts:
+        outcomes[index] = Outcome(tuple(rows[index]), num_truncated, tuple(dropped), lost=tuple(lost))
+    return outcomes

@@ -1,0 +1,95 @@
+"""A recipe's rows, split by split, ready to be batched: read, tokenized or taken from the cache, or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from serve.model.loading import load_tokenizer
+from serve.model.template import ChatTemplate
+from train.data.batches import WINDOW_BATCHES
+from train.data.duplicates import DuplicateReport, content_key, report
+from train.data.example import Example
+from train.data.prepared import prepare_rows
+from train.data.sources import read, read_corpus, streamed_validation
+from train.data.stream import StreamedRows, is_streamed
+from train.data.tokens import TokenizedExample, TokenizeReport
+from train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of the data, as examples and as token rows. Of a stream: its first window, and no examples."""
+
+    name: str
+    examples: list[Example]
+    rows: Sequence[TokenizedExample]
+    report: TokenizeReport
+    notes: tuple[str, ...] = ()
+    """How its tokens were made, for a person."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [row.length for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """All that a run reads."""
+
+    train: Split
+    valid: Split | None
+    test: Split | None
+    duplicates: DuplicateReport
+
+
+def read_splits(
+    recipe: Recipe, tokenizer: Any, template: ChatTemplate, console: Console | None = None
+) -> Splits:
+    """The splits a recipe asks for; `console` shows progress. DataError as `sources.read` and `tokens.tokenize`."""
+
+    def prepared(name: str, examples: list[Example]) -> Split:
+        made = prepare_rows(name, examples, recipe, template, tokenizer, console)
+        return Split(name, examples, made.rows, made.report, made.notes)
+
+    wants_valid = bool(recipe.val_batches)
+    if is_streamed(recipe):
+        held_out = streamed_validation(recipe) if wants_valid or recipe.val_set_size else []
+        train, duplicates = _streamed(recipe, held_out), report([], held_out)
+    else:
+        corpus = read_corpus(recipe)
+        train, held_out, duplicates = prepared("train", corpus.train), corpus.valid, corpus.duplicates
+    valid = prepared("valid", held_out) if wants_valid and held_out else None
+    test = prepared("test", read(recipe, "test")) if recipe.test else None
+    return Splits(
+        train=train,
+        valid=valid if valid and valid.rows else None,
+        test=test if test and test.rows else None,
+        duplicates=duplicates,
+    )
+
+
+def _streamed(recipe: Recipe, held_out: Sequence[Example]) -> Split:
+    def tools() -> tuple[ChatTemplate, Any]:
+        own = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        return ChatTemplate(own), own
+
+    rows = StreamedRows(
+        recipe,
+        tools,
+        window_rows=rows_per_batch(recipe) * WINDOW_BATCHES,
+        first=int(recipe.val_set_size),
+        held_out=[content_key(example) for example in held_out],
+        marks=Path(recipe.adapter_path) / "stream.json",
+    )
+    found = rows.report(0)
+    return Split("train", [], rows, found, ("train: streamed; counts are those of the first window of rows",))
+
+
+def rows_per_batch(recipe: Recipe) -> int:
+    """Rows of data in a batch: fewer than `batch_size` where each is answered several times."""
+    return recipe.batch_size // (recipe.grpo.num_generations if recipe.grpo is not None else 1)

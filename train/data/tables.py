@@ -1,0 +1,110 @@
+"""What a person is told of a run's rows before it starts: counts, what was left out and why, lengths, duplicates.
+
+One function a block; each gives what rich prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.table import Table
+
+from train.data.duplicates import DuplicateReport
+from train.data.splits import Split
+from train.data.tokens import TokenizeReport
+
+BAR_WIDTH = 30
+MAX_PLACES = 3
+MAX_SOURCES = 20
+
+
+def rows_table(splits: Sequence[Split]) -> Table:
+    """A column a split."""
+    table = Table("data", *(split.name for split in splits))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    reports = [split.report for split in splits]
+    counts = {
+        "rows read": [report.num_read for report in reports],
+        "sequences": [report.num_sequences for report in reports],
+        "truncated": [report.num_truncated for report in reports],
+        "dropped": [sum(report.dropped.values()) for report in reports],
+        "  without targets": [report.num_without_targets for report in reports],
+        "tokens": [report.num_tokens for report in reports],
+        "targets": [report.num_targets for report in reports],
+        "longest": [report.longest for report in reports],
+    }
+    for name, values in counts.items():
+        table.add_row(name, *(f"{value:,}" for value in values))
+    table.add_row("target share", *(f"{r.num_targets / max(r.num_tokens, 1):.1%}" for r in reports))
+    return table
+
+
+def sources_table(split: Split) -> Table | None:
+    """A line a file or hub split, where there are several."""
+    if len(split.report.sources) < 2:
+        return None
+    names = ("rows", "sequences", "truncated", "dropped", "tokens", "targets")
+    table = Table(f"{split.name} from", *names)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    listed = list(split.report.sources.items())
+    for source, counts in listed[:MAX_SOURCES]:
+        values = (
+            counts.num_read,
+            counts.num_sequences,
+            counts.num_truncated,
+            counts.num_dropped,
+            counts.num_tokens,
+            counts.num_targets,
+        )
+        table.add_row(source, *(f"{value:,}" for value in values))
+    if len(listed) > MAX_SOURCES:
+        table.add_row(f"… and {len(listed) - MAX_SOURCES} more")
+    return table
+
+
+def dropped_lines(split: Split) -> Iterator[str]:
+    """A line a reason, with the first places."""
+    for reason, count in split.report.dropped.items():
+        yield f"{split.name}: {count:,} dropped: {reason}; {_first(split.report.places[reason], count)}"
+
+
+def template_lines(split: Split) -> Iterator[str]:
+    """What rows say and the chat template has no place for, once each."""
+    for name, (count, first) in split.report.lost.items():
+        yield (
+            f"{split.name}: the chat template leaves out {name} in {count:,} rows (first: {first}); "
+            f"what is trained does not hold it"
+        )
+
+
+def duplicate_lines(found: DuplicateReport) -> Iterator[str]:
+    """Repeats among the training rows, and rows that stand on both sides of the validation."""
+    done = "left out" if found.removed else "kept; dataset_exact_deduplication: true leaves them out"
+    if found.num_repeats:
+        groups = "; ".join(" = ".join(places) for places in found.groups)
+        yield f"train: {found.num_repeats:,} rows repeat the content of an earlier one ({done}): {groups}"
+    if found.num_leaked:
+        pairs = "; ".join(f"{train} = {valid}" for train, valid in found.leaks)
+        yield f"leakage: {found.num_leaked:,} training rows stand in the validation rows too ({done}): {pairs}"
+
+
+def histogram(report: TokenizeReport) -> Table:
+    """How long the sequences are."""
+    table = Table("tokens up to", "sequences", "", title="length of training sequences", title_justify="left")
+    most = max((count for _, count in report.histogram), default=1)
+    for bound, count in report.histogram:
+        table.add_row(f"{bound:,}", f"{count:,}", "█" * round(BAR_WIDTH * count / max(most, 1)))
+    return table
+
+
+def reasons(report: TokenizeReport) -> str:
+    """Why rows were dropped, in a line."""
+    return ", ".join(f"{reason}: {count}" for reason, count in report.dropped.items())
+
+
+def _first(places: Sequence[str], count: int) -> str:
+    shown = ", ".join(places[:MAX_PLACES])
+    return f"first: {shown}" if count > MAX_PLACES else f"at {shown}"

@@ -1,0 +1,129 @@
+"""Group-relative policy optimization: answers the model gave, with their advantages, in; a loss that makes the better
+ones likelier out.
+
+Each batch is answered by the weights that learn from it, and serves one update: the ratio to the policy that wrote it
+is 1 in value, and only its gradient counts, so there is nothing to clip. Shao et al. 2024, eq. 3 and 4; TRL's
+GRPOTrainer (trl 1.16, trainer/grpo_trainer.py, `_compute_loss`) with num_iterations 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from serve.model.network import TextNetwork
+from train.loss import find_targets, target_logprobs
+from train.objective_config import GRPOConfig
+from train.objectives import Prepared
+from train.objectives.answers import sum_by_row
+from train.objectives.reference import Reference, base
+
+SCORE = "score/"
+"""Inputs that measure rows and take no part in the loss: score/name, [B] float32."""
+
+
+class GRPO:
+    """Objective grpo. A batch is B answers of one forward, and one more for the reference where beta is not 0."""
+
+    name = "grpo"
+
+    def __init__(self, config: GRPOConfig, reference: Reference = base) -> None:
+        self.config = config
+        self.reference = reference
+        self.unit = "target" if config.loss_type == "dapo" else "row"
+
+    def prepare(self, batch: Any, *, pad: bool = False) -> Prepared:
+        """Host arrays of a batch with advantages and, from `train.rollouts`, scores.
+
+        rows [N] int32, the row of each target · advantages [N] float32
+        is_one [N] float32, what makes weights · is_one one target's share of all, whatever loss_type weighs
+        is_row [N] float32, likewise for a row's share of all, spread over its targets
+        """
+        found = find_targets(batch.tokens, batch.is_target, pad=pad)
+        rows = found.positions // batch.tokens.shape[1]
+        lengths = np.maximum(np.bincount(rows, weights=found.weights, minlength=len(batch.tokens)), 1)[rows]
+        weight = {
+            "dapo": np.ones_like(lengths),
+            "grpo": 1 / lengths,
+            "dr_grpo": np.full_like(lengths, 1 / self.config.max_completion_length),
+        }[self.config.loss_type]
+        floats = {
+            "advantages": batch.advantages[rows],
+            "weights": found.weights * weight,
+            "is_one": 1 / weight,
+            "is_row": 1 / (weight * lengths),
+            **{SCORE + name: values for name, values in getattr(batch, "scores", {}).items()},
+        }
+        return Prepared(
+            {
+                "tokens": batch.tokens,
+                "positions": found.positions,
+                "token_ids": found.token_ids,
+                "rows": rows.astype(np.int32),
+                **{name: values.astype(np.float32) for name, values in floats.items()},
+            },
+            found.num_targets if self.unit == "target" else len(batch.tokens),
+        )
+
+    def loss(
+        self, network: TextNetwork, inputs: dict[str, mx.array], *, trains: bool = True
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """Sum of the targets' losses by weight, and what `summarize` makes measures of."""
+        logprobs = self._logprobs(network, inputs)
+        ratio = mx.exp(logprobs - mx.stop_gradient(logprobs))
+        losses = -inputs["advantages"] * ratio
+        weights = inputs["weights"]
+        ones, shares = weights * inputs["is_one"], weights * inputs["is_row"]
+        by_row = sum_by_row(shares, inputs["rows"], len(inputs["tokens"]))  # [B]
+        sums = {"rows": shares.sum(), "targets": ones.sum()}
+        sums |= {name: (by_row * values).sum() for name, values in inputs.items() if name.startswith(SCORE)}
+        if self.config.beta:
+            with self.reference(network):
+                reference = mx.stop_gradient(self._logprobs(network, inputs))
+            kl = kl_divergence(logprobs, reference)
+            losses = losses + self.config.beta * kl
+            sums["kl"] = mx.stop_gradient((ones * kl).sum())
+        return (losses * weights).sum(), sums
+
+    def _logprobs(self, network: TextNetwork, inputs: dict[str, mx.array]) -> mx.array:
+        return target_logprobs(
+            network,
+            inputs["tokens"],
+            inputs["positions"],
+            inputs["token_ids"],
+            temperature=self.config.temperature,
+        )
+
+    def summarize(self, means: dict[str, float]) -> dict[str, float]:
+        """TRL's measures, from `loss`'s means over units; those over rows and over targets are told apart."""
+        rows, targets = means["rows"], means["targets"]
+        scores = {n.removeprefix(SCORE): value / rows for n, value in means.items() if n.startswith(SCORE)}
+        measures = summary_of_scores(scores) | {"completions/mean_length": targets / rows}
+        return measures | ({"kl": means["kl"] / targets} if "kl" in means else {})
+
+
+def kl_divergence(logprobs: mx.array, reference: mx.array) -> mx.array:
+    """e^(r - p) - (r - p) - 1, [N], at least 0: an estimate of KL(model || reference) on the model's own tokens.
+
+    Schulman's k3; eq. 4. logprobs, reference [N], in nats.
+    """
+    difference = reference - logprobs
+    return mx.exp(difference) - difference - 1
+
+
+def summary_of_scores(means: dict[str, float]) -> dict[str, float]:
+    """Means over answers -> measures: the rewards' spread from their mean square, and each reward's mean over the
+    answers that it scored, whose share is under `scored/`."""
+    measures = {}
+    for name, value in means.items():
+        if name == "reward_squared":
+            measures["reward_std"] = math.sqrt(max(value - means["reward"] ** 2, 0.0))
+        elif name.startswith("rewards/"):
+            share = means["scored/" + name.removeprefix("rewards/")]
+            measures[name] = value / share if share else 0.0
+        elif not name.startswith("scored/"):
+            measures[name] = value
+    return measures

@@ -1,0 +1,46 @@
+"""Supervised fine-tuning and continued pre-training: negative log-likelihood of the targets.
+
+The two differ in what the data marks as targets (answers, or every token), which is none of this file's business.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from serve.model.network import TextNetwork
+from train.loss import find_targets, sum_loss
+from train.objectives import Prepared
+
+
+class SFT:
+    """Cross entropy in nats, a mean over targets."""
+
+    unit = "target"
+
+    def __init__(self, name: str = "sft") -> None:
+        self.name = name
+
+    def prepare(self, batch: Any, *, pad: bool = False) -> Prepared:
+        """tokens [B, T], positions, token_ids and weights [N]; segments [B, T] where rows are packed."""
+        found = find_targets(batch.tokens, batch.is_target, pad=pad)
+        inputs = {
+            "tokens": batch.tokens,
+            "positions": found.positions,
+            "token_ids": found.token_ids,
+            "weights": found.weights,
+        }
+        if batch.segments is not None:
+            inputs["segments"] = batch.segments
+        return Prepared(inputs, found.num_targets)
+
+    def loss(
+        self, network: TextNetwork, inputs: dict[str, mx.array], *, trains: bool = True
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """Σ weight · −log p(target); no measures."""
+        return sum_loss(network, **inputs, trains=trains), {}
+
+    def summarize(self, means: dict[str, float]) -> dict[str, float]:
+        """Nothing."""
+        return means

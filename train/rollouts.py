@@ -1,0 +1,253 @@
+"""Answers by the model that trains, scored: prompts in, batches with advantages out. serve's own engine generates.
+
+A batch follows from (weights, seed, iteration) alone: each answer's seed comes from (seed, iteration, row, number in
+its group), and the engine's memory budget from the batch, never from what happens to be free. So a resumed run draws
+the answers the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from serve.engine.engine import Engine, EngineLimits
+from serve.engine.generate import Completion, generate
+from serve.engine.request import Request, Sampling
+from serve.errors import DataError
+from serve.model.loading import LoadedModel
+from serve.model.prompt import Prompt
+from train.data.batches import Batch, padded_length, validation_rows
+from train.data.example import Example
+from train.data.splits import Split
+from train.data.tokens import TokenizedExample
+from train.distributed import Alone, Ranks
+from train.objective_config import GRPOConfig
+from train.objectives.grpo import summary_of_scores
+from train.preflight import Preflight
+from train.rewards import Answer, Scorer
+from train.trainer import Evaluation
+
+PAD_TO = 8
+UNBOUNDED_BYTES = 1 << 62
+
+
+@dataclass(frozen=True)
+class RolloutBatch(Batch):
+    """A batch of answers. `scores`: by name, a number for each row, [B] float32; see `scores_of`."""
+
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The prompts of a split, as tokens and as they were written."""
+
+    rows: Sequence[TokenizedExample]
+    prompts: Sequence[Any]
+    """A text, or messages: what a reward function is given."""
+
+    @classmethod
+    def of(cls, rows: Sequence[TokenizedExample], examples: Sequence[Example]) -> Questions:
+        """Rows, with the prompts of the examples they were made from."""
+        by_place = {(example.source, example.line): example for example in examples}
+        found = [by_place[row.source, row.line] for row in rows]
+        return cls(rows, [e.prompt if e.prompt is not None else list(e.messages or ()) for e in found])
+
+    def answer(self, row: int, completion: Completion) -> Answer:
+        """A row's completion, as rewards look at it."""
+        example = self.rows[row]
+        place = f"{example.source}:{example.line}"
+        return Answer(self.prompts[row], completion.text, completion.token_ids, example.fields or {}, place)
+
+
+class Rollouts:
+    """What the loop calls for batches under objective grpo, and for evaluations.
+
+    rows_at  iteration → the rows whose prompts are answered; num_generations answers each make the batch
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        questions: Questions,
+        rows_at: Callable[[int], Sequence[int]],
+        config: GRPOConfig,
+        scorer: Scorer,
+        *,
+        seed: int,
+        batch_size: int,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._model = model
+        self._questions = questions
+        self._rows_at = rows_at
+        self._config = config
+        self._scorer = scorer
+        self._seed = seed
+        self._ranks = ranks or Alone()
+        self._limits = EngineLimits(max_rows=batch_size, kv_budget_bytes=UNBOUNDED_BYTES)
+        _check_context(model, questions, config)
+
+    def batch_at(self, iteration: int) -> RolloutBatch:
+        """The batch of an iteration, answered by the weights as they are. Groups stand together, in order.
+
+        Of several processes each answers every `size`-th prompt; counts are of all, rows its own, maybe none.
+        TrainingError as `Scorer.score`. The module is left in the mode (training or not) it was in.
+        """
+        size, config, ranks = self._config.num_generations, self._config, self._ranks
+        rows = np.repeat(np.array(self._rows_at(iteration), int)[ranks.rank :: ranks.size], size)
+        seeds = [_seed(self._seed, iteration, row, number % size) for number, row in enumerate(rows.tolist())]
+        completions = self._generate(self._questions, rows, seeds, config.temperature)
+        scores = self._score(self._questions, rows, completions)
+        rewards = self._scorer.total(scores)
+        everyone = np.concatenate([np.array(part) for part in ranks.gather(rewards.tolist())])
+        advantages, is_flat = group_advantages(rewards, size, config.scale_rewards, everyone)
+        measures = scores_of(self._scorer, scores, completions) | {
+            "frac_reward_zero_std": is_flat.astype(np.float32)
+        }
+        prompts = [self._questions.rows[row].token_ids for row in rows]
+        batch = _collate(prompts, completions, tuple(rows.tolist()), advantages, measures)
+        counts = ranks.gather_numbers([batch.num_targets, batch.num_tokens])
+        num_targets, num_tokens = (round(sum(numbers)) for numbers in zip(*counts, strict=True))
+        return replace(batch, num_targets=num_targets, num_tokens=num_tokens)
+
+    def evaluate(self, questions: Questions, batches: Sequence[Sequence[int]]) -> Evaluation:
+        """Rewards of greedy answers, one to each row of `batches`: means. The loss is minus the mean reward."""
+        found: list[dict[str, np.ndarray]] = []
+        for rows in batches:
+            completions = self._generate(questions, np.array(rows), [0] * len(rows), temperature=0.0)
+            scores = self._score(questions, np.array(rows), completions)
+            found.append(scores_of(self._scorer, scores, completions))
+        means = {name: float(np.concatenate([one[name] for one in found]).mean()) for name in found[0]}
+        return Evaluation(-means["reward"], summary_of_scores(means))
+
+    def _generate(
+        self, questions: Questions, rows: np.ndarray, seeds: Sequence[int], temperature: float
+    ) -> list[Completion]:
+        requests = [
+            Request(
+                f"rollout-{number}",
+                Prompt(tuple(questions.rows[row].token_ids.tolist())),
+                Sampling(
+                    max_tokens=self._config.max_completion_length,
+                    temperature=temperature,
+                    top_p=self._config.top_p if temperature else 1.0,
+                    seed=seed,
+                ),
+            )
+            for number, (row, seed) in enumerate(zip(rows.tolist(), seeds, strict=True))
+        ]
+        module = self._model.network.module
+        was_training = module.training
+        module.eval()
+        try:
+            return generate(Engine(self._model, self._limits), requests)
+        finally:
+            module.train(was_training)
+
+    def _score(self, questions: Questions, rows: np.ndarray, completions: Sequence[Completion]) -> np.ndarray:
+        answers = [questions.answer(row, one) for row, one in zip(rows.tolist(), completions, strict=True)]
+        return self._scorer.score(answers)
+
+
+def rollouts_of(flight: Preflight, model: LoadedModel) -> Rollouts | None:
+    """What makes a run's batches under objective grpo; None under the others, whose batches are read."""
+    config, scorer, recipe = flight.recipe.grpo, flight.scorer, flight.recipe
+    if config is None or scorer is None:
+        return None
+    return Rollouts(
+        model,
+        Questions.of(flight.train.rows, flight.train.examples),
+        flight.plan.rows,
+        config,
+        scorer,
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+        ranks=flight.ranks,
+    )
+
+
+def evaluation_of(rollouts: Rollouts, split: Split, batch_size: int, num_batches: int) -> Evaluation:
+    """Mean rewards of greedy answers to a split's prompts: the same rows each time; `num_batches` -1 is all."""
+    questions = Questions.of(split.rows, split.examples)
+    return rollouts.evaluate(questions, validation_rows(split.lengths, batch_size, num_batches))
+
+
+def group_advantages(
+    rewards: np.ndarray, num_generations: int, scale: str, everyone: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(advantage of each answer, whether its group was scored alike) of rewards [B], groups standing together.
+
+    A = (r - mean of the group) / (std + 1e-4), with the sample standard deviation of the group, of the batch
+    (`everyone`: its rewards in all processes), or undivided. Shao et al. 2024, section 4.1.2; TRL's
+    `_generate_and_score_completions`.
+    """
+    groups = rewards.reshape(-1, num_generations)
+    spread = groups.std(axis=1, ddof=1, keepdims=True)
+    advantages = groups - groups.mean(axis=1, keepdims=True)
+    if scale == "group":
+        advantages = advantages / (spread + 1e-4)
+    elif scale == "batch":
+        whole = rewards if everyone is None else everyone
+        advantages = advantages / (whole.std(ddof=1) + 1e-4)
+    is_flat = np.broadcast_to(np.isclose(spread, 0), groups.shape)
+    return advantages.reshape(-1).astype(np.float32), is_flat.reshape(-1)
+
+
+def scores_of(scorer: Scorer, scores: np.ndarray, completions: Sequence[Completion]) -> dict[str, np.ndarray]:
+    """What is worth watching of each answer, [B] float32 each, to be averaged: reward and its square, whether it was
+    cut off, each reward by name, and whether that one scored it."""
+    rewards = scorer.total(scores)
+    found = {
+        "reward": rewards,
+        "reward_squared": rewards**2,
+        "completions/clipped_ratio": np.array([one.finish == "length" for one in completions]),
+    }
+    for name, values in zip(scorer.names, scores.T, strict=True):
+        found[f"rewards/{name}"] = np.nan_to_num(values)
+        found[f"scored/{name}"] = ~np.isnan(values)
+    return {name: values.astype(np.float32) for name, values in found.items()}
+
+
+def _collate(
+    prompts: Sequence[np.ndarray],
+    completions: Sequence[Completion],
+    row_ids: tuple[int, ...],
+    advantages: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+) -> RolloutBatch:
+    lengths = np.array([len(p) + len(c.token_ids) for p, c in zip(prompts, completions, strict=True)])
+    shape = (len(prompts), int(padded_length(lengths.max(initial=0), PAD_TO)))
+    tokens, is_target = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        tokens[place, : len(prompt)] = prompt
+        tokens[place, len(prompt) : lengths[place]] = completion.token_ids
+        is_target[place, len(prompt) : lengths[place]] = True
+    return RolloutBatch(
+        tokens,
+        is_target,
+        int(is_target.sum()),
+        int(lengths.sum()),
+        row_ids,
+        advantages=advantages,
+        scores=scores,
+    )
+
+
+def _seed(*numbers: int) -> int:
+    """64 bits that follow from the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def _check_context(model: LoadedModel, questions: Questions, config: GRPOConfig) -> None:
+    longest = max(questions.rows, key=len)
+    if len(longest) + config.max_completion_length > model.max_context:
+        raise DataError(
+            f"{longest.source}:{longest.line}: the prompt has {len(longest)} tokens, which with "
+            f"grpo.max_completion_length {config.max_completion_length} is more than the model's context of "
+            f"{model.max_context}; set max_seq_length to at most "
+            f"{model.max_context - config.max_completion_length}, which drops longer prompts"
+        )

@@ -1,0 +1,109 @@
+"""Answers to a few prompts at each validation, by the serving engine, for a person to read.
+
+The recipe's `samples` and the validation rows go in, prompts come out; prompts and the model as it stands go in,
+answers come out. Nothing of the training is touched: neither its randomness, for the engine counts its own, nor
+the model's mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from serve.engine.engine import Engine
+from serve.engine.generate import generate
+from serve.engine.request import Request, Sampling
+from serve.errors import ConfigError, DataError, RequestError
+from serve.model.loading import LoadedModel
+from serve.model.prompt import Prompt
+from serve.model.template import ChatTemplate, Message
+from train.data.example import Example
+from train.evaluate import evaluating
+from train.recipe import Samples
+
+SHARE_OF_TEXT = 0.5
+"""How much of a text row is shown to the model, which goes on from there."""
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """What the model is given, and how a person reads it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+def prompts_of(
+    samples: Samples,
+    template: ChatTemplate,
+    tokenizer: TokenizerWrapper,
+    valid_examples: Sequence[Example],
+    *,
+    as_text: bool,
+) -> list[SamplePrompt]:
+    """The prompts a recipe asks for, rendered as serving renders them.
+
+    as_text  texts are what the model goes on from, not a user's turn (objective cpt); so without a chat template
+    ConfigError names the prompt the template refuses; DataError when no validation row has a prompt.
+    """
+    if samples.rows is not None:
+        found = [_of_row(example, template, tokenizer) for example in valid_examples[: samples.rows]]
+        if not found:
+            raise DataError("samples.rows: there is no validation row to take a prompt from")
+        return found
+    prompts = []
+    for number, prompt in enumerate(samples.prompts):
+        try:
+            prompts.append(_of_recipe(prompt, template, tokenizer, as_text))
+        except RequestError as error:
+            raise ConfigError(f"samples.prompts.{number}: {error}") from error
+    return prompts
+
+
+def _of_recipe(
+    prompt: str | Sequence[Message], template: ChatTemplate, tokenizer: TokenizerWrapper, as_text: bool
+) -> SamplePrompt:
+    if isinstance(prompt, str):
+        if as_text or not template.exists:
+            return SamplePrompt(prompt, tuple(tokenizer.encode(prompt)))
+        return SamplePrompt(prompt, template.render([{"role": "user", "content": prompt}]))
+    return SamplePrompt(_shown(prompt), template.render(prompt))
+
+
+def _of_row(example: Example, template: ChatTemplate, tokenizer: TokenizerWrapper) -> SamplePrompt:
+    messages = example.as_messages()
+    if messages is None:
+        token_ids = tuple(tokenizer.encode(example.text or ""))
+        token_ids = token_ids[: max(int(len(token_ids) * SHARE_OF_TEXT), 1)]
+        return SamplePrompt(tokenizer.decode(list(token_ids)), token_ids)
+    # The turns of a preference pair end before its answers; a conversation's last answer is the model's to give.
+    has_answer = example.chosen is None and messages[-1].get("role") == "assistant" and len(messages) > 1
+    asked = messages[:-1] if has_answer else messages
+    if template.exists:
+        return SamplePrompt(_shown(asked), template.render(asked, tools=example.tools))
+    return SamplePrompt(_shown(asked), tuple(tokenizer.encode(_shown(asked))))
+
+
+def _shown(messages: Sequence[Message]) -> str:
+    """`role: content` lines, or the content alone of a single user's turn."""
+    if len(messages) == 1 and messages[0].get("role") == "user":
+        return str(messages[0].get("content"))
+    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
+
+
+def answers_of(model: LoadedModel, prompts: Sequence[SamplePrompt], samples: Samples) -> list[str]:
+    """Each prompt's answer by the weights as they are, in order. RequestError for a prompt beyond the context."""
+    requests = [
+        Request(
+            f"sample-{number}",
+            Prompt(prompt.token_ids),
+            Sampling(
+                max_tokens=samples.max_tokens, temperature=samples.temperature, seed=samples.seed + number
+            ),
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    with evaluating(model.network):
+        return [completion.text for completion in generate(Engine(model), requests)]
