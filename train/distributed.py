@@ -204,11 +204,17 @@ def share(batch: B, ranks: Ranks) -> B:
     """
     if ranks.size == 1:
         return batch
+    return part_of(batch, ranks.rank, ranks.size, are_pairs=len(batch.tokens) == 2 * len(batch.row_ids))
+
+
+def part_of(batch: B, index: int, count: int, *, are_pairs: bool) -> B:
+    """Part `index` of `count`: every `count`-th row from there, or pair, whose second half stands in the second half.
+
+    Only arrays are cut, as `share` says.
+    """
     num_rows = len(batch.tokens)
-    half = num_rows // 2 if num_rows == 2 * len(batch.row_ids) else num_rows
-    kept = np.concatenate(
-        [np.arange(ranks.rank, half, ranks.size) + start for start in range(0, num_rows, half)]
-    )
+    half = num_rows // 2 if are_pairs else num_rows
+    kept = np.concatenate([np.arange(index, half, count) + start for start in range(0, num_rows, half)])
     values = {each.name: getattr(batch, each.name) for each in fields(batch)}
     arrays = {name: value[kept] for name, value in values.items() if isinstance(value, np.ndarray)}
     named = {

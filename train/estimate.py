@@ -26,7 +26,7 @@ from serve.errors import ModelError
 from serve.model.loading import DTYPES, read_config, resolve
 from serve.model.network import TextNetwork
 from train.adapt import add_lora, train_all
-from train.data.batches import padded_length
+from train.data.batches import num_parts, padded_length
 from train.data.packing import PackedPlan
 from train.data.splits import rows_per_batch
 from train.data.stream import StreamedRows
@@ -48,7 +48,7 @@ RATE_SIZE, RATE_BYTES = 512, 1 << 24
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run computes on: its largest batch [rows, tokens], and how much there is in all."""
+    """What a run computes on: its largest forward [rows, tokens], and how much there is in all."""
 
     rows: int
     tokens: int
@@ -58,6 +58,8 @@ class Workload:
     num_validations: int
     valid_places: int
     """Of one validation."""
+    in_parts: bool = False
+    """Whether a step's gradient is a sum of several forwards'."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +104,22 @@ def workload_of(flight: Preflight) -> Workload:
     if not is_stream and not isinstance(plan, PackedPlan) and recipe.grpo is None:
         num_tokens = sum(len(part) for row in flight.train.rows for part in row.sequences)
         mean_places = num_tokens / (1 - plan.padding_share) / plan.batches_per_epoch
+    in_parts = recipe.grad_accumulation_steps > 1
+    if recipe.objective != "kto":
+        are_pairs = recipe.objective in ("dpo", "orpo")
+        count = num_parts(rows, tokens - 1, recipe.micro_batch_tokens, are_pairs=are_pairs)
+        unit = 2 if are_pairs else 1
+        rows, in_parts = -(-rows // unit // count) * unit, in_parts or count > 1
     valid_places = sum(batch.tokens.size for batch in flight.valid_batches()) if recipe.grpo is None else 0
     num_validations = 1 + -(-flight.num_iterations // recipe.steps_per_eval) if valid_places else 0
-    return Workload(rows, tokens, mean_places, flight.num_iterations, num_validations, valid_places)
+    return Workload(rows, tokens, mean_places, flight.num_iterations, num_validations, valid_places, in_parts)
 
 
 def show(flight: Preflight, console: Console) -> None:
     """Print the estimate; loudly, with what helps, if the run needs more than the machine has free."""
     recipe, workload = flight.recipe, workload_of(flight)
     try:
-        found = estimate(recipe, workload, accumulation=recipe.grad_accumulation_steps)
+        found = estimate(recipe, workload)
     except ModelError as error:
         console.print(
             f"no estimate of memory and time: {error}", style="yellow", highlight=False, markup=False
@@ -130,7 +138,7 @@ def show(flight: Preflight, console: Console) -> None:
         )
 
 
-def estimate(recipe: Recipe, workload: Workload, *, accumulation: int = 1) -> Estimate:
+def estimate(recipe: Recipe, workload: Workload) -> Estimate:
     """Peak memory and time of a run. ModelError where the model cannot be built or traced without its weights."""
     try:
         network = _unweighted(recipe)
@@ -153,14 +161,14 @@ def estimate(recipe: Recipe, workload: Workload, *, accumulation: int = 1) -> Es
     return Estimate(
         weights_bytes=weights,
         optimizer_bytes=state,
-        gradients_bytes=gradients * (2 if accumulation > 1 else 1),
+        gradients_bytes=gradients * (2 if workload.in_parts else 1),
         activations_bytes=cost.peak_bytes,
         logits_bytes=LOGITS_COPIES * chunk * vocab_size * 4,
         process_bytes=process,
         total_bytes=_memory_bytes(on_cpu),
         available_bytes=device.free_memory_bytes() + process,
         seconds=step_s * workload.num_iterations + valid_s * workload.num_validations,
-        step_s=step_s * accumulation,
+        step_s=step_s * recipe.grad_accumulation_steps,
     )
 
 

@@ -273,7 +273,10 @@ class Recipe(Strict):
     """Which end-of-turn tokens are supervised under mask_prompt: each trained turn's, the last one's, none."""
 
     batch_size: int = Field(default=4, ge=1)
-    """Rows in one forward pass."""
+    """Rows of a batch."""
+    micro_batch_tokens: int = Field(default=2048, ge=0)
+    """A batch of more positions, padding included, runs in parts of whole rows (or pairs), one after the other: the
+    same sums, at the memory of one part. 0: batches run whole, as all of kto do, whose KL term is the batch's."""
     grad_accumulation_steps: int = Field(default=1, ge=1)
     """Batches whose gradients make one optimizer update."""
     epochs: float | None = Field(default=None, gt=0)
@@ -548,6 +551,11 @@ def _objective_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "batch_size",
             f"found {recipe.batch_size}; it counts answers, {recipe.grpo.num_generations} to a prompt: expected a "
             f"multiple of grpo.num_generations",
+        )
+    if objective == "kto" and recipe.micro_batch_tokens and "micro_batch_tokens" in recipe.model_fields_set:
+        yield (
+            "micro_batch_tokens",
+            "has no effect with objective: kto, whose KL term is one a batch; leave it out, or 0",
         )
     if objective == "kto" and recipe.batch_size == 1:
         yield "batch_size", "found 1; kto estimates its KL term from pairs of rows: expected 2 or more"

@@ -381,6 +381,7 @@ def _stepper(flight: Preflight, model: LoadedModel, optimizer: mlx_optim.Optimiz
         recompute=recipe.grad_checkpoint,
         name_row=flight.name_row,
         ranks=flight.ranks,
+        max_places=recipe.micro_batch_tokens,
     )
 
 

@@ -23,7 +23,8 @@ from mlx.utils import tree_flatten, tree_map
 from serve.errors import TrainingError
 from serve.model.network import TextNetwork
 from train.adapt import checkpointed_layers
-from train.distributed import Alone, Ranks, sum_named
+from train.data.batches import num_parts
+from train.distributed import Alone, Ranks, part_of, sum_named
 from train.objectives import Objective, Prepared
 from train.objectives.sft import SFT
 from train.optim import current_rate
@@ -208,6 +209,8 @@ class Stepper:
 
     After `step` returns, the module's trainable weights and the optimizer's state are the new ones, evaluated.
     A step whose loss or gradient is not finite leaves them as they were.
+
+    max_places  positions of one forward, padding included; a larger batch runs in parts, one at a time. 0: whole
     """
 
     def __init__(
@@ -222,6 +225,7 @@ class Stepper:
         recompute: bool = False,
         name_row: Callable[[int], str] = str,
         ranks: Ranks | None = None,
+        max_places: int = 0,
     ) -> None:
         self.network = network
         self.optimizer = optimizer
@@ -231,6 +235,7 @@ class Stepper:
         self.compiled = compiled
         self.seed = seed
         self.ranks = ranks or Alone()
+        self.max_places = max_places
         self._max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         optimizer.init(network.module.trainable_parameters())
         self._state = [network.module.state, optimizer.state, mx.random.state]
@@ -254,10 +259,9 @@ class Stepper:
         Dropout's randomness comes from (seed, iteration), so it is part of no saved state.
         """
         start_s = time.perf_counter()
-        found = [self._prepare(batch) for batch in batches]
-        counts = self.ranks.gather_numbers(
-            [sum(part.num_units for part in found), sum(batch.tokens.size for batch in batches)]
-        )
+        found = [[self._prepare(part) for part in self._parts(batch)] for batch in batches]
+        mine = sum(part.num_units for parts in found for part in parts)
+        counts = self.ranks.gather_numbers([mine, sum(batch.tokens.size for batch in batches)])
         num_units, num_places = (round(sum(column)) for column in zip(*counts, strict=True))
         if not num_units:
             raise TrainingError(f"no loss targets in {self.name_rows(batches)}: nothing to learn from")
@@ -283,29 +287,44 @@ class Stepper:
         mx.eval(self._state[:2])
         return replace(result, seconds=time.perf_counter() - start_s)
 
+    def _parts(self, batch: Any) -> list[Any]:
+        """The batch, cut where one forward of it would be too large and its objective lets it."""
+        by, (rows, width) = self.objective.splits_by, batch.tokens.shape
+        count = num_parts(rows, width - 1, self.max_places if by else 0, are_pairs=by == "pair")
+        if count == 1:
+            return [batch]
+        return [part_of(batch, index, count, are_pairs=by == "pair") for index in range(count)]
+
     def _prepare(self, batch: Batch) -> Prepared:
         # A process's share of a short batch may be no row at all.
         return self.objective.prepare(batch, pad=self.compiled) if len(batch.tokens) else Prepared({}, 0)
 
     def _accumulate(
-        self, found: Sequence[Prepared], num_units: int, first_iteration: int
+        self, found: Sequence[Sequence[Prepared]], num_units: int, first_iteration: int
     ) -> tuple[dict, mx.array, dict[str, mx.array]]:
-        """(gradients, shares [batches], measures) of this process's units; a batch without any costs nothing."""
+        """(gradients, shares [batches], measures) of this process's units; a part without any costs nothing."""
         gradients: dict | None = None
         shares = [mx.array(0.0)] * len(found)
         measures: dict[str, mx.array] = {}
-        for place, part in enumerate(found):
+        numbered = (
+            (place, number, part) for place, parts in enumerate(found) for number, part in enumerate(parts)
+        )
+        for place, number, part in numbered:
             if not part.num_units:
                 continue
             if gradients is not None:
-                mx.eval(gradients, shares)  # frees the last part's activations before the next part runs
-            mx.random.seed((self.seed << 32) + (self.ranks.rank << 24) + first_iteration + place)
-            (shares[place], new_measures), new = self._gradients(part.arrays(num_units))
+                mx.eval(gradients, shares, measures)  # frees the last part's activations before the next runs
+            mx.random.seed(self._dropout_seed(first_iteration + place, number))
+            (part_share, new_measures), new = self._gradients(part.arrays(num_units))
+            shares[place] = shares[place] + part_share
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
             measures = {name: measures.get(name, 0.0) + value for name, value in new_measures.items()}
         if gradients is None:
             gradients = tree_map(mx.zeros_like, self.network.module.trainable_parameters())
         return gradients, mx.stack(shares), measures
+
+    def _dropout_seed(self, iteration: int, part: int) -> int:
+        return ((part << 56) + (self.seed << 32) + (self.ranks.rank << 24) + iteration) % 2**64
 
     def what_is_wrong(self, batches: Sequence[Batch], result: StepResult) -> tuple[str, str]:
         """(what is not finite, the rows it stands in) of a step that is not."""

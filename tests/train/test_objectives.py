@@ -341,12 +341,13 @@ def batch_for(name: str, make_batch: Callable[..., Batch], rows: slice = slice(N
     )
 
 
+@pytest.mark.parametrize("cut", [0, 30])
 @pytest.mark.parametrize("name", ["dpo", "orpo", "grpo"])
-def test_a_batch_of_8_is_two_of_4(name, adapted, make_batch):
+def test_a_batch_of_8_is_two_of_3_and_5_each_in_parts(name, cut, adapted, make_batch):
     steps, weights = [], []
-    for parts in ([slice(0, 8)], [slice(0, 3), slice(3, 8)]):
+    for parts, max_places in (([slice(0, 8)], 0), ([slice(0, 3), slice(3, 8)], cut)):
         network = adapted()
-        stepper = Stepper(network, optim.SGD(0.5), OBJECTIVES[name]())
+        stepper = Stepper(network, optim.SGD(0.5), OBJECTIVES[name](), max_places=max_places)
         steps.append(stepper.step([batch_for(name, make_batch, part) for part in parts], 0))
         weights.append(dict(tree_flatten(network.module.trainable_parameters())))
     assert steps[0].loss == pytest.approx(steps[1].loss, rel=1e-5)

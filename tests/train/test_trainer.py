@@ -17,6 +17,7 @@ from serve.errors import TrainingError
 from train.adapt import add_lora, checkpointed_layers, train_all, trainable_tensors
 from train.data.batches import Batch
 from train.loss import find_targets, round_up, sum_loss
+from train.objectives.sft import SFT
 from train.trainer import LoopSettings, Stepper, Trainer, mean_loss
 
 FAMILIES = ("qwen3", "llama", "gemma3_text", "gemma2", "phi3", "olmo2")
@@ -75,6 +76,34 @@ def test_loss_and_gradients_are_those_of_the_plain_full_logits_way(tiny_network,
     assert float(ours) == pytest.approx(float(plain), rel=1e-5)
     scale = max(float(mx.abs(g).max()) for _, g in tree_flatten(gradients))
     assert largest_difference(our_gradients, gradients) < 1e-4 * scale
+
+
+@pytest.mark.parametrize(("max_places", "forwards"), [(0, [8]), (64, [2] * 4), (130, [4, 4]), (1, [1] * 8)])
+def test_a_batch_in_parts_is_the_batch_at_the_memory_of_a_part(
+    tiny_network, make_batch, monkeypatch, max_places, forwards
+):
+    batch = make_batch([31, 30, 29, 33, 28, 27, 26, 25])  # 8 rows read at 32 positions
+    heard = []
+
+    def step(bound):
+        network = tiny_network()
+        train_all(network)
+        stepper = Stepper(network, mlx_optim.SGD(1e-1), max_places=bound)
+        result = stepper.step([batch], 0)
+        return result, network.module.parameters()
+
+    whole, weights = step(0)
+    prepare = SFT.prepare
+    monkeypatch.setattr(
+        SFT, "prepare", lambda self, part, **pad: heard.append(len(part.tokens)) or prepare(self, part, **pad)
+    )
+    result, parts = step(max_places)
+    assert heard == forwards
+    assert (result.num_units, result.num_places) == (whole.num_units, whole.num_places)
+    assert result.shares.shape == (1,)
+    assert result.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert result.norm == pytest.approx(whole.norm, rel=1e-4)
+    assert largest_difference(parts, weights) < 1e-5
 
 
 def test_padding_is_never_a_target_and_the_first_token_never_counts(make_batch):

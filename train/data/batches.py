@@ -146,6 +146,15 @@ def collate(rows: Sequence[TokenizedExample], row_ids: Sequence[int], pad_to: in
     )
 
 
+def num_parts(num_rows: int, width: int, max_places: int, *, are_pairs: bool) -> int:
+    """In how many forwards a batch of inputs [num_rows, width] runs, each of about `max_places` or less; 0: in one.
+
+    Rows stay whole, and so do the pairs that two of them make.
+    """
+    units = num_rows // 2 if are_pairs else num_rows
+    return max(min(units, -(-num_rows * width // max_places)), 1) if max_places else 1
+
+
 def validation_rows(lengths: Sequence[int], batch_size: int, num_batches: int) -> list[tuple[int, ...]]:
     """Batches of a validation, the same each time: rows evenly spaced over the sorted lengths; -1 is all rows."""
     by_length = np.argsort(np.asarray(lengths), kind="stable")

@@ -7,7 +7,7 @@ step is cut into batches and processes. One small file each; the loop knows only
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -41,6 +41,11 @@ class Objective(Protocol):
     @property
     def unit(self) -> str:
         """What the loss is a mean over, in one word: target, pair, row."""
+        ...
+
+    @property
+    def splits_by(self) -> Literal["row", "pair"] | None:
+        """What a forward may hold alone: a row; a pair, one row in each half of the batch; None: only the batch."""
         ...
 
     def prepare(self, batch: Any, *, pad: bool = False) -> Prepared:

@@ -6,7 +6,7 @@ DPOTrainer (trl 1.16, trainer/dpo_trainer.py, `_compute_loss`), to which tests h
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +24,7 @@ class DPO:
 
     name = "dpo"
     unit = "pair"
+    splits_by: Literal["row", "pair"] | None = "pair"
 
     def __init__(self, config: DPOConfig, reference: Reference = base) -> None:
         self.config = config

@@ -9,7 +9,7 @@ GRPOTrainer (trl 1.16, trainer/grpo_trainer.py, `_compute_loss`) with num_iterat
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +29,7 @@ class GRPO:
     """Objective grpo. A batch is B answers of one forward, and one more for the reference where beta is not 0."""
 
     name = "grpo"
+    splits_by: Literal["row", "pair"] | None = "row"
 
     def __init__(self, config: GRPOConfig, reference: Reference = base) -> None:
         self.config = config

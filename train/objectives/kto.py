@@ -8,7 +8,7 @@ batch of one row, which the end of an epoch may be, has no mismatched pair; its 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +29,7 @@ class KTO:
 
     name = "kto"
     unit = "row"
+    splits_by: Literal["row", "pair"] | None = None  # one estimate of the divergence a batch
 
     def __init__(self, config: KTOConfig, reference: Reference = base, *, max_length: int) -> None:
         self.config = config

@@ -9,7 +9,7 @@ batch 8 ≡ 4×2; TRL's is over the tokens of its micro-batch, which is the same
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,6 +28,7 @@ class ORPO:
 
     name = "orpo"
     unit = "pair"
+    splits_by: Literal["row", "pair"] | None = "pair"
 
     def __init__(self, config: ORPOConfig) -> None:
         self.config = config

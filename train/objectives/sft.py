@@ -5,7 +5,7 @@ The two differ in what the data marks as targets (answers, or every token), whic
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -18,6 +18,7 @@ class SFT:
     """Cross entropy in nats, a mean over targets."""
 
     unit = "target"
+    splits_by: Literal["row", "pair"] | None = "row"
 
     def __init__(self, name: str = "sft") -> None:
         self.name = name
