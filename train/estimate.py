@@ -19,9 +19,11 @@ import numpy as np
 import psutil
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from rich.console import Console
 
 from serve import device
+from serve.adapters.experts import LoRAExperts
 from serve.errors import ModelError
 from serve.model.loading import DTYPES, read_config, resolve
 from serve.model.network import TextNetwork
@@ -70,6 +72,8 @@ class Estimate:
     optimizer_bytes: int
     gradients_bytes: int
     activations_bytes: int
+    recomputed_bytes: int
+    """Of the activations, those that gradient checkpointing makes again in the backward pass."""
     logits_bytes: int
     process_bytes: int
     """Python and its libraries, where they share the memory with the arrays."""
@@ -82,9 +86,10 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
-        """Logits are made between the forward and the backward pass: activations are all there then."""
+        """Logits are made between the forward and the backward pass: activations that are kept are all there then."""
         kept = self.weights_bytes + self.optimizer_bytes + self.gradients_bytes + self.process_bytes
-        return kept + max(self.activations_bytes + self.logits_bytes, self.gradients_bytes)
+        at_loss = self.activations_bytes - self.recomputed_bytes + self.logits_bytes
+        return kept + max(at_loss, self.activations_bytes, self.gradients_bytes)
 
 
 def workload_of(flight: Preflight) -> Workload:
@@ -163,6 +168,7 @@ def estimate(recipe: Recipe, workload: Workload) -> Estimate:
         optimizer_bytes=state,
         gradients_bytes=gradients * (2 if workload.in_parts else 1),
         activations_bytes=cost.peak_bytes,
+        recomputed_bytes=cost.recomputed_bytes,
         logits_bytes=LOGITS_COPIES * chunk * vocab_size * 4,
         process_bytes=process,
         total_bytes=_memory_bytes(on_cpu),
@@ -322,6 +328,10 @@ def step_cost(network: TextNetwork, num_rows: int, num_tokens: int, *, recompute
     The network's weights are replaced by tracers; it is of no use afterwards.
     """
     module = network.module
+    for layer in module.modules():
+        if isinstance(layer, (LoRAExperts, SwitchLinear, QuantizedSwitchLinear)):
+            # Their own gradients take an operation that MLX cannot export; what flows through them is counted.
+            layer.freeze()
     frozen = dict(tree_flatten(module.parameters()))
     names = list(frozen)
 
@@ -342,9 +352,8 @@ def step_cost(network: TextNetwork, num_rows: int, num_tokens: int, *, recompute
         return Cost(activations, cost.flops, cost.traffic_bytes)
     layers = len(network.layers)
     kept = num_rows * num_tokens * _width(network) * network.parameters_dtype().size * layers
-    return Cost(
-        kept + int(LAYERS_RECOMPUTED * activations / layers), cost.flops * 4 / 3, cost.traffic_bytes * 4 / 3
-    )
+    at_work = int(LAYERS_RECOMPUTED * activations / layers)
+    return Cost(kept + at_work, cost.flops * 4 / 3, cost.traffic_bytes * 4 / 3, at_work)
 
 
 def _width(network: TextNetwork) -> int:

@@ -85,6 +85,8 @@ class Cost:
     """Multiplications and additions of its matrix products."""
     traffic_bytes: float
     """Read and written by everything else."""
+    recomputed_bytes: int = 0
+    """Of the peak, what is there only while a layer is computed a second time."""
 
 
 def cost_of(operations: Sequence[Operation], outputs: Iterable[str]) -> Cost:

@@ -62,6 +62,7 @@ print(json.dumps({"estimated": found.peak_bytes - found.process_bytes, "measured
 CASES = [
     ("qwen3", "fine_tune_type=lora", "grad_checkpoint=false", 4, 128, 0.3),
     ("llama", "fine_tune_type=full", "grad_checkpoint=true", 2, 256, 0.3),
+    ("qwen3_moe", "fine_tune_type=lora", "grad_checkpoint=false", 4, 128, 0.3),
 ]
 MORE_CASES = [
     *[
@@ -71,11 +72,11 @@ MORE_CASES = [
         for again in ("grad_checkpoint=false", "grad_checkpoint=true")
         for shape in ((4, 128, 0.3), (2, 512, 0.5))
     ],
-    ("qwen3_moe", "fine_tune_type=lora", "grad_checkpoint=false", 4, 128, 0.3),
+    ("qwen3_moe", "fine_tune_type=full", "grad_checkpoint=false", 4, 128, 0.3),
     ("qwen3", "fine_tune_type=lora", "grad_checkpoint=false", 16, 64, 1.0),
 ]
 EXTRAS = {
-    "gemma2": {"query_pre_attn_scalar": 32.0},
+    "gemma2": {"query_pre_attn_scalar": 32},
     "qwen3_moe": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
