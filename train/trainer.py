@@ -123,8 +123,10 @@ class Report:
     targets_per_s: float
     tokens_per_s: float
     padding_frac: float
+    seconds: float
+    """The loop's: batches made, steps computed, counts kept. Reports, validations and saves are not in it."""
     overhead_frac: float
-    """Share of the loop's time outside the steps' computation."""
+    """Share of those seconds outside the steps' computation."""
     memory_bytes: int
     eta_s: float
     measures: dict[str, float] = field(default_factory=dict)
@@ -485,6 +487,7 @@ class Trainer:
                 targets_per_s=window.num_targets / seconds,
                 tokens_per_s=window.num_tokens / seconds,
                 padding_frac=1 - window.num_tokens / window.num_places,
+                seconds=seconds,
                 overhead_frac=1 - window.compute_s / seconds,
                 memory_bytes=peak_memory_bytes(),
                 eta_s=state.seconds * (1 / done_frac - 1),

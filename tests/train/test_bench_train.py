@@ -13,7 +13,7 @@ from rich.console import Console
 from serve.model.loading import load_tokenizer
 from serve.model.template import ChatTemplate
 from train.bench.chats import Lengths, write_chats
-from train.bench.compare import LOOPS, Run, Step, TrainBench, notes, run, tables
+from train.bench.compare import LOOPS, Run, Step, TrainBench, notes, overhead_of, run, tables
 
 SHORT = Lengths(median=60.0, sigma=0.6, longest=160)
 
@@ -40,6 +40,19 @@ def test_rates_leave_the_warm_up_out_and_count_everything_after_it():
     assert measured.outside_s == [pytest.approx((0.1, 0.1)), pytest.approx((0.1, 1.1))]
 
 
+def test_overhead_is_what_reports_and_batches_take_beside_the_updates():
+    lines = [
+        {"step": 10, "time": 5.0, "seconds": 4.0, "overhead_frac": 0.5},
+        {"step": 20, "time": 7.0, "seconds": 1.9, "overhead_frac": 0.0},
+        {"step": 30, "time": 9.0, "seconds": 2.0, "overhead_frac": 0.1},
+    ]
+    found = overhead_of(lines)
+    assert found.steps == 20
+    assert found.step_ms == pytest.approx(1e3 * 3.7 / 20)
+    assert found.outside_ms == pytest.approx(1e3 * 0.3 / 20)
+    assert found.frac == pytest.approx(0.3 / 4)
+
+
 def test_all_loops_meet_the_same_tokens_and_report_every_number(model_folder, tmp_path):
     bench = TrainBench(num_batches=3, batch_size=3, model=str(model_folder), lengths=SHORT)
     outcome = run(bench, tmp_path, lambda message: None)
@@ -55,7 +68,9 @@ def test_all_loops_meet_the_same_tokens_and_report_every_number(model_folder, tm
         assert math.isfinite(loop["loss_first"])
     assert said["mlx_lm_lora"]["padding_frac"] > said["lathe_packed"]["padding_frac"]
     assert said["lathe"]["loss_first"] == pytest.approx(said["mlx_lm_lora"]["loss_first"], abs=0.5)
-    assert 0 <= said["overhead_frac"] < 1
+    assert 0 <= said["overhead"]["frac"] < 1
+    assert said["overhead"]["steps"] == 90
+    assert said["overhead"]["step_ms"] > 0
     assert all(math.isfinite(ratio["data_tokens_per_s"]) for ratio in said["ratios"])
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(*tables(outcome), *notes(outcome))

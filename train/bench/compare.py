@@ -46,8 +46,9 @@ RATIOS = (
 PYTHON = (sys.executable, "-P")
 """-P: a folder named `train` or `serve` where the user stands is not imported."""
 MLX_LM_CHILD = Path(__file__).with_name("mlx_lm_child.py")
-BAR_STEP_S = 0.1
-"""The update that the loop's own cost is set against."""
+SHORT = Lengths(median=24.0, sigma=0.3, longest=40)
+"""Rows, one a batch, whose updates take about 100 ms on a CPU: where the loop's own time shows."""
+SHORT_STEPS = 100
 STEPS_PER_REPORT = 10
 
 
@@ -143,12 +144,19 @@ class Summary:
     loss_last: float
     overhead_frac: float | None = None
     """Share of the counted seconds outside the updates, a report after each step included."""
-    loop_ms_per_step: float | None = None
-    """Outside the update: batches made, counts kept. Median over steps."""
-    ms_per_report: float | None = None
-    """Of a report: console, metrics.jsonl, TensorBoard. Median over steps."""
-    overhead_frac_at_100_ms: float | None = None
-    """Of updates of 100 ms, with a report every 10 steps, the recipe's default."""
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Lathe's loop over short updates, with a report every 10, the recipe's default."""
+
+    steps: int
+    step_ms: float
+    """Of an update: graph building, forward, backward, optimizer."""
+    outside_ms: float
+    """A step's share of everything else: batches made, counts kept, reports to console, files and TensorBoard."""
+    frac: float
+    """Share of the time outside the updates."""
 
 
 @dataclass(frozen=True)
@@ -169,13 +177,14 @@ class Outcome:
 
     summaries: dict[str, Summary]
     ratios: list[Ratio]
+    overhead: Overhead
     backend: str
 
     def as_json(self, bench: TrainBench) -> dict[str, Any]:
         """The loops stand at the top, by name."""
         return {
             **{name: asdict(each) for name, each in self.summaries.items()},
-            "overhead_frac": self.summaries["lathe"].overhead_frac,
+            "overhead": asdict(self.overhead),
             "ratios": [asdict(each) for each in self.ratios],
             "settings": asdict(bench),
             "machine": asdict(device.describe()),
@@ -201,7 +210,8 @@ def run(bench: TrainBench, folder: Path, progress: Callable[[str], None]) -> Out
             runs[name].append(_run_once(name, recipes[name], folder, bench))
     summaries = {name: _summarize(each) for name, each in runs.items()}
     ratios = [_ratio(of, to, runs[of], runs[to]) for of, to in RATIOS]
-    return Outcome(summaries, ratios, device.backend())
+    progress("short steps: what Lathe's loop itself takes")
+    return Outcome(summaries, ratios, _overhead(bench, model, template, folder), device.backend())
 
 
 def _model(bench: TrainBench, folder: Path, progress: Callable[[str], None]) -> Path:
@@ -216,7 +226,26 @@ def _model(bench: TrainBench, folder: Path, progress: Callable[[str], None]) -> 
 
 def _write_recipes(bench: TrainBench, model: Path, data: Path, folder: Path) -> dict[str, Path]:
     """One mlx-lm recipe for all, and what packing changes in it."""
-    common: dict[str, Any] = {
+    common = _common(bench, model, data)
+    paths = {}
+    for name in LOOPS:
+        changes: dict[str, Any] = {"adapter_path": str(folder / name)}
+        if name == "lathe_packed":
+            # A packed batch is filled up to batch_size · max_seq_length: about what others hold on average.
+            changes |= {"sample_packing": True, "batch_size": _packed_batch_size(bench), "epochs": 1.0}
+        recipe = {
+            key: value
+            for key, value in (common | changes).items()
+            if key != "iters" or "epochs" not in changes
+        }
+        paths[name] = folder / f"{name}.yaml"
+        paths[name].write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return paths
+
+
+def _common(bench: TrainBench, model: Path, data: Path) -> dict[str, Any]:
+    """What all loops are told."""
+    return {
         "model": str(model),
         "train": True,
         "data": str(data),
@@ -234,20 +263,6 @@ def _write_recipes(bench: TrainBench, model: Path, data: Path, folder: Path) -> 
         "save_every": 10**6,
         "seed": bench.seed,
     }
-    paths = {}
-    for name in LOOPS:
-        changes: dict[str, Any] = {"adapter_path": str(folder / name)}
-        if name == "lathe_packed":
-            # A packed batch is filled up to batch_size · max_seq_length: about what others hold on average.
-            changes |= {"sample_packing": True, "batch_size": _packed_batch_size(bench), "epochs": 1.0}
-        recipe = {
-            key: value
-            for key, value in (common | changes).items()
-            if key != "iters" or "epochs" not in changes
-        }
-        paths[name] = folder / f"{name}.yaml"
-        paths[name].write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return paths
 
 
 def _packed_batch_size(bench: TrainBench) -> int:
@@ -317,15 +332,31 @@ def _summarize(runs: Sequence[Run]) -> Summary:
     outside = [step for each in runs for step in each.outside_s]
     if not outside:
         return middle
-    loop_s, report_s = (median(part) for part in zip(*outside, strict=True))
-    cost_s = loop_s + report_s / STEPS_PER_REPORT
-    return replace(
-        middle,
-        overhead_frac=sum(map(sum, outside)) / sum(each.seconds for each in runs),
-        loop_ms_per_step=loop_s * 1e3,
-        ms_per_report=report_s * 1e3,
-        overhead_frac_at_100_ms=cost_s / (cost_s + BAR_STEP_S),
-    )
+    return replace(middle, overhead_frac=sum(map(sum, outside)) / sum(each.seconds for each in runs))
+
+
+def _overhead(bench: TrainBench, model: Path, template: ChatTemplate, folder: Path) -> Overhead:
+    rows = folder / "short" / "train.jsonl"
+    write_chats(rows, SHORT_STEPS, SHORT, template, bench.seed)
+    changes = {"batch_size": 1, "iters": SHORT_STEPS, "steps_per_report": STEPS_PER_REPORT}
+    name = "lathe_short"
+    recipe = folder / f"{name}.yaml"
+    adapter = folder / name
+    written = {**_common(bench, model, rows.parent), **changes, "adapter_path": str(adapter)}
+    recipe.write_text(yaml.safe_dump(written, sort_keys=False))
+    command = [*PYTHON, "-m", "lathe", "train", str(recipe)]
+    run_child(name, command, folder / f"{name}.log", _environment(preload=False))
+    return overhead_of([line for line in rows_of(adapter) if line["kind"] == "train"])
+
+
+def overhead_of(lines: Sequence[dict[str, Any]]) -> Overhead:
+    """From the reports of a run, as metrics.jsonl has them; what came before the first is warm-up."""
+    first, *counted = lines
+    steps = lines[-1]["step"] - first["step"]
+    elapsed_s = lines[-1]["time"] - first["time"]
+    compute_s = sum(line["seconds"] * (1 - line["overhead_frac"]) for line in counted)
+    outside_s = elapsed_s - compute_s
+    return Overhead(steps, 1e3 * compute_s / steps, 1e3 * outside_s / steps, outside_s / elapsed_s)
 
 
 def _ratio(of: str, to: str, ours: Sequence[Run], theirs: Sequence[Run]) -> Ratio:
@@ -366,13 +397,11 @@ def tables(outcome: Outcome) -> Iterator[Table]:
 
 def notes(outcome: Outcome) -> list[str]:
     """What a reader of the tables must know."""
-    lathe = outcome.summaries["lathe"]
     held = "resident set of the process" if outcome.backend == "cpu" else "mx.get_peak_memory"
     said = [f"peak memory: {held}; length_sorted: mlx_lm's loop with its sort by length repaired"]
-    if lathe.overhead_frac is not None:
-        said.append(
-            f"Lathe outside the updates: {lathe.overhead_frac:.2%} of this run, with a report each step; "
-            f"{lathe.loop_ms_per_step:.2f} ms a step and {lathe.ms_per_report:.1f} ms a report (medians), which is "
-            f"{lathe.overhead_frac_at_100_ms:.1%} of updates of 100 ms and a report every {STEPS_PER_REPORT}"
-        )
+    found = outcome.overhead
+    said.append(
+        f"Lathe's loop outside the updates: {found.outside_ms:.2f} ms a step, {found.frac:.2%} of the time of "
+        f"{found.steps} updates of {found.step_ms:.0f} ms with a report every {STEPS_PER_REPORT}"
+    )
     return said
