@@ -11,16 +11,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from serve.errors import ConfigError, TrainingError
-
-if TYPE_CHECKING:
-    from train.trainer import Evaluation, Nonfinite, Observer, Report, TrainState
 
 MAX_CHUNK_BYTES = 1 << 28
 """Arrays of a dtype travel as one, unless they are more than this: it bounds the copy."""
@@ -231,60 +228,6 @@ def agree_to_stop(ranks: Ranks, caught: list[int]) -> bool:
     if any(numbers) and not caught:
         caught.append(max(numbers))
     return any(numbers)
-
-
-class Together:
-    """The observer of one process's trainer: rank 0's own is told, and what it does to the run reaches all.
-
-    leader   of rank 0, and None elsewhere
-    measure  step → measures of the weights, taken by rank 0
-    spread   gives every process rank 0's weights and optimizer state
-    """
-
-    def __init__(
-        self,
-        leader: Observer | None,
-        ranks: Ranks,
-        measure: Callable[[int], Mapping[str, float]],
-        spread: Callable[[], None],
-    ) -> None:
-        self._leader = leader
-        self._ranks = ranks
-        self._measure = measure
-        self._spread = spread
-
-    def on_report(self, report: Report) -> None:
-        """Rank 0's alone."""
-        if self._leader is not None:
-            self._leader.on_report(report)
-
-    def on_eval(self, step: int, evaluation: Evaluation, is_best: bool, seconds: float) -> None:
-        """Rank 0's alone."""
-        if self._leader is not None:
-            self._leader.on_eval(step, evaluation, is_best, seconds)
-
-    def on_nonfinite(self, event: Nonfinite) -> None:
-        """Rank 0's alone."""
-        if self._leader is not None:
-            self._leader.on_nonfinite(event)
-
-    def on_save(self, state: TrainState) -> None:
-        """Nobody goes on before the checkpoint is whole."""
-        if self._leader is not None:
-            self._leader.on_save(state)
-        self._ranks.gather_numbers([state.step])
-
-    def on_rollback(self) -> None:
-        """Rank 0 reads the checkpoint; all have it afterwards."""
-        if self._leader is not None:
-            self._leader.on_rollback()
-        self._spread()
-
-    def measure(self, step: int) -> dict[str, float]:
-        """Rank 0's measures, in every process."""
-        mine = self._measure(step) if self._leader is not None else {}
-        found: dict[str, float] = self._ranks.gather(dict(mine))[0]
-        return found
 
 
 @contextmanager

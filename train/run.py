@@ -36,7 +36,6 @@ from train import checkpoint, estimate, preflight, summary
 from train.adapt import Adapted, adapter_tensors, add_lora, embedding_names, set_tensors, train_all
 from train.distributed import (
     Ranks,
-    Together,
     agree_to_stop,
     check_same,
     join,
@@ -55,6 +54,7 @@ from train.record import RunRecord, running
 from train.rollouts import Rollouts, evaluation_of, rollouts_of
 from train.start import give_up_later, starting_point
 from train.summary import RunSummary
+from train.together import Together
 from train.trainer import Evaluation, LoopSettings, Stepper, Trainer, TrainState, mean_loss
 from train.wandb_log import WandbBoard, check_installed
 from train.wired import wired
