@@ -24,7 +24,7 @@ from rich.console import Console
 
 from serve import device
 from serve.adapters.experts import LoRAExperts
-from serve.errors import ModelError
+from serve.errors import AdapterError, ConfigError, ModelError
 from serve.model.loading import DTYPES, read_config, resolve
 from serve.model.network import TextNetwork
 from train.adapt import add_lora, train_all
@@ -148,7 +148,10 @@ def show(flight: Preflight, console: Console) -> None:
 
 
 def estimate(recipe: Recipe, workload: Workload) -> Estimate:
-    """Peak memory and time of a run. ModelError where the model cannot be built or traced without its weights."""
+    """Peak memory and time of a run. ModelError where the model cannot be built or traced without its weights;
+
+    ConfigError where the adapter the recipe asks for does not fit it.
+    """
     try:
         network = _unweighted(recipe)
         vocab_size = _vocab_size(recipe)
@@ -159,6 +162,8 @@ def estimate(recipe: Recipe, workload: Workload) -> Estimate:
         optimizer.init(module.trainable_parameters())
         state = _num_bytes(optimizer.state)
         cost = step_cost(network, workload.rows, workload.tokens, recompute=recipe.grad_checkpoint)
+    except (AdapterError, ConfigError):
+        raise  # the run would end by it too
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError) as error:
         raise ModelError(f"{recipe.model}: cannot be traced without its weights: {error}") from error
     places = workload.rows * workload.tokens

@@ -273,6 +273,12 @@ def test_the_best_weights_are_published_when_asked(make_recipe, tmp_path):
     assert all(np.array_equal(np.array(best.tensors[name]), np.array(published[name])) for name in published)
 
 
+def test_a_dry_run_ends_by_what_the_run_would_end_by(make_recipe, tmp_path):
+    recipe = make_recipe("dry", "lora_parameters.keys=[wq]")
+    with pytest.raises(ConfigError, match="wq: no layer has it"):
+        run(recipe, dry_run=True, console=Console(quiet=True))
+
+
 def test_a_dry_run_needs_no_weights_and_writes_nothing(make_recipe, model_folder, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
