@@ -91,9 +91,10 @@ def _run(
     estimate.show(flight, console)
     if dry_run:
         return RunSummary("dry_run", recipe.adapter_path)
-    saved = None if ranks.rank else starting_point(recipe, resume, console)
     model = _load_model(recipe)
-    _check_packing(recipe, model)
+    _check_model(recipe, model)
+    # Only now: an earlier run's records give way to a run that can start.
+    saved = None if ranks.rank else starting_point(recipe, resume, console)
     mx.random.seed(recipe.seed)
     is_restored = ranks.gather(saved is not None)[0]
     adapted = _adapt(recipe, model, console, is_restored=is_restored)
@@ -292,7 +293,13 @@ def _load_model(recipe: Recipe) -> LoadedModel:
     return load(recipe.model, quantize=recipe.quantize, trust_remote_code=recipe.trust_remote_code)
 
 
-def _check_packing(recipe: Recipe, model: LoadedModel) -> None:
+def _check_model(recipe: Recipe, model: LoadedModel) -> None:
+    """ConfigError where this model cannot be trained as the recipe asks."""
+    if recipe.fine_tune_type == "full" and "quantization" in model.config:
+        raise ConfigError(
+            f"fine_tune_type: full needs a base in full precision; {recipe.model} is quantized. Use "
+            f"fine_tune_type: lora, or the model it was quantized from"
+        )
     problem = packing_problem(model.network, recipe.max_seq_length) if recipe.sample_packing else None
     if problem:
         raise ConfigError(
@@ -303,11 +310,6 @@ def _check_packing(recipe: Recipe, model: LoadedModel) -> None:
 
 def _adapt(recipe: Recipe, model: LoadedModel, console: Console, *, is_restored: bool) -> Adapted:
     if recipe.fine_tune_type == "full":
-        if "quantization" in model.config:
-            raise ConfigError(
-                f"fine_tune_type: full needs a base in full precision; {recipe.model} is quantized. Use "
-                f"fine_tune_type: lora, or the model it was quantized from"
-            )
         # Random weights are all new; leaving some of them frozen would train on noise.
         adapted = train_all(model.network, num_layers=-1 if recipe.init == "random" else recipe.num_layers)
     else:

@@ -508,12 +508,16 @@ def test_the_padding_of_a_packed_run_is_printed(make_recipe):
     assert "padding" in printed
 
 
-def test_a_family_that_cannot_be_packed_is_refused_before_the_first_step(make_recipe, make_model, tmp_path):
+def test_a_family_that_cannot_be_packed_is_refused_and_costs_no_earlier_run(
+    make_recipe, make_model, tmp_path
+):
     config = {**GPT2, "vocab_size": 259}
+    run(make_recipe("out"), console=quiet())
+    earlier = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     recipe = make_recipe("out", f"model={make_model('gpt2', config)}")
     with pytest.raises(ConfigError, match=r"cannot be packed: what it computes .* depends on the position"):
         run(recipe, console=quiet())
-    assert not (tmp_path / "out").exists()
+    assert {path: path.read_bytes() for path in earlier} == earlier, "the run that is there stays"
 
 
 def test_an_objective_that_compares_answers_is_not_packed(make_recipe):

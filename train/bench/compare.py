@@ -47,7 +47,7 @@ PYTHON = (sys.executable, "-P")
 """-P: a folder named `train` or `serve` where the user stands is not imported."""
 MLX_LM_CHILD = Path(__file__).with_name("mlx_lm_child.py")
 SHORT = Lengths(median=24.0, sigma=0.3, longest=40)
-"""Rows, one a batch, whose updates take about 100 ms on a CPU: where the loop's own time shows."""
+"""Rows, one a batch, whose updates take 100 to 200 ms on a CPU: where the loop's own time shows."""
 SHORT_STEPS = 100
 STEPS_PER_REPORT = 10
 
