@@ -122,7 +122,9 @@ def runs(
     named = folders or [Path(name) for name in listing.DEFAULT_FOLDERS if Path(name).is_dir()]
     found = listing.find(named)
     if found:
-        console.print(listing.table(found))
+        for table in listing.tables(found):
+            console.print(table)
+            console.print()
     for run in found:
         if run.problem:
             console.print(f"{run.folder}: {run.problem}", style="red", markup=False, soft_wrap=True)

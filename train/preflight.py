@@ -199,9 +199,11 @@ def _clocks(preflight: Preflight) -> str:
         else f"an epoch is {per_epoch:,} batches, the run {preflight.num_iterations / per_epoch:.2f} epochs; "
         f"padding {preflight.plan.padding_share:.1%}"
     )
+    batches = recipe.grad_accumulation_steps
+    accumulated = f" of {batches} batches" if batches > 1 else ""
     return (
         f"{source} is the clock: {preflight.num_iterations:,} batches of {_batch_size(preflight)}, "
-        f"{preflight.num_steps:,} optimizer steps of {recipe.grad_accumulation_steps} batches; {length}"
+        f"{preflight.num_steps:,} optimizer steps{accumulated}; {length}"
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from serve.adapters.manifest import CONFIG_FILE
 from serve.errors import NotFoundError
@@ -167,25 +168,40 @@ def _float(value: Any, otherwise: float | None = None) -> float | None:
     return float(value) if isinstance(value, int | float) else otherwise
 
 
-def table(runs: Sequence[Run]) -> Table:
-    """For a terminal. Hashes are cut to eight letters."""
-    drawn = Table("run", "status", box=None, pad_edge=False, header_style="bold")
-    for name in ("steps", "valid loss", "metric"):
-        drawn.add_column(name, justify="right")
-    for name in ("base", "trained", "data", "began with", "created"):
-        drawn.add_column(name)
-    drawn.add_column("time", justify="right")
+def tables(runs: Sequence[Run]) -> Iterator[Table]:
+    """For a terminal of 80 columns: how far and how good, then where from. Hashes are cut to eight letters."""
+    results = _plain("run")
+    results.add_column("status", no_wrap=True)
+    for name in ("steps", "valid loss"):
+        results.add_column(name, justify="right", no_wrap=True)
+    has_metric = any(run.metric for run in runs)
+    if has_metric:
+        results.add_column("metric", justify="right")
+    results.add_column("began", no_wrap=True)
+    results.add_column("time", justify="right", no_wrap=True)
     styles = {"failed": "red", "broken": "red", "running": "green", "interrupted": "yellow"}
     for run in runs:
         loss = f"{run.best_valid_loss:.4f}" if run.best_valid_loss is not None else ""
         at = f" @{run.best_step:,}" if run.best_step is not None and loss else ""
         metric = f"{run.metric} {run.metric_value:.1%}" if run.metric and run.metric_value is not None else ""
+        status = Text(run.status, style=styles.get(run.status, ""))
+        time = duration(run.seconds) if run.seconds is not None else ""
+        began = run.created[:16].replace("T", " ")
+        measured = (loss + at, metric) if has_metric else (loss + at,)
+        results.add_row(Text(run.folder), status, f"{run.steps:,}", *measured, began, time)
+    yield results
+    origins = _plain("run", "trained", "base", "data", "began with")
+    for run in runs:
         base = f"{Path(run.base_model).name} {_short(run.base_fingerprint)}".strip()
         trained = " ".join(word for word in (run.fine_tune_type, run.objective) if word)
-        row = (run.folder, f"[{styles.get(run.status, 'default')}]{run.status}", f"{run.steps:,}", loss + at)
-        time = duration(run.seconds) if run.seconds is not None else ""
-        created = run.created[:16].replace("T", " ")
-        drawn.add_row(*row, metric, base, trained, _short(run.data_hash), _origin(run, runs), created, time)
+        origins.add_row(*map(Text, (run.folder, trained, base, _short(run.data_hash), _origin(run, runs))))
+    yield origins
+
+
+def _plain(*names: str) -> Table:
+    drawn = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in names:
+        drawn.add_column(name, overflow="fold")
     return drawn
 
 

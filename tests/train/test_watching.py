@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -224,10 +225,24 @@ def test_runs_are_listed_with_where_they_came_from(train, tmp_path):
     assert Path(found["cut"].resumed_from).name == "step-000003"
     assert len({run.base_fingerprint for run in found.values()}) == 1
     drawn = Console(file=io.StringIO(), width=250)
-    drawn.print(runs.table(list(found.values())))
-    warm_line = next(line for line in drawn.file.getvalue().splitlines() if "deeper/warm" in line)
-    assert "lora sft" in warm_line
-    assert f"first {told['content_hash'][7:15]}" in warm_line
+    drawn.print(*runs.tables(list(found.values())))
+    result, origin = (line for line in drawn.file.getvalue().splitlines() if "deeper/warm" in line)
+    assert "exact_match" in result
+    assert "lora sft" in origin
+    assert f"first {told['content_hash'][7:15]}" in origin
+
+
+def test_a_list_of_runs_is_whole_in_80_columns():
+    run = runs.Run(
+        "runs/support-tickets-large", "support-tickets-large", "interrupted", steps=12_000, best_step=11_900
+    )
+    run = replace(run, best_valid_loss=1.2345, created="2026-11-21T17:46:00+00:00", seconds=5400.0)
+    drawn = Console(file=io.StringIO(), width=80)
+    drawn.print(*runs.tables([run]))
+    shown = drawn.file.getvalue()
+    assert "…" not in shown
+    for words in ("interrupted", "12,000", "1.2345 @11,900", "2026-11-21 17:46"):
+        assert words in shown
 
 
 def summary_of(folder: Path) -> dict:
@@ -258,7 +273,7 @@ def test_a_broken_folder_is_listed_as_such_and_breaks_nothing(train, tmp_path):
     assert found[0].name == "good"
     assert {run.steps for run in found if run.name != "good"} == {3}
     assert "run.json" in next(run.problem for run in found if run.name == "no-json")
-    Console(file=io.StringIO()).print(runs.table(found))
+    Console(file=io.StringIO()).print(*runs.tables(found))
     with pytest.raises(NotFoundError, match="no folder"):
         runs.find([tmp_path / "nowhere"])
 
