@@ -40,7 +40,6 @@ from train.distributed import (
     check_same,
     join,
     losses_named,
-    share,
 )
 from train.interrupt import caught_signals
 from train.journal import Journal, identity_of
@@ -206,8 +205,8 @@ def _trainer(
     return Trainer(
         stepper,
         _loop_settings(flight),
-        # Answers follow from weights and seeds: every process draws all of a batch, and learns from its share.
-        (lambda index: share(rollouts.batch_at(index), flight.ranks)) if rollouts else flight.batch_at,
+        # Either is this process's share already: rollouts answer only their own prompts.
+        rollouts.batch_at if rollouts else flight.batch_at,
         flight.valid_batches(),
         together,
         state=state,
