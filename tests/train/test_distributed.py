@@ -121,13 +121,19 @@ def assert_same_run(ours: Path, reference: Path, distinct: int = 5) -> None:
         np.testing.assert_allclose(np.array(tensor), np.array(theirs[name]), atol=2e-5, err_msg=name)
 
 
-def test_two_processes_are_one_with_twice_the_batch(make_recipe, tmp_path):
-    with launched(str(BIN / "lathe"), "train", str(make_recipe("two", batch_size=4))) as process:
+PACKED = {"sample_packing": True, "max_seq_length": 128, "grad_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize("keys", [{}, PACKED], ids=["by length", "packed"])
+def test_two_processes_are_one_with_twice_the_batch(make_recipe, tmp_path, keys):
+    batch_size = 2 if keys else 4
+    path = make_recipe("two", batch_size=batch_size, **keys)
+    with launched(str(BIN / "lathe"), "train", str(path)) as process:
         said, _ = process.communicate(timeout=TIMEOUT_S)
-    alone(make_recipe("one", batch_size=8))
+    alone(make_recipe("one", batch_size=2 * batch_size, **keys))
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert said.count("iter 6/6") == 1, "one process prints"
-    assert "4 in each of 2 processes" in said
+    assert ("packed tokens" if keys else "4 in each of 2 processes") in said
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
     assert summaries[0]["num_targets"] == summaries[1]["num_targets"] > 0
     assert summaries[0]["num_tokens"] == summaries[1]["num_tokens"]
