@@ -368,6 +368,9 @@ def _hint(name: str, models: Sequence[type[BaseModel]], known: Mapping[str, str]
     if name in known:
         return f"; {known[name]}"
     names = sorted({field for model in models for field in model.model_fields})
+    key, colon, value = name.partition(":")
+    if colon and key in names:
+        return f"; YAML wants a space after the colon: {key}: {value}"
     close = difflib.get_close_matches(name, [*names, *known], n=1, cutoff=0.7)
     if not close:
         return f"; expected one of {', '.join(names)}"
