@@ -5,8 +5,7 @@ Examples and a model in, a share out. The model may be one in training: its LoRA
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from serve.engine.generate import generate
 from serve.engine.request import Request, Sampling
 from serve.errors import DataError
 from serve.model.loading import LoadedModel
-from serve.model.network import TextNetwork
+from serve.model.network import evaluating
 from serve.model.prompt import Prompt
 from serve.model.template import ChatTemplate
 from train.data.example import Example
@@ -98,14 +97,3 @@ def exact_match(
         )
     with evaluating(model.network):
         return answer(Engine(model), questions, max_tokens)
-
-
-@contextmanager
-def evaluating(network: TextNetwork) -> Iterator[None]:
-    """Without dropout inside; afterwards the module is in the mode it was in."""
-    was_training = network.module.training
-    network.module.eval()
-    try:
-        yield
-    finally:
-        network.module.train(was_training)

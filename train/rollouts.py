@@ -18,6 +18,7 @@ from serve.engine.generate import Completion, generate
 from serve.engine.request import Request, Sampling
 from serve.errors import DataError
 from serve.model.loading import LoadedModel
+from serve.model.network import evaluating
 from serve.model.prompt import Prompt
 from train.data.batches import Batch, padded_length, validation_rows
 from train.data.example import Example
@@ -140,13 +141,8 @@ class Rollouts:
             )
             for number, (row, seed) in enumerate(zip(rows.tolist(), seeds, strict=True))
         ]
-        module = self._model.network.module
-        was_training = module.training
-        module.eval()
-        try:
+        with evaluating(self._model.network):
             return generate(Engine(self._model, self._limits), requests)
-        finally:
-            module.train(was_training)
 
     def _score(self, questions: Questions, rows: np.ndarray, completions: Sequence[Completion]) -> np.ndarray:
         answers = [questions.answer(row, one) for row, one in zip(rows.tolist(), completions, strict=True)]

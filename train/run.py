@@ -54,7 +54,7 @@ from train.rollouts import Rollouts, evaluation_of, rollouts_of
 from train.start import give_up_later, starting_point
 from train.summary import RunSummary
 from train.together import Together
-from train.trainer import Evaluation, LoopSettings, Stepper, Trainer, TrainState, mean_loss
+from train.trainer import Evaluation, LoopSettings, Stepper, Trainer, TrainState
 from train.wandb_log import WandbBoard, check_installed
 from train.wired import wired
 
@@ -367,7 +367,7 @@ def _test_loss(flight: Preflight, stepper: Stepper, rollouts: Rollouts | None) -
     if rollouts is not None:
         size = recipe.batch_size * flight.ranks.size
         return evaluation_of(rollouts, flight.test, size, recipe.test_batches).loss
-    return mean_loss(stepper.network, flight.test_batches(), stepper.objective, stepper.ranks).loss
+    return stepper.mean_loss(flight.test_batches()).loss
 
 
 def _stepper(flight: Preflight, model: LoadedModel, optimizer: mlx_optim.Optimizer) -> Stepper:

@@ -17,10 +17,10 @@ from serve.engine.generate import generate
 from serve.engine.request import Request, Sampling
 from serve.errors import ConfigError, DataError, RequestError
 from serve.model.loading import LoadedModel
+from serve.model.network import evaluating
 from serve.model.prompt import Prompt
 from serve.model.template import ChatTemplate, Message
 from train.data.example import Example
-from train.evaluate import evaluating
 from train.recipe import Samples
 
 SHARE_OF_TEXT = 0.5

@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from serve.errors import TrainingError
-from serve.model.network import TextNetwork
+from serve.model.network import TextNetwork, evaluating
 from train.adapt import checkpointed_layers
 from train.data.batches import num_parts
 from train.distributed import Alone, Ranks, part_of, sum_named
@@ -289,13 +289,12 @@ class Stepper:
         mx.eval(self._state[:2])
         return replace(result, seconds=time.perf_counter() - start_s)
 
+    def mean_loss(self, batches: Iterable[Batch]) -> Evaluation:
+        """The objective over batches of all processes, by forwards no larger than a step's; see `mean_loss`."""
+        return mean_loss(self.network, batches, self.objective, self.ranks, self.max_places)
+
     def _parts(self, batch: Any) -> list[Any]:
-        """The batch, cut where one forward of it would be too large and its objective lets it."""
-        by, (rows, width) = self.objective.splits_by, batch.tokens.shape
-        count = num_parts(rows, width - 1, self.max_places if by else 0, are_pairs=by == "pair")
-        if count == 1:
-            return [batch]
-        return [part_of(batch, index, count, are_pairs=by == "pair") for index in range(count)]
+        return parts_of(batch, self.objective, self.max_places)
 
     def _prepare(self, batch: Batch) -> Prepared:
         # A process's share of a short batch may be no row at all.
@@ -343,6 +342,15 @@ class Stepper:
         return f"rows {shown}" + (f" and {more} more" if more > 0 else "")
 
 
+def parts_of(batch: Any, objective: Objective, max_places: int) -> list[Any]:
+    """The batch, cut where one forward of it would be too large and its objective lets it; see `Stepper`."""
+    by, (rows, width) = objective.splits_by, batch.tokens.shape
+    count = num_parts(rows, width - 1, max_places if by else 0, are_pairs=by == "pair")
+    if count == 1:
+        return [batch]
+    return [part_of(batch, index, count, are_pairs=by == "pair") for index in range(count)]
+
+
 def gradient_norm(gradients: dict) -> mx.array:
     """√ of the sum of all squares, in float32. Scalar."""
     squares = [g.astype(mx.float32).square().sum() for _, g in tree_flatten(gradients)]
@@ -382,9 +390,7 @@ class Trainer:
         self._measure = measure
         self._evaluation = evaluate
         if evaluate is None and valid_batches:
-            self._evaluation = lambda: mean_loss(
-                stepper.network, valid_batches, stepper.objective, stepper.ranks
-            )
+            self._evaluation = lambda: stepper.mean_loss(valid_batches)
 
     def fit(self) -> TrainState:
         """Train. On return the weights are those of the last step, and a checkpoint of them was asked for.
@@ -530,25 +536,25 @@ def mean_loss(
     batches: Iterable[Batch],
     objective: Objective | None = None,
     ranks: Ranks | None = None,
+    max_places: int = 0,
 ) -> Evaluation:
     """The objective over all batches together, without dropout. The module is left in the mode it was in.
 
+    max_places  of one forward, as in a `Stepper`
     NaN when the batches hold no unit at all.
     """
     objective, ranks = objective or SFT(), ranks or Alone()
-    was_training = network.module.training
-    network.module.eval()
     sums = {UNITS: 0.0}
-    for batch in batches:
-        part = objective.prepare(batch) if len(batch.tokens) else Prepared({}, 0)
-        if not part.num_units:
-            continue
-        loss, measures = objective.loss(network, part.arrays(1), trains=False)
-        mx.eval(loss, measures)
-        for name, value in {"": loss, **measures}.items():
-            sums[name] = sums.get(name, 0.0) + float(np.array(value))
-        sums[UNITS] += part.num_units
-    network.module.train(was_training)
+    with evaluating(network):
+        for part in (part for batch in batches for part in parts_of(batch, objective, max_places)):
+            found = objective.prepare(part) if len(part.tokens) else Prepared({}, 0)
+            if not found.num_units:
+                continue
+            loss, measures = objective.loss(network, found.arrays(1), trains=False)
+            mx.eval(loss, measures)
+            for name, value in {"": loss, **measures}.items():
+                sums[name] = sums.get(name, 0.0) + float(np.array(value))
+            sums[UNITS] += found.num_units
     sums = sum_named(ranks, sums)
     num_units = sums.pop(UNITS)
     means = {name: value / num_units for name, value in sums.items()} if num_units else {}

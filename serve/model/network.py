@@ -7,7 +7,8 @@ token is drawn, so the head (tied or not, with its soft cap and scale) must run 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -117,3 +118,14 @@ class TextNetwork:
                 if isinstance(weight, mx.array) and mx.issubdtype(weight.dtype, mx.floating):
                     return weight.dtype
         return mx.float32
+
+
+@contextmanager
+def evaluating(network: TextNetwork) -> Iterator[None]:
+    """Inside, no dropout, which would also move the random state; afterwards the mode is what it was."""
+    was_training = network.module.training
+    network.module.eval()
+    try:
+        yield
+    finally:
+        network.module.train(was_training)

@@ -7,8 +7,7 @@ is the same wherever a document stands. `packing_problem` finds the families whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +15,7 @@ import numpy as np
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from serve.errors import ModelError
-from serve.model.network import TextNetwork
+from serve.model.network import TextNetwork, evaluating
 
 PROBE_ROWS = 11
 """No family has 11 heads, so a mask of the wrong rank cannot broadcast by accident."""
@@ -107,7 +106,7 @@ def mask_axes(network: TextNetwork) -> int:
         problem: Exception | None = None
         for axes in (1, 2):
             try:
-                with _no_dropout(network):
+                with evaluating(network):
                     network.hidden(tokens, cache=_cache(network, segments, axes, 0))
             except ValueError as error:  # the mask does not broadcast over this family's scores
                 problem = error
@@ -128,7 +127,7 @@ def packing_problem(network: TextNetwork, num_positions: int = PROBE_POSITIONS) 
     stored = _stateful_layer(network)
     if stored is not None:
         return stored
-    with _no_dropout(network):
+    with evaluating(network):
         try:
             return _found_unequal(network, _probe_documents(network), num_positions)
         except (AttributeError, IndexError, ModelError, TypeError, ValueError) as error:
@@ -227,14 +226,3 @@ def _probe_documents(network: TextNetwork) -> list[np.ndarray]:
 
 def _family(network: TextNetwork) -> str:
     return type(network.module).__module__
-
-
-@contextmanager
-def _no_dropout(network: TextNetwork) -> Iterator[None]:
-    """Inside, the module evaluates: dropout would differ, and would move the random state."""
-    was_training = network.module.training
-    network.module.eval()
-    try:
-        yield
-    finally:
-        network.module.train(was_training)

@@ -99,6 +99,10 @@ def test_a_batch_in_parts_is_the_batch_at_the_memory_of_a_part(
     )
     result, parts = step(max_places)
     assert heard == forwards
+    heard.clear()
+    stepper = Stepper(tiny_network(), mlx_optim.SGD(0.0), max_places=max_places)
+    assert stepper.mean_loss([batch]).loss == pytest.approx(whole.loss, rel=1e-5)
+    assert heard == forwards
     assert (result.num_units, result.num_places) == (whole.num_units, whole.num_places)
     assert result.shares.shape == (1,)
     assert result.loss == pytest.approx(whole.loss, rel=1e-5)

@@ -23,7 +23,6 @@ from train.recipe import DatasetSource, Recipe
 
 CONVERSATIONS = "conversations"
 """ShareGPT's key; read where `chat_feature` is not in the row."""
-ALPACA = ("instruction", "input", "output", "system")
 
 
 @dataclass(frozen=True)
