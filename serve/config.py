@@ -87,8 +87,8 @@ class ServeConfig(Strict):
     """Largest rank an adapter may have."""
     allow_other_base: bool = False
     """Load adapters whose manifest names other base weights."""
-    default_max_tokens: int = Field(1024, ge=1)
-    """Answer length of requests that name none, in tokens; less where less of the context remains."""
+    default_max_tokens: int | None = Field(None, ge=1)
+    """Answer length of requests that name none, in tokens; the rest of the context, if left out."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """What to compute in; float32 on CPU and as stored elsewhere, if left out."""
     dequantize: bool | None = None

@@ -11,6 +11,7 @@ LatheError                        500 internal_error
 ├── ForbiddenError (PermissionError) 403 forbidden
 ├── OverloadedError (RuntimeError) 503 overloaded
 ├── StoppedError (RuntimeError)   503 engine_stopped
+├── GenerationError (RuntimeError) 500 generation_failed
 ├── TrainingError (RuntimeError)  500 training_failed
 └── StorageError (OSError)        507 storage_failed
 """
@@ -65,7 +66,7 @@ class RequestError(LatheError, ValueError):
 
 
 class ContextLengthError(RequestError):
-    """Prompt and answer together do not fit the model's context."""
+    """The prompt leaves no room in the context for an answer. Clients know it by "maximum context length is"."""
 
     code = "context_length_exceeded"
 
@@ -100,6 +101,12 @@ class StoppedError(LatheError, RuntimeError):
 
     status = 503
     code = "engine_stopped"
+
+
+class GenerationError(LatheError, RuntimeError):
+    """One row could not go on (not-a-number logits, text that cannot be read); the others are untouched."""
+
+    code = "generation_failed"
 
 
 class TrainingError(LatheError, RuntimeError):

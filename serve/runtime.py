@@ -40,7 +40,7 @@ class Runtime:
     @property
     def max_context(self) -> int:
         """Tokens of prompt and answer together."""
-        return self.engine.scheduler.budget.max_context
+        return self.engine.max_context
 
     @classmethod
     def start(cls, config: ServeConfig) -> Runtime:

@@ -7,13 +7,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from serve.api.generation import Generation, build_requests, new_id
-from serve.api.logprobs import TokenTexts, chat_logprobs
+from serve.api.generation import Generation, build_requests, logprob_writers, new_id
+from serve.api.logprobs import LogprobWriter
 from serve.api.schemas import ChatBody
 from serve.api.services import ServicesDep
 from serve.api.streaming import Answer, Responder
 from serve.api.targets import held_target
-from serve.engine.request import Event
+from serve.engine.request import Event, TokenLogprob
 
 router = APIRouter()
 
@@ -24,15 +24,20 @@ class ChatFormat:
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, texts: TokenTexts, has_logprobs: bool) -> None:
-        self._texts = texts
-        self._has_logprobs = has_logprobs
+    def __init__(self, writers: Sequence[LogprobWriter] | None) -> None:
+        """`writers`: one a choice, where log-probabilities are wanted."""
+        self._writers = writers
         self._begun: set[int] = set()
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         message = {"role": "assistant", "content": answer.text}
-        logprobs = chat_logprobs(answer.logprobs, self._texts) if self._has_logprobs else None
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(index, answer.logprobs),
+            "finish_reason": answer.finish,
+            "stop_reason": answer.stop_reason,
+        }
 
     def deltas(self, index: int, event: Event) -> Sequence[dict[str, Any]]:
         found = []
@@ -40,11 +45,15 @@ class ChatFormat:
             self._begun.add(index)
             found.append(_delta(index, {"role": "assistant", "content": ""}))
         if event.text or event.logprobs:
-            logprobs = chat_logprobs(event.logprobs, self._texts) if self._has_logprobs else None
+            logprobs = self._logprobs(index, event.logprobs)
             found.append(_delta(index, {"content": event.text}, logprobs))
         if event.finish is not None:
-            found.append({**_delta(index, {}), "finish_reason": event.finish})
+            end = {"finish_reason": event.finish, "stop_reason": event.stop_reason}
+            found.append({**_delta(index, {}), **end})
         return found
+
+    def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        return self._writers[index].chat(entries) if self._writers is not None else None
 
 
 def _delta(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -60,9 +69,9 @@ async def create_chat_completion(body: ChatBody, http: Request, services: Servic
         messages = [message.for_template() for message in body.messages]
         variables = body.chat_template_kwargs or {}
         prompt = await services.tokenize(lambda: runtime.template.render(messages, **variables))
-        requests = build_requests(services, id, body, [prompt], target)
+        requests = build_requests(services, id, body, [prompt], target, continues_prompt=False)
         generation = Generation(services, id, "chat", target, requests)
-    format = ChatFormat(services.texts, body.num_logprobs is not None)
+    format = ChatFormat(logprob_writers(services, requests))
     responder = Responder(generation, format, len(prompt), http.receive)
     if body.stream:
         return await responder.stream(wants_usage=body.wants_usage_chunk)

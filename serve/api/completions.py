@@ -7,14 +7,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from serve.api.generation import Generation, build_requests, new_id
-from serve.api.logprobs import TokenTexts, completion_logprobs
+from serve.api.generation import Generation, build_requests, logprob_writers, new_id
+from serve.api.logprobs import LogprobWriter
 from serve.api.schemas import CompletionBody
 from serve.api.services import Services, ServicesDep
 from serve.api.streaming import Answer, Responder
 from serve.api.targets import held_target
-from serve.engine.request import Event
-from serve.errors import RequestError
+from serve.engine.request import Event, FinishReason, TokenLogprob
 
 router = APIRouter()
 
@@ -25,24 +24,33 @@ class CompletionFormat:
     kind = "text_completion"
     chunk_kind = "text_completion"
 
-    def __init__(self, texts: TokenTexts, has_logprobs: bool) -> None:
-        self._texts = texts
-        self._has_logprobs = has_logprobs
-        self._offsets: dict[int, int] = {}
+    def __init__(self, writers: Sequence[LogprobWriter] | None) -> None:
+        """`writers`: one a choice, where log-probabilities are wanted."""
+        self._writers = writers
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        logprobs = completion_logprobs(answer.logprobs, self._texts, 0) if self._has_logprobs else None
-        return {"index": index, "text": answer.text, "logprobs": logprobs, "finish_reason": answer.finish}
+        return self._choice(index, answer.text, answer.logprobs, answer.finish, answer.stop_reason)
 
     def deltas(self, index: int, event: Event) -> Sequence[dict[str, Any]]:
-        logprobs = None
-        if self._has_logprobs:
-            offset = self._offsets.get(index, 0)
-            logprobs = completion_logprobs(event.logprobs, self._texts, offset)
-            self._offsets[index] = offset + sum(map(len, logprobs["tokens"]))
         if not (event.text or event.logprobs or event.finish):
             return []
-        return [{"index": index, "text": event.text, "logprobs": logprobs, "finish_reason": event.finish}]
+        return [self._choice(index, event.text, event.logprobs, event.finish, event.stop_reason)]
+
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        logprobs: Sequence[TokenLogprob],
+        finish: FinishReason | None,
+        stop_reason: str | None,
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._writers[index].completion(logprobs) if self._writers is not None else None,
+            "finish_reason": finish,
+            "stop_reason": stop_reason,
+        }
 
 
 @router.post("/v1/completions")
@@ -51,9 +59,9 @@ async def create_completion(body: CompletionBody, http: Request, services: Servi
     id = new_id("cmpl")
     with held_target(services.runtime, body.model, body.user or id) as target:
         prompts = await services.tokenize(lambda: [_encode(services, prompt) for prompt in body.prompts])
-        requests = build_requests(services, id, body, prompts, target)
+        requests = build_requests(services, id, body, prompts, target, continues_prompt=True)
         generation = Generation(services, id, "completions", target, requests)
-    format = CompletionFormat(services.texts, body.num_logprobs is not None)
+    format = CompletionFormat(logprob_writers(services, requests))
     responder = Responder(generation, format, sum(map(len, prompts)), http.receive)
     if body.stream:
         return await responder.stream(wants_usage=body.wants_usage_chunk)
@@ -61,13 +69,6 @@ async def create_completion(body: CompletionBody, http: Request, services: Servi
 
 
 def _encode(services: Services, prompt: str | list[int]) -> tuple[int, ...]:
-    runtime = services.runtime
     if isinstance(prompt, str):
-        return tuple(runtime.model.tokenizer.encode(prompt))
-    outside = [token for token in prompt if not 0 <= token < runtime.model.network.vocab_size]
-    if outside:
-        raise RequestError(
-            f"prompt: token id {outside[0]} is not in this model's vocabulary of {runtime.model.network.vocab_size}",
-            "prompt",
-        )
+        return tuple(services.runtime.model.tokenizer.encode(prompt))
     return tuple(prompt)

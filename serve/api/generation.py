@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 
+from serve.api.logprobs import LogprobWriter
 from serve.api.schemas import GenerationBody
 from serve.api.services import Services
 from serve.api.targets import Target
 from serve.engine.request import Event, Request, Sampling
-from serve.errors import ContextLengthError, LatheError, OverloadedError, RequestError, StoppedError
+from serve.errors import LatheError, StoppedError
 from serve.experiments.store import Exposure
 from serve.model.prompt import Prompt
 
@@ -44,8 +45,7 @@ class Generation:
         self._open: dict[int, str] = {}
         self._num_rows = len(requests)
         try:
-            for index, request in enumerate(requests):
-                self._submit(index, request)
+            self._submit(requests)
         except LatheError:
             self._finish = "refused"
             self.close()
@@ -86,22 +86,20 @@ class Generation:
             self._finish = "cancelled"
         self._count()
 
-    def _submit(self, index: int, request: Request) -> None:
+    def _submit(self, requests: Sequence[Request]) -> None:
         runtime = self._services.runtime
-        if request.adapter is not None:
-            runtime.registry.acquire(request.adapter.id)  # released by the worker
-        put = partial(self._put, index)
-        runtime.worker.submit(request, put, asyncio.get_running_loop())
-        self._open[index] = request.id
+        for request in requests:
+            if request.adapter is not None:
+                runtime.registry.acquire(request.adapter.id)  # released by the worker
+        sinks = [partial(self._put, index) for index in range(len(requests))]
+        runtime.worker.submit_all(requests, sinks, asyncio.get_running_loop())
+        self._open = {index: request.id for index, request in enumerate(requests)}
 
     def _put(self, index: int, event: Event) -> None:
         self._events.put_nowait((index, event))
 
     def _failure(self, event: Event) -> LatheError:
-        reason = event.error or "the request was cancelled by the server"
-        if self._services.runtime.worker.failure is None and self._first_token_s is None:
-            return OverloadedError(reason)  # it never began: the same request may be sent again
-        return StoppedError(reason)
+        return event.error or StoppedError("the request was cancelled by the server")
 
     def _note_first_token(self) -> None:
         now = time.perf_counter()
@@ -144,27 +142,44 @@ class Generation:
 
 
 def build_requests(
-    services: Services, id: str, body: GenerationBody, prompts: Sequence[tuple[int, ...]], target: Target
+    services: Services,
+    id: str,
+    body: GenerationBody,
+    prompts: Sequence[tuple[int, ...]],
+    target: Target,
+    *,
+    continues_prompt: bool,
 ) -> list[Request]:
-    """One engine request per prompt and choice; choice i draws with seed + i. RequestError."""
+    """One engine request per prompt and choice, all of one group; choice i draws with seed + i.
+
+    continues_prompt  as Request has it
+    """
     num_choices = body.n or 1
-    limits = services.runtime.engine.limits
-    if len(prompts) * num_choices > limits.max_rows + limits.max_waiting:
-        raise RequestError(
-            f"n: {len(prompts)} prompts times {num_choices} choices are more than the "
-            f"{limits.max_rows + limits.max_waiting} rows that this server takes",
-            "n",
-        )
     seed = body.seed if body.seed is not None else secrets.randbits(32)
     return [
         Request(
             id=f"{id}-{p * num_choices + choice}",
             prompt=Prompt(prompt),
-            sampling=_sampling(services, body, len(prompt), seed + choice),
+            sampling=_sampling(services, body, seed + choice),
             adapter=target.version,
+            group=id,
+            continues_prompt=continues_prompt,
         )
         for p, prompt in enumerate(prompts)
         for choice in range(num_choices)
+    ]
+
+
+def logprob_writers(services: Services, requests: Sequence[Request]) -> list[LogprobWriter] | None:
+    """One for each request; None where no log-probabilities were asked for."""
+    if requests[0].sampling.num_logprobs is None:
+        return None
+    return [
+        LogprobWriter(
+            services.runtime.engine.token_bytes,
+            request.prompt.token_ids if request.continues_prompt else None,
+        )
+        for request in requests
     ]
 
 
@@ -173,16 +188,9 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
-def _sampling(services: Services, body: GenerationBody, num_prompt_tokens: int, seed: int) -> Sampling:
-    remaining = services.runtime.max_context - num_prompt_tokens
-    if remaining < 1:
-        raise ContextLengthError(
-            f"this model's context is {services.runtime.max_context} tokens; the prompt alone has "
-            f"{num_prompt_tokens} and leaves no room for an answer",
-            "prompt",
-        )
+def _sampling(services: Services, body: GenerationBody, seed: int) -> Sampling:
     return Sampling(
-        max_tokens=body.answer_limit or min(remaining, services.runtime.config.default_max_tokens),
+        max_tokens=body.answer_limit or services.runtime.config.default_max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(body.top_k or 0, 0),

@@ -1,63 +1,73 @@
-"""Log-probabilities as OpenAI's two endpoints write them."""
+"""Log-probabilities as OpenAI's two endpoints write them.
+
+A token's `bytes` are what it adds to the text, so those of an answer join to the text's bytes, up to the stop string
+that ended it; a token that adds nothing (the end of turn) has none. Half a character's name is written \\xNN.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
 from serve.engine.request import TokenLogprob
+from serve.engine.text import TextDecoder
+from serve.model.token_bytes import TokenBytes
 
-UNNAMED = "token_id:"
-
-
-class TokenTexts:
-    """Single tokens as text. Half a character has none, and is called token_id:N, as vLLM does."""
-
-    def __init__(self, tokenizer: TokenizerWrapper) -> None:
-        self._tokenizer = tokenizer
-        self._text = lru_cache(maxsize=1 << 16)(self._decode)
-
-    def __getitem__(self, token_id: int) -> str:
-        return self._text(token_id)
-
-    def _decode(self, token_id: int) -> str:
-        text = str(self._tokenizer.decode([token_id]))
-        return f"{UNNAMED}{token_id}" if "\ufffd" in text else text
+NO_PROBABILITY = -9999.0
+"""What vLLM writes for minus infinity, which JSON has no number for."""
 
 
-def chat_logprobs(entries: Sequence[TokenLogprob], texts: TokenTexts) -> dict[str, Any]:
-    """The `logprobs` object of a chat choice."""
-    content = [
-        {
-            **_entry(texts[entry.token_id], entry.logprob),
-            "top_logprobs": [_entry(texts[token], logprob) for token, logprob in entry.top],
+class LogprobWriter:
+    """Writes one choice's entries, in the order of its tokens. `follows` as TextDecoder takes it."""
+
+    def __init__(self, tokens: TokenBytes, follows: Sequence[int] | None) -> None:
+        self._tokens = tokens
+        self._decoder = TextDecoder(tokens, follows)
+
+    def chat(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The `logprobs` object of a chat choice."""
+        content = []
+        for entry in entries:
+            top = [self._entry(token_id, logprob) for token_id, logprob in entry.top]
+            content.append({**self._entry(entry.token_id, entry.logprob), "top_logprobs": top})
+            self._decoder.push(entry.token_id)
+        return {"content": content, "refusal": None}
+
+    def completion(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The `logprobs` object of a completion choice; offsets are characters of the choice's text."""
+        names: list[str] = []
+        offsets: list[int] = []
+        tops: list[dict[str, float]] = []
+        for entry in entries:
+            names.append(self._name(entry.token_id))
+            offsets.append(self._decoder.offset_of(entry.token_id))
+            tops.append(self._top(entry))
+            self._decoder.push(entry.token_id)
+        return {
+            "tokens": names,
+            "token_logprobs": [_number(entry.logprob) for entry in entries],
+            "top_logprobs": tops,
+            "text_offset": offsets,
         }
-        for entry in entries
-    ]
-    return {"content": content, "refusal": None}
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """By name; of two tokens with one name the likelier, which comes first."""
+        top: dict[str, float] = {}
+        for token_id, logprob in entry.top:
+            top.setdefault(self._name(token_id), _number(logprob))
+        return top
+
+    def _name(self, token_id: int) -> str:
+        return self._tokens.name(token_id, self._decoder.bytes_of(token_id))
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = self._decoder.bytes_of(token_id)
+        return {
+            "token": self._tokens.name(token_id, data),
+            "bytes": list(data),
+            "logprob": _number(logprob),
+        }
 
 
-def completion_logprobs(entries: Sequence[TokenLogprob], texts: TokenTexts, offset: int) -> dict[str, Any]:
-    """The `logprobs` object of a completion choice; `offset` is where its first token stands in the text."""
-    tokens = [texts[entry.token_id] for entry in entries]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
-    return {
-        "tokens": tokens,
-        "token_logprobs": [entry.logprob for entry in entries],
-        "top_logprobs": [{texts[token]: logprob for token, logprob in entry.top} for entry in entries],
-        "text_offset": offsets,
-    }
-
-
-def _entry(text: str, logprob: float) -> dict[str, Any]:
-    return {
-        "token": text,
-        "bytes": None if text.startswith(UNNAMED) else list(text.encode()),
-        "logprob": logprob,
-    }
+def _number(logprob: float) -> float:
+    return max(logprob, NO_PROBABILITY)

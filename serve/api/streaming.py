@@ -29,12 +29,14 @@ class Answer:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: FinishReason | None = None
+    stop_reason: str | None = None
 
     def add(self, event: Event) -> None:
         """Append what an event brought."""
         self.text += event.text
         self.logprobs += event.logprobs
         self.finish = event.finish
+        self.stop_reason = event.stop_reason
 
 
 class Format(Protocol):

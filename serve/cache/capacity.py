@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 POSITION_BLOCK = 256
+MAX_POSITIONS = 2**31 - 1
+"""What a position's int32 can hold."""
 
 
 def rows_capacity(count: int) -> int:
@@ -36,3 +38,13 @@ class RowCost:
         """Memory of `num_rows` rows, the longest of them `longest` positions. States have no spare rows."""
         positions = rows_capacity(num_rows) * positions_capacity(longest)
         return positions * self.position_bytes + num_rows * self.state_bytes
+
+    def max_positions(self, max_bytes: int) -> int:
+        """The longest row that has room in `max_bytes` by itself; 0 if none has."""
+        if self.batch_bytes(1, 1) > max_bytes:
+            return 0
+        low, high = 1, MAX_POSITIONS
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.batch_bytes(1, middle) <= max_bytes else (low, middle - 1)
+        return low

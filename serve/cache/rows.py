@@ -24,6 +24,7 @@ class Span:
     num_tokens T, tokens a row in this forward (right padding included)
     num_rows   rows in use, whether this forward runs them or not: all are below it
     new_rows   those of `rows` whose sequence begins here
+    longest    positions of the longest row in use, this forward's writes included
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Span:
         *,
         num_rows: int,
         new_rows: Sequence[int] = (),
+        longest: int = 0,
     ) -> None:
         self.rows = list(rows)
         self.num_tokens = num_tokens
@@ -42,6 +44,7 @@ class Span:
         self.is_first = len(new_rows) == len(self.rows)
         """Every row of this forward begins."""
         self.extent = max(starts) + num_tokens
+        self.longest = max(longest, self.extent)
         self.offset = mx.array(np.asarray(starts, dtype=np.int32))  # [B]
         self.positions = self.offset[:, None] + mx.arange(num_tokens, dtype=mx.int32)[None]  # [B, T]
         self._row_index = mx.array(np.asarray(self.rows, dtype=np.int32))
@@ -137,7 +140,7 @@ class LayerRows:
         """keys, values [B, H, T, D] are written; returns all of the rows' [B, H, extent, D]."""
         span = self.span
         assert span is not None
-        self._reserve(keys, values, max(span.rows) + 1, span.extent)
+        self._reserve(keys, values, span)
         for rows in span.new_ranges:
             # A masked position still counts 0 · value, so what the row's last sequence left must be finite.
             for buffer in self._buffers:
@@ -159,22 +162,23 @@ class LayerRows:
         """Give the memory back."""
         self._buffers = []
 
-    def _reserve(self, keys: mx.array, values: mx.array, num_rows: int, extent: int) -> None:
+    def _reserve(self, keys: mx.array, values: mx.array, span: Span) -> None:
+        """Room for the span's writes. Where that copies, rows and positions that are not in use are left out, so that
+        many short rows do not each keep the length of a long one that has gone."""
+        num_rows, extent = rows_capacity(max(span.rows) + 1), positions_capacity(span.extent)
         if not self._buffers:
+            shapes = [(num_rows, part.shape[1], extent, part.shape[3]) for part in (keys, values)]
             self._buffers = [
-                mx.zeros(
-                    (rows_capacity(num_rows), part.shape[1], positions_capacity(extent), part.shape[3]),
-                    part.dtype,
-                )
-                for part in (keys, values)
+                mx.zeros(shape, part.dtype) for shape, part in zip(shapes, (keys, values), strict=True)
             ]
             return
         rows, _, positions, _ = self._buffers[0].shape
-        more_rows = max(rows_capacity(num_rows) - rows, 0)
-        more_positions = max(positions_capacity(extent) - positions, 0)
-        if more_rows or more_positions:
-            widths = [(0, more_rows), (0, 0), (0, more_positions), (0, 0)]
-            self._buffers = [mx.pad(buffer, widths) for buffer in self._buffers]
+        if num_rows <= rows and extent <= positions:
+            return
+        rows = min(rows, rows_capacity(span.num_rows))
+        positions = min(positions, positions_capacity(span.longest))
+        widths = [(0, max(num_rows - rows, 0)), (0, 0), (0, max(extent - positions, 0)), (0, 0)]
+        self._buffers = [mx.pad(buffer[:rows, :, :positions], widths) for buffer in self._buffers]
 
 
 class Rows(Protocol):

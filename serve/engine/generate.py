@@ -17,12 +17,17 @@ class Completion:
     token_ids: tuple[int, ...]
     finish: FinishReason
     logprobs: tuple[TokenLogprob, ...] = ()
+    stop_reason: str | None = None
+    """The stop string that ended it, if one did."""
 
 
 def generate(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
-    """Run all requests to their end, in one batch as far as rows allow; answers in the order asked."""
+    """Run all requests to their end, in one batch as far as rows allow; answers in the order asked.
+
+    Raises what `Engine.check` does, before any of them runs, and GenerationError if one cannot go on.
+    """
     events: dict[str, list[Event]] = {request.id: [] for request in requests}
-    pending = list(reversed(requests))
+    pending = [engine.check(request) for request in reversed(requests)]
     while pending or engine.has_work:
         while pending and len(engine.scheduler.waiting) < engine.limits.max_rows:
             engine.add(pending.pop())
@@ -32,11 +37,14 @@ def generate(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
 
 
 def _join(events: list[Event]) -> Completion:
-    finish = events[-1].finish
+    finish, error = events[-1].finish, events[-1].error
     assert finish is not None, "a request ended without a final event"
+    if error is not None:
+        raise error
     return Completion(
         text="".join(event.text for event in events),
         token_ids=tuple(token for event in events for token in event.token_ids),
         finish=finish,
         logprobs=tuple(entry for event in events for entry in event.logprobs),
+        stop_reason=events[-1].stop_reason,
     )

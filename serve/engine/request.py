@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from serve.adapters.version import AdapterVersion
+from serve.errors import LatheError, RequestError
 from serve.model.prompt import Prompt
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+MAX_TEMPERATURE = 1e6
+"""Beyond it every token of every vocabulary is equally likely in single precision."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one row draws its tokens. Filters apply after temperature, in the order top_k, top_p, min_p."""
+    """How one row draws its tokens. Filters apply after temperature, in the order top_k, top_p, min_p.
 
-    max_tokens: int
+    RequestError for a value that says nothing (a negative temperature, an empty stop string).
+    """
+
+    max_tokens: int | None = None
+    """None: the rest of the context. More than that is as much as that; see `Engine.check`."""
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
     top_k: int = 0
-    """0 keeps the whole vocabulary."""
+    """0 keeps the whole vocabulary, as any number beyond it does."""
     min_p: float = 0.0
     seed: int = 0
-    """The same seed, prompt and adapter give the same tokens, alone and in any company."""
+    """The same seed, prompt and adapter give the same tokens, alone and in any company. 64 bits of it count."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text; they are not part of it."""
+    """Strings that end the text and are no part of it. One that is a special token's name ends it at that token."""
     ignore_eos: bool = False
     num_logprobs: int | None = None
     """None: no log-probabilities. k: the sampled token's, and those of the k likeliest."""
+
+    def __post_init__(self) -> None:
+        wanted = {
+            "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < math.inf, "a number, 0 or more"),
+            "top_p": (0 < self.top_p <= 1, "more than 0, at most 1"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+            "stop": (all(self.stop), "strings that are not empty"),
+            "num_logprobs": (self.num_logprobs is None or self.num_logprobs >= 0, "0 or more"),
+        }
+        for name, (is_right, expected) in wanted.items():
+            if not is_right:
+                raise RequestError(f"{name} is {getattr(self, name)!r}; expected {expected}", name)
 
 
 @dataclass(frozen=True)
@@ -41,11 +63,15 @@ class Request:
     sampling: Sampling
     adapter: AdapterVersion | None = None
     """None is the base."""
+    group: str = ""
+    """Whose it is: rows and prompt computation are shared out between groups. Its own, if left out."""
+    continues_prompt: bool = True
+    """The text goes on from the prompt's (a completion), or is one of its own (a chat's answer)."""
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """log p of one generated token under the row's unfiltered distribution at temperature 1, in nats."""
+    """log p of one generated token under the row's unfiltered distribution at temperature 1, in nats; may be −inf."""
 
     token_id: int
     logprob: float
@@ -61,7 +87,9 @@ class Event:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
-    error: str | None = None
+    stop_reason: str | None = None
+    """With finish == "stop": the stop string that ended it; None where the model did (vLLM's `stop_reason`)."""
+    error: LatheError | None = None
     """Set with finish == "error"."""
 
 
@@ -75,6 +103,8 @@ class EngineStats:
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_steps: int = 0
+    num_preempted: int = 0
+    """Times that a row was taken back into the queue."""
     kv_bytes: int = 0
     num_finished: Mapping[str, int] = field(default_factory=dict)
     """Ended requests by finish reason."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -12,21 +11,12 @@ from serve.adapters.bank import Bank
 from serve.cache.capacity import RowCost
 from serve.cache.rows import Span
 from serve.engine import probe
-from serve.engine.plan import Plan, PrefillChunk, Sequence
+from serve.engine.plan import Drawn, Plan, SequenceState
 from serve.engine.request import TokenLogprob
 from serve.engine.sampler import Logprobs, Sampler
 from serve.model.network import TextNetwork
 
 PAD_TOKEN = 0
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One new token of one sequence."""
-
-    sequence: Sequence
-    token_id: int
-    logprob: TokenLogprob | None
 
 
 class Runner:
@@ -46,29 +36,41 @@ class Runner:
         return cost
 
     def run(self, plan: Plan) -> list[Drawn]:
-        """One step: move rows, decode, prefill, draw. Lazily built, evaluated once at its end."""
+        """One step: move rows, decode, prefill, draw. Lazily built, evaluated once at its end.
+
+        One entry for each row whose tokens are all computed; a row whose logits are not numbers is told, and the
+        others are as they would have been without it.
+        """
         self.rows.move(plan.moves)
         hidden, sequences = self._hidden(plan)
-        drawn: mx.array | None = None
-        logprobs: Logprobs | None = None
-        if sequences:
-            sampler = self._sampler(plan, sequences)
-            self._bank.rows.set(_slots(sequences))
-            logits = self._network.logits(hidden)[:, 0]  # [B, V]
-            drawn = sampler.draw(logits, [len(sequence.generated) for sequence in sequences])
-            logprobs = sampler.logprobs(logits, drawn)
-        # The step's one evaluation. The rows are named because a prompt's middle chunk leads to no token.
-        mx.eval(drawn, logprobs.arrays() if logprobs else [], self.rows.arrays())
-        return _read(sequences, drawn, logprobs)
+        if not sequences:
+            # The rows are named because a prompt's middle chunk leads to no token.
+            mx.eval(self.rows.arrays())
+            return []
+        sampler = self._sampler(plan, sequences)
+        self._bank.rows.set(_slots(sequences))
+        logits = self._network.logits(hidden)[:, 0]  # [B, V]
+        drawn = sampler.draw(logits, [len(sequence.generated) for sequence in sequences])  # [B]
+        is_sound = sampler.is_sound(logits, drawn)  # [B]
+        logprobs = sampler.logprobs(logits, drawn)
+        # The step's one evaluation.
+        mx.eval(drawn, is_sound, logprobs.arrays() if logprobs else [], self.rows.arrays())
+        return _read(sequences, drawn, is_sound, logprobs)
 
-    def _hidden(self, plan: Plan) -> tuple[mx.array, list[Sequence]]:
+    def reset(self) -> None:
+        """Forget all rows, whatever state a failed step left them in."""
+        self.rows.clear()
+        self._bank.rows.set(None)
+        self._decode_arrays = None
+
+    def _hidden(self, plan: Plan) -> tuple[mx.array, list[SequenceState]]:
         """Final hidden states [B, 1, D] of every row that draws a token, and whose they are."""
         parts: list[mx.array] = []
         sequences = list(plan.decode)
         if plan.decode:
             parts.append(self._decode(plan))
         if plan.prefill:
-            hidden, finished = self._prefill(plan.prefill, plan.num_rows)
+            hidden, finished = self._prefill(plan)
             if finished:
                 parts.append(hidden)
                 sequences.extend(finished)
@@ -79,29 +81,31 @@ class Runner:
     def _decode(self, plan: Plan) -> mx.array:
         tokens = np.fromiter((s.generated[-1] for s in plan.decode), np.int32, len(plan.decode))
         starts = [s.num_cached_tokens for s in plan.decode]
-        span = Span([s.row for s in plan.decode], starts, 1, num_rows=plan.num_rows)
+        rows = [s.row for s in plan.decode]
+        span = Span(rows, starts, 1, num_rows=plan.num_rows, longest=plan.num_positions)
         return self._forward(mx.array(tokens[:, None]), span, self._cached(plan)[0])
 
-    def _prefill(self, chunks: Seq[PrefillChunk], num_rows: int) -> tuple[mx.array, list[Sequence]]:
+    def _prefill(self, plan: Plan) -> tuple[mx.array, list[SequenceState]]:
+        chunks = plan.prefill
         width = max(chunk.stop - chunk.start for chunk in chunks)
         tokens = np.full((len(chunks), width), PAD_TOKEN, dtype=np.int32)
-        for row, chunk in enumerate(chunks):
-            part = chunk.sequence.request.prompt.token_ids[chunk.start : chunk.stop]
-            tokens[row, : len(part)] = part
+        for index, chunk in enumerate(chunks):
+            tokens[index, : chunk.stop - chunk.start] = chunk.sequence.tokens(chunk.start, chunk.stop)
         sequences = [chunk.sequence for chunk in chunks]
         span = Span(
             [sequence.row for sequence in sequences],
             [chunk.start for chunk in chunks],
             width,
-            num_rows=num_rows,
+            num_rows=plan.num_rows,
             new_rows=[chunk.sequence.row for chunk in chunks if chunk.start == 0],
+            longest=plan.num_positions,
         )
         hidden = self._forward(mx.array(tokens), span, _slots(sequences))  # [B, T, D]
-        last = [(row, c.stop - c.start - 1) for row, c in enumerate(chunks) if c.is_last]
+        last = [(index, c.stop - c.start - 1) for index, c in enumerate(chunks) if c.is_last]
         if not last:
             return hidden, []
-        rows, columns = (mx.array(np.asarray(part, dtype=np.int32)) for part in zip(*last, strict=True))
-        return hidden[rows, columns][:, None], [chunks[row].sequence for row, _ in last]
+        indices, columns = (mx.array(np.asarray(part, dtype=np.int32)) for part in zip(*last, strict=True))
+        return hidden[indices, columns][:, None], [chunks[index].sequence for index, _ in last]
 
     def _forward(self, tokens: mx.array, span: Span, slots: mx.array | None) -> mx.array:
         self.rows.set_span(span)
@@ -115,34 +119,50 @@ class Runner:
             self._decode_arrays = (plan.composition, _slots(plan.decode), Sampler(settings))
         return self._decode_arrays[1], self._decode_arrays[2]
 
-    def _sampler(self, plan: Plan, sequences: Seq[Sequence]) -> Sampler:
+    def _sampler(self, plan: Plan, sequences: Sequence[SequenceState]) -> Sampler:
         if len(sequences) == len(plan.decode):
             return self._cached(plan)[1]
         return Sampler([sequence.request.sampling for sequence in sequences])
 
 
-def _slots(sequences: Seq[Sequence]) -> mx.array | None:
+def _slots(sequences: Sequence[SequenceState]) -> mx.array | None:
     """[B] uint32, or None when every row is the base's: such a forward skips the bank."""
     slots = [sequence.slot for sequence in sequences]
     return mx.array(np.asarray(slots, dtype=np.uint32)) if any(slots) else None
 
 
-def _read(sequences: Seq[Sequence], drawn: mx.array | None, logprobs: Logprobs | None) -> list[Drawn]:
-    if drawn is None:
-        return []
-    details: dict[int, TokenLogprob] = {}
+def _read(
+    sequences: Sequence[SequenceState], drawn: mx.array, is_sound: mx.array, logprobs: Logprobs | None
+) -> list[Drawn]:
+    details = {} if logprobs is None else _details(sequences, logprobs)
     token_ids: list[int] = np.asarray(drawn).tolist()
-    if logprobs is not None:
-        values = np.asarray(logprobs.drawn).tolist()
-        top_ids, top_values = (
-            np.asarray(part).tolist() if part is not None else []
-            for part in (logprobs.top_ids, logprobs.top_values)
-        )
-        for place, row in enumerate(logprobs.rows):
-            count = sequences[row].request.sampling.num_logprobs or 0
-            top = tuple(zip(top_ids[place][:count], top_values[place][:count], strict=True)) if count else ()
-            details[row] = TokenLogprob(token_ids[row], values[place], top)
+    sound: list[bool] = np.asarray(is_sound).tolist()
     return [
-        Drawn(sequence, token_id, details.get(row))
-        for row, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True))
+        Drawn(sequence, (token_id,), _entries(token_id, details.get(index)))
+        if sound[index]
+        else Drawn(sequence, (), is_sound=False)
+        for index, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True))
     ]
+
+
+def _entries(
+    token_id: int, detail: tuple[float, tuple[tuple[int, float], ...]] | None
+) -> tuple[TokenLogprob, ...]:
+    return () if detail is None else (TokenLogprob(token_id, *detail),)
+
+
+def _details(
+    sequences: Sequence[SequenceState], logprobs: Logprobs
+) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+    """By index in the batch: log p of the drawn token, and the likeliest ones as many as that row asked for."""
+    values = np.asarray(logprobs.drawn).tolist()
+    top_ids, top_values = (
+        np.asarray(part).tolist() if part is not None else []
+        for part in (logprobs.top_ids, logprobs.top_values)
+    )
+    details = {}
+    for number, index in enumerate(logprobs.rows):
+        count = sequences[index].request.sampling.num_logprobs or 0
+        top = tuple(zip(top_ids[number][:count], top_values[number][:count], strict=True)) if count else ()
+        details[index] = (values[number], top)
+    return details

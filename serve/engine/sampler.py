@@ -1,8 +1,8 @@
 """Logits → one token a row, each row with its own settings. No loop over rows, no state but the settings' arrays.
 
-Randomness is counter-based: row r's u for its k-th token comes from the threefry key (seed_r, k), so a request
-draws the same tokens alone and in any company. A row's path (greedy, plain, filtered) depends on its own settings
-alone. Filters apply after temperature, in vLLM's order: top_k, top_p, min_p.
+Randomness is counter-based: row r's u for its k-th token comes from a threefry key that is a hash of (seed_r, k),
+so a request draws the same tokens alone and in any company. A row's path (greedy, plain, filtered) depends on its own
+settings alone. Filters apply after temperature, in vLLM's order: top_k, top_p, min_p.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from serve.engine.request import Sampling
+from serve.engine.request import MAX_TEMPERATURE, Sampling
 
+MIN_TEMPERATURE = 1e-6
+MAX_TOP_K = 2**31 - 1
+_MASK64 = 2**64 - 1
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _uniform = mx.vmap(lambda key: mx.random.uniform(key=key))
 
 
@@ -42,9 +46,10 @@ class Sampler:
         order = [*self._greedy, *self._plain, *self._filtered]
         self._identity = order == list(range(len(rows)))
         self._restore = mx.array(np.argsort(np.asarray(order)).astype(np.int32))
-        self._temperature = mx.array([max(row.temperature, 1e-6) for row in rows], dtype=mx.float32)
-        self._seed = np.asarray([_seed32(row.seed) for row in rows], dtype=np.uint32)
-        self._top_k = mx.array([row.top_k for row in rows], dtype=mx.int32)
+        temperatures = [min(max(row.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE) for row in rows]
+        self._temperature = mx.array(temperatures, dtype=mx.float32)
+        self._seed = _mixed(np.asarray([row.seed & _MASK64 for row in rows], dtype=np.uint64))
+        self._top_k = mx.array([min(row.top_k, MAX_TOP_K) for row in rows], dtype=mx.int32)
         self._top_p = mx.array([row.top_p for row in rows], dtype=mx.float32)
         self._min_p = mx.array([row.min_p for row in rows], dtype=mx.float32)
         self._asking = tuple(i for i, row in enumerate(rows) if row.num_logprobs is not None)
@@ -54,7 +59,7 @@ class Sampler:
         """logits [B, V]; counters: how many tokens each row has drawn so far. Returns [B] token ids, lazily."""
         if not self._plain and not self._filtered:
             return mx.argmax(logits, axis=-1)
-        keys = mx.array(np.stack([self._seed, np.asarray(counters, dtype=np.uint32)], axis=-1))  # [B, 2]
+        keys = mx.array(_keys(self._seed, counters))  # [B, 2]
         uniform = _uniform(keys)  # [B]
         parts = []
         if self._greedy:
@@ -64,6 +69,12 @@ class Sampler:
                 parts.append(self._draw_random(logits, uniform, mx.array(rows), has_filters))
         drawn = mx.concatenate([part.astype(mx.uint32) for part in parts])
         return drawn if self._identity else drawn[self._restore]
+
+    def is_sound(self, logits: mx.array, drawn: mx.array) -> mx.array:
+        """[B] bool: a row's logits hold neither NaN nor +inf, and what was drawn has a probability."""
+        total = logits.astype(mx.float32).sum(axis=-1)  # NaN and +inf stay; −inf is a token that cannot come
+        of_drawn = mx.take_along_axis(logits, drawn[:, None].astype(mx.int32), axis=-1)[:, 0]
+        return (total < mx.inf) & mx.isfinite(of_drawn)
 
     def logprobs(self, logits: mx.array, drawn: mx.array) -> Logprobs | None:
         """Log-probabilities of the rows that asked for them, at temperature 1 and before any filter, in nats."""
@@ -110,6 +121,14 @@ def _filters(row: Sampling) -> bool:
     return row.top_k > 0 or row.top_p < 1 or row.min_p > 0
 
 
-def _seed32(seed: int) -> int:
-    """All 64 bits of a seed matter."""
-    return (seed ^ (seed >> 32)) & 0xFFFFFFFF
+def _keys(seeds: np.ndarray, counters: Sequence[int]) -> np.ndarray:
+    """[B, 2] uint32: the keys of the k-th draws of these (mixed) seeds, different for different pairs."""
+    keys = _mixed(seeds + np.asarray(counters, dtype=np.uint64) * _GOLDEN)
+    return keys.view(np.uint32).reshape(-1, 2)
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """A one-to-one scrambling of 64 bits, SplitMix64's: Steele, Lea and Flood 2014, `mix64`."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

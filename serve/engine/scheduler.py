@@ -1,20 +1,30 @@
 """Who runs next: requests in, a Plan out, finished sequences taken away. Holds no arrays and imports no mlx.
 
-Requests wait in order of arrival. A waiting one is admitted when a row is free and the KV memory it may come to
-need fits beside the others'; nobody overtakes the first in the queue, so nobody starves. Prompts are computed in
-chunks of at most `prefill_chunk_tokens` a step, beside one decode token for every running row, so a long prompt
-holds a running stream up for one chunk at most.
+Rows are shared out between groups (the rows of one HTTP request are one group): the next to be admitted is the
+oldest of the group that holds fewest rows, and where there is no room for it, a group that holds at least two rows
+more gives its youngest back. Nobody else overtakes it, so nobody starves.
+A row claims memory for what it holds and ANSWER_HEADROOM_TOKENS more. When rows outgrow the budget, the youngest is
+preempted: it goes back into the queue, keeps its arrival, and computes prompt and answer so far anew.
+Prompts are computed in chunks of at most `prefill_chunk_tokens` a step, beside one decode token for every running
+row. Steps take turns: one begins with the oldest prompt, the next with the group that has had least computed, so
+short prompts pass long ones, and long ones have every second step.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection
+from bisect import insort
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from serve.cache.capacity import RowCost
-from serve.engine.plan import Plan, PrefillChunk, Sequence
-from serve.errors import ContextLengthError, OverloadedError, RequestError
+from serve.engine.plan import Drawn, Plan, PrefillChunk, SequenceState
+
+ANSWER_HEADROOM_TOKENS = 256
+"""Positions beyond its present ones that a row claims: a row that asks for 32,000 tokens keeps nobody out."""
+
+_by_arrival = attrgetter("arrival")
 
 
 @dataclass(frozen=True)
@@ -22,9 +32,7 @@ class Budget:
     """The scheduler's bounds."""
 
     max_rows: int
-    max_waiting: int
     prefill_chunk_tokens: int
-    max_context: int
     max_bytes: int
     """Memory of all rows together, their buffers' rounding included."""
     row_cost: RowCost
@@ -34,16 +42,25 @@ class Budget:
         """Rows keep a state that takes in every token of a forward, padding too."""
         return self.row_cost.state_bytes > 0
 
+    @property
+    def max_positions(self) -> int:
+        """The longest that one row alone may become, 0 if none may be."""
+        return self.row_cost.max_positions(self.max_bytes)
+
 
 class Scheduler:
-    """Owns every Sequence from `add` to `remove`."""
+    """Owns every SequenceState from `add` to `remove`."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self.waiting: deque[Sequence] = deque()
-        self.prefilling: list[Sequence] = []  # in order of arrival; rows [num_decoding, num_rows)
-        self.decoding: list[Sequence] = []  # in row order; rows [0, num_decoding)
-        self._rows_at_last_plan: dict[Sequence, int] = {}
+        self.waiting: list[SequenceState] = []  # in order of arrival
+        self.prefilling: list[SequenceState] = []  # in order of arrival; rows [num_decoding, num_rows)
+        self.decoding: list[SequenceState] = []  # in row order; rows [0, num_decoding)
+        self.num_preempted = 0
+        self._rows_at_last_plan: dict[SequenceState, int] = {}
+        self._num_prefilled: Counter[str] = Counter()  # tokens by group, while it has any sequence
+        self._num_arrived = 0
+        self._num_plans = 0
         self._composition = 0
         self._is_moved = False  # some sequence joined, left or began to decode since rows were last placed
 
@@ -53,107 +70,181 @@ class Scheduler:
         return bool(self.waiting or self.prefilling or self.decoding)
 
     @property
-    def sequences(self) -> list[Sequence]:
-        """Every sequence there is, running ones first."""
-        return [*self.decoding, *self.prefilling, *self.waiting]
+    def running(self) -> list[SequenceState]:
+        """Every sequence that has a row."""
+        return [*self.decoding, *self.prefilling]
 
-    def check(self, sequence: Sequence) -> None:
-        """Raise RequestError if the sequence could never run here, however long it waited."""
-        budget = self.budget
-        if sequence.num_prompt_tokens == 0:
-            raise RequestError("the prompt is empty: there is nothing to continue", "prompt")
-        if sequence.request.sampling.max_tokens < 1:
-            raise RequestError(
-                f"max_tokens is {sequence.request.sampling.max_tokens}, at least 1 was expected", "max_tokens"
-            )
-        if sequence.max_total_tokens > budget.max_context:
-            raise ContextLengthError(
-                f"this model's context is {budget.max_context} tokens; the prompt has "
-                f"{sequence.num_prompt_tokens} and max_tokens asks for {sequence.request.sampling.max_tokens}",
-                "max_tokens",
-            )
-        needed = budget.row_cost.batch_bytes(1, sequence.max_total_tokens)
-        if needed > budget.max_bytes:
-            raise ContextLengthError(
-                f"this server has {budget.max_bytes} bytes for the keys, values and states of its rows; the "
-                f"prompt has {sequence.num_prompt_tokens} tokens and max_tokens asks for "
-                f"{sequence.request.sampling.max_tokens}, which take {needed}",
-                "max_tokens",
-            )
-
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. RequestError if it can never run, OverloadedError if the queue is full."""
-        self.check(sequence)
-        num_sequences = len(self.decoding) + len(self.prefilling) + len(self.waiting)
-        if num_sequences >= self.budget.max_rows + self.budget.max_waiting:
-            raise OverloadedError(
-                f"{num_sequences} requests are running or waiting, which is all there is room for"
-            )
+    def add(self, sequence: SequenceState) -> None:
+        """Queue a sequence that one row can hold: at most `budget.max_positions` in all."""
+        sequence.arrival = self._num_arrived
+        self._num_arrived += 1
         self.waiting.append(sequence)
 
     def schedule(self) -> Plan:
         """The next step. Admits what fits, gives every running sequence its row, and says which rows move."""
+        self._num_plans += 1
+        self._preempt_for_memory()
+        self._admit()
         chunks = self._prefill_chunks()
         moves = self._place_rows()
+        in_use = {*self.decoding, *(chunk.sequence for chunk in chunks)}
+        in_use |= {sequence for sequence in self.prefilling if sequence.num_cached_tokens}
+        lengths = [sequence.num_cached_tokens + 1 for sequence in in_use]
+        lengths += [chunk.stop for chunk in chunks]
         return Plan(
             moves=moves,
             prefill=tuple(chunks),
             decode=tuple(self.decoding),
             composition=self._composition,
-            num_rows=len(self.decoding) + len(self.prefilling),
+            num_rows=max((sequence.row + 1 for sequence in in_use), default=0),
+            num_positions=max(lengths, default=0),
         )
 
-    def commit(self, plan: Plan) -> None:
-        """The plan has run: its tokens are in the cache; sequences whose prompt is complete decode from now on."""
+    def commit(self, plan: Plan, drawn: Iterable[Drawn]) -> None:
+        """The plan has run: its tokens are in the cache, and sequences that are all computed decode from now on."""
         for sequence in plan.decode:
             sequence.num_cached_tokens += 1
         for chunk in plan.prefill:
-            chunk.sequence.num_cached_tokens = chunk.stop
+            sequence = chunk.sequence
+            sequence.num_cached_tokens = chunk.stop
+            self._num_prefilled[sequence.group] += chunk.stop - chunk.start
             if chunk.is_last:
-                self.prefilling.remove(chunk.sequence)
-                self.decoding.append(chunk.sequence)
+                self.prefilling.remove(sequence)
+                self.decoding.append(sequence)
                 self._composition += 1
                 self._is_moved = True
+        for one in drawn:
+            one.sequence.generated += one.token_ids
 
-    def remove(self, sequences: Collection[Sequence]) -> None:
+    def remove(self, sequences: Collection[SequenceState]) -> None:
         """Take sequences out, wherever they are; their rows are free."""
         gone = set(sequences)
         if not gone:
             return
-        self.waiting = deque(sequence for sequence in self.waiting if sequence not in gone)
+        self.waiting = [sequence for sequence in self.waiting if sequence not in gone]
+        self._take_rows(gone)
+        groups = {sequence.group for sequence in (*self.waiting, *self.running)}
+        for sequence in gone:
+            if sequence.group not in groups:
+                self._num_prefilled.pop(sequence.group, None)
+
+    def check_integrity(self) -> None:
+        """What holds between two steps: every sequence is in one list, rows are compact, lengths and memory agree."""
+        running = self.running
+        everyone = [*running, *self.waiting]
+        assert len(set(everyone)) == len(everyone), "a sequence is in two lists"
+        assert len(running) <= self.budget.max_rows, "more rows than allowed"
+        assert self.waiting == sorted(self.waiting, key=_by_arrival), "the queue is out of order"
+        assert self.prefilling == sorted(self.prefilling, key=_by_arrival), "prompts are out of order"
+        rows = self._rows_at_last_plan
+        assert set(rows) <= set(running), "a sequence that does not run keeps a row"
+        assert len(set(rows.values())) == len(rows), "two sequences share a row"
+        assert all(sequence.row == row for sequence, row in rows.items()), "a sequence does not know its row"
+        for sequence in self.waiting:
+            assert sequence.num_cached_tokens == 0, "a waiting sequence holds positions"
+        for sequence in self.prefilling:
+            assert sequence.num_cached_tokens < sequence.num_tokens, "nothing is left to prefill"
+        for sequence in self.decoding:
+            assert sequence.num_cached_tokens == sequence.num_tokens - 1, "a decoding row misses a token"
+        if len(running) > 1:
+            longest = max(sequence.num_cached_tokens for sequence in running)
+            held = self.budget.row_cost.batch_bytes(len(running), longest)
+            assert held <= self.budget.max_bytes, "the rows are larger than their budget"
+        assert set(self._num_prefilled) <= {sequence.group for sequence in everyone}, (
+            "a group outlived its end"
+        )
+
+    # Admission
+
+    def _admit(self) -> None:
+        while self.waiting:
+            held = Counter(sequence.group for sequence in self.running)
+            first = min(self.waiting, key=lambda sequence: (held[sequence.group], sequence.arrival))
+            victims = self._victims_for(first, held)
+            if victims is None:
+                return
+            self._preempt(victims)
+            self.waiting.remove(first)
+            insort(self.prefilling, first, key=_by_arrival)
+            self._is_moved = True
+
+    def _victims_for(self, first: SequenceState, held: Counter[str]) -> list[SequenceState] | None:
+        """Rows to take back so that `first` fits, most often none; None where it does not fit even so."""
+        running, held = self.running, held.copy()
+        victims: list[SequenceState] = []
+        while not self._fits([*running, first]):
+            group, most = max(held.items(), key=lambda item: item[1], default=("", 0))
+            if most < held[first.group] + 2:
+                return None
+            victim = max((sequence for sequence in running if sequence.group == group), key=_by_arrival)
+            victims.append(victim)
+            running.remove(victim)
+            held[group] -= 1
+        return victims
+
+    def _fits(self, sequences: Sequence[SequenceState]) -> bool:
+        if len(sequences) > self.budget.max_rows:
+            return False
+        if len(sequences) == 1:
+            return True
+        claims = [
+            min(sequence.num_tokens + ANSWER_HEADROOM_TOKENS, sequence.max_total_tokens)
+            for sequence in sequences
+        ]
+        return self.budget.row_cost.batch_bytes(len(sequences), max(claims)) <= self.budget.max_bytes
+
+    def _preempt_for_memory(self) -> None:
+        """Take the youngest back until the others' next tokens fit."""
+        while len(running := self.running) > 1:
+            longest = max(self._next_length(sequence) for sequence in running)
+            if self.budget.row_cost.batch_bytes(len(running), longest) <= self.budget.max_bytes:
+                return
+            self._preempt([max(running, key=_by_arrival)])
+
+    def _next_length(self, sequence: SequenceState) -> int:
+        chunk = self.budget.prefill_chunk_tokens
+        return min(
+            sequence.num_cached_tokens + chunk, max(sequence.num_tokens, sequence.num_cached_tokens + 1)
+        )
+
+    def _preempt(self, sequences: Collection[SequenceState]) -> None:
+        self._take_rows(set(sequences))
+        for sequence in sequences:
+            self.num_preempted += 1
+            sequence.num_cached_tokens = 0
+            insort(self.waiting, sequence, key=_by_arrival)
+
+    def _take_rows(self, gone: Collection[SequenceState]) -> None:
+        if not gone:
+            return
         self.prefilling = [sequence for sequence in self.prefilling if sequence not in gone]
         self.decoding = [sequence for sequence in self.decoding if sequence not in gone]
         for sequence in gone:
             self._rows_at_last_plan.pop(sequence, None)
+            sequence.row = -1
         self._composition += 1
         self._is_moved = True
 
-    def check_integrity(self) -> None:
-        """Running rows are exactly 0 … n-1, decoding ones first."""
-        running = [*self.decoding, *self.prefilling]
-        assert len(running) <= self.budget.max_rows, "more rows than allowed"
-        assert len(set(running)) == len(running), "a sequence runs twice"
-        rows = sorted(self._rows_at_last_plan.values())
-        assert rows == sorted(set(rows)), "two sequences share a row"
+    # Prefill
 
     def _prefill_chunks(self) -> list[PrefillChunk]:
-        """Chunks of this step, in order of arrival. Rows are padded to the longest, and padding counts.
+        """Chunks of this step. Rows are padded to the longest, and padding counts.
 
-        Recurrent rows are not padded: those that come along with the first take as many tokens as it does, and
-        only where they too begin, or too go on, since a beginning row has no state yet.
+        In one step all chunks of recurrent rows have one length, and either all of them begin a sequence or none
+        does: nothing may be padded there, and a row that begins has no state yet.
         """
+        order = self.prefilling
+        if self._num_plans % 2:
+            order = sorted(order, key=lambda sequence: self._num_prefilled[sequence.group])
         chunks: list[PrefillChunk] = []
-        for sequence in self.prefilling:
+        for sequence in order:
             if not self._add_chunk(chunks, sequence):
-                return chunks
-        while self.waiting and self._fits(self.waiting[0]) and self._add_chunk(chunks, self.waiting[0]):
-            self.prefilling.append(self.waiting.popleft())
-            self._is_moved = True
+                break
         return chunks
 
-    def _add_chunk(self, chunks: list[PrefillChunk], sequence: Sequence) -> bool:
+    def _add_chunk(self, chunks: list[PrefillChunk], sequence: SequenceState) -> bool:
         start = sequence.num_cached_tokens
-        wanted = min(sequence.num_prompt_tokens - start, self.budget.prefill_chunk_tokens)
+        wanted = min(sequence.num_tokens - start, self.budget.prefill_chunk_tokens)
         if chunks and self.budget.is_recurrent:
             first = chunks[0]
             if wanted < first.stop - first.start or (start == 0) != (first.start == 0):
@@ -165,12 +256,7 @@ class Scheduler:
         chunks.append(PrefillChunk(sequence, start, start + wanted))
         return True
 
-    def _fits(self, sequence: Sequence) -> bool:
-        running = [*self.decoding, *self.prefilling, sequence]
-        if len(running) > self.budget.max_rows:
-            return False
-        longest = max(other.max_total_tokens for other in running)
-        return self.budget.row_cost.batch_bytes(len(running), longest) <= self.budget.max_bytes
+    # Rows
 
     def _place_rows(self) -> tuple[tuple[int, int], ...]:
         """Compact rows with as few copies as can be: who already stands in the right part stays."""
@@ -180,12 +266,17 @@ class Scheduler:
         num_decoding = len(self.decoding)
         num_rows = num_decoding + len(self.prefilling)
         old = self._rows_at_last_plan
-        new: dict[Sequence, int] = {}
+        new: dict[SequenceState, int] = {}
         for part, low, high in ((self.decoding, 0, num_decoding), (self.prefilling, num_decoding, num_rows)):
             stays = {sequence: old[sequence] for sequence in part if low <= old.get(sequence, -1) < high}
             free = iter(sorted(set(range(low, high)) - set(stays.values())))
-            new.update({sequence: stays[sequence] if sequence in stays else next(free) for sequence in part})
-        moves = tuple((old[s], row) for s, row in new.items() if s in old and old[s] != row)
+            # What holds positions goes first, so that it never moves beyond the rows that there is memory for.
+            for sequence in sorted(part, key=lambda sequence: sequence.num_cached_tokens == 0):
+                new[sequence] = stays[sequence] if sequence in stays else next(free)
+        # A sequence that holds nothing yet has nothing to copy.
+        moves = tuple(
+            (old[s], row) for s, row in new.items() if s in old and old[s] != row and s.num_cached_tokens
+        )
         for sequence, row in new.items():
             sequence.row = row
         self.decoding.sort(key=lambda sequence: sequence.row)

@@ -1,27 +1,85 @@
 """Tokens → text, piece by piece, with stop strings. One TextStream a sequence; no arrays, no requests.
 
 A piece is released when it cannot change any more: not while it ends in half a character, and not while it could
-be the beginning of a stop string.
+be the beginning of a stop string. Bytes that are no UTF-8 become U+FFFD; no token ever raises.
 """
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 
-from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from serve.model.token_bytes import TokenBytes
+
+MAX_TAIL = 4
+"""Tokens of a prompt that can hold the beginning of one character."""
+
+
+class TextDecoder:
+    """The text of tokens in order, as each makes it final.
+
+    follows  the prompt's ids, where the text goes on from them (a completion): the answer's first token keeps its
+             space, and completes a character that the prompt began. None: a text of its own (a chat's answer).
+    """
+
+    def __init__(self, tokens: TokenBytes, follows: Sequence[int] | None = None) -> None:
+        self._tokens = tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_start = follows is None or all(map(tokens.is_silent, follows))
+        self._begun = b""
+        if follows is not None and not self._is_start:
+            self._utf8.decode(b"".join(tokens[token_id] for token_id in follows[-MAX_TAIL:]))
+            self._begun, flags = self._utf8.getstate()
+            self._utf8.setstate((self._begun, flags))
+        self.num_chars = 0
+        """Characters that are final."""
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What `push` of this token would add; the character that a prompt began belongs to the first."""
+        own = self._tokens.first(token_id) if self._is_start else self._tokens[token_id]
+        return self._begun + own if own else own
+
+    def offset_of(self, token_id: int) -> int:
+        """Characters before this token, if it is the next; where it goes on with a character, those before that."""
+        pending = self._utf8.getstate()[0]
+        own = self._tokens[token_id]
+        goes_on = not own or own[0] & 0xC0 == 0x80
+        return self.num_chars + (0 if goes_on else len(pending.decode("utf-8", "replace")))
+
+    def push(self, token_id: int) -> str:
+        """The text that this token makes final; often a word, sometimes nothing."""
+        own = self._tokens.first(token_id) if self._is_start else self._tokens[token_id]
+        if self._is_start:
+            self._is_start = self._tokens.is_silent(token_id)
+        if own:
+            self._begun = b""
+        text = self._utf8.decode(own)
+        self.num_chars += len(text)
+        return text
+
+    def finish(self) -> str:
+        """U+FFFD, where the text ends inside a character that it began itself."""
+        if self._begun:
+            return ""
+        return self._utf8.decode(b"", final=True)
 
 
 class TextStream:
-    """The text of one growing answer."""
+    """The text of one growing answer, up to a stop string. `follows` as TextDecoder takes it."""
 
-    def __init__(self, tokenizer: TokenizerWrapper, stop: Sequence[str] = ()) -> None:
-        self._decoder = _decoder(tokenizer)
+    def __init__(
+        self, tokens: TokenBytes, stop: Sequence[str] = (), follows: Sequence[int] | None = None
+    ) -> None:
+        self._decoder = TextDecoder(tokens, follows)
         self._stop = tuple(stop)
         self._held = ""
-        self.is_stopped = False
-        """True once a stop string has appeared; nothing follows it."""
+        self.matched: str | None = None
+        """The stop string that has appeared; nothing follows it."""
+
+    @property
+    def is_stopped(self) -> bool:
+        """True once a stop string has appeared."""
+        return self.matched is not None
 
     def push(self, token_id: int) -> str:
         """The text that this token makes final; often a word, sometimes nothing."""
@@ -37,10 +95,12 @@ class TextStream:
 
     def _release(self, piece: str) -> str:
         text = self._held + piece
-        found = min((index for stop in self._stop if (index := text.find(stop)) >= 0), default=-1)
-        if found >= 0:
-            self.is_stopped, self._held = True, ""
-            return text[:found]
+        matches = [(index, stop) for stop in self._stop if (index := text.find(stop)) >= 0]
+        if matches:
+            # Where two stop strings begin at one index, the longer one says more.
+            index, self.matched = min(matches, key=lambda match: (match[0], -len(match[1])))
+            self._held = ""
+            return text[:index]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -52,43 +112,3 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
-
-
-class _FastDecoder:
-    """By the tokenizers library: exact for every fast tokenizer, leading spaces included."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._pending: list[int] = []
-
-    def push(self, token_id: int) -> str:
-        piece = self._stream.step(self._tokenizer, token_id)
-        if piece is None:
-            self._pending.append(token_id)
-            return ""
-        self._pending.clear()
-        return piece
-
-    def finish(self) -> str:
-        return self._tokenizer.decode(self._pending, skip_special_tokens=True) if self._pending else ""
-
-
-class _SlowDecoder:
-    """For tokenizers written in Python."""
-
-    def __init__(self, tokenizer: TokenizerWrapper) -> None:
-        self._detokenizer = NaiveStreamingDetokenizer(tokenizer._tokenizer)
-
-    def push(self, token_id: int) -> str:
-        self._detokenizer.add_token(token_id)
-        return self._detokenizer.last_segment
-
-    def finish(self) -> str:
-        self._detokenizer.finalize()
-        return self._detokenizer.last_segment
-
-
-def _decoder(tokenizer: TokenizerWrapper) -> _FastDecoder | _SlowDecoder:
-    backend = getattr(tokenizer._tokenizer, "backend_tokenizer", None)
-    return _FastDecoder(backend) if isinstance(backend, Tokenizer) else _SlowDecoder(tokenizer)

@@ -1,7 +1,8 @@
 """The one thread that owns the arrays. Requests come in from any thread, events go out to whoever asked.
 
-Exactly one final event ends each request: finished, cancelled, or failed. A step that raises fails every open
-request, and the worker then refuses new ones and says why (`failure`).
+Exactly one final event ends each request: finished, cancelled, or failed. A step that raises fails the requests
+that have a row, and the engine goes on with an empty batch; at the second step in a row that raises it gives up: all
+open requests fail, and the worker then refuses new ones and says why (`failure`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from serve.engine.engine import Engine
 from serve.engine.request import EngineStats, Event, Request
-from serve.errors import LatheError, OverloadedError, StoppedError
+from serve.errors import GenerationError, LatheError, OverloadedError, RequestError, StoppedError
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Worker:
         self._lock = threading.Lock()  # guards what follows
         self._num_open = 0
         self._is_accepting = False
+        self._has_just_failed = False  # the worker's thread alone
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="lathe-engine", daemon=True)
 
@@ -62,16 +64,26 @@ class Worker:
             self._thread.join(STOP_TIMEOUT_S)
 
     def submit(self, request: Request, sink: Sink, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        """Queue a request; `sink` gets its events, on the worker's thread or on `loop`.
+        """Queue a request; as `submit_all`, of one."""
+        self.submit_all([request], [sink], loop)
 
-        Raises RequestError, OverloadedError or StoppedError, and then no event follows and the adapter's pin has
-        been released. Otherwise the worker releases it with the final event.
+    def submit_all(
+        self,
+        requests: Sequence[Request],
+        sinks: Sequence[Sink],
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        """Queue all requests or none; each one's sink gets its events, on the worker's thread or on `loop`.
+
+        Raises RequestError, OverloadedError or StoppedError, and then no event follows and the adapters' pins have
+        been released. Otherwise the worker releases each with its final event.
         """
         try:
-            self.engine.check(request)
-            self._enter(_Open(request, sink, loop))
+            checked = [self.engine.check(request) for request in requests]
+            self._enter([_Open(request, sink, loop) for request, sink in zip(checked, sinks, strict=True)])
         except LatheError:
-            self._release(request)
+            for request in requests:
+                self._release(request)
             raise
 
     def cancel(self, request_id: str) -> None:
@@ -101,16 +113,22 @@ class Worker:
         """A snapshot of the engine's counters; may be one step old."""
         return self.engine.stats()
 
-    def _enter(self, opened: _Open) -> None:
+    def _enter(self, opened: Sequence[_Open]) -> None:
+        """The one check of how many requests there are."""
         limits = self.engine.limits
+        room = limits.max_rows + limits.max_waiting
+        if len(opened) > room:
+            raise RequestError(
+                f"n: this asks for {len(opened)} answers at once; this server takes {room} at most", "n"
+            )
         with self._lock:
             if not self._is_accepting or self.failure is not None:
                 raise self._stopped()
-            if self._num_open >= limits.max_rows + limits.max_waiting:
+            if self._num_open + len(opened) > room:
                 raise OverloadedError(
-                    f"{self._num_open} requests are running or waiting, which is all there is room for"
+                    f"{self._num_open} requests are running or waiting; this server takes {room} at most"
                 )
-            self._num_open += 1
+            self._num_open += len(opened)
             # Under the lock, so that nothing is queued behind `_stop`.
             self._commands.put(lambda: self._admit(opened))
 
@@ -127,24 +145,38 @@ class Worker:
         while not self._stopping:
             try:
                 self._turn()
-            except Exception as error:
-                # The arrays may be in any state: say so to everyone, and take nothing new.
+            except Exception as error:  # whatever it is, every open request must hear of it
                 logger.exception("the engine has failed")
-                with self._lock:
-                    self.failure = error
-                self._end_all(str(self._stopped()))
-        self._end_all("the server is shutting down")
+                self._give_up(error)
+        self._end_all(StoppedError("the server is shutting down"))
 
     def _turn(self) -> None:
         """What was asked meanwhile, then one step. Waits for something to do where there is nothing."""
         self._do_commands(wait=not self._has_work())
         if self._has_work() and not self._stopping:
-            self._deliver(self.engine.step())
+            self._deliver(self._step())
+
+    def _step(self) -> list[Event]:
+        try:
+            events = self.engine.step()
+        except Exception as error:
+            if self._has_just_failed:
+                raise
+            logger.exception("a step has failed; going on with an empty batch")
+            self._has_just_failed = True
+            return self.engine.recover(error)
+        self._has_just_failed = False
+        return events
 
     def _has_work(self) -> bool:
         return self.failure is None and self.engine.has_work
 
-    def _end_all(self, reason: str) -> None:
+    def _give_up(self, error: BaseException) -> None:
+        with self._lock:
+            self.failure = error
+        self._end_all(self._stopped())
+
+    def _end_all(self, reason: LatheError) -> None:
         self._deliver([Event(request_id, finish="error", error=reason) for request_id in self._open])
 
     def _do_commands(self, *, wait: bool) -> None:
@@ -153,16 +185,20 @@ class Worker:
         while not self._commands.empty():
             self._commands.get()()
 
-    def _admit(self, opened: _Open) -> None:
-        request = opened.request
-        self._open[request.id] = opened
+    def _admit(self, opened: Sequence[_Open]) -> None:
+        for one in opened:
+            self._open[one.request.id] = one
         if self.failure is not None:
-            self._deliver([Event(request.id, finish="error", error=str(self._stopped()))])
+            reason = self._stopped()
+            self._deliver([Event(one.request.id, finish="error", error=reason) for one in opened])
             return
-        try:
-            self.engine.add(request)
-        except LatheError as error:
-            self._deliver([Event(request.id, finish="error", error=str(error))])
+        for one in opened:
+            try:
+                self.engine.add(one.request)
+            except Exception as error:  # one request's trouble is its own
+                logger.exception("request %s cannot be added", one.request.id)
+                failure = GenerationError(f"the request cannot be run: {error!r}")
+                self._deliver([Event(one.request.id, finish="error", error=failure)])
 
     def _cancel(self, request_id: str) -> None:
         event = self.engine.cancel(request_id)
@@ -180,7 +216,7 @@ class Worker:
             if event.finish is not None:
                 self._close(opened)
             if opened.loop is None:
-                opened.sink(event)
+                self._hand_over(opened.sink, event)
             else:
                 by_loop.setdefault(opened.loop, []).append((opened.sink, event))
         for loop, batch in by_loop.items():
@@ -189,6 +225,13 @@ class Worker:
             except RuntimeError:  # the loop is closed: nobody listens any more
                 for _, event in batch:
                     self.cancel(event.request_id)
+
+    def _hand_over(self, sink: Sink, event: Event) -> None:
+        try:
+            sink(event)
+        except Exception:  # a listener's fault is not the engine's, nor its neighbours'
+            logger.exception("the listener of request %s has failed", event.request_id)
+            self.cancel(event.request_id)
 
     def _close(self, opened: _Open) -> None:
         del self._open[opened.request.id]

@@ -202,7 +202,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"temperature": "hot"}, "temperature", "valid number"),
         ({"n": 0}, "n", "greater than or equal to 1"),
-        ({"n": 13}, "n", "12 rows"),
+        ({"n": 13}, "n", "takes 12 at most"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": IMAGE}, "messages", "images are not accepted, this model reads text only"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "'assistant'"),
@@ -271,7 +271,10 @@ def test_an_unknown_model_is_404_and_the_message_names_those_there_are(client):
 
 
 def test_too_long_has_openais_code_and_no_body_no_model_no_json_are_400(client, http):
-    assert refused(lambda: chat(client, max_tokens=5000))["code"] == "context_length_exceeded"
+    long = [{"role": "user", "content": "x" * 1100}]
+    error = refused(lambda: chat(client, messages=long))
+    assert error["code"] == "context_length_exceeded"
+    assert "maximum context length is 1024 tokens" in error["message"]  # litellm knows it by these words
     for content, told in ((b"{", "not JSON"), (b"{}", "model: missing"), (b"[]", "the body")):
         answer = http.post(
             "/v1/chat/completions", content=content, headers={"content-type": "application/json"}

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 
+from serve.api.logprobs import LogprobWriter
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
+from serve.engine.request import Request, Sampling, TokenLogprob
+from serve.engine.sampler import Sampler
+from serve.errors import ContextLengthError, RequestError
 from serve.model.loading import load
+from serve.model.prompt import Prompt
+from serve.model.token_bytes import TokenBytes
 
 TEXTS = [
     "hello",
@@ -113,15 +121,195 @@ def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
 
 
 def test_the_end_token_stops_a_row_and_is_counted_but_not_shown(model, make_request):
-    free = generate(Engine(model), [make_request("r", temperature=1.5, seed=1, max_tokens=600)])[0]
-    eos = model.tokenizer.eos_token_id
-    assert eos in free.token_ids, "the seed must lead to an end token"
-    stopped = generate(
-        Engine(model), [make_request("r", temperature=1.5, seed=1, max_tokens=600, ignore_eos=False)]
-    )[0]
+    eos, engine = model.tokenizer.eos_token_id, Engine(model)
+    requests = [make_request(str(seed), temperature=1.5, seed=seed, max_tokens=600) for seed in range(8)]
+    free, request = next(
+        (answer, request)
+        for answer, request in zip(generate(engine, requests), requests, strict=True)
+        if eos in answer.token_ids
+    )
+    stopped = generate(engine, [replace(request, sampling=replace(request.sampling, ignore_eos=False))])[0]
     assert stopped.finish == "stop"
     assert stopped.token_ids == free.token_ids[: free.token_ids.index(eos) + 1]
     assert "<|im_end|>" not in stopped.text
+
+
+def test_rows_preempted_for_memory_end_with_the_tokens_they_have_undisturbed(
+    model, fresh_engine, make_request
+):
+    kinds = [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.7}]
+    requests = [
+        make_request(str(i), TEXTS[i % 3], max_tokens=560 + 9 * i, seed=i, **kinds[i % 3]) for i in range(6)
+    ]
+    engine = Engine(model)
+    position_bytes = engine.scheduler.budget.row_cost.position_bytes
+    engine = fresh_engine(kv_budget_bytes=4 * 512 * position_bytes)
+    answers = generate(engine, requests)
+    assert engine.stats().num_preempted > 1
+    assert answers == generate(fresh_engine(), requests)
+    assert len({answer.token_ids for answer in answers}) == 6
+
+
+def test_short_rows_after_a_long_one_do_not_each_keep_its_length(fresh_engine, make_request):
+    engine = fresh_engine(max_rows=16)
+    position_bytes = engine.scheduler.budget.row_cost.position_bytes
+    engine.add(make_request("long", "x" * 900, max_tokens=8))
+    engine.add(make_request("stays", max_tokens=200))
+    for _ in range(16):
+        engine.step()
+    assert engine.stats().kv_bytes == 2 * 1024 * position_bytes
+    for index in range(15):
+        engine.add(make_request(f"short-{index}", max_tokens=30))
+    for _ in range(8):
+        engine.step()
+    assert engine.stats().num_decoding == 16
+    assert engine.stats().kv_bytes == 16 * 256 * position_bytes
+    engine.cancel("stays")
+    for index in range(15):
+        engine.cancel(f"short-{index}")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("size", [1e25, 1e19])
+def test_a_row_whose_logits_are_not_numbers_ends_by_name_and_alone(
+    model, fresh_engine, make_adapter, make_request, temperature, size
+):
+    others = [make_request(str(i), TEXTS[i], num_logprobs=2, temperature=temperature) for i in range(3)]
+    expected = generate(fresh_engine(), others)
+    engine = Engine(model)
+    loud = engine.registry.load("loud", make_adapter(1, size=size))
+    bad = make_request("bad", adapter=loud, temperature=temperature, num_logprobs=5)
+    for request in (others[0], bad, *others[1:]):
+        engine.add(request)
+    events = [event for _ in range(40) if engine.has_work for event in engine.step()]
+    theirs = [event for event in events if event.request_id == "bad"]
+    assert [event.finish for event in theirs] == ["error"]
+    assert theirs[0].token_ids == theirs[0].logprobs == ()
+    assert "adapter 'loud@1' gave logits that are not numbers" in str(theirs[0].error)
+    for request, answer in zip(others, expected, strict=True):
+        mine = [event for event in events if event.request_id == request.id]
+        assert tuple(t for event in mine for t in event.token_ids) == answer.token_ids
+    assert engine.stats().num_finished == {"error": 1, "length": 3}
+
+
+def test_a_token_that_cannot_come_is_minus_infinity_and_no_fault(model):
+    logits = mx.array([[0.0, -mx.inf, 2.0], [mx.inf, 0.0, 0.0], [mx.nan, 0.0, 0.0], [-mx.inf] * 3])
+    for temperature in (0.0, 1.0):
+        sampler = Sampler([Sampling(temperature=temperature, num_logprobs=3)] * 4)
+        drawn = sampler.draw(logits, [0] * 4)
+        assert sampler.is_sound(logits, drawn).tolist() == [True, False, False, False]
+    logprob = sampler.logprobs(logits, mx.array([1, 0, 0, 0])).drawn[0].item()
+    assert logprob == -mx.inf
+    entry = TokenLogprob(3, logprob, ((4, -1.0), (3, logprob)))
+    written = LogprobWriter(TokenBytes(model.tokenizer), None)
+    assert written.chat([entry])["content"][0]["logprob"] == -9999.0
+    assert written.completion([entry])["token_logprobs"] == [-9999.0]
+
+
+def test_what_one_row_raises_ends_that_row_and_no_other(model, fresh_engine, make_request):
+    others = [make_request(str(i), TEXTS[i]) for i in range(3)]
+    expected = generate(fresh_engine(), others)
+    engine = Engine(model)
+    for request in (*others, make_request("torn")):
+        engine.add(request)
+    engine._rules["torn"]._ends = None  # whatever goes wrong in there
+    events = [event for _ in range(30) if engine.has_work for event in engine.step()]
+    assert [event.finish for event in events if event.request_id == "torn"] == ["error"]
+    for request, answer in zip(others, expected, strict=True):
+        tokens = [t for event in events if event.request_id == request.id for t in event.token_ids]
+        assert tuple(tokens) == answer.token_ids
+
+
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_a_stop_string_that_is_a_special_token_stops_at_that_token_and_is_told(
+    model, make_request, ignore_eos
+):
+    engine = Engine(model)
+    options = {"temperature": 1.5, "max_tokens": 600, "ignore_eos": ignore_eos, "stop": ("<|im_start|>",)}
+    start = model.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    answers = generate(engine, [make_request(str(seed), seed=seed, **options) for seed in range(12)])
+    stopped = [answer for answer in answers if answer.token_ids[-1] == start]
+    assert stopped, "some seed must lead to the token"
+    assert {(answer.finish, answer.stop_reason) for answer in stopped} == {("stop", "<|im_start|>")}
+    assert not any(start in answer.token_ids[:-1] for answer in answers)
+    ended = [answer for answer in answers if answer.token_ids[-1] == model.tokenizer.eos_token_id]
+    assert {(answer.finish, answer.stop_reason) for answer in ended if not ignore_eos} <= {("stop", None)}
+
+
+def test_the_stop_string_that_matched_is_told(model, make_request):
+    engine = Engine(model)
+    whole = generate(engine, [make_request("r", max_tokens=30)])[0]
+    wanted = whole.text[10:13]
+    answer = generate(engine, [make_request("r", max_tokens=30, stop=("no such text", wanted))])[0]
+    assert (answer.finish, answer.stop_reason) == ("stop", wanted)
+    assert whole.text.startswith(answer.text + wanted)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 32_000])
+def test_an_answer_as_long_as_the_context_is_cut_there(model, make_request, max_tokens):
+    engine = Engine(model, EngineLimits(max_context=64))
+    answer = generate(engine, [make_request("r", "hello", max_tokens=max_tokens)])[0]
+    assert (len(answer.token_ids), answer.finish) == (59, "length")
+    with pytest.raises(ContextLengthError, match="maximum context length is 64 tokens"):
+        engine.check(make_request("r", "x" * 64))
+    assert engine.check(make_request("r", "x" * 63)).sampling.max_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "told"),
+    [((), "empty"), ((5, 259), "259 is not"), ((-1, 5), "-1 is not"), ((2**40,), "not in this")],
+)
+def test_a_prompt_that_no_array_holds_is_refused_before_it_is_queued(model, ids, told):
+    engine = Engine(model)
+    with pytest.raises(RequestError, match=told):
+        engine.check(Request("r", Prompt(ids), Sampling(4)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -2},
+        {"min_p": -1.0},
+        {"min_p": 1.01},
+        {"num_logprobs": -1},
+        {"stop": ("a", "")},
+    ],
+)
+def test_sampling_refuses_what_says_nothing(changes):
+    with pytest.raises(RequestError, match=f"^{next(iter(changes))} is"):
+        Sampling(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 5e-324},
+        {"temperature": 1e308},
+        {"top_p": 5e-324},
+        {"top_k": 2**31},
+        {"top_k": 2**63},
+        {"top_k": 2**100},
+        {"min_p": 5e-324},
+        {"seed": -(2**63)},
+        {"seed": 2**64 + 1},
+        {"seed": 2**200},
+        {"max_tokens": 2**63},
+        {"num_logprobs": 10_000},
+    ],
+)
+def test_the_edges_of_every_number_give_an_answer(model, fresh_engine, make_request, changes):
+    other = make_request("other", TEXTS[1], temperature=1.0, seed=3)
+    options = {"temperature": 1.0, "max_tokens": 3, **changes}
+    request = make_request("edge", "x" * 1018 if "max_tokens" in changes else "hello", **options)
+    answers = generate(Engine(model), [request, other])
+    assert answers[0].finish == "length"
+    assert answers[1] == generate(fresh_engine(), [other])[0]
 
 
 def test_logprobs_are_those_of_the_whole_model(model, make_request):

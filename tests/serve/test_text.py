@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from serve.engine.text import TextStream
+from serve.model.token_bytes import TokenBytes
 
 TEXT = "  Grüße 🌍, naïve 日本語 text\n\nand more."
 
 
 def pieces(model, text: str, stop=()) -> tuple[list[str], TextStream]:
-    stream = TextStream(model.tokenizer, stop)
+    stream = TextStream(TokenBytes(model.tokenizer), stop)
     out = []
     for token in model.tokenizer.encode(text):
         out.append(stream.push(token))
@@ -42,7 +43,7 @@ def test_the_first_of_several_stop_strings_wins_and_near_misses_come_through(mod
 
 
 def test_an_answer_that_ends_inside_a_character_says_so(model):
-    stream = TextStream(model.tokenizer)
+    stream = TextStream(TokenBytes(model.tokenizer))
     tokens = model.tokenizer.encode("a🌍")
     text = "".join(stream.push(token) for token in tokens[:-1]) + stream.finish()
     assert text.startswith("a")

@@ -87,8 +87,8 @@ def test_what_cannot_be_taken_is_refused_before_any_event_and_unpinned(worker, m
     registry.load("a", make_adapter(1))
     seen: queue.SimpleQueue = queue.SimpleQueue()
     pinned = registry.acquire("a")
-    with pytest.raises(ContextLengthError):
-        worker.submit(make_request("big", max_tokens=5000, adapter=pinned), seen.put)
+    with pytest.raises(ContextLengthError, match="maximum context length is 1024 tokens"):
+        worker.submit(make_request("big", "x" * 1024, adapter=pinned), seen.put)
     assert registry.num_pins(pinned) == 0
     sinks = [queue.SimpleQueue() for _ in range(8)]
     for i, sink in enumerate(sinks):
@@ -101,25 +101,79 @@ def test_what_cannot_be_taken_is_refused_before_any_event_and_unpinned(worker, m
     assert {collect(sink)[1] for sink in sinks} <= {"cancelled", "length"}
 
 
-@pytest.mark.parametrize("broken", ["forward", "scheduler"])
-def test_a_failing_engine_reaches_every_stream_and_new_requests_are_told(worker, make_request, broken):
-    sinks = [queue.SimpleQueue() for _ in range(2)]
-    for i, sink in enumerate(sinks):
-        worker.submit(make_request(str(i), max_tokens=900), sink.put)
-    for sink in sinks:
+def start_streams(worker, make_request, names, **options) -> dict[str, queue.SimpleQueue]:
+    """Requests that have each had a token."""
+    sinks = {name: queue.SimpleQueue() for name in names}
+    for name, sink in sinks.items():
+        worker.submit(make_request(name, max_tokens=900, **options), sink.put)
+    for sink in sinks.values():
         sink.get(timeout=30)
+    return sinks
 
-    def break_it() -> None:
-        if broken == "forward":
-            worker.engine.model.network.layers[1].self_attn.o_proj.weight = None
-        else:
-            del worker.engine.scheduler.waiting
 
-    worker.call(break_it)
-    assert [collect(sink)[1] for sink in sinks] == ["error", "error"]
+def test_after_a_failed_step_its_rows_are_told_and_the_engine_goes_on(
+    worker, fresh_engine, make_adapter, make_request
+):
+    registry = worker.engine.registry
+    registry.load("a", make_adapter(1))
+    pinned = [registry.acquire("a") for _ in range(4)][-1]
+    sinks = start_streams(worker, make_request, "0123", adapter=pinned)
+    late: queue.SimpleQueue = queue.SimpleQueue()
+    put_back = threading.Event()
+
+    def sink_and_repair(event) -> None:
+        """The first final event comes from the worker's own thread, between the failed step and the next."""
+        if event.finish == "error" and not put_back.is_set():
+            layer.weight = weight
+            put_back.set()
+        sinks["0"].put(event)
+
+    layer = worker.engine.model.network.layers[1].input_layernorm
+    weight = layer.weight
+    worker.call(lambda: worker._open["0"].__setattr__("sink", sink_and_repair))
+    worker.submit(make_request("late"), late.put)  # waits: all rows are taken
+    worker.call(lambda: setattr(layer, "weight", None))
+    assert [collect(sink)[1] for sink in sinks.values()] == ["error"] * 4
+    assert collect(late)[0] == generate(fresh_engine(), [make_request("late")])[0].token_ids
+    assert worker.failure is None
+    assert registry.num_pins(pinned) == 0
+    worker.engine.scheduler.check_integrity()
+
+
+def test_at_the_second_failed_step_in_a_row_the_engine_gives_up_and_says_so(worker, make_request):
+    sinks = start_streams(worker, make_request, "0123")
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    worker.submit(make_request("waiting"), waiting.put)
+    layer = worker.engine.model.network.layers[1].input_layernorm
+    worker.call(lambda: setattr(layer, "weight", None))
+    assert [collect(sink)[1] for sink in [*sinks.values(), waiting]] == ["error"] * 5
     assert worker.failure is not None
     with pytest.raises(StoppedError, match="the engine has failed"):
         worker.submit(make_request("after"), queue.SimpleQueue().put)
+
+
+def test_a_broken_scheduler_ends_every_stream_and_new_requests_are_told(worker, make_request):
+    sinks = start_streams(worker, make_request, "01")
+
+    def break_it() -> None:
+        del worker.engine.scheduler.waiting
+
+    worker.call(break_it)
+    assert [collect(sink)[1] for sink in sinks.values()] == ["error", "error"]
+    with pytest.raises(StoppedError, match="the engine has failed"):
+        worker.submit(make_request("after"), queue.SimpleQueue().put)
+
+
+def test_a_listener_that_raises_ends_its_own_request_alone(worker, fresh_engine, make_request):
+    good: queue.SimpleQueue = queue.SimpleQueue()
+
+    def bad(event) -> None:
+        raise ZeroDivisionError
+
+    worker.submit(make_request("bad", max_tokens=900), bad)
+    worker.submit(make_request("good"), good.put)
+    assert collect(good)[0] == generate(fresh_engine(), [make_request("good")])[0].token_ids
+    assert worker.failure is None
 
 
 def test_stopping_ends_open_requests_and_later_ones_are_refused(model, make_request):

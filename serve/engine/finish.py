@@ -1,0 +1,58 @@
+"""When an answer ends, and with which text: stop ids, stop strings, length. One FinishRule a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from serve.engine.request import FinishReason, Request
+from serve.engine.text import TextStream
+from serve.model.token_bytes import TokenBytes
+
+
+@dataclass(frozen=True)
+class Step:
+    """What some tokens made of an answer."""
+
+    text: str
+    num_tokens: int
+    """How many of them belong to it; what follows the end does not."""
+    finish: FinishReason | None = None
+    stop_reason: str | None = None
+
+
+class FinishRule:
+    """Follows one answer. Once it has ended, it is not to be asked again.
+
+    The model's own end tokens end it unless `ignore_eos`; a stop string ends it where it appears in the text, or at
+    the special token of that name, which no text shows; `max_tokens` ends what nothing else has.
+    """
+
+    def __init__(self, request: Request, tokens: TokenBytes, eos: Collection[int]) -> None:
+        sampling = request.sampling
+        assert sampling.max_tokens is not None, "set by Engine.check"
+        self._remaining = sampling.max_tokens
+        self._ends: dict[int, str | None] = {} if sampling.ignore_eos else dict.fromkeys(eos)
+        for stop in sampling.stop:
+            token_id = tokens.special_id(stop)
+            if token_id is not None:
+                self._ends[token_id] = stop
+        follows = request.prompt.token_ids if request.continues_prompt else None
+        self._text = TextStream(tokens, sampling.stop, follows)
+
+    def push(self, token_ids: Sequence[int]) -> Step:
+        """The text that these tokens make final, and whether the answer ends among them."""
+        pieces: list[str] = []
+        for count, token_id in enumerate(token_ids, start=1):
+            self._remaining -= 1
+            if token_id in self._ends:
+                pieces.append(self._text.finish())
+                return Step("".join(pieces), count, "stop", self._text.matched or self._ends[token_id])
+            pieces.append(self._text.push(token_id))
+            if self._remaining == 0:
+                pieces.append(self._text.finish())
+            if self._text.is_stopped:
+                return Step("".join(pieces), count, "stop", self._text.matched)
+            if self._remaining == 0:
+                return Step("".join(pieces), count, "length")
+        return Step("".join(pieces), len(token_ids))
