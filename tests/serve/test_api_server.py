@@ -152,7 +152,7 @@ def test_a_full_queue_answers_503_with_retry_after(start):
         assert [answer.result().status_code for answer in taken] == [200, 200]
 
 
-def test_a_failed_engine_ends_streams_with_an_error_event_and_turns_health_to_503(start):
+def test_a_failed_step_ends_its_streams_and_a_second_in_a_row_turns_health_to_503(start):
     runtime = start()
     with browsing(runtime) as http:
         assert http.get("/health").json()["status"] == "ok"
@@ -161,7 +161,12 @@ def test_a_failed_engine_ends_streams_with_an_error_event_and_turns_health_to_50
             next(lines)
             runtime.worker.call(lambda: _break(runtime))
             last = [line for line in lines if line][-1]
-        assert "the engine has failed" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        assert (
+            "a step of the engine has failed" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        )
+        assert http.get("/health").status_code == 200, "the engine goes on with an empty batch"
+        second = http.post("/v1/completions", json=LONG)
+        assert (second.status_code, second.json()["error"]["code"]) == (503, "engine_stopped")
         health = http.get("/health")
         assert health.status_code == 503
         assert "NoneType" in health.json()["error"]
