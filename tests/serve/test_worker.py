@@ -8,9 +8,9 @@ import threading
 import pytest
 
 from serve.engine.engine import Engine, EngineLimits
-from serve.engine.generate import generate
 from serve.engine.worker import Worker
 from serve.errors import ContextLengthError, OverloadedError, StoppedError
+from serve.model.loading import load
 
 
 @pytest.fixture
@@ -30,21 +30,21 @@ def collect(events: queue.SimpleQueue) -> tuple[tuple[int, ...], str]:
             return tuple(tokens), event.finish
 
 
-def test_answers_equal_the_engines_own_and_end_once(worker, fresh_engine, make_request):
-    sinks = {}
-    for i in range(6):
-        sinks[i] = queue.SimpleQueue()
-        worker.submit(make_request(str(i), f"text {i}", max_tokens=10 + i), sinks[i].put)
-    expected = generate(
-        fresh_engine(), [make_request(str(i), f"text {i}", max_tokens=10 + i) for i in range(6)]
-    )
-    for i in range(6):
-        assert collect(sinks[i]) == (expected[i].token_ids, "length")
-        assert sinks[i].empty()
+def test_answers_are_the_models_own_and_end_once(worker, model_folder, make_request, assert_drawn):
+    requests = [make_request(str(i), f"text {i}", max_tokens=10 + i) for i in range(6)]
+    sinks = [queue.SimpleQueue() for _ in requests]
+    for request, sink in zip(requests, sinks, strict=True):
+        worker.submit(request, sink.put)
+    module = load(str(model_folder)).network.module
+    for request, sink in zip(requests, sinks, strict=True):
+        tokens, finish = collect(sink)
+        assert (len(tokens), finish) == (request.sampling.max_tokens, "length")
+        assert_drawn(request, tokens, module)
+        assert sink.empty()
 
 
 def test_an_adapter_loads_while_a_stream_runs_and_the_stream_goes_on(
-    worker, fresh_engine, make_adapter, make_request
+    worker, model_folder, make_adapter, make_request, merged, assert_drawn
 ):
     running: queue.SimpleQueue = queue.SimpleQueue()
     worker.submit(make_request("runs", max_tokens=300), running.put)
@@ -53,13 +53,18 @@ def test_an_adapter_loads_while_a_stream_runs_and_the_stream_goes_on(
     assert worker.stats().num_decoding == 1, "the stream must still be running"
     pinned = worker.engine.registry.acquire("late")
     late: queue.SimpleQueue = queue.SimpleQueue()
-    worker.submit(make_request("late", adapter=pinned), late.put)
+    request = make_request("late", adapter=pinned)
+    worker.submit(request, late.put)
     tokens, _ = collect(late)
     rest, finish = collect(running)
     assert finish == "length"
-    alone = generate(fresh_engine(), [make_request("runs", max_tokens=300)])[0].token_ids
-    assert tuple(t for e in first for t in e.token_ids) + rest == alone
-    assert tokens != generate(fresh_engine(), [make_request("late")])[0].token_ids
+    whole = (*(token for event in first for token in event.token_ids), *rest)
+    assert len(whole) == 300
+    base = load(str(model_folder)).network.module
+    assert_drawn(make_request("runs"), whole, base)
+    assert_drawn(request, tokens, merged(model_folder, make_adapter(1)))
+    with pytest.raises(AssertionError):
+        assert_drawn(request, tokens, base)
     assert worker.engine.registry.num_pins(pinned) == 0
 
 
