@@ -28,7 +28,7 @@ from serve.model.weights import linear_modules, linear_shape
 
 NEAR_TIE = 1e-4
 """Logits that are nearer than this may change places: the same sum over other shapes, or by another kernel, rounds
-otherwise. That moves the lively models' logits by 3e-6, with loud adapters by 3e-5; a wrong mask, position or slot moves
+otherwise. That moves the lively models' logits by 3e-6; a wrong mask, position or slot moves
 them by 0.1 and more. The likeliest two tokens are 0.13 apart in the median."""
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
@@ -261,8 +261,8 @@ def _assert_drawn(request: Request, token_ids: Sequence[int], module: nn.Module)
 def assert_drawn() -> Callable[[Request, Sequence[int], nn.Module], None]:
     """assert_drawn(request, token_ids, module): each token is what the module draws after all those before it.
 
-    The oracle of every law about tokens: one forward of the family's own code over the whole text, its own cache, the
-    request's own settings. A near-tie may fall either way, since a row in company, in chunks or with its adapter beside
-    it runs products of other shapes. What two runs of the same shapes give is compared with ==.
+    The oracle of every law about tokens: one forward of the family's own code over the whole text, with the request's
+    settings. A near-tie may fall either way, since a row in company, in chunks or with its adapter beside it runs
+    products of other shapes. What two runs of the same shapes give is compared with ==.
     """
     return _assert_drawn

@@ -89,7 +89,7 @@ def run_traffic(
 
 @pytest.fixture
 def check_traffic(make_request, merged, assert_drawn):
-    """check_traffic(seed, model_folder, adapter_folders): each answer is what its adapter, merged and alone, draws."""
+    """check_traffic(seed, model_folder, adapter_folders): each answer is what its adapter draws merged and alone."""
     return partial(_check_traffic, make_request, merged, assert_drawn)
 
 
