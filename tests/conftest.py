@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import socket
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, and so are the children it starts
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import serve as serve  # before mlx: it brings a real BLAS
 
@@ -89,6 +97,11 @@ RECURRENT = {
     },
 }
 """Families whose layers keep recurrent state: all of them (mamba2), or beside attention (qwen3_next)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that several processes end together."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -218,6 +231,27 @@ def make_adapter_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 def make_adapter(model_folder: Path, make_adapter_of: Callable[..., Path]) -> Callable[..., Path]:
     """make_adapter(seed, **as make_adapter_of) → folder of a random adapter of the lively model."""
     return partial(make_adapter_of, model_folder)
+
+
+@pytest.fixture(scope="session")
+def free_ports() -> Callable[..., int]:
+    """free_ports(count=1) → the first of neighbouring ports that nobody listens on and the system hands to nobody.
+
+    For a server that binds later: it is below the range from which every other test and client gets its port.
+    """
+
+    def find(count: int = 1) -> int:
+        while True:
+            first = random.SystemRandom().randrange(15_000, 32_000)
+            with ExitStack() as stack:
+                try:
+                    for port in range(first, first + count):
+                        stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                except OSError:
+                    continue
+                return first
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ import pytest
 
 import lathe
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(lathe.__file__).parent
 TIMEOUT_S = 900
 MOST_OF_BASE = 0.05

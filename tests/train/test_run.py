@@ -26,6 +26,8 @@ from train.preflight import prepare
 from train.recipe import load_recipe
 from train.run import run
 
+pytestmark = pytest.mark.long
+
 RECIPE = """
 num_layers: -1
 batch_size: 4
