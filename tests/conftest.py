@@ -6,11 +6,12 @@ import json
 import os
 import random
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, and so are the children it starts
@@ -151,6 +152,25 @@ def write_model(folder: Path, config: dict, *, seed: int = 0, is_lively: bool = 
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 2}))
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def children_have_what_users_have() -> Iterator[None]:
+    """Processes that tests start find this checkout and no torch: see tests/children. The tests' own keeps it."""
+    path = os.pathsep.join([str(Path(__file__).parent / "children"), str(Path(__file__).parents[1])])
+    if inherited := os.environ.get("PYTHONPATH"):
+        path += os.pathsep + inherited
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_randomness() -> None:
+    """A test's random numbers are its own, whatever ran before it in the same process."""
+    mx.random.seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-import serve as serve
-from serve.device import find_openblas, needs_openblas
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # tests/ holds a folder `serve` too
+
+from serve.device import find_openblas, needs_openblas  # noqa: E402
+
 KERNELS = ("Haswell", "Zen", "Sandybridge", "Nehalem")
 THREADS = (1, 2)
 CHECK = "tests/serve/test_device.py::test_openblas_runs_the_kernels_and_threads_that_were_asked_for"
@@ -75,7 +76,7 @@ def main() -> int:
         return 2
     words = [CHECK, *(asked.words or LAWS)]
     failed = [(k, t) for k in asked.kernels for t in asked.threads if run(k, t, words)]
-    print("failed under: " + ", ".join(f"{k} × {t}" for k, t in failed) if failed else "all kernels agree")
+    print("failed under: " + ", ".join(f"{k} with {t}" for k, t in failed) if failed else "all kernels agree")
     return 1 if failed else 0
 
 

@@ -28,7 +28,6 @@ from train.run import run
 pytestmark = pytest.mark.long
 
 BIN = Path(sys.executable).parent
-ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 600
 
 
@@ -170,7 +169,7 @@ def pair_of_runs(make_recipe, folder, launched) -> Callable[[str], tuple[Path, P
         "for path in sys.argv[1:]:\n    run(load_recipe(path))\n    print('END OF RUN', flush=True)\n"
     )
     paths = [str(recipe(kind, 2)) for kind in KINDS]
-    with launched("env", f"PYTHONPATH={ROOT}", sys.executable, str(script), *paths) as process:
+    with launched(sys.executable, str(script), *paths) as process:
         said, _ = process.communicate(timeout=TIMEOUT_S)
 
     def runs(kind: str) -> tuple[Path, Path, str]:
@@ -314,7 +313,7 @@ except TrainingError as error:
 def test_sums_shares_and_losses_of_processes(tmp_path, launched):
     script = tmp_path / "laws.py"
     script.write_text(LAWS)
-    with launched("env", f"PYTHONPATH={ROOT}", sys.executable, str(script)) as process:
+    with launched(sys.executable, str(script)) as process:
         said, _ = process.communicate(timeout=TIMEOUT_S)
     assert said.count("laws hold") == 2, said
     assert "loss named" in said, said

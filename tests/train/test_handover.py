@@ -26,6 +26,7 @@ from train.loss import target_logits
 def test_a_trained_adapter_gives_the_same_logits_in_trainer_and_engine(
     model, model_folder, make_request, tmp_path, options, assert_drawn
 ):
+    mx.random.seed(2)  # makes every one of these adapters lively
     trained = load(str(model_folder)).network
     adapted = add_lora(trained, rank=5, scale=3.0, **options)
     for module in trained.module.modules():
