@@ -24,7 +24,7 @@ ROOT = Path(lathe.__file__).parent
 README = ROOT / "README.md"
 BLOCK = re.compile(r"<!--\s*test\s*-->\s*```(?:console|bash|sh)\n(.*?)```", re.DOTALL)
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "exports", "*.sqlite*", "__pycache__", ".*_cache")
-TIMEOUT_S = 600
+TIMEOUT_S = 3600
 
 SESSION = """
 set -eo pipefail

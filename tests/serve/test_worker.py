@@ -24,7 +24,7 @@ def worker(model):
 def collect(events: queue.SimpleQueue) -> tuple[tuple[int, ...], str]:
     tokens: list[int] = []
     while True:
-        event = events.get(timeout=30)
+        event = events.get(timeout=120)
         tokens += event.token_ids
         if event.finish:
             return tuple(tokens), event.finish
@@ -48,7 +48,7 @@ def test_an_adapter_loads_while_a_stream_runs_and_the_stream_goes_on(
 ):
     running: queue.SimpleQueue = queue.SimpleQueue()
     worker.submit(make_request("runs", max_tokens=300), running.put)
-    first = [running.get(timeout=30) for _ in range(5)]
+    first = [running.get(timeout=120) for _ in range(5)]
     worker.engine.registry.load("late", make_adapter(1))
     assert worker.stats().num_decoding == 1, "the stream must still be running"
     pinned = worker.engine.registry.acquire("late")
@@ -75,7 +75,7 @@ def test_cancelling_ends_a_row_once_and_releases_its_adapter(worker, make_adapte
     sink: queue.SimpleQueue = queue.SimpleQueue()
     worker.submit(make_request("r", max_tokens=900, adapter=pinned), sink.put)
     for _ in range(3):
-        sink.get(timeout=30)
+        sink.get(timeout=120)
     worker.cancel("r")
     worker.cancel("r")
     assert collect(sink)[1] == "cancelled"
@@ -112,7 +112,7 @@ def test_a_failing_engine_reaches_every_stream_and_new_requests_are_told(worker,
     for i, sink in enumerate(sinks):
         worker.submit(make_request(str(i), max_tokens=900), sink.put)
     for sink in sinks:
-        sink.get(timeout=30)
+        sink.get(timeout=120)
 
     def break_it() -> None:
         if broken == "forward":
@@ -132,7 +132,7 @@ def test_stopping_ends_open_requests_and_later_ones_are_refused(model, make_requ
     worker.start()
     sink: queue.SimpleQueue = queue.SimpleQueue()
     worker.submit(make_request("r", max_tokens=900), sink.put)
-    sink.get(timeout=30)
+    sink.get(timeout=120)
     worker.stop()
     assert collect(sink)[1] == "error"
     with pytest.raises(StoppedError, match="not running"):
