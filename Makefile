@@ -1,4 +1,5 @@
 # make demo: install and do the main job once · make test: lint, types, tests · make venv: the environment alone
+# make kernels: the laws about floats under the matrix kernels of other machines
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
@@ -7,12 +8,21 @@ BACKEND ?= $(shell if [ "$$(uname -s)" = Darwin ]; then echo metal; \
 	elif nvidia-smi >/dev/null 2>&1; then echo cuda13; else echo cpu; fi)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test venv venv-dev lint types
+WORKERS ?= 2
+
+.PHONY: demo test tests kernels venv venv-dev lint types
 demo: venv
 	$(BIN)/lathe demo $(ARGS)
 
-test: venv-dev lint types
-	$(BIN)/python -m pytest -m "not large" $(ARGS)
+# Types are checked beside the tests, which wait now and then.
+test: venv-dev lint
+	@$(MAKE) --no-print-directory -j2 types tests
+
+tests: venv-dev
+	$(BIN)/python -m pytest -m "not large" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+kernels: venv-dev
+	$(BIN)/python tests/kernels.py $(ARGS)
 
 lint: venv-dev
 	$(BIN)/ruff check .

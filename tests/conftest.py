@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+import random
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, and so are the children it starts
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import serve as serve  # before mlx: it brings a real BLAS
 
 import mlx.core as mx  # isort: skip
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.models.cache import make_prompt_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from serve.adapters.manifest import AdapterConfig, write_adapter
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
+from serve.engine.sampler import Sampler
 from serve.model.loading import LoadedModel, load
 from serve.model.prompt import Prompt
 from serve.model.weights import linear_modules, linear_shape
+
+NEAR_TIE = 1e-4
+"""Logits that are nearer than this may change places: the same sum over other shapes, or by another kernel, rounds
+otherwise. That moves the lively models' logits by 3e-6; a wrong mask, position or slot moves
+them by 0.1 and more. The likeliest two tokens are 0.13 apart in the median."""
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -83,6 +100,11 @@ RECURRENT = {
 """Families whose layers keep recurrent state: all of them (mamba2), or beside attention (qwen3_next)."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that several processes end together."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, three special ones: enough for any text, no training."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -132,6 +154,25 @@ def write_model(folder: Path, config: dict, *, seed: int = 0, is_lively: bool = 
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def children_have_what_users_have() -> Iterator[None]:
+    """Processes that tests start find this checkout and no torch: see tests/children. The tests' own keeps it."""
+    path = os.pathsep.join([str(Path(__file__).parent / "children"), str(Path(__file__).parents[1])])
+    if inherited := os.environ.get("PYTHONPATH"):
+        path += os.pathsep + inherited
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_randomness() -> None:
+    """A test's random numbers are its own, whatever ran before it in the same process."""
+    mx.random.seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A lively random qwen3."""
@@ -172,7 +213,10 @@ def recurrent_folder(make_model: Callable[..., Path]) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def make_adapter_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make_adapter_of(model_folder, seed, rank=4, scale=2.0, keys=None, size=0.3) → folder of a random adapter."""
+    """make_adapter_of(model_folder, seed, rank=4, scale=2.0, keys=None, size=0.3) → folder of a random adapter.
+
+    The same words name the same folder, written once; whoever changes a file works on a copy.
+    """
     root = tmp_path_factory.mktemp("adapters")
     modules = cache(lambda folder: linear_modules(load(str(folder)).network.module))
 
@@ -184,22 +228,20 @@ def make_adapter_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         scale: float = 2.0,
         keys: Sequence[str] | None = None,
         size: float = 0.3,
-        config: AdapterConfig | None = None,
     ) -> Path:
+        folder = root / f"{model_folder.name}-{seed}-{rank}-{scale}-{size}-{'-'.join(keys or ())}"
+        if folder.exists():
+            return folder
+        linears, tensors = modules(model_folder), {}  # loading draws random numbers too, so before the seed
         mx.random.seed(seed)
-        tensors = {}
-        for path, linear in modules(model_folder).items():
-            inside = path.split(".", 3)[
-                3:
-            ]  # of model.layers.0.self_attn.q_proj the last two; of lm_head nothing
+        for path, linear in linears.items():
+            # Of model.layers.0.self_attn.q_proj the last two; of lm_head nothing.
+            inside = path.split(".", 3)[3:]
             if inside and (keys is None or inside[0] in keys):
                 inputs, outputs = linear_shape(linear)
                 tensors[f"{path}.lora_a"] = mx.random.normal((inputs, rank)) * size
                 tensors[f"{path}.lora_b"] = mx.random.normal((rank, outputs)) * size
-        folder = root / f"{model_folder.name}-{seed}-{rank}-{scale}-{size}-{'-'.join(keys or ())}"
-        write_adapter(
-            folder, tensors, config or AdapterConfig("lora", -1, rank, scale, keys=tuple(keys or ()))
-        )
+        write_adapter(folder, tensors, AdapterConfig("lora", -1, rank, scale, keys=tuple(keys or ())))
         return folder
 
     return make
@@ -209,6 +251,27 @@ def make_adapter_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 def make_adapter(model_folder: Path, make_adapter_of: Callable[..., Path]) -> Callable[..., Path]:
     """make_adapter(seed, **as make_adapter_of) → folder of a random adapter of the lively model."""
     return partial(make_adapter_of, model_folder)
+
+
+@pytest.fixture(scope="session")
+def free_ports() -> Callable[..., int]:
+    """free_ports(count=1) → the first of neighbouring ports that nobody listens on and the system hands to nobody.
+
+    For a server that binds later: it is below the range from which every other test and client gets its port.
+    """
+
+    def find(count: int = 1) -> int:
+        while True:
+            first = random.SystemRandom().randrange(15_000, 32_000)
+            with ExitStack() as stack:
+                try:
+                    for port in range(first, first + count):
+                        stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                except OSError:
+                    continue
+                return first
+
+    return find
 
 
 @pytest.fixture(scope="session")
@@ -228,3 +291,32 @@ def make_request() -> Callable[..., Request]:
         )
 
     return make
+
+
+def _could_draw(logits: mx.array, request: Request, number: int, token_id: int) -> bool:
+    """Whether rounding can make the request's `number`-th token this one: logits [V], shaken by a near-tie."""
+    width = NEAR_TIE * mx.abs(logits).max()
+    shaken = logits + width * mx.random.normal((64, logits.size), key=mx.random.key(number))
+    return token_id in Sampler([request.sampling] * 64).draw(shaken, [number] * 64).tolist()
+
+
+def _assert_drawn(request: Request, token_ids: Sequence[int], module: nn.Module) -> None:
+    prompt, count = request.prompt.token_ids, len(token_ids)
+    tokens = mx.array([[*prompt, *token_ids]])
+    logits = module(tokens, cache=make_prompt_cache(module))[0, len(prompt) - 1 : -1].astype(mx.float32)
+    expected = Sampler([request.sampling] * count).draw(logits, range(count)).tolist()
+    for number, (found, wanted) in enumerate(zip(token_ids, expected, strict=True)):
+        assert found == wanted or _could_draw(logits[number], request, number, found), (
+            f"{request.id}: token {number} is {found}, the whole model draws {wanted}"
+        )
+
+
+@pytest.fixture(scope="session")
+def assert_drawn() -> Callable[[Request, Sequence[int], nn.Module], None]:
+    """assert_drawn(request, token_ids, module): each token is what the module draws after all those before it.
+
+    The oracle of every law about tokens: one forward of the family's own code over the whole text, with the request's
+    settings. A near-tie may fall either way, since a row in company, in chunks or with its adapter beside it runs
+    products of other shapes. What two runs of the same shapes give is compared with ==.
+    """
+    return _assert_drawn

@@ -12,8 +12,10 @@ import pytest
 
 import lathe
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(lathe.__file__).parent
-TIMEOUT_S = 900
+TIMEOUT_S = 3600
 MOST_OF_BASE = 0.05
 LEAST_OF_EACH = 0.9
 LEAST_AGREEMENT = 0.99

@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 
 import lathe
-from serve.bench.process import free_port
+
+pytestmark = pytest.mark.long
 
 ROOT = Path(lathe.__file__).parent
 README = ROOT / "README.md"
 BLOCK = re.compile(r"<!--\s*test\s*-->\s*```(?:console|bash|sh)\n(.*?)```", re.DOTALL)
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "exports", "*.sqlite*", "__pycache__", ".*_cache")
-TIMEOUT_S = 600
+TIMEOUT_S = 3600
 
 SESSION = """
 set -eo pipefail
@@ -75,10 +76,10 @@ $ lathe c '{"x":
 
 
 @pytest.mark.skipif(not README.exists(), reason="no README yet")
-def test_the_commands_of_the_readme_run(tmp_path):
+def test_the_commands_of_the_readme_run(tmp_path, free_ports):
     checkout = tmp_path / "lathe"
     shutil.copytree(ROOT, checkout, ignore=LEFT_OUT)
-    found = commands(README.read_text().replace("8000", str(free_port())))
+    found = commands(README.read_text().replace("8000", str(free_ports())))
     assert found, "README marks no block with <!-- test -->"
     shown = "\n".join(f"echo {shlex.quote('$ ' + command)}\n{command}" for command in found)
     with (tmp_path / "output").open("w") as output:

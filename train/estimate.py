@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -249,8 +250,9 @@ def _seconds(cost: Cost) -> float:
     return cost.flops / flops_per_s + cost.traffic_bytes / bytes_per_s
 
 
+@cache
 def _rates() -> tuple[float, float]:
-    """Measured: FLOP/s of a matmul, bytes/s of an element-wise product. Some milliseconds."""
+    """Measured once a process: FLOP/s of a matmul, bytes/s of an element-wise product. A fraction of a second."""
     a, b = (mx.random.normal((RATE_BYTES // 4,), key=mx.random.key(i)) for i in (0, 1))
     mx.eval(a, b)
     best_s = math.inf

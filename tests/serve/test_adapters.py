@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import load as mlx_lm_load
@@ -26,6 +27,7 @@ from serve.adapters.manifest import (
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.errors import AdapterError, NotFoundError
+from serve.model.loading import load
 
 
 def copy_of(folder: Path, target: Path) -> Path:
@@ -34,7 +36,7 @@ def copy_of(folder: Path, target: Path) -> Path:
 
 
 def test_our_folder_loads_in_mlx_lm_and_gives_the_same_tokens(
-    model, model_folder, make_adapter, make_request
+    model, model_folder, make_adapter, make_request, assert_drawn
 ):
     folder = make_adapter(3, keys=["self_attn.q_proj", "mlp.down_proj"])
     engine = Engine(model)
@@ -43,13 +45,13 @@ def test_our_folder_loads_in_mlx_lm_and_gives_the_same_tokens(
     ours = generate(engine, [request])[0].token_ids
     theirs, _ = mlx_lm_load(str(model_folder), adapter_path=str(folder))
     theirs.set_dtype(mx.float32)
-    logits = theirs(mx.array([[*request.prompt.token_ids, *ours]]))[0]
-    start = len(request.prompt.token_ids) - 1
-    assert mx.argmax(logits[start:-1], axis=-1).tolist() == list(ours)
+    assert_drawn(request, ours, theirs)
     assert len(set(ours)) > 10
 
 
-def test_an_mlx_lm_adapter_loads_here_and_gives_the_same_tokens(model, model_folder, make_request, tmp_path):
+def test_an_mlx_lm_adapter_loads_here_and_gives_the_same_tokens(
+    model, model_folder, make_request, tmp_path, assert_drawn
+):
     theirs, _ = mlx_lm_load(str(model_folder))
     theirs.freeze()
     parameters = {"rank": 5, "scale": 3.0, "dropout": 0.0, "keys": ["self_attn.v_proj", "mlp.gate_proj"]}
@@ -64,32 +66,28 @@ def test_an_mlx_lm_adapter_loads_here_and_gives_the_same_tokens(model, model_fol
     engine = Engine(model)
     request = make_request("r", adapter=engine.registry.load("theirs", tmp_path))
     ours = generate(engine, [request])[0].token_ids
-    logits = theirs(mx.array([[*request.prompt.token_ids, *ours]]))[0]
-    assert mx.argmax(logits[len(request.prompt.token_ids) - 1 : -1], axis=-1).tolist() == list(ours)
+    assert_drawn(request, ours, theirs)
 
 
-def test_a_base_row_beside_adapter_rows_is_bitwise_the_base(model, make_adapter, make_request):
-    alone = generate(Engine(model), [make_request("base", num_logprobs=0)])[0]
+def test_a_base_row_beside_adapter_rows_is_the_base(
+    model, model_folder, make_adapter, make_request, assert_drawn
+):
     engine = Engine(model)
-    version = engine.registry.load("a", make_adapter(1))
-    mixed = generate(engine, [make_request("base", num_logprobs=0), make_request("other", adapter=version)])[
-        0
-    ]
-    assert mixed.token_ids == alone.token_ids
-    assert [e.logprob for e in mixed.logprobs] == pytest.approx([e.logprob for e in alone.logprobs], abs=1e-5)
+    request, version = make_request("base", num_logprobs=0), engine.registry.load("a", make_adapter(1))
+    answer, _ = generate(engine, [request, make_request("other", adapter=version)])
+    base = load(str(model_folder)).network.module
+    assert_drawn(request, answer.token_ids, base)
+    prompt, drawn = request.prompt.token_ids, mx.array(answer.token_ids)
+    logits = base(mx.array([[*prompt, *answer.token_ids]]))[0, len(prompt) - 1 : -1]
+    expected = mx.take_along_axis(nn.log_softmax(logits, axis=-1), drawn[:, None], axis=-1)[:, 0]
+    assert [e.logprob for e in answer.logprobs] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_a_replaced_version_serves_its_requests_to_their_end_and_new_ones_get_the_new(
-    model, fresh_engine, make_adapter, make_request
+    model, model_folder, make_adapter, make_request, merged, assert_drawn
 ):
     engine = Engine(model)
     registry = engine.registry
-    expected = {
-        seed: generate(
-            e := fresh_engine(), [make_request("r", adapter=e.registry.load("x", make_adapter(seed)))]
-        )[0].token_ids
-        for seed in (1, 2)
-    }
     registry.load("x", make_adapter(1))
     old = registry.acquire("x")
     engine.add(make_request("old", adapter=old))
@@ -103,8 +101,9 @@ def test_a_replaced_version_serves_its_requests_to_their_end_and_new_ones_get_th
             engine.add(make_request("new", adapter=new))
         for event in engine.step() if engine.has_work else []:
             tokens[event.request_id] += event.token_ids
-    assert tuple(tokens["old"]) == expected[1]
-    assert tuple(tokens["new"]) == expected[2]
+    for name, seed in (("old", 1), ("new", 2)):
+        assert len(tokens[name]) == 24
+        assert_drawn(make_request(name), tokens[name], merged(model_folder, make_adapter(seed)))
     registry.release(old)
     with pytest.raises(NotFoundError):
         registry.resolve("x@1")
@@ -112,7 +111,7 @@ def test_a_replaced_version_serves_its_requests_to_their_end_and_new_ones_get_th
 
 
 def test_a_slot_returns_when_its_last_request_ends_and_the_next_adapter_leaves_no_trace(
-    model, fresh_engine, make_adapter, make_request
+    model, model_folder, make_adapter, make_request, merged, assert_drawn
 ):
     engine = Engine(model, EngineLimits(max_adapters=1))
     registry = engine.registry
@@ -124,11 +123,9 @@ def test_a_slot_returns_when_its_last_request_ends_and_the_next_adapter_leaves_n
     with pytest.raises(AdapterError, match="all 1 slots are taken"):
         registry.load("narrow", make_adapter(2, keys=["self_attn.q_proj"]))
     registry.release(held)
-    version = registry.load("narrow", make_adapter(2, keys=["self_attn.q_proj"]))
-    answer = generate(engine, [make_request("r", adapter=version)])[0].token_ids
-    fresh = fresh_engine()
-    version = fresh.registry.load("narrow", make_adapter(2, keys=["self_attn.q_proj"]))
-    assert answer == generate(fresh, [make_request("r", adapter=version)])[0].token_ids
+    narrow = make_adapter(2, keys=["self_attn.q_proj"])
+    request = make_request("r", adapter=registry.load("narrow", narrow))
+    assert_drawn(request, generate(engine, [request])[0].token_ids, merged(model_folder, narrow))
     registry.check_integrity()
 
 

@@ -111,7 +111,7 @@ def test_an_answer_does_not_end_before_its_exposure_is_written(http, tmp_path):
         with pytest.raises(TimeoutError):
             answer.result(timeout=1)
         other_replica.execute("COMMIT")
-        completion = answer.result(timeout=20).json()["id"]
+        completion = answer.result(timeout=120).json()["id"]
     found = other_replica.execute("SELECT completion_id FROM exposures").fetchall()
     other_replica.close()
     assert found == [(completion,)]

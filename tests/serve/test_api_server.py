@@ -45,7 +45,7 @@ def browsing(runtime: Runtime) -> Iterator[httpx.Client]:
         yield http
 
 
-def wait_for(http: str, fact: Callable[[dict], bool], timeout_s: float = 20) -> bool:
+def wait_for(http: str, fact: Callable[[dict], bool], timeout_s: float = 120) -> bool:
     """True as soon as `fact` holds of /health; False if it does not come to hold."""
     end = time.monotonic() + timeout_s
     while not fact(http.get("/health").json()):
@@ -90,7 +90,7 @@ def test_sigterm_ends_the_server_after_its_streams_and_its_writes(model_folder, 
             next(lines)
             process.send_signal(signal.SIGTERM)
             assert [line for line in lines if line][-1] == "data: [DONE]"
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
     store = Store(f"sqlite:///{tmp_path}/e.sqlite", create=False)
     assert [row.finish for row in store.rows(store.newest_run("e").id)] == ["length"]
     store.close()

@@ -104,7 +104,7 @@ def merged_by_hand(moe_folder, weights, folder):
 
 
 def test_rows_of_every_kind_in_one_batch_match_each_merged_and_alone(
-    moe_folder, weights, make_kind, make_request, greedy_by_mlx_lm
+    moe_folder, weights, make_kind, make_request, assert_drawn
 ):
     engine = Engine(load(str(moe_folder)), EngineLimits(prefill_chunk_tokens=64))
     versions = {name: engine.registry.load(name, make_kind(name)) for name in KINDS}
@@ -118,8 +118,7 @@ def test_rows_of_every_kind_in_one_batch_match_each_merged_and_alone(
     modules = {name: merged_by_hand(moe_folder, weights, make_kind(name)) for name in KINDS}
     modules["base"] = load(str(moe_folder)).network.module
     for (name, i), answer in zip(requests, answers, strict=True):
-        prompt = requests[name, i].prompt.token_ids
-        assert answer.token_ids == greedy_by_mlx_lm(modules[name], prompt, 24), (name, i)
+        assert_drawn(requests[name, i], answer.token_ids, modules[name])
 
 
 def test_a_batch_reads_only_what_its_own_adapters_touch(moe_folder, make_kind, make_request):
@@ -140,20 +139,19 @@ def test_a_batch_reads_only_what_its_own_adapters_touch(moe_folder, make_kind, m
                 module._a, module._b = module._a + mx.nan, module._b + mx.nan
             if module._gain is not None:
                 module._gain = module._gain + mx.nan
-    assert answer(engine, lora) == before
+    # The others made the bank's rank larger: the same sum over more zeros may round otherwise.
+    assert answer(engine, lora) == pytest.approx(before, abs=1e-4)
     assert answer(engine, None) == base
 
 
-def test_a_slot_used_again_keeps_no_length_or_expert_of_the_last_adapter(moe_folder, make_kind, make_request):
-    def alone(name):
-        engine = Engine(load(str(moe_folder)))
-        request = make_request("r", adapter=engine.registry.load(name, make_kind(name)))
-        return generate(engine, [request])[0].token_ids
-
+def test_a_slot_used_again_keeps_no_length_or_expert_of_the_last_adapter(
+    moe_folder, weights, make_kind, make_request, assert_drawn
+):
     engine = Engine(load(str(moe_folder)), EngineLimits(max_adapters=1))
     for name in ("dora", "experts", "lora", "head"):
-        version = engine.registry.load(name, make_kind(name))
-        assert generate(engine, [make_request("r", adapter=version)])[0].token_ids == alone(name), name
+        request = make_request(name, adapter=engine.registry.load(name, make_kind(name)))
+        answer = generate(engine, [request])[0].token_ids
+        assert_drawn(request, answer, merged_by_hand(moe_folder, weights, make_kind(name)))
         engine.registry.unload(name)
 
 

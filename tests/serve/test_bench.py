@@ -236,7 +236,7 @@ def test_chat_streams_from_a_running_server_and_takes_its_lines_from_a_pipe(url)
         input="hello\n/reset\n/exit\nnever\n",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert said.returncode == 0, said.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +64,17 @@ def test_without_lathe_it_goes_to_the_reference_blas():
         "print(device.blas_library())"
     )
     assert "openblas" not in blas_after(load_device_alone).lower()
+
+
+@needs_openblas
+def test_openblas_runs_the_kernels_and_threads_that_were_asked_for():
+    """Of the library that answers MLX in this very process; `tests/kernels.py` asks for each in turn."""
+    library = ctypes.CDLL(device.blas_library())
+    library.openblas_get_corename.restype = ctypes.c_char_p
+    kernel = library.openblas_get_corename().decode()
+    threads = library.openblas_get_num_threads()
+    assert kernel == os.environ.get("OPENBLAS_CORETYPE", kernel)
+    assert threads == int(os.environ.get("OPENBLAS_NUM_THREADS", threads))
 
 
 @needs_openblas

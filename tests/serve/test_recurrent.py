@@ -48,14 +48,17 @@ def run_steps(engine: Engine, num_steps: int) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 7, 64])
-def test_rows_in_company_match_the_plain_loop_alone(fresh, chunk_tokens, make_request, greedy_by_mlx_lm):
+def test_rows_in_company_are_what_the_whole_model_draws_alone(
+    fresh, chunk_tokens, make_request, assert_drawn
+):
     model = fresh()
     texts = TEXTS if chunk_tokens > 2 else [text[:9] for text in TEXTS]
     requests = [make_request(str(i), text, max_tokens=12) for i, text in enumerate(texts)]
     answers = generate(Engine(model, EngineLimits(prefill_chunk_tokens=chunk_tokens)), requests)
     assert len({answer.token_ids for answer in answers}) == len(answers), "the reference must be lively"
     for request, answer in zip(requests, answers, strict=True):
-        assert answer.token_ids == greedy_by_mlx_lm(model.network.module, request.prompt.token_ids, 12)
+        assert len(answer.token_ids) == 12
+        assert_drawn(request, answer.token_ids, model.network.module)
 
 
 def test_logprobs_are_those_of_the_whole_model(fresh, make_request):
@@ -76,19 +79,16 @@ def test_logprobs_are_those_of_the_whole_model(fresh, make_request):
         assert found == pytest.approx(expected[:, 0].tolist(), abs=2e-4)
 
 
-def test_rows_that_join_and_leave_do_not_disturb_the_others(fresh, make_request, greedy_by_mlx_lm):
+def test_rows_that_join_and_leave_do_not_disturb_the_others(fresh, make_request, assert_drawn):
     model = fresh()
     requests = [make_request(str(i), TEXTS[i % 6], max_tokens=3 + 5 * (i % 4)) for i in range(12)]
     answers = generate(Engine(model, EngineLimits(max_rows=3, prefill_chunk_tokens=16)), requests)
-    alone = {
-        text: greedy_by_mlx_lm(model.network.module, make_request("", text).prompt.token_ids, 18)
-        for text in TEXTS
-    }
-    for index, answer in enumerate(answers):
-        assert answer.token_ids == alone[TEXTS[index % 6]][: requests[index].sampling.max_tokens]
+    for request, answer in zip(requests, answers, strict=True):
+        assert len(answer.token_ids) == request.sampling.max_tokens
+        assert_drawn(request, answer.token_ids, model.network.module)
 
 
-def test_a_row_taken_over_in_mid_prompt_or_mid_answer_shows_no_trace(fresh, make_request, greedy_by_mlx_lm):
+def test_a_row_taken_over_in_mid_prompt_or_mid_answer_shows_no_trace(fresh, make_request, assert_drawn):
     model = fresh()
     engine = Engine(model, EngineLimits(max_rows=3, prefill_chunk_tokens=8))
     engine.add(make_request("stays", "Hello there", max_tokens=500))  # so the rows are never given back
@@ -100,16 +100,15 @@ def test_a_row_taken_over_in_mid_prompt_or_mid_answer_shows_no_trace(fresh, make
         assert engine.cancel(taken).finish == "cancelled"
         engine.add(make_request(name, TEXTS[3], max_tokens=12))
     tokens = run_steps(engine, 60)
-    expected = greedy_by_mlx_lm(model.network.module, make_request("", TEXTS[3]).prompt.token_ids, 12)
-    assert tuple(tokens["first"]) == tuple(tokens["second"]) == expected
+    for name in ("first", "second"):
+        assert len(tokens[name]) == 12
+        assert_drawn(make_request(name, TEXTS[3]), tokens[name], model.network.module)
 
 
 def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
-    fresh, family, recurrent_folder, make_adapter_of, make_request, greedy_by_mlx_lm
+    fresh, family, recurrent_folder, make_adapter_of, make_request, assert_drawn
 ):
-    model = fresh()
-    expected = greedy_by_mlx_lm(model.network.module, make_request("", TEXTS[3]).prompt.token_ids, 12)
-    engine = Engine(model, EngineLimits(prefill_chunk_tokens=16))
+    engine = Engine(fresh(), EngineLimits(prefill_chunk_tokens=16))
     loud = make_adapter_of(recurrent_folder(family), 1, keys=INSIDE[family], size=1e30)
     version = engine.registry.load("loud", loud)
     engine.add(make_request("stays", "z" * 150, max_tokens=500))
@@ -122,21 +121,26 @@ def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
         held = [array for layer in engine._runner.rows.layers for array in layer.state]
         has_overflowed |= not all(mx.isfinite(array).all() for array in held)
     assert engine.stats().num_finished == {"error": 1}, "and its logits are not numbers"
-    engine.add(make_request("after", TEXTS[3], max_tokens=12))
-    assert tuple(run_steps(engine, 25)["after"]) == expected
+    request = make_request("after", TEXTS[3], max_tokens=12)
+    engine.add(request)
+    tokens = run_steps(engine, 25)["after"]
+    assert len(tokens) == 12
+    assert_drawn(request, tokens, fresh().network.module)
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}])
-def test_a_seed_gives_the_same_tokens_alone_and_in_company(fresh, make_request, settings):
+def test_a_seed_draws_what_it_should_alone_and_in_company(fresh, make_request, settings, assert_drawn):
     model = fresh()
     requests = [make_request(str(i), text, max_tokens=12, seed=i, **settings) for i, text in enumerate(TEXTS)]
     together = generate(Engine(model, EngineLimits(prefill_chunk_tokens=64)), requests)
     engine = Engine(model)
-    assert together == [generate(engine, [request])[0] for request in requests]
+    for request, answer in zip(requests, together, strict=True):
+        for found in (answer, generate(engine, [request])[0]):
+            assert_drawn(request, found.token_ids, model.network.module)
 
 
 def test_rows_with_different_adapters_match_running_each_merged_and_alone(
-    fresh, family, recurrent_folder, make_adapter_of, make_request, merged, greedy_by_mlx_lm
+    fresh, family, recurrent_folder, make_adapter_of, make_request, merged, assert_drawn
 ):
     base = recurrent_folder(family)
     folders = [make_adapter_of(base, seed, rank=3 + seed, keys=INSIDE[family]) for seed in (1, 2)]
@@ -151,8 +155,7 @@ def test_rows_with_different_adapters_match_running_each_merged_and_alone(
     answers = generate(engine, requests)
     assert len({answer.token_ids for answer in answers}) == len(answers), "the adapters must change the text"
     for request, answer in zip(requests, answers, strict=True):
-        module = modules[int(request.id[0])]
-        assert answer.token_ids == greedy_by_mlx_lm(module, request.prompt.token_ids, 10)
+        assert_drawn(request, answer.token_ids, modules[int(request.id[0])])
 
 
 def test_admission_counts_the_state_of_each_row(recurrent_folder, make_request):

@@ -8,9 +8,9 @@ import threading
 import pytest
 
 from serve.engine.engine import Engine, EngineLimits
-from serve.engine.generate import generate
 from serve.engine.worker import Worker
 from serve.errors import ContextLengthError, OverloadedError, StoppedError
+from serve.model.loading import load
 
 
 @pytest.fixture
@@ -24,42 +24,47 @@ def worker(model):
 def collect(events: queue.SimpleQueue) -> tuple[tuple[int, ...], str]:
     tokens: list[int] = []
     while True:
-        event = events.get(timeout=30)
+        event = events.get(timeout=120)
         tokens += event.token_ids
         if event.finish:
             return tuple(tokens), event.finish
 
 
-def test_answers_equal_the_engines_own_and_end_once(worker, fresh_engine, make_request):
-    sinks = {}
-    for i in range(6):
-        sinks[i] = queue.SimpleQueue()
-        worker.submit(make_request(str(i), f"text {i}", max_tokens=10 + i), sinks[i].put)
-    expected = generate(
-        fresh_engine(), [make_request(str(i), f"text {i}", max_tokens=10 + i) for i in range(6)]
-    )
-    for i in range(6):
-        assert collect(sinks[i]) == (expected[i].token_ids, "length")
-        assert sinks[i].empty()
+def test_answers_are_the_models_own_and_end_once(worker, model_folder, make_request, assert_drawn):
+    requests = [make_request(str(i), f"text {i}", max_tokens=10 + i) for i in range(6)]
+    sinks = [queue.SimpleQueue() for _ in requests]
+    for request, sink in zip(requests, sinks, strict=True):
+        worker.submit(request, sink.put)
+    module = load(str(model_folder)).network.module
+    for request, sink in zip(requests, sinks, strict=True):
+        tokens, finish = collect(sink)
+        assert (len(tokens), finish) == (request.sampling.max_tokens, "length")
+        assert_drawn(request, tokens, module)
+        assert sink.empty()
 
 
 def test_an_adapter_loads_while_a_stream_runs_and_the_stream_goes_on(
-    worker, fresh_engine, make_adapter, make_request
+    worker, model_folder, make_adapter, make_request, merged, assert_drawn
 ):
     running: queue.SimpleQueue = queue.SimpleQueue()
     worker.submit(make_request("runs", max_tokens=300), running.put)
-    first = [running.get(timeout=30) for _ in range(5)]
+    first = [running.get(timeout=120) for _ in range(5)]
     worker.engine.registry.load("late", make_adapter(1))
     assert worker.stats().num_decoding == 1, "the stream must still be running"
     pinned = worker.engine.registry.acquire("late")
     late: queue.SimpleQueue = queue.SimpleQueue()
-    worker.submit(make_request("late", adapter=pinned), late.put)
+    request = make_request("late", adapter=pinned)
+    worker.submit(request, late.put)
     tokens, _ = collect(late)
     rest, finish = collect(running)
     assert finish == "length"
-    alone = generate(fresh_engine(), [make_request("runs", max_tokens=300)])[0].token_ids
-    assert tuple(t for e in first for t in e.token_ids) + rest == alone
-    assert tokens != generate(fresh_engine(), [make_request("late")])[0].token_ids
+    whole = (*(token for event in first for token in event.token_ids), *rest)
+    assert len(whole) == 300
+    base = load(str(model_folder)).network.module
+    assert_drawn(make_request("runs"), whole, base)
+    assert_drawn(request, tokens, merged(model_folder, make_adapter(1)))
+    with pytest.raises(AssertionError):
+        assert_drawn(request, tokens, base)
     assert worker.engine.registry.num_pins(pinned) == 0
 
 
@@ -70,7 +75,7 @@ def test_cancelling_ends_a_row_once_and_releases_its_adapter(worker, make_adapte
     sink: queue.SimpleQueue = queue.SimpleQueue()
     worker.submit(make_request("r", max_tokens=900, adapter=pinned), sink.put)
     for _ in range(3):
-        sink.get(timeout=30)
+        sink.get(timeout=120)
     worker.cancel("r")
     worker.cancel("r")
     assert collect(sink)[1] == "cancelled"
@@ -107,12 +112,12 @@ def start_streams(worker, make_request, names, **options) -> dict[str, queue.Sim
     for name, sink in sinks.items():
         worker.submit(make_request(name, max_tokens=900, **options), sink.put)
     for sink in sinks.values():
-        sink.get(timeout=30)
+        sink.get(timeout=120)
     return sinks
 
 
 def test_after_a_failed_step_its_rows_are_told_and_the_engine_goes_on(
-    worker, fresh_engine, make_adapter, make_request
+    worker, model_folder, make_adapter, make_request, assert_drawn
 ):
     registry = worker.engine.registry
     registry.load("a", make_adapter(1))
@@ -134,8 +139,10 @@ def test_after_a_failed_step_its_rows_are_told_and_the_engine_goes_on(
     worker.submit(make_request("late"), late.put)  # waits: all rows are taken
     worker.call(lambda: setattr(layer, "weight", None))
     assert [collect(sink)[1] for sink in sinks.values()] == ["error"] * 4
-    assert collect(late)[0] == generate(fresh_engine(), [make_request("late")])[0].token_ids
+    tokens, finish = collect(late)
+    assert (len(tokens), finish) == (24, "length")
     assert worker.failure is None
+    assert_drawn(make_request("late"), tokens, load(str(model_folder)).network.module)
     assert registry.num_pins(pinned) == 0
     worker.engine.scheduler.check_integrity()
 
@@ -164,7 +171,7 @@ def test_a_broken_scheduler_ends_every_stream_and_new_requests_are_told(worker, 
         worker.submit(make_request("after"), queue.SimpleQueue().put)
 
 
-def test_a_listener_that_raises_ends_its_own_request_alone(worker, fresh_engine, make_request):
+def test_a_listener_that_raises_ends_its_own_request_alone(worker, model, make_request, assert_drawn):
     good: queue.SimpleQueue = queue.SimpleQueue()
 
     def bad(event) -> None:
@@ -172,7 +179,10 @@ def test_a_listener_that_raises_ends_its_own_request_alone(worker, fresh_engine,
 
     worker.submit(make_request("bad", max_tokens=900), bad)
     worker.submit(make_request("good"), good.put)
-    assert collect(good)[0] == generate(fresh_engine(), [make_request("good")])[0].token_ids
+    tokens, finish = collect(good)
+    assert (len(tokens), finish) == (24, "length")
+    worker.stop()
+    assert_drawn(make_request("good"), tokens, model.network.module)
     assert worker.failure is None
 
 
@@ -181,7 +191,7 @@ def test_stopping_ends_open_requests_and_later_ones_are_refused(model, make_requ
     worker.start()
     sink: queue.SimpleQueue = queue.SimpleQueue()
     worker.submit(make_request("r", max_tokens=900), sink.put)
-    sink.get(timeout=30)
+    sink.get(timeout=120)
     worker.stop()
     assert collect(sink)[1] == "error"
     with pytest.raises(StoppedError, match="not running"):

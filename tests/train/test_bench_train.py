@@ -15,6 +15,8 @@ from serve.model.template import ChatTemplate
 from train.bench.chats import Lengths, write_chats
 from train.bench.compare import LOOPS, Run, Step, TrainBench, notes, overhead_of, run, tables
 
+pytestmark = pytest.mark.long
+
 SHORT = Lengths(median=60.0, sigma=0.6, longest=160)
 
 

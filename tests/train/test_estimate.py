@@ -11,6 +11,8 @@ import pytest
 
 from train.memory import Operation, Value, cost_of, peak_bytes
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 SMALL = {
     "hidden_size": 128,

@@ -23,6 +23,9 @@ from train.export import compare, export, fuse, log_probabilities
 from train.loss import find_targets
 
 FAMILIES = ("qwen3", "llama", "gemma3_text", "gemma2", "phi3", "olmo2", "qwen3_moe")
+NEARLY_ALL = 0.9
+"""Fused weights and an adapter beside its base round otherwise, so the two likeliest tokens of a near-tie may change
+places; how far the distributions are apart is what the divergence says."""
 
 
 def quiet() -> Console:
@@ -94,7 +97,7 @@ def test_an_export_opens_in_mlx_lm_and_reports_its_own_loss(
     assert json.loads((tmp_path / "out" / "fidelity.json").read_text())["kl_mean"] == report.kl_mean
     assert (report.num_rows, report.split) == (9, "train")
     assert report.num_tokens == sum(len(a.encode()) + 1 for a in ("that", "over there", "soon")) * 3
-    bounds = {None: (1.0, 1e-5), 8: (0.9, 1e-2), 4: (0.3, math.inf)}
+    bounds = {None: (NEARLY_ALL, 1e-5), 8: (NEARLY_ALL, 1e-2), 4: (0.3, math.inf)}
     agreement, kl = bounds[options.get("bits")]
     assert report.top1_agreement >= agreement
     assert 0 <= report.kl_mean <= report.kl_max
@@ -145,7 +148,8 @@ def test_a_full_fine_tune_from_random_weights_becomes_an_ordinary_folder(
     weights = mx.load(str(model_folder / "model.safetensors"))
     write_adapter(tmp_path / "full", weights, AdapterConfig("full", -1))
     report = export(tmp_path / "full", tmp_path / "out", base=str(bare), data=rows_file, console=quiet())
-    assert (report.top1_agreement, report.dtype) == (1.0, "float32")
+    assert (report.top1_agreement >= NEARLY_ALL, report.dtype) == (True, "float32")
+    assert report.kl_max < 1e-6
     written = mx.load(str(tmp_path / "out" / "model.safetensors"))
     assert written.keys() == weights.keys()
     assert all(np.array_equal(np.array(written[name]), np.array(weights[name])) for name in weights)
@@ -181,9 +185,9 @@ def test_an_adapter_of_another_base_is_refused_unless_forced(adapter, rows_file,
     write_adapter(adapter, read_tensors(adapter), AdapterConfig("lora", -1, 4, 2.0, lineage=lineage))
     with pytest.raises(AdapterError, match="holds other weights"):
         export(adapter, tmp_path / "out", data=rows_file, console=quiet())
-    assert (
-        export(adapter, tmp_path / "out", data=rows_file, force=True, console=quiet()).top1_agreement == 1.0
-    )
+    report = export(adapter, tmp_path / "out", data=rows_file, force=True, console=quiet())
+    assert report.top1_agreement >= NEARLY_ALL
+    assert report.kl_max < 1e-5
 
 
 def test_an_adapter_that_does_not_say_its_base_needs_one(make_adapter, model_folder, rows_file, tmp_path):
@@ -192,4 +196,5 @@ def test_an_adapter_that_does_not_say_its_base_needs_one(make_adapter, model_fol
     report = export(
         make_adapter(1), tmp_path / "out", base=str(model_folder), data=rows_file, console=quiet()
     )
-    assert report.top1_agreement == 1.0
+    assert report.top1_agreement >= NEARLY_ALL
+    assert report.kl_max < 1e-5

@@ -24,8 +24,9 @@ from train.loss import target_logits
     ids=str,
 )
 def test_a_trained_adapter_gives_the_same_logits_in_trainer_and_engine(
-    model, model_folder, make_request, tmp_path, options
+    model, model_folder, make_request, tmp_path, options, assert_drawn
 ):
+    mx.random.seed(2)  # makes every one of these adapters lively
     trained = load(str(model_folder)).network
     adapted = add_lora(trained, rank=5, scale=3.0, **options)
     for module in trained.module.modules():
@@ -47,6 +48,6 @@ def test_a_trained_adapter_gives_the_same_logits_in_trainer_and_engine(
     logits = target_logits(trained, tokens, positions)
     expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     assert len(set(answer.token_ids)) > 10
-    assert mx.argmax(logits, axis=-1).tolist() == list(answer.token_ids)
+    assert_drawn(request, answer.token_ids, trained.module)
     for step, entry in enumerate(answer.logprobs):
         assert entry.logprob == pytest.approx(expected[step, entry.token_id].item(), abs=2e-3)

@@ -17,9 +17,13 @@ from serve.adapters.manifest import read_config, read_tensors
 from train import checkpoint
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    sys.platform == "darwin", reason="the runs are forked from one process, which macOS forbids after Metal"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        sys.platform == "darwin",
+        reason="the runs are forked from one process, which macOS forbids after Metal",
+    ),
+]
 
 RECIPE = """
 num_layers: -1

@@ -249,8 +249,11 @@ def test_padding_never_reaches_a_document(tiny_network):
     loss, gradients = loss_and_gradients(network, [batch])
     batch.tokens[batch.segments < 0] = 77
     other_loss, other_gradients = loss_and_gradients(network, [batch])
-    assert other_loss == loss
-    assert all(mx.array_equal(other_gradients[name], gradient) for name, gradient in gradients.items())
+    # Rows are sorted by expert, so other padding moves a document's rows inside one product: it may round otherwise.
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    largest = max(mx.abs(gradient).max().item() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(other_gradients[name], gradient, atol=1e-5 * largest, err_msg=name)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text"])

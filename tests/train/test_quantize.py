@@ -124,7 +124,7 @@ def test_what_mlx_has_no_kernel_for_is_refused(make_recipe, line, said):
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_adapter_trained_on_a_packed_base_is_served_and_exported_on_just_that(
-    make_recipe, model_folder, make_request, tmp_path, kind
+    make_recipe, model_folder, make_request, tmp_path, kind, assert_drawn
 ):
     recipe = make_recipe("out", "quantize={mode: mxfp4}", f"fine_tune_type={kind}")
     console = quiet()
@@ -142,13 +142,11 @@ def test_an_adapter_trained_on_a_packed_base_is_served_and_exported_on_just_that
     engine = Engine(load(serving.model, quantize=serving.quantize))
     request = make_request("r", adapter=engine.registry.load("a", folder))
     answer = generate(engine, [request])[0].token_ids
-    reference = load_adapted(folder, config, str(model_folder)).network.module
-    whole = reference(mx.array([[*request.prompt.token_ids, *answer]]))[0]
-    assert mx.argmax(whole[len(request.prompt.token_ids) - 1 : -1], axis=-1).tolist() == list(answer)
+    assert_drawn(request, answer, load_adapted(folder, config, str(model_folder)).network.module)
 
     report = export(folder, tmp_path / "fused", console=quiet(), dtype="float32")
-    assert report.top1_agreement == 1.0
-    assert report.kl_mean < 1e-6
+    assert report.top1_agreement > 0.9, "but for near-ties"
+    assert report.kl_max < 1e-6
 
 
 @pytest.mark.parametrize(

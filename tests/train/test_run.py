@@ -26,6 +26,8 @@ from train.preflight import prepare
 from train.recipe import load_recipe
 from train.run import run
 
+pytestmark = pytest.mark.long
+
 RECIPE = """
 num_layers: -1
 batch_size: 4
@@ -192,7 +194,7 @@ def test_a_signal_saves_and_the_run_can_be_continued(make_recipe, tmp_path, numb
             child.send_signal(number)
             break
     child.stdout.read()
-    assert child.wait(60) == code
+    assert child.wait(300) == code
     saved = checkpoint.existing(tmp_path / "cut")
     assert len(saved) == 1
     step = checkpoint.step_of(saved[0])

@@ -29,6 +29,8 @@ from train.recipe import load_recipe
 from train.run import run
 from train.wired import recommended_bytes, wired
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 RECIPE = """
 num_layers: -1
