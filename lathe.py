@@ -19,6 +19,7 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from serve.config import ServeConfig
     from serve.errors import LatheError
@@ -116,6 +117,7 @@ def runs(
     json_file: JsonFile = None,
 ) -> None:
     """List runs: how far each came, how good it is, and what it came from."""
+    from serve.tables import show
     from train import runs as listing
 
     console = _console()
@@ -123,8 +125,7 @@ def runs(
     found = listing.find(named)
     if found:
         for table in listing.tables(found):
-            console.print(table)
-            console.print()
+            show(console, table, "")
     for run in found:
         if run.problem:
             console.print(f"{run.folder}: {run.problem}", style="red", markup=False, soft_wrap=True)
@@ -269,6 +270,7 @@ def bench_serve(
     from serve.bench.summary import notes, table
     from serve.bench.sweep import Sweep, run
     from serve.chat import choose_model
+    from serve.tables import show
 
     levels = _numbers(concurrency, "--concurrency")
     _one_of(endpoint, ("chat", "completions"), "--endpoint")
@@ -286,12 +288,8 @@ def bench_serve(
     )
     with _progress() as progress:
         summaries = run(sweep, progress)
-    console = _console()
-    console.print(
-        table(f"{url}, {prompt_tokens} prompt tokens asked, {max_tokens} new; p50 / p95", summaries)
-    )
-    for note in notes(summaries):
-        console.print(note, markup=False, style="dim")
+    title = f"{url}, {prompt_tokens} prompt tokens asked, {max_tokens} new; p50 / p95"
+    show(_console(), table(title, summaries), *_dim(notes(summaries)))
     _save_json(json_file, {"settings": sweep.as_json(), "results": [each.as_json() for each in summaries]})
 
 
@@ -309,6 +307,7 @@ def bench_compare(
 
     from serve.bench import compare
     from serve.bench.summary import notes, table
+    from serve.tables import show
 
     asked = compare.Comparison(
         concurrency=_numbers(concurrency, "--concurrency"),
@@ -318,10 +317,12 @@ def bench_compare(
     )
     with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
         outcome = compare.run(asked, folder or Path(temporary), progress)
-    console = _console()
-    console.print(table("p50 / p95 over all rounds", outcome.summaries), compare.table(outcome))
-    for note in [*notes(outcome.summaries), *compare.notes(outcome)]:
-        console.print(note, markup=False, style="dim")
+    show(
+        _console(),
+        table("p50 / p95 over all rounds", outcome.summaries),
+        compare.table(outcome),
+        *_dim([*notes(outcome.summaries), *compare.notes(outcome)]),
+    )
     _save_json(json_file, outcome.as_json(asked))
 
 
@@ -339,16 +340,14 @@ def bench_train(
     """Train the same chats with Lathe and with mlx_lm.lora, in turns: data tokens per second, peak memory."""
     import tempfile
 
+    from serve.tables import show
     from train.bench import compare
 
     asked = compare.TrainBench(num_batches=iters, batch_size=batch_size, rounds=rounds, model=model)
     _check_writable(json_file)
     with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
         outcome = compare.run(asked, folder or Path(temporary), progress)
-    console = _console()
-    console.print(*compare.tables(outcome))
-    for note in compare.notes(outcome):
-        console.print(note, markup=False, style="dim")
+    show(_console(), *compare.tables(outcome), *_dim(compare.notes(outcome)))
     _save_json(json_file, outcome.as_json(asked))
 
 
@@ -426,6 +425,12 @@ def _talk(conversation: Any) -> None:
         terminal.run(conversation, terminal.typed(console), console, echo=False)
     else:
         terminal.run(conversation, sys.stdin, console, echo=True)
+
+
+def _dim(notes: Sequence[str]) -> list[Text]:
+    from rich.text import Text
+
+    return [Text(note, style="dim") for note in notes]
 
 
 def _console(*, stderr: bool = False) -> Console:
