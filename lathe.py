@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
     from serve.config import ServeConfig
     from serve.errors import LatheError
+    from serve.experiments.store import Store
 
 HOME = Path(__file__).resolve().parent
 """Where data/ and recipes/ stand: a checkout of the project."""
 EMBEDDED_MODEL = HOME / "data" / "tickets"
 DEFAULT_PORT = 8000
+DEFAULT_STORE = "sqlite:///lathe.sqlite"
 
 app = typer.Typer(
     name="lathe",
@@ -52,6 +54,9 @@ Overrides = Annotated[
 Adapters = Annotated[
     list[str] | None, typer.Option("--adapter", metavar="NAME=PATH", help="Load this adapter; repeatable.")
 ]
+
+ExperimentName = Annotated[str, typer.Argument(metavar="NAME", help="The experiment's public name.")]
+StoreUrl = Annotated[str, typer.Option(help="The server's `store`.")]
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -193,22 +198,58 @@ def data_show(
 
 @ab_app.command("report")
 def ab_report(
-    experiment: Annotated[str, typer.Argument(help="The experiment's public name.")],
-    store: Annotated[str, typer.Option(help="The server's `store`.")] = "sqlite:///lathe.sqlite",
+    experiment: ExperimentName,
+    store: StoreUrl = DEFAULT_STORE,
     outcome: Annotated[str | None, typer.Option(help="Which feedback to compare on.")] = None,
+    run: Annotated[
+        int | None, typer.Option(help="Which run; the newest, if left out. `lathe ab runs` lists them.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Say what the evidence so far says about an experiment's variants; looking early is allowed."""
     from serve.experiments.report import render, report
-    from serve.experiments.store import Store
+    from serve.tables import show
 
-    opened = Store(store, create=False)
-    try:
-        found = report(opened, experiment, outcome)
-    finally:
-        opened.close()
-    _console().print(render(found))
+    with _store(store) as opened:
+        found = report(opened, experiment, outcome, run_id=run)
+    show(_console(), *render(found))
     _save_json(json_file, found.to_dict())
+
+
+@ab_app.command("runs")
+def ab_runs(experiment: ExperimentName, store: StoreUrl = DEFAULT_STORE) -> None:
+    """List an experiment's runs, the newest first: other variants, weights or salt begin another."""
+    from serve.experiments.report import runs_table
+    from serve.tables import show
+
+    with _store(store) as opened:
+        show(_console(), runs_table(opened.runs(experiment)))
+
+
+@ab_app.command("drop")
+def ab_drop(
+    experiment: ExperimentName,
+    outcome: Annotated[str, typer.Option(help="The outcome to delete, e.g. one with a misspelled name.")],
+    store: StoreUrl = DEFAULT_STORE,
+    run: Annotated[int | None, typer.Option(help="Of which run; the newest, if left out.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete all outcomes of one name from a run. They cannot be brought back; reports say that it was done."""
+    from serve.errors import NotFoundError
+    from serve.experiments.report import choose_run, counted
+
+    with _store(store) as opened:
+        found = choose_run(opened.runs(experiment), run)
+        if outcome not in found.outcomes:
+            raise NotFoundError(
+                f"outcome {outcome!r} is not in run {found.run.id} of {experiment}; "
+                f"found: {counted(found.outcomes)}"
+            )
+        what = f"{found.outcomes[outcome]:,} of outcome {outcome} in run {found.run.id} of {experiment}"
+        if not yes:
+            _confirm(f"Delete {what} for good?")
+        opened.drop_outcome(found.run.id, outcome)
+    _console().print(f"deleted {what}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -393,6 +434,25 @@ def _adapter(words: str) -> dict[str, str]:
     if not (name and equals and path):
         raise typer.BadParameter(f"found {words!r}; expected NAME=PATH", param_hint="--adapter")
     return {"name": name, "path": path}
+
+
+@contextmanager
+def _store(url: str) -> Iterator[Store]:
+    """A store that is there, open for as long as it is needed."""
+    from serve.experiments.store import Store
+
+    opened = Store(url, create=False)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def _confirm(question: str) -> None:
+    """Go on only if a person says yes."""
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("nobody is there to be asked; say --yes to go on", param_hint="--yes")
+    typer.confirm(question, abort=True)
 
 
 @contextmanager

@@ -24,11 +24,11 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from serve import tables
 from serve.bench.process import ServerProcess
 from serve.errors import ConfigError, StoppedError, TrainingError
 from serve.experiments.report import ExperimentReport, render, report
 from serve.experiments.store import Store
-from serve.tables import Table, show
 from train.data.sources import read
 from train.export import ExportReport, export
 from train.recipe import Recipe, load_recipe
@@ -376,7 +376,9 @@ def _numbers(
 def _show(numbers: dict[str, Any], found: ExperimentReport, console: Console) -> None:
     console.rule("Result", align="left")
     headings = ("exact", "of", "exact match", "trained weights", "training")
-    drawn = Table("model", *numbers(*headings), title="Held-out prompts answered exactly, over HTTP")
+    drawn = tables.Table(
+        "model", *tables.numbers(*headings), title="Held-out prompts answered exactly, over HTTP"
+    )
     lines = {f"{BASE} (base)": numbers["base"], **numbers["adapters"]}
     for name, score in lines.items():
         training = score.get("training")
@@ -389,7 +391,7 @@ def _show(numbers: dict[str, Any], found: ExperimentReport, console: Console) ->
             f"{training['seconds']:.0f} s" if training else "",
         )
     exported, serving = numbers["export"], numbers["serving"]
-    show(console, drawn, *render(found))
+    tables.show(console, drawn, *render(found))
     console.print(
         f"served: {serving['num_requests']} requests of the base and both adapters in shared batches, "
         f"{serving['tokens_per_s']:.0f} tok/s\n"

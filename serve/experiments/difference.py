@@ -1,36 +1,16 @@
 """The difference of two arms' means in [0, 1], tested itself, at every look. Outcomes in, an interval out.
 
 The test is the growth-rate-optimal e-variable for two proportions (Turner, Ly, Grünwald 2024, "Generic E-variables
-for exact sequential k-sample tests that allow for optional stopping"), and the interval is the set of differences
-that it does not refuse (Turner, Grünwald 2023, "Exact anytime-valid confidence intervals for contingency tables and
-beyond"), both for outcomes that may be fractions.
+for exact sequential k-sample tests that allow for optional stopping"), and the interval is every difference that it
+does not refuse (Turner, Grünwald 2023, "Exact anytime-valid confidence intervals for contingency tables and
+beyond"), both carried over to outcomes that are fractions. `log_evidence` has the formula and why it holds.
 
-**A block** is n_c outcomes of the control and n_t of the treatment, in the order in which they came: one of the arm
-with the smaller weight, and as many of the other as the weights say. For the null "treatment - control <= d", a
-centre (c, c + d) and a bet b >= 0, the evidence of a block is
+A block is one outcome of the arm with the smaller weight, and as many of the other as the weights say, each arm's in
+the order in which they came. A block waits for its last outcome; outcomes beyond the last whole block wait too. What
+it rests on: which outcome comes next, and when, does not depend on how it turned out.
 
-    F = prod over control of (1 - b/n_c (y - c))  *  prod over treatment of (1 + b/n_t (y - c - d)).
-
-*It is theirs.* For outcomes 0 and 1, F is the likelihood ratio p_alt(block) / p_null(block) of the alternative
-(c - b/n_c c(1-c), c+d + b/n_t (c+d)(1-c-d)) to the null (c, c + d). The derivative along the line of
-n_c KL(alt_c, c) + n_t KL(alt_t, c + d) is n_c (b/n_c) - n_t (b/n_t) = 0 there, so (c, c + d) is the alternative's
-Kullback-Leibler projection on the null, as the growth-optimal ratio needs; with d = 0 it is the weighted mean of the
-alternative, which is the formula of the first paper. b is close to a shift of each outcome's log-odds by b/n.
-
-*It is valid.* F is linear in each outcome, so for independent outcomes of means p and q its expectation is
-(1 - b/n_c (p-c))^n_c (1 + b/n_t (q-c-d))^n_t <= exp(b (q - p - d)) <= 1 wherever q - p <= d, since 1 + x <= exp(x).
-Nothing else about the outcomes is used: fractions will do, and both arms may drift together. No factor is negative
-while b <= 1 and c, c + d lie in [0, 1]. With centre and bet chosen from earlier blocks only, the product over blocks
-is a supermartingale under the null, and so is a fixed mixture over bets: by Ville's inequality it ever reaches
-1/alpha with probability at most alpha, however often and whenever one looks.
-
-*It inverts to an interval.* The centre below is never larger in c, and never smaller in c + d, for a larger d, so F
-falls as d grows, whatever was seen: the refused differences are all those below one bound. The upper bound is the
-lower bound of control - treatment; each has half of alpha.
-
-**What it rests on**: which outcome comes next, and when, does not depend on how it turned out. A block waits for its
-last outcome; outcomes beyond the last whole block wait too. No maintained package does this: safestats is for R, its
-port to Python knows fixed alternatives only and no difference but 0.
+No maintained package does this: safestats is for R, and its port to Python knows one fixed alternative and no
+difference but 0.
 """
 
 from __future__ import annotations
@@ -51,9 +31,11 @@ Integers = npt.NDArray[np.int64]
 BETS = 0.9 * 1.5 ** -np.arange(15.0)
 """From 0.9, which finds 0.1 against 0.9 in a few blocks, to 0.003, for differences that take a million."""
 BET_SCALE = 0.3
-"""Where the half-Cauchy prior over bets bends: log-odds shifts of 0.3 and less are about equally likely."""
-WEIGHTS = (BETS / (1 + (BETS / BET_SCALE) ** 2)) / np.sum(BETS / (1 + (BETS / BET_SCALE) ** 2))
-"""The prior of each of BETS; they stand at equal ratios, so a density is multiplied by the bet itself."""
+"""Of the half-Cauchy prior over bets: shifts of the log-odds by less are about equally likely."""
+_MASSES = BETS / (
+    1 + (BETS / BET_SCALE) ** 2
+)  # BETS stand at equal ratios: a density times the bet is a mass.
+WEIGHTS = _MASSES / _MASSES.sum()
 PRECISION = 1e-6
 
 
@@ -94,6 +76,25 @@ def log_evidence(control: Floats, treatment: Floats, difference: float, blocks: 
     """[..., J] log of the evidence after each block that treatment - control is above `difference`.
 
     control, treatment  [..., N], [..., M] outcomes in order of arrival; leading axes are separate experiments
+
+    For the null "treatment - control <= d", a centre (c, c + d) and a bet b in [0, 1], the evidence of a block of
+    n outcomes y of the control and m outcomes z of the treatment is
+
+        F = prod (1 - b/n (y - c)) * prod (1 + b/m (z - c - d)).
+
+    It is theirs: for outcomes 0 and 1, F is the likelihood ratio of the alternative (c - b/n c(1-c),
+    c+d + b/m (c+d)(1-c-d)) to (c, c + d). There, along the line of the null, the alternative's divergence n KL + m KL
+    has the derivative n b/n - m b/m = 0, so (c, c + d) is its projection on the null, as growth-optimality asks; for
+    d = 0 it is the alternative's weighted mean, as in the first paper. b/n and b/m are shifts of the log-odds, nearly.
+
+    It is valid: F is linear in every outcome, so for independent outcomes of means p and q its expectation is
+    (1 - b/n (p-c))^n (1 + b/m (q-c-d))^m <= exp(b (q-p-d)), which is at most 1 wherever q - p <= d. Nothing else
+    about the outcomes is used: they may be fractions, and both arms may drift together. With centres and bets from
+    earlier blocks alone, the product over blocks, and a fixed mixture of products over bets, is a supermartingale
+    under the null. It ever reaches 1/alpha with probability at most alpha (Ville), whenever one looks.
+
+    It falls as d grows, whatever was seen: a larger d has no larger c and no smaller c + d (`_distances`). So what
+    is refused lies below one bound, and the interval is exact.
     """
     total = np.full((*control.shape[:-1], len(blocks.control_ends)), -np.inf)
     if not total.size:

@@ -379,8 +379,8 @@ def tables(outcome: Outcome) -> Iterator[Table]:
             f"{each.loss_first:.1f} → {each.loss_last:.1f}",
         )
     yield drawn
-    headings = ("data tok/s (lowest, highest)", "peak")
-    compared = Table("of / to", *numbers(*headings), title="median of rounds")
+    ratios = numbers("data tok/s (lowest, highest)", "peak")
+    compared = Table("of / to", *ratios, title="median of rounds")
     for ratio in outcome.ratios:
         compared.add(
             f"{ratio.of} / {ratio.to}",
