@@ -136,7 +136,7 @@ def runs(
             console.print(f"{run.folder}: {run.problem}", style="red", markup=False, soft_wrap=True)
     if not found:
         where = ", ".join(map(str, named)) or " and ".join(listing.DEFAULT_FOLDERS)
-        console.print(f"no runs under {where}", markup=False)
+        console.print(f"no runs under {where}", markup=False, soft_wrap=True)
     _save_json(json_file, listing.as_json(found))
 
 

@@ -116,7 +116,7 @@ def export(
     partial = out.with_name(f".new-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        console.print(f"fusing {adapter} into {name}", highlight=False)
+        console.print(f"fusing {adapter} into {name}", highlight=False, soft_wrap=True)
         stored = write_fused(partial, adapter, config, name, bits=bits, group_size=group_size, dtype=dtype)
         exported = load(str(partial))
         agreement = compare(reference.network, exported.network, rows.batches)

@@ -173,7 +173,7 @@ def show(preflight: Preflight, console: Console, *, with_recipe: bool = False) -
     """Print it. `with_recipe` adds the resolved recipe and the histogram of lengths."""
     if with_recipe:
         console.print("[bold]resolved recipe")
-        console.print(dump(preflight.recipe), highlight=False, markup=False)
+        console.print(dump(preflight.recipe), highlight=False, markup=False, soft_wrap=True)
     splits = [split for split in (preflight.train, preflight.valid, preflight.test) if split]
     show_tables(console, rows_table(splits))
     for split in splits:

@@ -65,9 +65,9 @@ def cut(num_control: int, num_treatment: int, ratio: float = 1.0) -> Blocks:
     more = max(ratio, 1 / ratio)
     fewer_count, more_count = (num_control, num_treatment) if ratio >= 1 else (num_treatment, num_control)
     ones = np.arange(1, min(fewer_count, int(more_count / more) + 1) + 1)
-    ends = np.floor(ones * more).astype(np.int64)
+    ends = np.floor(ones * more)
     whole = ends <= more_count
-    ones, ends = ones[whole], ends[whole]
+    ones, ends = ones[whole], ends[whole].astype(np.int64)
     share = ratio / (1 + ratio)
     return Blocks(ones, ends, share) if ratio >= 1 else Blocks(ends, ones, share)
 
@@ -83,9 +83,10 @@ def log_evidence(control: Floats, treatment: Floats, difference: float, blocks: 
         F = prod (1 - b/n (y - c)) * prod (1 + b/m (z - c - d)).
 
     It is theirs: for outcomes 0 and 1, F is the likelihood ratio of the alternative (c - b/n c(1-c),
-    c+d + b/m (c+d)(1-c-d)) to (c, c + d). There, along the line of the null, the alternative's divergence n KL + m KL
-    has the derivative n b/n - m b/m = 0, so (c, c + d) is its projection on the null, as growth-optimality asks; for
-    d = 0 it is the alternative's weighted mean, as in the first paper. b/n and b/m are shifts of the log-odds, nearly.
+    c+d + b/m (c+d)(1-c-d)) to (c, c + d). There, along the line of the null, the alternative's divergence
+    n KL + m KL has the derivative n b/n - m b/m = 0, so (c, c + d) is its projection on the null, as optimal growth
+    asks; for d = 0 it is the alternative's weighted mean, as in the first paper. b/n and b/m are nearly the shifts of
+    the log-odds.
 
     It is valid: F is linear in every outcome, so for independent outcomes of means p and q its expectation is
     (1 - b/n (p-c))^n (1 + b/m (q-c-d))^m <= exp(b (q-p-d)), which is at most 1 wherever q - p <= d. Nothing else

@@ -159,7 +159,7 @@ def report(
         ),
         alpha=alpha,
         variants=variants,
-        comparisons=comparisons if chosen is not None else (),
+        comparisons=comparisons if chosen is not None or not counts.outcomes else (),
         sample_ratio_p_value=p_value,
         warnings=tuple(_warnings(variants, comparisons, p_value)),
     )
@@ -178,7 +178,7 @@ def runs_table(runs: Sequence[RunCounts]) -> Table:
     """A line a run, the one now serving first."""
     table = Table("run", "since", words("weights"), *numbers("exposures"), words("outcomes"))
     for each in runs:
-        weights = ", ".join(f"{v.name} {v.weight:g}" for v in each.run.experiment.variants)
+        weights = "\n".join(f"{v.name} {v.weight:g}" for v in each.run.experiment.variants)
         table.add(
             str(each.run.id),
             _time(each.run.started_at),
@@ -199,18 +199,21 @@ def render(found: ExperimentReport) -> list[Table | Text]:
     title = f"{found.experiment}, run {found.run_id}, since {found.started_at}"
     arms = found.variants
     table = Table(found.outcome or "", *numbers(*(arm.name for arm in arms)), title=title)
-    for name, values in (
-        ("exposures", [f"{arm.num_exposures:,}" for arm in arms]),
-        ("users", [f"{arm.num_units:,}" for arm in arms]),
-        ("outcomes", [f"{arm.num_outcomes:,}" for arm in arms]),
-        ("mean", ["-" if arm.mean is None else f"{arm.mean:.3f}" for arm in arms]),
-        (
-            f"{1 - found.alpha:.0%} interval",
-            [f"{arm.interval.low:.3f} to {arm.interval.high:.3f}" for arm in arms],
-        ),
-        ("latency ms, p50 / p95", [_pair(arm.latency.p50_s, arm.latency.p95_s) for arm in arms]),
-        ("TTFT ms, p50 / p95", [_pair(arm.latency.ttft_p50_s, arm.latency.ttft_p95_s) for arm in arms]),
-    ):
+    lines_of: dict[str, list[str]] = {
+        "exposures": [f"{arm.num_exposures:,}" for arm in arms],
+        "users": [f"{arm.num_units:,}" for arm in arms],
+    }
+    if found.outcome is not None:
+        lines_of |= {
+            "outcomes": [f"{arm.num_outcomes:,}" for arm in arms],
+            "mean": ["-" if arm.mean is None else f"{arm.mean:.3f}" for arm in arms],
+            f"{1 - found.alpha:.0%} interval": [
+                f"{arm.interval.low:.3f} to {arm.interval.high:.3f}" for arm in arms
+            ],
+        }
+    lines_of["latency ms, p50 / p95"] = [_pair(arm.latency.p50_s, arm.latency.p95_s) for arm in arms]
+    lines_of["TTFT ms, p50 / p95"] = [_pair(arm.latency.ttft_p50_s, arm.latency.ttft_p95_s) for arm in arms]
+    for name, values in lines_of.items():
         table.add(name, *values)
     lines = [Text(_sentence(comparison)) for comparison in found.comparisons]
     lines += [Text(note) for note in _notes(found)]
@@ -223,15 +226,15 @@ def _notes(found: ExperimentReport) -> Iterator[str]:
     if len(found.outcomes) > 1:
         hint = "" if found.outcome else "; nothing is compared until --outcome names one"
         command = f"lathe ab drop {found.experiment} --outcome NAME"
-        yield f"outcomes: {counted(found.outcomes)}{hint}. A misspelled one goes away with `{command}`."
+        yield f"Outcomes: {counted(found.outcomes)}{hint}. A misspelled one goes away with `{command}`."
     for drop in found.dropped:
-        yield f"dropped by hand: {drop.num_outcomes:,} of outcome {drop.name} on {_time(drop.dropped_at)}"
+        yield f"Dropped by hand: {drop.num_outcomes:,} of outcome {drop.name} on {_time(drop.dropped_at)}"
     if found.other_runs:
         runs = ", ".join(
-            f"run {each.run_id} ({each.num_exposures:,} exposures since {each.started_at})"
+            f"run {each.run_id} (exposures: {each.num_exposures:,}, since {each.started_at})"
             for each in found.other_runs
         )
-        yield f"not counted here, since variants, weights or salt were others: {runs}. --run reports on one."
+        yield f"Not counted here, since variants, weights or salt were others: {runs}. `--run N` reports on one."
 
 
 def _time(epoch_s: float) -> str:
