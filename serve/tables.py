@@ -116,11 +116,12 @@ def _item(heading: str, label: int, cell: Text, width: int) -> Iterator[Text]:
     """A heading and a cell beside it, or under it if it does not fit there whole."""
     beside = width - INDENT - label
     if not heading or _longest(cell.plain.split()) <= beside:
-        starts = [" " * INDENT + heading.ljust(label), " " * (INDENT + label)]
+        starts = [" " * INDENT + heading + " " * (label - cell_len(heading)), " " * (INDENT + label)]
     else:
-        yield Text(" " * INDENT + heading)
+        for part in _wrapped(Text(heading), width - INDENT):
+            yield Text(" " * INDENT).append_text(part)
         starts = [" " * 2 * INDENT] * 2
-    for number, part in enumerate(_wrapped(cell, width - len(starts[0]))):
+    for number, part in enumerate(_wrapped(cell, width - cell_len(starts[0]))):
         yield Text(starts[min(number, 1)]).append_text(part)
 
 
@@ -129,13 +130,12 @@ def show(console: Console, *parts: Table | Text | str) -> None:
     elsewhere (a file, a pipe) a line each."""
     for part in parts:
         if isinstance(part, Table):
-            for line in part.lines(console.width):
-                console.print(line, highlight=False, soft_wrap=True)
-        elif console.is_terminal:
-            text = Text(part) if isinstance(part, str) else part
-            console.print(text, highlight=False, overflow="ignore", crop=False)
+            lines = part.lines(console.width)
         else:
-            console.print(part, highlight=False, markup=False, soft_wrap=True)
+            text = Text(part) if isinstance(part, str) else part
+            lines = _wrapped(text, console.width) if console.is_terminal else iter([text])
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 def _longest(texts: Iterable[str]) -> int:
