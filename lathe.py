@@ -36,6 +36,7 @@ app = typer.Typer(
     help="Train adapters, serve many of them on one model, compare them, export the winner.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     add_completion=False,
 )
 bench_app = typer.Typer(help="Measure servers and training.", no_args_is_help=True)

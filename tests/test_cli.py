@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import lathe
@@ -59,6 +60,23 @@ def test_every_command_explains_itself(command):
     result = CliRunner().invoke(lathe.app, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert "Usage:" in result.output
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each not in ("ab", "bench")])
+def test_help_cuts_no_option_and_no_default(command, width):
+    found = typer.main.get_command(lathe.app)
+    for word in command.split():
+        found = found.commands[word]
+    environment = {"COLUMNS": str(width), "TERMINAL_WIDTH": str(width)}
+    output = CliRunner().invoke(lathe.app, [*command.split(), "--help"], env=environment).output
+    options = [each for each in found.params if each.opts[0].startswith("-")]
+    assert {name for option in options for name in option.opts} <= set(output.replace(",", " ").split())
+    told = "".join(output.split())  # a default that is longer than its column goes on in the next line
+    defaults = [
+        o.default for o in options if isinstance(o.default, str | int | float) and o.default is not ...
+    ]
+    assert not [value for value in defaults if not isinstance(value, bool) and str(value) not in told]
 
 
 def test_the_list_of_commands_here_is_complete():
@@ -173,18 +191,31 @@ def experiment_store(tmp_path):
     return url
 
 
-def run_at(width: int, *words: str) -> subprocess.CompletedProcess[str]:
-    """A command with its output in a pipe, told that a line has so many columns."""
-    command = [sys.executable, "-P", "-m", "lathe", *words]
-    environment = {**os.environ, "COLUMNS": str(width)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def run_at(capsys):
+    """run_at(width, *words) → status, output and errors of a command in a pipe whose lines have so many columns."""
+
+    def run(width: int, *words: str) -> tuple[int, str, str]:
+        before = os.environ.get("COLUMNS")
+        os.environ["COLUMNS"] = str(width)
+        try:
+            with pytest.raises(SystemExit) as stop:
+                lathe.main(words)
+        finally:
+            del os.environ["COLUMNS"]
+            if before is not None:
+                os.environ["COLUMNS"] = before
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_a_report_in_a_pipe_cuts_no_digit_and_no_name(width, experiment_store):
-    done = run_at(width, "ab", "report", "tickets", "--outcome", "exact_match", "--store", experiment_store)
-    assert done.returncode == 0, done.stderr
-    shown = done.stdout.split()
+def test_a_report_in_a_pipe_cuts_no_digit_and_no_name(width, experiment_store, run_at):
+    words = ("ab", "report", "tickets", "--outcome", "exact_match", "--store", experiment_store)
+    status, output, told = run_at(width, *words)
+    assert status == 0, told
+    shown = output.split()
     for word in (
         "1,276",
         "12,345",
@@ -192,36 +223,35 @@ def test_a_report_in_a_pipe_cuts_no_digit_and_no_name(width, experiment_store):
         "customer-support-router-rank-8",
         "customer-support-router-rank-64",
     ):
-        assert word in shown, done.stdout
-    assert "better, difference +1.000" in done.stdout
-    assert "exct_match 1." in done.stdout
+        assert word in shown, output
+    assert "better, difference +1.000" in output
+    assert "exct_match 1." in output
 
 
-def test_runs_are_listed_and_reported_on_by_number(experiment_store):
-    listed = run_at(200, "ab", "runs", "tickets", "--store", experiment_store).stdout
+def test_runs_are_listed_and_reported_on_by_number(experiment_store, run_at):
+    store = ("--store", experiment_store)
+    _, listed, _ = run_at(200, "ab", "runs", "tickets", *store)
     newest, *_, oldest = [line.split() for line in listed.splitlines()[2:] if line[0] != " "]
     assert (newest[0], oldest[0]) == ("2", "1")
-    assert (
-        "run 1 (exposures: 60" in run_at(200, "ab", "report", "tickets", "--store", experiment_store).stdout
-    )
-    first = run_at(200, "ab", "report", "tickets", "--run", "1", "--store", experiment_store)
-    assert first.stdout.startswith("tickets, run 1,")
-    assert "better" in first.stdout
-    assert run_at(200, "ab", "report", "tickets", "--run", "3", "--store", experiment_store).returncode == 2
+    assert "run 1 (exposures: 60" in run_at(200, "ab", "report", "tickets", *store)[1]
+    _, first, _ = run_at(200, "ab", "report", "tickets", "--run", "1", *store)
+    assert first.startswith("tickets, run 1,")
+    assert "better" in first
+    assert run_at(200, "ab", "report", "tickets", "--run", "3", *store)[0] == 2
 
 
-def test_an_outcome_is_dropped_only_if_somebody_says_yes(experiment_store):
+def test_an_outcome_is_dropped_only_if_somebody_says_yes(experiment_store, run_at):
     words = ("ab", "drop", "tickets", "--outcome", "exct_match", "--store", experiment_store)
-    unasked = run_at(200, *words)
-    assert unasked.returncode == 2
-    assert "--yes" in unasked.stderr
-    unclear = run_at(200, "ab", "report", "tickets", "--store", experiment_store)
-    assert unclear.returncode == 0
-    assert "exact_match 60, exct_match 1; nothing is compared" in unclear.stdout
-    assert run_at(200, *words, "--yes").stdout == "deleted 1 of outcome exct_match in run 2 of tickets\n"
-    clear = run_at(200, "ab", "report", "tickets", "--store", experiment_store).stdout
+    status, _, told = run_at(200, *words)
+    assert status == 2
+    assert "--yes" in told
+    status, unclear, _ = run_at(200, "ab", "report", "tickets", "--store", experiment_store)
+    assert status == 0
+    assert "exact_match 60, exct_match 1; nothing is compared" in unclear
+    assert run_at(200, *words, "--yes")[1] == "deleted 1 of outcome exct_match in run 2 of tickets\n"
+    _, clear, _ = run_at(200, "ab", "report", "tickets", "--store", experiment_store)
     assert "better, difference +1.000" in clear
     assert "Dropped by hand: 1 of outcome exct_match" in clear
-    again = run_at(200, *words, "--yes")
-    assert again.returncode == 2
-    assert "exact_match 60" in again.stderr
+    status, _, told = run_at(200, *words, "--yes")
+    assert status == 2
+    assert "exact_match 60" in told

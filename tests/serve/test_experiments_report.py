@@ -222,6 +222,7 @@ def test_an_earlier_run_is_named_and_reported_on_when_asked(store):
     assert [(each.run_id, each.num_exposures) for each in found.other_runs] == [(first, 12)]
     assert f"run {first} (exposures: 12" in shown(found)
     assert report(store, "tickets", run_id=first).variants == before.variants
+    assert report(store, "tickets", run_id=first).other_runs == (), "the other one has nothing to read"
     with pytest.raises(NotFoundError, match=rf"no run 99; its runs: {second}, {first}"):
         report(store, "tickets", run_id=99)
     listed = [str(line) for line in runs_table(store.runs("tickets")).lines(80)]
