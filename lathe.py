@@ -451,7 +451,7 @@ def _store(url: str) -> Iterator[Store]:
 
 def _confirm(question: str) -> None:
     """Go on only if a person says yes."""
-    if not sys.stdin.isatty():
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise typer.BadParameter("nobody is there to be asked; say --yes to go on", param_hint="--yes")
     typer.confirm(question, abort=True)
 

@@ -17,6 +17,8 @@ from rich.text import Text
 
 GAP = 2
 INDENT = 2
+LEAST_OF_WORDS = 20
+"""Cells for a last column of words: a longer word stands out of it to the right, where nothing follows."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Table:
         self.rows.append(tuple(Text(each) if isinstance(each, str) else each for each in cells))
 
     def lines(self, width: int) -> Iterator[Text]:
-        """What to print on a console of so many cells. Only a title, or a word that is longer, is wider."""
+        """What to print on a console of so many cells. Only a title, or a long word at a line's end, is wider."""
         if self.title:
             yield Text(self.title, style="italic")
         widths = self._widths(width)
@@ -74,6 +76,8 @@ class Table:
             word if column.is_words else whole_cell
             for column, word, whole_cell in zip(self.columns, single, whole, strict=True)
         ]
+        if self.columns[-1].is_words and self.columns[-1].justify == "left":
+            least[-1] = min(least[-1], LEAST_OF_WORDS)
         for wanted in (_each_max(whole, heads), _each_max(whole, broken_heads)):
             if sum(wanted) <= room:
                 return wanted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -255,3 +256,22 @@ def test_an_outcome_is_dropped_only_if_somebody_says_yes(experiment_store, run_a
     status, _, told = run_at(200, *words, "--yes")
     assert status == 2
     assert "exact_match 60" in told
+
+
+@pytest.mark.parametrize(("answer", "status", "left"), [("n", 1, 2), ("y", 0, 1)])
+def test_in_a_terminal_the_question_is_asked(answer, status, left, experiment_store):
+    mine, theirs = pty.openpty()
+    words = ("ab", "drop", "tickets", "--outcome", "exct_match", "--store", experiment_store)
+    os.write(mine, f"{answer}\n".encode())
+    command = [sys.executable, "-P", "-m", "lathe", *words]
+    done = subprocess.run(
+        command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, check=False, timeout=120
+    )
+    os.close(theirs)
+    asked = os.read(mine, 10_000).decode()
+    os.close(mine)
+    assert "Delete 1 of outcome exct_match in run 2 of tickets for good? [y/N]" in asked
+    assert done.returncode == status
+    store = Store(experiment_store, create=False)
+    assert len(store.runs("tickets")[0].outcomes) == left
+    store.close()
