@@ -19,20 +19,24 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from serve.config import ServeConfig
     from serve.errors import LatheError
+    from serve.experiments.store import Store
 
 HOME = Path(__file__).resolve().parent
 """Where data/ and recipes/ stand: a checkout of the project."""
 EMBEDDED_MODEL = HOME / "data" / "tickets"
 DEFAULT_PORT = 8000
+DEFAULT_STORE = "sqlite:///lathe.sqlite"
 
 app = typer.Typer(
     name="lathe",
     help="Train adapters, serve many of them on one model, compare them, export the winner.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     add_completion=False,
 )
 bench_app = typer.Typer(help="Measure servers and training.", no_args_is_help=True)
@@ -51,6 +55,9 @@ Overrides = Annotated[
 Adapters = Annotated[
     list[str] | None, typer.Option("--adapter", metavar="NAME=PATH", help="Load this adapter; repeatable.")
 ]
+
+ExperimentName = Annotated[str, typer.Argument(metavar="NAME", help="The experiment's public name.")]
+StoreUrl = Annotated[str, typer.Option(help="The server's `store`.")]
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -116,6 +123,7 @@ def runs(
     json_file: JsonFile = None,
 ) -> None:
     """List runs: how far each came, how good it is, and what it came from."""
+    from serve.tables import show
     from train import runs as listing
 
     console = _console()
@@ -123,14 +131,13 @@ def runs(
     found = listing.find(named)
     if found:
         for table in listing.tables(found):
-            console.print(table)
-            console.print()
+            show(console, table, "")
     for run in found:
         if run.problem:
             console.print(f"{run.folder}: {run.problem}", style="red", markup=False, soft_wrap=True)
     if not found:
         where = ", ".join(map(str, named)) or " and ".join(listing.DEFAULT_FOLDERS)
-        console.print(f"no runs under {where}", markup=False)
+        console.print(f"no runs under {where}", markup=False, soft_wrap=True)
     _save_json(json_file, listing.as_json(found))
 
 
@@ -192,22 +199,58 @@ def data_show(
 
 @ab_app.command("report")
 def ab_report(
-    experiment: Annotated[str, typer.Argument(help="The experiment's public name.")],
-    store: Annotated[str, typer.Option(help="The server's `store`.")] = "sqlite:///lathe.sqlite",
+    experiment: ExperimentName,
+    store: StoreUrl = DEFAULT_STORE,
     outcome: Annotated[str | None, typer.Option(help="Which feedback to compare on.")] = None,
+    run: Annotated[
+        int | None, typer.Option(help="Which run; the newest, if left out. `lathe ab runs` lists them.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Say what the evidence so far says about an experiment's variants; looking early is allowed."""
     from serve.experiments.report import render, report
-    from serve.experiments.store import Store
+    from serve.tables import show
 
-    opened = Store(store, create=False)
-    try:
-        found = report(opened, experiment, outcome)
-    finally:
-        opened.close()
-    _console().print(render(found))
+    with _store(store) as opened:
+        found = report(opened, experiment, outcome, run_id=run)
+    show(_console(), *render(found))
     _save_json(json_file, found.to_dict())
+
+
+@ab_app.command("runs")
+def ab_runs(experiment: ExperimentName, store: StoreUrl = DEFAULT_STORE) -> None:
+    """List an experiment's runs, the newest first: other variants, weights or salt begin another."""
+    from serve.experiments.report import runs_table
+    from serve.tables import show
+
+    with _store(store) as opened:
+        show(_console(), runs_table(opened.runs(experiment)))
+
+
+@ab_app.command("drop")
+def ab_drop(
+    experiment: ExperimentName,
+    outcome: Annotated[str, typer.Option(help="The outcome to delete, e.g. one with a misspelled name.")],
+    store: StoreUrl = DEFAULT_STORE,
+    run: Annotated[int | None, typer.Option(help="Of which run; the newest, if left out.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete all outcomes of one name from a run. They cannot be brought back; reports say that it was done."""
+    from serve.errors import NotFoundError
+    from serve.experiments.report import choose_run, counted
+
+    with _store(store) as opened:
+        found = choose_run(opened.runs(experiment), run)
+        if outcome not in found.outcomes:
+            raise NotFoundError(
+                f"outcome {outcome!r} is not in run {found.run.id} of {experiment}; "
+                f"found: {counted(found.outcomes)}"
+            )
+        what = f"{found.outcomes[outcome]:,} of outcome {outcome} in run {found.run.id} of {experiment}"
+        if not yes:
+            _confirm(f"Delete {what} for good?")
+        opened.drop_outcome(found.run.id, outcome)
+    _console().print(f"deleted {what}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -269,6 +312,7 @@ def bench_serve(
     from serve.bench.summary import notes, table
     from serve.bench.sweep import Sweep, run
     from serve.chat import choose_model
+    from serve.tables import show
 
     levels = _numbers(concurrency, "--concurrency")
     _one_of(endpoint, ("chat", "completions"), "--endpoint")
@@ -286,12 +330,8 @@ def bench_serve(
     )
     with _progress() as progress:
         summaries = run(sweep, progress)
-    console = _console()
-    console.print(
-        table(f"{url}, {prompt_tokens} prompt tokens asked, {max_tokens} new; p50 / p95", summaries)
-    )
-    for note in notes(summaries):
-        console.print(note, markup=False, style="dim")
+    title = f"{url}, {prompt_tokens} prompt tokens asked, {max_tokens} new; p50 / p95"
+    show(_console(), table(title, summaries), *_dim(notes(summaries)))
     _save_json(json_file, {"settings": sweep.as_json(), "results": [each.as_json() for each in summaries]})
 
 
@@ -309,6 +349,7 @@ def bench_compare(
 
     from serve.bench import compare
     from serve.bench.summary import notes, table
+    from serve.tables import show
 
     asked = compare.Comparison(
         concurrency=_numbers(concurrency, "--concurrency"),
@@ -318,10 +359,12 @@ def bench_compare(
     )
     with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
         outcome = compare.run(asked, folder or Path(temporary), progress)
-    console = _console()
-    console.print(table("p50 / p95 over all rounds", outcome.summaries), compare.table(outcome))
-    for note in [*notes(outcome.summaries), *compare.notes(outcome)]:
-        console.print(note, markup=False, style="dim")
+    show(
+        _console(),
+        table("p50 / p95 over all rounds", outcome.summaries),
+        compare.table(outcome),
+        *_dim([*notes(outcome.summaries), *compare.notes(outcome)]),
+    )
     _save_json(json_file, outcome.as_json(asked))
 
 
@@ -339,16 +382,14 @@ def bench_train(
     """Train the same chats with Lathe and with mlx_lm.lora, in turns: data tokens per second, peak memory."""
     import tempfile
 
+    from serve.tables import show
     from train.bench import compare
 
     asked = compare.TrainBench(num_batches=iters, batch_size=batch_size, rounds=rounds, model=model)
     _check_writable(json_file)
     with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
         outcome = compare.run(asked, folder or Path(temporary), progress)
-    console = _console()
-    console.print(*compare.tables(outcome))
-    for note in compare.notes(outcome):
-        console.print(note, markup=False, style="dim")
+    show(_console(), *compare.tables(outcome), *_dim(compare.notes(outcome)))
     _save_json(json_file, outcome.as_json(asked))
 
 
@@ -397,6 +438,25 @@ def _adapter(words: str) -> dict[str, str]:
 
 
 @contextmanager
+def _store(url: str) -> Iterator[Store]:
+    """A store that is there, open for as long as it is needed."""
+    from serve.experiments.store import Store
+
+    opened = Store(url, create=False)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def _confirm(question: str) -> None:
+    """Go on only if a person says yes."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise typer.BadParameter("nobody is there to be asked; say --yes to go on", param_hint="--yes")
+    typer.confirm(question, abort=True)
+
+
+@contextmanager
 def _server_for(model: str | None, adapters: list[str], url: str | None) -> Iterator[str]:
     """The address of a server: the one that was named, or one started here for as long as it is needed."""
     if (model is None) == (url is None):
@@ -426,6 +486,12 @@ def _talk(conversation: Any) -> None:
         terminal.run(conversation, terminal.typed(console), console, echo=False)
     else:
         terminal.run(conversation, sys.stdin, console, echo=True)
+
+
+def _dim(notes: Sequence[str]) -> list[Text]:
+    from rich.text import Text
+
+    return [Text(note, style="dim") for note in notes]
 
 
 def _console(*, stderr: bool = False) -> Console:

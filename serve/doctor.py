@@ -9,11 +9,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from serve import device
+from serve.tables import Table, words
+from serve.tables import show as show_tables
 
 PACKAGES = (
     "mlx-lathe",
@@ -143,9 +144,7 @@ def _version(name: str) -> str | None:
 def show(found: Diagnosis, console: Console) -> None:
     """Print the diagnosis."""
     machine = found.device
-    drawn = Table(show_header=False, box=None, pad_edge=False)
-    drawn.add_column(style="bold", no_wrap=True)
-    drawn.add_column(overflow="fold")
+    drawn = Table("what", words("found"), has_headings=False)
     rows = {
         "machine": f"{machine.system}, {machine.machine}",
         "chip": machine.chip,
@@ -161,9 +160,9 @@ def show(found: Diagnosis, console: Console) -> None:
     }
     for name, value in rows.items():
         if value is not None:
-            drawn.add_row(name, value)
+            drawn.add(Text(name, style="bold"), value)
     problems = [Text(f"{each.what}\n  {each.remedy}", style="yellow") for each in found.findings]
-    console.print(Group(drawn, *(problems or [Text("Nothing is missing.", style="green")])))
+    show_tables(console, drawn, *(problems or [Text("Nothing is missing.", style="green")]))
 
 
 def _rate_line(found: Diagnosis) -> str:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import lathe
+from serve.experiments.assignment import Experiment, Variant
+from serve.experiments.store import Exposure, Store
 
 ROOT = Path(lathe.__file__).parent
 COMMANDS = (
@@ -20,6 +25,8 @@ COMMANDS = (
     "chat",
     "ab",
     "ab report",
+    "ab runs",
+    "ab drop",
     "export",
     "bench",
     "bench serve",
@@ -56,6 +63,23 @@ def test_every_command_explains_itself(command):
     assert "Usage:" in result.output
 
 
+@pytest.mark.parametrize("width", [40, 80, 200])
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each not in ("ab", "bench")])
+def test_help_cuts_no_option_and_no_default(command, width):
+    found = typer.main.get_command(lathe.app)
+    for word in command.split():
+        found = found.commands[word]
+    environment = {"COLUMNS": str(width), "TERMINAL_WIDTH": str(width)}
+    output = CliRunner().invoke(lathe.app, [*command.split(), "--help"], env=environment).output
+    options = [each for each in found.params if each.opts[0].startswith("-")]
+    assert {name for option in options for name in option.opts} <= set(output.replace(",", " ").split())
+    told = "".join(output.split())  # a default that is longer than its column goes on in the next line
+    defaults = [
+        o.default for o in options if isinstance(o.default, str | int | float) and o.default is not ...
+    ]
+    assert not [value for value in defaults if not isinstance(value, bool) and str(value) not in told]
+
+
 def test_the_list_of_commands_here_is_complete():
     groups = {"": lathe.app, "ab ": lathe.ab_app, "bench ": lathe.bench_app}
     named = {
@@ -83,6 +107,8 @@ BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\nite
         ("chat {tmp}/no-such-model", ("no-such-model",)),
         ("chat {tmp}/no-such-model --url http://127.0.0.1:1", ("--url",)),
         ("ab report nothing --store sqlite:///{tmp}/none.sqlite", ("none.sqlite",)),
+        ("ab runs nothing --store sqlite:///{tmp}/none.sqlite", ("none.sqlite",)),
+        ("ab drop nothing --outcome x --store sqlite:///{tmp}/none.sqlite", ("none.sqlite",)),
         ("export {tmp}/no-such-adapter {tmp}/out", ("no-such-adapter",)),
         ("export {tmp}/no-such-adapter {tmp}/out --bits 3", ("--bits", "4 or 8")),
         ("bench serve --url http://127.0.0.1:1", ("http://127.0.0.1:1",)),
@@ -140,3 +166,112 @@ def test_a_json_file_that_cannot_be_written_is_a_foreseen_failure(tmp_path):
     assert done.returncode == 1
     assert "doctor.json" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def experiment_store(tmp_path):
+    """The URL of a store with two runs of `tickets`: slow answers, long names, and a misspelled outcome."""
+    url = f"sqlite:///{tmp_path}/e.sqlite"
+    store = Store(url)
+    variants = (
+        Variant("customer-support-router-rank-8", "a"),
+        Variant("customer-support-router-rank-64", "b"),
+    )
+    for salt in ("old", "new"):
+        run = store.begin_run(Experiment("tickets", salt, variants)).id
+        for i in range(60):
+            arm, completion = i % 2, f"{salt}-{i}"
+            model = f"{variants[arm].model}@1"
+            store.expose(
+                Exposure(completion, run, variants[arm].name, f"u{i}", model, "abc", float(i), 1.276)
+            )
+            store.complete(completion, latency_s=12.345 if arm else 123.456, num_tokens=5, finish="stop")
+            store.record_outcome(completion, "exact_match", float(arm))
+    store.record_outcome("new-7", "exct_match", 1.0)
+    store.close()
+    return url
+
+
+@pytest.fixture
+def run_at(capsys):
+    """run_at(width, *words) → status, output and errors of a command in a pipe whose lines have so many columns."""
+
+    def run(width: int, *words: str) -> tuple[int, str, str]:
+        before = os.environ.get("COLUMNS")
+        os.environ["COLUMNS"] = str(width)
+        try:
+            with pytest.raises(SystemExit) as stop:
+                lathe.main(words)
+        finally:
+            del os.environ["COLUMNS"]
+            if before is not None:
+                os.environ["COLUMNS"] = before
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_report_in_a_pipe_cuts_no_digit_and_no_name(width, experiment_store, run_at):
+    words = ("ab", "report", "tickets", "--outcome", "exact_match", "--store", experiment_store)
+    status, output, told = run_at(width, *words)
+    assert status == 0, told
+    shown = output.split()
+    for word in (
+        "1,276",
+        "12,345",
+        "123,456",
+        "customer-support-router-rank-8",
+        "customer-support-router-rank-64",
+    ):
+        assert word in shown, output
+    assert "better, difference +1.000" in output
+    assert "exct_match 1." in output
+
+
+def test_runs_are_listed_and_reported_on_by_number(experiment_store, run_at):
+    store = ("--store", experiment_store)
+    _, listed, _ = run_at(200, "ab", "runs", "tickets", *store)
+    newest, *_, oldest = [line.split() for line in listed.splitlines()[2:] if line[0] != " "]
+    assert (newest[0], oldest[0]) == ("2", "1")
+    assert "run 1 (exposures: 60" in run_at(200, "ab", "report", "tickets", *store)[1]
+    _, first, _ = run_at(200, "ab", "report", "tickets", "--run", "1", *store)
+    assert first.startswith("tickets, run 1,")
+    assert "better" in first
+    assert run_at(200, "ab", "report", "tickets", "--run", "3", *store)[0] == 2
+
+
+def test_an_outcome_is_dropped_only_if_somebody_says_yes(experiment_store, run_at):
+    words = ("ab", "drop", "tickets", "--outcome", "exct_match", "--store", experiment_store)
+    status, _, told = run_at(200, *words)
+    assert status == 2
+    assert "--yes" in told
+    status, unclear, _ = run_at(200, "ab", "report", "tickets", "--store", experiment_store)
+    assert status == 0
+    assert "exact_match 60, exct_match 1; nothing is compared" in unclear
+    assert run_at(200, *words, "--yes")[1] == "deleted 1 of outcome exct_match in run 2 of tickets\n"
+    _, clear, _ = run_at(200, "ab", "report", "tickets", "--store", experiment_store)
+    assert "better, difference +1.000" in clear
+    assert "Dropped by hand: 1 of outcome exct_match" in clear
+    status, _, told = run_at(200, *words, "--yes")
+    assert status == 2
+    assert "exact_match 60" in told
+
+
+@pytest.mark.parametrize(("answer", "status", "left"), [("n", 1, 2), ("y", 0, 1)])
+def test_in_a_terminal_the_question_is_asked(answer, status, left, experiment_store):
+    mine, theirs = pty.openpty()
+    words = ("ab", "drop", "tickets", "--outcome", "exct_match", "--store", experiment_store)
+    os.write(mine, f"{answer}\n".encode())
+    command = [sys.executable, "-P", "-m", "lathe", *words]
+    done = subprocess.run(
+        command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, check=False, timeout=120
+    )
+    os.close(theirs)
+    asked = os.read(mine, 10_000).decode()
+    os.close(mine)
+    assert "Delete 1 of outcome exct_match in run 2 of tickets for good? [y/N]" in asked
+    assert done.returncode == status
+    store = Store(experiment_store, create=False)
+    assert len(store.runs("tickets")[0].outcomes) == left
+    store.close()

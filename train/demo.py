@@ -23,8 +23,8 @@ import httpx
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
+from serve import tables
 from serve.bench.process import ServerProcess
 from serve.errors import ConfigError, StoppedError, TrainingError
 from serve.experiments.report import ExperimentReport, render, report
@@ -375,13 +375,14 @@ def _numbers(
 
 def _show(numbers: dict[str, Any], found: ExperimentReport, console: Console) -> None:
     console.rule("Result", align="left")
-    drawn = Table(title="Held-out prompts answered exactly, over HTTP", title_justify="left")
-    for heading in ("model", "exact", "of", "exact match", "trained weights", "training"):
-        drawn.add_column(heading, justify="left" if heading == "model" else "right")
+    headings = ("exact", "of", "exact match", "trained weights", "training")
+    drawn = tables.Table(
+        "model", *tables.numbers(*headings), title="Held-out prompts answered exactly, over HTTP"
+    )
     lines = {f"{BASE} (base)": numbers["base"], **numbers["adapters"]}
     for name, score in lines.items():
         training = score.get("training")
-        drawn.add_row(
+        drawn.add(
             name,
             str(score["num_exact"]),
             str(score["num_rows"]),
@@ -390,7 +391,7 @@ def _show(numbers: dict[str, Any], found: ExperimentReport, console: Console) ->
             f"{training['seconds']:.0f} s" if training else "",
         )
     exported, serving = numbers["export"], numbers["serving"]
-    console.print(drawn, render(found))
+    tables.show(console, drawn, *render(found))
     console.print(
         f"served: {serving['num_requests']} requests of the base and both adapters in shared batches, "
         f"{serving['tokens_per_s']:.0f} tok/s\n"

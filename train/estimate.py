@@ -132,7 +132,11 @@ def show(flight: Preflight, console: Console) -> None:
         found = estimate(recipe, workload)
     except ModelError as error:
         console.print(
-            f"no estimate of memory and time: {error}", style="yellow", highlight=False, markup=False
+            f"no estimate of memory and time: {error}",
+            style="yellow",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
         return
     for line in lines(found, workload, has_rollouts=recipe.grpo is not None):

@@ -23,7 +23,6 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm import utils as mlx_lm_utils
 from rich.console import Console
-from rich.table import Table
 
 from serve.adapters.manifest import AdapterConfig, check_whole, read_config, read_tensors
 from serve.errors import AdapterError, ConfigError, DataError, StorageError
@@ -33,6 +32,7 @@ from serve.model.network import TextNetwork
 from serve.model.quantization import Quantization
 from serve.model.template import ChatTemplate
 from serve.model.weights import dequantize as dequantize_all
+from serve.tables import Table, show, words
 from train import checkpoint
 from train.adapt import adapted_layers, add_lora, set_tensors, train_all
 from train.data.batches import Batch, collate, validation_rows
@@ -116,7 +116,7 @@ def export(
     partial = out.with_name(f".new-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        console.print(f"fusing {adapter} into {name}", highlight=False)
+        console.print(f"fusing {adapter} into {name}", highlight=False, soft_wrap=True)
         stored = write_fused(partial, adapter, config, name, bits=bits, group_size=group_size, dtype=dtype)
         exported = load(str(partial))
         agreement = compare(reference.network, exported.network, rows.batches)
@@ -140,7 +140,7 @@ def export(
         raise StorageError(f"{out}: the export could not be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    console.print(_table(report))
+    show(console, _table(report))
     return report
 
 
@@ -354,10 +354,10 @@ def _check_out(out: Path, force: bool) -> None:
 
 
 def _table(report: ExportReport) -> Table:
-    table = Table("", "", title=f"{report.out}", title_justify="left", show_header=False)
+    table = Table("what", words("measured"), title=f"{report.out}", has_headings=False)
     form = f"{report.bits} bit, groups of {report.group_size}" if report.bits else report.dtype
-    table.add_row("weights", f"{form}, {report.num_bytes / 1e6:,.1f} MB")
-    table.add_row("top-1 agreement", f"{report.top1_agreement:.2%} of {report.num_tokens:,} target tokens")
-    table.add_row("KL(base + adapter ‖ export)", f"mean {report.kl_mean:.2e}, max {report.kl_max:.2e} nats")
-    table.add_row("rows", f"{report.num_rows:,}, {report.split} split")
+    table.add("weights", f"{form}, {report.num_bytes / 1e6:,.1f} MB")
+    table.add("top-1 agreement", f"{report.top1_agreement:.2%} of {report.num_tokens:,} target tokens")
+    table.add("KL(base + adapter ‖ export)", f"mean {report.kl_mean:.2e}, max {report.kl_max:.2e} nats")
+    table.add("rows", f"{report.num_rows:,}, {report.split} split")
     return table

@@ -15,6 +15,7 @@ from serve.errors import DataError
 from serve.model.loading import load_tokenizer
 from serve.model.template import ChatTemplate
 from serve.settings import dump
+from serve.tables import show as show_tables
 from train.data.batches import Batch, BatchPlan, Plan, collate, validation_rows
 from train.data.duplicates import DuplicateReport
 from train.data.packing import PackedPlan
@@ -172,12 +173,12 @@ def show(preflight: Preflight, console: Console, *, with_recipe: bool = False) -
     """Print it. `with_recipe` adds the resolved recipe and the histogram of lengths."""
     if with_recipe:
         console.print("[bold]resolved recipe")
-        console.print(dump(preflight.recipe), highlight=False, markup=False)
+        console.print(dump(preflight.recipe), highlight=False, markup=False, soft_wrap=True)
     splits = [split for split in (preflight.train, preflight.valid, preflight.test) if split]
-    console.print(rows_table(splits))
+    show_tables(console, rows_table(splits))
     for split in splits:
         if (table := sources_table(split)) is not None:
-            console.print(table)
+            show_tables(console, table)
         for line in (*split.notes, *dropped_lines(split)):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in template_lines(split):
@@ -185,8 +186,8 @@ def show(preflight: Preflight, console: Console, *, with_recipe: bool = False) -
     for line in duplicate_lines(preflight.duplicates):
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if with_recipe:
-        console.print(histogram(preflight.train.report))
-    console.print(_clocks(preflight), highlight=False)
+        show_tables(console, histogram(preflight.train.report))
+    show_tables(console, _clocks(preflight))
 
 
 def _clocks(preflight: Preflight) -> str:

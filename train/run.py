@@ -332,7 +332,7 @@ def _adapt(recipe: Recipe, model: LoadedModel, console: Console, *, is_restored:
         f"trainable: {adapted.num_trainable:,} of {adapted.num_parameters:,} parameters ({share:.2%})"
     )
     for note in (*model.notes, *adapted.notes):
-        console.print(note, style="yellow", highlight=False)
+        console.print(note, style="yellow", highlight=False, soft_wrap=True)
     return adapted
 
 

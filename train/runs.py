@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from serve.adapters.manifest import CONFIG_FILE
 from serve.errors import NotFoundError
+from serve.tables import Table, numbers, words
 from train import checkpoint, curve, metrics, record, summary
 from train.progress import duration
 
@@ -170,15 +170,9 @@ def _float(value: Any, otherwise: float | None = None) -> float | None:
 
 def tables(runs: Sequence[Run]) -> Iterator[Table]:
     """For a terminal of 80 columns: how far and how good, then where from. Hashes are cut to eight letters."""
-    results = _plain("run")
-    results.add_column("status", no_wrap=True)
-    for name in ("steps", "valid loss"):
-        results.add_column(name, justify="right", no_wrap=True)
     has_metric = any(run.metric for run in runs)
-    if has_metric:
-        results.add_column("metric", justify="right")
-    results.add_column("began", no_wrap=True)
-    results.add_column("time", justify="right", no_wrap=True)
+    measures = numbers("steps", "valid loss", *(["metric"] if has_metric else []))
+    results = Table("run", "status", *measures, "began", *numbers("time"))
     styles = {"failed": "red", "broken": "red", "running": "green", "interrupted": "yellow"}
     for run in runs:
         loss = f"{run.best_valid_loss:.4f}" if run.best_valid_loss is not None else ""
@@ -188,21 +182,14 @@ def tables(runs: Sequence[Run]) -> Iterator[Table]:
         time = duration(run.seconds) if run.seconds is not None else ""
         began = run.created[:16].replace("T", " ")
         measured = (loss + at, metric) if has_metric else (loss + at,)
-        results.add_row(Text(run.folder), status, f"{run.steps:,}", *measured, began, time)
+        results.add(Text(run.folder), status, f"{run.steps:,}", *measured, began, time)
     yield results
-    origins = _plain("run", "trained", "base", "data", "began with")
+    origins = Table("run", words("trained"), words("base"), "data", words("began with"))
     for run in runs:
         base = f"{Path(run.base_model).name} {_short(run.base_fingerprint)}".strip()
         trained = " ".join(word for word in (run.fine_tune_type, run.objective) if word)
-        origins.add_row(*map(Text, (run.folder, trained, base, _short(run.data_hash), _origin(run, runs))))
+        origins.add(*map(Text, (run.folder, trained, base, _short(run.data_hash), _origin(run, runs))))
     yield origins
-
-
-def _plain(*names: str) -> Table:
-    drawn = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in names:
-        drawn.add_column(name, overflow="fold")
-    return drawn
 
 
 def _origin(run: Run, runs: Sequence[Run]) -> str:

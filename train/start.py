@@ -35,9 +35,13 @@ def starting_point(recipe: Recipe, resume: Path | str | bool | None, console: Co
         make_room(folder, resume=bool(resume))
     if saved is not None:
         _bring_metrics(saved, folder)
-        console.print(f"continuing {saved.folder} after step {saved.state.step}", highlight=False)
+        console.print(
+            f"continuing {saved.folder} after step {saved.state.step}", highlight=False, soft_wrap=True
+        )
     elif resume:
-        console.print(f"no checkpoint in {folder}: the run starts from the beginning", highlight=False)
+        console.print(
+            f"no checkpoint in {folder}: the run starts from the beginning", highlight=False, soft_wrap=True
+        )
     return saved
 
 
@@ -64,7 +68,9 @@ def give_up_later(saved: Checkpoint, folder: Path, limit: int | None, console: C
     """
     for later in checkpoint.existing(folder):
         if checkpoint.step_of(later) > saved.state.step:
-            console.print(f"{later} belongs to a continuation given up, and is removed", highlight=False)
+            console.print(
+                f"{later} belongs to a continuation given up, and is removed", highlight=False, soft_wrap=True
+            )
             checkpoint.remove(later)
     checkpoint.prune(folder, limit, saved.state.best_step)
 

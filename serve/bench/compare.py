@@ -17,8 +17,6 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
-from rich import box
-from rich.table import Table
 
 from serve import device
 from serve.bench import standin
@@ -27,6 +25,7 @@ from serve.bench.process import ServerProcess
 from serve.bench.summary import Summary, summarize
 from serve.bench.sweep import Sweep, SweepRunner
 from serve.errors import StoppedError
+from serve.tables import Table, numbers
 
 NUM_ADAPTERS = 8
 PYTHON = (sys.executable, "-P", "-m")
@@ -207,16 +206,12 @@ def _overlap(ours: Sequence[Sequence[str]], theirs: Sequence[Sequence[str]]) -> 
 def table(outcome: Outcome) -> Table:
     """How many times as fast: the median of the rounds and its extremes, a column for each number of clients."""
     title = "Ratio of tokens per second: median of rounds (lowest, highest)"
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     levels = list(dict.fromkeys(each.concurrency for each in outcome.ratios))
-    drawn.add_column("of / to")
-    for level in levels:
-        drawn.add_column(f"{level} client{'s' if level > 1 else ''}", justify="right", no_wrap=True)
+    headings = [f"{level} client{'s' if level > 1 else ''}" for level in levels]
+    drawn = Table("of / to", *numbers(*headings), title=title)
     for of, to in dict.fromkeys((each.of, each.to) for each in outcome.ratios):
         found = [each for each in outcome.ratios if (each.of, each.to) == (of, to)]
-        drawn.add_row(
-            f"{of} / {to}", *(f"{each.median:.2f} ({each.min:.2f}, {each.max:.2f})" for each in found)
-        )
+        drawn.add(f"{of} / {to}", *(f"{each.median:.2f} ({each.min:.2f}, {each.max:.2f})" for each in found))
     return drawn
 
 

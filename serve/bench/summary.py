@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from serve.bench.load import Round
+from serve.tables import Table, numbers
 
 
 @dataclass(frozen=True)
@@ -91,24 +90,21 @@ def _spread(values: Iterable[float | None]) -> Spread | None:
 
 def table(title: str, summaries: Sequence[Summary]) -> Table:
     """One line a setting; times in milliseconds, p50 / p95."""
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    drawn.add_column("setting")
-    for heading in ("clients", "tok/s", "TTFT ms", "TPOT ms", "errors"):
-        drawn.add_column(heading, justify="right", no_wrap=True)
+    drawn = Table("setting", *numbers("clients", "tok/s", "TTFT ms", "TPOT ms", "errors"), title=title)
     for each in summaries:
-        drawn.add_row(
+        drawn.add(
             each.label,
             str(each.concurrency),
-            f"{each.tokens_per_s:.1f}",
+            f"{each.tokens_per_s:,.1f}",
             _pair(each.ttft_s),
             _pair(each.tpot_s),
-            f"{each.num_errors} of {each.num_requests}" if each.num_errors else "0",
+            f"{each.num_errors:,} of {each.num_requests:,}" if each.num_errors else "0",
         )
     return drawn
 
 
 def _pair(spread: Spread | None) -> str:
-    return "-" if spread is None else f"{spread.p50 * 1e3:.0f} / {spread.p95 * 1e3:.0f}"
+    return "-" if spread is None else f"{spread.p50 * 1e3:,.0f} / {spread.p95 * 1e3:,.0f}"
 
 
 def notes(summaries: Sequence[Summary]) -> list[str]:

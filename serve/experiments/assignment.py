@@ -1,13 +1,18 @@
-"""Which variant a unit gets: a stable hash of salt and unit, so the same on every replica and after a restart.
+"""Which variant a unit gets: a stable hash of salt, unit and variant, the same on every replica and after a restart.
 
-No state, no clock, no randomness.
+No state, no clock, no randomness. Weighted rendezvous hashing: each variant draws a number for the unit, and the
+largest weighted draw has it. A draw does not depend on the other variants, so a change moves only units that the
+change concerns: a new variant takes its share, as much from each, and the rest stay where they were.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from itertools import accumulate
+from math import log
+
+RULE = "weighted rendezvous"
+"""Stands in a stored run: units that another rule assigned are not mixed with this one's."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +37,16 @@ class Experiment:
         return variant.weight / sum(v.weight for v in self.variants)
 
 
-def position(salt: str, unit: str) -> float:
-    """Where `unit` falls in [0, 1): uniform over units, independent between salts."""
-    digest = hashlib.sha256(f"{len(salt)}:{salt}:{unit}".encode()).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+def draw(salt: str, unit: str, variant: str) -> float:
+    """A number in (0, 1): uniform over units, independent between salts and between variants."""
+    digest = hashlib.sha256(f"{len(salt)}:{salt}:{len(unit)}:{unit}:{variant}".encode()).digest()
+    return ((int.from_bytes(digest[:8], "big") >> 11) + 0.5) / 2**53
 
 
 def assign(experiment: Experiment, unit: str) -> Variant:
-    """The variant of `unit`. Growing one variant's weight moves units between neighbours only."""
-    total = sum(v.weight for v in experiment.variants)
-    point = position(experiment.salt, unit) * total
-    ends = accumulate(v.weight for v in experiment.variants)
-    return next(
-        (v for v, end in zip(experiment.variants, ends, strict=True) if point < end), experiment.variants[-1]
-    )
+    """The variant of `unit`. It moves to another only if that one's weight grew by a larger factor than its own.
+
+    -log(draw) / weight is an exponential waiting time, and the variant that comes first is this one with
+    probability weight / sum of weights.
+    """
+    return min(experiment.variants, key=lambda v: -log(draw(experiment.salt, unit, v.name)) / v.weight)

@@ -6,7 +6,8 @@ q^x (1-q)^(1-x) / (p^x (1-p)^(1-x)) <= x q/p + (1-x)(1-q)/(1-p), whose expectati
 mixed over q ~ Beta(a, b) is a supermartingale and, by Ville's inequality, exceeds 1/alpha ever with probability
 at most alpha. No normal approximation: it holds from the first observation on.
 
-These lines are ours because gbstats needs numpy < 2 and confseq needs a compiler at installation.
+Two arms are compared in `difference.py`. These lines are ours because gbstats needs numpy < 2 and confseq needs a
+compiler at installation.
 """
 
 from __future__ import annotations
@@ -62,11 +63,6 @@ def confidence_sequence(total: float, count: int, alpha: float, a: float = 0.5, 
     low = float(brentq(excess, least, mean)) if mean > least and excess(least) > 0 else 0.0
     high = float(brentq(excess, mean, most)) if mean < most and excess(most) > 0 else 1.0
     return Interval(low, high)
-
-
-def difference(control: Interval, treatment: Interval) -> Interval:
-    """treatment - control, right whenever both intervals are (union bound)."""
-    return Interval(treatment.low - control.high, treatment.high - control.low)
 
 
 def verdict(interval: Interval) -> Verdict:

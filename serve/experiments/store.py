@@ -21,7 +21,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from serve.errors import ConfigError, NotFoundError, StorageError
-from serve.experiments.assignment import Experiment, Variant
+from serve.experiments.assignment import RULE, Experiment, Variant
 
 SQLITE_BUSY_TIMEOUT_S = 10.0
 
@@ -60,6 +60,15 @@ outcomes = sa.Table(
     sa.Column("value", sa.Float, nullable=False),
     sa.Column("reported_at", sa.Float, nullable=False),
 )
+drops = sa.Table(
+    "dropped_outcomes",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("run_id", sa.Integer, sa.ForeignKey("experiment_runs.id"), nullable=False, index=True),
+    sa.Column("name", sa.String, nullable=False),
+    sa.Column("num_outcomes", sa.Integer, nullable=False),
+    sa.Column("dropped_at", sa.Float, nullable=False),
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,34 @@ class Run:
 
 
 @dataclass(frozen=True)
+class RunCounts:
+    """A run as a list of runs shows it. `activated_at` is when a server last began to serve it."""
+
+    run: Run
+    activated_at: float
+    num_exposures: int
+    outcomes: Mapping[str, int]
+    """Outcomes by name."""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Outcomes that were deleted by hand, so that a report can say so."""
+
+    name: str
+    num_outcomes: int
+    dropped_at: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a completion turned out. A later value replaces an earlier one; `reported_at` is the first one's time."""
+
+    value: float
+    reported_at: float
+
+
+@dataclass(frozen=True)
 class Row:
     """An exposure as a report reads it, with its outcomes by name."""
 
@@ -100,7 +137,7 @@ class Row:
     latency_s: float | None
     num_tokens: int | None
     finish: str | None
-    outcomes: Mapping[str, float]
+    outcomes: Mapping[str, Outcome]
 
 
 class Store:
@@ -127,7 +164,7 @@ class Store:
 
     def begin_run(self, experiment: Experiment) -> Run:
         """The run with this definition, made if it is new; from here on it is the newest."""
-        definition = json.dumps(asdict(experiment), sort_keys=True)
+        definition = json.dumps({**asdict(experiment), "rule": RULE}, sort_keys=True)
         now = time.time()
         statement = (
             self._insert(runs)
@@ -164,10 +201,7 @@ class Store:
         statement = (
             self._insert(outcomes)
             .values(values)
-            .on_conflict_do_update(
-                index_elements=["completion_id", "name"],
-                set_={"value": value, "reported_at": values["reported_at"]},
-            )
+            .on_conflict_do_update(index_elements=["completion_id", "name"], set_={"value": value})
         )
         known = sa.select(exposures.c.completion_id).where(exposures.c.completion_id == completion_id)
         with _told(self.url), self._engine.begin() as connection:
@@ -178,19 +212,74 @@ class Store:
                 )
             connection.execute(statement)
 
-    def newest_run(self, experiment: str) -> Run:
-        """The run now serving under this name. NotFoundError names the experiments there are."""
+    def runs(self, experiment: str) -> list[RunCounts]:
+        """The runs under this name, the one now serving first. NotFoundError names the experiments there are."""
         of_name = sa.select(runs).where(runs.c.experiment == experiment)
-        newest = of_name.order_by(runs.c.activated_at.desc(), runs.c.id.desc()).limit(1)
-        names = sa.select(runs.c.experiment).distinct().order_by(runs.c.experiment)
+        newest_first = of_name.order_by(runs.c.activated_at.desc(), runs.c.id.desc())
         with _told(self.url), self._engine.connect() as connection:
-            found = connection.execute(newest).first()
-            if found is None:
-                there = ", ".join(connection.execute(names).scalars()) or "none"
+            found = connection.execute(newest_first).all()
+            if not found:
+                there = ", ".join(self.experiments()) or "none"
                 raise NotFoundError(
                     f"experiment {experiment!r} is not in {self.url}; experiments there: {there}"
                 )
-        return Run(int(found.id), _experiment(found.definition), float(found.started_at))
+            numbers = [run.id for run in found]
+            num_exposures: dict[int, int] = dict(
+                connection.execute(
+                    sa.select(exposures.c.run_id, sa.func.count())
+                    .where(exposures.c.run_id.in_(numbers))
+                    .group_by(exposures.c.run_id)
+                ).all()
+            )
+            num_outcomes: dict[int, dict[str, int]] = {}
+            for run_id, name, count in connection.execute(
+                sa.select(exposures.c.run_id, outcomes.c.name, sa.func.count())
+                .join_from(outcomes, exposures)
+                .where(exposures.c.run_id.in_(numbers))
+                .group_by(exposures.c.run_id, outcomes.c.name)
+                .order_by(outcomes.c.name)
+            ):
+                num_outcomes.setdefault(run_id, {})[name] = count
+        return [
+            RunCounts(
+                Run(int(run.id), _experiment(run.definition), float(run.started_at)),
+                float(run.activated_at),
+                num_exposures.get(run.id, 0),
+                num_outcomes.get(run.id, {}),
+            )
+            for run in found
+        ]
+
+    def experiments(self) -> list[str]:
+        """The names of all experiments, in order."""
+        names = sa.select(runs.c.experiment).distinct().order_by(runs.c.experiment)
+        with _told(self.url), self._engine.connect() as connection:
+            return list(connection.execute(names).scalars())
+
+    def newest_run(self, experiment: str) -> Run:
+        """The run now serving under this name. NotFoundError names the experiments there are."""
+        return self.runs(experiment)[0].run
+
+    def drop_outcome(self, run_id: int, name: str) -> int:
+        """Delete every outcome of this name in a run, and keep a record that it was done. Returns how many."""
+        of_run = sa.select(exposures.c.completion_id).where(exposures.c.run_id == run_id)
+        named = sa.and_(outcomes.c.name == name, outcomes.c.completion_id.in_(of_run))
+        with _told(self.url), self._engine.begin() as connection:
+            drops.create(connection, checkfirst=True)
+            count = connection.execute(outcomes.delete().where(named)).rowcount
+            if count:
+                record = {"run_id": run_id, "name": name, "num_outcomes": count, "dropped_at": time.time()}
+                connection.execute(drops.insert().values(record))
+        return int(count)
+
+    def drops(self, run_id: int) -> list[Drop]:
+        """What was deleted from a run by hand, in order of time."""
+        of_run = sa.select(drops).where(drops.c.run_id == run_id).order_by(drops.c.id)
+        with _told(self.url), self._engine.connect() as connection:
+            if not sa.inspect(connection).has_table(drops.name):
+                return []
+            found = connection.execute(of_run).all()
+        return [Drop(each.name, int(each.num_outcomes), float(each.dropped_at)) for each in found]
 
     def rows(self, run_id: int) -> list[Row]:
         """Every exposure of a run with its outcomes, in the order of exposure."""
@@ -198,9 +287,10 @@ class Store:
         reported = sa.select(outcomes).join(exposures).where(exposures.c.run_id == run_id)
         with _told(self.url), self._engine.connect() as connection:
             found = connection.execute(of_run.order_by(exposures.c.exposed_at)).mappings().all()
-            values: dict[str, dict[str, float]] = {}
-            for outcome in connection.execute(reported):
-                values.setdefault(outcome.completion_id, {})[outcome.name] = float(outcome.value)
+            values: dict[str, dict[str, Outcome]] = {}
+            for each in connection.execute(reported):
+                outcome = Outcome(float(each.value), float(each.reported_at))
+                values.setdefault(each.completion_id, {})[each.name] = outcome
         return [_row(each, values.get(each["completion_id"], {})) for each in found]
 
     def _insert(self, table: sa.Table) -> Any:
@@ -256,6 +346,6 @@ def _experiment(definition: str) -> Experiment:
     return Experiment(data["name"], data["salt"], tuple(Variant(**variant) for variant in data["variants"]))
 
 
-def _row(found: sa.RowMapping, values: Mapping[str, float]) -> Row:
+def _row(found: sa.RowMapping, values: Mapping[str, Outcome]) -> Row:
     names = [name for name in Row.__dataclass_fields__ if name != "outcomes"]
     return Row(**{name: found[name] for name in names}, outcomes=values)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from serve.model.loading import load_tokenizer
 from serve.model.template import ChatTemplate
+from serve.tables import show
 from train.bench.chats import Lengths, write_chats
 from train.bench.compare import LOOPS, Run, Step, TrainBench, notes, overhead_of, run, tables
 
@@ -75,6 +76,6 @@ def test_all_loops_meet_the_same_tokens_and_report_every_number(model_folder, tm
     assert said["overhead"]["step_ms"] > 0
     assert all(math.isfinite(ratio["data_tokens_per_s"]) for ratio in said["ratios"])
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(*tables(outcome), *notes(outcome))
+    show(console, *tables(outcome), *notes(outcome))
     shown = console.export_text()
     assert all(name in shown for name in LOOPS)

@@ -23,6 +23,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from serve.adapters.manifest import read_config, read_tensors
 from serve.errors import ConfigError, NotFoundError, TrainingError
+from serve.tables import show
 from train import curve, record, runs, summary
 from train.metrics import MetricsLog, rows_of
 from train.recipe import load_recipe
@@ -227,7 +228,7 @@ def test_runs_are_listed_with_where_they_came_from(train, tmp_path):
     assert Path(found["cut"].resumed_from).name == "step-000003"
     assert len({run.base_fingerprint for run in found.values()}) == 1
     drawn = Console(file=io.StringIO(), width=250)
-    drawn.print(*runs.tables(list(found.values())))
+    show(drawn, *runs.tables(list(found.values())))
     result, origin = (line for line in drawn.file.getvalue().splitlines() if "deeper/warm" in line)
     assert "exact_match" in result
     assert "lora sft" in origin
@@ -240,7 +241,7 @@ def test_a_list_of_runs_is_whole_in_80_columns():
     )
     run = replace(run, best_valid_loss=1.2345, created="2026-11-21T17:46:00+00:00", seconds=5400.0)
     drawn = Console(file=io.StringIO(), width=80)
-    drawn.print(*runs.tables([run]))
+    show(drawn, *runs.tables([run]))
     shown = drawn.file.getvalue()
     assert "…" not in shown
     for words in ("interrupted", "12,000", "1.2345 @11,900", "2026-11-21 17:46"):
@@ -275,7 +276,7 @@ def test_a_broken_folder_is_listed_as_such_and_breaks_nothing(train, tmp_path):
     assert found[0].name == "good"
     assert {run.steps for run in found if run.name != "good"} == {3}
     assert "run.json" in next(run.problem for run in found if run.name == "no-json")
-    Console(file=io.StringIO()).print(*runs.tables(found))
+    show(Console(file=io.StringIO()), *runs.tables(found))
     with pytest.raises(NotFoundError, match="no folder"):
         runs.find([tmp_path / "nowhere"])
 

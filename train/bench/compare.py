@@ -20,14 +20,13 @@ from typing import Any
 
 import mlx.core as mx
 import yaml
-from rich import box
-from rich.table import Table
 
 from serve import device
 from serve.bench import standin
 from serve.errors import ConfigError, StoppedError
 from serve.model.loading import load_tokenizer, resolve
 from serve.model.template import ChatTemplate
+from serve.tables import Table, numbers
 from train import preflight
 from train.bench.chats import Lengths, write_chats
 from train.bench.process import run_child
@@ -367,12 +366,10 @@ def _ratio(of: str, to: str, ours: Sequence[Run], theirs: Sequence[Run]) -> Rati
 
 def tables(outcome: Outcome) -> Iterator[Table]:
     """The loops, a line each; then how they compare."""
-    drawn = Table(title="one pass over the same chats", title_justify="left", box=box.SIMPLE_HEAD)
-    drawn.add_column("loop", no_wrap=True)
-    for heading in ("data tok/s", "peak GB", "padding", "steps", "s/step", "loss"):
-        drawn.add_column(heading, justify="right", no_wrap=True)
+    headings = ("data tok/s", "peak GB", "padding", "steps", "s/step", "loss")
+    drawn = Table("loop", *numbers(*headings), title="one pass over the same chats")
     for name, each in outcome.summaries.items():
-        drawn.add_row(
+        drawn.add(
             name,
             f"{each.data_tokens_per_s:,.0f}",
             f"{each.peak_memory_bytes / 1e9:.2f}",
@@ -382,12 +379,10 @@ def tables(outcome: Outcome) -> Iterator[Table]:
             f"{each.loss_first:.1f} → {each.loss_last:.1f}",
         )
     yield drawn
-    compared = Table(title="of / to: median of rounds", title_justify="left", box=box.SIMPLE_HEAD)
-    compared.add_column("", no_wrap=True)
-    compared.add_column("data tok/s (lowest, highest)", justify="right", no_wrap=True)
-    compared.add_column("peak", justify="right")
+    ratios = numbers("data tok/s (lowest, highest)", "peak")
+    compared = Table("of / to", *ratios, title="median of rounds")
     for ratio in outcome.ratios:
-        compared.add_row(
+        compared.add(
             f"{ratio.of} / {ratio.to}",
             f"{ratio.data_tokens_per_s:.2f} ({ratio.lowest:.2f}, {ratio.highest:.2f})",
             f"{ratio.peak_memory:.2f}",

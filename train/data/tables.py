@@ -1,14 +1,13 @@
 """What a person is told of a run's rows before it starts: counts, what was left out and why, lengths, duplicates.
 
-One function a block; each gives what rich prints.
+One function a block; each gives what `serve.tables.show` prints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich.table import Table
-
+from serve.tables import Column, Table, numbers
 from train.data.duplicates import DuplicateReport
 from train.data.splits import Split
 from train.data.tokens import TokenizeReport
@@ -20,9 +19,7 @@ MAX_SOURCES = 20
 
 def rows_table(splits: Sequence[Split]) -> Table:
     """A column a split."""
-    table = Table("data", *(split.name for split in splits))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("data", *numbers(*(split.name for split in splits)))
     reports = [split.report for split in splits]
     counts = {
         "rows read": [report.num_read for report in reports],
@@ -35,8 +32,8 @@ def rows_table(splits: Sequence[Split]) -> Table:
         "longest": [report.longest for report in reports],
     }
     for name, values in counts.items():
-        table.add_row(name, *(f"{value:,}" for value in values))
-    table.add_row("target share", *(f"{r.num_targets / max(r.num_tokens, 1):.1%}" for r in reports))
+        table.add(name, *(f"{value:,}" for value in values))
+    table.add("target share", *(f"{r.num_targets / max(r.num_tokens, 1):.1%}" for r in reports))
     return table
 
 
@@ -45,10 +42,7 @@ def sources_table(split: Split) -> Table | None:
     if len(split.report.sources) < 2:
         return None
     names = ("rows", "sequences", "truncated", "dropped", "tokens", "targets")
-    table = Table(f"{split.name} from", *names)
-    table.columns[0].overflow = "fold"
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table(f"{split.name} from", *numbers(*names))
     listed = list(split.report.sources.items())
     for source, counts in listed[:MAX_SOURCES]:
         values = (
@@ -59,9 +53,9 @@ def sources_table(split: Split) -> Table | None:
             counts.num_tokens,
             counts.num_targets,
         )
-        table.add_row(source, *(f"{value:,}" for value in values))
+        table.add(source, *(f"{value:,}" for value in values))
     if len(listed) > MAX_SOURCES:
-        table.add_row(f"… and {len(listed) - MAX_SOURCES} more")
+        table.add(f"… and {len(listed) - MAX_SOURCES} more", *[""] * len(names))
     return table
 
 
@@ -93,10 +87,11 @@ def duplicate_lines(found: DuplicateReport) -> Iterator[str]:
 
 def histogram(report: TokenizeReport) -> Table:
     """How long the sequences are."""
-    table = Table("tokens up to", "sequences", "", title="length of training sequences", title_justify="left")
+    columns = (*numbers("tokens up to", "sequences"), Column(""))
+    table = Table(*columns, title="length of training sequences")
     most = max((count for _, count in report.histogram), default=1)
     for bound, count in report.histogram:
-        table.add_row(f"{bound:,}", f"{count:,}", "█" * round(BAR_WIDTH * count / max(most, 1)))
+        table.add(f"{bound:,}", f"{count:,}", "█" * round(BAR_WIDTH * count / max(most, 1)))
     return table
 
 
