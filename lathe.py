@@ -424,7 +424,8 @@ def _talk(conversation: Conversation) -> None:
     from serve import chat as terminal
 
     if sys.stdin.isatty():
-        terminal.at_terminal(conversation, terminal.prompter(), _console())
+        with terminal.Keyboard() as keyboard:
+            terminal.at_terminal(conversation, keyboard.read, _console())
     else:
         terminal.from_pipe(conversation, sys.stdin.buffer, _console())
 

@@ -11,7 +11,6 @@ import termios
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from types import FrameType, TracebackType
-from typing import TextIO
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.enums import DEFAULT_BUFFER
@@ -27,6 +26,8 @@ from serve.errors import LatheError
 KEYS = "Enter sends, Alt-Enter or Ctrl-J breaks the line, Ctrl-C ends an answer, Ctrl-D ends the talk."
 COMMANDS = "/retry asks again, /reset forgets the conversation, /model NAME switches, /exit ends."
 PROMPT = "you: "
+INPUT_FLAGS, LOCAL_FLAGS = 0, 3
+"""Where termios keeps them in its list."""
 CONTROLS = {
     **{
         code: "\N{REPLACEMENT CHARACTER}"
@@ -67,9 +68,7 @@ def at_terminal(conversation: Conversation, read: Callable[[], str], console: Co
             except KeyboardInterrupt:
                 console.print("(Ctrl-D or /exit ends the talk)", style="dim")
                 continue
-            with _unechoed(sys.stdin):
-                is_going_on = _try(conversation, text, console, interrupts)
-            if not is_going_on:
+            if not _try(conversation, text, console, interrupts):
                 return
 
 
@@ -109,12 +108,55 @@ class Interrupts:
             raise KeyboardInterrupt
 
 
-def prompter(source: Input | None = None, screen: Output | None = None) -> Callable[[], str]:
-    """A function that asks the person at the terminal for a message; it may have lines.
+class Keyboard:
+    """The person at the terminal, who writes messages; they may have lines.
 
-    It raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C. Where standard output is no terminal, the
-    question stands on standard error.
+    Inside its `with`, what is typed or pasted while an answer comes waits for the next `read`, unchanged, and does
+    not show in the answer; Ctrl-C still interrupts. After it the terminal is as it was.
     """
+
+    def __init__(self, source: Input | None = None, screen: Output | None = None) -> None:
+        # Where standard output is no terminal, the question stands on standard error.
+        self._screen = screen or create_output(always_prefer_tty=True)
+        self._session: PromptSession[str] = PromptSession(
+            [("bold", PROMPT)],
+            multiline=True,
+            prompt_continuation=" " * len(PROMPT),
+            key_bindings=_keys(),
+            enable_suspend=True,
+            input=source,
+            output=self._screen,
+        )
+
+    def read(self) -> str:
+        """The next message. Raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C."""
+        message = self._session.prompt()
+        # Between two prompts too, so that lines pasted meanwhile stay together.
+        self._screen.enable_bracketed_paste()
+        self._screen.flush()
+        return message
+
+    def __enter__(self) -> Keyboard:
+        self._before = termios.tcgetattr(sys.stdin)
+        settings = termios.tcgetattr(sys.stdin)
+        settings[INPUT_FLAGS] &= ~termios.ICRNL
+        settings[LOCAL_FLAGS] &= ~(termios.ECHO | termios.ICANON)
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._screen.disable_bracketed_paste()
+        self._screen.flush()
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, self._before)
+
+
+def _keys() -> KeyBindings:
+    """Enter sends; Alt-Enter and Ctrl-J break the line."""
     keys = KeyBindings()
     is_typing = has_focus(DEFAULT_BUFFER)
 
@@ -127,32 +169,7 @@ def prompter(source: Input | None = None, screen: Output | None = None) -> Calla
     def _break_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    session: PromptSession[str] = PromptSession(
-        [("bold", PROMPT)],
-        multiline=True,
-        prompt_continuation=" " * len(PROMPT),
-        key_bindings=keys,
-        enable_suspend=True,
-        input=source,
-        output=screen or create_output(always_prefer_tty=True),
-    )
-    return session.prompt
-
-
-@contextmanager
-def _unechoed(keyboard: TextIO) -> Iterator[None]:
-    """What is typed meanwhile waits for the next prompt, and does not show inside the answer."""
-    if not keyboard.isatty():
-        yield
-        return
-    before = termios.tcgetattr(keyboard)
-    quiet = [*before]
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(keyboard, termios.TCSANOW, quiet)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(keyboard, termios.TCSANOW, before)
+    return keys
 
 
 def _try(conversation: Conversation, text: str, console: Console, interrupts: Interrupts) -> bool:
