@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,10 +60,16 @@ class Terminal:
         )
         self._slave = slave
         self._unread = ""
+        self._brackets_pastes = False
 
     def type(self, keys: str) -> None:
         """Press keys."""
         os.write(self._master, keys.encode())
+
+    def paste(self, *lines: str) -> None:
+        """Paste lines as terminals do: with carriage returns, in brackets where the program has asked for them."""
+        text = "\r".join(lines)
+        self.type(f"{PASTE_START}{text}{PASTE_END}" if self._brackets_pastes else text)
 
     def expect(self, text: str) -> str:
         """Wait until `text` is written, and return everything up to it since the last `expect`."""
@@ -71,23 +78,29 @@ class Terminal:
         before, self._unread = self._unread.split(text, 1)
         return before
 
-    def expect_flow(self, num_characters: int = 400) -> None:
-        """Wait until so much more is written: an answer is under way."""
+    def expect_flow(self, num_characters: int = 400) -> str:
+        """Wait until so much more is written, and return it: an answer is under way."""
         while len(self._unread) < num_characters:
             self._read()
-        self._unread = ""
+        flow, self._unread = self._unread, ""
+        return flow
 
     def ended(self) -> int:
         """Wait for the program's end; its exit status."""
+        deadline_s = time.monotonic() + WAIT_S
         while self.process.poll() is None:
+            assert time.monotonic() < deadline_s, f"it does not end; unread: {self._unread[-2000:]!r}"
             if select.select([self._master], [], [], 0.05)[0]:
-                os.read(self._master, 65536)
+                self._read()
         return self.process.wait()
 
     def _read(self) -> None:
         ready, _, _ = select.select([self._master], [], [], WAIT_S)
         assert ready, f"nothing more is written; unread: {self._unread[-2000:]!r}"
-        self._unread = ESCAPES.sub("", self._unread + os.read(self._master, 65536).decode(errors="replace"))
+        self._unread += os.read(self._master, 65536).decode(errors="replace")
+        for is_on in re.findall(r"\x1b\[\?2004([hl])", self._unread):
+            self._brackets_pastes = is_on == "h"
+        self._unread = ESCAPES.sub("", self._unread)
 
     def is_restored(self) -> bool:
         """True when the terminal is set as it was before."""
@@ -392,16 +405,14 @@ ENDLESS = 2**17 - 2**12
 
 
 class Hand(io.StringIO):
-    """A screen before which somebody sits who presses Ctrl-C, twice, at every eighth piece of an answer."""
+    """A screen before which somebody presses Ctrl-C at every eighth piece of an answer, and once more too late."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_pieces = 0
+    num_pieces = 0
 
     def write(self, text: str) -> int:
-        is_ours = text.startswith(("endless.", "(", "\n")) or not text
-        self.num_pieces += not is_ours
-        if not is_ours and self.num_pieces % 8 == 0:
+        is_piece = bool(text.strip()) and not text.strip().startswith(("endless.", "("))
+        self.num_pieces += is_piece
+        if "(stopped)" in text or (is_piece and self.num_pieces % 8 == 0):
             signal.raise_signal(signal.SIGINT)
         return super().write(text)
 
@@ -428,8 +439,10 @@ def test_ctrl_c_in_a_terminal_ends_the_answer_and_ctrl_d_the_program(where, one_
         for _ in range(3):
             terminal.type(f"hello{ENTER}")
             terminal.expect_flow()
-            terminal.type(f"typed meanwhile{CTRL_C}")
-            assert "typed meanwhile" not in terminal.expect("(stopped)")
+            terminal.type("typed meanwhile")
+            assert "typed" not in terminal.expect_flow()
+            terminal.type(CTRL_C)
+            terminal.expect("(stopped)")
             terminal.expect("you:")
         terminal.type(CTRL_C)
         terminal.expect("Ctrl-D or /exit ends")
@@ -441,7 +454,7 @@ def test_ctrl_c_in_a_terminal_ends_the_answer_and_ctrl_d_the_program(where, one_
 def test_three_pasted_lines_are_one_message_in_a_terminal():
     with scripted(whole("understood")) as (url, asked), Terminal("--url", url) as terminal:
         terminal.expect("you:")
-        terminal.type(f"{PASTE_START}def f():\r\n    return 1\r\nf(){PASTE_END}")
+        terminal.paste("def f():", "    return 1", "f()")
         terminal.expect("f()")
         terminal.type(ENTER)
         terminal.expect("understood")
@@ -464,7 +477,9 @@ def test_what_is_typed_and_pasted_during_an_answer_is_the_next_message():
         terminal.expect("you:")
         terminal.type(f"first{ENTER}")
         assert is_asked.wait(WAIT_S)
-        terminal.type(f"now {PASTE_START}one\r\ntwo\r\nthree{PASTE_END}!{ENTER}/exit{ENTER}")
+        terminal.type("now ")
+        terminal.paste("one", "two", "three")
+        terminal.type(f"!{ENTER}/exit{ENTER}")
         may_answer.set()
         assert terminal.ended() == 0
         assert terminal.is_restored()
