@@ -68,6 +68,8 @@ class Terminal:
 
     def paste(self, *lines: str) -> None:
         """Paste lines as terminals do: with carriage returns, in brackets where the program has asked for them."""
+        while select.select([self._master], [], [], 0)[0]:
+            self._read()
         text = "\r".join(lines)
         self.type(f"{PASTE_START}{text}{PASTE_END}" if self._brackets_pastes else text)
 
