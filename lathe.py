@@ -2,7 +2,7 @@
 
 Everything but typer is imported inside the commands, so `lathe --help` loads neither mlx nor the packages.
 A mistake in what was typed, or in a file that was named, ends with one message and status 2; other failures
-that Lathe foresees with status 1; Ctrl-C with 130.
+that Lathe foresees with status 1; Ctrl-C with 130, SIGTERM with 143.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from serve.config import ServeConfig
+    from serve.conversation import Conversation
     from serve.errors import LatheError
     from serve.experiments.store import Store
 
@@ -74,11 +75,8 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a command as Ctrl-C does, so that `with` blocks stop the servers they started."""
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    if not callable(on_interrupt):
-        sys.exit(128 + number)
-    on_interrupt(signal.SIGINT, frame)
+    """SIGTERM unwinds the stack, so that `with` blocks stop the servers they started; Ctrl-C may mean less."""
+    sys.exit(128 + number)
 
 
 def _foreseen() -> type[LatheError]:
@@ -163,7 +161,9 @@ def chat(
         str | None, typer.Argument(help="What to serve and talk to; without --url only.")
     ] = None,
     adapter: Adapters = None,
-    url: Annotated[str | None, typer.Option(help="Talk to this running server instead.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Talk to this running server: the address that `lathe serve` prints.")
+    ] = None,
     to: Annotated[
         str | None, typer.Option("--model", help="Which of the server's models or adapters.")
     ] = None,
@@ -172,8 +172,9 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1)] = 512,
     api_key: Annotated[str | None, typer.Option(envvar="LATHE_API_KEY")] = None,
 ) -> None:
-    """Talk to a model in the terminal: /reset forgets, /exit ends. Lines may come from a pipe."""
-    from serve.chat import Conversation, Speaker, choose_model
+    """Talk to a model in the terminal. Ctrl-C ends an answer, Ctrl-D the talk. Lines may come from a pipe."""
+    from serve.conversation import Conversation, Speaker
+    from serve.remote import choose_model
 
     sampling = {"temperature": temperature, "max_tokens": max_tokens}
     with _server_for(model, adapter or [], url) as served_url:
@@ -290,7 +291,9 @@ def export(
 
 @bench_app.command("serve")
 def bench_serve(
-    url: Annotated[str, typer.Option(help="The server, without /v1.")] = f"http://127.0.0.1:{DEFAULT_PORT}",
+    url: Annotated[
+        str, typer.Option(help="The address that `lathe serve` prints.")
+    ] = f"http://127.0.0.1:{DEFAULT_PORT}",
     model: Annotated[
         str | None, typer.Option(help="Models to ask in turn, a,b,c; else the first listed.")
     ] = None,
@@ -311,7 +314,7 @@ def bench_serve(
     """Measure any OpenAI-compatible server: time to first token, time per token, tokens per second."""
     from serve.bench.summary import notes, table
     from serve.bench.sweep import Sweep, run
-    from serve.chat import choose_model
+    from serve.remote import choose_model
     from serve.tables import show
 
     levels = _numbers(concurrency, "--concurrency")
@@ -477,15 +480,14 @@ def _server_for(model: str | None, adapters: list[str], url: str | None) -> Iter
         runtime.close()
 
 
-def _talk(conversation: Any) -> None:
+def _talk(conversation: Conversation) -> None:
     from serve import chat as terminal
 
-    console = _console()
     if sys.stdin.isatty():
-        console.print(f"{conversation.model}. {terminal.HELP}", style="dim", markup=False)
-        terminal.run(conversation, terminal.typed(console), console, echo=False)
+        with terminal.Keyboard() as keyboard:
+            terminal.at_terminal(conversation, keyboard.read, _console())
     else:
-        terminal.run(conversation, sys.stdin, console, echo=True)
+        terminal.from_pipe(conversation, sys.stdin.buffer, _console())
 
 
 def _dim(notes: Sequence[str]) -> list[Text]:

@@ -1,164 +1,230 @@
-"""`lathe chat`: a conversation in the terminal with any OpenAI-compatible server, over HTTP, streamed.
+"""`lathe chat`: a conversation in the terminal, or with the lines of a pipe. Text in, the answer's pieces printed.
 
-Lines come from a terminal or a pipe. The client knows no model: what it sends is what any client would.
+In a terminal a message may have lines: pasted ones stay together. Ctrl-C ends an answer and never the talk.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import signal
+import sys
+import termios
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from types import FrameType, TracebackType
 
-import httpx
+from prompt_toolkit import PromptSession
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
+from prompt_toolkit.input import Input
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import Output, create_output
 from rich.console import Console
 
-from serve.errors import ConfigError, LatheError, NotFoundError, RequestError, StoppedError
+from serve.conversation import Conversation
+from serve.errors import LatheError
 
-TIMEOUT_S = 600.0
-HELP = "/reset forgets the conversation, /model NAME switches, /exit ends."
-
-
-@dataclass(frozen=True)
-class Speaker:
-    """Who answers, and how."""
-
-    url: str
-    model: str
-    api_key: str | None = None
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the request besides model and messages: temperature, max_tokens, …"""
-
-
-class Conversation:
-    """The messages so far, and how to get the next one."""
-
-    def __init__(self, speaker: Speaker, system: str | None = None) -> None:
-        self.model = speaker.model
-        self._speaker = speaker
-        self._opening = [{"role": "system", "content": system}] if system else []
-        self.messages: list[dict[str, str]] = list(self._opening)
-
-    def reset(self) -> None:
-        """Forget everything but the system prompt."""
-        self.messages = list(self._opening)
-
-    def say(self, text: str) -> Iterator[str]:
-        """Send the next user turn and yield the answer's pieces as they come.
-
-        Raises RequestError when the server refuses, StoppedError when the stream breaks; the conversation is
-        then as it was before.
-        """
-        asked = [*self.messages, {"role": "user", "content": text}]
-        pieces: list[str] = []
-        for piece in self._stream(asked):
-            pieces.append(piece)
-            yield piece
-        self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
-
-    def _stream(self, messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
-        body = {"model": self.model, "messages": messages, "stream": True, **self._speaker.sampling}
-        with (
-            _connect(self._speaker.url, self._speaker.api_key) as http,
-            http.stream("POST", "/v1/chat/completions", json=body) as response,
-        ):
-            if response.status_code != 200:
-                raise RequestError(_refusal(response.read().decode(errors="replace"), response.status_code))
-            for line in response.iter_lines():
-                data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-                if data and data != "[DONE]":
-                    yield from _pieces(json.loads(data))
+KEYS = "Enter sends, Alt-Enter or Ctrl-J breaks the line, Ctrl-C ends an answer, Ctrl-D ends the talk."
+COMMANDS = "/retry asks again, /reset forgets the conversation, /model NAME switches, /exit ends."
+PROMPT = "you: "
+INPUT_FLAGS, LOCAL_FLAGS = 0, 3
+"""Where termios keeps them in its list."""
+CONTROLS = {
+    **{
+        code: "\N{REPLACEMENT CHARACTER}"
+        for code in (*range(32), *range(127, 160))
+        if chr(code) not in "\n\t"
+    },
+    ord("\r"): None,
+}
+"""What a terminal would obey rather than show, and what is shown in its place."""
 
 
-def _connect(url: str, api_key: str | None) -> httpx.Client:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    return httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=headers)
+def from_pipe(conversation: Conversation, lines: Iterable[bytes], console: Console) -> None:
+    """Each line is a turn, printed before its answer, until /exit or the lines end.
 
-
-def _pieces(chunk: Mapping[str, Any]) -> Iterator[str]:
-    if chunk.get("error"):
-        raise StoppedError(_refusal(json.dumps(chunk), 500))
-    for choice in chunk.get("choices") or ():
-        content = (choice.get("delta") or {}).get("content")
-        if content:
-            yield content
-
-
-def _refusal(body: str, status: int) -> str:
-    try:
-        error = json.loads(body)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return f"the server answered {status}: {body[:500]}"
-
-
-def served_models(url: str, api_key: str | None = None) -> list[str]:
-    """The names a request's `model` may hold. Raises ConfigError where no such server answers."""
-    try:
-        with _connect(url, api_key) as http:
-            listed = http.get("/v1/models", timeout=30.0)
-            listed.raise_for_status()
-            return [str(entry["id"]) for entry in listed.json()["data"]]
-    except (httpx.HTTPError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{url}: no OpenAI-compatible server answers there ({type(error).__name__}: {error}); "
-            "start one with `lathe serve MODEL`"
-        ) from error
-
-
-def choose_model(url: str, model: str | None, api_key: str | None = None) -> str:
-    """`model` if the server has it, its first one if none is asked for. Raises NotFoundError naming all."""
-    known = served_models(url, api_key)
-    if model is None and known:
-        return known[0]
-    # name@version and other spellings may be served without being listed.
-    if model is not None and model.split("@")[0] in known:
-        return model
-    raise NotFoundError(f"{url} has no model {model!r}; it has: {', '.join(known) or 'none'}")
-
-
-def run(conversation: Conversation, lines: Iterable[str], console: Console, *, echo: bool) -> None:
-    """Talk until /exit or the lines end. `echo` prints the user's lines too, for a pipe."""
+    Raises LatheError at the first turn that fails: those after it would speak of an answer that is not there.
+    """
     for line in lines:
-        text = line.strip()
-        if echo and text:
-            console.print(f"> {text}", markup=False, highlight=False)
-        if text in ("/exit", "/quit"):
+        text = line.decode(errors="replace").strip()
+        if text:
+            print(f"> {text}", file=console.file, flush=True)
+        if not _take(conversation, text, console):
             return
-        if text.startswith("/"):
-            _command(conversation, text, console)
-        elif text:
-            _answer(conversation, text, console)
 
 
-def _command(conversation: Conversation, text: str, console: Console) -> None:
+def at_terminal(conversation: Conversation, read: Callable[[], str], console: Console) -> None:
+    """Messages from `read`, until it raises EOFError or one of them is /exit. Main thread only.
+
+    Ctrl-C ends the answer under way; what failed is told, and the talk goes on. SIGINT is this function's until it
+    returns.
+    """
+    console.print(f"{conversation.model}. {KEYS}\n{COMMANDS}", style="dim", markup=False)
+    with Interrupts() as interrupts:
+        while True:
+            try:
+                text = read()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                console.print("(Ctrl-D or /exit ends the talk)", style="dim")
+                continue
+            if not _try(conversation, text, console, interrupts):
+                return
+
+
+class Interrupts:
+    """A context manager. Inside it Ctrl-C raises KeyboardInterrupt within `taken`, once, and elsewhere does nothing.
+
+    So the second one of an impatient hand meets neither the clearing up nor the next prompt.
+    """
+
+    def __init__(self) -> None:
+        self._is_taken = False
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Let the next Ctrl-C through."""
+        self._is_taken = True
+        try:
+            yield
+        finally:
+            self._is_taken = False
+
+    def __enter__(self) -> Interrupts:
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._is_taken:
+            self._is_taken = False
+            raise KeyboardInterrupt
+
+
+class Keyboard:
+    """The person at the terminal, who writes messages; they may have lines.
+
+    Inside its `with`, what is typed or pasted while an answer comes waits for the next `read`, unchanged, and does
+    not show in the answer; Ctrl-C still interrupts. After it the terminal is as it was.
+    """
+
+    def __init__(self, source: Input | None = None, screen: Output | None = None) -> None:
+        # Where standard output is no terminal, the question stands on standard error.
+        self._screen = screen or create_output(always_prefer_tty=True)
+        self._session: PromptSession[str] = PromptSession(
+            [("bold", PROMPT)],
+            multiline=True,
+            prompt_continuation=" " * len(PROMPT),
+            key_bindings=_keys(),
+            enable_suspend=True,
+            input=source,
+            output=self._screen,
+        )
+
+    def read(self) -> str:
+        """The next message. Raises EOFError at Ctrl-D and KeyboardInterrupt at Ctrl-C."""
+        message = self._session.prompt()
+        # Between two prompts too, so that lines pasted meanwhile stay together.
+        self._screen.enable_bracketed_paste()
+        self._screen.flush()
+        return message
+
+    def __enter__(self) -> Keyboard:
+        self._before = termios.tcgetattr(sys.stdin)
+        settings = termios.tcgetattr(sys.stdin)
+        settings[INPUT_FLAGS] &= ~termios.ICRNL
+        settings[LOCAL_FLAGS] &= ~(termios.ECHO | termios.ICANON)
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._screen.disable_bracketed_paste()
+        self._screen.flush()
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, self._before)
+
+
+def _keys() -> KeyBindings:
+    """Enter sends; Alt-Enter and Ctrl-J break the line."""
+    keys = KeyBindings()
+    is_typing = has_focus(DEFAULT_BUFFER)
+
+    @keys.add("enter", filter=is_typing)
+    def _send(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter", filter=is_typing)
+    @keys.add("c-j", filter=is_typing)
+    def _break_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
+
+
+def _try(conversation: Conversation, text: str, console: Console, interrupts: Interrupts) -> bool:
+    """As `_take`; an interrupt or a failure is told, with what became of the turn."""
+    before = conversation.messages
+    try:
+        with interrupts.taken():
+            return _take(conversation, text, console)
+    except KeyboardInterrupt:
+        console.print("\n(stopped)", style="dim")
+    except LatheError as error:
+        console.print(f"\n{error}", style="red", markup=False, soft_wrap=True)
+    if conversation.messages is before:
+        console.print("(no answer came; the conversation is as it was; /retry asks again)", style="dim")
+    else:
+        console.print("(the answer is kept as far as it came; /retry asks again)", style="dim")
+    return True
+
+
+def _take(conversation: Conversation, text: str, console: Console) -> bool:
+    """Do what `text` asks, a command or a message; False where it ends the talk. Raises LatheError."""
+    text = text.rstrip().lstrip("\r\n")
     word, _, rest = text.partition(" ")
-    if word == "/reset":
+    if word in ("/exit", "/quit"):
+        return False
+    if word == "/retry" and not conversation.has_turn:
+        console.print("(nothing has been asked yet)", style="dim")
+    elif word == "/retry":
+        _print(conversation.retry(), console)
+    elif word == "/reset":
         conversation.reset()
         console.print("(forgotten)", style="dim")
     elif word == "/model" and rest.strip():
         conversation.model = rest.strip()
-        console.print(f"(now {conversation.model})", style="dim")
-    else:
-        console.print(HELP, style="dim", markup=False)
+        console.print(f"(now {conversation.model})", style="dim", markup=False)
+    elif _is_command(text):
+        console.print(COMMANDS, style="dim", markup=False)
+    elif text:
+        _print(conversation.say(text), console)
+        if conversation.finish == "length" and console.is_terminal:
+            console.print("(cut off: --max-tokens, or the model's context, allows no more)", style="dim")
+    return True
 
 
-def _answer(conversation: Conversation, text: str, console: Console) -> None:
-    try:
-        for piece in conversation.say(text):
-            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-        console.print()
-    except LatheError as error:
-        console.print(f"\n{error}", style="red", markup=False)
-    except httpx.HTTPError as error:
-        console.print(f"\nthe connection broke: {error}", style="red", markup=False)
+def _is_command(text: str) -> bool:
+    """A slash and one word begin it. A path, a comment or several lines are things to say."""
+    word = text.partition(" ")[0]
+    return "\n" not in text and word.startswith("/") and word[1:].isalpha()
 
 
-def typed(console: Console) -> Iterator[str]:
-    """Lines from the terminal, until Ctrl-D."""
-    while True:
-        try:
-            yield console.input("[bold]you:[/bold] ")
-        except EOFError:
-            console.print()
-            return
+def _print(pieces: Generator[str, None, None], console: Console) -> None:
+    """Each piece as it comes and as it is, but for control characters in a terminal."""
+    with closing(pieces):
+        for piece in pieces:
+            console.file.write(piece.translate(CONTROLS) if console.is_terminal else piece)
+            console.file.flush()
+    console.file.write("\n")
+    console.file.flush()

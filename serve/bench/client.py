@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import httpx
 
+from serve.remote import EventData, message_of
+
 Endpoint = Literal["chat", "completions"]
 PATHS: Mapping[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
@@ -76,10 +78,10 @@ async def ask(http: httpx.AsyncClient, request: Ask) -> Answer:
         async with http.stream("POST", PATHS[request.endpoint], json=request.body()) as response:
             if response.status_code != 200:
                 await response.aread()
-                return reading.answer(f"HTTP {response.status_code}: {_message(response.text)}")
+                return reading.answer(f"HTTP {response.status_code}: {message_of(response.text)}")
             async for chunk in _chunks(response):
                 reading.take(chunk)
-    except (httpx.HTTPError, json.JSONDecodeError) as error:
+    except (httpx.HTTPError, ValueError, AttributeError) as error:
         return reading.answer(f"{type(error).__name__}: {error}".removesuffix(": "))
     return reading.answer(reading.error)
 
@@ -99,7 +101,7 @@ class _Reading:
 
     def take(self, chunk: Mapping[str, Any]) -> None:
         if chunk.get("error"):
-            self.error = _message(json.dumps(chunk))
+            self.error = message_of(json.dumps(chunk))
         self.usage = chunk.get("usage") or self.usage
         for choice in chunk.get("choices") or ():
             self.finish = choice.get("finish_reason") or self.finish
@@ -128,9 +130,9 @@ class _Reading:
 
 async def _chunks(response: httpx.Response) -> AsyncIterator[Mapping[str, Any]]:
     """The JSON objects of a server-sent event stream, up to [DONE]."""
-    async for line in response.aiter_lines():
-        data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-        if data and data != "[DONE]":
+    events = EventData()
+    async for some in response.aiter_bytes():
+        for data in events.feed(some):
             yield json.loads(data)
 
 
@@ -139,12 +141,3 @@ def _text_of(choice: Mapping[str, Any]) -> str:
     delta = choice.get("delta") or {}
     reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""
     return (delta.get("content") or "") + reasoning + (choice.get("text") or "")
-
-
-def _message(body: str) -> str:
-    """The message inside an OpenAI-style error body, or the beginning of whatever it is."""
-    try:
-        error = json.loads(body).get("error")
-    except (json.JSONDecodeError, AttributeError):
-        return body[:500]
-    return str(error.get("message", error)) if isinstance(error, dict) else str(error or body[:500])

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import httpx
 
 from serve.bench.client import Answer, Ask, ask
-
-TIMEOUT_S = 600.0
+from serve.remote import connect_async
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,13 @@ class Round:
 
 
 def drive(url: str, asks: Sequence[Ask], concurrency: int, api_key: str | None = None) -> Round:
-    """Send all `asks`, never more than `concurrency` at a time, and wait for them."""
+    """Send all `asks`, never more than `concurrency` at a time, and wait for them. ConfigError for no address."""
     return asyncio.run(_drive(url, asks, concurrency, api_key))
 
 
 async def _drive(url: str, asks: Sequence[Ask], concurrency: int, api_key: str | None) -> Round:
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits, headers=headers) as http:
+    async with connect_async(url, api_key, limits) as http:
         waiting = iter(asks)
         start_s = time.perf_counter()
         answered = await asyncio.gather(*(_client(http, waiting) for _ in range(concurrency)))

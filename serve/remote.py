@@ -1,0 +1,174 @@
+"""A server at an address that somebody typed: a client for it, its models, what it says when it refuses.
+
+Knows HTTP and OpenAI's paths, and nothing of what serves; any compatible server will do.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+from serve.errors import ConfigError, LatheError, NotFoundError, OverloadedError, RequestError, StoppedError
+
+ANSWER_TIMEOUT_S = 600.0
+CONNECT_TIMEOUT_S = 15.0
+MODELS_TIMEOUT_S = 30.0
+ENDING = re.compile(r"(/v1(/(chat/)?completions|/models)?)?/*$")
+"""What may stand behind the base of an address: nothing, /v1, or one of the endpoints."""
+QUOTED_CHARACTERS = 200
+"""How much of an answer that is not understood a message quotes."""
+
+
+def base_url(typed: str) -> str:
+    """The address before `/v1/…`, from any form in which people write it.
+
+    `lathe serve` prints it with /v1, as OpenAI's clients want it; a scheme may be left out. Raises ConfigError.
+    """
+    text = typed.strip()
+    if "://" not in text and not re.match(r"https?:/?", text, re.IGNORECASE):
+        text = f"http://{text}"
+    try:
+        url = httpx.URL(text)
+        is_usable = url.scheme in ("http", "https") and bool(url.host) and 0 < (url.port or 80) < 2**16
+        is_usable = is_usable and not (url.query or url.fragment or re.search(r"\s", text))
+    except (httpx.InvalidURL, UnicodeError):
+        is_usable = False
+    if not is_usable:
+        raise ConfigError(f"{typed!r} is not a server's address; expected one like http://127.0.0.1:8000/v1")
+    return str(url.copy_with(path=ENDING.sub("", url.path) or "/")).rstrip("/")
+
+
+def connect(url: str, api_key: str | None = None) -> httpx.Client:
+    """A client whose paths begin at the address's base. Raises ConfigError."""
+    settings = _settings(url, api_key)
+    try:
+        return httpx.Client(**settings)
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise _no_proxy(error) from error
+
+
+def connect_async(url: str, api_key: str | None, limits: httpx.Limits) -> httpx.AsyncClient:
+    """As `connect`, for many requests at a time."""
+    settings = _settings(url, api_key)
+    try:
+        return httpx.AsyncClient(**settings, limits=limits)
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise _no_proxy(error) from error
+
+
+def _settings(url: str, api_key: str | None) -> dict[str, Any]:
+    if api_key and not (api_key.isascii() and api_key.isprintable()):
+        raise ConfigError("the API key holds characters that no header can; expected printable ASCII")
+    base = base_url(url)
+    return {
+        "base_url": base,
+        "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+        "timeout": httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+        # No proxy that the environment names can reach this machine's own loopback.
+        "trust_env": not _is_loopback(httpx.URL(base).host),
+    }
+
+
+def _no_proxy(error: Exception) -> ConfigError:
+    return ConfigError(f"the proxy that the environment names cannot be used: {error}")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return address.is_loopback or address.is_unspecified
+
+
+def served_models(url: str, api_key: str | None = None) -> list[str]:
+    """The names a request's `model` may hold. Raises ConfigError saying what is there instead of such a server."""
+    try:
+        with connect(url, api_key) as http:
+            listed = http.get("/v1/models", timeout=MODELS_TIMEOUT_S)
+    except httpx.HTTPError as error:
+        raise ConfigError(
+            f"{url}: no server answers there ({trouble(error)}); start one with `lathe serve MODEL`"
+        ) from error
+    if listed.status_code in (401, 403):
+        raise ConfigError(
+            f"{url} answered {listed.status_code}: {message_of(listed.text)}; give its key with --api-key "
+            "or LATHE_API_KEY"
+        )
+    if listed.has_redirect_location:
+        raise ConfigError(
+            f"{url} sends on to {listed.headers['Location']}; give the address that it moved to"
+        )
+    try:
+        return [str(entry["id"]) for entry in listed.json()["data"]]
+    except (ValueError, LookupError, TypeError):
+        raise ConfigError(
+            f"{url}: what answers there is no OpenAI-compatible server: {listed.url} gave "
+            f"{listed.status_code}, {message_of(listed.text) or 'nothing'}\n"
+            "  expected the address that `lathe serve MODEL` prints"
+        ) from None
+
+
+def choose_model(url: str, model: str | None, api_key: str | None = None) -> str:
+    """`model` if the server has it, its first one if none is asked for. Raises NotFoundError naming all."""
+    known = served_models(url, api_key)
+    if model is None and known:
+        return known[0]
+    # name@version and other spellings may be served without being listed.
+    if model is not None and model.split("@")[0] in known:
+        return model
+    wanted = "no model" if model is None else f"no model {model!r}"
+    raise NotFoundError(f"{url} has {wanted}; it has: {', '.join(known) or 'none'}")
+
+
+def trouble(error: httpx.HTTPError) -> str:
+    """What went wrong on the way, in words."""
+    if isinstance(error, httpx.TimeoutException):
+        return "it did not answer in time"
+    if isinstance(error, httpx.ReadError | httpx.WriteError | httpx.RemoteProtocolError):
+        return f"the connection broke: {str(error) or type(error).__name__}"
+    return str(error) or type(error).__name__
+
+
+def refusal(status: int, body: str) -> LatheError:
+    """The error that an HTTP answer other than 200 is; what the server says is its message."""
+    message = message_of(body) or f"the server answered {status} and said nothing"
+    if status == 429:
+        return OverloadedError(message)
+    return StoppedError(message) if status >= 500 else RequestError(message)
+
+
+def message_of(body: str) -> str:
+    """The message inside an OpenAI-style error body, or the beginning of whatever it is, on one line."""
+    try:
+        error = json.loads(body)["error"]
+        message = error["message"] if isinstance(error, dict) else error
+    except (ValueError, LookupError, TypeError):
+        message = None
+    return str(message or " ".join(body[:QUOTED_CHARACTERS].split()))
+
+
+class EventData:
+    """Bytes of a server-sent event stream in, the text of its `data:` lines out, up to [DONE].
+
+    A line ends at a line feed and nowhere else: JSON may hold U+2028 and its like as they are.
+    """
+
+    def __init__(self) -> None:
+        self.is_done = False
+        """True once [DONE] has come."""
+        self._rest = b""
+
+    def feed(self, some: bytes) -> Iterator[str]:
+        """The data that `some` completes."""
+        *lines, self._rest = (self._rest + some).split(b"\n")
+        for line in lines:
+            data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+            self.is_done = self.is_done or data == b"[DONE]"
+            if data and not self.is_done:
+                yield data.decode(errors="replace")

@@ -1,0 +1,526 @@
+"""`lathe chat`: in a real pseudo-terminal against real servers, through a pipe, and as a conversation by itself."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from rich.console import Console
+
+from serve.api.server import serving
+from serve.bench.process import ServerProcess
+from serve.chat import Keyboard, at_terminal, from_pipe
+from serve.config import ServeConfig
+from serve.conversation import Conversation, Speaker
+from serve.errors import LatheError, OverloadedError, RequestError, StoppedError
+from serve.runtime import Runtime
+
+LATHE = [sys.executable, "-P", "-m", "lathe"]
+PASTE_START, PASTE_END = "\x1b[200~", "\x1b[201~"
+ALT_ENTER, ENTER, CTRL_C, CTRL_D, CTRL_J = "\x1b\r", "\r", "\x03", "\x04", "\n"
+ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07|.)")
+WAIT_S = 60
+TAKE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Makes standard input the terminal that Ctrl-C comes from, as a shell does."""
+
+
+class Terminal:
+    """A program in a pseudo-terminal of its own; a context manager, after which it has ended."""
+
+    def __init__(self, *words: str) -> None:
+        self._master, slave = os.openpty()
+        self.settings = termios.tcgetattr(slave)
+        environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "200"}
+        command = [sys.executable, "-c", TAKE_TERMINAL, *LATHE, "chat", *words]
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+        )
+        self._slave = slave
+        self._unread = ""
+        self._brackets_pastes = False
+
+    def type(self, keys: str) -> None:
+        """Press keys."""
+        os.write(self._master, keys.encode())
+
+    def paste(self, *lines: str) -> None:
+        """Paste lines as terminals do: with carriage returns, in brackets where the program has asked for them."""
+        while select.select([self._master], [], [], 0)[0]:
+            self._read()
+        text = "\r".join(lines)
+        self.type(f"{PASTE_START}{text}{PASTE_END}" if self._brackets_pastes else text)
+
+    def expect(self, text: str) -> str:
+        """Wait until `text` is written, and return everything up to it since the last `expect`."""
+        while text not in self._unread:
+            self._read()
+        before, self._unread = self._unread.split(text, 1)
+        return before
+
+    def expect_flow(self, num_characters: int = 400) -> str:
+        """Wait until so much more is written, and return it: an answer is under way."""
+        while len(self._unread) < num_characters:
+            self._read()
+        flow, self._unread = self._unread, ""
+        return flow
+
+    def ended(self) -> int:
+        """Wait for the program's end; its exit status."""
+        deadline_s = time.monotonic() + WAIT_S
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline_s, f"it does not end; unread: {self._unread[-2000:]!r}"
+            if select.select([self._master], [], [], 0.05)[0]:
+                self._read()
+        return self.process.wait()
+
+    def _read(self) -> None:
+        ready, _, _ = select.select([self._master], [], [], WAIT_S)
+        assert ready, f"nothing more is written; unread: {self._unread[-2000:]!r}"
+        self._unread += os.read(self._master, 65536).decode(errors="replace")
+        for is_on in re.findall(r"\x1b\[\?2004([hl])", self._unread):
+            self._brackets_pastes = is_on == "h"
+        self._unread = ESCAPES.sub("", self._unread)
+
+    def is_restored(self) -> bool:
+        """True when the terminal is set as it was before."""
+        return termios.tcgetattr(self._slave) == self.settings
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+        os.close(self._slave)
+
+
+# A server that is a script: what it was asked is there to be looked at.
+
+
+def sse(*chunks: dict | str) -> bytes:
+    return "".join(f"data: {c if isinstance(c, str) else json.dumps(c)}\n\n" for c in chunks).encode()
+
+
+def piece(text: str, finish: str | None = None) -> dict:
+    return {"choices": [{"delta": {"content": text}, "finish_reason": finish}]}
+
+
+def whole(text: str) -> bytes:
+    return sse(piece(text), piece("", "stop"), "[DONE]")
+
+
+Reply = bytes | tuple[int, str]
+
+
+@contextmanager
+def scripted(*replies: Reply) -> Iterator[tuple[str, list[dict]]]:
+    """A real HTTP server that gives its replies in turn, the last ever after; its address and what it was asked."""
+    given = itertools.chain(replies, itertools.repeat(replies[-1]))
+    with answering(lambda _: next(given)) as found:
+        yield found
+
+
+@contextmanager
+def answering(reply_to: Callable[[dict], Reply]) -> Iterator[tuple[str, list[dict]]]:
+    """As `scripted`, with replies to what it is asked."""
+    asked: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._send(200, b'{"data": [{"id": "scripted"}]}')
+
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            reply = reply_to(asked[-1])
+            status, body = (200, reply) if isinstance(reply, bytes) else (reply[0], reply[1].encode())
+            self._send(status, body)
+
+        def _send(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def contents(body: dict) -> list[str]:
+    return [message["content"] for message in body["messages"]]
+
+
+# The conversation by itself.
+
+
+def converse(url: str) -> Conversation:
+    return Conversation(Speaker(url, "scripted"), system="Be kind.")
+
+
+BROKEN, GARBAGE, FAILED = (
+    sse(piece("half")),
+    sse(piece("half"), "{not json"),
+    sse(piece("half"), {"error": "oh"}),
+)
+FAILURES: dict[Reply, type[LatheError]] = {
+    BROKEN: StoppedError,
+    GARBAGE: StoppedError,
+    FAILED: StoppedError,
+    sse("[1]"): StoppedError,
+    b"": StoppedError,
+    (400, "no"): RequestError,
+    (429, "later"): OverloadedError,
+    (503, '{"error": {"message": "the engine has failed"}}'): StoppedError,
+}
+
+
+def test_what_was_said_survives_any_failure_and_is_sent_again():
+    """Against a plain list kept beside: random answers and failures, random turns, retries and resets."""
+    rng = random.Random(0)
+    acts = rng.choices(("say", "retry", "reset"), (6, 4, 1), k=90)
+    replies = [rng.choice([whole(f"w{i}"), whole(f"w{i}"), *FAILURES]) for i in range(90)]
+    with scripted(*replies, whole("")) as (url, asked):
+        chat, opening = converse(url), ["Be kind."]
+        kept, before, question = opening, opening, None
+        for i, act in enumerate(acts):
+            if act == "reset":
+                chat.reset()
+                kept, question = opening, None
+                continue
+            if act == "say":
+                before, question = kept, f"q{i}"
+            elif question is None:
+                with pytest.raises(RequestError, match="nothing has been asked"):
+                    chat.retry()
+                continue
+            reply = replies[len(asked)]
+            answer = chat.say(question) if act == "say" else chat.retry()
+            if reply in FAILURES:
+                with pytest.raises(FAILURES[reply]):
+                    list(answer)
+                came = "half" if reply in (BROKEN, GARBAGE, FAILED) else None
+            else:
+                came = "".join(answer)
+            assert contents(asked[-1]) == [*before, question]
+            kept = kept if came is None else [*before, question, came]
+            assert contents({"messages": chat.messages}) == kept
+    assert len(asked) > 60
+
+
+def test_an_answer_that_nobody_reads_on_is_kept_as_far_as_it_was_read():
+    with scripted(sse(piece("one"), piece("two"), piece("three", "stop"))) as (url, _):
+        chat = converse(url)
+        with closing(chat.say("count")) as answer:
+            assert [next(answer), next(answer)] == ["one", "two"]
+        assert contents({"messages": chat.messages})[1:] == ["count", "onetwo"]
+        assert chat.finish is None
+
+
+def echo(body: dict) -> bytes:
+    return sse(json.dumps(piece(contents(body)[-1], "stop"), ensure_ascii=False), "[DONE]")
+
+
+def test_any_text_reaches_the_server_and_comes_back():
+    for text in ("\u2028 \u2029 \x85", "tab\there", "\N{GRINNING FACE}", "\ud83d half \udcff", "a\x00b"):
+        with answering(echo) as (url, asked):
+            answer = "".join(Conversation(Speaker(url, "scripted"), system=text).say(text))
+        assert contents(asked[-1]) == [re.sub("[\ud800-\udfff]", "\ufffd", text)] * 2
+        assert answer == asked[-1]["messages"][-1]["content"]
+
+
+# The pipe.
+
+
+def through_pipe(url: str, lines: bytes) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*LATHE, "chat", "--url", url], input=lines, capture_output=True, timeout=WAIT_S, check=False
+    )
+
+
+def test_a_pipe_gets_each_answer_to_the_byte():
+    text = "a\tb :smile: [bold]c[/bold] \x1b[31m \u2028 \r\n  d\n"
+    with scripted(whole(text)) as (url, asked):
+        done = through_pipe(url, b"one\n\n  \ntw\xffo\n/reset\nthree\n/exit\nnever\n")
+    assert (done.returncode, done.stderr) == (0, b"")
+    answer = f"{text}\n".encode()
+    assert done.stdout == (
+        b"> one\n"
+        + answer
+        + "> tw\ufffdo\n".encode()
+        + answer
+        + b"> /reset\n(forgotten)\n> three\n"
+        + answer
+        + b"> /exit\n"
+    )
+    assert [contents(body) for body in asked] == [["one"], ["one", text, "tw\ufffdo"], ["three"]]
+
+
+def test_a_pipe_ends_with_status_1_at_the_first_turn_that_fails():
+    with scripted(whole("fine"), (503, "down"), whole("never")) as (url, asked):
+        done = through_pipe(url, b"one\ntwo\nthree\n")
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"> one\nfine\n> two\n", b"error: down\n")
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_every_failure_ends_a_pipe(failure):
+    with scripted(failure, whole("never")) as (url, asked), pytest.raises(FAILURES[failure]):
+        from_pipe(converse(url), [b"one\n", b"two\n"], Console(file=io.StringIO()))
+    assert len(asked) == 1
+
+
+# The terminal, in this process.
+
+
+def printed(url: str, *messages: str, is_terminal: bool = True) -> str:
+    """What `at_terminal` writes when these are typed."""
+    out, typed = io.StringIO(), iter([*messages, "/exit"])
+    console = Console(file=out, force_terminal=is_terminal, width=200, color_system=None)
+    at_terminal(Conversation(Speaker(url, "scripted")), lambda: next(typed), console)
+    return out.getvalue()
+
+
+def test_no_answer_drives_the_terminal():
+    controls = "".join(map(chr, (*range(32), *range(127, 160))))
+    with scripted(whole(f"a{controls}b")) as (url, _):
+        shown = printed(url, "hello")
+    answer = shown[shown.index("a\ufffd") :].split("b\n")[0]
+    assert set(answer) == {"a", "\ufffd", "\t", "\n"}
+
+
+def test_paths_and_several_lines_are_said_and_unknown_commands_are_explained():
+    with scripted(whole("yes")) as (url, asked):
+        shown = printed(
+            url, "/usr/bin/env is missing", "/reset\nthe table", "/nonsense", "/retryy", "/* c */"
+        )
+    assert [contents(body)[-1] for body in asked] == [
+        "/usr/bin/env is missing",
+        "/reset\nthe table",
+        "/* c */",
+    ]
+    assert shown.count("/retry asks again") == 3
+
+
+def test_an_answer_cut_by_its_length_says_so():
+    with scripted(sse(piece("a", "length"), "[DONE]")) as (url, _):
+        assert "--max-tokens" in printed(url, "hello")
+
+
+def test_retry_before_anything_was_asked_says_so():
+    with scripted(whole("yes")) as (url, asked):
+        assert "nothing has been asked" in printed(url, "/retry")
+    assert not asked
+
+
+def typed(keys: str) -> list[str]:
+    """The messages that these keys, and Ctrl-D after them, make."""
+    with create_pipe_input() as keyboard:
+        keyboard.send_text(keys + CTRL_D)
+        read, messages = Keyboard(keyboard, DummyOutput()).read, []
+        while True:
+            try:
+                messages.append(read())
+            except EOFError:
+                return messages
+            except KeyboardInterrupt:
+                messages.append("(interrupted)")
+
+
+def test_any_lines_that_are_pasted_or_typed_are_one_message():
+    rng = random.Random(2)
+    keys, messages = "", []
+    for _ in range(60):
+        lines = ["".join(rng.choices('ab é日/ "{', k=rng.randrange(9))) for _ in range(rng.randrange(1, 6))]
+        ending = rng.choice(("\n", "\r\n", "\r"))
+        pasted = PASTE_START + ending.join(lines) + PASTE_END
+        for text in (pasted, CTRL_J.join(lines), ALT_ENTER.join(lines)):
+            keys += text + ENTER
+            messages.append("\n".join(lines))
+    assert typed(keys) == messages
+
+
+def test_ctrl_c_at_the_prompt_drops_what_stands_there_and_goes_on():
+    assert typed(f"half{CTRL_C}{CTRL_C}whole{ENTER}") == ["(interrupted)", "(interrupted)", "whole"]
+
+
+# Servers with a model, and terminals with a program.
+
+
+@pytest.fixture(scope="module")
+def endless_folder(model_folder, tmp_path_factory) -> Path:
+    """The lively model without an end token: nothing but a limit or an interrupt ends its answers."""
+    folder = tmp_path_factory.mktemp("models") / "endless"
+    shutil.copytree(model_folder, folder)
+    for name, changes in {
+        "config.json": {"max_position_embeddings": 2**17},
+        "tokenizer_config.json": {},
+    }.items():
+        settings = {**json.loads((folder / name).read_text()), **changes}
+        left = {key: value for key, value in settings.items() if key not in ("eos_token_id", "eos_token")}
+        (folder / name).write_text(json.dumps(left))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_row(endless_folder) -> Iterator[str]:
+    """A server with a single row: an answer begins only when the one before it has left the engine."""
+    runtime = Runtime.start(ServeConfig(model=str(endless_folder), name="endless", max_rows=1))
+    with serving(runtime) as url:
+        yield url
+    runtime.close()
+
+
+ENDLESS = 2**17 - 2**12
+"""Tokens; minutes of them."""
+
+
+class Hand(io.StringIO):
+    """A screen before which somebody presses Ctrl-C at every eighth piece of an answer, and once more too late."""
+
+    num_pieces = 0
+
+    def write(self, text: str) -> int:
+        is_piece = bool(text.strip()) and not text.strip().startswith(("endless.", "("))
+        self.num_pieces += is_piece
+        if "(stopped)" in text or (is_piece and self.num_pieces % 8 == 0):
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_ctrl_c_takes_the_row_out_of_an_engine_in_the_same_process(one_row):
+    chat = Conversation(Speaker(one_row, "endless", sampling={"max_tokens": ENDLESS}))
+    messages, screen, before = (
+        iter(["one", "two", "/retry", "/exit"]),
+        Hand(),
+        signal.getsignal(signal.SIGINT),
+    )
+    at_terminal(chat, lambda: next(messages), Console(file=screen, width=200))
+    assert screen.getvalue().count("(stopped)") == 3
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+    assert all(message["content"] for message in chat.messages)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("where", ["a model of its own", "a running server"])
+def test_ctrl_c_in_a_terminal_ends_the_answer_and_ctrl_d_the_program(where, one_row, endless_folder):
+    words = ["--url", f"{one_row}/v1"] if where == "a running server" else [str(endless_folder)]
+    with Terminal(*words, "--max-tokens", str(ENDLESS)) as terminal:
+        terminal.expect("you:")
+        for _ in range(3):
+            terminal.type(f"hello{ENTER}")
+            terminal.expect_flow()
+            terminal.type("typed meanwhile")
+            assert "typed" not in terminal.expect_flow()
+            terminal.type(CTRL_C)
+            terminal.expect("(stopped)")
+            terminal.expect("you:")
+        terminal.type(CTRL_C)
+        terminal.expect("Ctrl-D or /exit ends")
+        terminal.type(CTRL_D)
+        assert terminal.ended() == 0
+        assert terminal.is_restored()
+
+
+def test_three_pasted_lines_are_one_message_in_a_terminal():
+    with scripted(whole("understood")) as (url, asked), Terminal("--url", url) as terminal:
+        terminal.expect("you:")
+        terminal.paste("def f():", "    return 1", "f()")
+        terminal.expect("f()")
+        terminal.type(ENTER)
+        terminal.expect("understood")
+        terminal.type(f"one{ALT_ENTER}two{CTRL_J}three{ENTER}")
+        terminal.expect("understood")
+        terminal.type(CTRL_D)
+        assert terminal.ended() == 0
+    assert [contents(body)[-1] for body in asked] == ["def f():\n    return 1\nf()", "one\ntwo\nthree"]
+
+
+def test_what_is_typed_and_pasted_during_an_answer_is_the_next_message():
+    is_asked, may_answer = threading.Event(), threading.Event()
+
+    def reply(body: dict) -> bytes:
+        is_asked.set()
+        may_answer.wait(WAIT_S)
+        return echo(body)
+
+    with answering(reply) as (url, asked), Terminal("--url", url) as terminal:
+        terminal.expect("you:")
+        terminal.type(f"first{ENTER}")
+        assert is_asked.wait(WAIT_S)
+        terminal.type("now ")
+        terminal.paste("one", "two", "three")
+        terminal.type(f"!{ENTER}/exit{ENTER}")
+        may_answer.set()
+        assert terminal.ended() == 0
+        assert terminal.is_restored()
+    assert [contents(body)[-1] for body in asked] == ["first", "now one\ntwo\nthree!"]
+
+
+@pytest.mark.parametrize("moment", ["prompt", "answer"])
+def test_sigterm_ends_the_program_and_leaves_the_terminal_as_it_was(moment, one_row):
+    with Terminal("--url", one_row, "--max-tokens", str(ENDLESS)) as terminal:
+        terminal.expect("you:")
+        if moment == "answer":
+            terminal.type(f"hello{ENTER}")
+            terminal.expect_flow()
+        terminal.process.terminate()
+        assert terminal.ended() == 143
+        assert terminal.is_restored()
+
+
+def test_a_talk_outlives_the_server(endless_folder, tmp_path):
+    serve = [*LATHE, "serve", str(endless_folder), "--port", "{port}"]
+    with ServerProcess("lathe", serve, tmp_path / "log") as server:
+        address = re.findall(r"at (http\S+)", server.log.read_text())[-1]
+        with Terminal("--url", address, "--max-tokens", str(ENDLESS)) as terminal:
+            terminal.expect("you:")
+            terminal.type(f"hello{ENTER}")
+            terminal.expect_flow()
+            os.kill(server.pid, signal.SIGKILL)
+            terminal.expect("the connection broke")
+            terminal.expect("kept as far as it came; /retry asks again")
+            terminal.expect("you:")
+            terminal.type(f"still there?{ENTER}")
+            terminal.expect("Connection refused")
+            terminal.expect("the conversation is as it was; /retry asks again")
+            server.stop()
+            server.start()
+            server.wait_ready()
+            terminal.type(f"/retry{ENTER}")
+            terminal.expect_flow()
+            terminal.type(CTRL_C)
+            terminal.expect("(stopped)")
+            terminal.type(CTRL_D)
+            assert terminal.ended() == 0
