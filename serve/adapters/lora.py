@@ -7,6 +7,7 @@ Hu et al. 2021, eq. 3: h = W x + scale · B A x. Parameter names and layouts are
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +16,9 @@ from serve.model.weights import dense_weight, linear_shape
 
 LEAVES = ("lora_a", "lora_b", "m")
 """Names of the tensors an adapter folder may hold for a module, mlx-lm's."""
+LANES = 8
+"""MLX's CUDA kernel of gather_mm reads eight numbers at once along the last axis: where a row is no multiple of them,
+it reads at addresses that no GPU can read eight from, and the whole process has lost its GPU."""
 
 
 class AdaptedLayer(nn.Module):
@@ -128,5 +132,20 @@ def banked_delta(x: mx.array, a: mx.array, b: mx.array, rows: mx.array, slots: m
     Returns [B, T, O] in x.dtype, to be added to the layer's output.
     """
     # Without lhs_indices, gather_mm would make them anew in each of its calls: a hundred small operations a step.
-    h = mx.gather_mm(x, a, lhs_indices=rows, rhs_indices=slots)  # [B, T, R]
-    return mx.gather_mm(h, b, lhs_indices=rows, rhs_indices=slots).astype(x.dtype)
+    return gathered_update(x, a, b, lhs_indices=rows, rhs_indices=slots).astype(x.dtype)
+
+
+def gathered_update(x: mx.array, a: mx.array, b: mx.array, **indices: Any) -> mx.array:
+    """x A B, each entry with its own factors: a [N, D, R], b [N, R, O], `indices` as gather_mm takes them."""
+    num_outputs = b.shape[-1]
+    a, b = whole_lanes(a, -1), whole_lanes(b, -2, -1)
+    update = mx.gather_mm(mx.gather_mm(x, a, **indices), b, **indices)
+    return update if update.shape[-1] == num_outputs else update[..., :num_outputs]
+
+
+def whole_lanes(array: mx.array, *axes: int) -> mx.array:
+    """`array` with zeros up to a multiple of LANES on these axes: itself where there is one already."""
+    widths = [(0, 0)] * array.ndim
+    for axis in axes:
+        widths[axis] = (0, -array.shape[axis] % LANES)
+    return mx.pad(array, widths) if any(more for _, more in widths) else array
