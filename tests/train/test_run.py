@@ -323,7 +323,7 @@ def test_early_stopping_ends_the_run_and_says_so(make_recipe):
         "steps_per_eval=1",
         "iters=50",
         "lr_schedule={name: constant}",
-        "learning_rate=30.0",
+        "learning_rate=1.0",
         "max_grad_norm=null",
     )
     summary = run(recipe, console=quiet())
