@@ -41,8 +41,8 @@ def test_every_rank_and_width_gives_the_plain_product_of_each_entry(dtype, is_tr
     mx.random.seed(0)
     entries = [0, 2, 2, 1]
     index = mx.array(entries, dtype=mx.uint32)
-    for rank, width in itertools.product(SIZES, (2 * LANES, 2 * LANES + 3)):
-        x = mx.random.normal((4, 3, width)).astype(dtype)
+    for rank, width, num_tokens in itertools.product(SIZES, (2 * LANES, 2 * LANES + 3), (3, 150)):
+        x = mx.random.normal((4, num_tokens, width)).astype(dtype)
         a = mx.random.normal((3, width, rank)).astype(dtype) / width**0.5
         b = mx.random.normal((3, rank, width)).astype(dtype)
         expected = plain(x, a, b, entries)
@@ -51,7 +51,7 @@ def test_every_rank_and_width_gives_the_plain_product_of_each_entry(dtype, is_tr
         update = gathered_update(x, a, b, rhs_indices=index)
         assert update.shape == expected.shape
         error = np.abs(np.array(update.astype(mx.float32)) - expected).max() / np.abs(expected).max()
-        assert error < tolerance[dtype], (rank, width)
+        assert error < tolerance[dtype], (rank, width, num_tokens)
 
 
 @pytest.mark.parametrize("rank", SIZES)

@@ -260,7 +260,7 @@ def test_the_best_weights_are_published_when_asked(make_recipe, tmp_path):
         "load_best_model_at_end=true",
         "steps_per_eval=2",
         "save_every=100",
-        "lr_schedule={name: linear_schedule, arguments: [1e-2, 40.0, 8]}",
+        "lr_schedule={name: linear_schedule, arguments: [1e-2, 4.0, 8]}",
         "learning_rate=1e-2",
         "max_grad_norm=null",
         "save_total_limit=1",
