@@ -344,17 +344,20 @@ def bench_compare(
     prompt_tokens: Annotated[int, typer.Option(min=16)] = 74,
     max_tokens: Annotated[int, typer.Option(min=2)] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Servers take turns this many times.")] = 3,
+    size: Annotated[str, typer.Option(help="Parameters of the random model: 29M, 0.6B or 1.7B.")] = "29M",
     folder: Annotated[Path | None, typer.Option(help="Keep model, adapters and server logs here.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure Lathe, mlx_lm.server and mlx_vlm.server on one random 29M-parameter model, in turns."""
+    """Measure Lathe, mlx_lm.server and mlx_vlm.server on one random model, in turns."""
     import tempfile
 
     from serve.bench import compare
+    from serve.bench.standin import SIZES
     from serve.bench.summary import notes, table
     from serve.tables import show
 
     asked = compare.Comparison(
+        size=_one_of(size, tuple(SIZES), "--size"),
         concurrency=_numbers(concurrency, "--concurrency"),
         num_prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,

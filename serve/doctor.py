@@ -20,6 +20,7 @@ PACKAGES = (
     "mlx-lathe",
     "mlx",
     "mlx-cpu",
+    "mlx-cuda-13",
     "mlx-lm",
     "mlx-vlm",
     "transformers",
@@ -27,7 +28,7 @@ PACKAGES = (
     "fastapi",
     "openai",
 )
-OPTIONAL = frozenset({"mlx-cpu", "openai"})
+OPTIONAL = frozenset({"mlx-cpu", "mlx-cuda-13", "openai"})
 FAST_SIZE, SLOW_SIZE = 1024, 384
 """Side of the square matmuls; the reference BLAS would need a second for each 1024 one."""
 SLOW_BLAS_GFLOPS = 10.0
@@ -80,7 +81,7 @@ def diagnose(embedded_model: Path) -> Diagnosis:
     reference = _reference_gflops() if device.needs_openblas() else None
     packages = {name: _version(name) for name in PACKAGES}
     has_model = (embedded_model / "config.json").exists() and any(embedded_model.glob("*.safetensors"))
-    findings = [*_blas_findings(rate), *_package_findings(packages)]
+    findings = [*_blas_findings(rate), *_kernel_findings(), *_package_findings(packages)]
     if not has_model:
         findings.append(
             Finding(
@@ -121,6 +122,25 @@ def _blas_findings(rate: float) -> list[Finding]:
                 f"OpenBLAS was found, yet matmul reaches {rate:.1f} GFLOP/s",
                 "something imported mlx before serve; import serve first, or set LD_PRELOAD to "
                 f"{device.find_openblas()}",
+            )
+        ]
+    return []
+
+
+def _kernel_findings() -> list[Finding]:
+    """MLX compiles kernels for NVIDIA GPUs as they are needed, from headers that other packages bring."""
+    import mlx.core as mx
+
+    weight, scales, biases = mx.quantize(mx.ones((64, 64)), bits=4)
+    try:
+        mx.eval(mx.quantized_matmul(mx.ones((16, 64)), weight, scales, biases, bits=4))
+    except RuntimeError as error:
+        if "Failed to compile kernel" not in str(error) and "CUDA headers" not in str(error):
+            raise
+        return [
+            Finding(
+                f"quantized models cannot run: {str(error).splitlines()[0]}",
+                "`pip install 'nvidia-cuda-crt==13.*'`, or install the CUDA toolkit and set CUDA_HOME",
             )
         ]
     return []

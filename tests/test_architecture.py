@@ -50,6 +50,17 @@ def test_the_scheduler_knows_no_arrays():
     assert not imported(SCHEDULER) & {"mlx", "numpy", "mlx_lm"}
 
 
+def test_gather_mm_is_called_where_its_lanes_are_filled_and_nowhere_else():
+    """On CUDA a stack whose rows fill no whole lane costs the process its GPU."""
+    calls = {
+        name_of(path)
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "gather_mm"
+    }
+    assert calls == {"serve/adapters/lora.py"}
+
+
 def environment_reads(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         is_os = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os"

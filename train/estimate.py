@@ -45,6 +45,9 @@ LAYERS_RECOMPUTED = 1.5
 """With gradient checkpointing, activations at the peak in layers' worth: the one at work and part of the next."""
 FORWARD_SHARE = 0.4
 """Of a step's time: what a batch of validation costs."""
+ATTENTION_TILE = 128
+"""MLX's CUDA backend fuses the gradient of attention at whole tiles of tokens, and cannot export what it fused: there
+one token more is counted, whose attention is not."""
 PAD_TO = 8
 RATE_SIZE, RATE_BYTES = 512, 1 << 24
 
@@ -342,6 +345,8 @@ def step_cost(network: TextNetwork, num_rows: int, num_tokens: int, *, recompute
     recompute  gradient checkpointing: of the layers only their inputs stay, beside one layer's activations
     The network's weights are replaced by tracers; it is of no use afterwards.
     """
+    if device.backend() == "cuda" and num_tokens % ATTENTION_TILE == 0:
+        num_tokens += 1
     module = network.module
     for layer in module.modules():
         if isinstance(layer, (LoRAExperts, SwitchLinear, QuantizedSwitchLinear)):

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from serve.adapters.fit import LowRank
-from serve.adapters.lora import banked_delta
+from serve.adapters.lora import banked_delta, gathered_update
 from serve.model.network import TextNetwork
 from serve.model.weights import expert_modules, linear_modules, linear_shape
 
@@ -137,9 +137,9 @@ class BankedExperts(Banked):
         y = self.linear(x, indices // num_slots, sorted_indices=sorted_indices)
         if not self._rows.present & self._updated:
             return y
-        for stack in (self._a, self._b):
-            x = mx.gather_mm(x, stack.flatten(0, 1), rhs_indices=indices, sorted_indices=sorted_indices)
-        return y + x.astype(y.dtype)
+        a, b = self._a.flatten(0, 1), self._b.flatten(0, 1)
+        update = gathered_update(x, a, b, rhs_indices=indices, sorted_indices=sorted_indices)
+        return y + update.astype(y.dtype)
 
 
 class Bank:

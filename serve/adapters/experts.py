@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from serve.adapters.lora import AdaptedLayer
+from serve.adapters.lora import AdaptedLayer, gathered_update
 from serve.model.weights import dense_weight, linear_shape
 
 
@@ -60,6 +60,5 @@ def expert_update(
     x: mx.array, lora_a: mx.array, lora_b: mx.array, indices: mx.array, sorted_indices: bool
 ) -> mx.array:
     """B A x with each entry's own expert: x [..., 1, D], lora_a [E, R, D], lora_b [E, O, R] → [..., 1, O]."""
-    for factor in (lora_a, lora_b):
-        x = mx.gather_mm(x, factor.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
-    return x
+    a, b = lora_a.swapaxes(-1, -2), lora_b.swapaxes(-1, -2)
+    return gathered_update(x, a, b, rhs_indices=indices, sorted_indices=sorted_indices)

@@ -7,14 +7,22 @@ Hu et al. 2021, eq. 3: h = W x + scale · B A x. Parameter names and layouts are
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from serve import device
 from serve.model.weights import dense_weight, linear_shape
 
 LEAVES = ("lora_a", "lora_b", "m")
 """Names of the tensors an adapter folder may hold for a module, mlx-lm's."""
+LANES = 8
+"""MLX's CUDA kernel of gather_mm reads eight numbers at once along the last axis: where a row is no multiple of them,
+it reads at addresses that no GPU can read eight from, and the whole process has lost its GPU."""
+MAX_WIDE_TOKENS = 64
+"""That kernel takes more tokens an entry than these in half precision only: in float32 it asks for more shared memory
+than MLX has set it up for, and is not started."""
 
 
 class AdaptedLayer(nn.Module):
@@ -128,5 +136,30 @@ def banked_delta(x: mx.array, a: mx.array, b: mx.array, rows: mx.array, slots: m
     Returns [B, T, O] in x.dtype, to be added to the layer's output.
     """
     # Without lhs_indices, gather_mm would make them anew in each of its calls: a hundred small operations a step.
-    h = mx.gather_mm(x, a, lhs_indices=rows, rhs_indices=slots)  # [B, T, R]
-    return mx.gather_mm(h, b, lhs_indices=rows, rhs_indices=slots).astype(x.dtype)
+    return gathered_update(x, a, b, lhs_indices=rows, rhs_indices=slots).astype(x.dtype)
+
+
+def gathered_update(x: mx.array, a: mx.array, b: mx.array, **indices: Any) -> mx.array:
+    """x A B, each entry with its own factors: a [N, D, R], b [N, R, O], `indices` as gather_mm takes them."""
+    num_outputs = b.shape[-1]
+    a, b = whole_lanes(a, -1), whole_lanes(b, -2, -1)
+    parts = [mx.gather_mm(mx.gather_mm(part, a, **indices), b, **indices) for part in _parts(x, a.dtype)]
+    update = mx.concatenate(parts, axis=-2) if len(parts) > 1 else parts[0]
+    return update if update.shape[-1] == num_outputs else update[..., :num_outputs]
+
+
+def _parts(x: mx.array, dtype: mx.Dtype) -> list[mx.array]:
+    """`x` cut along its tokens, into what one product with a factor of this dtype can take."""
+    num_tokens = x.shape[-2]
+    is_wide = mx.float32 in (x.dtype, dtype) and device.backend() == "cuda"
+    if num_tokens <= MAX_WIDE_TOKENS or not is_wide:
+        return [x]
+    return list(mx.split(x, list(range(MAX_WIDE_TOKENS, num_tokens, MAX_WIDE_TOKENS)), axis=-2))
+
+
+def whole_lanes(array: mx.array, *axes: int) -> mx.array:
+    """`array` with zeros up to a multiple of LANES on these axes: itself where there is one already."""
+    widths = [(0, 0)] * array.ndim
+    for axis in axes:
+        widths[axis] = (0, -array.shape[axis] % LANES)
+    return mx.pad(array, widths) if any(more for _, more in widths) else array

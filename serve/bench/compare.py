@@ -41,6 +41,8 @@ class Comparison:
     max_tokens: int = 64
     rounds: int = 3
     requests_per_client: int = 2
+    size: str = "29M"
+    """Of the random model: one of `standin.SIZES`."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,10 @@ class Outcome:
 def run(comparison: Comparison, folder: Path, progress: Callable[[str], None]) -> Outcome:
     """Write the model into `folder`, start the servers, measure, stop them. Raises StoppedError if one fails."""
     progress("writing a random model and 8 adapters")
-    model, adapters = folder / "model", folder / "adapters"
-    standin.write_model(model, mx.float32 if device.backend() == "cpu" else mx.bfloat16)
-    paths = standin.write_adapters(adapters, NUM_ADAPTERS)
+    model, adapters, size = folder / "model", folder / "adapters", standin.SIZES[comparison.size]
+    standin.write_model(model, mx.float32 if device.backend() == "cpu" else mx.bfloat16, size)
+    paths = standin.write_adapters(adapters, NUM_ADAPTERS, size)
+    mx.clear_cache()
     with ExitStack() as stack:
         contestants = _start(model, paths, folder, stack, progress)
         rounds = _measure(contestants, comparison, progress)

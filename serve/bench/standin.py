@@ -1,12 +1,14 @@
 """Writes a random model of a real family, and random adapters for it, where no download is wanted.
 
-The model is 29M parameters of qwen3: 512 wide, 8 layers. Its greedy answers are runs of different tokens that
-depend on all of the prompt, and hold no stop token: every server generates as many tokens as it is asked for.
+The model is a qwen3 of one of SIZES. Its greedy answers are runs of different tokens that depend on all of the
+prompt, and hold no stop token: every server generates as many tokens as it is asked for.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,54 +20,82 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from serve.adapters.manifest import AdapterConfig, write_adapter
 from serve.bench.prompts import WORDS, PromptMaker
 
-NUM_LAYERS = 8
-HIDDEN = 512
-VOCABULARY = 4096
+
+@dataclass(frozen=True)
+class Size:
+    """How large the random model is, in qwen3's own words."""
+
+    hidden: int
+    num_layers: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocabulary: int
+    """Rows of embedding and head; those past the tokenizer's are never met in text."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(in, out) of each linear layer."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (self.hidden, queries),
+            "self_attn.k_proj": (self.hidden, keys),
+            "self_attn.v_proj": (self.hidden, keys),
+            "self_attn.o_proj": (queries, self.hidden),
+            "mlp.gate_proj": (self.hidden, self.intermediate),
+            "mlp.up_proj": (self.hidden, self.intermediate),
+            "mlp.down_proj": (self.intermediate, self.hidden),
+        }
+
+
+TOKENIZER_SIZE = 4096
+SMALLEST = Size(512, 8, 1536, 8, 4, 64, TOKENIZER_SIZE)
+SIZES: Mapping[str, Size] = {
+    "29M": SMALLEST,
+    "0.6B": Size(1024, 28, 3072, 16, 8, 128, 151936),
+    "1.7B": Size(2048, 28, 6144, 16, 8, 128, 151936),
+}
+"""By what the name says: parameters of the small one; the layers of Qwen3-0.6B and Qwen3-1.7B. None ties its head."""
+
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CONFIG = {
-    "model_type": "qwen3",
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": NUM_LAYERS,
-    "intermediate_size": 1536,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 4096,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": 2,
-}
-SHAPES = {
-    "self_attn.q_proj": (HIDDEN, 512),
-    "self_attn.k_proj": (HIDDEN, 256),
-    "self_attn.v_proj": (HIDDEN, 256),
-    "self_attn.o_proj": (512, HIDDEN),
-    "mlp.gate_proj": (HIDDEN, 1536),
-    "mlp.up_proj": (HIDDEN, 1536),
-    "mlp.down_proj": (1536, HIDDEN),
-}
-"""(in, out) of each linear layer, as CONFIG makes them."""
+MAX_CONTEXT = 4096
+EOS_TOKEN_ID = 2
 
 
-def write_model(folder: Path, dtype: mx.Dtype, seed: int = 0, vocabulary: int = VOCABULARY) -> None:
-    """The model folder, as mlx-lm and mlx-vlm load it: config, weights, tokenizer with chat template.
+def config_of(size: Size) -> dict[str, Any]:
+    """config.json of a model of that size, without its dtype."""
+    return {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": size.hidden,
+        "num_hidden_layers": size.num_layers,
+        "intermediate_size": size.intermediate,
+        "num_attention_heads": size.num_heads,
+        "num_key_value_heads": size.num_kv_heads,
+        "head_dim": size.head_dim,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": size.vocabulary,
+        "max_position_embeddings": MAX_CONTEXT,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": EOS_TOKEN_ID,
+    }
 
-    vocabulary  rows of embedding and head; those past the tokenizer's 4,096 are never met in text
-    """
+
+def write_model(folder: Path, dtype: mx.Dtype, size: Size = SMALLEST, seed: int = 0) -> None:
+    """The model folder, as mlx-lm and mlx-vlm load it: config, weights, tokenizer with chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
-    config = {**CONFIG, "vocab_size": vocabulary}
+    config = config_of(size)
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": str(dtype).split(".")[-1]}))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": CONFIG["eos_token_id"]}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS_TOKEN_ID}))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         json.dumps(
@@ -74,25 +104,27 @@ def write_model(folder: Path, dtype: mx.Dtype, seed: int = 0, vocabulary: int = 
                 "eos_token": "<|im_end|>",
                 "pad_token": "<|endoftext|>",
                 "additional_special_tokens": list(SPECIALS),
-                "model_max_length": CONFIG["max_position_embeddings"],
+                "model_max_length": MAX_CONTEXT,
                 "clean_up_tokenization_spaces": False,
                 "chat_template": CHAT_TEMPLATE,
             }
         )
     )
-    weights = {name: tensor.astype(dtype) for name, tensor in _weights(tokenizer, seed, config).items()}
+    weights = _weights(tokenizer, seed, config, dtype)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
 
 
-def write_adapters(folder: Path, count: int, rank: int = 16, seed: int = 1) -> dict[str, Path]:
+def write_adapters(
+    folder: Path, count: int, size: Size = SMALLEST, *, rank: int = 16, seed: int = 1
+) -> dict[str, Path]:
     """`count` random adapters of all linear layers, each in its own folder: name -> folder."""
-    config = AdapterConfig("lora", NUM_LAYERS, rank=rank, scale=2.0, keys=tuple(SHAPES))
+    config = AdapterConfig("lora", size.num_layers, rank=rank, scale=2.0, keys=tuple(size.shapes))
     paths = {f"adapter-{number}": folder / f"adapter-{number}" for number in range(count)}
     for number, path in enumerate(paths.values()):
-        keys = iter(mx.random.split(mx.random.key(seed + number), 2 * NUM_LAYERS * len(SHAPES)))
+        keys = iter(mx.random.split(mx.random.key(seed + number), 2 * size.num_layers * len(size.shapes)))
         tensors: dict[str, mx.array] = {}
-        for layer in range(NUM_LAYERS):
-            for name, (num_in, num_out) in SHAPES.items():
+        for layer in range(size.num_layers):
+            for name, (num_in, num_out) in size.shapes.items():
                 prefix = f"model.layers.{layer}.{name}"
                 tensors[f"{prefix}.lora_a"] = mx.random.normal((num_in, rank), key=next(keys)) * num_in**-0.5
                 tensors[f"{prefix}.lora_b"] = mx.random.normal((rank, num_out), key=next(keys)) * 0.02
@@ -106,7 +138,7 @@ def _tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=TOKENIZER_SIZE,
         special_tokens=list(SPECIALS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -121,17 +153,17 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _weights(tokenizer: Tokenizer, seed: int, config: dict[str, Any]) -> dict[str, mx.array]:
+def _weights(tokenizer: Tokenizer, seed: int, config: dict[str, Any], dtype: mx.Dtype) -> dict[str, mx.array]:
     model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
     shapes = {name: tensor.shape for name, tensor in tree_flatten(model.parameters())}
     keys = mx.random.split(mx.random.key(seed), len(shapes))
     weights = {}
     for key, (name, shape) in zip(keys, sorted(shapes.items()), strict=True):
         if len(shape) == 1:
-            weights[name] = mx.ones(shape)
+            weights[name] = mx.ones(shape, dtype)
             continue
-        weights[name] = mx.random.normal(shape, key=key) * shape[1] ** -0.5
-    speakable = mx.array([_is_speakable(tokenizer, token) for token in range(config["vocab_size"])])
+        weights[name] = (mx.random.normal(shape, key=key) * shape[1] ** -0.5).astype(dtype)
+    speakable = mx.array([_is_speakable(tokenizer, token) for token in range(config["vocab_size"])], dtype)
     # A zero row's logit is 0, which the largest of 4,000 random ones always passes.
     weights["lm_head.weight"] = weights["lm_head.weight"] * speakable[:, None]
     return weights

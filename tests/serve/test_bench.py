@@ -15,6 +15,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import generate as mlx_lm_generate
 from mlx_lm import load as mlx_lm_load
+from mlx_lm.models import qwen3
 
 import lathe
 from serve.api.server import serving
@@ -28,6 +29,7 @@ from serve.bench.summary import summarize
 from serve.bench.sweep import Sweep, SweepRunner, count_tokens
 from serve.config import ServeConfig
 from serve.errors import ConfigError, StoppedError
+from serve.model.weights import linear_modules, linear_shape
 from serve.runtime import Runtime
 
 
@@ -272,6 +274,20 @@ def test_the_standin_is_lively_never_stops_and_has_the_asked_size(standin_folder
     # What comes last depends on what came first, so equal answers of two servers prove something.
     assert sum(a != b for a, b in zip(tokens, changed, strict=False)) >= 20
     assert 20e6 < sum(tensor.size for _, tensor in tree_flatten(model.parameters())) < 30e6
+
+
+@pytest.mark.parametrize("name", standin.SIZES)
+def test_a_standins_shapes_are_those_its_config_makes(name):
+    size = standin.SIZES[name]
+    module = qwen3.Model(qwen3.ModelArgs.from_dict(standin.config_of(size)))  # lazy: no weight is made
+    linear = {path: linear_shape(layer) for path, layer in linear_modules(module).items()}
+    expected = {
+        f"model.layers.{layer}.{path}": shape
+        for layer in range(size.num_layers)
+        for path, shape in size.shapes.items()
+    }
+    assert linear.pop("lm_head") == (size.hidden, size.vocabulary)
+    assert linear == expected
 
 
 def test_the_standins_adapters_fit_it_and_change_what_it_says(standin_folder):

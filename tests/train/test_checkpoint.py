@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from serve import device
 from serve.adapters.manifest import AdapterConfig, Lineage, read_config, read_tensors, write_adapter
 from serve.errors import AdapterError, ConfigError, NotFoundError, TrainingError
 from train import checkpoint
@@ -68,6 +69,9 @@ def train(folder, tiny_network, make_batch, *, optimizer_name, num_iterations, r
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
     tmp_path, tiny_network, make_batch, optimizer_name, kind
 ):
+    if kind == "full" and device.backend() == "cuda":
+        pytest.skip("MLX's CUDA backend adds up an embedding's gradient in no fixed order")
+
     def run(name, **arguments):
         return train(
             tmp_path / name, tiny_network, make_batch, optimizer_name=optimizer_name, kind=kind, **arguments

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from serve import device
 from train import loss as loss_file
 from train.adapt import add_lora, train_all
 from train.loss import chunk_rows, cross_entropy, find_targets, sum_loss, target_logprobs
@@ -80,6 +81,10 @@ def test_the_gradient_of_cross_entropy_is_the_derived_one():
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_peak_memory_holds_a_chunk_of_logits_and_not_all_of_them(tiny_network, trains, monkeypatch):
+    if device.backend() == "cuda":
+        pytest.skip(
+            "MLX's CUDA backend gives memory back a graph of operations at a time, which all of these are in"
+        )
     monkeypatch.setattr(loss_file, "MIN_CHUNK_ROWS", 16)
     monkeypatch.setattr(loss_file, "CHUNK_LOGITS", 1)
     network = tiny_network()

@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 
+from serve import device
 from serve.adapters.dora import DoRALinear, adapted_norms
 from serve.adapters.lora import AdaptedLayer, LoRALinear
 from serve.adapters.manifest import AdapterConfig, write_adapter
@@ -304,6 +305,9 @@ def test_loraplus_moves_b_at_its_own_rate_all_along_the_schedule(adapt, name):
 @pytest.mark.parametrize("name", ["adam", "muon", "adafactor"])
 @pytest.mark.parametrize("method", ["dora", "pissa", "experts"])
 def test_a_run_resumed_with_any_method_and_loraplus_is_bit_for_bit(adapt, make_batch, tmp_path, method, name):
+    if method == "experts" and device.backend() == "cuda":
+        pytest.skip("MLX's CUDA backend adds up the experts' gradients in no fixed order")
+
     batches = [make_batch([9, 12 + i], seed=i) for i in range(4)]
 
     def run(start=None, end=4):

@@ -262,7 +262,7 @@ def test_the_best_weights_are_published_when_asked(make_recipe, tmp_path):
         "load_best_model_at_end=true",
         "steps_per_eval=2",
         "save_every=100",
-        "lr_schedule={name: linear_schedule, arguments: [1e-2, 40.0, 8]}",
+        "lr_schedule={name: linear_schedule, arguments: [1e-2, 4.0, 8]}",
         "learning_rate=1e-2",
         "max_grad_norm=null",
         "save_total_limit=1",
@@ -325,7 +325,7 @@ def test_early_stopping_ends_the_run_and_says_so(make_recipe):
         "steps_per_eval=1",
         "iters=50",
         "lr_schedule={name: constant}",
-        "learning_rate=30.0",
+        "learning_rate=1.0",
         "max_grad_norm=null",
     )
     summary = run(recipe, console=quiet())

@@ -218,7 +218,7 @@ def _model(bench: TrainBench, folder: Path, progress: Callable[[str], None]) -> 
         return resolve(bench.model)
     progress("writing a random model")
     dtype = mx.float32 if device.backend() == "cpu" else mx.bfloat16
-    standin.write_model(folder / "model", dtype, vocabulary=bench.vocabulary)
+    standin.write_model(folder / "model", dtype, replace(standin.SMALLEST, vocabulary=bench.vocabulary))
     mx.clear_cache()
     return folder / "model"
 
