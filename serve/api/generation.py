@@ -177,7 +177,7 @@ def _sampling(services: Services, body: GenerationBody, num_prompt_tokens: int, 
     remaining = services.runtime.max_context - num_prompt_tokens
     if remaining < 1:
         raise ContextLengthError(
-            f"this model's context is {services.runtime.max_context} tokens; the prompt alone has "
+            f"This model's maximum context length is {services.runtime.max_context} tokens; the prompt alone has "
             f"{num_prompt_tokens} and leaves no room for an answer",
             "prompt",
         )

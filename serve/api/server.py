@@ -20,6 +20,8 @@ from serve.runtime import Runtime
 
 GRACEFUL_SHUTDOWN_S = 10
 BACKLOG = 2048
+KEEP_ALIVE_S = 75
+"""How long an idle connection stays open: longer than any client keeps it, lest a request meet the closing."""
 
 
 def run(config: ServeConfig, say: Callable[[str], None] = partial(print, flush=True)) -> None:
@@ -97,6 +99,7 @@ def _server(runtime: Runtime) -> uvicorn.Server:
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
         backlog=BACKLOG,
     )
     return uvicorn.Server(config)

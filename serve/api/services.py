@@ -10,6 +10,7 @@ import anyio
 import anyio.to_thread
 from fastapi import Depends, Request
 
+from serve.api.history import ToolHistory
 from serve.api.logprobs import TokenTexts
 from serve.api.metrics import Metrics
 from serve.runtime import Runtime
@@ -24,6 +25,7 @@ class Services:
         self.runtime = runtime
         self.metrics = Metrics(runtime)
         self.texts = TokenTexts(runtime.model.tokenizer)
+        self.tool_history = ToolHistory(runtime.template, runtime.model.tokenizer)
         self.created = int(time.time())
         # One at a time: a fast tokenizer refuses to be used by two threads at once.
         self._tokenizing = anyio.CapacityLimiter(1)
