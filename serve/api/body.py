@@ -83,7 +83,7 @@ def parse(raw: bytes) -> Any:
     except json.JSONDecodeError as error:
         raise _not_json(f"{error.msg} at character {error.pos}") from None
     except RecursionError:
-        raise _too_deep("the body", None) from None
+        raise _too_deep(None) from None
     except RequestError:
         raise
     except ValueError:
@@ -142,10 +142,10 @@ def _check_inside(value: Any, *, has_escapes: bool) -> None:
     open: list[tuple[tuple[Any, ...], Any]] = [((), value)]
     while open:
         path, found = open.pop()
-        if len(path) > MAX_DEPTH:
-            raise _too_deep(_name(path[:3]), _param(path))
         if isinstance(found, str):
             _check_text(found, path)
+        elif len(path) >= MAX_DEPTH:
+            raise _too_deep(_param(path))
         elif isinstance(found, dict):
             for key in found if has_escapes else ():
                 _check_text(key, (*path, key))
@@ -193,8 +193,8 @@ def _not_json(reason: str) -> RequestError:
     return error
 
 
-def _too_deep(name: str, param: str | None) -> RequestError:
-    return RequestError(f"{name}: nested more than {MAX_DEPTH} deep", param)
+def _too_deep(param: str | None) -> RequestError:
+    return RequestError(f"{param or 'the body'}: nested more than {MAX_DEPTH} deep", param)
 
 
 def _too_large(found: str, config: ServeConfig) -> HTTPException:

@@ -16,7 +16,7 @@ TPOT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-MAX_GONE = 64
+MAX_GONE = 16
 """Names of unloaded adapters whose last counts wait for a scrape."""
 
 

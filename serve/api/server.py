@@ -34,7 +34,7 @@ def run(config: ServeConfig, say: Callable[[str], None] = partial(print, flush=T
         runtime = Runtime.start(config)
         try:
             say(f"Lathe serves {', '.join(served_names(runtime))} at {url_of(listener)}/v1")
-            _server(runtime).run(sockets=[listener])
+            make_server(runtime).run(sockets=[listener])
         except KeyboardInterrupt:
             pass  # uvicorn has shut down and raised the signal again
         finally:
@@ -45,7 +45,7 @@ def run(config: ServeConfig, say: Callable[[str], None] = partial(print, flush=T
 def serving(runtime: Runtime) -> Iterator[str]:
     """Serve `runtime` on a free loopback port from a thread; the URL, without /v1. For tests and the demo."""
     with bind("127.0.0.1", 0) as listener:
-        server = _server(runtime)
+        server = make_server(runtime)
         thread = threading.Thread(target=server.run, args=([listener],), name="lathe-http")
         thread.start()
         try:
@@ -92,7 +92,8 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _server(runtime: Runtime) -> uvicorn.Server:
+def make_server(runtime: Runtime) -> uvicorn.Server:
+    """Not yet running, and bound to nothing."""
     config = uvicorn.Config(
         create_app(runtime),
         log_level="warning",
