@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
@@ -27,30 +26,26 @@ MAX_MESSAGE_CHARS = 4000
 MAX_PROBLEMS = 20
 
 
-class ErrorDetails(BaseModel):
-    """What went wrong, for people and for programs."""
-
-    message: str
-    type: Literal["invalid_request_error", "server_error"]
-    param: str | None
-    """The field at fault."""
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """The body of every response of 400 and above."""
-
-    error: ErrorDetails
-
-
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "The request cannot be served as asked."},
-    "5XX": {
-        "model": ErrorBody,
-        "description": "The server cannot serve it now; 503 has Retry-After if it may pass.",
-    },
+_TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+_DETAILS = {
+    "message": {"type": "string"},
+    "type": {"enum": ["invalid_request_error", "server_error"]},
+    "param": {**_TEXT_OR_NULL, "description": "The field at fault."},
+    "code": _TEXT_OR_NULL,
 }
-"""For the OpenAPI description of every route."""
+_DETAILS_SCHEMA = {
+    "type": "object",
+    "required": [*_DETAILS],
+    "properties": _DETAILS,
+    "additionalProperties": False,
+}
+ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": _DETAILS_SCHEMA}}
+_CONTENT = {"content": {"application/json": {"schema": ERROR_SCHEMA}}}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "The request cannot be served as asked.", **_CONTENT},
+    "5XX": {"description": "The server cannot serve it now; Retry-After says when it may.", **_CONTENT},
+}
+"""What the OpenAPI description says of every route's errors."""
 
 
 def error_body(
