@@ -177,3 +177,15 @@ def test_usage_that_is_asked_for_and_not_is_refused(start):
     answer = httpx.post(f"{url}/v1/completions", json={**SHORT, "stream_options": options})
     assert answer.status_code == 400
     assert "stream_options.continuous_usage_stats: found true, but" in answer.json()["error"]["message"]
+
+
+def test_a_failure_before_the_first_token_keeps_its_status(start):
+    runtime, url = start(stream_keep_alive_s=30)
+    runtime.worker.call(lambda: _break(runtime))
+    answer = httpx.post(f"{url}/v1/completions", json=SHORT, timeout=60)
+    assert answer.status_code in (500, 503)
+    assert answer.json()["error"]["type"] == "server_error"
+
+
+def _break(runtime: Runtime) -> None:
+    runtime.engine._runner.run = None
