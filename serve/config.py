@@ -68,6 +68,12 @@ class ServeConfig(Strict):
     """Address to listen on. Anything but loopback also closes the adapter paths, see allowed_adapter_roots."""
     port: int = Field(8000, ge=0, le=65535)
     """TCP port; 0 takes a free one and prints it."""
+    max_body_mib: float = Field(16, gt=0)
+    """Largest request body, in MiB; a larger one answers 413 and is not read."""
+    body_timeout_s: float = Field(60, gt=0)
+    """What a request's body may take to arrive, in seconds; one that takes longer answers 408."""
+    stream_keep_alive_s: float = Field(5, ge=0)
+    """A stream with nothing to say for so many seconds sends a comment, at first with its headers; 0: never."""
     allowed_adapter_roots: tuple[Path, ...] | None = None
     """Folders under which /v1/load_lora_adapter may read. Left out: everywhere when bound to loopback, else
     nowhere."""

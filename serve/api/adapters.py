@@ -8,6 +8,7 @@ from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 
+from serve.api.body import JsonRoute
 from serve.api.errors import error_response
 from serve.api.schemas import LoadAdapterBody, UnloadAdapterBody
 from serve.api.services import ServicesDep
@@ -15,10 +16,12 @@ from serve.config import ServeConfig
 from serve.errors import AdapterError, ForbiddenError, NotFoundError, RequestError
 from serve.runtime import Runtime
 
-router = APIRouter()
+MAX_PATH_CHARS = 200
+
+router = APIRouter(route_class=JsonRoute)
 
 
-@router.post("/v1/load_lora_adapter")
+@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
 async def load_lora_adapter(body: LoadAdapterBody, services: ServicesDep) -> Response:
     """Load a folder under a name; with load_inplace, replace the version that new requests get."""
     if not body.lora_name or not body.lora_path:
@@ -30,7 +33,7 @@ async def load_lora_adapter(body: LoadAdapterBody, services: ServicesDep) -> Res
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter")
+@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
 async def unload_lora_adapter(body: UnloadAdapterBody, services: ServicesDep) -> Response:
     """Refuse the name to new requests; running ones end with the version they hold."""
     if not body.lora_name:
@@ -40,6 +43,7 @@ async def unload_lora_adapter(body: UnloadAdapterBody, services: ServicesDep) ->
     except NotFoundError:
         message = f"The lora adapter '{body.lora_name}' cannot be found."
         return error_response(404, message, code="not_found", param="lora_name")
+    services.metrics.unloaded()
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
@@ -51,16 +55,25 @@ def _load(runtime: Runtime, body: LoadAdapterBody) -> None:
 
 
 def allowed_path(path: str, config: ServeConfig) -> Path:
-    """The folder behind `path`, links followed. ForbiddenError where this server may not read;
-    NotFoundError where nothing is."""
-    resolved = Path(path).expanduser().resolve()
+    """The folder behind `path`, links followed. ForbiddenError where this server may not read; NotFoundError where
+    no folder is; RequestError where no path can be."""
     roots = config.allowed_adapter_roots
     if roots is None and not config.is_loopback:
         raise ForbiddenError(
             f"{path} may not be loaded: this server listens on {config.host} and names no allowed_adapter_roots"
         )
-    if roots is not None and not any(resolved.is_relative_to(root.expanduser().resolve()) for root in roots):
+    try:
+        resolved = Path(path).expanduser().resolve()
+        is_allowed = roots is None or any(
+            resolved.is_relative_to(root.expanduser().resolve()) for root in roots
+        )
+        is_folder = is_allowed and resolved.is_dir()
+    except (ValueError, RuntimeError, OSError) as error:
+        # A null byte; a user that is not there, a loop of links; too long a name, no permission.
+        message = f"lora_path: {path[:MAX_PATH_CHARS]!r} cannot be looked up: {error}"
+        raise RequestError(message, "lora_path") from None
+    if not is_allowed:
         raise ForbiddenError(f"{path} is under none of this server's allowed_adapter_roots")
-    if not resolved.is_dir():
+    if not is_folder:
         raise NotFoundError(f"No adapter found for {path}: there is no such folder")
     return resolved

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from serve.api import adapters, chat, completions, errors, feedback, health, models
+from serve.api.body import check_target
 from serve.api.metrics import CountErrors
 from serve.api.services import Services
 from serve.runtime import Runtime
@@ -14,7 +15,12 @@ from serve.runtime import Runtime
 
 def create_app(runtime: Runtime) -> FastAPI:
     """The HTTP server's application. The runtime stays its maker's to close."""
-    app = FastAPI(title="Lathe", version=version("mlx-lathe"))
+    app = FastAPI(
+        title="Lathe",
+        version=version("mlx-lathe"),
+        dependencies=[Depends(check_target)],
+        responses=errors.RESPONSES,
+    )
     services = Services(runtime)
     app.state.services = services
     app.add_middleware(CountErrors, metrics=services.metrics)

@@ -7,15 +7,18 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from serve.api.body import JsonRoute
 from serve.api.generation import Generation, build_requests, logprob_writers, new_id
 from serve.api.logprobs import LogprobWriter
 from serve.api.schemas import ChatBody
-from serve.api.services import ServicesDep
-from serve.api.streaming import Answer, Responder
+from serve.api.services import Services, ServicesDep
+from serve.api.streaming import EVENT_STREAM, Answer, Responder
 from serve.api.targets import held_target
 from serve.engine.request import Event, TokenLogprob
 
-router = APIRouter()
+EFFORT = "reasoning_effort"
+
+router = APIRouter(route_class=JsonRoute)
 
 
 class ChatFormat:
@@ -60,19 +63,32 @@ def _delta(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = 
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=EVENT_STREAM)
 async def create_chat_completion(body: ChatBody, http: Request, services: ServicesDep) -> Response:
     """OpenAI's chat completions; vLLM's `top_k`, `min_p`, `ignore_eos` and `chat_template_kwargs` beside them."""
     id = new_id("chatcmpl")
     runtime = services.runtime
     with held_target(runtime, body.model, body.user or id) as target:
         messages = [message.for_template() for message in body.messages]
-        variables = body.chat_template_kwargs or {}
+        if body.has_tool_history:
+            await services.tokenize(lambda: services.tool_history.check(messages))
+        variables = {**_effort(services, body), **(body.chat_template_kwargs or {})}
         prompt = await services.tokenize(lambda: runtime.template.render(messages, **variables))
         requests = build_requests(services, id, body, [prompt], target, continues_prompt=False)
         generation = Generation(services, id, "chat", target, requests)
     format = ChatFormat(logprob_writers(services, requests))
-    responder = Responder(generation, format, len(prompt), http.receive)
+    keep_alive_s = runtime.config.stream_keep_alive_s
+    responder = Responder(generation, format, len(prompt), http.receive, keep_alive_s)
     if body.stream:
-        return await responder.stream(wants_usage=body.wants_usage_chunk)
+        return await responder.stream(
+            wants_usage=body.wants_usage_chunk, is_continuous=body.wants_continuous_usage
+        )
     return await responder.whole()
+
+
+def _effort(services: Services, body: ChatBody) -> dict[str, str]:
+    """reasoning_effort, where the template has such a variable."""
+    template = services.runtime.model.tokenizer.chat_template
+    if body.reasoning_effort is None or EFFORT not in str(template or ""):
+        return {}
+    return {EFFORT: body.reasoning_effort}

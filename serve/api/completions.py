@@ -7,15 +7,16 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from serve.api.body import JsonRoute
 from serve.api.generation import Generation, build_requests, logprob_writers, new_id
 from serve.api.logprobs import LogprobWriter
 from serve.api.schemas import CompletionBody
 from serve.api.services import Services, ServicesDep
-from serve.api.streaming import Answer, Responder
+from serve.api.streaming import EVENT_STREAM, Answer, Responder
 from serve.api.targets import held_target
 from serve.engine.request import Event, FinishReason, TokenLogprob
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 class CompletionFormat:
@@ -53,7 +54,7 @@ class CompletionFormat:
         }
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=EVENT_STREAM)
 async def create_completion(body: CompletionBody, http: Request, services: ServicesDep) -> Response:
     """OpenAI's completions, with prompts as text or token ids; vLLM's `top_k`, `min_p`, `ignore_eos` beside them."""
     id = new_id("cmpl")
@@ -62,9 +63,12 @@ async def create_completion(body: CompletionBody, http: Request, services: Servi
         requests = build_requests(services, id, body, prompts, target, continues_prompt=True)
         generation = Generation(services, id, "completions", target, requests)
     format = CompletionFormat(logprob_writers(services, requests))
-    responder = Responder(generation, format, sum(map(len, prompts)), http.receive)
+    keep_alive_s = services.runtime.config.stream_keep_alive_s
+    responder = Responder(generation, format, sum(map(len, prompts)), http.receive, keep_alive_s)
     if body.stream:
-        return await responder.stream(wants_usage=body.wants_usage_chunk)
+        return await responder.stream(
+            wants_usage=body.wants_usage_chunk, is_continuous=body.wants_continuous_usage
+        )
     return await responder.whole()
 
 

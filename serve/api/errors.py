@@ -10,17 +10,51 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from serve.api.schemas import Body
 from serve.errors import LatheError, NotFoundError, OverloadedError, RequestError
 
-STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
+STATUS_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+}
+MAX_MESSAGE_CHARS = 4000
+MAX_PROBLEMS = 20
+
+
+_TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+_DETAILS = {
+    "message": {"type": "string"},
+    "type": {"enum": ["invalid_request_error", "server_error"]},
+    "param": {**_TEXT_OR_NULL, "description": "The field at fault."},
+    "code": _TEXT_OR_NULL,
+}
+_DETAILS_SCHEMA = {
+    "type": "object",
+    "required": [*_DETAILS],
+    "properties": _DETAILS,
+    "additionalProperties": False,
+}
+ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": _DETAILS_SCHEMA}}
+_CONTENT = {"content": {"application/json": {"schema": ERROR_SCHEMA}}}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "The request cannot be served as asked.", **_CONTENT},
+    "5XX": {"description": "The server cannot serve it now; Retry-After says when it may.", **_CONTENT},
+}
+"""What the OpenAPI description says of every route's errors."""
 
 
 def error_body(
     status: int, message: str, *, code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:
-    """The error object, for a response or for an event of a stream."""
+    """The error object, for a response or for an event of a stream. Whatever a message quotes, it can be written."""
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = f"{message[:MAX_MESSAGE_CHARS]}… ({len(message)} characters)"
+    message = message.encode("utf-8", "backslashreplace").decode()
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -60,12 +94,30 @@ def install(app: FastAPI) -> None:
         return _invalid_body(error.errors(), _body_class(request))
 
     @app.exception_handler(HTTPException)
-    async def on_http_error(_request: Request, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, str(error.detail), code=STATUS_CODES.get(error.status_code))
+    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        message, status = str(error.detail), error.status_code
+        if status == 404:
+            message = _nothing_here(request)
+        response = error_response(status, message, code=STATUS_CODES.get(status))
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(Exception)
     async def on_fault(_request: Request, error: Exception) -> JSONResponse:
         return error_response(500, f"internal error: {error!r}", code="internal_error")
+
+
+def _nothing_here(request: Request) -> str:
+    """What to say of a path that is not there; clients are often one /v1 short, or have one too many."""
+    path = request.scope["path"]
+    message = f"there is nothing at {request.method} {path}"
+    is_twice = path.startswith("/v1/v1/")
+    meant, mistake = (path[3:], "has one /v1 too many") if is_twice else (f"/v1{path}", "lacks /v1")
+    scope = {**request.scope, "path": meant}
+    if any(route.matches(scope)[0] is not Match.NONE for route in request.app.router.routes):
+        base = f"{str(request.base_url).rstrip('/')}/v1"
+        message += f", but there is {meant}: the client's base_url {mistake}; it is {base}"
+    return message
 
 
 def _body_class(request: Request) -> type[Body] | None:
@@ -81,10 +133,6 @@ def _invalid_body(problems: Sequence[Any], body: type[Body] | None) -> JSONRespo
     for problem in problems:
         cause = problem.get("ctx", {}).get("error")
         path = list(problem["loc"][1:])
-        if problem["type"] == "json_invalid":
-            return error_response(
-                400, f"the body is not JSON: {problem['ctx']['error']}", code="invalid_json"
-            )
         if isinstance(cause, RequestError):
             is_inside = bool(path) and path[0] != cause.param
             params.append(path[0] if is_inside else cause.param)
@@ -92,7 +140,9 @@ def _invalid_body(problems: Sequence[Any], body: type[Body] | None) -> JSONRespo
             continue
         params.append(str(path[0]) if path else None)
         lines.append(_line(problem, path, body))
-    message = "; ".join(dict.fromkeys(lines))
+    told = list(dict.fromkeys(lines))
+    more = [f"and {len(told) - MAX_PROBLEMS} more"] if len(told) > MAX_PROBLEMS else []
+    message = "; ".join([*told[:MAX_PROBLEMS], *more])
     return error_response(400, message, code="invalid_request_error", param=params[0] if params else None)
 
 

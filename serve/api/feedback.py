@@ -7,12 +7,13 @@ import asyncio
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
+from serve.api.body import JsonRoute
 from serve.api.errors import error_response
 from serve.api.schemas import FeedbackBody
 from serve.api.services import ServicesDep
 from serve.errors import NotFoundError
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/feedback")

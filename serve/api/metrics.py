@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,10 +16,19 @@ TPOT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
+MAX_GONE = 16
+"""Names of unloaded adapters whose last counts wait for a scrape."""
+
+
 class Metrics:
-    """One app's metrics, in a registry of its own. `model` labels are names without versions."""
+    """One app's metrics, in a registry of its own. `model` labels are names without versions.
+
+    What was counted for a name that is no longer served is shown once more and then removed, so that the labels are
+    as many as the adapters in memory, whatever comes and goes.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(runtime))
         self.requests = Counter(
@@ -34,6 +43,39 @@ class Metrics:
         self.ttft_s = self._histogram("lathe_ttft_seconds", "Time to the first token.", TTFT_BUCKETS_S)
         self.tpot_s = self._histogram("lathe_tpot_seconds", "Time per token after the first.", TPOT_BUCKETS_S)
         self.e2e_s = self._histogram("lathe_request_seconds", "Time to the last token.", E2E_BUCKETS_S)
+
+    def show(self) -> bytes:
+        """Everything in Prometheus' text format. What it showed of names that are gone is removed."""
+        gone = self._gone()
+        text = generate_latest(self.registry)
+        self._remove(gone)
+        return text
+
+    def unloaded(self) -> None:
+        """Some adapter has left: where nobody scrapes, the counts of those that are gone are not kept for ever."""
+        gone = self._gone()
+        if len(gone) > MAX_GONE:
+            self._remove(gone)
+
+    @property
+    def _by_model(self) -> tuple[Counter | Histogram, ...]:
+        return self.requests, self.ttft_s, self.tpot_s, self.e2e_s
+
+    def _gone(self) -> set[str]:
+        """Names that were counted, and that neither new requests nor running ones use."""
+        registry = self._runtime.registry
+        served = {self._runtime.model.name, *registry.names(), *(v.name for v in registry.versions())}
+        return {
+            sample.labels["model"]
+            for metric in self._by_model
+            for family in metric.collect()
+            for sample in family.samples
+        } - served
+
+    def _remove(self, models: set[str]) -> None:
+        for metric in self._by_model:
+            for model in models:
+                metric.remove_by_labels({"model": model})
 
     def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, meaning, ["model"], buckets=buckets, registry=self.registry)

@@ -1,12 +1,13 @@
-"""What request bodies may hold. Nothing is accepted and ignored: unknown fields are refused by name, and fields of
-OpenAI's that Lathe does not do are accepted with their neutral values only."""
+"""What request bodies may hold. Unknown fields are refused by name, and fields of OpenAI's that Lathe does not do are
+accepted with their neutral values only. Hints, which ask nothing of the answer, are taken and listed in README."""
 
 from __future__ import annotations
 
 import difflib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -14,12 +15,23 @@ from serve.errors import RequestError
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+MAX_TOP_K = 2**31 - 1
+"""No vocabulary is larger, so any larger top_k means the same."""
+MAX_TEMPERATURE = 1e6
+"""Beyond it every logit that a model writes divides to nothing, so any higher temperature means the same."""
+MAX_UNKNOWN = 16
+MAX_NAME_CHARS = 80
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Label = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+"""Text that databases and file systems take as a name."""
+# One wrong entry is told, not a million of them.
+Strings = Annotated[list[str], Field(fail_fast=True)]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
-    """Base of every request body."""
+    """Base of every request body. A number without a fraction is an integer, however it was written."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -33,11 +45,19 @@ class Body(BaseModel):
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Fields that exist elsewhere and have no effect here, with the values that ask for no effect."""
 
+    hints: ClassVar[frozenset[str]] = frozenset()
+    """Fields that exist elsewhere and ask nothing of the answer, whatever their value."""
+
     @model_validator(mode="before")
     @classmethod
-    def _take_out_neutral_fields(cls, data: Any) -> Any:
+    def _take_out_fields_without_effect(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        known = {*cls.model_fields, *cls.neutral, *cls.hints}
+        if len(data) > len(known) + MAX_UNKNOWN:
+            unknown = next(name for name in data if name not in known)
+            name = unknown[:MAX_NAME_CHARS]
+            raise RequestError(f"{name}: unknown field, one of {len(data)} fields", name)
         for name, allowed in cls.neutral.items():
             if name in data and not any(_same(data[name], value) for value in allowed):
                 choices = " or ".join(dict.fromkeys(_json(value) for value in allowed))
@@ -45,12 +65,27 @@ class Body(BaseModel):
                     f"{name}: found {_json(data[name])}; Lathe does not do this, so only {choices} is accepted",
                     name,
                 )
-        return {name: value for name, value in data.items() if name not in cls.neutral}
+        integers = _integer_fields(cls)
+        return {
+            name: _as_integer(value) if name in integers else value
+            for name, value in data.items()
+            if name not in cls.neutral and name not in cls.hints
+        }
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
+        """With the fields that have no effect."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        properties = schema.setdefault("properties", {})
+        properties |= {name: {"enum": list(allowed)} for name, allowed in cls.neutral.items()}
+        properties |= {name: {"description": "A hint, taken without effect."} for name in sorted(cls.hints)}
+        return schema
 
     @classmethod
     def closest_field(cls, name: str) -> str | None:
         """A field that `name` may be a misspelling of."""
-        close = difflib.get_close_matches(name, [*cls.model_fields, *cls.neutral], n=1, cutoff=0.7)
+        names = [*cls.model_fields, *cls.neutral, *cls.hints]
+        close = difflib.get_close_matches(name[:MAX_NAME_CHARS], names, n=1, cutoff=0.7)
         return close[0] if close else None
 
 
@@ -60,26 +95,59 @@ class StreamOptions(Body):
     neutral = {"include_obfuscation": (None, False)}
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """vLLM's: every chunk says what its choice has used so far. Brings the usage chunk at the end with it."""
+
+    @model_validator(mode="after")
+    def _continuous_usage_is_usage(self) -> StreamOptions:
+        if self.continuous_usage_stats and self.include_usage is False:
+            raise RequestError(
+                "continuous_usage_stats: found true, but include_usage is false", "continuous_usage_stats"
+            )
+        return self
 
 
 class GenerationBody(Body):
     """What chat and plain completions share. Null means left out, as everywhere in OpenAI's API."""
 
-    model: str = Field(min_length=1)
+    hints = frozenset(
+        {
+            "metadata",
+            "prediction",
+            "prompt_cache_key",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "service_tier",
+            "store",
+        }
+    )
+
+    model: Label = Field(min_length=1)
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
-    """0 and -1 keep the whole vocabulary."""
+    """0 and -1 keep the whole vocabulary, as every number beyond its size does."""
     min_p: float | None = Field(None, ge=0, le=1)
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    stop: str | Strings | None = None
     max_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: Label | None = None
     """The unit of an experiment: the same user meets the same variant. Without effect on other models."""
     ignore_eos: bool | None = None
+
+    @field_validator("top_k")
+    @classmethod
+    def _top_k_fits_an_array(cls, top_k: int | None) -> int | None:
+        return None if top_k is None else min(top_k, MAX_TOP_K)
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperature_fits_an_array(cls, temperature: float | None) -> float | None:
+        return None if temperature is None else min(temperature, MAX_TEMPERATURE)
 
     @field_validator("stop")
     @classmethod
@@ -105,7 +173,13 @@ class GenerationBody(Body):
     @property
     def wants_usage_chunk(self) -> bool:
         """True if a stream is to end with its usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
+        options = self.stream_options
+        return bool(options and (options.include_usage or options.continuous_usage_stats))
+
+    @property
+    def wants_continuous_usage(self) -> bool:
+        """True if every chunk is to say its usage so far."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     @property
     def answer_limit(self) -> int | None:
@@ -121,6 +195,8 @@ class GenerationBody(Body):
 class TextPart(Body):
     """A piece of a message."""
 
+    hints = frozenset({"cache_control"})
+
     type: Literal["text"]
     text: str
 
@@ -134,29 +210,48 @@ _MEDIA_PARTS = {
 }
 
 
+class FunctionCall(Body):
+    """What an assistant called; `arguments` as JSON text, as it came, or as the object it stands for."""
+
+    name: str
+    arguments: str | dict[str, Any]
+
+
+class ToolCall(Body):
+    """A call in an assistant's turn of the history."""
+
+    hints = frozenset({"cache_control", "index"})
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class Message(Body):
-    """One turn of a chat."""
+    """One turn of a chat. The template gets what its turn says: who, what, what was called and what came of it."""
 
-    neutral = {
-        "name": (None,),
-        "refusal": (None,),
-        "audio": (None,),
-        "annotations": (None, []),
-        "function_call": (None,),
-        "tool_calls": (None, []),
-        "tool_call_id": (None,),
-    }
+    neutral = {"audio": (None,), "function_call": (None,)}
+    hints = frozenset({"annotations", "cache_control", "reasoning_details", "refusal"})
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     """developer is OpenAI's newer word for system, and is rendered as system."""
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    """Null beside tool calls only."""
+    name: str | None = None
+    """Who speaks. A hint where the template does not read it."""
+    reasoning_content: str | None = None
+    """What was thought before an answer, sent back. A hint where the template does not read it."""
+    reasoning: str | None = None
+    """The same by its newer name."""
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: str | None = None
 
     @field_validator("content", mode="before")
     @classmethod
     def _text_only(cls, content: Any) -> Any:
         for part in content if isinstance(content, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind in _MEDIA_PARTS:
+            if isinstance(kind, str) and kind in _MEDIA_PARTS:
                 raise RequestError(
                     f"messages: found a part of type {kind!r}; {_MEDIA_PARTS[kind]} are not accepted, "
                     "this model reads text only",
@@ -164,10 +259,32 @@ class Message(Body):
                 )
         return content
 
+    @model_validator(mode="after")
+    def _says_something_of_its_role(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise RequestError(
+                f"tool_calls: found in a turn of {self.role!r}; an assistant calls", "tool_calls"
+            )
+        if self.tool_call_id is not None and self.role != "tool":
+            raise RequestError(
+                f"tool_call_id: found in a turn of {self.role!r}; a tool answers", "tool_call_id"
+            )
+        if self.content is None and not self.tool_calls:
+            raise RequestError(
+                "content: found null or none; it is text, or null beside tool_calls", "content"
+            )
+        return self
+
     def for_template(self) -> dict[str, Any]:
         """As ChatTemplate takes it; it joins text parts itself, in serving as in training."""
-        role = "system" if self.role == "developer" else self.role
-        return {**self.model_dump(), "role": role}
+        turn = self.model_dump(exclude_none=True, exclude={"reasoning"})
+        turn["role"] = "system" if self.role == "developer" else self.role
+        turn["content"] = turn.get("content")
+        if self.reasoning is not None and self.reasoning_content is None:
+            turn["reasoning_content"] = self.reasoning
+        if not self.tool_calls:
+            turn.pop("tool_calls", None)
+        return turn
 
 
 _NEUTRAL_GENERATION: dict[str, tuple[Any, ...]] = {
@@ -187,30 +304,23 @@ class ChatBody(GenerationBody):
         "audio": (None,),
         "function_call": (None, "none"),
         "functions": (None, []),
-        "metadata": (None, {}),
         "modalities": (None, ["text"]),
         "moderation": (None,),
         "parallel_tool_calls": (None, True, False),
-        "prediction": (None,),
-        "prompt_cache_key": (None,),
-        "prompt_cache_options": (None,),
-        "prompt_cache_retention": (None,),
-        "reasoning_effort": (None,),
         "response_format": (None, {"type": "text"}),
-        "safety_identifier": (None,),
-        "service_tier": (None, "auto", "default"),
-        "store": (None, False),
         "tool_choice": (None, "none"),
         "tools": (None, []),
-        "verbosity": (None,),
+        "verbosity": (None, "medium"),
         "web_search_options": (None,),
     }
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    """A variable of the template; a hint where the template does not read it."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatBody:
@@ -221,8 +331,13 @@ class ChatBody(GenerationBody):
                 "they mean the same, send one",
                 "max_completion_tokens",
             )
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs: accepted with logprobs: true only", "top_logprobs")
+        if self.reasoning_effort is not None and "reasoning_effort" in (self.chat_template_kwargs or {}):
+            raise RequestError(
+                "reasoning_effort: found here and in chat_template_kwargs; they mean the same, send one",
+                "reasoning_effort",
+            )
         taken = [name for name in self.chat_template_kwargs or {} if name in _TEMPLATE_ARGUMENTS]
         if taken:
             raise RequestError(
@@ -230,6 +345,11 @@ class ChatBody(GenerationBody):
                 "chat_template_kwargs",
             )
         return self
+
+    @property
+    def has_tool_history(self) -> bool:
+        """True if a turn calls a tool or brings a result."""
+        return any(message.tool_calls or message.role == "tool" for message in self.messages)
 
     @property
     def answer_limit(self) -> int | None:
@@ -250,7 +370,7 @@ class CompletionBody(GenerationBody):
         "suffix": (None,),
     }
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     @field_validator("prompt")
@@ -279,7 +399,7 @@ class LoadAdapterBody(Body):
 
     neutral = {"lora_int_id": (None,), "is_3d_lora_weight": (None, False), "base_model_name": (None,)}
 
-    lora_name: str
+    lora_name: Label
     lora_path: str
     load_inplace: bool = False
 
@@ -289,15 +409,15 @@ class UnloadAdapterBody(Body):
 
     neutral = {"lora_int_id": (None,)}
 
-    lora_name: str
+    lora_name: Label
 
 
 class FeedbackBody(Body):
     """POST /v1/feedback: how one completion turned out."""
 
-    id: str = Field(min_length=1)
+    id: Label = Field(min_length=1, max_length=200)
     """The completion's id."""
-    name: str = Field(min_length=1, max_length=200)
+    name: Label = Field(min_length=1, max_length=200)
     """What was measured, for example exact_match or thumbs_up."""
     value: float = Field(ge=0, le=1)
     """Comparisons are of means in [0, 1]: scale it."""
@@ -306,6 +426,24 @@ class FeedbackBody(Body):
 def _same(found: Any, allowed: Any) -> bool:
     """Equal, and a boolean only to a boolean (in Python, True == 1)."""
     return bool(found == allowed) and isinstance(found, bool) == isinstance(allowed, bool)
+
+
+@cache
+def _integer_fields(body: type[Body]) -> frozenset[str]:
+    """Fields of `body` that hold one integer."""
+    return frozenset(
+        name
+        for name, field in body.model_fields.items()
+        if field.annotation is int or int in map(_bare, get_args(field.annotation))
+    )
+
+
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
+
+
+def _as_integer(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _json(value: Any) -> str:

@@ -20,6 +20,8 @@ from serve.runtime import Runtime
 
 GRACEFUL_SHUTDOWN_S = 10
 BACKLOG = 2048
+KEEP_ALIVE_S = 75
+"""How long an idle connection stays open: longer than any client keeps it, lest a request meet the closing."""
 
 
 def run(config: ServeConfig, say: Callable[[str], None] = partial(print, flush=True)) -> None:
@@ -32,7 +34,7 @@ def run(config: ServeConfig, say: Callable[[str], None] = partial(print, flush=T
         runtime = Runtime.start(config)
         try:
             say(f"Lathe serves {', '.join(served_names(runtime))} at {url_of(listener)}/v1")
-            _server(runtime).run(sockets=[listener])
+            make_server(runtime).run(sockets=[listener])
         except KeyboardInterrupt:
             pass  # uvicorn has shut down and raised the signal again
         finally:
@@ -43,7 +45,7 @@ def run(config: ServeConfig, say: Callable[[str], None] = partial(print, flush=T
 def serving(runtime: Runtime) -> Iterator[str]:
     """Serve `runtime` on a free loopback port from a thread; the URL, without /v1. For tests and the demo."""
     with bind("127.0.0.1", 0) as listener:
-        server = _server(runtime)
+        server = make_server(runtime)
         thread = threading.Thread(target=server.run, args=([listener],), name="lathe-http")
         thread.start()
         try:
@@ -90,13 +92,15 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _server(runtime: Runtime) -> uvicorn.Server:
+def make_server(runtime: Runtime) -> uvicorn.Server:
+    """Not yet running, and bound to nothing."""
     config = uvicorn.Config(
         create_app(runtime),
         log_level="warning",
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
         backlog=BACKLOG,
     )
     return uvicorn.Server(config)

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from serve.api.body import CLIENT_CLOSED_REQUEST
 from serve.api.errors import body_of
 from serve.api.generation import Generation
 from serve.engine.request import Event, FinishReason, TokenLogprob
 from serve.errors import LatheError
 
 T = TypeVar("T")
-CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that left; nobody reads it, logs do."""
+EVENT_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""What a route that can stream adds to its OpenAPI description."""
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which readers of server-sent events skip."""
 
 
 @dataclass
@@ -64,6 +68,8 @@ class Responder:
     format: Format
     num_prompt_tokens: int
     receive: Receive
+    keep_alive_s: float = 0
+    """Longest silence of a stream; 0: no matter how long."""
 
     async def whole(self) -> Response:
         """Everything at once, when all rows have ended."""
@@ -82,30 +88,53 @@ class Responder:
             self.generation.close()
         choices = [self.format.choice(index, answer) for index, answer in sorted(answers.items())]
         return JSONResponse(
-            {**self._envelope(self.format.kind), "choices": choices, "usage": self._usage()},
+            {
+                **self._envelope(self.format.kind),
+                "choices": choices,
+                "usage": self._usage(self.generation.num_answer_tokens),
+            },
             headers=self.generation.target.headers,
         )
 
-    async def stream(self, *, wants_usage: bool) -> Response:
-        """Events as they come. Waits for the first one, so that a refusal has its own HTTP status."""
-        try:
-            first = await unless_gone(self.receive, self.generation.next())
-        except ClientGoneError:
-            self.generation.close()
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-        except BaseException:
-            self.generation.close()
-            raise
-        return EventStream(self.generation, self._pieces(first, wants_usage))
+    async def stream(self, *, wants_usage: bool, is_continuous: bool = False) -> Response:
+        """Events as they come. A refusal that comes before the first keep-alive has its own HTTP status.
 
-    async def _pieces(self, first: tuple[int, Event], wants_usage: bool) -> AsyncIterator[bytes]:
+        wants_usage    a last chunk says what the whole request used
+        is_continuous  every chunk says what its choice has used so far
+        """
+        first = asyncio.ensure_future(self.generation.next())
+        try:
+            await unless_gone(self.receive, asyncio.wait({first}, timeout=self.keep_alive_s or None))
+            if first.done():
+                first.result()
+        except BaseException as error:
+            await _cancelled(first)
+            self.generation.close()
+            if isinstance(error, ClientGoneError):
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
+            raise
+        pieces = self._pieces(first, wants_usage, is_continuous)
+        return EventStream(self.generation, pieces, self.keep_alive_s)
+
+    async def _pieces(
+        self, first: asyncio.Task[tuple[int, Event]], wants_usage: bool, is_continuous: bool
+    ) -> AsyncIterator[bytes]:
         envelope = self._envelope(self.format.chunk_kind)
         if wants_usage:
             envelope["usage"] = None
+        num_tokens: dict[int, int] = {}
         try:
-            index, event = first
+            if not first.done():
+                yield KEEP_ALIVE
+            index, event = await first
             while True:
+                before = num_tokens.get(index, 0)
+                num_tokens[index] = before + len(event.token_ids)
                 for delta in self.format.deltas(index, event):
+                    if is_continuous:
+                        # The chunk that opens a chat's choice brings no token yet.
+                        is_opening = "role" in delta.get("delta", ())
+                        envelope["usage"] = self._usage(before if is_opening else num_tokens[index])
                     yield _sse({**envelope, "choices": [delta]})
                 if self.generation.is_done:
                     break
@@ -113,8 +142,10 @@ class Responder:
         except LatheError as error:
             yield _sse(body_of(error))
             return
+        finally:
+            await _cancelled(first)
         if wants_usage:
-            yield _sse({**envelope, "choices": [], "usage": self._usage()})
+            yield _sse({**envelope, "choices": [], "usage": self._usage(self.generation.num_answer_tokens)})
         yield b"data: [DONE]\n\n"
 
     def _envelope(self, kind: str) -> dict[str, Any]:
@@ -126,31 +157,71 @@ class Responder:
             "model": generation.target.asked,
         }
 
-    def _usage(self) -> dict[str, int]:
-        answer = self.generation.num_answer_tokens
+    def _usage(self, num_answer_tokens: int) -> dict[str, int]:
         return {
             "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": answer,
-            "total_tokens": self.num_prompt_tokens + answer,
+            "completion_tokens": num_answer_tokens,
+            "total_tokens": self.num_prompt_tokens + num_answer_tokens,
         }
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events that end, and end the generation, when the client goes away."""
+    """Server-sent events that end, and end the generation, when the client goes away. No silence is longer than
+    `keep_alive_s`, unless that is 0."""
 
-    def __init__(self, generation: Generation, pieces: AsyncIterator[bytes]) -> None:
+    def __init__(self, generation: Generation, pieces: AsyncIterator[bytes], keep_alive_s: float = 0) -> None:
         headers = {**generation.target.headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(pieces, media_type="text/event-stream", headers=headers)
         self._generation = generation
+        self._keep_alive_s = keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs as ASGI."""
         try:
-            await unless_gone(receive, self.stream_response(send))
+            await unless_gone(receive, self._respond(send))
         except (ClientGoneError, OSError):
             return
         finally:
             self._generation.close()
+
+    async def _respond(self, send: Send) -> None:
+        if not self._keep_alive_s:
+            return await self.stream_response(send)
+        steady = _SteadySend(send, self._keep_alive_s)
+        beating = asyncio.ensure_future(steady.beat())
+        try:
+            await self.stream_response(steady)
+        finally:
+            await _cancelled(beating)
+
+
+class _SteadySend:
+    """A `send` of ASGI beside which a comment goes out whenever nothing else has for `every_s`.
+
+    Each message holds whole events, so a comment may stand between any two.
+    """
+
+    def __init__(self, send: Send, every_s: float) -> None:
+        self._send = send
+        self._every_s = every_s
+        self._lock = asyncio.Lock()
+        self._last_s = time.monotonic()
+        self._is_over = False
+
+    async def __call__(self, message: Message) -> None:
+        async with self._lock:
+            await self._send(message)
+            self._is_over = message["type"] == "http.response.body" and not message.get("more_body")
+            self._last_s = time.monotonic()
+
+    async def beat(self) -> None:
+        """Send comments until the response is over, or until cancelled."""
+        while not self._is_over:
+            await asyncio.sleep(max(self._last_s + self._every_s - time.monotonic(), 0.001))
+            async with self._lock:
+                if not self._is_over and time.monotonic() - self._last_s >= self._every_s:
+                    await self._send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                    self._last_s = time.monotonic()
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -166,6 +237,15 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         working.cancel()
         leaving.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _cancelled(task: asyncio.Future[Any]) -> None:
+    """Wait until `task` has ended, now; what it would have given or raised is dropped."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()
 
 
 async def _gone(receive: Receive) -> None:

@@ -13,6 +13,7 @@ from serve.experiments.store import Run
 from serve.runtime import Runtime
 
 VARIANT_RETRY_AFTER_S = 5.0
+MAX_HEADER_CHARS = 512
 
 
 @dataclass(frozen=True)
@@ -99,5 +100,6 @@ def _acquire(runtime: Runtime, model: str) -> AdapterVersion:
 
 
 def _header(value: str) -> str:
-    """Header values are latin-1; anything else is escaped."""
-    return value.encode("ascii", "backslashreplace").decode()
+    """`value` as a header may hold it: printable ASCII, not blank at its ends; anything else is escaped."""
+    escaped = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in value[:MAX_HEADER_CHARS])
+    return escaped if escaped == escaped.strip() else ascii(escaped)

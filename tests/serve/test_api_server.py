@@ -1,6 +1,7 @@
 """The server around the endpoints: ports, clients that leave, a full queue, an engine that fails."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -11,13 +12,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import h11
 import httpx
+import openai
 import pytest
 
-from serve.api.server import bind, run, serving
+from serve.adapters.version import AdapterVersion
+from serve.api.metrics import MAX_GONE
+from serve.api.server import bind, make_server, run, serving
+from serve.api.targets import Assignment, Target
 from serve.config import ServeConfig
 from serve.errors import ConfigError
-from serve.experiments.store import Store
+from serve.experiments.assignment import Experiment, Variant
+from serve.experiments.store import Run, Store
 from serve.runtime import Runtime
 
 ROOT = Path(__file__).parents[2]
@@ -201,3 +208,108 @@ def test_two_apps_in_one_process_count_apart(start):
         http.post("/v1/completions", json={**LONG, "max_tokens": 2})
         assert "lathe_generated_tokens_total 2.0" in http.get("/metrics").text
         assert "lathe_generated_tokens_total 0.0" in other_http.get("/metrics").text
+
+
+def test_labels_of_adapters_that_are_gone_are_shown_once_more_and_then_no_longer(start, make_adapter):
+    runtime = start(adapters=[{"name": "x", "path": make_adapter(1)}])
+    with browsing(runtime) as http:
+        for model in ("lively", "x"):
+            http.post("/v1/completions", json={**LONG, "model": model, "max_tokens": 2})
+        assert http.get("/metrics").text.count('model="x"') == http.get("/metrics").text.count(
+            'model="lively"'
+        )
+        with http.stream("POST", "/v1/completions", json={**LONG, "model": "x", "stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            http.post("/v1/unload_lora_adapter", json={"lora_name": "x"})
+            for _ in range(2):
+                assert 'model="x"' in http.get("/metrics").text, "a stream still uses it"
+        assert wait_for(http, is_idle)
+        assert 'finish="cancelled",model="x"' in http.get("/metrics").text
+        text = http.get("/metrics").text
+        assert 'model="x"' not in text
+        assert 'model="lively"' in text
+
+
+def test_labels_are_bounded_where_nobody_scrapes(start, make_adapter):
+    runtime, path = start(), str(make_adapter(1))
+    with browsing(runtime) as http:
+        for number in range(MAX_GONE + 10):
+            name = f"visitor-{number}"
+            http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+            http.post("/v1/completions", json={**LONG, "model": name, "max_tokens": 1})
+            http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+        names = set(re.findall(r'model="(visitor-\d+)"', http.get("/metrics").text))
+        assert 0 < len(names) <= MAX_GONE
+
+
+NAMES = [
+    "x\r\nset-cookie: a=b",
+    "x\ny",
+    " x ",
+    "\t",
+    "é",
+    "\U0001f600",
+    "\x7f",
+    "x" * 5000,
+    "\u2028",
+    "\x00",
+    "a b",
+    "x",
+]
+
+
+def test_whatever_a_name_holds_a_header_can_say_it():
+    run = Run(1, Experiment("e", "e", (Variant("v", "m"), Variant("w", "m"))), 0.0)
+    for name in [*NAMES, *(f"{chr(i)}a{chr(i)}b{chr(i)}" for i in range(0x250))]:
+        version = AdapterVersion(name, 1, "sha256:0", 1, "/a")
+        target = Target(name, "base", version, Assignment(run, Variant(name, "m"), "unit"))
+        for key, value in target.headers.items():
+            h11.Response(status_code=200, headers=[(key, value)])  # raises for what no header may hold
+            assert len(value) < 4000
+            assert value.isascii()
+            assert value.isprintable()
+    assert Target("x", "base", AdapterVersion("a b", 2, "", 1, "")).headers["x-lathe-model"] == "a b@2"
+
+
+def test_idle_connections_outlive_those_of_clients(start):
+    server = make_server(start())
+    assert server.config.timeout_keep_alive > 2 * httpx.Limits().keepalive_expiry
+
+
+def test_a_client_whose_base_url_lacks_v1_or_has_it_twice_is_told(start):
+    with serving(start()) as url:
+        for base, mistake in ((url, "lacks /v1"), (f"{url}/v1/v1", "has one /v1 too many")):
+            with openai.OpenAI(base_url=base, api_key="x", max_retries=0) as client:
+                for ask in (
+                    lambda client=client: client.models.list(),
+                    lambda client=client: client.models.retrieve("lively"),
+                    lambda client=client: client.completions.create(model="lively", prompt="x"),
+                    lambda client=client: client.chat.completions.create(model="lively", messages=[]),
+                ):
+                    with pytest.raises(openai.NotFoundError, match=f"base_url {mistake}; it is {url}/v1"):
+                        ask()
+        for path in ("/nothing", "/v1/nothing", "/v1", "/v1/health", "/v1/v1"):
+            answer = httpx.get(f"{url}{path}")
+            assert answer.json()["error"]["message"] == f"there is nothing at GET {path}"
+
+
+def test_a_wrong_method_is_405_and_says_which_is_right(start):
+    with browsing(start()) as http:
+        answer = http.get("/v1/completions")
+        assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+        assert answer.json()["error"]["code"] == "method_not_allowed"
+
+
+def test_an_overlong_prompt_is_told_in_the_words_that_other_software_looks_for(start):
+    with browsing(start()) as http:
+        for path, fields in (
+            ("/v1/completions", {"prompt": "x" * 2000}),
+            ("/v1/completions", {"prompt": [5] * 1024}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 2000}]}),
+        ):
+            answer = http.post(path, json={"model": "lively", **fields})
+            assert answer.status_code == 400
+            assert answer.json()["error"]["code"] == "context_length_exceeded"
+            # litellm makes its ContextWindowExceededError of this sentence, in these letters.
+            assert "This model's maximum context length is 1024 tokens" in answer.json()["error"]["message"]

@@ -1,0 +1,216 @@
+"""A request's bytes in, one JSON value out, or an HTTP error that says what was wrong with them.
+
+Every route that takes a body is a JsonRoute. What passes here is UTF-8, no larger or deeper than allowed, without
+repeated names, without NaN, and its text can be written again: no half surrogate pairs. Schemas see nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.message
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, NoReturn
+from urllib.parse import unquote_to_bytes
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from serve.config import ServeConfig
+from serve.errors import RequestError
+
+MAX_DEPTH = 64
+"""Objects and lists inside each other; the JSON schema of a tool nests about ten."""
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that left; nobody reads it, logs do."""
+
+# Only an escape can bring half a pair: as bytes it is not UTF-8.
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class JsonRoute(APIRoute):
+    """A route whose body is read and checked here, before FastAPI and the schemas see it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler, behind the check where the route takes a body."""
+        answer = super().get_route_handler()
+        if self.body_field is None:
+            return answer
+
+        async def checked(request: Request) -> Response:
+            _check_content_type(request.headers.get("content-type"))
+            try:
+                raw = await _read(request, request.app.state.services.runtime.config)
+            except ClientDisconnect:
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
+            return await answer(_ReadRequest(request, raw, parse(raw)))
+
+        return checked
+
+
+class _ReadRequest(Request):
+    """A request whose body is known."""
+
+    def __init__(self, request: Request, raw: bytes, value: Any) -> None:
+        super().__init__(request.scope, request.receive)
+        self._raw = raw
+        self._value = value
+
+    async def body(self) -> bytes:
+        return self._raw
+
+    async def json(self) -> Any:
+        return self._value
+
+
+def parse(raw: bytes) -> Any:
+    """The value of a body. RequestError names the field at fault, where it is one field's."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_json(f"byte {error.start} is not UTF-8") from None
+    if not text.strip():
+        raise _not_json("it is empty")
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_refuse_constant
+        )
+    except json.JSONDecodeError as error:
+        raise _not_json(f"{error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise _too_deep(None) from None
+    except RequestError:
+        raise
+    except ValueError:
+        # Python reads integers of at most 4,300 digits.
+        raise _not_json("a number has too many digits") from None
+    _check_inside(value, has_escapes=_SURROGATE_ESCAPE.search(raw) is not None)
+    return value
+
+
+def check_target(request: Request) -> None:
+    """RequestError if the path or the query is not UTF-8 once percent-decoded. A dependency of every route."""
+    for part, raw in (
+        ("path", request.scope.get("raw_path") or b""),
+        ("query", request.scope.get("query_string") or b""),
+    ):
+        try:
+            unquote_to_bytes(raw).decode("utf-8")
+        except UnicodeDecodeError:
+            raise RequestError(f"{part}: found percent-encoded bytes that are not UTF-8", part) from None
+
+
+def _check_content_type(value: str | None) -> None:
+    message = email.message.Message()
+    message["content-type"] = value or "none/none"
+    kind = message.get_content_type()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise HTTPException(
+            415, f"Content-Type: found {value or 'none'}; send the body with 'Content-Type: application/json'"
+        )
+
+
+async def _read(request: Request, config: ServeConfig) -> bytes:
+    limit = int(config.max_body_mib * 2**20)
+    length = request.headers.get("content-length")
+    if length is not None and int(length) > limit:
+        raise _too_large(f"{int(length)} bytes", config)
+    raw = bytearray()
+    try:
+        async with asyncio.timeout(config.body_timeout_s):
+            async for piece in request.stream():
+                raw += piece
+                if len(raw) > limit:
+                    raise _too_large("more", config)
+    except TimeoutError:
+        raise HTTPException(
+            408,
+            f"the body did not arrive within {config.body_timeout_s:g} s (body_timeout_s)",
+            {"Connection": "close"},
+        ) from None
+    return bytes(raw)
+
+
+def _check_inside(value: Any, *, has_escapes: bool) -> None:
+    """Walk everything that is nested; strings only where an escape could have spoiled one."""
+    kinds = (dict, list, str) if has_escapes else (dict, list)
+    open: list[tuple[tuple[Any, ...], Any]] = [((), value)]
+    while open:
+        path, found = open.pop()
+        if isinstance(found, str):
+            _check_text(found, path)
+        elif len(path) >= MAX_DEPTH:
+            raise _too_deep(_param(path))
+        elif isinstance(found, dict):
+            for key in found if has_escapes else ():
+                _check_text(key, (*path, key))
+            open += [((*path, key), inner) for key, inner in found.items() if isinstance(inner, kinds)]
+        elif isinstance(found, list):
+            open += [((*path, i), inner) for i, inner in enumerate(found) if isinstance(inner, kinds)]
+
+
+def _check_text(text: str, path: Sequence[Any]) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise RequestError(
+            f"{_name(path)}: found half a surrogate pair, {half}, at character {error.start}; "
+            "text is made of whole characters",
+            _param(path),
+        ) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = _written(
+            next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        )
+        raise RequestError(f"{twice}: found twice in one object", twice)
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise _not_json(f"the number {text[:40]} is too large")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _not_json(f"{name} is no JSON number")
+
+
+def _not_json(reason: str) -> RequestError:
+    error = RequestError(f"the body is not JSON: {reason}")
+    error.code = "invalid_json"
+    return error
+
+
+def _too_deep(param: str | None) -> RequestError:
+    return RequestError(f"{param or 'the body'}: nested more than {MAX_DEPTH} deep", param)
+
+
+def _too_large(found: str, config: ServeConfig) -> HTTPException:
+    return HTTPException(
+        413, f"the body has {found}; at most {config.max_body_mib:g} MiB are read (max_body_mib)"
+    )
+
+
+def _name(path: Sequence[Any]) -> str:
+    return ".".join(_written(str(key)) for key in path) or "the body"
+
+
+def _param(path: Sequence[Any]) -> str | None:
+    return _written(str(path[0])) if path else None
+
+
+def _written(name: str) -> str:
+    """A name that can be written, whatever it holds."""
+    return name[:80].encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,532 @@
+"""What may stand in a body: every field of every body against edges, odd types and broken text."""
+
+import copy
+import json
+import shutil
+import socket
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve.api.body import MAX_DEPTH
+from serve.api.server import serving
+from serve.config import ServeConfig
+from serve.runtime import Runtime
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}\n"
+    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<{{ call.function.name }} {{ call.function.arguments | tojson }}>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{{ mood }} {{ reasoning_effort }}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Reads everything that a message can say, and two variables."""
+
+SHARED = {
+    "model": "lively",
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.01,
+    "seed": 1,
+    "stop": ["never said"],
+    "max_tokens": 2,
+    "n": 1,
+    "stream": False,
+    "user": "maria",
+    "ignore_eos": True,
+}
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
+CHAT = {
+    **SHARED,
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": "maria"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "hm",
+            "reasoning": "hm",
+            "tool_calls": [CALL],
+        },
+        {"role": "tool", "content": "seen", "tool_call_id": "c1"},
+    ],
+    "max_completion_tokens": 2,
+    "logprobs": True,
+    "top_logprobs": 2,
+    "chat_template_kwargs": {"mood": "calm"},
+    "reasoning_effort": "low",
+}
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": {**SHARED, "prompt": "hello", "logprobs": 2},
+    "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "nowhere", "load_inplace": True},
+    "/v1/unload_lora_adapter": {"lora_name": "x"},
+    "/v1/feedback": {"id": "chatcmpl-1", "name": "correct", "value": 1.0},
+}
+"""One body of each endpoint that takes one, with every field in it."""
+STREAMED = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+EDGES = [0, -1, 1, 1.5, 16.0, -0.0, 5e-324, -5e-324, 1e-45, 1e38, 1e39, 1e308, -1e308, True, "1", "x", None]
+EDGES += [sign * (2**bits + plus) for bits in (31, 32, 53, 63, 64) for plus in (-1, 0) for sign in (1, -1)]
+EDGES += [10**400, -(10**400)]
+ODD = [
+    {},
+    [],
+    [[]],
+    [{}],
+    {"type": {}},
+    {"type": []},
+    [{"type": {}}],
+    [{"type": None}],
+    [None],
+    None,
+    True,
+    "",
+    0,
+]
+ODD += [1.5, [[[]]], {"": ""}, ["text"], "\x00", "x" * 10_000, [0] * 1000, {str(i): i for i in range(200)}]
+HALF = "a\ud83d"
+
+Place = tuple[str | int, ...]
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder, tmp_path_factory):
+    """The lively model with a template that reads all there is."""
+    folder = tmp_path_factory.mktemp("models") / "reads-all"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runtime(folder, tmp_path_factory):
+    experiment = {"name": "ab", "variants": [{"model": "lively"}, {"model": "lively", "name": "twin"}]}
+    started = Runtime.start(
+        ServeConfig(
+            model=str(folder),
+            name="lively",
+            max_rows=8,
+            max_waiting=8,
+            max_context=256,
+            experiments=[experiment],
+            store=f"sqlite:///{tmp_path_factory.mktemp('store')}/s.sqlite",
+        )
+    )
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def http(runtime):
+    with serving(runtime) as url, httpx.Client(base_url=url, timeout=120) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def quiet(http):
+    """quiet() asserts that a quiet client is answered as it was at first."""
+
+    def ask() -> dict:
+        fields = {"model": "lively", "prompt": "hello there", "max_tokens": 8, "seed": 3, "ignore_eos": True}
+        answer = http.post("/v1/completions", json=fields)
+        assert answer.status_code == 200
+        return answer.json()["choices"]
+
+    first = ask()
+    assert len(set(first[0]["text"])) > 3
+
+    def check() -> None:
+        assert ask() == first
+
+    return check
+
+
+def places(value: Any, at: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """Every value inside `value`, with where it stands."""
+    if at:
+        yield at, value
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in inner:
+        yield from places(each, (*at, key))
+
+
+def with_(body: dict, place: Place, value: Any) -> dict:
+    """`body` with `value` at `place`."""
+    changed = copy.deepcopy(body)
+    inside: Any = changed
+    for key in place[:-1]:
+        inside = inside[key]
+    inside[place[-1]] = value
+    return changed
+
+
+def post(http: httpx.Client, path: str, body: Any) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return http.post(path, content=content, headers={"content-type": "application/json"})
+
+
+def assert_told(answer: httpx.Response, context: object) -> dict:
+    """A deliberate answer: success, or an error of the client's in OpenAI's shape. Returns its body."""
+    assert answer.status_code < 500, (context, answer.text)
+    if answer.status_code < 400:
+        return {}
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+    return error
+
+
+def is_switch(how: dict) -> bool:
+    return {each.get("type") for each in how.get("anyOf", [how])} <= {"boolean", "null"}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def test_the_bodies_above_have_every_field_there_is_and_are_valid(http):
+    schema = http.get("/openapi.json").json()
+    parts = schema["components"]["schemas"]
+
+    def fields(name: str) -> set[str]:
+        # A switch holds no number and no text.
+        listed = [item for item in parts[name]["properties"].items() if not is_switch(item[1])]
+        return {
+            field for field, how in listed if "enum" not in how and how.get("description", "")[:6] != "A hint"
+        }
+
+    taken = {path for path, methods in schema["paths"].items() if "requestBody" in methods.get("post", {})}
+    assert taken == set(BODIES)
+    for path, body in BODIES.items():
+        content = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        assert fields(content["schema"]["$ref"].split("/")[-1]) - set(body) <= {"stream_options"}
+        if path.endswith("completions"):
+            assert post(http, path, body).status_code == 200
+            assert "[DONE]" in post(http, path, {**body, **STREAMED}).text
+    assert set(chain(*CHAT["messages"])) == fields("Message") | {"role"}
+    assert set(CALL["function"]) == fields("FunctionCall")
+
+
+NUMBERS = [(path, at) for path, body in BODIES.items() for at, value in places(body) if is_number(value)]
+
+
+@pytest.mark.parametrize(
+    ("path", "at"), NUMBERS, ids=lambda v: v if isinstance(v, str) else ".".join(map(str, v))
+)
+def test_no_number_brings_the_server_down(http, quiet, path, at):
+    statuses = set()
+    for edge in EDGES:
+        answer = post(http, path, with_(BODIES[path], at, edge))
+        error = assert_told(answer, edge)
+        statuses.add(answer.status_code)
+        if "NaN" in answer.text or "Infinity" in answer.text:
+            assert error, "no answer holds what is no JSON"
+    assert 400 in statuses
+    quiet()
+
+
+@pytest.mark.parametrize("values", [ODD[:7], pytest.param(ODD[7:], marks=pytest.mark.large)])
+def test_no_odd_value_anywhere_brings_the_server_down(http, quiet, values):
+    for path, body in BODIES.items():
+        for at, _ in places(body):
+            for odd in values:
+                assert_told(post(http, path, with_(body, at, odd)), (at, odd))
+        for odd in values:
+            assert_told(post(http, path, odd), odd)
+    quiet()
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands_and_its_field_is_named(http, path):
+    body = BODIES[path] | (STREAMED if "completions" in path else {})
+    for at, value in places(body):
+        if isinstance(value, str):
+            error = assert_told(post(http, path, with_(body, at, HALF)), at)
+            assert ".".join(map(str, at)) + ": found half a surrogate pair" in error["message"]
+            assert error["param"] == at[0]
+        if isinstance(value, dict):
+            error = assert_told(post(http, path, with_(body, (*at, HALF), 1)), at)
+            assert "a\\ud83d: found half a surrogate pair" in error["message"]
+    error = assert_told(post(http, path, {**body, HALF: 1}), "a field of the body itself")
+    assert error["param"] == "a\\ud83d"
+    # A whole pair is a character, and so is an escape that only looks like half a one.
+    for whole in ("\U0001f600", "\\ud83d"):
+        answer = post(http, path, with_(body, ("model" if "model" in body else next(iter(body)),), whole))
+        assert "surrogate" not in answer.text
+
+
+def test_a_path_or_a_query_that_is_not_utf8_is_400(http):
+    for target, param in (
+        ("/v1/models/%ED%A0%BD", "path"),
+        ("/v1/models/%FF", "path"),
+        ("/health?a=%80", "query"),
+    ):
+        answer = http.get(target)
+        assert answer.status_code == 400
+        assert assert_told(answer, target)["param"] == param
+    assert http.get("/v1/models/%F0%9F%98%80").status_code == 404
+    assert http.get("/health?a=%C3%A9").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        (b"", "empty"),
+        (b" \n", "empty"),
+        (b"{", "not JSON"),
+        (b"[" * 100_000, "nested more than"),
+        (b'{"a":' * 100_000, "nested more than"),
+        (b'{"model": ' + b"[" * 500 + b"]" * 500 + b"}", "model: nested more than"),
+        (
+            b'{"chat_template_kwargs": ' + b'{"a":' * MAX_DEPTH + b"1" + b"}" * MAX_DEPTH + b"}",
+            "nested more than",
+        ),
+        (b'{"model": "a", "model": "b"}', "model: found twice"),
+        (b'{"messages": [{"role": "user", "role": "system"}]}', "role: found twice"),
+        (b'{"temperature": NaN}', "NaN is no JSON number"),
+        (b'{"temperature": Infinity}', "Infinity is no JSON number"),
+        (b'{"chat_template_kwargs": {"a": -Infinity}}', "-Infinity is no JSON number"),
+        (b'{"temperature": 1e400}', "too large"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "too many digits"),
+        (b'{"model": "\xff"}', "not UTF-8"),
+        (b'{"model": "\xed\xa0\xbd"}', "not UTF-8"),
+        ('{"model": "a"}'.encode("utf-16"), "not UTF-8"),
+        (b'{"model": "a\nb"}', "not JSON"),
+        (b"null", "the body"),
+        (b'"text"', "the body"),
+        (b"1", "the body"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_json_object_is_400_and_says_why(http, raw, told):
+    for path in BODIES:
+        answer = post(http, path, raw)
+        assert answer.status_code == 400
+        assert told in assert_told(answer, raw)["message"]
+
+
+def test_deep_but_sane_values_and_a_byte_order_mark_are_read(http):
+    depth = MAX_DEPTH - 3
+    kwargs = {"mood": json.loads("[" * depth + "]" * depth)}
+    fields = {"model": "lively", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    assert post(http, "/v1/chat/completions", {**fields, "chat_template_kwargs": kwargs}).status_code == 200
+    assert (
+        post(http, "/v1/chat/completions", b"\xef\xbb\xbf" + json.dumps(fields).encode()).status_code == 200
+    )
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        None,
+        "application/x-www-form-urlencoded",
+        "text/plain",
+        "application/jsonp",
+        "json",
+        "multipart/form-data",
+    ],
+)
+def test_another_content_type_is_415_and_says_which_to_send(http, kind):
+    headers = {} if kind is None else {"content-type": kind}
+    for path, body in BODIES.items():
+        answer = http.post(path, content=json.dumps(body).encode(), headers=headers)
+        error = assert_told(answer, kind)
+        assert (answer.status_code, error["code"]) == (415, "unsupported_media_type")
+        assert (
+            f"found {kind or 'none'}; send the body with 'Content-Type: application/json'" in error["message"]
+        )
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"]
+)
+def test_json_by_its_other_names_is_read(http, kind):
+    body = json.dumps(BODIES["/v1/completions"]).encode()
+    assert http.post("/v1/completions", content=body, headers={"content-type": kind}).status_code == 200
+
+
+def test_wrong_entries_by_the_thousand_are_told_briefly(http):
+    for path, body in [
+        ("/v1/completions", {"model": "lively", "prompt": [None] * 200_000}),
+        ("/v1/completions", {"model": "lively", "prompt": [[{}]] * 100_000}),
+        ("/v1/completions", {"model": "lively", "prompt": "x", "stop": [0] * 200_000}),
+        ("/v1/chat/completions", {"model": "lively", "messages": [None] * 200_000}),
+        ("/v1/chat/completions", {**CHAT, **{str(i): i for i in range(100_000)}}),
+        ("/v1/chat/completions", {"model": "m" * 1_000_000, "messages": [{"role": "user", "content": "x"}]}),
+    ]:
+        answer = post(http, path, body)
+        assert 400 <= answer.status_code < 500
+        assert_told(answer, path)
+        assert len(answer.content) < 10_000
+
+
+def test_a_body_that_is_too_large_is_413_and_one_that_does_not_come_is_408(folder):
+    runtime = Runtime.start(
+        ServeConfig(model=str(folder), name="lively", max_body_mib=0.1, body_timeout_s=0.3)
+    )
+    with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
+        pieces = (b" " * 65536 for _ in range(1600))  # 100 MB, without saying so before
+        for content in (b" " * 200_000, pieces):
+            answer = http.post(
+                "/v1/completions", content=content, headers={"content-type": "application/json"}
+            )
+            assert (answer.status_code, assert_told(answer, "large")["code"]) == (413, "request_too_large")
+            assert "at most 0.1 MiB are read (max_body_mib)" in answer.text
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        for length, told in ((10**9, b"413"), (100, b"408")):
+            with socket.create_connection((http.base_url.host, http.base_url.port)) as slow:
+                slow.sendall(f"{head}content-length: {length}\r\n\r\n{{".encode())
+                assert told in slow.recv(1000).split(b"\r\n")[0]
+        small = {"model": "lively", "prompt": "x", "max_tokens": 1}
+        assert http.post("/v1/completions", json=small).status_code == 200
+    runtime.close()
+
+
+def test_no_path_of_an_adapter_is_worse_than_a_4xx(http, quiet, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    (tmp_path / "file").write_text("x")
+    paths = ["", ".", "/", "\x00", "a\x00b", "~nosuchuser", "~nosuchuser/x", "~", "x" * 10_000, "x/" * 5000]
+    paths += [
+        str(loop),
+        str(tmp_path),
+        str(tmp_path / "file"),
+        "/dev/zero",
+        "/dev/null",
+        "/dev/stdin",
+        "/dev",
+    ]
+    paths += ["/proc/self/mem", "/proc", "//", "\n", "\U0001f600", "file:///etc", "~root", "\u202e", "con:"]
+    for path in paths:
+        for replace in (False, True):
+            fields = {"lora_name": "x", "lora_path": path, "load_inplace": replace}
+            answer = post(http, "/v1/load_lora_adapter", fields)
+            assert 400 <= answer.status_code < 500, (path, answer.text)
+            assert_told(answer, path)
+    quiet()
+
+
+HINTED = {
+    "metadata": {"a": "b"},
+    "store": True,
+    "prediction": {"type": "content", "content": "x"},
+    "prompt_cache_key": "k",
+    "prompt_cache_options": {"x": 1},
+    "prompt_cache_retention": "24h",
+    "safety_identifier": "s",
+    "service_tier": "flex",
+}
+
+
+def test_hints_change_nothing_and_stand_in_the_readme(http, model_folder):
+    runtime = Runtime.start(ServeConfig(model=str(model_folder), name="plain"))
+    readme = (ROOT / "README.md").read_text()
+    with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as plain:
+
+        def ask(turn: dict, **fields) -> Any:
+            body = {
+                "model": "plain",
+                "messages": [turn, turn],
+                "max_tokens": 6,
+                "seed": 1,
+                "ignore_eos": True,
+            }
+            answer = plain.post("/v1/chat/completions", json={**body, **fields})
+            assert answer.status_code == 200, answer.text
+            return answer.json()["choices"]
+
+        turn = {"role": "assistant", "content": "Hi"}
+        asked = ask(turn)
+        for name, value in {**HINTED, "reasoning_effort": "high", "top_logprobs": 0}.items():
+            assert ask(turn, **{name: value}) == asked
+        assert ask(turn, max_tokens=6.0, seed=1.0, top_k=0.0, n=1.0) == asked
+        turns = {"name": "bob", "reasoning_content": "hm", "reasoning": "hm", "reasoning_details": [{"x": 1}]}
+        turns |= {
+            "refusal": "no",
+            "annotations": [{}],
+            "cache_control": {"type": "ephemeral"},
+            "tool_calls": [],
+        }
+        for name, value in turns.items():
+            assert ask({**turn, name: value}) == asked
+        part = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
+        assert ask({**turn, "content": [part]}) == asked
+        for name in [*HINTED, *turns, "reasoning_effort"]:
+            assert f"`{name}`" in readme
+    runtime.close()
+
+
+def test_what_the_template_reads_of_a_message_reaches_it(http):
+    def ask(**fields) -> Any:
+        answer = post(http, "/v1/chat/completions", {**CHAT, **fields})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    asked = ask()
+    for at, value in [
+        ((0, "name"), "bob"),
+        ((1, "reasoning_content"), "well"),
+        ((1, "tool_calls", 0, "function", "name"), "peek at"),
+        ((1, "tool_calls", 0, "function", "arguments"), '{"at": 22}'),
+        ((2, "content"), "nothing"),
+    ]:
+        other = ask(messages=with_({"m": CHAT["messages"]}, ("m", *at), value)["m"])
+        assert other["usage"]["prompt_tokens"] != asked["usage"]["prompt_tokens"]
+    assert ask(reasoning_effort="medium")["usage"] != asked["usage"] != ask(reasoning_effort=None)["usage"]
+    arguments = with_({"m": CHAT["messages"]}, ("m", 1, "tool_calls", 0, "function", "arguments"), {"at": 1})
+    assert ask(messages=arguments["m"])["choices"] == asked["choices"]
+    thought = {"role": "assistant", "content": "x"}
+    names = [ask(messages=[{**thought, name: "hm"}])["usage"] for name in ("reasoning", "reasoning_content")]
+    assert names[0] == names[1] != ask(messages=[thought])["usage"]
+
+
+@pytest.mark.parametrize(
+    ("turn", "told"),
+    [
+        ({"role": "assistant", "content": None}, "messages.0.content: found null"),
+        ({"role": "assistant"}, "messages.0.content: found null"),
+        ({"role": "user", "content": None}, "messages.0.content: found null"),
+        (
+            {"role": "user", "content": "x", "tool_calls": [CALL]},
+            "messages.0.tool_calls: found in a turn of 'user'",
+        ),
+        (
+            {"role": "user", "content": "x", "tool_call_id": "c1"},
+            "messages.0.tool_call_id: found in a turn of",
+        ),
+        ({"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]}, "messages.0.tool_calls.0.type"),
+        ({"role": "assistant", "content": "x", "audio": {"id": "a"}}, "messages.0.audio: found"),
+    ],
+)
+def test_a_turn_that_says_something_else_than_its_role_may_is_400(http, turn, told):
+    error = assert_told(post(http, "/v1/chat/completions", {**CHAT, "messages": [turn]}), turn)
+    assert told in error["message"]
+    assert error["param"] == "messages"
+
+
+def test_a_history_with_tools_is_refused_where_the_template_would_drop_it(model_folder):
+    runtime = Runtime.start(ServeConfig(model=str(model_folder), name="plain"))
+    with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as plain:
+
+        def ask(turn: dict) -> httpx.Response:
+            fields = {"model": "plain", "max_tokens": 1, "messages": [{"role": "user", "content": "x"}, turn]}
+            return post(plain, "/v1/chat/completions", fields)
+
+        refused = ask({"role": "assistant", "content": "x", "tool_calls": [CALL]})
+        assert refused.status_code == 400
+        assert "messages.1.tool_calls: this model's chat template does not render calls" in refused.text
+        # It writes any role and its content.
+        assert ask({"role": "tool", "content": "seen", "tool_call_id": "c1"}).status_code == 200
+    runtime.close()
+
+
+def test_both_ways_to_say_the_reasoning_effort_at_once_are_refused(http):
+    kwargs = {"reasoning_effort": "high"}
+    error = assert_told(post(http, "/v1/chat/completions", {**CHAT, "chat_template_kwargs": kwargs}), kwargs)
+    assert error["param"] == "reasoning_effort"

@@ -1,0 +1,138 @@
+"""The whole OpenAPI description against the running server: what is generated from it never brings a 500."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import chain
+
+import httpx
+import pytest
+import schemathesis
+from schemathesis.engine import events, from_schema
+
+from serve.api.server import serving
+from serve.config import ServeConfig
+from serve.runtime import Runtime
+
+CHECKS = [
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+    "unsupported_method",
+]
+GENERATING = ("POST /v1/chat/completions", "POST /v1/completions")
+
+
+@dataclass
+class Findings:
+    """What a run has seen."""
+
+    failures: list[str] = field(default_factory=list)
+    statuses: dict[str, Counter[int]] = field(default_factory=dict)
+    """By operation."""
+
+    def add(self, event: events.EngineEvent) -> None:
+        if isinstance(event, events.NonFatalError | events.FatalError):
+            self.failures.append(
+                str(event.info.format()) if hasattr(event, "info") else repr(event.exception)
+            )
+        if not isinstance(event, events.ScenarioFinished):
+            return
+        recorder = event.recorder
+        failed = [check.failure_info for check in chain(*recorder.checks.values()) if check.failure_info]
+        self.failures += [f"{recorder.label}: {info.failure}\n{info.code_sample}" for info in failed]
+        for interaction in recorder.interactions.values():
+            response = interaction.response
+            if response is None:
+                self.failures.append(f"{recorder.label}: no response to {interaction.request}")
+                continue
+            self.statuses.setdefault(recorder.label, Counter())[response.status_code] += 1
+            if response.status_code >= 400 and interaction.request.method != "HEAD":
+                self._check_error(recorder.label, response.content)
+
+    def _check_error(self, label: str, content: bytes | None) -> None:
+        try:
+            error = json.loads(content or b"")["error"]
+            is_right = set(error) == {"message", "type", "param", "code"}
+            is_right = is_right and error["type"] == "invalid_request_error"
+        except (ValueError, LookupError, TypeError):
+            is_right = False
+        if not is_right:
+            self.failures.append(f"{label}: an error in another shape than OpenAI's: {content!r}")
+
+
+@pytest.fixture(scope="module")
+def url(model_folder, tmp_path_factory):
+    experiment = {"name": "ab", "variants": [{"model": "lively"}, {"model": "lively", "name": "twin"}]}
+    runtime = Runtime.start(
+        ServeConfig(
+            model=str(model_folder),
+            name="lively",
+            max_rows=8,
+            max_waiting=8,
+            max_context=128,
+            experiments=[experiment],
+            store=f"sqlite:///{tmp_path_factory.mktemp('store')}/s.sqlite",
+        )
+    )
+    with serving(runtime) as url:
+        yield url
+        assert runtime.worker.failure is None
+        assert not runtime.engine.has_work
+    runtime.close()
+
+
+def narrowed(description: dict) -> dict:
+    """The same, but what is generated from it can mostly be answered: real names, short prompts."""
+    parts = description["components"]["schemas"]
+    for part in parts.values():
+        for name in {"model", "lora_name"} & set(part.get("properties", {})):
+            part["properties"][name] = {"enum": ["lively", "ab"]}
+    text = {"type": "string", "minLength": 1, "maxLength": 8}
+    parts["CompletionBody"]["properties"]["prompt"] = text
+    parts["ChatBody"]["properties"]["messages"] |= {"maxItems": 2}
+    parts["Message"]["required"] = ["role", "content"]
+    turn = parts["Message"]["properties"]
+    for name in ("tool_calls", "tool_call_id"):
+        del turn[name]
+    turn["content"] = {"anyOf": [text, turn["content"]["anyOf"][1]]}
+    for name in ("ChatBody", "CompletionBody"):
+        del parts[name]["properties"]["stream_options"]
+    return description
+
+
+def explore(url: str, description: dict, *, phases: list[str], max_examples: int, is_fixed: bool) -> Findings:
+    """Everything that schemathesis makes of a description, sent to the server."""
+    schema = schemathesis.openapi.from_dict(description)
+    schema.config.update(base_url=url, workers=1)
+    schema.config.phases.update(phases=phases)
+    schema.config.checks.update(included_check_names=CHECKS)
+    schema.config.generation.update(max_examples=max_examples, deterministic=is_fixed, database="none")
+    findings = Findings()
+    for event in from_schema(schema).execute():
+        findings.add(event)
+    return findings
+
+
+def test_a_fixed_sample_of_generated_requests_is_answered_as_described(url):
+    description = httpx.get(f"{url}/openapi.json").json()
+    findings = explore(url, narrowed(description), phases=["fuzzing"], max_examples=10, is_fixed=True)
+    assert findings.failures == []
+    assert len(findings.statuses) >= 9, "an operation was left out"
+    for operation in GENERATING:
+        assert set(findings.statuses[operation]) == {200, 400}, findings.statuses
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("narrow", [lambda whole: whole, narrowed])
+def test_generated_requests_are_answered_as_described(url, narrow):
+    description = narrow(httpx.get(f"{url}/openapi.json").json())
+    phases = ["examples", "coverage", "fuzzing", "stateful"]
+    findings = explore(url, description, phases=phases, max_examples=300, is_fixed=False)
+    assert findings.failures == []
+    assert len(findings.statuses) >= 9, "an operation was left out"
+    for operation in GENERATING:
+        assert findings.statuses[operation][400] > 20, findings.statuses
+        if narrow is narrowed:
+            assert findings.statuses[operation][200] > 20, findings.statuses
