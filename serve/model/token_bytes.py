@@ -82,8 +82,8 @@ class TokenBytes:
             return text.encode("utf-8", "replace")
         if vocabulary.has_byte_fallback and (byte := _BYTE_NAME.fullmatch(name)):
             return bytes([int(byte[1], 16)])
-        if vocabulary.is_byte_level and all(character in _BYTE_OF for character in name):
-            return bytes(_BYTE_OF[character] for character in name)
+        if vocabulary.is_byte_level and all(character in BYTE_OF for character in name):
+            return bytes(BYTE_OF[character] for character in name)
         return text.encode("utf-8", "replace")
 
     def _decoded(self, token_id: int, anchor: int | None) -> str:
@@ -160,4 +160,5 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()
+"""The byte of each character of a byte-level vocabulary."""
