@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from serve.cache.capacity import RowCost
@@ -62,6 +62,8 @@ class Scheduler:
         self._num_arrived = 0
         self._num_plans = 0
         self._composition = 0
+        self._last_plan: Plan | None = None
+        self._may_admit = False  # somebody came or went since the queue was last looked at
         self._is_moved = False  # some sequence joined, left or began to decode since rows were last placed
 
     @property
@@ -79,10 +81,25 @@ class Scheduler:
         sequence.arrival = self._num_arrived
         self._num_arrived += 1
         self.waiting.append(sequence)
+        self._may_admit = True
 
     def schedule(self) -> Plan:
         """The next step. Admits what fits, gives every running sequence its row, and says which rows move."""
         self._num_plans += 1
+        self._last_plan = self._same_again() or self._new_plan()
+        return self._last_plan
+
+    def _same_again(self) -> Plan | None:
+        """The last plan a token later, where nothing else has changed: most steps. None where it would not do."""
+        last = self._last_plan
+        if last is None or last.prefill or last.moves or self.prefilling or self._is_moved or self._may_admit:
+            return None
+        num_positions = last.num_positions + 1
+        if self.budget.row_cost.batch_bytes(last.num_rows, num_positions) > self.budget.max_bytes:
+            return None
+        return replace(last, num_positions=num_positions)
+
+    def _new_plan(self) -> Plan:
         self._preempt_for_memory()
         self._admit()
         chunks = self._prefill_chunks()
@@ -123,6 +140,7 @@ class Scheduler:
             return
         self.waiting = [sequence for sequence in self.waiting if sequence not in gone]
         self._take_rows(gone)
+        self._may_admit = True
         groups = {sequence.group for sequence in (*self.waiting, *self.running)}
         for sequence in gone:
             if sequence.group not in groups:
@@ -157,6 +175,7 @@ class Scheduler:
     # Admission
 
     def _admit(self) -> None:
+        self._may_admit = False  # claims only grow, so what does not fit now waits until somebody comes or goes
         while self.waiting:
             held = Counter(sequence.group for sequence in self.running)
             first = min(self.waiting, key=lambda sequence: (held[sequence.group], sequence.arrival))
@@ -211,6 +230,7 @@ class Scheduler:
         self._take_rows(set(sequences))
         for sequence in sequences:
             self.num_preempted += 1
+            self._may_admit = True
             sequence.num_cached_tokens = 0
             insort(self.waiting, sequence, key=_by_arrival)
 
