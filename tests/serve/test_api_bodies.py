@@ -74,16 +74,16 @@ EDGES = [0, -1, 1, 1.5, 16.0, -0.0, 5e-324, -5e-324, 1e-45, 1e38, 1e39, 1e308, -
 EDGES += [sign * (2**bits + plus) for bits in (31, 32, 53, 63, 64) for plus in (-1, 0) for sign in (1, -1)]
 EDGES += [10**400, -(10**400)]
 ODD = [
+    {"type": {}},
+    [{"type": None}],
+    None,
     {},
     [],
     [[]],
     [{}],
-    {"type": {}},
     {"type": []},
     [{"type": {}}],
-    [{"type": None}],
     [None],
-    None,
     True,
     "",
     0,
@@ -231,7 +231,7 @@ def test_no_number_brings_the_server_down(http, quiet, path, at):
     quiet()
 
 
-@pytest.mark.parametrize("values", [ODD[:7], pytest.param(ODD[7:], marks=pytest.mark.large)])
+@pytest.mark.parametrize("values", [ODD[:4], pytest.param(ODD[4:], marks=pytest.mark.large)])
 def test_no_odd_value_anywhere_brings_the_server_down(http, quiet, values):
     for path, body in BODIES.items():
         for at, _ in places(body):
