@@ -111,18 +111,18 @@ def test_a_replaced_version_serves_its_requests_to_their_end_and_new_ones_get_th
     registry.check_integrity()
 
 
-def test_a_slot_returns_when_its_last_request_ends_and_the_next_adapter_leaves_no_trace(
+def test_an_adapter_that_left_makes_room_and_leaves_no_trace_in_the_next(
     model, fresh_engine, make_adapter, make_request
 ):
     engine = Engine(model, EngineLimits(max_adapters=1))
     registry = engine.registry
     registry.load("wide", make_adapter(1, rank=9))
     held = registry.acquire("wide")
+    with pytest.raises(AdapterError, match="1 adapters are loaded, which is max_adapters"):
+        registry.load("narrow", make_adapter(2, keys=["self_attn.q_proj"]))
     registry.unload("wide")
     with pytest.raises(NotFoundError, match="no adapter 'wide'"):
         registry.acquire("wide")
-    with pytest.raises(AdapterError, match="all 1 slots are taken"):
-        registry.load("narrow", make_adapter(2, keys=["self_attn.q_proj"]))
     registry.release(held)
     version = registry.load("narrow", make_adapter(2, keys=["self_attn.q_proj"]))
     answer = generate(engine, [make_request("r", adapter=version)])[0].token_ids

@@ -136,10 +136,11 @@ def test_a_batch_reads_only_what_its_own_adapters_touch(moe_folder, make_kind, m
         engine.registry.load(name, make_kind(name))
     for _, module in engine.model.network.module.named_modules():
         if isinstance(module, BankedLinear | BankedExperts):
-            if not module._updated & 1 << lora.slot:
-                module._a, module._b = module._a + mx.nan, module._b + mx.nan
-            if module._gain is not None:
-                module._gain = module._gain + mx.nan
+            stack = module._stack
+            if lora.slot not in stack.sizes:
+                stack.a, stack.b = stack.a + mx.nan, stack.b + mx.nan
+            if stack.gain is not None:
+                stack.gain = stack.gain + mx.nan
     assert answer(engine, lora) == before
     assert answer(engine, None) == base
 
