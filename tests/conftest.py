@@ -186,9 +186,10 @@ def make_adapter_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         size: float = 0.3,
         config: AdapterConfig | None = None,
     ) -> Path:
+        linears = modules(model_folder)  # before the seed: a model that is made draws, too
         mx.random.seed(seed)
         tensors = {}
-        for path, linear in modules(model_folder).items():
+        for path, linear in linears.items():
             inside = path.split(".", 3)[
                 3:
             ]  # of model.layers.0.self_attn.q_proj the last two; of lm_head nothing

@@ -22,7 +22,6 @@ from serve.model.network import TextNetwork
 from serve.model.weights import expert_modules, linear_modules
 
 BYTES_AT_ONCE = 256 << 20
-"""Copied between two steps, in install or tidy: the longest a running stream is held up. One layer more at most."""
 
 
 class Banked(nn.Module):
@@ -92,6 +91,9 @@ class Bank:
 
     def __init__(self, network: TextNetwork) -> None:
         self.rows = RowSlots()
+        self.bytes_at_once = BYTES_AT_ONCE
+        """Copied between two steps, in install or tidy: the longest a running stream is held up. One layer more at
+        most."""
         self._network = network
         self._dtype = network.parameters_dtype()
         self._groups: dict[str, Group] = {}  # by module path
@@ -127,14 +129,14 @@ class Bank:
         return total + largest
 
     def parts(self, updates: Mapping[str, LowRank]) -> Iterator[dict[str, LowRank]]:
-        """The updates in parts for `install`, each of as many layers as may be copied between two steps."""
+        """The updates in parts for `install`, each of as many layers as may be copied at once."""
         part: dict[str, LowRank] = {}
         num_bytes = 0
         for path, update in sorted(updates.items()):
             group = self._groups.get(path)
             block = path.rpartition(".")[0]
             is_same_block = any(p.rpartition(".")[0] == block for p in part)
-            if num_bytes > BYTES_AT_ONCE and not is_same_block:
+            if num_bytes > self.bytes_at_once and not is_same_block:
                 yield part
                 part, num_bytes = {}, 0
             part[path] = update
@@ -169,7 +171,7 @@ class Bank:
             self._slots.discard(slot)
             self._leaving.popleft()
         num_bytes = 0
-        while self._loose and num_bytes <= BYTES_AT_ONCE:
+        while self._loose and num_bytes <= self.bytes_at_once:
             group, _ = self._loose.popitem()
             num_bytes += group.shrink()
         return bool(self._loose)

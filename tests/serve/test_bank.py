@@ -103,10 +103,13 @@ def merged_by_hand(moe_folder, weights, folder):
     return module
 
 
+@pytest.mark.parametrize("is_in_parts", [False, True], ids=["at once", "in parts"])
 def test_rows_of_every_kind_in_one_batch_match_each_merged_and_alone(
-    moe_folder, weights, make_kind, make_request, greedy_by_mlx_lm
+    moe_folder, weights, make_kind, make_request, greedy_by_mlx_lm, is_in_parts
 ):
     engine = Engine(load(str(moe_folder)), EngineLimits(prefill_chunk_tokens=64))
+    if is_in_parts:
+        engine.bank.bytes_at_once = 1
     versions = {name: engine.registry.load(name, make_kind(name)) for name in KINDS}
     requests = {
         (name, i): make_request(f"{name}-{i}", text, adapter=versions.get(name))
