@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from serve.adapters.names import name_problem
+from serve.adapters.names import label_problem, name_problem
 from serve.errors import ConfigError
 from serve.experiments.assignment import Experiment, Variant
 from serve.model.quantization import Quantization
@@ -150,6 +150,12 @@ class ServeConfig(Strict):
                 for i, v in enumerate(experiment.variants)
                 if v.model in {e.name for e in self.experiments}
             ]
+            problems += [
+                (f"experiments.{index}.variants.{i}.{key}", f"found {label!a:.80}; {expected}")
+                for i, v in enumerate(experiment.variants)
+                for key, label in (("model", v.model), ("name", v.name))
+                if label is not None and (expected := label_problem(label))
+            ]
         if problems:
             raise Problems(problems)
         return self
@@ -160,6 +166,8 @@ class ServeConfig(Strict):
         names = [(f"adapters.{i}", adapter.name) for i, adapter in enumerate(self.adapters)]
         names += [(f"experiments.{i}", experiment.name) for i, experiment in enumerate(self.experiments)]
         problems = []
+        if self.name is not None and (expected := name_problem(self.name)):
+            problems.append(("name", f"found {self.name!a:.80}; {expected}"))
         for key, name in names:
             if expected := name_problem(name):
                 problems.append((f"{key}.name", f"found {name!a:.80}; {expected}"))

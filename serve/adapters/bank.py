@@ -8,6 +8,7 @@ Owned by the thread that runs the network; what may be called from any thread sa
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
 
@@ -20,6 +21,8 @@ from serve.adapters.slots import RowSlots
 from serve.adapters.stack import Group, Stack
 from serve.model.network import TextNetwork
 from serve.model.weights import expert_modules, linear_modules
+
+logger = logging.getLogger(__name__)
 
 BYTES_AT_ONCE = 256 << 20
 
@@ -173,7 +176,12 @@ class Bank:
         num_bytes = 0
         while self._loose and num_bytes <= self.bytes_at_once:
             group, _ = self._loose.popitem()
-            num_bytes += group.shrink()
+            try:
+                num_bytes += group.shrink()
+            except (RuntimeError, MemoryError) as error:
+                logger.warning(
+                    "memory of adapters that left is kept: there is none to move the others: %s", error
+                )
         return bool(self._loose)
 
     def _distinct(self) -> list[Group]:

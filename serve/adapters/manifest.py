@@ -60,8 +60,8 @@ class TensorSpec:
 
 def read_config(folder: Path) -> AdapterConfig:
     """The adapter's config; AdapterError says what is wrong with it."""
-    if not folder.is_dir():
-        raise NotFoundError(f"no adapter folder at {folder}")
+    if not os.path.isdir(folder):  # unlike Path.is_dir it says no to what is too long, or not allowed
+        raise NotFoundError(f"no adapter folder at {str(folder)!a:.200}")
     path = folder / CONFIG_FILE
     _check_is_file(path)
     if path.stat().st_size > MOST_CONFIG_BYTES:
@@ -77,9 +77,9 @@ def read_config(folder: Path) -> AdapterConfig:
 
 def _check_is_file(path: Path) -> None:
     """A pipe or a device would be waited for, or never end."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise AdapterError(f"{path.parent} is not an adapter folder: it has no {path.name}")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise AdapterError(f"{path}: is no file")
 
 

@@ -6,16 +6,16 @@ LONGEST_NAME = 256
 
 
 def name_problem(name: str) -> str | None:
-    """What a name should have been like; None if it is one.
+    """What a name should have been like; None if it is one. `name@N` is a version."""
+    return "'@' separates a name from its version" if "@" in name else label_problem(name)
 
-    Names stand in log lines, headers and metrics, so they are one line of printable text. `name@N` is a version.
-    """
+
+def label_problem(name: str) -> str | None:
+    """The same where a version may be named: log lines, headers and metrics take one line of printable text."""
     if not name:
         return "a name is not empty"
     if len(name) > LONGEST_NAME:
         return f"a name has at most {LONGEST_NAME} characters"
-    if "@" in name:
-        return "'@' separates a name from its version"
     if not name.isprintable():  # line breaks, control characters, half surrogate pairs, invisible characters
         return "a name holds printable characters alone"
     if name != name.strip():

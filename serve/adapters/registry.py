@@ -49,6 +49,7 @@ class Registry:
 
     run   executes a function on the thread that owns the arrays, and waits
     post  has it executed there soon, and does not wait
+    max_bytes  of all adapters, and what is copied while one is loaded; a load that needs more is refused
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Registry:
         self.post: Run = do_later
         self._model = model
         self._bank = bank
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._max_adapters = max_adapters
         self._max_rank = max_rank
         self._allow_other_base = allow_other_base
@@ -230,7 +231,7 @@ class Registry:
         now = self._bank.num_bytes
         read = num_values * BYTES_A_VALUE_READ
         needed = max(now + read, self._bank.peak_bytes(sizes) + read // 2)
-        if needed <= self._max_bytes:
+        if needed <= self.max_bytes:
             return
         with self._lock:
             held = sum(self._current.get(version.name) != version for version in self._live.values())
@@ -239,7 +240,7 @@ class Registry:
         waiting = f", wait for the requests that still hold {held} replaced versions" if held else ""
         raise AdapterMemoryError(
             f"adapter {name!r} of rank {rank} needs {_mib(needed)} of memory for adapters while it is loaded, the "
-            f"others in its layers padded to its rank; adapter_budget_gib allows {_mib(self._max_bytes)}, and "
+            f"others in its layers padded to its rank; adapter_budget_gib allows {_mib(self.max_bytes)}, and "
             f"{count} versions take {_mib(now)} now. Unload one{waiting}, load one of a lower rank, or raise "
             f"adapter_budget_gib"
         )

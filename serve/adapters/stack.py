@@ -17,6 +17,9 @@ from serve.model.weights import EXPERTS, linear_shape
 ENTRY_BLOCK = 4
 NO_SIZE = Size(0, False)
 
+Arrays = tuple[mx.array, mx.array, mx.array | None]
+"""a, b and gain."""
+
 
 def entries_for(count: int) -> int:
     """Entries there is memory for with `count` adapters: the base's and theirs, in blocks of 4."""
@@ -53,12 +56,16 @@ class Stack:
         every = [*self.sizes.values(), *sizes]
         return Size(max((s.rank for s in every), default=0), any(s.has_gain for s in every))
 
-    def resize(self, kept: Sequence[int], num_entries: int, size: Size) -> None:
-        """New arrays of `num_entries` entries; old entry kept[i] becomes entry i + 1. Evaluates."""
-        self.a = self._moved(self.a, kept, (num_entries, self._inputs, size.rank), size)
-        self.b = self._moved(self.b, kept, (num_entries, size.rank, self._outputs), size)
-        gain = self._moved(self.gain, kept, (num_entries, self._outputs), size) if size.has_gain else None
-        self.gain, self.size = gain, size
+    def resized(self, kept: Sequence[int], num_entries: int, size: Size) -> Arrays:
+        """Arrays of `num_entries` entries, evaluated; entry kept[i] of these ones is entry i + 1 there."""
+        a = self._moved(self.a, kept, (num_entries, self._inputs, size.rank))
+        b = self._moved(self.b, kept, (num_entries, size.rank, self._outputs))
+        return a, b, self._moved(self.gain, kept, (num_entries, self._outputs)) if size.has_gain else None
+
+    def adopt(self, arrays: Arrays, size: Size) -> None:
+        """Use these from now on."""
+        self.a, self.b, self.gain = arrays
+        self.size = size
 
     def is_used_by(self, slots: frozenset[int]) -> bool:
         """Whether any of these slots has an update here."""
@@ -89,18 +96,15 @@ class Stack:
         """The arrays there are."""
         return [array for array in (self.a, self.b, self.gain) if array is not None]
 
-    def _moved(
-        self, old: mx.array | None, kept: Sequence[int], shape: tuple[int, ...], size: Size
-    ) -> mx.array:
-        is_gain = len(shape) == 2
-        lead = () if is_gain else (slice(None),) * len(self._experts)
-        new = mx.zeros(shape if is_gain else (*self._experts, *shape), dtype=self._dtype)
+    def _moved(self, old: mx.array | None, kept: Sequence[int], shape: tuple[int, ...]) -> mx.array:
+        experts = self._experts if len(shape) == 3 else ()
+        new = mx.zeros((*experts, *shape), dtype=self._dtype)
         if old is not None and kept and old.size and new.size:
-            taken = mx.take(old, mx.array(list(kept), dtype=mx.uint32), axis=len(lead))
-            widths = tuple(slice(min(was, now)) for was, now in zip(old.shape, new.shape, strict=True))
-            part = widths[len(lead) + 1 :]
-            new[(*lead, slice(1, len(kept) + 1), *part)] = taken[(*lead, slice(None), *part)]
-        # Now, not with the other arrays: the old one is given back before the next is made.
+            every = (slice(None),) * len(experts)
+            taken = mx.take(old, mx.array(list(kept), dtype=mx.uint32), axis=len(experts))
+            both = zip(taken.shape, new.shape, strict=True)
+            inner = [slice(min(sizes)) for sizes in both][len(experts) + 1 :]
+            new[(*every, slice(1, len(kept) + 1), *inner)] = taken[(*every, slice(None), *inner)]
         mx.eval(new)
         return new
 
@@ -172,9 +176,11 @@ class Group:
         return self.num_bytes
 
     def _resize(self, num_entries: int, sizes: Mapping[str, Size]) -> None:
+        """All stacks or none: where memory ends, what was there is whole."""
         kept = [i + 1 for i, owner in enumerate(self.entries) if owner is not None]
+        made = {path: stack.resized(kept, num_entries, sizes[path]) for path, stack in self.stacks.items()}
         for path, stack in self.stacks.items():
-            stack.resize(kept, num_entries, sizes[path])
+            stack.adopt(made[path], sizes[path])
         self.entries = tuple(owner for owner in self.entries if owner is not None)
         self.num_entries = num_entries
 

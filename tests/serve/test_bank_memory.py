@@ -245,11 +245,11 @@ def test_a_load_never_takes_more_than_the_smallest_budget_that_allows_it(fresh_e
 
     def with_budget(num_bytes: int | None) -> Engine:
         engine = fresh_engine(adapter_budget_bytes=num_bytes)
-        engine.registry._max_bytes = 1 << 40
+        engine.registry.max_bytes = 1 << 40
         for number, seed in enumerate(earlier):
             engine.registry.load(f"n{number}", make_one(seed))
         if num_bytes is not None:
-            engine.registry._max_bytes = num_bytes
+            engine.registry.max_bytes = num_bytes
         return engine
 
     engine = with_budget(1)
