@@ -161,12 +161,17 @@ class Bank:
         """Nobody uses `slot` any more; `tidy` gives its memory back. From any thread."""
         self._leaving.append(slot)
 
+    @property
+    def tidy_is_due(self) -> bool:
+        """Whether `tidy` has something to do. From any thread."""
+        return bool(self._leaving or self._loose)
+
     def tidy(self) -> bool:
         """Give back what adapters that left have held, about as much as may be copied between two steps.
 
         Returns whether there is more to do.
         """
-        if self._leaving or self._loose:
+        if self.tidy_is_due:
             self.rows.forget()
         while self._leaving:
             slot = self._leaving[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -15,6 +17,7 @@ from serve.adapters.stack import entries_for
 from serve.adapters.version import AdapterVersion
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
+from serve.engine.worker import Worker
 from serve.errors import AdapterError, AdapterMemoryError, NotFoundError
 from serve.model.loading import load
 
@@ -299,3 +302,51 @@ def test_values_that_the_bank_cannot_hold_are_refused_by_tensor(
         with pytest.raises(AdapterError, match=re.escape(told)):
             engine.registry.load("a", folder)
         assert engine.bank.num_bytes == 0
+
+
+def test_loads_replacements_and_unloads_from_many_threads_leave_every_stream_right_and_nothing_behind(
+    model, make_one, alone, make_request
+):
+    engine = Engine(model, EngineLimits(max_adapters=3))
+    engine.bank.bytes_at_once = 20_000
+    folders, expected = {seed: make_one(seed) for seed in RANKS}, {seed: alone(seed) for seed in RANKS}
+    worker = Worker(engine)
+    worker.start()
+    wrong: list[str] = []
+    done = threading.Semaphore(0)
+
+    def churn(name: str, rng: random.Random) -> int:
+        count = 0
+        for turn in range(10):
+            seed = rng.choice(list(RANKS))
+            engine.registry.load(name, folders[seed], replace=True)
+            version = engine.registry.acquire(name)
+            tokens: list[int] = []
+
+            def take(event, seed=seed, tokens=tokens) -> None:
+                tokens.extend(event.token_ids)
+                if event.finish is not None:
+                    if event.finish != "length" or tokens != expected[seed]:
+                        wrong.append(f"{event}: {tokens}")
+                    done.release()
+
+            worker.submit(make_request(f"{name}-{turn}", adapter=version), take)
+            count += 1
+            if rng.random() < 0.5:
+                engine.registry.unload(name)
+        return count
+
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(churn, name, random.Random(number)) for number, name in enumerate("abc")]
+        for _ in range(sum(future.result() for future in futures)):
+            assert done.acquire(timeout=60)
+    for name in engine.registry.names():
+        engine.registry.unload(name)
+    worker.call(lambda: None)
+    while engine.bank.tidy_is_due:
+        worker.call(lambda: None)
+    assert wrong == []
+    assert engine.registry.versions() == []
+    engine.registry.check_integrity()
+    assert (engine.bank.num_bytes, array_bytes(engine)) == (0, 0)
+    worker.stop()
