@@ -155,7 +155,6 @@ class Bank:
         self._wrap_new(updates)
         for group in {self._groups[path]: None for path in updates}:
             group.install(slot, {path: updates[path] for path in group.stacks if path in updates})
-        self.rows.forget()
 
     def leave(self, slot: int) -> None:
         """Nobody uses `slot` any more; `tidy` gives its memory back. From any thread."""

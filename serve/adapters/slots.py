@@ -46,12 +46,6 @@ class RowSlots:
         self.composition: Composition | None = None
         """None when all rows are the base's: such a forward skips the bank."""
         self._kept: OrderedDict[tuple[int, ...], Composition] = OrderedDict()
-        self._num_arrays_dropped = 0
-
-    @property
-    def num_arrays(self) -> int:
-        """Arrays made since the start: none a step while the rows stay the same."""
-        return self._num_arrays_dropped + sum(kept.num_arrays for kept in self._kept.values())
 
     def set(self, slots: Sequence[int]) -> None:
         """The coming forward's rows use these slots, one a row."""
@@ -63,12 +57,11 @@ class RowSlots:
         if found is None:
             found = self._kept[key] = Composition(key)
             if len(self._kept) > KEPT:
-                self._num_arrays_dropped += self._kept.popitem(last=False)[1].num_arrays
+                self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         self.composition = found
 
     def forget(self) -> None:
-        """Stacks have changed: what was made for the entries they had is of no use."""
-        self._num_arrays_dropped = self.num_arrays
+        """Adapters have left: what was made for the entries there were is of no use."""
         self._kept.clear()
         self.composition = None

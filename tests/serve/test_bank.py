@@ -161,6 +161,21 @@ def test_a_slot_used_again_keeps_no_length_or_expert_of_the_last_adapter(moe_fol
         engine.registry.unload(name)
 
 
+def test_an_adapter_in_a_place_that_had_lengths_has_none_beside_one_that_has(
+    moe_folder, make_kind, make_request
+):
+    alone = Engine(load(str(moe_folder)))
+    version = alone.registry.load("lora", make_kind("lora"))
+    expected = generate(alone, [make_request("r", adapter=version)])[0].token_ids
+    engine = Engine(load(str(moe_folder)))
+    for name in ("first", "second"):
+        engine.registry.load(name, make_kind("dora"))
+    engine.registry.unload("first")
+    versions = engine.registry.load("lora", make_kind("lora")), engine.registry.resolve("second")
+    answers = generate(engine, [make_request(str(v.slot), adapter=v) for v in versions])
+    assert answers[0].token_ids == expected
+
+
 def test_what_does_not_fit_is_named(moe_folder, make_kind, tmp_path):
     registry = Engine(load(str(moe_folder))).registry
     tensors = read_tensors(make_kind("dora"))

@@ -186,6 +186,10 @@ def test_replacing_again_and_again_moves_no_array_but_its_own_entry(engine, make
     for seed in (9, 10, 11):
         engine.registry.load("a", make_adapter(seed), replace=True)
         assert {path: stack.a.shape for path, stack in stacks(engine).items()} == sizes
+        groups = [m._group for _, m in engine.model.network.module.named_modules() if isinstance(m, Banked)]
+        assert [group.shrink() for group in groups] == [0] * len(groups), (
+            "nothing is copied to give room back"
+        )
 
 
 def test_streams_take_steps_between_the_parts_of_a_load(engine, make_one, alone, make_request):
@@ -243,8 +247,11 @@ def peak_of_load(engine: Engine, name: str, folder) -> int:
 
 
 @pytest.mark.parametrize("order", [(1, 4, 2), (4, 1, 2), (2, 2, 2, 2, 2), (3, 5, 4)], ids=str)
-def test_a_load_never_takes_more_than_the_smallest_budget_that_allows_it(fresh_engine, make_one, order):
+def test_a_load_never_takes_more_than_the_smallest_budget_that_allows_it(fresh_engine, make_adapter, order):
     *earlier, last = order
+
+    def make_one(seed: int):
+        return make_adapter(seed, rank=8 * RANKS[seed], keys=KEYS.get(seed))
 
     def with_budget(num_bytes: int | None) -> Engine:
         engine = fresh_engine(adapter_budget_bytes=num_bytes)
@@ -264,7 +271,7 @@ def test_a_load_never_takes_more_than_the_smallest_budget_that_allows_it(fresh_e
     with pytest.raises(AdapterMemoryError):
         with_budget(int(told * 0.8)).registry.load("last", make_one(last))
     peak = peak_of_load(with_budget(int(told * 1.2)), "last", make_one(last))
-    assert peak <= told * 1.05 + 100_000
+    assert peak <= told + 60_000, "as far as the message rounds it"
     assert peak >= told / 4, "and not a multiple of what is needed"
 
 
@@ -276,15 +283,18 @@ def test_no_array_of_slots_is_made_while_the_rows_stay_the_same(engine, make_one
     while engine.stats().num_decoding < 5:
         engine.step()
     engine.step()
-    before = engine.bank.rows.num_arrays
-    assert before > 0
+    rows = engine.bank.rows.composition
+    before = rows.num_arrays
+    assert before == 1 + 3, "the rows, and their places in what all three touch, two, and one"
     for _ in range(20):
         engine.step()
-    assert engine.bank.rows.num_arrays == before
+        assert engine.bank.rows.composition is rows
+    assert rows.num_arrays == before
     engine.registry.load("other", make_one(2))
     for _ in range(10):
         engine.step()
-    assert before < engine.bank.rows.num_arrays <= 2 * before + 4, "once more, for stacks that have grown"
+    assert engine.bank.rows.composition is rows
+    assert rows.num_arrays == 2 * before - 1, "once more, for stacks that one more is in"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
