@@ -246,7 +246,7 @@ def peak_of_load(engine: Engine, name: str, folder) -> int:
     return mx.get_peak_memory() - others
 
 
-@pytest.mark.parametrize("order", [(1, 4, 2), (4, 1, 2), (2, 2, 2, 2, 2), (3, 5, 4)], ids=str)
+@pytest.mark.parametrize("order", [(1, 4, 2), (4, 1, 2), (4, 4, 4, 4), (3, 5, 4)], ids=str)
 def test_a_load_never_takes_more_than_the_smallest_budget_that_allows_it(fresh_engine, make_adapter, order):
     *earlier, last = order
 
