@@ -292,6 +292,13 @@ def test_nan_weights_and_too_high_ranks_are_refused_by_tensor(model, make_adapte
         Engine(model).registry.load("a", folder)
     with pytest.raises(AdapterError, match="has rank 40, this server takes up to 16"):
         Engine(model, EngineLimits(max_rank=16)).registry.load("a", folder)
+    whole = read_tensors(make_adapter(1))
+    write_adapter(folder, whole, AdapterConfig("lora", -1, 8, 2.0))
+    with pytest.raises(AdapterError, match=r"q_proj has rank 4, its adapter_config\.json says 8"):
+        Engine(model).registry.load("a", folder)
+    write_adapter(folder, {**whole, name: whole[name].astype(mx.int32)}, AdapterConfig("lora", -1, 4, 2.0))
+    with pytest.raises(AdapterError, match="lora_b holds I32, floating-point"):
+        Engine(model).registry.load("a", folder)
 
 
 def test_tensors_swapped_under_a_manifest_are_noticed(make_adapter, tmp_path):

@@ -170,7 +170,9 @@ def test_an_adapter_in_a_place_that_had_lengths_has_none_beside_one_that_has(
     engine = Engine(load(str(moe_folder)))
     for name in ("first", "second"):
         engine.registry.load(name, make_kind("dora"))
-    engine.registry.unload("first")  # the head's rank is lower: it takes the first one's entry, and no array grows
+    engine.registry.unload(
+        "first"
+    )  # the head's rank is lower: it takes the first one's entry, and no array grows
     versions = engine.registry.load("head", make_kind("head")), engine.registry.resolve("second")
     answers = generate(engine, [make_request(str(v.slot), adapter=v) for v in versions])
     assert answers[0].token_ids == expected

@@ -360,3 +360,21 @@ def test_loads_replacements_and_unloads_from_many_threads_leave_every_stream_rig
     engine.registry.check_integrity()
     assert (engine.bank.num_bytes, array_bytes(engine)) == (0, 0)
     worker.stop()
+
+
+def test_work_that_posts_itself_again_holds_up_no_stream(model, make_request):
+    """As giving back a large bank's memory does, a part between two steps."""
+    worker, finished = Worker(Engine(model)), threading.Event()
+    worker.start()
+
+    def again() -> None:
+        if not finished.is_set():
+            worker.engine.registry.post(again)
+
+    try:
+        worker.engine.registry.post(again)
+        worker.submit(make_request("r"), lambda event: finished.set() if event.finish else None)
+        assert finished.wait(timeout=10)
+    finally:
+        finished.set()
+        worker.stop()
