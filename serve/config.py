@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from serve.adapters.names import label_problem, name_problem
 from serve.errors import ConfigError
 from serve.experiments.assignment import Experiment, Variant
 from serve.model.quantization import Quantization
@@ -87,12 +88,15 @@ class ServeConfig(Strict):
     """Tokens of prompt and answer together; what the model was made for, if left out."""
     kv_budget_gib: float | None = Field(None, gt=0)
     """Memory for keys, values and recurrent state, in GiB; 0.6 of what is free at start, if left out."""
+    adapter_budget_gib: float | None = Field(None, gt=0)
+    """Memory for adapters, in GiB, with the copies made while one is loaded; 0.2 of what is free at start, if left
+    out. A load that needs more answers 507."""
     max_adapters: int = Field(64, ge=1)
-    """Adapter versions in memory at once."""
+    """Adapters that can be asked for at once. A version that was replaced while requests hold it counts no more."""
     max_rank: int = Field(256, ge=1)
     """Largest rank an adapter may have."""
     allow_other_base: bool = False
-    """Load adapters whose manifest names other base weights."""
+    """Load adapters whose manifest names other base weights, or another tokenizer."""
     default_max_tokens: int | None = Field(None, ge=1)
     """Answer length of requests that name none, in tokens; the rest of the context, if left out."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -129,6 +133,11 @@ class ServeConfig(Strict):
         """kv_budget_gib in bytes."""
         return None if self.kv_budget_gib is None else int(self.kv_budget_gib * 2**30)
 
+    @property
+    def adapter_budget_bytes(self) -> int | None:
+        """adapter_budget_gib in bytes."""
+        return None if self.adapter_budget_gib is None else int(self.adapter_budget_gib * 2**30)
+
     @model_validator(mode="after")
     def _names_are_distinct(self) -> ServeConfig:
         problems = list(self._name_problems())
@@ -147,6 +156,12 @@ class ServeConfig(Strict):
                 for i, v in enumerate(experiment.variants)
                 if v.model in {e.name for e in self.experiments}
             ]
+            problems += [
+                (f"experiments.{index}.variants.{i}.{key}", f"found {label!a:.80}; {expected}")
+                for i, v in enumerate(experiment.variants)
+                for key, label in (("model", v.model), ("name", v.name))
+                if label is not None and (expected := label_problem(label))
+            ]
         if problems:
             raise Problems(problems)
         return self
@@ -157,9 +172,11 @@ class ServeConfig(Strict):
         names = [(f"adapters.{i}", adapter.name) for i, adapter in enumerate(self.adapters)]
         names += [(f"experiments.{i}", experiment.name) for i, experiment in enumerate(self.experiments)]
         problems = []
+        if self.name is not None and (expected := name_problem(self.name)):
+            problems.append(("name", f"found {self.name!a:.80}; {expected}"))
         for key, name in names:
-            if "@" in name:
-                problems.append((f"{key}.name", f"found {name!r}; '@' separates a name from its version"))
+            if expected := name_problem(name):
+                problems.append((f"{key}.name", f"found {name!a:.80}; {expected}"))
             elif name in taken:
                 problems.append((f"{key}.name", f"{name!r} is already the name of {taken[name]}"))
             taken.setdefault(name, key)

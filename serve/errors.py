@@ -5,6 +5,7 @@ LatheError                        500 internal_error
 ├── DataError (ValueError)        400 invalid_data
 ├── ModelError (ValueError)       400 invalid_model
 ├── AdapterError (ValueError)     400 invalid_adapter
+├── AdapterMemoryError (MemoryError) 507 adapter_memory
 ├── RequestError (ValueError)     400 invalid_request_error
 │   └── ContextLengthError        400 context_length_exceeded
 ├── NotFoundError (LookupError)   404 model_not_found
@@ -52,6 +53,13 @@ class AdapterError(LatheError, ValueError):
 
     status = 400
     code = "invalid_adapter"
+
+
+class AdapterMemoryError(LatheError, MemoryError):
+    """An adapter for which there is no memory left; what is loaded stays as it is."""
+
+    status = 507
+    code = "adapter_memory"
 
 
 class RequestError(LatheError, ValueError):

@@ -82,6 +82,7 @@ def _limits(config: ServeConfig) -> EngineLimits:
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         max_context=config.max_context,
         kv_budget_bytes=config.kv_budget_bytes,
+        adapter_budget_bytes=config.adapter_budget_bytes,
         max_adapters=config.max_adapters,
         max_rank=config.max_rank,
         allow_other_base=config.allow_other_base,

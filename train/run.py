@@ -31,6 +31,7 @@ from serve.adapters.manifest import (
 from serve.errors import AdapterError, ConfigError, StorageError
 from serve.model.loading import LoadedModel, build_random, load, resolve
 from serve.model.packed import packing_problem
+from serve.model.vocabulary import vocabulary_hash
 from serve.settings import dump
 from train import checkpoint, estimate, preflight, summary
 from train.adapt import Adapted, adapter_tensors, add_lora, embedding_names, set_tensors, train_all
@@ -429,6 +430,7 @@ def _lineage(flight: Preflight, model: LoadedModel) -> Lineage:
         base_fingerprint=model.fingerprint,
         quantize=recipe.quantize.model_dump() if recipe.quantize else None,
         template_hash=flight.template.hash,
+        vocabulary_hash=vocabulary_hash(model.tokenizer),
         recipe_hash=f"sha256:{hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}",
         data_hash=flight.data_hash,
         created=_now(),

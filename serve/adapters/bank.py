@@ -1,251 +1,253 @@
 """Many adapters stacked beside one base, so that every row of a batch uses its own. Arrays only, no names.
 
-Slot 0 is the base: all zeros, never written. A batch of base rows sets no slots and pays nothing; a batch of adapter
-rows pays in the layers that its own adapters touch, and for lengths (DoRA) only where one of them has any.
-Owned by the thread that runs the network.
+A slot is the number of one adapter version, never given twice; 0 is the base. A batch of base rows pays nothing; a
+batch of adapter rows pays in the layers that its own adapters touch, for the largest rank that is in there, and for
+lengths (DoRA) only where one of them has any. Memory is of the adapters that are in, layer by layer.
+Owned by the thread that runs the network; what may be called from any thread says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from serve.adapters.fit import LowRank
+from serve.adapters.fit import LowRank, Size
 from serve.adapters.lora import banked_delta, gathered_update
+from serve.adapters.slots import RowSlots
+from serve.adapters.stack import Group, Stack
 from serve.model.network import TextNetwork
-from serve.model.weights import expert_modules, linear_modules, linear_shape
+from serve.model.weights import expert_modules, linear_modules
 
+logger = logging.getLogger(__name__)
 
-class RowSlots:
-    """Which slot each row of the coming forward uses. Set before a forward, read by every banked layer."""
-
-    def __init__(self) -> None:
-        self.slots: mx.array | None = None
-        """[B] uint32, or None when all rows are the base's."""
-        self.rows: mx.array | None = None
-        """[B] uint32: 0 … B-1."""
-        self.present = 0
-        """Bit s is set when a row uses slot s. A layer compares it with the slots it has an update for."""
-
-    def set(self, slots: mx.array | None) -> None:
-        """The coming forward's rows use these slots."""
-        if slots is self.slots:
-            return
-        self.slots = slots
-        self.present = 0
-        if slots is None:
-            return
-        for slot in np.unique(np.asarray(slots)).tolist():  # made on the host: nothing is waited for
-            self.present |= 1 << slot
-        if self.rows is None or self.rows.size != slots.size:
-            self.rows = mx.arange(slots.size, dtype=mx.uint32)
+BYTES_AT_ONCE = 256 << 20
 
 
 class Banked(nn.Module):
-    """A base layer and its stack of updates; `SLOT_AXIS` of the arrays counts slots, the base's first."""
+    """A base layer, its stack of updates, and the group whose entries the stack has."""
 
-    SLOT_AXIS = 0
-
-    def __init__(self, linear: nn.Module, rows: RowSlots, a: mx.array, b: mx.array) -> None:
+    def __init__(self, linear: nn.Module, rows: RowSlots, stack: Stack, group: Group) -> None:
         super().__init__()
         self.linear = linear
         self._rows = rows
-        self._a = a
-        self._b = b
-        self._gain: mx.array | None = None
-        self._updated = 0
-        self._lengthened = 0
-
-    def arrays(self) -> list[mx.array]:
-        """The stacks there are."""
-        return [self._a, self._b, *([] if self._gain is None else [self._gain])]
-
-    def write(self, slot: int, update: LowRank | None) -> None:
-        """Put an update into a slot; None clears it."""
-        bit = 1 << slot
-        self._updated, self._lengthened = self._updated & ~bit, self._lengthened & ~bit
-        place = (slice(None),) * self.SLOT_AXIS + (slot,)
-        self._a[place] = _padded(update.a, self._a[place]) if update else 0
-        self._b[place] = _padded(update.b, self._b[place]) if update else 0
-        if update is not None:
-            self._updated |= bit
-            self._write_gain(slot, update.gain)
-
-    def _write_gain(self, slot: int, gain: mx.array | None) -> None:
-        if gain is None:
-            return
-        if self._gain is None:
-            self._gain = mx.zeros((self._a.shape[self.SLOT_AXIS], gain.size), dtype=self._a.dtype)
-        self._gain[slot] = gain.astype(self._a.dtype)
-        self._lengthened |= 1 << slot
-
-    def grow(self, more_slots: int, more_rank: int) -> None:
-        """Make room: zeros."""
-        widths = [(0, 0)] * self._a.ndim
-        widths[self.SLOT_AXIS] = (0, more_slots)
-        self._a = mx.pad(self._a, [*widths[:-1], (0, more_rank)])
-        self._b = mx.pad(self._b, [*widths[:-2], (0, more_rank), (0, 0)])
-        if self._gain is not None:
-            self._gain = mx.pad(self._gain, [(0, more_slots), (0, 0)])
+        self._stack = stack
+        self._group = group
 
 
 class BankedLinear(Banked):
-    """A linear layer. `a` [S, D, R], `b` [S, R, O], `gain` [S, O]."""
+    """A linear layer."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, ..., D] → [B, ..., O]; rows may be flattened together with their tokens."""
         y = self.linear(x)
-        rows, slots = self._rows.rows, self._rows.slots
-        if rows is None or slots is None or not self._rows.present & self._updated:
+        composition, stack = self._rows.composition, self._stack
+        if composition is None or not stack.is_used_by(composition.present):
             return y
+        rows, index = composition.rows, composition.index(self._group.entries)
         by_row = x if x.ndim == 3 and x.shape[0] == rows.size else x.reshape(rows.size, -1, x.shape[-1])
-        delta = banked_delta(by_row, self._a, self._b, rows, slots)
-        if self._gain is None or not self._rows.present & self._lengthened:
+        delta = banked_delta(by_row, stack.a, stack.b, rows, index)
+        gain = stack.gain_of(composition.present)
+        if gain is None:
             return y + (delta if delta.shape == y.shape else delta.reshape(y.shape))
         plain = (y - self.linear.bias if "bias" in self.linear else y).reshape(delta.shape)
         # m/‖W'‖ − 1 is stored, not m/‖W'‖: near 1 that keeps its digits in half precision, and the base's is 0.
-        longer = delta + self._gain[slots][:, None] * (plain + delta)
+        longer = delta + gain[index][:, None] * (plain + delta)
         return y + longer.reshape(y.shape)
 
 
 class Coding:
-    """Whether the expert indices in flight carry slots too: index = expert · S + slot. Shared by one MoE block."""
+    """Whether the expert indices in flight carry entries too: index = expert · S + entry. Shared by one MoE block."""
 
     def __init__(self) -> None:
-        self.num_slots = 0
+        self.num_entries = 0
         """S while they do, else 0."""
 
 
 class BankedExperts(Banked):
-    """A stack of experts. `a` [E, S, D, R], `b` [E, S, R, O]."""
+    """A stack of experts."""
 
-    SLOT_AXIS = 1
-
-    def __init__(self, linear: nn.Module, rows: RowSlots, a: mx.array, b: mx.array, coding: Coding) -> None:
-        super().__init__(linear, rows, a, b)
+    def __init__(self, linear: nn.Module, rows: RowSlots, stack: Stack, group: Group, coding: Coding) -> None:
+        super().__init__(linear, rows, stack, group)
         self._coding = coding
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """As SwitchLinear: x [..., 1, D] and the expert of each entry → [..., 1, O]."""
-        num_slots = self._coding.num_slots
-        if not num_slots:
+        num_entries = self._coding.num_entries
+        if not num_entries:
             return self.linear(x, indices, sorted_indices=sorted_indices)
-        # Sorted by expert · S + slot is sorted by expert as well.
-        y = self.linear(x, indices // num_slots, sorted_indices=sorted_indices)
-        if not self._rows.present & self._updated:
+        # Sorted by expert · S + entry is sorted by expert as well.
+        y = self.linear(x, indices // num_entries, sorted_indices=sorted_indices)
+        composition, stack = self._rows.composition, self._stack
+        if composition is None or not stack.is_used_by(composition.present):
             return y
-        a, b = self._a.flatten(0, 1), self._b.flatten(0, 1)
+        a, b = stack.a.flatten(0, 1), stack.b.flatten(0, 1)
         update = gathered_update(x, a, b, rhs_indices=indices, sorted_indices=sorted_indices)
         return y + update.astype(y.dtype)
 
 
 class Bank:
-    """All adapter weights on the device. Grows in slots and rank on demand; a module is wrapped at first use."""
+    """All adapter weights on the device. A module is wrapped at first use, and its stack is as large as is needed."""
 
     def __init__(self, network: TextNetwork) -> None:
         self.rows = RowSlots()
+        self.bytes_at_once = BYTES_AT_ONCE
+        """Copied between two steps, in install or tidy: the longest a running stream is held up. One layer more at
+        most."""
         self._network = network
         self._dtype = network.parameters_dtype()
-        self._num_slots = 1
-        self._rank = 0
-        self._layers: dict[str, Banked] = {}
+        self._groups: dict[str, Group] = {}  # by module path
+        self._slots: set[int] = set()
+        self._leaving: deque[int] = deque()  # from any thread: slots that nobody uses any more
+        self._loose: dict[Group, None] = {}  # groups that may have more than they need
 
     @property
-    def num_slots(self) -> int:
-        """Slots there is memory for, the base's included."""
-        return self._num_slots
+    def slots(self) -> frozenset[int]:
+        """Slots that adapters are in. From any thread."""
+        return frozenset(self._slots.copy()) - set(self._leaving.copy())
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the whole bank."""
-        return sum(array.nbytes for layer in self._layers.values() for array in layer.arrays())
+        """Memory of the whole bank. From any thread."""
+        return sum(group.num_bytes for group in self._distinct())
+
+    def peak_bytes(self, sizes: Mapping[str, Size]) -> int:
+        """Memory of the bank with an adapter of these sizes added, and of the largest copy that is made meanwhile.
+
+        From any thread but while another adapter is installed.
+        """
+        total, largest = 0, 0
+        new = dict(sizes)
+        for group in self._distinct():
+            added = {path: new.pop(path) for path in group.stacks.keys() & new.keys()}
+            now = group.num_bytes
+            after = group.bytes_with(added) if added else now
+            total += after
+            largest = max(largest, now if added else 0)
+        for group in self._unwrapped(new):
+            total += group.bytes_with({path: new[path] for path in group.stacks.keys() & new.keys()})
+        return total + largest
+
+    def parts(self, updates: Mapping[str, LowRank]) -> Iterator[dict[str, LowRank]]:
+        """The updates in parts for `install`, each of as many layers as may be copied at once."""
+        part: dict[str, LowRank] = {}
+        num_bytes = 0
+        for path, update in sorted(updates.items()):
+            group = self._groups.get(path)
+            block = path.rpartition(".")[0]
+            is_same_block = any(p.rpartition(".")[0] == block for p in part)
+            if num_bytes > self.bytes_at_once and not is_same_block:
+                yield part
+                part, num_bytes = {}, 0
+            part[path] = update
+            num_bytes += sum(array.nbytes for array in update.arrays().values())
+            if group is not None and (now := group.num_bytes) != group.bytes_with({path: update.size}):
+                num_bytes += now  # it has no room, and moves
+        yield part
 
     def install(self, slot: int, updates: Mapping[str, LowRank]) -> None:
-        """Write one adapter into `slot` (≥ 1), zeros where it has no update. Evaluates before it returns.
-
-        A forward already in flight keeps the values it started with.
-        """
+        """Write updates of an adapter. A MoE block's come together. Evaluates before it returns."""
         assert slot >= 1, "slot 0 is the base"
-        rank = max(update.rank for update in updates.values())
+        self._slots.add(slot)
         self._wrap_new(updates)
-        self._grow(max(self._num_slots, _power_of_two(slot + 1)), max(self._rank, rank))
-        for path, layer in self._layers.items():
-            layer.write(slot, updates.get(path))
-        mx.eval([layer.arrays() for layer in self._layers.values()])
+        for group in {self._groups[path]: None for path in updates}:
+            group.install(slot, {path: updates[path] for path in group.stacks if path in updates})
+
+    def leave(self, slot: int) -> None:
+        """Nobody uses `slot` any more; `tidy` gives its memory back. From any thread."""
+        self._leaving.append(slot)
+
+    @property
+    def tidy_is_due(self) -> bool:
+        """Whether `tidy` has something to do. From any thread."""
+        return bool(self._leaving or self._loose)
+
+    def tidy(self) -> bool:
+        """Give back what adapters that left have held, about as much as may be copied between two steps.
+
+        Returns whether there is more to do.
+        """
+        if self.tidy_is_due:
+            self.rows.forget()
+        while self._leaving:
+            slot = self._leaving[0]
+            self._loose.update((group, None) for group in self._distinct() if group.remove(slot))
+            self._slots.discard(slot)
+            self._leaving.popleft()
+        num_bytes = 0
+        while self._loose and num_bytes <= self.bytes_at_once:
+            group, _ = self._loose.popitem()
+            try:
+                num_bytes += group.shrink()
+            except (RuntimeError, MemoryError) as error:
+                logger.warning(
+                    "memory of adapters that left is kept: there is none to move the others: %s", error
+                )
+        return bool(self._loose)
+
+    def _distinct(self) -> list[Group]:
+        return list(dict.fromkeys(list(self._groups.values())))
+
+    def _unwrapped(self, paths: Mapping[str, object]) -> list[Group]:
+        """Groups as they would be made for modules that are not wrapped yet."""
+        linears, experts = linear_modules(self._network.module), expert_modules(self._network.module)
+        groups = [Group({path: Stack(linears[path], self._dtype)}) for path in paths if path in linears]
+        for block in {path.rpartition(".")[0] for path in paths if path in experts}:
+            inside = {path: layer for path, layer in experts.items() if path.rpartition(".")[0] == block}
+            groups.append(Group({path: Stack(layer, self._dtype) for path, layer in inside.items()}))
+        return groups
 
     def _wrap_new(self, updates: Mapping[str, LowRank]) -> None:
-        new = updates.keys() - self._layers.keys()
-        linears = linear_modules(self._network.module)
-        for path in new & linears.keys():
-            inputs, outputs = linear_shape(linears[path])
-            a = mx.zeros((self._num_slots, inputs, self._rank), dtype=self._dtype)
-            b = mx.zeros((self._num_slots, self._rank, outputs), dtype=self._dtype)
-            self._wrap(path, BankedLinear(linears[path], self.rows, a, b))
-        for block in {path.rpartition(".")[0] for path in new - linears.keys()}:
-            self._wrap_experts(block)
+        new = dict.fromkeys(sorted(updates.keys() - self._groups.keys()))
+        layers = (
+            {**linear_modules(self._network.module), **expert_modules(self._network.module)} if new else {}
+        )
+        for group in self._unwrapped(new):
+            first = next(iter(group.stacks))
+            if first in expert_modules(self._network.module):
+                self._wrap_experts(group, layers)
+            else:
+                self._wrap(first, BankedLinear(layers[first], self.rows, group.stacks[first], group), group)
 
-    def _wrap_experts(self, block: str) -> None:
+    def _wrap_experts(self, group: Group, layers: Mapping[str, nn.Module]) -> None:
         """All expert stacks of a MoE block at once: those without an update must read coded indices too."""
         coding = Coding()
-        layers = {}
-        for path, experts in expert_modules(self._network.module).items():
-            if path.rpartition(".")[0] == block:
-                inputs, outputs = linear_shape(experts)
-                shape = (experts.weight.shape[0], self._num_slots)
-                a = mx.zeros((*shape, inputs, self._rank), dtype=self._dtype)
-                b = mx.zeros((*shape, self._rank, outputs), dtype=self._dtype)
-                layers[path] = BankedExperts(experts, self.rows, a, b, coding)
-        for path, layer in layers.items():
-            self._wrap(path, layer)
-        _code_slots(_at(self._network.module, block), list(layers.values()), self.rows, coding)
+        for path, stack in group.stacks.items():
+            self._wrap(path, BankedExperts(layers[path], self.rows, stack, group, coding), group)
+        block = next(iter(group.stacks)).rpartition(".")[0]
+        _code_entries(_at(self._network.module, block), group, self.rows, coding)
 
-    def _wrap(self, path: str, layer: Banked) -> None:
+    def _wrap(self, path: str, layer: Banked, group: Group) -> None:
         parent, _, name = path.rpartition(".")
         setattr(_at(self._network.module, parent), name, layer)
-        self._layers[path] = layer
-
-    def _grow(self, num_slots: int, rank: int) -> None:
-        more_slots, more_rank = num_slots - self._num_slots, rank - self._rank
-        if more_slots == 0 and more_rank == 0:
-            return
-        for layer in self._layers.values():
-            layer.grow(more_slots, more_rank)
-        mx.eval([layer.arrays() for layer in self._layers.values()])
-        self._num_slots, self._rank = num_slots, rank
+        self._groups[path] = group
 
 
-def _code_slots(switch: nn.Module, layers: list[BankedExperts], rows: RowSlots, coding: Coding) -> None:
-    """Make a SwitchGLU send each entry's slot along with its expert, so that its own sort keeps them together.
+def _code_entries(switch: nn.Module, group: Group, rows: RowSlots, coding: Coding) -> None:
+    """Make a SwitchGLU send each entry's place in the stacks along with its expert, so that its own sort keeps them
+    together.
 
     This one instance gets a subclass of its class; the class itself is never touched.
     """
     kind = type(switch)
 
     def call(self: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
-        slots = rows.slots
-        if slots is None or not any(rows.present & layer._updated for layer in layers):
+        composition = rows.composition
+        stacks = group.stacks.values()
+        if composition is None or not any(stack.is_used_by(composition.present) for stack in stacks):
             return kind.__call__(self, x, indices)
-        num_slots = layers[0]._a.shape[1]
-        own = mx.broadcast_to(slots[:, None], (slots.size, indices.size // slots.size))
-        coding.num_slots = num_slots
+        places = composition.index(group.entries)
+        own = mx.broadcast_to(places[:, None], (places.size, indices.size // places.size))
+        coding.num_entries = group.num_entries
         try:
-            return kind.__call__(self, x, indices * num_slots + own.reshape(indices.shape))
+            return kind.__call__(self, x, indices * group.num_entries + own.reshape(indices.shape))
         finally:
-            coding.num_slots = 0
+            coding.num_entries = 0
 
     switch.__class__ = type(kind.__name__, (kind,), {"__call__": call})
-
-
-def _padded(value: mx.array, place: mx.array) -> mx.array:
-    widths = [(0, target - size) for size, target in zip(value.shape, place.shape, strict=True)]
-    return mx.pad(value.astype(place.dtype), widths)
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
 
 
 def _at(root: nn.Module, path: str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from serve.adapters.dora import adapted_norms
-from serve.adapters.manifest import AdapterConfig
+from serve.adapters.manifest import AdapterConfig, TensorSpec
 from serve.errors import AdapterError
 from serve.model.network import TextNetwork
 from serve.model.weights import (
@@ -22,6 +23,14 @@ from serve.model.weights import (
 
 MAX_PROBLEMS_SHOWN = 12
 PARTS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What an update takes in the bank."""
+
+    rank: int
+    has_gain: bool
 
 
 @dataclass(frozen=True)
@@ -38,119 +47,159 @@ class LowRank:
     gain: mx.array | None = None
 
     @property
-    def rank(self) -> int:
-        return self.a.shape[-1]
+    def size(self) -> Size:
+        """What it takes in the bank."""
+        return Size(self.a.shape[-1], self.gain is not None)
+
+    def arrays(self) -> dict[str, mx.array]:
+        """What there is, by the name of the tensor that it was made of."""
+        made = {"lora_a": self.a, "lora_b": self.b, "m": self.gain}
+        return {name: array for name, array in made.items() if array is not None}
 
 
-def fit(
+def check_fit(
     name: str,
-    tensors: dict[str, mx.array],
+    specs: Mapping[str, TensorSpec],
     config: AdapterConfig,
     network: TextNetwork,
     *,
     max_rank: int,
-    squared_norms: dict[str, mx.array] | None = None,
-) -> dict[str, LowRank]:
-    """Check every tensor against the network before anything of the running server is touched.
+) -> dict[str, Size]:
+    """Check names, shapes and dtypes, before any of the tensors is read.
 
-    squared_norms  by module path, the base's ‖W‖² that DoRA needs; filled here, and used again by later calls
-    Returns module path → LowRank. Raises AdapterError naming each tensor, what was found and what would fit.
+    Returns module path → Size. Raises AdapterError naming each tensor, what was found and what would fit.
     """
     if config.fine_tune_type == "full":
         raise AdapterError(
             f"adapter {name!r} is a {config.fine_tune_type} fine-tune: it replaces the base's weights, so it "
             f"cannot share a batch with them; serve its exported folder as a model instead"
         )
-    modules = {**linear_modules(network.module), **expert_modules(network.module)}
+    modules = _modules(network)
+    problems: list[str] = []
+    sizes: dict[str, Size] = {}
+    by_path: dict[str, dict[str, TensorSpec]] = {}
+    for key, spec in specs.items():
+        path, _, part = key.rpartition(".")
+        by_path.setdefault(path, {})[part] = spec
+    for path, parts in sorted(by_path.items()):
+        before = len(problems)
+        _check_parts(path, parts, modules, config, problems)
+        if len(problems) == before:
+            sizes[path] = _check_shapes(path, parts, modules[path], config, max_rank, problems)
+    if problems:
+        raise _unfit(name, problems, config)
+    return sizes
+
+
+def fit(
+    name: str,
+    tensors: Mapping[str, mx.array],
+    config: AdapterConfig,
+    network: TextNetwork,
+    *,
+    squared_norms: dict[str, mx.array] | None = None,
+) -> dict[str, LowRank]:
+    """The updates of tensors that passed `check_fit`, before anything of the running server is touched.
+
+    squared_norms  by module path, the base's ‖W‖² that DoRA needs; filled here, and used again by later calls
+    Returns module path → LowRank. Raises AdapterError naming each tensor that is not finite: as stored, or with the
+    scale folded in, or in the dtype that the network computes in.
+    """
+    modules, dtype = _modules(network), network.parameters_dtype()
     norms = {} if squared_norms is None else squared_norms
     problems: list[str] = []
     updates: dict[str, LowRank] = {}
     for path in sorted({key.rpartition(".")[0] for key in tensors}):
-        parts = _parts_of(path, tensors, modules, config, max_rank, problems)
-        if parts is not None and not problems:
-            updates[path] = _update(path, parts, modules[path], config, network.parameters_dtype(), norms)
+        parts = {part: tensors[f"{path}.{part}"] for part in PARTS[config.fine_tune_type]}
+        broken = [part for part, value in parts.items() if not _is_finite(value)]
+        problems += [f"{path}.{part} holds NaN or infinite values" for part in broken]
+        if not broken:
+            updates[path] = _update(path, parts, modules[path], config, dtype, norms, problems)
     if problems:
-        shown = problems[:MAX_PROBLEMS_SHOWN]
-        if len(problems) > len(shown):
-            shown.append(f"… and {len(problems) - len(shown)} more")
-        if config.lineage is not None:
-            shown.append(f"its manifest says it was trained on {config.lineage.base_model}")
-        raise AdapterError("\n  ".join([f"adapter {name!r} does not fit the base model:", *shown]))
+        raise _unfit(name, problems, config)
     # An array is evaluated on the thread that made it: MLX's streams are per thread.
-    mx.eval(
-        [
-            [part for part in (update.a, update.b, update.gain) if part is not None]
-            for update in updates.values()
-        ]
-    )
+    mx.eval([list(update.arrays().values()) for update in updates.values()])
     return updates
 
 
-def _parts_of(
+def _modules(network: TextNetwork) -> dict[str, nn.Module]:
+    return {**linear_modules(network.module), **expert_modules(network.module)}
+
+
+def _unfit(name: str, problems: list[str], config: AdapterConfig) -> AdapterError:
+    shown = problems[:MAX_PROBLEMS_SHOWN]
+    if len(problems) > len(shown):
+        shown.append(f"… and {len(problems) - len(shown)} more")
+    if config.lineage is not None:
+        shown.append(f"its manifest says it was trained on {config.lineage.base_model}")
+    return AdapterError("\n  ".join([f"adapter {name!r} does not fit the base model:", *shown]))
+
+
+def _check_parts(
     path: str,
-    tensors: dict[str, mx.array],
-    modules: dict[str, nn.Module],
+    parts: Mapping[str, TensorSpec],
+    modules: Mapping[str, nn.Module],
     config: AdapterConfig,
-    max_rank: int,
     problems: list[str],
-) -> dict[str, mx.array] | None:
-    """One module's tensors, by their last name; None after adding to `problems`."""
+) -> None:
+    """Are these the tensors of a module that there is?"""
     kind = config.fine_tune_type
-    parts = {
-        key.rpartition(".")[2]: value for key, value in tensors.items() if key.rpartition(".")[0] == path
-    }
     unknown = sorted(set(parts) - set(PARTS[kind]))
+    missing = sorted(set(PARTS[kind]) - set(parts))
     if unknown:
         problems.append(f"{path}: has {', '.join(unknown)}; a {kind} adapter has {', '.join(PARTS[kind])}")
-        return None
-    if path not in modules:
+    elif path not in modules:
         problems.append(f"{path}: the model has no linear layer of that name")
-        return None
-    missing = sorted(set(PARTS[kind]) - set(parts))
-    if missing:
+    elif missing:
         problems.append(f"{path}: {', '.join(missing)} is missing")
-        return None
-    if kind == "dora" and isinstance(modules[path], EXPERTS):
+    elif kind == "dora" and isinstance(modules[path], EXPERTS):
         problems.append(f"{path}: holds MoE experts, which DoRA has no form for")
-        return None
-    before = len(problems)
-    _check_shapes(path, parts, modules[path], max_rank, problems)
-    return parts if len(problems) == before else None
 
 
 def _check_shapes(
-    path: str, parts: dict[str, mx.array], module: nn.Module, max_rank: int, problems: list[str]
-) -> None:
-    a, b = parts["lora_a"], parts["lora_b"]
+    path: str,
+    parts: Mapping[str, TensorSpec],
+    module: nn.Module,
+    config: AdapterConfig,
+    max_rank: int,
+    problems: list[str],
+) -> Size:
+    a, b = parts["lora_a"].shape, parts["lora_b"].shape
     inputs, outputs = linear_shape(module)
     wanted: dict[str, tuple[int, ...]]
     if isinstance(module, EXPERTS):
         experts = module.weight.shape[0]
-        rank = a.shape[1] if a.ndim == 3 else (b.shape[2] if b.ndim == 3 else 0)
+        rank = a[1] if len(a) == 3 else (b[2] if len(b) == 3 else 0)
         wanted = {"lora_a": (experts, rank, inputs), "lora_b": (experts, outputs, rank)}
     else:
-        rank = a.shape[1] if a.ndim == 2 else (b.shape[0] if b.ndim == 2 else 0)
+        rank = a[1] if len(a) == 2 else (b[0] if len(b) == 2 else 0)
         wanted = {"lora_a": (inputs, rank), "lora_b": (rank, outputs), "m": (outputs,)}
-    for part, value in parts.items():
-        if tuple(value.shape) != wanted[part]:
+    before = len(problems)
+    for part, spec in parts.items():
+        if spec.shape != wanted[part]:
             needed = ", ".join(str(size) for size in wanted[part])
-            problems.append(f"{path}.{part} is {tuple(value.shape)}, the model needs ({needed})")
+            problems.append(f"{path}.{part} is {spec.shape}, the model needs ({needed})")
+        if not spec.is_floating:
+            problems.append(f"{path}.{part} holds {spec.dtype}, floating-point values were expected")
     if rank > max_rank:
         problems.append(f"{path} has rank {rank}, this server takes up to {max_rank}")
-    for part, value in parts.items():
-        if not mx.issubdtype(value.dtype, mx.floating):
-            problems.append(f"{path}.{part} holds {value.dtype}, floating-point values were expected")
-        elif not bool(mx.all(mx.isfinite(value))):
-            problems.append(f"{path}.{part} holds NaN or infinite values")
+    elif len(problems) == before and rank != config.rank:
+        problems.append(f"{path} has rank {rank}, its adapter_config.json says {config.rank}")
+    return Size(rank, "m" in parts)
+
+
+def _is_finite(value: mx.array) -> bool:
+    return bool(mx.all(mx.isfinite(value)))
 
 
 def _update(
     path: str,
-    parts: dict[str, mx.array],
+    parts: Mapping[str, mx.array],
     module: nn.Module,
     config: AdapterConfig,
     dtype: mx.Dtype,
     norms: dict[str, mx.array],
+    problems: list[str],
 ) -> LowRank:
     a, b = (parts[part].astype(mx.float32) for part in ("lora_a", "lora_b"))
     if isinstance(module, EXPERTS):
@@ -159,11 +208,22 @@ def _update(
     if "m" in parts:
         if path not in norms:
             norms[path] = squared_row_norms(module)
-        gain = parts["m"].astype(mx.float32) / adapted_norms(module, norms[path], a, b, config.scale) - 1
+        adapted = adapted_norms(module, norms[path], a, b, config.scale)
+        gain = parts["m"].astype(mx.float32) / adapted - 1
+        if not _is_finite(adapted):
+            problems.append(f"{path}: the lengths of its updated rows overflow float32")
     b = b * config.scale
-    if config.init_lora_weights != "default" and dtype != mx.float32:
+    if config.init_lora_weights != "default" and dtype != mx.float32 and _is_finite(a) and _is_finite(b):
         a, b = balanced(a, b)
-    return LowRank(a, b, gain)
+    update = LowRank(a, b, gain)
+    for part, value in update.arrays().items():
+        if not _is_finite(value.astype(dtype)):
+            scaled = f", times its scale of {config.scale:g}," if part == "lora_b" else ""
+            name = str(dtype).rpartition(".")[2]
+            problems.append(
+                f"{path}.{part}{scaled} has values that {name}, which the model computes in, cannot hold"
+            )
+    return update
 
 
 def balanced(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:

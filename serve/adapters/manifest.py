@@ -8,110 +8,79 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
+from serve.adapters.config import AdapterConfig as AdapterConfig
+from serve.adapters.config import FineTuneType as FineTuneType
+from serve.adapters.config import Lineage as Lineage
+from serve.adapters.config import config_json, parse_config
 from serve.errors import AdapterError, NotFoundError, StorageError
 
 TENSORS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
 
-FineTuneType = Literal["lora", "dora", "full"]
+MOST_CONFIG_BYTES = 16 << 20
+FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+OTHERS = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
+ITEM_BYTES = {**FLOATS, **OTHERS, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
+"""Of the dtypes in safetensors headers."""
+
+DTYPE_WORDS = {mx.float16: "F16", mx.bfloat16: "BF16", mx.float32: "F32", mx.float64: "F64"}
 
 
 @dataclass(frozen=True)
-class Lineage:
-    """Where an adapter came from. Hashes are `sha256:…`; `created` is ISO 8601, UTC."""
+class TensorSpec:
+    """What a safetensors header says of one tensor; `dtype` in its words (F32, BF16, I64, …)."""
 
-    base_model: str
-    base_fingerprint: str
-    template_hash: str
-    recipe_hash: str
-    data_hash: str
-    created: str
-    lathe_version: str
-    content_hash: str = ""
-    """Of the tensors; filled when the folder is written, checked when it is read."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    parent: str = ""
-    """Of a warm start: the adapter it began with, as the recipe names it."""
-    parent_hash: str = ""
-    """That adapter's content hash."""
-    objective: str = ""
-    """What was trained for: sft, dpo, …; nothing in manifests of earlier versions."""
-    quantize: dict[str, Any] | None = None
-    """How the base was packed as it was loaded (mode, bits, group_size). `base_fingerprint` is the packed one's."""
+    shape: tuple[int, ...]
+    dtype: str
 
+    @property
+    def num_values(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
 
-@dataclass(frozen=True)
-class AdapterConfig:
-    """`adapter_config.json`. The LoRA fields mean nothing for a full fine-tune."""
-
-    fine_tune_type: FineTuneType
-    num_layers: int
-    rank: int = 8
-    scale: float = 20.0
-    dropout: float = 0.0
-    keys: tuple[str, ...] = ()
-    """Paths inside a layer, and the head's path, as mlx-lm's `keys`; empty: all that mlx-lm adapts without them."""
-    init_lora_weights: str = "default"
-    """How A and B began; after pissa the folder holds an update of twice the recipe's rank."""
-    lineage: Lineage | None = None
+    @property
+    def is_floating(self) -> bool:
+        """Whether it holds numbers that an update can be made of."""
+        return self.dtype in FLOATS
 
 
 def read_config(folder: Path) -> AdapterConfig:
     """The adapter's config; AdapterError says what is wrong with it."""
-    if not folder.is_dir():
-        raise NotFoundError(f"no adapter folder at {folder}")
+    if not os.path.isdir(folder):  # unlike Path.is_dir it says no to what is too long, or not allowed
+        raise NotFoundError(f"no adapter folder at {str(folder)!a:.200}")
     path = folder / CONFIG_FILE
+    _check_is_file(path)
+    if path.stat().st_size > MOST_CONFIG_BYTES:
+        raise AdapterError(f"{path}: has {path.stat().st_size:,} bytes, which no {CONFIG_FILE} needs")
     try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise AdapterError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}") from error
-    except ValueError as error:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise AdapterError(f"{path}: not JSON: {error}") from error
-    return _parse_config(path, raw)
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from error
+    return parse_config(text, path)
 
 
-def _parse_config(path: Path, raw: Any) -> AdapterConfig:
-    if not isinstance(raw, dict):
-        raise AdapterError(f"{path}: holds {type(raw).__name__}, an object was expected")
-    if "peft_type" in raw:
-        raise AdapterError(
-            f"{path}: is a PEFT adapter ({raw['peft_type']}); this version reads mlx-lm's layout"
-        )
-    kind = raw.get("fine_tune_type", "lora")
-    if kind not in get_args(FineTuneType):
-        raise AdapterError(f"{path}: fine_tune_type is {kind!r}; this version reads lora, dora and full")
-    parameters = raw.get("lora_parameters") or {}
-    try:
-        return AdapterConfig(
-            fine_tune_type=kind,
-            num_layers=int(raw.get("num_layers", -1)),
-            rank=int(parameters.get("rank", 8)),
-            scale=float(parameters.get("scale", 20.0)),
-            dropout=float(parameters.get("dropout", 0.0)),
-            keys=tuple(parameters.get("keys") or ()),
-            init_lora_weights=str(parameters.get("init_lora_weights", "default")),
-            lineage=_parse_lineage(raw["lineage"]) if raw.get("lineage") else None,
-        )
-    except (TypeError, ValueError, AttributeError) as error:
-        raise AdapterError(f"{path}: {error}") from error
-
-
-def _parse_lineage(raw: Mapping[str, Any]) -> Lineage:
-    """Keys of a later version are left out; TypeError names those that are missing."""
-    known = {entry.name for entry in dataclasses.fields(Lineage)}
-    return Lineage(**{name: value for name, value in raw.items() if name in known})
+def _check_is_file(path: Path) -> None:
+    """A pipe or a device would be waited for, or never end."""
+    if not os.path.exists(path):
+        raise AdapterError(f"{path.parent} is not an adapter folder: it has no {path.name}")
+    if not os.path.isfile(path):
+        raise AdapterError(f"{path}: is no file")
 
 
 def read_tensors(folder: Path, config: AdapterConfig | None = None) -> dict[str, mx.array]:
@@ -137,6 +106,12 @@ def read_tensors(folder: Path, config: AdapterConfig | None = None) -> dict[str,
 
 def check_whole(path: Path) -> None:
     """AdapterError unless the safetensors file is as long as its header says."""
+    read_specs(path)
+
+
+def read_specs(path: Path) -> dict[str, TensorSpec]:
+    """What the file's header says it holds, by name. AdapterError unless header and file agree to the byte."""
+    _check_is_file(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -145,14 +120,48 @@ def check_whole(path: Path) -> None:
             if length < 0 or 8 + length > size:
                 raise AdapterError(f"{path}: truncated: {size} bytes, shorter than its own header")
             header = json.loads(stream.read(length))
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path.parent} is not an adapter folder: it has no {path.name}") from error
-    except (ValueError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from error
+    except AdapterError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: not a safetensors file: {error}") from error
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
+    if not isinstance(header, dict):
+        raise AdapterError(f"{path}: not a safetensors file: its header is no object")
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    ends = [_span(path, name, entry) for name, entry in entries.items()]
+    expected = 8 + length + max((stop for _, stop in ends), default=0)
     if size != expected:
         raise AdapterError(f"{path}: truncated: {size} bytes of {expected}")
+    if any(start != stop for (_, stop), (start, _) in itertools.pairwise([(0, 0), *sorted(ends)])):
+        raise AdapterError(f"{path}: not a safetensors file: its tensors overlap or leave gaps")
+    return {name: TensorSpec(tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()}
+
+
+def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Where a tensor's bytes are, checked against its shape: MLX reads what the shape says."""
+    try:
+        shape, item_bytes = entry["shape"], ITEM_BYTES[entry["dtype"]]
+        start, stop = entry["data_offsets"]
+        numbers = (*shape, start, stop)
+        is_fine = all(type(n) is int and n >= 0 for n in numbers) and stop - start == item_bytes * math.prod(
+            shape
+        )
+    except (TypeError, KeyError, ValueError):
+        is_fine = False
+    if not is_fine:
+        raise AdapterError(
+            f"{path}: not a safetensors file: its header says of {name!a} what cannot be: {entry!a:.200}"
+        )
+    return start, stop
+
+
+def specs_of(tensors: Mapping[str, mx.array]) -> dict[str, TensorSpec]:
+    """What a header would say of tensors in memory."""
+    return {
+        name: TensorSpec(tuple(value.shape), DTYPE_WORDS.get(value.dtype, str(value.dtype)))
+        for name, value in tensors.items()
+    }
 
 
 def content_hash(tensors: dict[str, mx.array]) -> str:
@@ -191,21 +200,6 @@ def write_adapter(folder: Path, tensors: dict[str, mx.array], config: AdapterCon
             path.unlink(missing_ok=True)
         raise StorageError(f"{folder}: the adapter could not be saved: {error}") from error
     return config
-
-
-def config_json(config: AdapterConfig) -> dict[str, Any]:
-    """What `adapter_config.json` holds: mlx-lm's keys first."""
-    parameters: dict[str, Any] = {"rank": config.rank, "scale": config.scale, "dropout": config.dropout}
-    if config.keys:
-        parameters["keys"] = list(config.keys)
-    if config.init_lora_weights != "default":
-        parameters["init_lora_weights"] = config.init_lora_weights
-    raw: dict[str, Any] = {"fine_tune_type": config.fine_tune_type, "num_layers": config.num_layers}
-    if config.fine_tune_type != "full":
-        raw["lora_parameters"] = parameters
-    if config.lineage is not None:
-        raw["lineage"] = dataclasses.asdict(config.lineage)
-    return raw
 
 
 def _sync(path: Path) -> None:

@@ -1,84 +1,104 @@
-"""Names → versions → slots. Who holds which version, and when its slot is free again. No arrays of its own.
+"""Names → versions → slots. Who holds which version, and when its memory is free again. No arrays of its own.
 
-A load makes `name@N`. New requests get the newest version at once; a version that was replaced or unloaded keeps
-its slot until the last request that holds it has ended. Safe to call from any thread.
+A load makes `name@N`. New requests get the newest version at once; a version that was replaced or unloaded stays in
+memory until the last request that holds it has ended. `max_adapters` counts names, so a version can always be
+replaced; bytes are bounded by `max_bytes`, whoever holds them. Safe to call from any thread.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
 
 from serve.adapters import manifest
 from serve.adapters.bank import Bank
-from serve.adapters.fit import LowRank, fit
+from serve.adapters.fit import LowRank, Size, check_fit, fit
+from serve.adapters.names import name_problem
 from serve.adapters.version import AdapterVersion
-from serve.errors import AdapterError, NotFoundError
+from serve.errors import AdapterError, AdapterMemoryError, LatheError, NotFoundError
 from serve.model.loading import LoadedModel
 from serve.model.quantization import Quantization
+from serve.model.template import ChatTemplate
+from serve.model.vocabulary import vocabulary_hash
 
 logger = logging.getLogger(__name__)
+
+BYTES_A_VALUE_READ = 8
+"""Of an adapter that is loaded: its tensors as stored, in float32 at most, and the updates made of them."""
 
 Run = Callable[[Callable[[], None]], None]
 
 
-def run_here(install: Callable[[], None]) -> None:
+def run_here(function: Callable[[], None]) -> None:
     """Run on the calling thread: right where no worker thread owns the arrays."""
-    install()
+    function()
+
+
+def do_later(_function: Callable[[], None]) -> None:
+    """Leave it: the next load or unload tidies first."""
 
 
 class Registry:
-    """The adapters a server knows. `run` executes a function on the thread that owns the arrays."""
+    """The adapters a server knows.
+
+    run   executes a function on the thread that owns the arrays, and waits
+    post  has it executed there soon, and does not wait
+    max_bytes  of all adapters, and what is copied while one is loaded; a load that needs more is refused
+    """
 
     def __init__(
         self,
         model: LoadedModel,
         bank: Bank,
         *,
+        max_bytes: int,
         max_adapters: int = 64,
         max_rank: int = 256,
         allow_other_base: bool = False,
     ) -> None:
         self.run: Run = run_here
+        self.post: Run = do_later
         self._model = model
         self._bank = bank
+        self.max_bytes = max_bytes
         self._max_adapters = max_adapters
         self._max_rank = max_rank
         self._allow_other_base = allow_other_base
         self._loading = threading.Lock()  # one load at a time; held while files are read
         self._squared_norms: dict[str, mx.array] = {}  # of the base's rows; under _loading
+        self._slots = itertools.count(1)  # under _loading
         self._lock = threading.Lock()  # guards everything below; held for dictionary work alone
         self._current: dict[str, AdapterVersion] = {}
         self._live: dict[str, AdapterVersion] = {}  # by id; current, or still held by requests
         self._pins: dict[str, int] = {}
         self._last_number: dict[str, int] = {}
-        self._free_slots: list[int] = list(range(max_adapters, 0, -1))
 
     def load(self, name: str, path: str | Path, *, replace: bool = False) -> AdapterVersion:
         """Read, check and install an adapter; new requests for `name` use it from here on.
 
         Blocks while the files are read; running streams go on. Nothing changes when it raises:
-        NotFoundError, AdapterError (unreadable, does not fit, name taken, no free slot).
+        NotFoundError, AdapterError (unreadable, does not fit, name taken, as many names as there may be),
+        AdapterMemoryError.
         """
         with self._loading:
             self._check_name(name, replace)
-            folder = Path(path).expanduser().resolve()
+            folder = _folder(path)
             config = manifest.read_config(folder)
-            tensors = manifest.read_tensors(folder, config)
-            self._check_base(name, config)
-            updates = fit(
-                name,
-                tensors,
-                config,
-                self._model.network,
-                max_rank=self._max_rank,
-                squared_norms=self._squared_norms,
+            specs = manifest.read_specs(folder / manifest.TENSORS_FILE)
+            notes = self._check_lineage(name, config)
+            sizes = check_fit(name, specs, config, self._model.network, max_rank=self._max_rank)
+            self._tidy_all()
+            self._check_memory(name, sizes, sum(spec.num_values for spec in specs.values()))
+            content_hash, updates = self._read(name, folder, config)
+            version = AdapterVersion(
+                name, self._last_number.get(name, 0) + 1, content_hash, next(self._slots), str(folder), notes
             )
-            version = self._reserve(name, manifest.content_hash(tensors), folder)
             self._install(version, updates)
             return version
 
@@ -125,13 +145,22 @@ class Registry:
             return self._pins.get(version.id, 0)
 
     def check_integrity(self) -> None:
-        """Every slot is either free or held by exactly one live version."""
+        """Between two loads: what is live is current or held, and the bank holds exactly that."""
         with self._lock:
-            used = [version.slot for version in self._live.values()]
-            assert len(set(used)) == len(used), f"two versions share a slot: {self._live}"
-            assert sorted(used + self._free_slots) == list(range(1, self._max_adapters + 1)), (
-                "a slot was lost"
-            )
+            live = self._live.values()
+            assert self._pins.keys() == self._live.keys(), "every live version has a count of its requests"
+            assert all(version.id == id for id, version in self._live.items())
+            for name, version in self._current.items():
+                assert version.name == name, f"{version.id} is current as {name}"
+                assert self._live.get(version.id) == version, f"{version.id} is not live"
+                assert version.number == self._last_number[name], f"{version.id} is not the newest"
+            for version in live:
+                is_current = self._current.get(version.name) == version
+                assert self._pins[version.id] >= (0 if is_current else 1), f"nobody holds {version.id}"
+            slots = [version.slot for version in live]
+            assert len({0, *slots}) == 1 + len(slots), f"two versions share a slot, or the base's: {live}"
+            assert self._bank.slots == set(slots), f"the bank holds {self._bank.slots}, live are {slots}"
+            assert len(self._current) <= self._max_adapters, f"more than {self._max_adapters} names"
 
     def _find(self, name: str) -> AdapterVersion:
         version = self._current.get(name) or self._live.get(name)
@@ -140,45 +169,103 @@ class Registry:
         return version
 
     def _check_name(self, name: str, replace: bool) -> None:
-        if not name or "@" in name or name == self._model.name:
-            raise AdapterError(
-                f"an adapter cannot be called {name!r}: names are not empty, have no '@' and are not the base's"
-            )
+        expected = name_problem(name) or ("a name is not the base's" if name == self._model.name else None)
+        if expected:
+            raise AdapterError(f"an adapter cannot be called {name!a:.80}: {expected}")
         with self._lock:
             if name in self._current and not replace:
                 raise AdapterError(
                     f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in "
                     f"place, set 'load_inplace' to True."
                 )
-
-    def _check_base(self, name: str, config: manifest.AdapterConfig) -> None:
-        lineage = config.lineage
-        if lineage is None or lineage.base_fingerprint in ("", self._model.fingerprint):
-            return
-        message = (
-            f"adapter {name!r} was trained on other weights than these: its manifest names {lineage.base_model} "
-            f"({lineage.base_fingerprint[:19]}…){_packed(lineage)}, this server runs {self._model.name} "
-            f"({self._model.fingerprint[:19]}…)"
-        )
-        if not self._allow_other_base:
-            raise AdapterError(f"{message}; start the server with allow_other_base to load it all the same")
-        logger.warning("%s", message)
-
-    def _reserve(self, name: str, content_hash: str, folder: Path) -> AdapterVersion:
-        with self._lock:
-            if not self._free_slots:
+            if name not in self._current and len(self._current) >= self._max_adapters:
                 raise AdapterError(
-                    f"adapter {name!r}: all {self._max_adapters} slots are taken; unload one or raise max_adapters"
+                    f"adapter {name!r}: {self._max_adapters} adapters are loaded, which is max_adapters; unload or "
+                    f"replace one, or raise max_adapters"
                 )
-            number = self._last_number.get(name, 0) + 1
-            return AdapterVersion(name, number, content_hash, self._free_slots.pop(), str(folder))
+
+    def _check_lineage(self, name: str, config: manifest.AdapterConfig) -> tuple[str, ...]:
+        """AdapterError where the adapter was made for other weights or token ids. Returns what is to be said of the
+        rest: a template matters to chats alone, and a fixed one is a fair reason for another."""
+        lineage = config.lineage
+        if lineage is None:
+            return ()
+        problems: list[str] = []
+        if lineage.base_fingerprint not in ("", self._model.fingerprint):
+            problems.append(
+                f"was trained on other weights than these: its manifest names {lineage.base_model} "
+                f"({lineage.base_fingerprint[:19]}…){_packed(lineage)}, this server runs {self._model.name} "
+                f"({self._model.fingerprint[:19]}…)"
+            )
+        if lineage.vocabulary_hash not in ("", self._vocabulary_hash):
+            problems.append(
+                f"was trained with another tokenizer: the vocabulary in its manifest is "
+                f"{lineage.vocabulary_hash[:19]}…, the one of {self._model.name} {self._vocabulary_hash[:19]}…"
+            )
+        if problems and not self._allow_other_base:
+            lines = "\n  ".join([f"adapter {name!r}:", *problems] if len(problems) > 1 else [])
+            raise AdapterError(
+                f"{lines or f'adapter {name!r} {problems[0]}'}; start the server with allow_other_base to load it "
+                f"all the same"
+            )
+        notes = [f"adapter {name!r} {problem}" for problem in problems]
+        if lineage.template_hash not in ("", self._template_hash):
+            notes.append(
+                f"adapter {name!r} was trained with another chat template ({lineage.template_hash[:19]}…) than the "
+                f"one here ({self._template_hash[:19]}…): its chats may look otherwise than those it learned from"
+            )
+        for note in notes:
+            logger.warning("%s", note)
+        return tuple(notes)
+
+    @cached_property
+    def _vocabulary_hash(self) -> str:
+        return vocabulary_hash(self._model.tokenizer)
+
+    @cached_property
+    def _template_hash(self) -> str:
+        return ChatTemplate(self._model.tokenizer).hash
+
+    def _check_memory(self, name: str, sizes: Mapping[str, Size], num_values: int) -> None:
+        """AdapterMemoryError unless the adapter fits beside the others, with all that is copied meanwhile."""
+        now = self._bank.num_bytes
+        read = num_values * BYTES_A_VALUE_READ
+        needed = max(now + read, self._bank.peak_bytes(sizes) + read // 2)
+        if needed <= self.max_bytes:
+            return
+        with self._lock:
+            held = sum(self._current.get(version.name) != version for version in self._live.values())
+            count = len(self._live)
+        rank = max(size.rank for size in sizes.values())
+        waiting = f", wait for the requests that still hold {held} replaced versions" if held else ""
+        raise AdapterMemoryError(
+            f"adapter {name!r} of rank {rank} needs {_mib(needed)} of memory for adapters while it is loaded, the "
+            f"others in its layers padded to its rank; adapter_budget_gib allows {_mib(self.max_bytes)}, and "
+            f"{count} versions take {_mib(now)} now. Unload one{waiting}, load one of a lower rank, or raise "
+            f"adapter_budget_gib"
+        )
+
+    def _read(
+        self, name: str, folder: Path, config: manifest.AdapterConfig
+    ) -> tuple[str, dict[str, LowRank]]:
+        """The tensors' hash and the updates made of them; the tensors themselves are let go."""
+        tensors = manifest.read_tensors(folder, config)
+        # Of what was read, not of the header looked at before: the file may have been replaced meanwhile.
+        check_fit(name, manifest.specs_of(tensors), config, self._model.network, max_rank=self._max_rank)
+        network, norms = self._model.network, self._squared_norms
+        return manifest.content_hash(tensors), fit(name, tensors, config, network, squared_norms=norms)
 
     def _install(self, version: AdapterVersion, updates: Mapping[str, LowRank]) -> None:
         try:
-            self.run(lambda: self._bank.install(version.slot, updates))
-        except BaseException:
-            with self._lock:
-                self._free_slots.append(version.slot)
+            for part in self._bank.parts(updates):
+                self.run(lambda part=part: self._bank.install(version.slot, part))  # type: ignore[misc]
+        except BaseException as error:
+            self._bank.leave(version.slot)
+            self.post(self._tidy)
+            if isinstance(error, RuntimeError | MemoryError) and not isinstance(error, LatheError):
+                raise AdapterMemoryError(
+                    f"adapter {version.name!r} could not be installed: {error}"
+                ) from error
             raise
         with self._lock:
             self._last_number[version.name] = version.number
@@ -196,7 +283,29 @@ class Registry:
     def _free(self, version: AdapterVersion) -> None:
         del self._live[version.id]
         del self._pins[version.id]
-        self._free_slots.append(version.slot)
+        self._bank.leave(version.slot)
+        self.post(self._tidy)
+
+    def _tidy(self) -> None:
+        if self._bank.tidy():
+            self.post(self._tidy)
+
+    def _tidy_all(self) -> None:
+        """As much at a time as a running stream may be held up."""
+        is_more = [True]
+        while is_more[0]:
+            self.run(lambda: is_more.__setitem__(0, self._bank.tidy()))
+
+
+def _folder(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser().resolve()
+    except (RuntimeError, OSError, ValueError) as error:  # ~nobody, too long, a null byte
+        raise NotFoundError(f"no adapter folder at {str(path)!a:.200}: {error}") from error
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def _packed(lineage: manifest.Lineage) -> str:

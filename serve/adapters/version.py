@@ -1,4 +1,4 @@
-"""One loaded version of an adapter: its name, number, content hash and place in the bank. No arrays."""
+"""One loaded version of an adapter: its name, number, content hash and slot in the bank. No arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ class AdapterVersion:
     number: int
     content_hash: str
     slot: int
+    """Its number in the bank, never given twice."""
     path: str
+    notes: tuple[str, ...] = ()
+    """What whoever loaded it should know."""
 
     @property
     def id(self) -> str:

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 
+from serve.adapters.version import AdapterVersion
 from serve.api.body import JsonRoute
 from serve.api.errors import error_response
 from serve.api.schemas import LoadAdapterBody, UnloadAdapterBody
@@ -27,10 +28,11 @@ async def load_lora_adapter(body: LoadAdapterBody, services: ServicesDep) -> Res
     if not body.lora_name or not body.lora_path:
         raise RequestError("Both 'lora_name' and 'lora_path' must be provided.", "lora_name")
     try:
-        await run_in_threadpool(_load, services.runtime, body)
+        version = await run_in_threadpool(_load, services.runtime, body)
     except NotFoundError as error:
         return error_response(404, str(error), code="not_found", param="lora_path")
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+    notes = "".join(f"\nWarning: {note}" for note in version.notes)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.{notes}")
 
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
@@ -47,11 +49,11 @@ async def unload_lora_adapter(body: UnloadAdapterBody, services: ServicesDep) ->
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-def _load(runtime: Runtime, body: LoadAdapterBody) -> None:
+def _load(runtime: Runtime, body: LoadAdapterBody) -> AdapterVersion:
     if body.lora_name in runtime.experiments:
         raise AdapterError(f"{body.lora_name!r} is the public name of an experiment; choose another")
     path = allowed_path(body.lora_path, runtime.config)
-    runtime.registry.load(body.lora_name, path, replace=body.load_inplace)
+    return runtime.registry.load(body.lora_name, path, replace=body.load_inplace)
 
 
 def allowed_path(path: str, config: ServeConfig) -> Path:

@@ -115,6 +115,8 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily("lathe_kv_bytes", "Memory of keys and values.", stats.kv_bytes)
         versions = len(self._runtime.registry.versions())
         yield GaugeMetricFamily("lathe_adapter_versions", "Adapter versions in memory.", versions)
+        num_bytes = self._runtime.engine.bank.num_bytes
+        yield GaugeMetricFamily("lathe_adapter_bytes", "Memory of adapters.", num_bytes)
         is_up = float(self._runtime.worker.failure is None)
         yield GaugeMetricFamily("lathe_engine_up", "0 once a step has failed.", is_up)
         yield CounterMetricFamily("lathe_steps", "Engine steps.", stats.num_steps)

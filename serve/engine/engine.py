@@ -21,6 +21,7 @@ from serve.model.token_bytes import TokenBytes
 logger = logging.getLogger(__name__)
 
 KV_SHARE_OF_FREE_MEMORY = 0.6
+ADAPTER_SHARE_OF_FREE_MEMORY = 0.2
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,12 @@ class EngineLimits:
     """Tokens; None: what the model was made for."""
     kv_budget_bytes: int | None = None
     """None: 0.6 of the memory that is free when the engine is made."""
+    adapter_budget_bytes: int | None = None
+    """None: 0.2 of the memory that is free when the engine is made."""
     max_adapters: int = 64
     max_rank: int = 256
     allow_other_base: bool = False
-    """Load adapters whose manifest names other base weights."""
+    """Load adapters whose manifest names other base weights, or another tokenizer."""
 
 
 class Engine:
@@ -50,6 +53,8 @@ class Engine:
         self.registry = Registry(
             model,
             self.bank,
+            max_bytes=limits.adapter_budget_bytes
+            or int(device.free_memory_bytes() * ADAPTER_SHARE_OF_FREE_MEMORY),
             max_adapters=limits.max_adapters,
             max_rank=limits.max_rank,
             allow_other_base=limits.allow_other_base,

@@ -26,7 +26,7 @@ class Runner:
         self._network = network
         self._bank = bank
         self.rows = probe.make_rows(network)
-        self._decode_arrays: tuple[int, mx.array | None, Sampler] | None = None
+        self._decode_arrays: tuple[int, list[int], Sampler] | None = None
 
     def probe(self) -> RowCost:
         """What a row costs. ModelError where a family's rows cannot be what its own cache is."""
@@ -60,7 +60,7 @@ class Runner:
     def reset(self) -> None:
         """Forget all rows, whatever state a failed step left them in."""
         self.rows.clear()
-        self._bank.rows.set(None)
+        self._bank.rows.set([])
         self._decode_arrays = None
 
     def _hidden(self, plan: Plan) -> tuple[mx.array, list[SequenceState]]:
@@ -107,12 +107,12 @@ class Runner:
         indices, columns = (mx.array(np.asarray(part, dtype=np.int32)) for part in zip(*last, strict=True))
         return hidden[indices, columns][:, None], [chunks[index].sequence for index, _ in last]
 
-    def _forward(self, tokens: mx.array, span: Span, slots: mx.array | None) -> mx.array:
+    def _forward(self, tokens: mx.array, span: Span, slots: Sequence[int]) -> mx.array:
         self.rows.set_span(span)
         self._bank.rows.set(slots)
         return self._network.hidden(tokens, cache=self.rows.caches)
 
-    def _cached(self, plan: Plan) -> tuple[mx.array | None, Sampler]:
+    def _cached(self, plan: Plan) -> tuple[list[int], Sampler]:
         """Slots and settings of the decoding rows: arrays that live as long as the composition does."""
         if self._decode_arrays is None or self._decode_arrays[0] != plan.composition:
             settings = [sequence.request.sampling for sequence in plan.decode]
@@ -125,10 +125,9 @@ class Runner:
         return Sampler([sequence.request.sampling for sequence in sequences])
 
 
-def _slots(sequences: Sequence[SequenceState]) -> mx.array | None:
-    """[B] uint32, or None when every row is the base's: such a forward skips the bank."""
-    slots = [sequence.slot for sequence in sequences]
-    return mx.array(np.asarray(slots, dtype=np.uint32)) if any(slots) else None
+def _slots(sequences: Sequence[SequenceState]) -> list[int]:
+    """Each row's slot; the bank keeps the arrays it makes of them."""
+    return [sequence.slot for sequence in sequences]
 
 
 def _read(

@@ -175,7 +175,9 @@ class Scheduler:
     # Admission
 
     def _admit(self) -> None:
-        self._may_admit = False  # claims only grow, so what does not fit now waits until somebody comes or goes
+        self._may_admit = (
+            False  # claims only grow, so what does not fit now waits until somebody comes or goes
+        )
         while self.waiting:
             held = Counter(sequence.group for sequence in self.running)
             first = min(self.waiting, key=lambda sequence: (held[sequence.group], sequence.arrival))

@@ -53,6 +53,7 @@ class Worker:
         """Take over the engine's arrays."""
         self._is_accepting = True
         self.engine.registry.run = self.call
+        self.engine.registry.post = self._commands.put
         self._thread.start()
 
     def stop(self) -> None:
@@ -182,7 +183,7 @@ class Worker:
     def _do_commands(self, *, wait: bool) -> None:
         if wait:
             self._commands.get()()
-        while not self._commands.empty():
+        for _ in range(self._commands.qsize()):  # what comes meanwhile waits: a step is due
             self._commands.get()()
 
     def _admit(self, opened: Sequence[_Open]) -> None:

@@ -13,6 +13,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from serve.adapters.manifest import (
     CONFIG_FILE,
@@ -27,7 +29,14 @@ from serve.adapters.manifest import (
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.errors import AdapterError, NotFoundError
-from serve.model.loading import load
+from serve.model.loading import LoadedModel, load
+from serve.model.template import ChatTemplate
+from serve.model.vocabulary import vocabulary_hash
+
+ODD_NAMES = [
+    *(f"a{char}b" for char in "\n\r\t\0\x1b\x7f\x85\xa0\u200b\u2028\u202e\ufeff\ud800\udfff\ue000"),
+    *(" a", "a ", "\u3000a", "\n", " ", "x" * 257, "票" * 300),
+]
 
 
 def copy_of(folder: Path, target: Path) -> Path:
@@ -110,18 +119,18 @@ def test_a_replaced_version_serves_its_requests_to_their_end_and_new_ones_get_th
     registry.check_integrity()
 
 
-def test_a_slot_returns_when_its_last_request_ends_and_the_next_adapter_leaves_no_trace(
+def test_an_adapter_that_left_makes_room_and_leaves_no_trace_in_the_next(
     model, model_folder, make_adapter, make_request, merged, assert_drawn
 ):
     engine = Engine(model, EngineLimits(max_adapters=1))
     registry = engine.registry
     registry.load("wide", make_adapter(1, rank=9))
     held = registry.acquire("wide")
+    with pytest.raises(AdapterError, match="1 adapters are loaded, which is max_adapters"):
+        registry.load("narrow", make_adapter(2, keys=["self_attn.q_proj"]))
     registry.unload("wide")
     with pytest.raises(NotFoundError, match="no adapter 'wide'"):
         registry.acquire("wide")
-    with pytest.raises(AdapterError, match="all 1 slots are taken"):
-        registry.load("narrow", make_adapter(2, keys=["self_attn.q_proj"]))
     registry.release(held)
     narrow = make_adapter(2, keys=["self_attn.q_proj"])
     request = make_request("r", adapter=registry.load("narrow", narrow))
@@ -174,10 +183,79 @@ def test_an_adapter_of_the_same_shape_but_other_weights_is_refused_unless_allowe
     assert Engine(model, EngineLimits(allow_other_base=True)).registry.load("a", folder).id == "a@1"
 
 
+def lineage_of(model: LoadedModel, **changes: str) -> Lineage:
+    known = {
+        "base_model": model.name,
+        "base_fingerprint": model.fingerprint,
+        "template_hash": ChatTemplate(model.tokenizer).hash,
+        "vocabulary_hash": vocabulary_hash(model.tokenizer),
+        **dict.fromkeys(("recipe_hash", "data_hash", "created", "lathe_version"), ""),
+    }
+    return Lineage(**{**known, **changes})
+
+
+@pytest.fixture
+def with_lineage(model, make_adapter, tmp_path):
+    """with_lineage(**changes) → folder of an adapter whose manifest says it was trained here, but for the changes."""
+
+    def make(**changes: str) -> Path:
+        folder = copy_of(make_adapter(1), tmp_path / "-".join(["with", *changes]))
+        config = AdapterConfig("lora", -1, 4, 2.0, lineage=lineage_of(model, **changes))
+        write_adapter(folder, read_tensors(folder), config)
+        return folder
+
+    return make
+
+
+def test_an_adapter_of_another_tokenizer_is_refused_unless_allowed(model, with_lineage):
+    folder = with_lineage(vocabulary_hash="sha256:" + "7" * 64)
+    with pytest.raises(AdapterError, match=r"trained with another tokenizer: .*777.*allow_other_base"):
+        Engine(model).registry.load("a", folder)
+    version = Engine(model, EngineLimits(allow_other_base=True)).registry.load("a", folder)
+    assert "another tokenizer" in version.notes[0]
+    both = with_lineage(vocabulary_hash="sha256:1", base_fingerprint="sha256:2")
+    with pytest.raises(AdapterError) as caught:
+        Engine(model).registry.load("a", both)
+    assert "another tokenizer" in str(caught.value)
+    assert "other weights than these" in str(caught.value)
+
+
+def test_another_chat_template_is_told_in_the_log_and_to_whoever_loads(model, with_lineage, caplog):
+    registry = Engine(model).registry
+    version = registry.load("a", with_lineage(template_hash="sha256:" + "7" * 64))
+    assert "trained with another chat template (sha256:777" in version.notes[0]
+    assert version.notes[0] in caplog.text
+    caplog.clear()
+    for name, changes in (("b", {}), ("c", {"template_hash": "", "vocabulary_hash": ""})):
+        assert registry.load(name, with_lineage(**changes)).notes == ()
+    assert caplog.text == ""
+
+
+def test_a_vocabulary_is_known_by_what_each_id_stands_for():
+    names = set()
+    for vocabulary in (
+        {"a": 0, "b": 1},
+        {"a": 1, "b": 0},
+        {"a": 0, "b": 2},
+        {"a": 0, "b": 1, "c": 2},
+        {"a": 0},
+    ):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)))
+        reordered = dict(reversed(vocabulary.items()))
+        same = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(reordered)))
+        assert vocabulary_hash(same) == vocabulary_hash(tokenizer)
+        names.add(vocabulary_hash(tokenizer))
+        tokenizer.add_special_tokens({"eos_token": "</s>"})
+        names.add(vocabulary_hash(tokenizer))
+    assert len(names) == 10
+
+
 def test_broken_files_are_named_and_nothing_changes(model, make_adapter, tmp_path):
     registry = Engine(model).registry
-    with pytest.raises(NotFoundError, match="no adapter folder at"):
-        registry.load("a", tmp_path / "nowhere")
+    no_folders = (tmp_path / "nowhere", "~nosuchuser/a", "a\0b", "x" * 10_000, "/dev/null")
+    for path in (*no_folders, make_adapter(1) / CONFIG_FILE):
+        with pytest.raises(NotFoundError, match="no adapter folder at"):
+            registry.load("a", path)
     cut = copy_of(make_adapter(1), tmp_path / "cut")
     whole = (cut / TENSORS_FILE).read_bytes()
     for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
@@ -210,6 +288,13 @@ def test_nan_weights_and_too_high_ranks_are_refused_by_tensor(model, make_adapte
         Engine(model).registry.load("a", folder)
     with pytest.raises(AdapterError, match="has rank 40, this server takes up to 16"):
         Engine(model, EngineLimits(max_rank=16)).registry.load("a", folder)
+    whole = read_tensors(make_adapter(1))
+    write_adapter(folder, whole, AdapterConfig("lora", -1, 8, 2.0))
+    with pytest.raises(AdapterError, match=r"q_proj has rank 4, its adapter_config\.json says 8"):
+        Engine(model).registry.load("a", folder)
+    write_adapter(folder, {**whole, name: whole[name].astype(mx.int32)}, AdapterConfig("lora", -1, 4, 2.0))
+    with pytest.raises(AdapterError, match="lora_b holds I32, floating-point"):
+        Engine(model).registry.load("a", folder)
 
 
 def test_tensors_swapped_under_a_manifest_are_noticed(make_adapter, tmp_path):
@@ -228,9 +313,12 @@ def test_a_loaded_name_is_kept_unless_replacing_and_bad_names_are_refused(model,
     registry.load("a", make_adapter(1))
     with pytest.raises(AdapterError, match="'a' has already been loaded"):
         registry.load("a", make_adapter(2))
-    for name in ("", "a@2", "lively"):
-        with pytest.raises(AdapterError, match="cannot be called"):
+    for name in ("", "a@2", "lively", *ODD_NAMES):
+        with pytest.raises(AdapterError, match="cannot be called") as caught:
             registry.load(name, make_adapter(1))
+        assert str(caught.value).isprintable()
+    for name in ("a b", "org/name:v1.2", "été", "票", "x" * 256):
+        assert registry.load(name, make_adapter(1)).name == name
 
 
 def test_loads_and_releases_from_many_threads_lose_no_slot(model, make_adapter):

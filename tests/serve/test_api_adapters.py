@@ -7,6 +7,7 @@ import httpx
 import openai
 import pytest
 
+from serve.adapters.manifest import AdapterConfig, Lineage, read_tensors, write_adapter
 from serve.api.adapters import allowed_path
 from serve.api.server import serving
 from serve.config import ServeConfig
@@ -88,6 +89,9 @@ def test_what_cannot_be_loaded_or_unloaded_says_why(post, make_adapter, tmp_path
         ({"lora_name": "x", "lora_path": path, "inplace": True}, "did you mean load_inplace"),
         ({"lora_name": "lively", "lora_path": path}, "not the base's"),
         ({"lora_name": "x@1", "lora_path": path}, "'@'"),
+        ({"lora_name": "x\r\nset-cookie: a=b", "lora_path": path}, "printable characters"),
+        ({"lora_name": " x", "lora_path": path}, "begins nor ends with a space"),
+        ({"lora_name": "x" * 300, "lora_path": path}, "at most 256 characters"),
         ({"lora_name": "x", "lora_path": str(tmp_path)}, str(tmp_path)),
     ]:
         answer = post("load", **fields)
@@ -115,6 +119,8 @@ def test_a_stream_keeps_its_version_while_its_name_is_replaced_and_removed(
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="x", **LONG)
     assert runtime.registry.versions() == []
+    runtime.worker.call(lambda: None)  # behind what the stream's end left to do
+    assert runtime.engine.bank.num_bytes == 0
 
 
 def test_a_running_stream_goes_on_while_an_adapter_loads(post, client, make_adapter):
@@ -134,6 +140,78 @@ def test_a_running_stream_goes_on_while_an_adapter_loads(post, client, make_adap
         load.join()
     assert text == alone
     assert {model.id for model in client.models.list()} == {"lively", "x1", "x2", "x3"}
+
+
+def test_the_only_adapter_there_may_be_is_replaced_again_and_again_under_its_streams(
+    model_folder, make_adapter
+):
+    """A checkpoint that is watched does this: every version is served to the end of the requests that hold it."""
+    config = ServeConfig(model=str(model_folder), name="lively", max_adapters=1)
+    runtime = Runtime.start(config)
+    ask = {"prompt": "hello there", "max_tokens": 120, "seed": 1, "ignore_eos": True}
+    with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
+
+        def load(name: str, seed: int) -> httpx.Response:
+            fields = {"lora_name": name, "lora_path": str(make_adapter(seed)), "load_inplace": True}
+            return http.post("/v1/load_lora_adapter", json=fields)
+
+        def answer(model: str) -> str:
+            return http.post("/v1/completions", json={**ask, "model": model}).json()["choices"][0]["text"]
+
+        alone = {}
+        for seed in (1, 2, 3):
+            assert load("x", seed).status_code == 200
+            alone[seed] = answer("x")
+        answers: dict[int, str] = {}
+        threads = []
+        for number in range(6):
+            assert load("x", 1 + number % 3).status_code == 200
+            name = runtime.registry.resolve("x").id
+            threads.append(threading.Thread(target=lambda n=number, m=name: answers.update({n: answer(m)})))
+            threads[-1].start()
+            while runtime.registry.num_pins(runtime.registry.resolve(name)) == 0 and threads[-1].is_alive():
+                threads[-1].join(0.001)
+        refused = load("y", 1)
+        assert (refused.status_code, "max_adapters" in refused.text) == (400, True)
+        for thread in threads:
+            thread.join()
+        assert answers == {number: alone[1 + number % 3] for number in range(6)}
+        assert http.post("/v1/unload_lora_adapter", json={"lora_name": "x"}).status_code == 200
+        runtime.worker.call(lambda: None)
+        assert "lathe_adapter_bytes 0.0" in http.get("/metrics").text
+        runtime.registry.check_integrity()
+    runtime.close()
+
+
+def test_an_adapter_that_memory_has_no_room_for_is_a_507_and_others_are_served_on(model_folder, make_adapter):
+    config = ServeConfig(model=str(model_folder), name="lively", adapter_budget_gib=0.001)
+    runtime = Runtime.start(config)
+    with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
+
+        def load(name: str, rank: int) -> httpx.Response:
+            fields = {"lora_name": name, "lora_path": str(make_adapter(1, rank=rank))}
+            return http.post("/v1/load_lora_adapter", json=fields)
+
+        assert load("x", 4).status_code == 200
+        there = runtime.engine.bank.num_bytes
+        refused = load("big", 64)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (507, "adapter_memory")
+        assert "raise adapter_budget_gib" in refused.json()["error"]["message"]
+        assert f"lathe_adapter_bytes {float(there)}" in http.get("/metrics").text
+        asked = {"model": "x", "prompt": "hello", "max_tokens": 3}
+        assert http.post("/v1/completions", json=asked).status_code == 200
+    runtime.close()
+
+
+def test_another_chat_template_is_told_in_the_answer_to_a_load(post, make_adapter, runtime, tmp_path):
+    lineage = Lineage("lively", runtime.model.fingerprint, "sha256:0", "", "", "", "0")
+    tensors = read_tensors(make_adapter(1))
+    write_adapter(tmp_path / "a", tensors, AdapterConfig("lora", -1, 4, 2.0, lineage=lineage))
+    answer = post("load", lora_name="x", lora_path=str(tmp_path / "a"))
+    assert answer.status_code == 200
+    first, second = answer.text.splitlines()
+    assert first == "Success: LoRA adapter 'x' added successfully."
+    assert second.startswith("Warning: adapter 'x' was trained with another chat template")
 
 
 def test_every_pin_is_given_back_however_a_request_ends(post, client, make_adapter, runtime):

@@ -103,10 +103,13 @@ def merged_by_hand(moe_folder, weights, folder):
     return module
 
 
+@pytest.mark.parametrize("is_in_parts", [False, True], ids=["at once", "in parts"])
 def test_rows_of_every_kind_in_one_batch_match_each_merged_and_alone(
-    moe_folder, weights, make_kind, make_request, assert_drawn
+    moe_folder, weights, make_kind, make_request, assert_drawn, is_in_parts
 ):
     engine = Engine(load(str(moe_folder)), EngineLimits(prefill_chunk_tokens=64))
+    if is_in_parts:
+        engine.bank.bytes_at_once = 1
     versions = {name: engine.registry.load(name, make_kind(name)) for name in KINDS}
     requests = {
         (name, i): make_request(f"{name}-{i}", text, adapter=versions.get(name))
@@ -135,11 +138,12 @@ def test_a_batch_reads_only_what_its_own_adapters_touch(moe_folder, make_kind, m
         engine.registry.load(name, make_kind(name))
     for _, module in engine.model.network.module.named_modules():
         if isinstance(module, BankedLinear | BankedExperts):
-            if not module._updated & 1 << lora.slot:
-                module._a, module._b = module._a + mx.nan, module._b + mx.nan
-            if module._gain is not None:
-                module._gain = module._gain + mx.nan
-    # The others made the bank's rank larger: the same sum over more zeros may round otherwise.
+            stack = module._stack
+            if lora.slot not in stack.sizes:
+                stack.a, stack.b = stack.a + mx.nan, stack.b + mx.nan
+            if stack.gain is not None:
+                stack.gain = stack.gain + mx.nan
+    # The others made the stacks' ranks larger: the same sum over more zeros may round otherwise.
     assert answer(engine, lora) == pytest.approx(before, abs=1e-4)
     assert answer(engine, None) == base
 
@@ -153,6 +157,23 @@ def test_a_slot_used_again_keeps_no_length_or_expert_of_the_last_adapter(
         answer = generate(engine, [request])[0].token_ids
         assert_drawn(request, answer, merged_by_hand(moe_folder, weights, make_kind(name)))
         engine.registry.unload(name)
+
+
+def test_an_adapter_in_a_place_that_had_lengths_has_none_beside_one_that_has(
+    moe_folder, make_kind, make_request
+):
+    alone = Engine(load(str(moe_folder)))
+    version = alone.registry.load("head", make_kind("head"))
+    expected = generate(alone, [make_request("r", adapter=version)])[0].token_ids
+    engine = Engine(load(str(moe_folder)))
+    for name in ("first", "second"):
+        engine.registry.load(name, make_kind("dora"))
+    engine.registry.unload(
+        "first"
+    )  # the head's rank is lower: it takes the first one's entry, and no array grows
+    versions = engine.registry.load("head", make_kind("head")), engine.registry.resolve("second")
+    answers = generate(engine, [make_request(str(v.slot), adapter=v) for v in versions])
+    assert answers[0].token_ids == expected
 
 
 def test_what_does_not_fit_is_named(moe_folder, make_kind, tmp_path):

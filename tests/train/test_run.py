@@ -21,6 +21,8 @@ from rich.console import Console
 from serve.adapters.manifest import read_config, read_tensors
 from serve.errors import ConfigError
 from serve.model.loading import load
+from serve.model.template import ChatTemplate
+from serve.model.vocabulary import vocabulary_hash
 from train import checkpoint
 from train.preflight import prepare
 from train.recipe import load_recipe
@@ -139,7 +141,10 @@ def test_a_run_leaves_an_adapter_that_mlx_lm_loads_with_the_same_logits(make_rec
     assert [line["step"] for line in lines if line["kind"] == "valid"] == [0, 4, 8]
     assert list((out / "tensorboard").glob("events*"))
     lineage = read_config(out).lineage
-    assert lineage.base_fingerprint == load(str(model_folder)).fingerprint
+    base = load(str(model_folder))
+    assert lineage.base_fingerprint == base.fingerprint
+    assert lineage.vocabulary_hash == vocabulary_hash(base.tokenizer)
+    assert lineage.template_hash == ChatTemplate(base.tokenizer).hash
     assert lineage.metrics["valid_loss"] == summary.valid_loss
     theirs, _ = mlx_lm.load(str(model_folder), adapter_path=str(out))
     plain, _ = mlx_lm.load(str(model_folder))

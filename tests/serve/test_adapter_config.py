@@ -1,0 +1,263 @@
+"""adapter_config.json and the header of the tensors' file: what is wrong is named, and never read otherwise."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from itertools import product
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx_lm.lora import CONFIG_DEFAULTS
+
+from serve.adapters.config import PARAMETERS, AdapterConfig, Lineage, config_json, parse_config
+from serve.adapters.manifest import CONFIG_FILE, TENSORS_FILE, read_config, read_specs, read_tensors
+from serve.errors import AdapterError
+
+PATH = Path("adapter_config.json")
+GOOD = {
+    "fine_tune_type": "lora",
+    "num_layers": 2,
+    "lora_parameters": {"rank": 8, "scale": 2.0, "dropout": 0.0},
+}
+HUGE = 10**400
+ODD = ["8", [], [8], {"a": 1}, True, -1, HUGE, float("nan"), float("inf"), "\ud800", 10**30]
+"""Values that no number in a config may have; what is right for a key is taken out where it is tried."""
+WRONG = {
+    "rank": [*ODD, 8.0, 0, None, 2**31],
+    "scale": [*(v for v in ODD if v != 10**30), 0, 0.0, -2.0],
+    "alpha": [*(v for v in ODD if v != 10**30), 0, 0.0, -2.0],
+    "dropout": [*ODD, None, 1, 1.5, -0.1],
+    "keys": [8, "q_proj", {"a": 1}, True, [], [""], [3], [None], ["\ud800"], [["q_proj"]]],
+    "init_lora_weights": ["gaussian", "", True, 1, ["pissa"], "pissa_niter_0", "pissa_niter_", "olora"],
+    "use_rslora": [True, 1, "yes"],
+    "use_dora": [True],
+    "rank_pattern": [{"q_proj": 4}],
+    "alpha_pattern": [{"q_proj": 4}],
+    "lora_alpha": [16],
+    "r": [8],
+    "target_modules": [["q_proj"], "all-linear"],
+    "of_a_later_version": [1, "x", [0]],
+    "line\nbreak": [1],
+}
+WRONG_AT_THE_TOP = {
+    "fine_tune_type": ["vera", "", None, 1, ["lora"], {}],
+    "num_layers": ["2", 2.0, None, True, -2, [2], 2**31],
+    "lora_parameters": [None, [], "x", 3, {}, {"rank": 8}, {"scale": 2.0}, {"rank": 8, "alpha": None}],
+    "rank": [8],
+    "alpha": [16],
+    "scale": [2.0],
+    "use_rslora": [True],
+    "use_dora": [True],
+    "rank_pattern": [{"q_proj": 4}],
+    "modules_to_save": [["lm_head"]],
+    "layer_replication": [[[0, 2]]],
+    "bias": ["all", "lora_only"],
+    "lineage": [[], "x", 3, True, {}, {"base_model": "m"}],
+}
+LINEAGE = {
+    "base_model": "m",
+    "base_fingerprint": "",
+    "template_hash": "",
+    "recipe_hash": "",
+    "data_hash": "",
+    "created": "",
+    "lathe_version": "0",
+}
+WRONG_LINEAGE = {
+    **{
+        name: [None, 3, [], {}, True, "\ud800"]
+        for name in (*LINEAGE, "content_hash", "parent", "vocabulary_hash")
+    },
+    "metrics": [None, 3, [1.0], {"loss": "low"}, {"loss": None}],
+    "quantize": [3, "4 bit", [4], {"bits": 9}, {"of_a_later_version": 1}],
+}
+
+
+def parsed(raw: object) -> AdapterConfig:
+    return parse_config(json.dumps(raw), PATH)
+
+
+def inside(**parameters: object) -> dict:
+    return {**GOOD, "lora_parameters": {**GOOD["lora_parameters"], **parameters}}
+
+
+CASES = [
+    *((f"lora_parameters.{k}", k, inside(**{k: v})) for k, values in WRONG.items() for v in values),
+    *((k, k, {**GOOD, k: v}) for k, values in WRONG_AT_THE_TOP.items() for v in values),
+    *(
+        (f"lineage.{k}", k, {**GOOD, "lineage": {**LINEAGE, k: v}})
+        for k, values in WRONG_LINEAGE.items()
+        for v in values
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "raw"), CASES, ids=[f"{w!a}-{i}" for i, (w, _, _) in enumerate(CASES)]
+)
+def test_a_wrong_value_is_refused_by_its_key_in_one_printable_line(where, key, raw):
+    if where == "lora_parameters.alpha":
+        del raw["lora_parameters"]["scale"]
+    with pytest.raises(AdapterError) as caught:
+        parsed(raw)
+    message = str(caught.value)
+    assert key.partition("\n")[0] in message
+    assert message.startswith(str(PATH))
+    assert len(message) < 400
+    assert message.encode("utf-8").decode().replace("\n", "").isprintable()
+
+
+def test_all_problems_are_told_at_once():
+    raw = {**inside(rank="8", scale=-1, use_rslora=True), "num_layers": "all", "bias": "all"}
+    with pytest.raises(AdapterError) as caught:
+        parsed(raw)
+    for told in ("rank is", "scale is -1", "use_rslora is true", "num_layers is", "bias is"):
+        assert told in str(caught.value)
+
+
+def test_the_factor_is_scale_or_alpha_over_rank_and_never_a_default():
+    assert parsed(GOOD).scale == 2.0
+    assert parsed({"lora_parameters": {"rank": 8, "alpha": 16}}).scale == 2.0
+    assert parsed({"lora_parameters": {"rank": 3, "alpha": 1}}).scale == pytest.approx(1 / 3)
+    assert parsed(inside(alpha=16)).scale == 2.0
+    for parameters in ({"rank": 8}, {"rank": 8, "dropout": 0.0}, {"rank": 8, "scale": None, "alpha": None}):
+        with pytest.raises(AdapterError, match="neither scale nor alpha"):
+            parsed({"lora_parameters": parameters})
+    with pytest.raises(
+        AdapterError, match="scale is 20 and alpha / rank is 2; they are the same factor, keep one"
+    ):
+        parsed(inside(scale=20.0, alpha=16))
+
+
+def test_a_whole_config_in_another_tools_layout_is_refused():
+    """mlx-vlm's old layout, PEFT's without its peft_type."""
+    with pytest.raises(AdapterError, match=r"alpha is 16, beside lora_parameters") as caught:
+        parsed({"rank": 8, "alpha": 16, "dropout": 0.0})
+    assert "rank is 8" in str(caught.value)
+    assert "lora_parameters is missing" in str(caught.value)
+    with pytest.raises(AdapterError, match=r"lora_alpha is 16.*\n.*r is 8"):
+        parsed({"r": 8, "lora_alpha": 16, "lora_parameters": {"rank": 8, "scale": 20.0}})
+
+
+def test_what_mlx_lm_writes_is_read_and_options_that_are_off_ask_nothing():
+    written = {**CONFIG_DEFAULTS, "num_layers": 4, "of_the_users_yaml": {"any": ["thing"]}}
+    config = parsed(written)
+    assert (config.fine_tune_type, config.num_layers, config.rank, config.scale) == ("lora", 4, 8, 20.0)
+    off = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": None, "init_lora_weights": None}
+    assert parsed({**inside(**off), "use_dora": False, "bias": "none", "modules_to_save": None}) == parsed(
+        GOOD
+    )
+    full = parsed({**written, "fine_tune_type": "full", "lora_parameters": None})
+    assert full.fine_tune_type == "full"
+
+
+def test_every_config_that_can_be_written_is_read_back_equal():
+    lineages = (None, Lineage(**LINEAGE), Lineage(**LINEAGE, metrics={"loss": 0.5}, quantize={"bits": 4}))
+    kinds, keys = ("lora", "dora"), ((), ("self_attn.q_proj", "lm_head"))
+    inits = ("default", "pissa", "pissa_niter_16")
+    for kind, key, init, lineage in product(kinds, keys, inits, lineages):
+        config = AdapterConfig(kind, -1, 4, 0.1, 0.05, key, init, lineage)
+        assert parsed(config_json(config)) == config
+    assert parsed(config_json(AdapterConfig("full", 3))) == AdapterConfig("full", 3)
+    assert set(config_json(AdapterConfig("lora", 1, keys=("a",)))["lora_parameters"]) <= set(PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"num_layers": 1, "num_layers": 2}', "'num_layers' stands twice"),
+        ("[]", "an object was expected"),
+        ("3", "an object was expected"),
+        ("null", "an object was expected"),
+        ('{"peft_type": "LORA"}', "PEFT"),
+        ('{"peft_type": null}', "PEFT"),
+    ],
+    ids=range(9),
+)
+def test_what_is_no_config_at_all_says_so(text, told):
+    with pytest.raises(AdapterError, match=told):
+        parse_config(text, PATH)
+
+
+def test_only_plain_text_files_of_a_sensible_size_are_read(tmp_path):
+    path = tmp_path / CONFIG_FILE
+    os.mkfifo(path)
+    with pytest.raises(AdapterError, match="is no file"):
+        read_config(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(AdapterError, match="is no file"):
+        read_config(tmp_path)
+    path.rmdir()
+    path.write_bytes(b'{"fine_tune_type": "\xff"}')
+    with pytest.raises(AdapterError, match="not JSON"):
+        read_config(tmp_path)
+    with path.open("wb") as stream:
+        stream.truncate(1 << 30)
+    with pytest.raises(AdapterError, match=r"which no adapter_config\.json needs"):
+        read_config(tmp_path)
+
+
+def with_header(folder: Path, header: object, data: bytes = b"\0" * 16) -> Path:
+    head = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (folder / TENSORS_FILE).write_bytes(struct.pack("<Q", len(head)) + head + data)
+    return folder
+
+
+def entry(shape: object = (2, 2), dtype: object = "F32", offsets: object = (0, 16)) -> dict:
+    return {"shape": shape, "dtype": dtype, "data_offsets": offsets}
+
+
+BROKEN_HEADERS = [
+    [],
+    3,
+    None,
+    "x",
+    b"[" * 100_000,
+    {"a": None},
+    {"a": 3},
+    {"a": []},
+    {"a": {}},
+    *(
+        {"a": entry(shape=s)}
+        for s in ((2, 3), (1000000, 1000000), (-2, -2), (2.0, 2), ("2", 2), None, 4, [[4]], (True, 4))
+    ),
+    *({"a": entry(dtype=d)} for d in ("F64", "F16", "X", None, 4, [])),
+    *(
+        {"a": entry(offsets=o)}
+        for o in ((0, 16, 32), (16, 0), (-16, 0), (0,), None, "ab", (0.0, 16.0), (0, 1 << 70))
+    ),
+    {"a": entry(), "b": entry()},
+    {"a": entry((2,), offsets=(8, 16))},
+    {"a": entry((2, 1), offsets=(0, 8)), "b": entry((1,), offsets=(12, 16))},
+]
+
+
+@pytest.mark.parametrize("header", BROKEN_HEADERS, ids=range(len(BROKEN_HEADERS)))
+def test_a_header_that_does_not_describe_its_file_is_refused_before_anything_is_read(tmp_path, header):
+    with pytest.raises(AdapterError, match=r"adapters\.safetensors: (not a safetensors file|truncated)"):
+        read_tensors(with_header(tmp_path, header))
+
+
+def test_a_header_says_what_the_tensors_are(tmp_path):
+    tensors = {
+        "a": mx.zeros((3, 4)),
+        "b": mx.zeros((0, 4), dtype=mx.float16),
+        "c": mx.zeros((5,), dtype=mx.bfloat16),
+        "d": mx.zeros((2,), dtype=mx.int32),
+    }
+    mx.save_safetensors(str(tmp_path / TENSORS_FILE), tensors, metadata={"format": "mlx"})
+    specs = read_specs(tmp_path / TENSORS_FILE)
+    assert {name: (spec.shape, spec.is_floating) for name, spec in specs.items()} == {
+        "a": ((3, 4), True),
+        "b": ((0, 4), True),
+        "c": ((5,), True),
+        "d": ((2,), False),
+    }
+    assert sorted(read_tensors(tmp_path)) == sorted(tensors)
