@@ -12,6 +12,7 @@ import mlx.core as mx
 import pytest
 
 from serve.adapters.bank import Banked
+from serve.adapters.lora import LANES
 from serve.adapters.registry import run_here
 from serve.adapters.stack import entries_for
 from serve.adapters.version import AdapterVersion
@@ -152,7 +153,8 @@ def check_sizes(engine: Engine, seeds: dict[int, int]) -> None:
     for path, stack in stacks(engine).items():
         key = path.split(".", 3)[-1]
         touching = [s for s in seeds.values() if key in KEYS.get(s, [key])]
-        assert stack.size.rank == max((RANKS[s] for s in touching), default=0), path
+        rank = max((RANKS[s] for s in touching), default=0)
+        assert stack.size.rank == -(-rank // LANES) * LANES, path
         if not touching:
             assert stack.arrays()[0].size == 0
         else:
