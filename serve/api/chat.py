@@ -59,7 +59,12 @@ async def create_chat_completion(body: ChatBody, http: Request, services: Servic
     with held_target(runtime, body.model, body.user or id) as target:
         messages = [message.for_template() for message in body.messages]
         variables = body.chat_template_kwargs or {}
-        prompt = await services.tokenize(lambda: runtime.template.render(messages, **variables))
+        prompt = await services.prompts.of_messages(
+            messages,
+            variables,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=bool(body.continue_final_message),
+        )
         requests = build_requests(services, id, body, [prompt], target)
         generation = Generation(services, id, "chat", target, requests)
     format = ChatFormat(services.texts, body.num_logprobs is not None)

@@ -63,7 +63,7 @@ async def create_completion(body: CompletionBody, http: Request, services: Servi
 def _encode(services: Services, prompt: str | list[int]) -> tuple[int, ...]:
     runtime = services.runtime
     if isinstance(prompt, str):
-        return tuple(runtime.model.tokenizer.encode(prompt))
+        return services.prompts.of_text(prompt)
     outside = [token for token in prompt if not 0 <= token < runtime.model.network.vocab_size]
     if outside:
         raise RequestError(

@@ -31,34 +31,27 @@ class ControlTokens:
 
     def __init__(self, texts: Collection[str]) -> None:
         self.texts: frozenset[str] = frozenset(texts)
-        self._longest_first = sorted({len(text) for text in self.texts}, reverse=True)
-        first = "".join(map(re.escape, sorted({text[0] for text in self.texts})))
-        self._first = re.compile(f"[{first}]" if first else "(?!)")
+        self._longest = max(map(len, self.texts), default=0)
+        self._token = re.compile(_any_of(self.texts))
+        self._start = re.compile(f"(?={self._token.pattern})")
 
     def find(self, text: str) -> Iterator[tuple[int, str]]:
         """(where, which) from left to right, the longest first, none inside another: as a tokenizer takes them."""
-        end = 0
-        for found in self._first.finditer(text):
-            begin = found.start()
-            if begin >= end and (token := self._at(text, begin)):
-                end = begin + len(token)
-                yield begin, token
+        return ((found.start(), found.group()) for found in self._token.finditer(text))
 
     def starts(self, text: str) -> set[int]:
         """Where control tokens begin, inside each other too; and where one may, with what stands around the text."""
-        starts = {found.start() for found in self._first.finditer(text) if self._at(text, found.start())}
+        starts = {found.start() for found in self._start.finditer(text)}
         num = len(text)
-        lengths = range(1, min(num, self._longest_first[0] - 1) + 1) if self._longest_first else ()
+        lengths = range(1, min(num, self._longest - 1) + 1)
         starts |= {num - length for length in lengths if text[num - length :] in self._beginnings}
-        if num and (text in self._inside or any(text[:length] in self._ends for length in lengths)):
+        if num and (self._holds(text) or any(text[:length] in self._ends for length in lengths)):
             starts.add(0)
         return starts
 
-    def _at(self, text: str, begin: int) -> str | None:
-        for length in self._longest_first:
-            if text[begin : begin + length] in self.texts:
-                return text[begin : begin + length]
-        return None
+    def _holds(self, text: str) -> bool:
+        """Whether the text stands inside a control token, and is more than a name."""
+        return len(text) < self._longest and _is_marked(text) and text in self._joined
 
     @cached_property
     def _beginnings(self) -> frozenset[str]:
@@ -69,19 +62,26 @@ class ControlTokens:
         return frozenset(filter(_is_marked, (t[n:] for t in self.texts for n in range(1, len(t)))))
 
     @cached_property
-    def _inside(self) -> _Inside:
-        return _Inside("\0".join(sorted(self.texts)), max(map(len, self.texts), default=0))
+    def _joined(self) -> str:
+        return "\0".join(sorted(self.texts))
 
 
-@dataclass(frozen=True)
-class _Inside:
-    """The texts that stand inside a control token and are more than a name."""
+def _any_of(texts: Collection[str]) -> str:
+    """A pattern of any of the texts, the longest first: one pass, however many there are and whatever it reads."""
+    tree: dict[str, Any] = {}
+    for text in texts:
+        node = tree
+        for character in text:
+            node = node.setdefault(character, {})
+        node[""] = {}
+    return _branches(tree) if tree else "(?!)"
 
-    joined: str
-    longest: int
 
-    def __contains__(self, text: str) -> bool:
-        return len(text) < self.longest and _is_marked(text) and text in self.joined
+def _branches(node: Mapping[str, Any]) -> str:
+    paths = [re.escape(character) + _branches(rest) for character, rest in node.items() if character]
+    if "" not in node and len(paths) == 1:
+        return paths[0]
+    return f"(?:{'|'.join(paths)})" + ("?" if "" in node else "") if paths else ""
 
 
 def _is_marked(text: str) -> bool:
