@@ -13,6 +13,7 @@ import copy
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -154,39 +155,57 @@ class NamedControl:
     def __init__(self, tokenizer: Any, control: ControlTokens) -> None:
         """tokenizer: one of transformers, whose ids and ways the encoder has."""
         secret = secrets.token_hex(12)
-        self._names = {text: f"q{secret}x{number:05}q" for number, text in enumerate(sorted(control.texts))}
-        self._control = control
-        self._alone = {
-            token.content for token in tokenizer.added_tokens_decoder.values() if token.single_word
+        # Their ends are the tokens' own: a neighbour may ask whether it stands beside a letter.
+        names = {
+            text: f"{text[0]}q{secret}x{number:05}q{text[-1]}"
+            for number, text in enumerate(sorted(control.texts))
         }
         has_backend = getattr(tokenizer, "backend_tokenizer", None) is not None
-        self.encoder: Encoder = (
-            _Twin(tokenizer, self._names) if has_backend else _Piecewise(tokenizer, self._names)
-        )
+        self.encoder: _Twin | _Piecewise = (_Twin if has_backend else _Piecewise)(tokenizer, names, control)
 
     def name(self, text: str) -> str:
-        """The text with every control token in it under its secret name."""
+        """The text with each control token in it under its secret name."""
         pieces, end = [], 0
-        for begin, token in self._control.find(text):
-            if token in self._alone and _touches_word(text, begin, begin + len(token)):
-                continue  # the tokenizer does not take it for one there
-            pieces += [text[end:begin], self._names[token]]
-            end = begin + len(token)
+        for begin, stop, name in self.encoder.written(text):
+            pieces += [text[end:begin], name]
+            end = stop
         return "".join([*pieces, text[end:]])
 
 
-def _touches_word(text: str, begin: int, end: int) -> bool:
-    return bool(re.match(r"\w", text[begin - 1 : begin]) or re.match(r"\w", text[end : end + 1]))
-
-
-class _Twin(Encoder):
-    """A fast tokenizer's copy in which control tokens have other names, and nothing else is different."""
+class _Named(Encoder):
+    """An encoder that finds control tokens under their secret names."""
 
     def __init__(self, tokenizer: Any, names: Mapping[str, str]) -> None:
-        backend = Tokenizer.from_str(_renamed(tokenizer.backend_tokenizer.to_str(), names))
-        twin = copy.copy(tokenizer)
-        twin._tokenizer = backend
-        super().__init__(twin)
+        super().__init__(tokenizer)
+        unknown = getattr(tokenizer, "unk_token", None)
+        self._names = names
+        self._ids = {name: int(tokenizer.convert_tokens_to_ids(text)) for text, name in names.items()}
+        # What has no token may be drawn as the unknown one: that is no control.
+        self._texts = {self._ids[name]: text for text, name in names.items() if text != unknown}
+        self._pattern = re.compile("|".join(map(re.escape, names.values())) or "(?!)")
+
+    def _check(self, text: str, ids: Sequence[int]) -> None:
+        """RequestError if the ids do not hold exactly the control tokens that the text names."""
+        named = Counter(self._ids[name] for name in self._pattern.findall(text))
+        drawn = Counter(token_id for token_id in ids if token_id in self._texts)
+        for token_id, control in self._texts.items():
+            if drawn[token_id] != named[token_id]:
+                raise RequestError(
+                    f"this tokenizer cannot tell {control!r} in words from the token; take it out of the messages, "
+                    "or set special_tokens_in_messages: control",
+                    "messages",
+                )
+
+
+class _Twin(_Named):
+    """A fast tokenizer's copy in which control tokens have other names, and nothing else is different."""
+
+    def __init__(self, tokenizer: Any, names: Mapping[str, str], _: ControlTokens) -> None:
+        super().__init__(tokenizer, names)
+        self._original = tokenizer.backend_tokenizer
+        backend = Tokenizer.from_str(_renamed(self._original.to_str(), names))
+        self._tokenizer = copy.copy(tokenizer)
+        self._tokenizer._tokenizer = backend
         added = {
             backend.token_to_id(names.get(token.content, token.content)): number
             for number, token in tokenizer.added_tokens_decoder.items()
@@ -194,15 +213,28 @@ class _Twin(Encoder):
         # A token that no vocabulary holds takes the next free number, which need not be the one it had.
         self._numbers = {number: as_before for number, as_before in added.items() if number != as_before}
 
+    def written(self, text: str) -> Iterator[tuple[int, int, str]]:
+        """(begin, end, name) of each control token that the original tokenizer finds in the text."""
+        encoded = self._original.encode(text, add_special_tokens=False)
+        for token_id, (begin, end) in zip(encoded.ids, encoded.offsets, strict=True):
+            control = self._texts.get(token_id)
+            if control is not None:
+                found = text.find(control, begin, end)  # white space beside it may belong to it
+                if found >= 0:
+                    yield found, found + len(control), self._names[control]
+
     def encode(self, text: str) -> tuple[int, ...]:
-        return self._as_before(super().encode(text))
+        return self._as_before(text, super().encode(text))
 
     def encode_with_begins(self, text: str) -> tuple[tuple[int, ...], list[int] | None]:
         ids, begins = super().encode_with_begins(text)
-        return self._as_before(ids), begins
+        return self._as_before(text, ids), begins
 
-    def _as_before(self, ids: Sequence[int]) -> tuple[int, ...]:
-        return tuple(self._numbers.get(i, i) for i in ids) if self._numbers else tuple(ids)
+    def _as_before(self, text: str, ids: tuple[int, ...]) -> tuple[int, ...]:
+        if self._numbers:
+            ids = tuple(self._numbers.get(i, i) for i in ids)
+        self._check(text, ids)
+        return ids
 
 
 def _renamed(tokenizer: str, names: Mapping[str, str]) -> str:
@@ -228,32 +260,29 @@ def _makes(merge: Any, names: Mapping[str, str]) -> bool:
     return left in names or right in names or left + right in names
 
 
-class _Piecewise(Encoder):
+class _Piecewise(_Named):
     """For a tokenizer written in Python, which cannot be copied under other names: piece by piece."""
 
-    def __init__(self, tokenizer: Any, names: Mapping[str, str]) -> None:
-        super().__init__(tokenizer)
-        self._ids = {name: int(tokenizer.convert_tokens_to_ids(text)) for text, name in names.items()}
-        self._texts = {self._ids[name]: text for text, name in names.items()}
-        self._unknown = getattr(tokenizer, "unk_token_id", None)
-        self._pattern = re.compile(f"({'|'.join(names.values()) or '(?!)'})")
+    def __init__(self, tokenizer: Any, names: Mapping[str, str], control: ControlTokens) -> None:
+        super().__init__(tokenizer, names)
+        self._control = control
+        self._parts = re.compile(f"({self._pattern.pattern})")
+
+    def written(self, text: str) -> Iterator[tuple[int, int, str]]:
+        """(begin, end, name) of each control token in the text."""
+        return (
+            (begin, begin + len(control), self._names[control]) for begin, control in self._control.find(text)
+        )
 
     def encode(self, text: str) -> tuple[int, ...]:
         ids: list[int] = []
-        for piece in filter(None, self._pattern.split(text)):
+        for piece in filter(None, self._parts.split(text)):
             ids += [self._ids[piece]] if piece in self._ids else self._words(piece)
+        self._check(text, ids)
         return tuple(ids)
 
     def encode_with_begins(self, text: str) -> tuple[tuple[int, ...], list[int] | None]:
         return self.encode(text), None
 
     def _words(self, piece: str) -> list[int]:
-        ids = self._tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
-        for token_id in ids:
-            if token_id in self._texts and token_id != self._unknown:
-                raise RequestError(
-                    f"this tokenizer cannot write {self._texts[token_id]!r} as words; take it out of the messages, "
-                    "or set special_tokens_in_messages: control",
-                    "messages",
-                )
-        return list(ids)
+        return list(self._tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True))
