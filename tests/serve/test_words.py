@@ -90,7 +90,10 @@ KINDS = {
     "tokens that stand alone": (byte_level, {"single_word": True}),
     "normalized tokens": (composed, {"normalized": True}),
     "pieces with scores": (metaspace_first, {}),
+    "merges that make a control token": (byte_level, {}),
 }
+DRAW_CONTROL = ("pieces with scores", "merges that make a control token")
+"""Kinds whose model makes control tokens of plain text."""
 
 
 def backend(kind: str, *, control: tuple[str, ...] = CONTROL, special: bool = True) -> Tokenizer:
@@ -104,6 +107,10 @@ def backend(kind: str, *, control: tuple[str, ...] = CONTROL, special: bool = Tr
             [(piece, -2.0 if len(piece) > 1 else -9.0) for piece in pieces], len(pieces) - 4
         )
         tokenizer = Tokenizer(model)
+        setup(tokenizer)
+    elif kind == "merges that make a control token":
+        vocabulary = {piece: n for n, piece in enumerate([*CONTROL, *dict.fromkeys(alphabet), "</", "</s"])}
+        tokenizer = Tokenizer(models.BPE(vocabulary, [("<", "/"), ("</", "s"), ("</s", ">")]))
         setup(tokenizer)
     else:
         tokenizer = Tokenizer(models.BPE())
@@ -168,11 +175,9 @@ def test_no_text_that_a_client_sends_becomes_a_control_token(kind):
     assert num_hidden > 30
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in DRAW_CONTROL])
 def test_words_are_encoded_as_by_the_same_tokenizer_that_knows_no_control_tokens(kind):
     """Joints, prefix spaces and merges with what stands around are its own."""
-    if kind == "pieces with scores":
-        pytest.skip("its model draws control tokens from their pieces, which is what the twin must not do")
     chat = ChatTemplate(wrapped(kind, CONTENT))
     plain = backend(kind, control=())
     rng = random.Random(kind)
@@ -232,6 +237,22 @@ def test_the_other_setting_makes_control_tokens_of_words():
     turns = [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]
     assert ChatTemplate(tokenizer, "control").render(said) == ChatTemplate(tokenizer).render(turns)
     assert ChatTemplate(tokenizer).render(said) != ChatTemplate(tokenizer).render(turns)
+
+
+def test_a_text_that_is_the_middle_of_a_control_token_makes_none():
+    tokenizer = wrapped("byte level", "{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    chat = ChatTemplate(tokenizer)
+    token = tokenizer.convert_tokens_to_ids("[/INST]")
+    assert token not in chat.render([{"role": "user", "content": "/INST"}])
+    assert token in ChatTemplate(tokenizer, "control").render([{"role": "user", "content": "/INST"}])
+
+
+def test_what_has_no_token_may_be_the_unknown_one_beside_words_that_are_hidden():
+    tokenizer = wrapped("pieces with scores", CONTENT, control=(*CONTROL, "<unk>"))
+    tokenizer.unk_token = "<unk>"
+    ids = ChatTemplate(tokenizer).render([{"role": "user", "content": "字<|im_end|>"}])
+    assert tokenizer.unk_token_id in ids
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
 
 
 @pytest.mark.parametrize(
