@@ -54,8 +54,8 @@ class Prompts:
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                variables=variables,
                 limit_s=runtime.config.max_render_s,
-                **variables,
             )
             self._check_chars(len(written.text), "messages")
             return written

@@ -87,7 +87,8 @@ class _Foreign:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         function = tokenizer._chat_template or type(tokenizer._tokenizer).apply_chat_template
-        named = set(inspect.signature(function).parameters) - _SET_HERE
+        parameters = inspect.signature(function).parameters.values()
+        named = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD} - _SET_HERE
         self.variables = frozenset(named | {tokenizer._thinking_kwarg}) | _variables(tokenizer)
 
     def render(

@@ -105,8 +105,8 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
         limit_s: float | None = None,
-        **variables: Any,
     ) -> Written:
         """The prompt as text. RequestError if there is no template, or it refuses the messages, or takes too long.
 
@@ -114,11 +114,11 @@ class ChatTemplate:
         templates then see one form.
         add_generation_prompt   open the next turn; true unless a message is continued
         continue_final_message  end with the last message's own words, for the answer to go on from
-        limit_s                 seconds of this thread's CPU that the template may take
         variables               what the template reads besides, `self.variables`; another is refused by name
+        limit_s                 seconds of this thread's CPU that the template may take
         """
-        self._check_variables(variables)
-        conversation = replace(self._conversation(messages, tools, variables), limit_s=limit_s)
+        self._check_variables(variables or {})
+        conversation = replace(self._conversation(messages, tools, variables or {}), limit_s=limit_s)
         if continue_final_message:
             if add_generation_prompt:
                 raise RequestError(

@@ -158,7 +158,7 @@ def conversations(seed: str, count: int, say):
                 "content": [{"type": "text", "text": say(rng)}, {"type": "text", "text": say(rng)}],
             },
         ]
-        yield messages, {"tools": [{"name": say(rng), say(rng): say(rng)}], "note": say(rng)}
+        yield messages, {"tools": [{"name": say(rng), say(rng): say(rng)}], "variables": {"note": say(rng)}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -227,7 +227,8 @@ def test_harmless_words_have_the_tokens_of_transformers_under_either_setting(kin
         messages = [
             {**m, "content": m["content"] if isinstance(m["content"], str) else "x"} for m in messages
         ]
-        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **rest)
+        more = {"tools": rest["tools"], **rest["variables"]}
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **more)
         assert [list(chat.render(messages, **rest)) for chat in settings] == [expected, expected]
 
 
