@@ -70,7 +70,8 @@ def test_a_slow_template_ends_with_a_400_and_others_are_answered_meanwhile(http)
             num_answered += 1
     for future in slow:
         assert f"took more than {LIMIT_S:g} s over these 1 messages" in error_of(future.result())["message"]
-    assert num_answered > 1  # the last may have been answered after the slow ones
+    # One may have come before the slow ones began, one may have waited for the first of them to end.
+    assert num_answered > 2
     assert text_of(ask(http))
 
 
