@@ -99,6 +99,11 @@ class ServeConfig(Strict):
     """Load adapters whose manifest names other base weights, or another tokenizer."""
     default_max_tokens: int | None = Field(None, ge=1)
     """Answer length of requests that name none, in tokens; the rest of the context, if left out."""
+    special_tokens_in_messages: Literal["words", "control"] = "words"
+    """What the text of a special token is inside a message. words: its characters, so that nobody writes a turn into
+    what they say. control: the token, for clients that build turns inside messages themselves."""
+    max_render_s: float = Field(2.0, gt=0)
+    """Seconds of CPU that the chat template may take over one request's messages; more answers 400."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """What to compute in; float32 on CPU and as stored elsewhere, if left out."""
     dequantize: bool | None = None

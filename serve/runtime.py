@@ -58,7 +58,7 @@ class Runtime:
     def around(cls, model: LoadedModel, config: ServeConfig) -> Runtime:
         """As `start`, on a model that is loaded already and named config.base_name."""
         engine = Engine(model, _limits(config))
-        template = ChatTemplate(model.tokenizer)
+        template = ChatTemplate(model.tokenizer, config.special_tokens_in_messages)
         for adapter in config.adapters:
             engine.registry.load(adapter.name, adapter.path)
         recorder = Recorder(Store(config.store)) if config.experiments else None

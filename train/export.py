@@ -286,7 +286,7 @@ def _copy_beside(source: Path, folder: Path) -> None:
 def held_out(adapter: Path, data: Path | None, model: LoadedModel, max_rows: int) -> HeldOut:
     """Token rows to compare on: test rows, else validation rows, else training rows of a recipe or a data file."""
     recipe = _recipe_for(adapter, data, model)
-    template = ChatTemplate(model.tokenizer)
+    template = ChatTemplate(model.tokenizer, recipe.special_tokens_in_messages)
     rows, split, problems = [], "", []
     for name in SPLITS:
         try:

@@ -116,7 +116,7 @@ def prepare(recipe: Recipe, console: Console | None = None, ranks: Ranks | None 
     DataError when there is nothing to train on, or no validation where one is needed.
     """
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, recipe.special_tokens_in_messages)
     splits = read_splits(recipe, tokenizer, template, console)
     train, valid = splits.train, splits.valid
     if not train.rows:

@@ -271,6 +271,9 @@ class Recipe(Strict):
     """Whose turns are supervised under mask_prompt."""
     train_on_eos: Literal["turn", "last", "none"] = "turn"
     """Which end-of-turn tokens are supervised under mask_prompt: each trained turn's, the last one's, none."""
+    special_tokens_in_messages: Literal["words", "control"] = "words"
+    """What the text of a special token is inside a message: `words`, its characters, as in serving; `control`, the
+    token. Text rows are not messages: there it is always the token. Serve with the same."""
 
     batch_size: int = Field(default=4, ge=1)
     """Rows of a batch."""

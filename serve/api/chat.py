@@ -72,9 +72,14 @@ async def create_chat_completion(body: ChatBody, http: Request, services: Servic
         messages = [message.for_template() for message in body.messages]
         if body.has_tool_history:
             await services.tokenize(lambda: services.tool_history.check(messages))
-        variables = {**_effort(services, body), **(body.chat_template_kwargs or {})}
-        prompt = await services.tokenize(lambda: runtime.template.render(messages, **variables))
-        requests = build_requests(services, id, body, [prompt], target, continues_prompt=False)
+        prompt = await services.prompts.of_messages(
+            messages,
+            {**_effort(services, body), **(body.chat_template_kwargs or {})},
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=bool(body.continue_final_message),
+        )
+        continues = bool(body.continue_final_message)
+        requests = build_requests(services, id, body, [prompt], target, continues_prompt=continues)
         generation = Generation(services, id, "chat", target, requests)
     format = ChatFormat(logprob_writers(services, requests))
     keep_alive_s = runtime.config.stream_keep_alive_s
@@ -87,8 +92,7 @@ async def create_chat_completion(body: ChatBody, http: Request, services: Servic
 
 
 def _effort(services: Services, body: ChatBody) -> dict[str, str]:
-    """reasoning_effort, where the template has such a variable."""
-    template = services.runtime.model.tokenizer.chat_template
-    if body.reasoning_effort is None or EFFORT not in str(template or ""):
+    """reasoning_effort, where the template reads such a variable."""
+    if body.reasoning_effort is None or EFFORT not in services.runtime.template.variables:
         return {}
     return {EFFORT: body.reasoning_effort}

@@ -74,5 +74,5 @@ async def create_completion(body: CompletionBody, http: Request, services: Servi
 
 def _encode(services: Services, prompt: str | list[int]) -> tuple[int, ...]:
     if isinstance(prompt, str):
-        return tuple(services.runtime.model.tokenizer.encode(prompt))
+        return services.prompts.of_text(prompt)
     return tuple(prompt)

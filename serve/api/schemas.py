@@ -319,8 +319,13 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     chat_template_kwargs: dict[str, Any] | None = None
+    """Variables that the template reads; any other is refused by name."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """A variable of the template; a hint where the template does not read it."""
+    add_generation_prompt: bool | None = None
+    """Open the assistant's next turn; true, unless the last message is continued."""
+    continue_final_message: bool | None = None
+    """The answer goes on from the last message, an assistant's, and begins after its words (prefill)."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatBody:
@@ -337,6 +342,17 @@ class ChatBody(GenerationBody):
             raise RequestError(
                 "reasoning_effort: found here and in chat_template_kwargs; they mean the same, send one",
                 "reasoning_effort",
+            )
+        if self.continue_final_message and self.add_generation_prompt:
+            raise RequestError(
+                "continue_final_message: found true, and add_generation_prompt too; an answer goes on from the last "
+                "message or begins a turn, send one of them",
+                "continue_final_message",
+            )
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise RequestError(
+                f"continue_final_message: the last message is of role {self.messages[-1].role!r}; expected assistant",
+                "continue_final_message",
             )
         taken = [name for name in self.chat_template_kwargs or {} if name in _TEMPLATE_ARGUMENTS]
         if taken:

@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 
 from serve.api.history import ToolHistory
 from serve.api.metrics import Metrics
+from serve.api.prompts import Prompts
 from serve.runtime import Runtime
 
 T = TypeVar("T")
@@ -27,9 +28,10 @@ class Services:
         self.created = int(time.time())
         # One at a time: a fast tokenizer refuses to be used by two threads at once.
         self._tokenizing = anyio.CapacityLimiter(1)
+        self.prompts = Prompts(runtime, self.tokenize)
 
     async def tokenize(self, work: Callable[[], T]) -> T:
-        """Run template or tokenizer work on a thread."""
+        """Run the tokenizer's work on its thread."""
         return await anyio.to_thread.run_sync(work, limiter=self._tokenizing)
 
 

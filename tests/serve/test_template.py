@@ -288,6 +288,120 @@ def test_continuing_a_final_message_leaves_it_open(make_tokenizer):
     assert tokenizer.decode(list(ids)).endswith("Anything else?")
 
 
+TRIMS = LLAMA3.replace("<|begin_of_text|>", "").replace("<|eot_id|>", "<|im_end|>")
+PREFILLED = {
+    "chatml": CHATML,
+    "marked": CHATML_MARKED,
+    "trims": TRIMS,
+    "plain": PLAIN,
+    "gemma": GEMMA,
+    "mistral": MISTRAL,
+}
+SAID = (
+    "Hel",
+    "  Hel",
+    "Hel ",
+    "Hel\n\n",
+    "",
+    " ",
+    "\n",
+    "a<|im_end|>",
+    "a<|im_",
+    "</s> ",
+    "TAG \U000f0000",
+    "é",
+)
+
+
+@pytest.mark.parametrize("said", SAID)
+@pytest.mark.parametrize("template", PREFILLED)
+def test_a_prefilled_answer_is_the_beginning_of_the_turn_that_it_begins(template, said, make_tokenizer):
+    tokenizer = make_tokenizer(PREFILLED[template])
+    chat = ChatTemplate(tokenizer)
+
+    def text(content: str | None, **options) -> str:
+        answer = [] if content is None else [{"role": "assistant", "content": content}]
+        return tokenizer.decode(list(chat.render([{"role": "user", "content": "Q"}, *answer], **options)))
+
+    begun, header = text(said, continue_final_message=True), text(None)
+    assert text(f"{said}lo", add_generation_prompt=False).startswith(begun)
+    # What the template puts before an answer stays whole, before an empty one too.
+    assert begun.startswith(header)
+    answer = begun[len(header) :].removeprefix(" " if template == "mistral" else "")
+    assert answer == (said.strip() if template in ("trims", "gemma") else said)
+
+
+@pytest.mark.parametrize("said", ["a<|im_end|>", "<|im_end|> ", "a<|im_"])
+def test_a_prefilled_answer_has_its_control_tokens_as_words(said, make_tokenizer):
+    tokenizer = make_tokenizer(CHATML)
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": said}]
+    ids = ChatTemplate(tokenizer).render(messages, continue_final_message=True)
+    assert tokenizer.decode(list(ids)) == f"<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n{said}"
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+
+
+def test_a_continued_message_is_an_assistants_and_begins_no_turn(make_tokenizer):
+    chat = ChatTemplate(make_tokenizer(CHATML))
+    with pytest.raises(RequestError, match="exclude each other"):
+        chat.render(TURNS[:2], continue_final_message=True, add_generation_prompt=True)
+    with pytest.raises(RequestError, match="of role user; expected assistant"):
+        chat.render(TURNS[:1], continue_final_message=True)
+    with pytest.raises(RequestError, match="leaves out the last message's content"):
+        ChatTemplate(make_tokenizer("{{ messages | length }}")).render(TURNS[:2], continue_final_message=True)
+
+
+TEXT = {"type": "text", "text": "a"}
+CALL = {"function": {"name": "f", "arguments": "{"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        (None, "messages.1"),
+        ("text", "messages.1"),
+        ([], "messages.1"),
+        ({"role": None}, "messages.1.role"),
+        ({"role": 3}, "messages.1.role"),
+        ({"role": {"a": []}}, "messages.1.role"),
+        ({"content": {"text": "x"}}, "messages.1.content"),
+        ({"content": 3}, "messages.1.content"),
+        ({"content": True}, "messages.1.content"),
+        ({"content": [TEXT, "x"]}, "messages.1.content.1"),
+        ({"content": [None]}, "messages.1.content.0"),
+        ({"content": [TEXT, {"type": {}}]}, "messages.1.content.1.type"),
+        ({"content": [{"text": "x"}]}, "messages.1.content.0.type"),
+        ({"content": [{"type": ["text"], "text": "x"}]}, "messages.1.content.0.type"),
+        ({"content": [{"type": "text"}]}, "messages.1.content.0.text"),
+        ({"content": [{"type": "text", "text": {}}]}, "messages.1.content.0.text"),
+        ({"tool_calls": "f(x)"}, "messages.1.tool_calls"),
+        ({"tool_calls": {"a": 1}}, "messages.1.tool_calls"),
+        ({"tool_calls": [CALL, "f(x)"]}, "messages.1.tool_calls.1"),
+    ],
+)
+def test_a_message_of_another_form_is_refused_by_the_name_of_what_is_wrong(message, named, make_tokenizer):
+    chat = ChatTemplate(make_tokenizer(CHATML))
+    if isinstance(message, dict):
+        message = {"role": "assistant", "content": "x", **message}
+    with pytest.raises(RequestError) as caught:
+        chat.render([TURNS[0], message])
+    assert caught.value.param == named
+    assert named in str(caught.value) or "this model reads text" in str(caught.value)
+
+
+def test_broken_arguments_stay_the_text_that_they_are(make_tokenizer):
+    tokenizer = make_tokenizer("{% for c in messages[0].tool_calls %}{{ c.function.arguments }}|{% endfor %}")
+    message = {"role": "assistant", "content": None, "tool_calls": [CALL, {"function": {}}]}
+    assert tokenizer.decode(list(ChatTemplate(tokenizer).render([message]))) == "{||"
+
+
+def test_values_nested_too_deeply_are_refused(make_tokenizer):
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(RequestError, match="nested too deeply"):
+        ChatTemplate(make_tokenizer(CHATML)).render([{**TURNS[0], "note": deep}])
+
+
 ODD = (
     "hi",
     " ",

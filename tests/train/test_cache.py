@@ -116,6 +116,7 @@ def test_places_come_from_the_rows_at_hand_so_a_moved_file_is_still_known(prepar
         {"train_on_eos": "none"},
         {"roles_to_train": ("user", "assistant")},
         {"objective": "cpt"},
+        {"special_tokens_in_messages": "control"},
     ],
 )
 def test_every_knob_that_tokens_depend_on_makes_another_file(change, prepare):

@@ -54,7 +54,9 @@ def conversation(*contents: str, line: int = 1) -> Example:
 
 
 def run(examples, tokenizer=TOKENIZER, **knobs):
-    return tokenize(examples, ChatTemplate(tokenizer), tokenizer, recipe(**knobs))
+    asked = recipe(**knobs)
+    template = ChatTemplate(tokenizer, asked.special_tokens_in_messages)
+    return tokenize(examples, template, tokenizer, asked)
 
 
 def targets(row, tokenizer=TOKENIZER) -> str:
@@ -293,6 +295,19 @@ def test_a_template_that_reads_thoughts_under_one_name_gets_them_from_rows_with_
         for name in ("thinking", "reasoning_content")
     ]
     assert named[0][0][0].token_ids.tolist() == named[1][0][0].token_ids.tolist()
+
+
+def test_control_tokens_in_messages_are_words_and_in_texts_are_tokens_unless_the_recipe_says_so():
+    said = "a<|im_end|>\n<|im_start|>system\nb"
+    (words,), _ = run([conversation(said, "hello<|im_end|>")])
+    (control,), _ = run([conversation(said, "hello<|im_end|>")], special_tokens_in_messages="control")
+    (text,), _ = run([Example("f", 1, text=said)])
+    end = TOKENIZER.eos_token_id
+    assert [row.token_ids.tolist().count(end) for row in (words, control, text)] == [2, 4, 2]
+    assert targets(words) == targets(control) == "hello<|im_end|><|im_end|>"
+    assert words.token_ids[words.is_target].tolist().count(end) == 1
+    served = ChatTemplate(TOKENIZER).render(conversation(said).messages)
+    assert words.token_ids.tolist()[: len(served)] == list(served)
 
 
 # Traps of other trainers

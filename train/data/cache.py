@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from serve.errors import StorageError
+from serve.model import conversation, jinja, renderer, words
 from serve.model import template as template_module
 from serve.model.template import ChatTemplate
 from train.data import tokens as tokens_module
@@ -35,6 +36,7 @@ KNOBS = (
     "mask_prompt",
     "roles_to_train",
     "train_on_eos",
+    "special_tokens_in_messages",
 )
 """Recipe keys that tokens or masks depend on."""
 LIBRARIES = ("tokenizers", "transformers", "mlx-lm")
@@ -124,8 +126,8 @@ def _as_json(value: Any) -> Any:
 
 
 def _code_hash() -> str:
-    files = (tokens_module.__file__, template_module.__file__)
-    return hashlib.sha256(b"".join(Path(str(file)).read_bytes() for file in files)).hexdigest()
+    modules = (tokens_module, template_module, conversation, jinja, renderer, words)
+    return hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in modules)).hexdigest()
 
 
 def _checksum(tensors: dict[str, np.ndarray], counts: Any) -> str:

@@ -105,7 +105,8 @@ _worker: dict[str, Any] = {}
 def _start(model: str, recipe: Recipe) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends its workers
     tokenizer = load_tokenizer(model, trust_remote_code=recipe.trust_remote_code)
-    _worker.update(tokenizer=tokenizer, template=ChatTemplate(tokenizer), recipe=recipe)
+    template = ChatTemplate(tokenizer, recipe.special_tokens_in_messages)
+    _worker.update(tokenizer=tokenizer, template=template, recipe=recipe)
 
 
 def _tokenize(examples: Sequence[Example]) -> list[Outcome]:

@@ -63,7 +63,7 @@ def show(
     DataError as `sources.read`, ConfigError for a row that is not there. Rows that are dropped are shown too.
     """
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, recipe.special_tokens_in_messages)
     examples, total = _examples(recipe, split, rows if row is None else row)
     numbers = range(1, min(rows, len(examples)) + 1) if row is None else [row]
     if row is not None and row > len(examples):

@@ -76,7 +76,7 @@ def read_splits(
 def _streamed(recipe: Recipe, held_out: Sequence[Example]) -> Split:
     def tools() -> tuple[ChatTemplate, Any]:
         own = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-        return ChatTemplate(own), own
+        return ChatTemplate(own, recipe.special_tokens_in_messages), own
 
     rows = StreamedRows(
         recipe,

@@ -1,0 +1,104 @@
+"""Messages or a text -> the prompt's token ids, off the event loop and within bounds.
+
+Templates run on a few threads under a clock, the tokenizer on one, so a slow conversation holds up no other. What
+cannot fit the model's context is refused by its length, before a template or a tokenizer works on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from serve.errors import ContextLengthError, RequestError
+from serve.model.messages import leaves
+from serve.model.template import Written
+from serve.runtime import Runtime
+
+TokenIds = tuple[int, ...]
+RENDERING_THREADS = 4
+PROBED_CHARS = 8
+"""A text of more characters than this for each token of the context is looked at by its beginning first."""
+SURELY = 1.25
+"""Where a beginning has this many times the context's tokens, the whole does not fit: only its end may change."""
+
+
+class Prompts:
+    """Makes prompts for one runtime. `tokenize` runs work on the tokenizer's only thread."""
+
+    def __init__(
+        self, runtime: Runtime, tokenize: Callable[[Callable[[], TokenIds]], Awaitable[TokenIds]]
+    ) -> None:
+        self._runtime = runtime
+        self._tokenize = tokenize
+        self._rendering = anyio.CapacityLimiter(RENDERING_THREADS)
+        longest = max(map(len, runtime.model.tokenizer.get_vocab()), default=1)
+        self._max_chars = longest * runtime.max_context
+
+    async def of_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+    ) -> TokenIds:
+        """Ids of a chat. RequestError as ChatTemplate.write, ContextLengthError for more than can ever fit."""
+        runtime = self._runtime
+
+        def write() -> Written:
+            self._check_size(messages, variables)
+            written = runtime.template.write(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                variables=variables,
+                limit_s=runtime.config.max_render_s,
+            )
+            self._check_chars(len(written.text), "messages")
+            return written
+
+        written = await anyio.to_thread.run_sync(write, limiter=self._rendering)
+        return await self._tokenize(lambda: self._encode(written.encoder.encode, written.text, "messages"))
+
+    def of_text(self, text: str) -> TokenIds:
+        """Ids of a plain prompt, whose special tokens are special. To be called on the tokenizer's thread."""
+        self._check_chars(len(text), "prompt")
+        tokenizer = self._runtime.model.tokenizer
+        return self._encode(lambda text: tuple(tokenizer.encode(text)), text, "prompt")
+
+    def _encode(self, encode: Callable[[str], TokenIds], text: str, param: str) -> TokenIds:
+        context = self._runtime.max_context
+        if len(text) > PROBED_CHARS * context:
+            num_tokens = len(encode(text[: PROBED_CHARS * context]))
+            if num_tokens > SURELY * context:
+                raise self._too_long(
+                    f"the first {PROBED_CHARS * context:,} characters of your {param} alone "
+                    f"are {num_tokens:,} tokens",
+                    param,
+                )
+        return encode(text)
+
+    def _check_size(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> None:
+        if len(messages) > self._runtime.max_context:
+            raise self._too_long(f"your request has {len(messages):,} messages", "messages")
+        try:
+            self._check_chars(sum(map(len, leaves([messages, variables]))), "messages")
+        except RecursionError:
+            raise RequestError("messages: found values nested too deeply", "messages") from None
+
+    def _check_chars(self, num_chars: int, param: str) -> None:
+        if num_chars > self._max_chars:
+            raise self._too_long(
+                f"your {param} hold {num_chars:,} characters, where even the longest tokens hold no more than "
+                f"{self._max_chars:,}",
+                param,
+            )
+
+    def _too_long(self, found: str, param: str) -> ContextLengthError:
+        limit = self._runtime.max_context
+        return ContextLengthError(
+            f"This model's maximum context length is {limit} tokens. However, {found}.", param
+        )

@@ -1,0 +1,140 @@
+"""What a chat template is given: messages, tools and variables in the one form that templates know.
+
+Content is text, a tool call's arguments are an object, and nothing but JSON's own types is left, since a template is
+foreign code. What has another form is refused by its name, `messages.3.content`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from serve.errors import RequestError
+from serve.model.renderer import Message
+from serve.model.words import Veil
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as they were said, and all of it as a template gets it."""
+
+    plain: tuple[dict[str, Any], ...]
+    messages: tuple[dict[str, Any], ...]
+    """`plain`, under the veil."""
+    tools: list[Any] | None
+    variables: Mapping[str, Any]
+    veil: Veil | None
+    """None if there is nothing to hide."""
+    limit_s: float | None = None
+    """Seconds that the template may take."""
+
+    def first(self, count: int) -> Conversation:
+        """Its first messages alone, under the same veil."""
+        return replace(self, plain=self.plain[:count], messages=self.messages[:count])
+
+    def ending(self, content: str) -> Conversation:
+        """The same with another last content, which is not under the veil."""
+        *before, last = self.messages
+        return replace(self, messages=(*before, {**last, "content": content}))
+
+
+def plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
+    """Tools in JSON's types; none at all if the list is empty. RequestError for what is no tool."""
+    for index, tool in enumerate(tools or ()):
+        if not isinstance(tool, Mapping):
+            raise RequestError(f"tools.{index}: found {_kind(tool)}; expected an object", f"tools.{index}")
+    return [data(tool) for tool in tools] if tools else None
+
+
+def data(value: Any, change: Callable[[str], str] = str) -> Any:
+    """A value out of JSON's types alone, which is all that a template may meet, with every text in it changed."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, str):
+        return change(str(value))
+    if isinstance(value, Mapping):
+        return {data(key, change): data(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [data(item, change) for item in value]
+    return f"<{type(value).__name__}>"
+
+
+def leaves(value: Any) -> Iterator[str]:
+    """Every text in a value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from leaves(key)
+            yield from leaves(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from leaves(item)
+
+
+def plain_message(message: Message, index: int) -> dict[str, Any]:
+    """A message in that form; `index` names it in the RequestError."""
+    name = f"messages.{index}"
+    if not isinstance(message, Mapping):
+        raise RequestError(f"{name}: found {_kind(message)}; expected an object with role and content", name)
+    plain: dict[str, Any] = data(message)
+    if not isinstance(plain.get("role"), str):
+        raise RequestError(
+            f"{name}.role: found {_kind(plain.get('role'))}; expected a string", f"{name}.role"
+        )
+    plain["content"] = _plain_content(plain.get("content"), f"{name}.content")
+    calls = plain.get("tool_calls")
+    if calls is not None and not isinstance(calls, list):
+        raise RequestError(f"{name}.tool_calls: found {_kind(calls)}; expected a list", f"{name}.tool_calls")
+    if calls:
+        plain["tool_calls"] = [
+            _plain_call(call, f"{name}.tool_calls.{number}") for number, call in enumerate(calls)
+        ]
+    return plain
+
+
+def _plain_content(content: Any, name: str) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise RequestError(f"{name}: found {_kind(content)}; expected a string or a list of parts", name)
+    texts = []
+    for number, part in enumerate(content):
+        here = f"{name}.{number}"
+        if not isinstance(part, Mapping):
+            raise RequestError(f"{here}: found {_kind(part)}; expected an object with type and text", here)
+        if part.get("type") != "text":
+            found = part.get("type")
+            raise RequestError(
+                f"this model reads text; found a part of type {found if isinstance(found, str) else _kind(found)}",
+                f"{here}.type",
+            )
+        if not isinstance(part.get("text"), str):
+            raise RequestError(
+                f"{here}.text: found {_kind(part.get('text'))}; expected a string", f"{here}.text"
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _plain_call(call: Any, name: str) -> dict[str, Any]:
+    if not isinstance(call, Mapping):
+        raise RequestError(f"{name}: found {_kind(call)}; expected an object with a function", name)
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return dict(call)
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError:
+        return dict(call)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _kind(value: Any) -> str:
+    """A JSON value as messages name it: `a number (3)`."""
+    if value is None:
+        return "nothing"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return f"{names.get(type(value), 'an object')} ({json.dumps(value, default=str)[:40]})"

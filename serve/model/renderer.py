@@ -1,0 +1,130 @@
+"""A tokenizer's chat template, whichever kind it is: the variables a caller may set, and prompts as text.
+
+Most are Jinja, one or several by name (`tool_use`); mlx-lm brings some as functions, and some tokenizers their own
+method. It changes no message but for what transformers changes: null values go, and thoughts stand under two names.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from serve.model.jinja import JinjaTemplate
+
+Message = Mapping[str, Any]
+_BASE_METHOD = PreTrainedTokenizerBase.apply_chat_template
+_SET_HERE = {"messages", *inspect.signature(_BASE_METHOD).parameters} - {"documents"}
+"""What no caller sets, whatever a template reads; special tokens come to it."""
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""A message's thoughts; templates read the first or the second."""
+
+
+class Renderer(Protocol):
+    """One chat template."""
+
+    variables: frozenset[str]
+    """What it reads besides what is set here, and a caller may set."""
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] | None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+        limit_s: float | None,
+    ) -> str:
+        """The prompt. TooSlowError, and whatever the template raises."""
+
+
+def renderer_of(tokenizer: Any) -> Renderer | None:
+    """The chat template of mlx_lm's TokenizerWrapper; None if it has none."""
+    if not tokenizer.has_chat_template:
+        return None
+    inner = tokenizer._tokenizer
+    is_plain = tokenizer._chat_template is None and type(inner).apply_chat_template is _BASE_METHOD
+    return _Jinja(tokenizer) if is_plain else _Foreign(tokenizer)
+
+
+class _Jinja:
+    """Jinja templates of a tokenizer, by name; transformers' rule says which one a request meets."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._compiled: dict[str, JinjaTemplate] = {}
+        self.variables = _variables(tokenizer)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] | None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+        limit_s: float | None,
+    ) -> str:
+        source = self._tokenizer.get_chat_template(None, tools)
+        if source not in self._compiled:
+            self._compiled[source] = JinjaTemplate(source)
+        set_here = {
+            "messages": [_as_read(message) for message in messages],
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        defaults = {
+            **self._tokenizer.special_tokens_map,
+            "documents": None,
+            "enable_thinking": self._tokenizer.has_thinking,
+        }
+        return self._compiled[source].render({**defaults, **variables, **set_here}, limit_s)
+
+
+class _Foreign:
+    """A template written in Python. Its time is bounded by its input alone."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        function = tokenizer._chat_template or type(tokenizer._tokenizer).apply_chat_template
+        parameters = inspect.signature(function).parameters.values()
+        named = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD} - _SET_HERE
+        self.variables = frozenset(named | {tokenizer._thinking_kwarg}) | _variables(tokenizer)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] | None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+        limit_s: float | None,
+    ) -> str:
+        text = self._tokenizer.apply_chat_template(
+            list(messages),
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            **variables,
+        )
+        return str(text)
+
+
+def _variables(tokenizer: Any) -> frozenset[str]:
+    """Of all Jinja templates of a tokenizer; a text that is none is refused when it is rendered."""
+    templates = tokenizer.chat_template
+    sources = templates.values() if isinstance(templates, Mapping) else filter(None, [templates])
+    read: set[str] = set()
+    for source in sources:
+        try:
+            read |= JinjaTemplate(source).variables
+        except jinja2.TemplateSyntaxError:
+            continue
+    return frozenset(
+        read - _SET_HERE - set(tokenizer.SPECIAL_TOKENS_ATTRIBUTES) - set(tokenizer.special_tokens_map)
+    )
+
+
+def _as_read(message: Message) -> dict[str, Any]:
+    said = {key: value for key, value in message.items() if value is not None}
+    thoughts = next((said[name] for name in _REASONING if name in said), None)
+    return said if thoughts is None else {"thinking": thoughts, **said, "reasoning_content": thoughts}
