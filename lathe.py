@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,6 +65,7 @@ StoreUrl = Annotated[str, typer.Option(help="The server's `store`.")]
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line, or `words` in its place; the entry point of the `lathe` script. Ends by SystemExit."""
     signal.signal(signal.SIGTERM, _terminate)
+    _never_fail_to_print()
     try:
         app(words)
     except SystemExit:
@@ -72,6 +74,12 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except _foreseen() as error:
         sys.exit(_tell(error))
+
+
+def _never_fail_to_print() -> None:
+    """A character that standard output's encoding lacks, or a name that is not UTF-8, is written as its code."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -502,7 +510,7 @@ def _dim(notes: Sequence[str]) -> list[Text]:
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    return Console(stderr=stderr, emoji=False)
 
 
 @contextmanager

@@ -149,6 +149,21 @@ def test_messages_keep_their_brackets(tmp_path, capsys):
     assert "[bold]x[bold].yaml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_any_name_can_be_printed(encoding, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", f"{encoding}:strict")
+    names = (":key:", "日", os.fsdecode(b"not-\xff-utf-8"))
+    for name in names:
+        (tmp_path / name).mkdir()
+    command = [sys.executable, "-P", "-m", "lathe", "runs", *names]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    shown = names[1].encode(encoding, errors="backslashreplace")
+    assert done.stdout.replace(b"\n", b" ").startswith(
+        b"no runs under :key:, " + shown + b", not-\\udcff-utf-8"
+    )
+
+
 def test_doctor_measures_the_machine_and_writes_every_number(tmp_path):
     done = run_lathe("doctor", "--json", str(tmp_path / "deep" / "doctor.json"))
     assert done.returncode == 0, done.stderr

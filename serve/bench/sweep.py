@@ -96,10 +96,15 @@ class SweepRunner:
 
 
 def count_tokens(folder: Path, prompt: str, endpoint: Endpoint) -> int:
-    """Tokens of `prompt` as a server of that tokenizer would see them, chat template included."""
+    """Tokens of `prompt` as a server of that tokenizer would see them, chat template included. Raises ConfigError."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"--tokenizer: no folder at {folder}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--tokenizer: {folder} holds none that can be loaded: {error}") from error
     if endpoint == "completions":
         return len(tokenizer.encode(prompt))
     messages = [{"role": "user", "content": prompt}]

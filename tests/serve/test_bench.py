@@ -200,6 +200,16 @@ def test_a_tokenizer_folder_counts_as_the_server_does(url, model_folder):
     assert count_tokens(model_folder, prompt, "chat") == counted
 
 
+@pytest.mark.parametrize("content", [None, "", "{not json", "[]"])
+def test_a_folder_without_a_tokenizer_is_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "tokenizer.json").write_text(content)
+        (tmp_path / "folder" / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=f"--tokenizer: .*{tmp_path}/folder"):
+        count_tokens(tmp_path / "folder", "hello", "chat")
+
+
 def test_an_unknown_model_is_refused_before_anything_is_measured(url):
     with pytest.raises(ConfigError, match="nobody"):
         SweepRunner(Sweep(url, ("lively", "nobody"))).warm_up()

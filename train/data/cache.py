@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from serve.errors import StorageError
-from serve.model import conversation, jinja, renderer, words
+from serve.model import jinja, messages, renderer, words
 from serve.model import template as template_module
 from serve.model.template import ChatTemplate
 from train.data import tokens as tokens_module
@@ -126,7 +126,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _code_hash() -> str:
-    modules = (tokens_module, template_module, conversation, jinja, renderer, words)
+    modules = (tokens_module, template_module, messages, jinja, renderer, words)
     return hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in modules)).hexdigest()
 
 
