@@ -249,16 +249,16 @@ def ab_drop(
     from serve.experiments.report import choose_run, counted
 
     with _store(store) as opened:
-        found = choose_run(opened.runs(experiment), run)
-        if outcome not in found.outcomes:
+        chosen = choose_run(opened.runs(experiment), run)
+        if outcome not in chosen.outcomes:
             raise NotFoundError(
-                f"outcome {outcome!r} is not in run {found.run.id} of {experiment}; "
-                f"found: {counted(found.outcomes)}"
+                f"outcome {outcome!r} is not in run {chosen.run.id} of {experiment}; "
+                f"found: {counted(chosen.outcomes)}"
             )
-        what = f"{found.outcomes[outcome]:,} of outcome {outcome} in run {found.run.id} of {experiment}"
+        what = f"{chosen.outcomes[outcome]:,} of outcome {outcome} in run {chosen.run.id} of {experiment}"
         if not yes:
             _confirm(f"Delete {what} for good?")
-        opened.drop_outcome(found.run.id, outcome)
+        opened.drop_outcome(chosen.run.id, outcome)
     _console().print(f"deleted {what}", markup=False, highlight=False, soft_wrap=True)
 
 

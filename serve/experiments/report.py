@@ -167,11 +167,11 @@ def report(
 
 def choose_run(runs: Sequence[RunCounts], run_id: int | None) -> RunCounts:
     """The run of this number, or the first. NotFoundError names those there are."""
-    found = next((each for each in runs if run_id in (None, each.run.id)), None)
-    if found is None:
+    chosen = next((each for each in runs if run_id in (None, each.run.id)), None)
+    if chosen is None:
         there = ", ".join(str(each.run.id) for each in runs)
         raise NotFoundError(f"{runs[0].run.experiment.name} has no run {run_id}; its runs: {there}")
-    return found
+    return chosen
 
 
 def runs_table(runs: Sequence[RunCounts]) -> Table:
@@ -254,9 +254,9 @@ def _choose_outcome(counts: RunCounts, outcome: str | None) -> str | None:
 
 def _check_range(rows: Sequence[Row], outcome: str | None) -> None:
     for row in rows:
-        found = row.outcomes.get(outcome or "")
-        if found is not None and not 0 <= found.value <= 1:
-            raise DataError(f"outcome {outcome!r} of {row.completion_id} is {found.value}; expected 0 … 1")
+        reported = row.outcomes.get(outcome or "")
+        if reported is not None and not 0 <= reported.value <= 1:
+            raise DataError(f"outcome {outcome!r} of {row.completion_id} is {reported.value}; expected 0 … 1")
 
 
 @dataclass(frozen=True)
@@ -270,10 +270,10 @@ class _UnitMeans:
 def _unit_means(rows: Sequence[Row], variant: Variant, outcome: str | None) -> _UnitMeans:
     by_unit: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if row.variant == variant.name and (found := row.outcomes.get(outcome or "")) is not None:
-            by_unit.setdefault(row.unit, []).append((found.reported_at, found.value))
+        if row.variant == variant.name and (reported := row.outcomes.get(outcome or "")) is not None:
+            by_unit.setdefault(row.unit, []).append((reported.reported_at, reported.value))
     in_order = sorted(by_unit.items(), key=lambda unit: (min(unit[1])[0], unit[0]))
-    values = [sum(value for _, value in found) / len(found) for _, found in in_order]
+    values = [sum(value for _, value in reports) / len(reports) for _, reports in in_order]
     return _UnitMeans(np.clip(np.array(values, dtype=float), 0, 1), sum(map(len, by_unit.values())))
 
 

@@ -217,13 +217,13 @@ class Store:
         of_name = sa.select(runs).where(runs.c.experiment == experiment)
         newest_first = of_name.order_by(runs.c.activated_at.desc(), runs.c.id.desc())
         with _told(self.url), self._engine.connect() as connection:
-            found = connection.execute(newest_first).all()
-            if not found:
+            stored = connection.execute(newest_first).all()
+            if not stored:
                 there = ", ".join(self.experiments()) or "none"
                 raise NotFoundError(
                     f"experiment {experiment!r} is not in {self.url}; experiments there: {there}"
                 )
-            numbers = [run.id for run in found]
+            numbers = [run.id for run in stored]
             num_exposures: dict[int, int] = dict(
                 connection.execute(
                     sa.select(exposures.c.run_id, sa.func.count())
@@ -247,7 +247,7 @@ class Store:
                 num_exposures.get(run.id, 0),
                 num_outcomes.get(run.id, {}),
             )
-            for run in found
+            for run in stored
         ]
 
     def experiments(self) -> list[str]:
@@ -278,8 +278,8 @@ class Store:
         with _told(self.url), self._engine.connect() as connection:
             if not sa.inspect(connection).has_table(drops.name):
                 return []
-            found = connection.execute(of_run).all()
-        return [Drop(each.name, int(each.num_outcomes), float(each.dropped_at)) for each in found]
+            stored = connection.execute(of_run).all()
+        return [Drop(each.name, int(each.num_outcomes), float(each.dropped_at)) for each in stored]
 
     def rows(self, run_id: int) -> list[Row]:
         """Every exposure of a run with its outcomes, in the order of exposure."""
