@@ -72,10 +72,13 @@ class Banked(nn.Module):
         self._b[place] = _padded(update.b, self._b[place]) if update else 0
         if update is not None:
             self._updated |= bit
-            self._write_gain(slot, update.gain)
+        self._write_gain(slot, update.gain if update else None)
 
     def _write_gain(self, slot: int, gain: mx.array | None) -> None:
         if gain is None:
+            # A row of this slot beside one that has lengths must not find the last adapter's.
+            if self._gain is not None:
+                self._gain[slot] = 0
             return
         if self._gain is None:
             self._gain = mx.zeros((self._a.shape[self.SLOT_AXIS], gain.size), dtype=self._a.dtype)

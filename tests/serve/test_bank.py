@@ -147,10 +147,12 @@ def test_a_batch_reads_only_what_its_own_adapters_touch(moe_folder, make_kind, m
 def test_a_slot_used_again_keeps_no_length_or_expert_of_the_last_adapter(
     moe_folder, weights, make_kind, make_request, assert_drawn
 ):
-    engine = Engine(load(str(moe_folder)), EngineLimits(max_adapters=1))
+    engine = Engine(load(str(moe_folder)), EngineLimits(max_adapters=2))
+    # What it touches is computed for every row beside it, also for slots that should hold zeros there.
+    beside = make_request("beside", adapter=engine.registry.load("beside", make_kind("dora")))
     for name in ("dora", "experts", "lora", "head"):
         request = make_request(name, adapter=engine.registry.load(name, make_kind(name)))
-        answer = generate(engine, [request])[0].token_ids
+        answer = generate(engine, [request, beside])[0].token_ids
         assert_drawn(request, answer, merged_by_hand(moe_folder, weights, make_kind(name)))
         engine.registry.unload(name)
 
