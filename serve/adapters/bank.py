@@ -16,11 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from serve.adapters.fit import LowRank, Size
-from serve.adapters.lora import banked_delta, gathered_update
+from serve.adapters.lora import LANES, banked_delta, gathered_update
 from serve.adapters.slots import RowSlots
 from serve.adapters.stack import Group, Stack
 from serve.model.network import TextNetwork
-from serve.model.weights import expert_modules, linear_modules
+from serve.model.weights import expert_modules, linear_modules, linear_shape
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,20 @@ class Bank:
         self._slots: set[int] = set()
         self._leaving: deque[int] = deque()  # from any thread: slots that nobody uses any more
         self._loose: dict[Group, None] = {}  # groups that may have more than they need
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Run an update of one row once, of one token and of `num_tokens`.
+
+        Where kernels are compiled at first use (seconds on CUDA), a running stream then does not wait for them.
+        """
+        linear = next(iter(linear_modules(self._network.module).values()))
+        inputs, outputs = linear_shape(linear)
+        a = mx.zeros((2, inputs, LANES), dtype=self._dtype)
+        b = mx.zeros((2, LANES, outputs), dtype=self._dtype)
+        one = mx.ones(1, dtype=mx.uint32)
+        for length in (1, num_tokens):
+            x = mx.zeros((1, length, inputs), dtype=self._dtype)
+            mx.eval(banked_delta(x, a, b, one - 1, one))
 
     @property
     def slots(self) -> frozenset[int]:

@@ -59,6 +59,8 @@ class Engine:
             max_rank=limits.max_rank,
             allow_other_base=limits.allow_other_base,
         )
+        if device.backend() != "cpu":
+            self.bank.warm_up(limits.prefill_chunk_tokens)
         self.token_bytes = TokenBytes(model.tokenizer)
         self._runner = Runner(model.network, self.bank)
         self.scheduler = Scheduler(self._budget(limits))

@@ -151,10 +151,12 @@ def test_a_batch_reads_only_what_its_own_adapters_touch(moe_folder, make_kind, m
 def test_a_slot_used_again_keeps_no_length_or_expert_of_the_last_adapter(
     moe_folder, weights, make_kind, make_request, assert_drawn
 ):
-    engine = Engine(load(str(moe_folder)), EngineLimits(max_adapters=1))
+    engine = Engine(load(str(moe_folder)), EngineLimits(max_adapters=2))
+    # What it touches is computed for every row beside it, also for slots that should hold zeros there.
+    beside = make_request("beside", adapter=engine.registry.load("beside", make_kind("dora")))
     for name in ("dora", "experts", "lora", "head"):
         request = make_request(name, adapter=engine.registry.load(name, make_kind(name)))
-        answer = generate(engine, [request])[0].token_ids
+        answer = generate(engine, [request, beside])[0].token_ids
         assert_drawn(request, answer, merged_by_hand(moe_folder, weights, make_kind(name)))
         engine.registry.unload(name)
 
@@ -212,3 +214,11 @@ def test_balanced_factors_keep_a_small_difference_of_large_ones_in_half_precisio
 
     assert error(a, b) > 0.5
     assert error(*balanced(a, b)) < 0.01
+
+
+def test_warming_up_runs_on_any_dtype_and_leaves_nothing_behind(model_folder):
+    for dtype in ("float32", "bfloat16"):
+        engine = Engine(load(str(model_folder), dtype=dtype))
+        engine.bank.warm_up(9)
+        assert engine.bank.num_bytes == 0
+        assert not [m for _, m in engine.model.network.module.named_modules() if isinstance(m, BankedLinear)]
