@@ -57,29 +57,28 @@ class Prompts:
                 variables=variables,
                 limit_s=runtime.config.max_render_s,
             )
-            self._check_chars(len(written.text), "messages")
+            self._check_chars(len(written), "messages")
             return written
 
         written = await anyio.to_thread.run_sync(write, limiter=self._rendering)
-        return await self._tokenize(lambda: self._encode(written.encoder.encode, written.text, "messages"))
+        return await self._tokenize(lambda: self._encode(written.encode, len(written), "messages"))
 
     def of_text(self, text: str) -> TokenIds:
         """Ids of a plain prompt, whose special tokens are special. To be called on the tokenizer's thread."""
         self._check_chars(len(text), "prompt")
         tokenizer = self._runtime.model.tokenizer
-        return self._encode(lambda text: tuple(tokenizer.encode(text)), text, "prompt")
+        return self._encode(lambda first: tuple(tokenizer.encode(text[:first])), len(text), "prompt")
 
-    def _encode(self, encode: Callable[[str], TokenIds], text: str, param: str) -> TokenIds:
-        context = self._runtime.max_context
-        if len(text) > PROBED_CHARS * context:
-            num_tokens = len(encode(text[: PROBED_CHARS * context]))
+    def _encode(self, encode: Callable[[int | None], TokenIds], num_chars: int, param: str) -> TokenIds:
+        """`encode` gives the ids of the first characters, or of all."""
+        first, context = PROBED_CHARS * self._runtime.max_context, self._runtime.max_context
+        if num_chars > first:
+            num_tokens = len(encode(first))
             if num_tokens > SURELY * context:
                 raise self._too_long(
-                    f"the first {PROBED_CHARS * context:,} characters of your {param} alone "
-                    f"are {num_tokens:,} tokens",
-                    param,
+                    f"the first {first:,} characters of your {param} alone are {num_tokens:,} tokens", param
                 )
-        return encode(text)
+        return encode(None)
 
     def _check_size(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> None:
         if len(messages) > self._runtime.max_context:

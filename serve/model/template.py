@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal
@@ -37,10 +37,27 @@ MAX_TAILS, MAX_TAIL_CHARS = 1024, 256
 
 @dataclass(frozen=True)
 class Written:
-    """A prompt as text, and what reads it."""
+    """A prompt as text, which may be made on any thread; encoding it is the tokenizer's work."""
 
-    text: str
-    encoder: Encoder
+    veiled: str
+    veil: Veil | None
+    _encode: Callable[[str, Veil | None], tuple[int, ...]]
+
+    def __len__(self) -> int:
+        """Characters."""
+        return len(self.veiled)
+
+    @property
+    def text(self) -> str:
+        """As a person reads it; what is words and what is a control token is no longer told."""
+        return self.veil.reveal(self.veiled) if self.veil else self.veiled
+
+    def encode(self, num_chars: int | None = None) -> tuple[int, ...]:
+        """Token ids, of the first `num_chars` characters if that is given.
+
+        RequestError if this tokenizer cannot tell words from control tokens.
+        """
+        return self._encode(self.veiled[:num_chars], self.veil)
 
 
 @dataclass(frozen=True)
@@ -95,8 +112,7 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], **options: Any) -> tuple[int, ...]:
         """Token ids, as served: `write`, encoded."""
-        written = self.write(messages, **options)
-        return written.encoder.encode(written.text)
+        return self.write(messages, **options).encode()
 
     def write(
         self,
@@ -126,10 +142,10 @@ class ChatTemplate:
                     "last message or begins a turn; send one of them",
                     "continue_final_message",
                 )
-            text = self._open_text(conversation)
+            veiled = self._open(conversation)
         else:
-            text = self._text(conversation, add_generation_prompt is not False)
-        return Written(text, self._reader_of(conversation).encoder)
+            veiled = self._raw(conversation, add_generation_prompt is not False)
+        return Written(veiled, conversation.veil, self._encode)
 
     def supervise(
         self,
@@ -160,7 +176,7 @@ class ChatTemplate:
         # Of several turns the last may end before the conversation does; of one, nothing after it is learned from.
         ends_it = len(turns) == 1 or indices[-1] == len(messages) - 1
         whole = turns[-1].text if ends_it else self._text(conversation, False)
-        reader = self._reader_of(conversation)
+        reader = self._reader_of(conversation.veil)
         joint = self._joint(reader, whole, turns)
         return [joint] if joint is not None else [self._alone(reader, turn) for turn in turns]
 
@@ -242,8 +258,8 @@ class ChatTemplate:
             hidden["role"] = veil.hide(role, self._control, is_edged=False)
         return hidden
 
-    def _reader_of(self, conversation: Conversation) -> _Reader:
-        return self._reader if conversation.veil is None else self._naming()[1]
+    def _reader_of(self, veil: Veil | None) -> _Reader:
+        return self._reader if veil is None else self._naming()[1]
 
     def _naming(self) -> tuple[NamedControl, _Reader]:
         if self._named is None:
@@ -296,8 +312,8 @@ class ChatTemplate:
                 f"the chat template refuses these messages ({roles}): {said}", "messages"
             ) from error
 
-    def _open_text(self, conversation: Conversation) -> str:
-        """Everything up to the end of the last message's content, which the answer goes on from."""
+    def _open(self, conversation: Conversation) -> str:
+        """Everything up to the end of the last message's content, which the answer goes on from, under the veil."""
         if not conversation.messages or conversation.plain[-1].get("role") != "assistant":
             found = conversation.plain[-1].get("role") if conversation.messages else "none"
             raise RequestError(
@@ -319,7 +335,7 @@ class ChatTemplate:
                 "continue_final_message: the chat template leaves out the last message's content",
                 "continue_final_message",
             )
-        return self._seen(raw[: raw.rindex(mark)], conversation.veil)
+        return raw[: raw.rindex(mark)]
 
     def _turn(self, conversation: Conversation, index: int, with_eos: bool) -> _Turn:
         """Turn `index` as the end of its conversation, which is how serving makes it."""
@@ -361,6 +377,9 @@ class ChatTemplate:
         return len(self._seen(raw[: int(indices[0][-1][0])], conversation.veil))
 
     # Tokens
+
+    def _encode(self, veiled: str, veil: Veil | None) -> tuple[int, ...]:
+        return self._reader_of(veil).encoder.encode(self._seen(veiled, veil))
 
     def _joint(self, reader: _Reader, whole: str, turns: Sequence[_Turn]) -> Supervised | None:
         """All turns in one sequence, if each prompt, as served, is a prefix of it; otherwise None."""
