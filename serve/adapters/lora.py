@@ -142,6 +142,9 @@ def banked_delta(x: mx.array, a: mx.array, b: mx.array, rows: mx.array, slots: m
 def gathered_update(x: mx.array, a: mx.array, b: mx.array, **indices: Any) -> mx.array:
     """x A B, each entry with its own factors: a [N, D, R], b [N, R, O], `indices` as gather_mm takes them."""
     num_outputs = b.shape[-1]
+    if device.backend() == "cpu":
+        # MLX's CPU backend multiplies gathered matrices in float32 alone.
+        x, a, b = (array.astype(mx.float32) for array in (x, a, b))
     a, b = whole_lanes(a, -1), whole_lanes(b, -2, -1)
     parts = [mx.gather_mm(mx.gather_mm(part, a, **indices), b, **indices) for part in _parts(x, a.dtype)]
     update = mx.concatenate(parts, axis=-2) if len(parts) > 1 else parts[0]
