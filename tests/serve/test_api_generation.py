@@ -212,7 +212,6 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
             "chat_template_kwargs",
             "set by the server",
         ),
-        ({"max_tokens": 2000}, "max_tokens", "context is 1024"),
     ],
 )
 def test_what_chat_does_not_do_is_refused_by_its_name(client, changes, param, told):

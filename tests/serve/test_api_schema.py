@@ -121,7 +121,7 @@ def test_a_fixed_sample_of_generated_requests_is_answered_as_described(url):
     assert findings.failures == []
     assert len(findings.statuses) >= 9, "an operation was left out"
     for operation in GENERATING:
-        assert set(findings.statuses[operation]) == {200, 400}, findings.statuses
+        assert {200, 400} <= set(findings.statuses[operation]) <= {200, 400, 404}, findings.statuses
 
 
 @pytest.mark.large
