@@ -371,6 +371,7 @@ def bench_compare(
         max_tokens=max_tokens,
         rounds=rounds,
     )
+    _check_writable(json_file)
 
     def keep(so_far: compare.Outcome) -> None:
         _save_json(json_file, so_far.as_json(asked))

@@ -104,11 +104,12 @@ def run(
     mx.clear_cache()
     with ExitStack() as stack:
         contestants = _start(model, paths, folder, stack, progress)
-        rounds = _measure(contestants, comparison, progress, lambda so_far: keep(_outcome(so_far)))
-    return _outcome(rounds)
+        rounds = _measure(contestants, comparison, progress, lambda so_far: keep(outcome_of(so_far)))
+    return outcome_of(rounds)
 
 
-def _outcome(rounds: Mapping[tuple[str, int], Sequence[Round]]) -> Outcome:
+def outcome_of(rounds: Mapping[tuple[str, int], Sequence[Round]]) -> Outcome:
+    """(label, concurrency) → rounds, as far as they came: a level that not all servers had has no entry."""
     summaries = [summarize(label, each) for (label, _), each in rounds.items()]
     return Outcome(summaries, _ratios(rounds), _same_text(rounds))
 
