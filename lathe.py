@@ -371,15 +371,19 @@ def bench_compare(
         max_tokens=max_tokens,
         rounds=rounds,
     )
+    _check_writable(json_file)
+
+    def keep(so_far: compare.Outcome) -> None:
+        _save_json(json_file, so_far.as_json(asked))
+
     with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
-        outcome = compare.run(asked, folder or Path(temporary), progress)
+        outcome = compare.run(asked, folder or Path(temporary), progress, keep)
     show(
         _console(),
         table("p50 / p95 over all rounds", outcome.summaries),
         compare.table(outcome),
         *_dim([*notes(outcome.summaries), *compare.notes(outcome)]),
     )
-    _save_json(json_file, outcome.as_json(asked))
 
 
 @bench_app.command("train")

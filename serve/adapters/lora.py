@@ -152,12 +152,16 @@ def gathered_update(x: mx.array, a: mx.array, b: mx.array, **indices: Any) -> mx
 
 
 def _parts(x: mx.array, dtype: mx.Dtype) -> list[mx.array]:
-    """`x` cut along its tokens, into what one product with a factor of this dtype can take."""
-    num_tokens = x.shape[-2]
-    is_wide = mx.float32 in (x.dtype, dtype) and device.backend() == "cuda"
-    if num_tokens <= MAX_WIDE_TOKENS or not is_wide:
+    """`x` cut along its tokens, into what one product with a factor of this dtype can take.
+
+    MLX's CUDA kernel takes it that each entry begins where the last one ends. In a slice of tokens it does not, and
+    the kernel would read other rows' tokens: every part is whole in memory.
+    """
+    if device.backend() != "cuda":
         return [x]
-    return list(mx.split(x, list(range(MAX_WIDE_TOKENS, num_tokens, MAX_WIDE_TOKENS)), axis=-2))
+    num_tokens, is_wide = x.shape[-2], mx.float32 in (x.dtype, dtype)
+    cuts = list(range(MAX_WIDE_TOKENS, num_tokens, MAX_WIDE_TOKENS)) if is_wide else []
+    return [mx.contiguous(part) for part in (mx.split(x, cuts, axis=-2) if cuts else [x])]
 
 
 def whole_lanes(array: mx.array, *axes: int) -> mx.array:

@@ -87,8 +87,16 @@ class Outcome:
         }
 
 
-def run(comparison: Comparison, folder: Path, progress: Callable[[str], None]) -> Outcome:
-    """Write the model into `folder`, start the servers, measure, stop them. Raises StoppedError if one fails."""
+def run(
+    comparison: Comparison,
+    folder: Path,
+    progress: Callable[[str], None],
+    keep: Callable[[Outcome], None],
+) -> Outcome:
+    """Write the model into `folder`, start the servers, measure, stop them. Raises StoppedError if one fails.
+
+    `keep` is given what is known so far each time that all servers had their turn, so a run cut off has told it.
+    """
     progress("writing a random model and 8 adapters")
     model, adapters, size = folder / "model", folder / "adapters", standin.SIZES[comparison.size]
     standin.write_model(model, mx.float32 if device.backend() == "cpu" else mx.bfloat16, size)
@@ -96,9 +104,14 @@ def run(comparison: Comparison, folder: Path, progress: Callable[[str], None]) -
     mx.clear_cache()
     with ExitStack() as stack:
         contestants = _start(model, paths, folder, stack, progress)
-        rounds = _measure(contestants, comparison, progress)
+        rounds = _measure(contestants, comparison, progress, lambda so_far: keep(outcome_of(so_far)))
+    return outcome_of(rounds)
+
+
+def outcome_of(rounds: Mapping[tuple[str, int], Sequence[Round]]) -> Outcome:
+    """(label, concurrency) → rounds, as far as they came: a level that not all servers had has no entry."""
     summaries = [summarize(label, each) for (label, _), each in rounds.items()]
-    return Outcome(summaries, _ratios(rounds, comparison), _same_text(rounds))
+    return Outcome(summaries, _ratios(rounds), _same_text(rounds))
 
 
 def _start(
@@ -138,7 +151,10 @@ def _environment(name: str) -> dict[str, str]:
 
 
 def _measure(
-    contestants: Sequence[Contestant], comparison: Comparison, progress: Callable[[str], None]
+    contestants: Sequence[Contestant],
+    comparison: Comparison,
+    progress: Callable[[str], None],
+    keep: Callable[[Mapping[tuple[str, int], Sequence[Round]]], None],
 ) -> dict[tuple[str, int], list[Round]]:
     """(label, concurrency) -> its rounds, in order."""
     runners = {}
@@ -159,6 +175,7 @@ def _measure(
                 each.server.pause()
                 _check(each.label, done)
                 rounds.setdefault((each.label, concurrency), []).append(done)
+            keep(rounds)
     return rounds
 
 
@@ -177,13 +194,14 @@ def _check(label: str, done: Round) -> None:
         raise StoppedError(f"{label}: all {len(done.answers)} requests failed: {done.answers[0].error}")
 
 
-def _ratios(rounds: Mapping[tuple[str, int], Sequence[Round]], comparison: Comparison) -> list[Ratio]:
+def _ratios(rounds: Mapping[tuple[str, int], Sequence[Round]]) -> list[Ratio]:
     labels = list(dict.fromkeys(label for label, _ in rounds))
+    levels = list(dict.fromkeys(concurrency for _, concurrency in rounds))
     pairs = [(labels[0], labels[1]), (labels[0], labels[2]), (labels[3], labels[0])]
     return [
         _ratio(of, to, concurrency, rounds[of, concurrency], rounds[to, concurrency])
         for of, to in pairs
-        for concurrency in comparison.concurrency
+        for concurrency in levels
     ]
 
 

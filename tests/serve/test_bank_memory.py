@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import pytest
 
+from serve import device
 from serve.adapters.bank import Banked
 from serve.adapters.lora import LANES
 from serve.adapters.registry import run_here
@@ -27,6 +28,8 @@ RANKS = {1: 4, 2: 9, 3: 2, 4: 16, 5: 1, 6: 4}
 KEYS = {3: ["self_attn.q_proj"], 5: ["mlp.up_proj", "mlp.down_proj"]}
 """Of those that do not touch all layers."""
 NUM_TOKENS = 24
+CUDA_PAGE = 2**14
+"""MLX's CUDA allocator fills up arrays to whole pages, and counts that: two factors a layer, and their copies."""
 
 
 @dataclass
@@ -272,8 +275,11 @@ def test_a_load_never_takes_more_than_the_smallest_budget_that_allows_it(fresh_e
     told = float(needed[1].replace(",", "")) * 2**20
     with pytest.raises(AdapterMemoryError):
         with_budget(int(told * 0.8)).registry.load("last", make_one(last))
-    peak = peak_of_load(with_budget(int(told * 1.2)), "last", make_one(last))
-    assert peak <= told + 60_000, "as far as the message rounds it"
+    engine = with_budget(int(told * 1.2))
+    peak = peak_of_load(engine, "last", make_one(last))
+    num_layers = sum(isinstance(module, Banked) for _, module in engine.model.network.module.named_modules())
+    rounding = 4 * num_layers * CUDA_PAGE if device.backend() == "cuda" else 0
+    assert peak <= told + 60_000 + rounding, "as far as the message rounds it"
     assert peak >= told / 4, "and not a multiple of what is needed"
 
 

@@ -21,7 +21,7 @@ import lathe
 from serve.api.server import serving
 from serve.bench import standin
 from serve.bench.client import Answer, Ask, ask
-from serve.bench.compare import NUM_ADAPTERS
+from serve.bench.compare import NUM_ADAPTERS, Comparison, outcome_of
 from serve.bench.load import Round, drive
 from serve.bench.process import ServerProcess
 from serve.bench.prompts import PromptMaker, WordCost, fit
@@ -117,6 +117,23 @@ def test_rates_count_good_answers_over_the_wall_time():
     assert found.tpot_s.max == pytest.approx(2 / 4)
     assert found.answer_tokens == {5: 3}
     assert json.dumps(found.as_json())
+
+
+def test_a_comparison_cut_off_has_told_the_levels_that_all_servers_had():
+    """In the second round, before the level of four clients."""
+    labels = ("lathe", "mlx_lm.server", "mlx_vlm.server", "lathe, 8 adapters")
+    rounds = {
+        (label, level): [Round(level, number + 1.0, (made(5, 1, 2),))] * times
+        for level, times in ((1, 2), (4, 1))
+        for number, label in enumerate(labels)
+    }
+    told = outcome_of(rounds).as_json(Comparison(concurrency=(1, 4, 16), rounds=3))
+    assert [(each["concurrency"], each["of"], each["median"]) for each in told["ratios"]] == [
+        (level, of, ratio)
+        for of, ratio in (("lathe", 2.0), ("lathe", 3.0), (labels[3], 0.25))
+        for level in (1, 4)
+    ]
+    assert [len(each["tokens_per_s_by_round"]) for each in told["results"]] == [2] * 4 + [1] * 4
 
 
 class SlowServer(BaseHTTPRequestHandler):

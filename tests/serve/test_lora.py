@@ -46,6 +46,21 @@ def test_every_rank_and_width_gives_the_plain_product_of_each_entry(dtype, is_tr
         assert error < tolerance[dtype], (rank, width, num_tokens)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_slice_of_tokens_gives_the_product_of_its_own_tokens(dtype, tolerance):
+    """Its rows do not follow one another in memory."""
+    mx.random.seed(0)
+    entries = [0, 2, 2, 1]
+    long = mx.random.normal((4, 90, 16)).astype(dtype)
+    a, b = mx.random.normal((3, 16, 8)).astype(dtype), mx.random.normal((3, 8, 24)).astype(dtype)
+    for start, end in ((0, 80), (0, 40), (7, 9), (89, 90)):
+        x = long[:, start:end]
+        expected = plain(x, a, b, entries)
+        update = gathered_update(x, a, b, rhs_indices=mx.array(entries, dtype=mx.uint32))
+        error = np.abs(np.array(update.astype(mx.float32)) - expected).max() / np.abs(expected).max()
+        assert error < tolerance[dtype], (start, end)
+
+
 @pytest.mark.parametrize("rank", SIZES)
 def test_gradients_of_every_rank_are_those_of_the_plain_products(rank, tolerance):
     mx.random.seed(0)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from serve import device
 from train.memory import Operation, Value, cost_of, peak_bytes
 
 pytestmark = pytest.mark.long
@@ -104,10 +105,15 @@ def measure(make_model, tmp_path, family, kind, again, rows, length, share) -> t
     return told["estimated"], told["measured"]
 
 
+def scratch_bytes() -> int:
+    """Of cuBLAS: up to 32 MiB a product on Hopper, which MLX counts, and a few at once. No estimate has it."""
+    return 3 * 2**25 if device.backend() == "cuda" else 0
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_the_estimated_peak_is_near_the_measured_one(make_model, tmp_path, case):
     estimated, measured = measure(make_model, tmp_path, *case)
-    assert measured / 1.5 < estimated < measured * 1.5
+    assert (measured - scratch_bytes()) / 1.5 < estimated < measured * 1.5
 
 
 @pytest.mark.large
@@ -115,7 +121,7 @@ def test_the_estimated_peak_is_near_the_measured_one(make_model, tmp_path, case)
 def test_the_estimated_peak_is_near_the_measured_one_for_more(make_model, tmp_path, case):
     estimated, measured = measure(make_model, tmp_path, *case)
     print(f"{case}: estimated {estimated / 1e6:.1f} MB, measured {measured / 1e6:.1f} MB")
-    assert measured / 1.5 < estimated < measured * 1.5
+    assert (measured - scratch_bytes()) / 1.5 < estimated < measured * 1.5
 
 
 def value(name: str, *shape: int) -> Value:

@@ -207,6 +207,8 @@ def run(bench: TrainBench, folder: Path, progress: Callable[[str], None]) -> Out
         for name in LOOPS:
             progress(f"round {number + 1} of {bench.rounds}: {name}")
             runs[name].append(_run_once(name, recipes[name], folder, bench))
+            # A comparison that is cut off has told what it had.
+            progress(f"{name}: {runs[name][-1].data_tokens_per_s:,.0f} data tokens/s")
     summaries = {name: _summarize(each) for name, each in runs.items()}
     ratios = [_ratio(of, to, runs[of], runs[to]) for of, to in RATIOS]
     progress("short steps: what Lathe's loop itself takes")
