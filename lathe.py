@@ -113,7 +113,7 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train an adapter, or the whole model, from a recipe."""
-    from train.recipe import load_recipe
+    from train.recipe.recipe import load_recipe
     from train.run import run
 
     summary = run(load_recipe(recipe, overrides or ()), dry_run=dry_run, resume=resume, console=_console())
@@ -130,7 +130,7 @@ def runs(
 ) -> None:
     """List runs: how far each came, how good it is, and what it came from."""
     from serve.tables import show
-    from train import runs as listing
+    from train.watch import runs as listing
 
     console = _console()
     named = folders or [Path(name) for name in listing.DEFAULT_FOLDERS if Path(name).is_dir()]
@@ -200,7 +200,7 @@ def data_show(
 ) -> None:
     """Print rows as they are trained: each turn, and which of its tokens the loss counts."""
     from train.data.show import show
-    from train.recipe import load_recipe
+    from train.recipe.recipe import load_recipe
 
     chosen = _one_of(split, ("train", "valid", "test"), "--split")
     show(load_recipe(recipe, overrides or ()), _console(), split=chosen, rows=rows, row=row)
@@ -281,7 +281,7 @@ def export(
     """Fuse an adapter into its base, quantize if asked, and measure what that changed."""
     from dataclasses import asdict
 
-    from train.export import export as fuse
+    from train.after.export import export as fuse
 
     report = fuse(
         adapter,

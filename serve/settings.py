@@ -89,16 +89,16 @@ def dump(model: BaseModel) -> str:
 
 @dataclass
 class _Document:
-    """A parsed file; `places` says where each key stands: a line number, or the --set that gave it."""
+    """A parsed file; `origins` says where each key stands: a line number, or the --set that gave it."""
 
     source: str
     data: dict[str, Any]
-    places: dict[Key, int | str]
+    origins: dict[Key, int | str]
 
-    def place(self, key: Key) -> str:
+    def origin(self, key: Key) -> str:
         """`file:line`, of the key or of the nearest thing around it."""
         for length in range(len(key), -1, -1):
-            found = self.places.get(key[:length])
+            found = self.origins.get(key[:length])
             if found is not None:
                 return found if isinstance(found, str) else f"{self.source}:{found}"
         return self.source
@@ -149,8 +149,8 @@ def _parse(text: str, source: str) -> _Document:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
-        places: dict[Key, int | str] = {}
-        repeated = list(_walk(node, (), places)) if node is not None else []
+        origins: dict[Key, int | str] = {}
+        repeated = list(_walk(node, (), origins)) if node is not None else []
         data = loader.construct_document(node) if node is not None else {}
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
@@ -163,11 +163,11 @@ def _parse(text: str, source: str) -> _Document:
         raise ConfigError(_listing(source, [f"{source}:{message}" for message in repeated]))
     if not isinstance(data, dict):
         raise ConfigError(f"{source}:1: found {_show(data)}; expected a mapping of keys to values")
-    return _Document(source, data, places)
+    return _Document(source, data, origins)
 
 
-def _walk(node: yaml.Node, key: Key, places: dict[Key, int | str]) -> Iterator[str]:
-    """Note each key's line in `places`; yields one message for each repeated key."""
+def _walk(node: yaml.Node, key: Key, origins: dict[Key, int | str]) -> Iterator[str]:
+    """Note each key's line in `origins`; yields one message for each repeated key."""
     if isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for name_node, value in node.value:
@@ -177,12 +177,12 @@ def _walk(node: yaml.Node, key: Key, places: dict[Key, int | str]) -> Iterator[s
                 yield f"{line}: {dotted}: written twice, first on line {first[name]}; keep one"
                 continue
             first[name] = line
-            places[(*key, name)] = line
-            yield from _walk(value, (*key, name), places)
+            origins[(*key, name)] = line
+            yield from _walk(value, (*key, name), origins)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            places[(*key, index)] = item.start_mark.line + 1
-            yield from _walk(item, (*key, index), places)
+            origins[(*key, index)] = item.start_mark.line + 1
+            yield from _walk(item, (*key, index), origins)
 
 
 # Renaming and overriding, on plain dictionaries.
@@ -194,17 +194,17 @@ def _rename(document: _Document, aliases: Mapping[str, str]) -> list[str]:
     for spelled, ours in aliases.items():
         if spelled not in document.data:
             continue
-        value, place = document.data.pop(spelled), document.places.get((spelled,))
+        value, origin = document.data.pop(spelled), document.origins.get((spelled,))
         target = tuple(ours.split("."))
         if _get(document.data, target) is not None:
-            where = document.place((spelled,))
+            where = document.origin((spelled,))
             problems.append(f"{where}: {spelled}: the same knob as {ours}, which is also written; keep one")
             continue
         problem = _set(document.data, target, value)
         if problem:
-            problems.append(f"{document.place((spelled,))}: {spelled}: {problem}")
-        elif place is not None:
-            document.places[target] = place
+            problems.append(f"{document.origin((spelled,))}: {spelled}: {problem}")
+        elif origin is not None:
+            document.origins[target] = origin
     return problems
 
 
@@ -222,10 +222,10 @@ def _override(document: _Document, override: str, aliases: Mapping[str, str]) ->
     problem = _set(document.data, key, value)
     if problem:
         return [f"--set {override}: {problem}"]
-    for stale in [place for place in document.places if place[: len(key)] == key]:
-        del document.places[stale]
+    for stale in [origin for origin in document.origins if origin[: len(key)] == key]:
+        del document.origins[stale]
     for length in range(1, len(key) + 1):
-        document.places.setdefault(key[:length], f"--set {override}")
+        document.origins.setdefault(key[:length], f"--set {override}")
     return []
 
 
@@ -304,20 +304,20 @@ def _explain(
         if isinstance(cause, Problems):
             for name, message in cause.problems:
                 inner = (*key, *name.split("."))
-                yield f"{document.place(inner)}: {_dotted(inner)}: {message}"
+                yield f"{document.origin(inner)}: {_dotted(inner)}: {message}"
         elif item["type"] == "extra_forbidden":
-            yield f"{document.place(key)}: {_dotted(key)}: unknown key{_hint(str(key[-1]), models, known)}"
+            yield f"{document.origin(key)}: {_dotted(key)}: unknown key{_hint(str(key[-1]), models, known)}"
         elif item["type"].startswith("union_tag"):
             tag = item["ctx"]["discriminator"].strip("'")
             found = _show(item["ctx"]["tag"]) if "tag" in item["ctx"] else "nothing"
             wanted = item["ctx"].get("expected_tags") or _tags(models, tag)
             inner = (*key, tag)
-            yield f"{document.place(inner)}: {_dotted(inner)}: found {found}; expected one of {wanted}"
+            yield f"{document.origin(inner)}: {_dotted(inner)}: found {found}; expected one of {wanted}"
         elif item["type"] == "missing":
             meaning = _meaning(str(key[-1]), models)
-            yield f"{document.place(key[:-1])}: {_dotted(key)}: missing{meaning}"
+            yield f"{document.origin(key[:-1])}: {_dotted(key)}: missing{meaning}"
         elif isinstance(cause, ValueError):
-            yield f"{document.place(key)}: {_dotted(key)}: found {_show(item['input'])}; {cause}"
+            yield f"{document.origin(key)}: {_dotted(key)}: found {_show(item['input'])}; {cause}"
         else:
             text = f"{item['msg']}{_closest(item)}"
             expected.setdefault(key, []).append(
@@ -329,7 +329,7 @@ def _explain(
         found = _show(_get(data, key))
         wanted = " or ".join(dict.fromkeys(texts))
         wanted += _yaml_word(found, wanted)
-        yield f"{document.place(key)}: {_dotted(key)}: found {found}; expected {wanted}"
+        yield f"{document.origin(key)}: {_dotted(key)}: found {found}; expected {wanted}"
 
 
 def _locate(

@@ -11,7 +11,7 @@ import yaml
 
 from serve import errors
 from serve.config import load_config
-from train.recipe import load_recipe
+from train.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*ROOT.glob("serve/**/*.py"), *ROOT.glob("train/**/*.py")])

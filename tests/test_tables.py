@@ -33,11 +33,13 @@ from serve.experiments.report import (
 from serve.experiments.statistics import Interval
 from serve.experiments.store import Drop, Run, RunCounts
 from serve.tables import LEAST_OF_WORDS, Column, Table, numbers, show, words
-from train import demo, export, runs
+from train import demo
+from train.after import export
 from train.bench import compare as train_compare
 from train.data import tables as data_tables
 from train.data.splits import Split
 from train.data.tokens import SourceCounts, TokenizeReport
+from train.watch import runs
 
 ROOT = Path(lathe.__file__).parent
 SOURCES = [ROOT / "lathe.py", *sorted(ROOT.glob("serve/**/*.py")), *sorted(ROOT.glob("train/**/*.py"))]
@@ -429,8 +431,8 @@ def test_tables_are_drawn_by_the_one_helper_and_every_one_is_above():
         "train/bench/compare.py",
         "train/data/tables.py",
         "train/demo.py",
-        "train/export.py",
-        "train/runs.py",
+        "train/after/export.py",
+        "train/watch/runs.py",
     }
 
 

@@ -29,11 +29,11 @@ from serve.bench.process import ServerProcess
 from serve.errors import ConfigError, StoppedError, TrainingError
 from serve.experiments.report import ExperimentReport, render, report
 from serve.experiments.store import Store
+from train.after.export import ExportReport, export
 from train.data.sources import read
-from train.export import ExportReport, export
-from train.recipe import Recipe, load_recipe
+from train.recipe.recipe import Recipe, load_recipe
 from train.run import run as run_recipe
-from train.summary import RunSummary
+from train.watch.summary import RunSummary
 
 MARKER = ".lathe-demo"
 BASE = "tickets"

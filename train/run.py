@@ -33,31 +33,33 @@ from serve.model.loading import LoadedModel, build_random, load, resolve
 from serve.model.packed import packing_problem
 from serve.model.vocabulary import vocabulary_hash
 from serve.settings import dump
-from train import checkpoint, estimate, preflight, summary
-from train.adapt import Adapted, adapter_tensors, add_lora, embedding_names, set_tensors, train_all
-from train.distributed import (
+from train.adapters.adapt import Adapted, adapter_tensors, add_lora, embedding_names, set_tensors, train_all
+from train.foresee import estimate, preflight
+from train.foresee.preflight import Preflight
+from train.loop import checkpoint
+from train.loop.distributed import (
     Ranks,
     agree_to_stop,
     check_same,
     join,
     losses_named,
 )
-from train.interrupt import caught_signals
-from train.journal import Journal, identity_of
-from train.metrics import MetricsLog
+from train.loop.interrupt import caught_signals
+from train.loop.optim import build_optimizer, build_schedule
+from train.loop.together import Together
+from train.loop.trainer import Evaluation, LoopSettings, Stepper, Trainer, TrainState
+from train.loop.wired import wired
 from train.objectives.build import build_objective
-from train.optim import build_optimizer, build_schedule
-from train.preflight import Preflight
-from train.progress import RunProgress
-from train.recipe import Recipe
-from train.record import RunRecord, running
-from train.rollouts import Rollouts, evaluation_of, rollouts_of
+from train.objectives.rollouts import Rollouts, evaluation_of, rollouts_of
+from train.recipe.recipe import Recipe
 from train.start import give_up_later, starting_point
-from train.summary import RunSummary
-from train.together import Together
-from train.trainer import Evaluation, LoopSettings, Stepper, Trainer, TrainState
-from train.wandb_log import WandbBoard, check_installed
-from train.wired import wired
+from train.watch import summary
+from train.watch.journal import Journal, identity_of
+from train.watch.metrics import MetricsLog
+from train.watch.progress import RunProgress
+from train.watch.record import RunRecord, running
+from train.watch.summary import RunSummary
+from train.watch.wandb_log import WandbBoard, check_installed
 
 RECIPE_FILE = "recipe.yaml"
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from rich.console import Console
 
 from serve.errors import ConfigError, StorageError
-from train import checkpoint, curve, metrics, record, summary
-from train.checkpoint import Checkpoint
-from train.recipe import Recipe
+from train.loop import checkpoint
+from train.loop.checkpoint import Checkpoint
+from train.recipe.recipe import Recipe
+from train.watch import curve, metrics, record, summary
 
 
 def starting_point(recipe: Recipe, resume: Path | str | bool | None, console: Console) -> Checkpoint | None:

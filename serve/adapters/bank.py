@@ -241,7 +241,7 @@ class Bank:
 
 
 def _code_entries(switch: nn.Module, group: Group, rows: RowSlots, coding: Coding) -> None:
-    """Make a SwitchGLU send each entry's place in the stacks along with its expert, so that its own sort keeps them
+    """Make a SwitchGLU send each token's entry in the stacks along with its expert, so that its own sort keeps them
     together.
 
     This one instance gets a subclass of its class; the class itself is never touched.
@@ -253,8 +253,8 @@ def _code_entries(switch: nn.Module, group: Group, rows: RowSlots, coding: Codin
         stacks = group.stacks.values()
         if composition is None or not any(stack.is_used_by(composition.present) for stack in stacks):
             return kind.__call__(self, x, indices)
-        places = composition.index(group.entries)
-        own = mx.broadcast_to(places[:, None], (places.size, indices.size // places.size))
+        own_entries = composition.index(group.entries)
+        own = mx.broadcast_to(own_entries[:, None], (own_entries.size, indices.size // own_entries.size))
         coding.num_entries = group.num_entries
         try:
             return kind.__call__(self, x, indices * group.num_entries + own.reshape(indices.shape))

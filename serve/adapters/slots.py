@@ -30,11 +30,11 @@ class Composition:
         return 1 + len(self._indices)
 
     def index(self, entries: Entries) -> mx.array:
-        """[B] uint32: each row's place in a stack of these entries; 0, the base's, where its slot has none."""
+        """[B] uint32: each row's entry in a stack of these; 0, the base's, where its slot has none."""
         found = self._indices.get(entries)
         if found is None:
-            place = {slot: i + 1 for i, slot in enumerate(entries) if slot is not None}
-            found = mx.array(np.array([place.get(slot, 0) for slot in self.slots], dtype=np.uint32))
+            entry_of = {slot: i + 1 for i, slot in enumerate(entries) if slot is not None}
+            found = mx.array(np.array([entry_of.get(slot, 0) for slot in self.slots], dtype=np.uint32))
             self._indices[entries] = found
         return found
 

@@ -81,7 +81,7 @@ def prove(network: TextNetwork, rows: BatchRows) -> None:
     """Raise ModelError unless rows of recurrent state equal the family's own cache. Leaves the rows empty.
 
     Three histories run in one batch as requests do: beginning together and later, in chunks and one token at a
-    time, in any order, some rows waiting, rows changing places. Then all take the same tokens, so what comes out
+    time, in any order, some rows waiting, rows changing indices. Then all take the same tokens, so what comes out
     differs by what their rows hold alone; each must be its own cache's.
     """
     try:
@@ -140,14 +140,14 @@ def _in_company(network: TextNetwork, rows: BatchRows) -> mx.array:
 def _run(
     network: TextNetwork,
     rows: BatchRows,
-    places: list[int],
+    indices: list[int],
     starts: list[int],
     tokens: list[list[int]],
     *,
     num_rows: int,
 ) -> mx.array:
-    new_rows = [place for place, start in zip(places, starts, strict=True) if start == 0]
-    rows.set_span(Span(places, starts, len(tokens[0]), num_rows=num_rows, new_rows=new_rows))
+    new_rows = [index for index, start in zip(indices, starts, strict=True) if start == 0]
+    rows.set_span(Span(indices, starts, len(tokens[0]), num_rows=num_rows, new_rows=new_rows))
     hidden = network.hidden(mx.array(tokens), cache=rows.caches)
     mx.eval(hidden, rows.arrays())
     return hidden

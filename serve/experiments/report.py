@@ -27,7 +27,7 @@ from serve.experiments.statistics import (
     sample_ratio_p_value,
     verdict,
 )
-from serve.experiments.store import Drop, Row, RunCounts, Store
+from serve.experiments.store import Drop, Record, RunCounts, Store
 from serve.tables import Table, numbers, words
 
 SAMPLE_RATIO_ALPHA = 0.001
@@ -136,11 +136,13 @@ def report(
     runs = store.runs(experiment_name)
     counts = choose_run(runs, run_id)
     run = counts.run
-    rows = store.rows(run.id)
+    records = store.records(run.id)
     chosen = _choose_outcome(counts, outcome)
-    _check_range(rows, chosen)
-    means = {v.name: _unit_means(rows, v, chosen) for v in run.experiment.variants}
-    variants = tuple(_variant(run.experiment, v, rows, means[v.name], alpha) for v in run.experiment.variants)
+    _check_range(records, chosen)
+    means = {v.name: _unit_means(records, v, chosen) for v in run.experiment.variants}
+    variants = tuple(
+        _variant(run.experiment, v, records, means[v.name], alpha) for v in run.experiment.variants
+    )
     comparisons = tuple(
         _compare(variants[0], other, means, alpha / (len(variants) - 1)) for other in variants[1:]
     )
@@ -252,11 +254,13 @@ def _choose_outcome(counts: RunCounts, outcome: str | None) -> str | None:
     return outcome
 
 
-def _check_range(rows: Sequence[Row], outcome: str | None) -> None:
-    for row in rows:
-        reported = row.outcomes.get(outcome or "")
+def _check_range(records: Sequence[Record], outcome: str | None) -> None:
+    for record in records:
+        reported = record.outcomes.get(outcome or "")
         if reported is not None and not 0 <= reported.value <= 1:
-            raise DataError(f"outcome {outcome!r} of {row.completion_id} is {reported.value}; expected 0 … 1")
+            raise DataError(
+                f"outcome {outcome!r} of {record.completion_id} is {reported.value}; expected 0 … 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -267,11 +271,11 @@ class _UnitMeans:
     num_outcomes: int
 
 
-def _unit_means(rows: Sequence[Row], variant: Variant, outcome: str | None) -> _UnitMeans:
+def _unit_means(records: Sequence[Record], variant: Variant, outcome: str | None) -> _UnitMeans:
     by_unit: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row.variant == variant.name and (reported := row.outcomes.get(outcome or "")) is not None:
-            by_unit.setdefault(row.unit, []).append((reported.reported_at, reported.value))
+    for record in records:
+        if record.variant == variant.name and (reported := record.outcomes.get(outcome or "")) is not None:
+            by_unit.setdefault(record.unit, []).append((reported.reported_at, reported.value))
     in_order = sorted(by_unit.items(), key=lambda unit: (min(unit[1])[0], unit[0]))
     values = [sum(value for _, value in reports) / len(reports) for _, reports in in_order]
     return _UnitMeans(np.clip(np.array(values, dtype=float), 0, 1), sum(map(len, by_unit.values())))
@@ -280,32 +284,36 @@ def _unit_means(rows: Sequence[Row], variant: Variant, outcome: str | None) -> _
 def _variant(
     experiment: Experiment,
     variant: Variant,
-    rows: Sequence[Row],
+    records: Sequence[Record],
     means: _UnitMeans,
     alpha: float,
 ) -> VariantReport:
-    exposures = [row for row in rows if row.variant == variant.name]
+    exposures = [record for record in records if record.variant == variant.name]
     values, total = means.values, float(means.values.sum())
     return VariantReport(
         name=variant.name,
         model=variant.model,
         share=experiment.share(variant),
         num_exposures=len(exposures),
-        num_units=len({row.unit for row in exposures}),
+        num_units=len({record.unit for record in exposures}),
         num_outcomes=means.num_outcomes,
         num_units_with_outcome=len(values),
         outcome_rate=means.num_outcomes / len(exposures) if exposures else None,
         mean=total / len(values) if len(values) else None,
         interval=confidence_sequence(min(total, len(values)), len(values), alpha / len(experiment.variants)),
         latency=_latency(exposures),
-        finishes=dict(Counter(row.finish or "unfinished" for row in exposures)),
-        versions=dict(Counter(f"{row.model_version} {row.content_hash[:12]}" for row in exposures)),
+        finishes=dict(Counter(record.finish or "unfinished" for record in exposures)),
+        versions=dict(Counter(f"{record.model_version} {record.content_hash[:12]}" for record in exposures)),
     )
 
 
-def _latency(rows: Sequence[Row]) -> Latency:
-    total = [row.latency_s for row in rows if row.latency_s is not None and row.finish in ("stop", "length")]
-    first = [row.ttft_s for row in rows]
+def _latency(records: Sequence[Record]) -> Latency:
+    total = [
+        record.latency_s
+        for record in records
+        if record.latency_s is not None and record.finish in ("stop", "length")
+    ]
+    first = [record.ttft_s for record in records]
     p50, p95 = _percentiles(total)
     ttft_p50, ttft_p95 = _percentiles(first)
     return Latency(p50, p95, ttft_p50, ttft_p95)

@@ -125,7 +125,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Row:
+class Record:
     """An exposure as a report reads it, with its outcomes by name."""
 
     completion_id: str
@@ -281,7 +281,7 @@ class Store:
             stored = connection.execute(of_run).all()
         return [Drop(each.name, int(each.num_outcomes), float(each.dropped_at)) for each in stored]
 
-    def rows(self, run_id: int) -> list[Row]:
+    def records(self, run_id: int) -> list[Record]:
         """Every exposure of a run with its outcomes, in the order of exposure."""
         of_run = sa.select(exposures).where(exposures.c.run_id == run_id)
         reported = sa.select(outcomes).join(exposures).where(exposures.c.run_id == run_id)
@@ -291,7 +291,7 @@ class Store:
             for each in connection.execute(reported):
                 outcome = Outcome(float(each.value), float(each.reported_at))
                 values.setdefault(each.completion_id, {})[each.name] = outcome
-        return [_row(each, values.get(each["completion_id"], {})) for each in found]
+        return [_record(each, values.get(each["completion_id"], {})) for each in found]
 
     def _insert(self, table: sa.Table) -> Any:
         """INSERT with ON CONFLICT, which SQLAlchemy spells per dialect."""
@@ -346,6 +346,6 @@ def _experiment(definition: str) -> Experiment:
     return Experiment(data["name"], data["salt"], tuple(Variant(**variant) for variant in data["variants"]))
 
 
-def _row(found: sa.RowMapping, values: Mapping[str, Outcome]) -> Row:
-    names = [name for name in Row.__dataclass_fields__ if name != "outcomes"]
-    return Row(**{name: found[name] for name in names}, outcomes=values)
+def _record(found: sa.RowMapping, values: Mapping[str, Outcome]) -> Record:
+    names = [name for name in Record.__dataclass_fields__ if name != "outcomes"]
+    return Record(**{name: found[name] for name in names}, outcomes=values)

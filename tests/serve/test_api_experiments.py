@@ -136,8 +136,8 @@ def test_without_a_user_each_completion_is_its_own_unit(ask, tmp_path, runtime):
     ids = [ask(None)[0]["id"] for _ in range(4)]
     runtime.recorder.close()
     store = Store(f"sqlite:///{tmp_path}/e.sqlite", create=False)
-    rows = store.rows(store.newest_run("test").id)
-    assert [row.unit for row in rows] == [row.completion_id for row in rows] == ids
+    records = store.records(store.newest_run("test").id)
+    assert [record.unit for record in records] == [record.completion_id for record in records] == ids
     store.close()
 
 
@@ -176,10 +176,10 @@ def test_a_stream_that_is_left_keeps_its_exposure_and_says_cancelled(http, runti
         next(lines)
     store = Store(f"sqlite:///{tmp_path}/e.sqlite", create=False)
     run = store.newest_run("test")
-    while not (rows := store.rows(run.id)) or rows[0].finish is None:
+    while not (records := store.records(run.id)) or records[0].finish is None:
         pass
-    assert rows[0].finish == "cancelled"
-    assert 0 < rows[0].num_tokens < 900
+    assert records[0].finish == "cancelled"
+    assert 0 < records[0].num_tokens < 900
     store.close()
 
 

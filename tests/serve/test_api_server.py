@@ -99,7 +99,7 @@ def test_sigterm_ends_the_server_after_its_streams_and_its_writes(model_folder, 
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert process.wait(120) == 0
     store = Store(f"sqlite:///{tmp_path}/e.sqlite", create=False)
-    assert [row.finish for row in store.rows(store.newest_run("e").id)] == ["length"]
+    assert [record.finish for record in store.records(store.newest_run("e").id)] == ["length"]
     store.close()
 
 

@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from serve.errors import AdapterError, ConfigError
-from train.adapt import add_lora, set_tensors, train_all, trainable_tensors
-from train.trainer import Stepper
+from train.adapters.adapt import add_lora, set_tensors, train_all, trainable_tensors
+from train.loop.trainer import Stepper
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3_text", "phi3", "olmo2", "qwen3_moe"])

@@ -13,7 +13,7 @@ from train.data import cache
 from train.data.example import Example
 from train.data.prepared import prepare_rows
 from train.data.tokens import tokenize
-from train.recipe import Recipe
+from train.recipe.recipe import Recipe
 
 MODEL = str(Path(__file__).resolve().parents[2] / "data" / "tickets")
 

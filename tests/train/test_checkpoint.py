@@ -16,10 +16,10 @@ import pytest
 from serve import device
 from serve.adapters.manifest import AdapterConfig, Lineage, read_config, read_tensors, write_adapter
 from serve.errors import AdapterError, ConfigError, NotFoundError, TrainingError
-from train import checkpoint
-from train.adapt import add_lora, embedding_names, set_tensors, train_all, trainable_tensors
-from train.optim import OPTIMIZERS, build_optimizer, build_schedule
-from train.trainer import LoopSettings, Stepper, Trainer, TrainState
+from train.adapters.adapt import add_lora, embedding_names, set_tensors, train_all, trainable_tensors
+from train.loop import checkpoint
+from train.loop.optim import OPTIMIZERS, build_optimizer, build_schedule
+from train.loop.trainer import LoopSettings, Stepper, Trainer, TrainState
 
 CONFIG = AdapterConfig("lora", -1, 4, 2.0, 0.1)
 
@@ -97,8 +97,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, model_folder):
         from pathlib import Path
         from serve.adapters.manifest import AdapterConfig
         from serve.errors import StorageError
-        from train import checkpoint
-        from train.trainer import TrainState
+        from train.loop import checkpoint
+        from train.loop.trainer import TrainState
         folder, tensors = Path({str(tmp_path)!r}), {{"w.lora_a": mx.ones((64, 64))}}
         optimizer = optim.Adam(1e-3)
         optimizer.init(tensors)

@@ -20,10 +20,10 @@ from rich.console import Console
 
 from serve.adapters.manifest import read_tensors
 from train.data.batches import Batch
-from train.distributed import Alone, share
-from train.metrics import rows_of
-from train.recipe import load_recipe
+from train.loop.distributed import Alone, share
+from train.recipe.recipe import load_recipe
 from train.run import run
+from train.watch.metrics import rows_of
 
 pytestmark = pytest.mark.long
 
@@ -168,7 +168,7 @@ def pair_of_runs(make_recipe, folder, launched) -> Callable[[str], tuple[Path, P
 
     script = folder / "train_all.py"
     script.write_text(
-        "import sys\nfrom train.recipe import load_recipe\nfrom train.run import run\n"
+        "import sys\nfrom train.recipe.recipe import load_recipe\nfrom train.run import run\n"
         "for path in sys.argv[1:]:\n    run(load_recipe(path))\n    print('END OF RUN', flush=True)\n"
     )
     paths = [str(recipe(kind, 2)) for kind in KINDS]
@@ -234,10 +234,10 @@ from mlx_lm.models import qwen3
 from serve.errors import ConfigError, TrainingError
 from serve.model.network import TextNetwork
 from train.data.batches import Batch
-from train.distributed import check_same, join, losses_named, share, sum_named
-from train.objective_config import ORPOConfig
+from train.loop.distributed import check_same, join, losses_named, share, sum_named
+from train.recipe.objective_config import ORPOConfig
 from train.objectives.orpo import ORPO
-from train.trainer import Stepper, mean_loss
+from train.loop.trainer import Stepper, mean_loss
 import mlx.optimizers as optim
 
 ranks = join()

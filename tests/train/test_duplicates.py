@@ -11,7 +11,7 @@ from serve.errors import DataError
 from train.data.duplicates import content_key, report
 from train.data.example import Example
 from train.data.sources import read, read_corpus
-from train.recipe import Recipe
+from train.recipe.recipe import Recipe
 
 
 def write(path: Path, texts: list[str]) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from serve import device
-from train.memory import Operation, Value, cost_of, peak_bytes
+from train.foresee.memory import Operation, Value, cost_of, peak_bytes
 
 pytestmark = pytest.mark.long
 
@@ -34,12 +34,12 @@ import json, sys
 import mlx.core as mx, numpy as np
 from pathlib import Path
 from serve.model.loading import build_random
-from train.adapt import add_lora, train_all
+from train.adapters.adapt import add_lora, train_all
 from train.data.batches import Batch
-from train.estimate import Workload, estimate
-from train.optim import build_optimizer, build_schedule
-from train.recipe import load_recipe
-from train.trainer import Stepper
+from train.foresee.estimate import Workload, estimate
+from train.loop.optim import build_optimizer, build_schedule
+from train.recipe.recipe import load_recipe
+from train.loop.trainer import Stepper
 recipe = load_recipe(Path(sys.argv[1]), sys.argv[2:4])
 rows, length, share = int(sys.argv[4]), int(sys.argv[5]), float(sys.argv[6])
 found = estimate(recipe, Workload(rows, length, rows * length, 1, 0, 0))

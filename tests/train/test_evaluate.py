@@ -10,13 +10,13 @@ import pytest
 from serve.adapters.lora import LoRALinear
 from serve.errors import DataError
 from serve.model.template import ChatTemplate
-from train.adapt import add_lora
+from train.adapters.adapt import add_lora
+from train.after.evaluate import exact_match, questions_of
 from train.data.batches import collate
 from train.data.example import Example
 from train.data.tokens import tokenize
-from train.evaluate import exact_match, questions_of
-from train.recipe import Recipe
-from train.trainer import Stepper
+from train.loop.trainer import Stepper
+from train.recipe.recipe import Recipe
 
 
 def conversation(*turns: str, line: int = 1) -> Example:

@@ -18,9 +18,9 @@ from serve.adapters.lora import LoRALinear
 from serve.adapters.manifest import AdapterConfig, Lineage, read_config, read_tensors, write_adapter
 from serve.errors import AdapterError, ConfigError, DataError
 from serve.model.loading import load
-from train.adapt import add_lora, trainable_tensors
-from train.export import compare, export, fuse, log_probabilities
-from train.loss import find_targets
+from train.adapters.adapt import add_lora, trainable_tensors
+from train.after.export import compare, export, fuse, log_probabilities
+from train.loop.loss import find_targets
 
 FAMILIES = ("qwen3", "llama", "gemma3_text", "gemma2", "phi3", "olmo2", "qwen3_moe")
 NEARLY_ALL = 0.9

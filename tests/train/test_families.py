@@ -32,12 +32,12 @@ from serve.model.loading import load
 from serve.model.network import TextNetwork
 from serve.model.packed import packing_problem
 from serve.model.prompt import Prompt
-from train.adapt import Adapted, adapter_tensors, add_lora, checkpointed_layers
+from train.adapters.adapt import Adapted, adapter_tensors, add_lora, checkpointed_layers
 from train.data.batches import Batch, collate
 from train.data.packing import Layout, collate_packed
 from train.data.tokens import TokenizedExample
+from train.loop.trainer import Stepper
 from train.objectives.sft import SFT
-from train.trainer import Stepper
 
 COMMON = {
     "hidden_size": 32,

@@ -11,10 +11,10 @@ import datasets
 import pytest
 
 from serve.errors import ConfigError, DataError
-from train.data.kinds import LEARNS_FROM
 from train.data.rows import Rules, parse_row
 from train.data.sources import read
-from train.recipe import DatasetSource, Recipe, load_recipe
+from train.recipe.kinds import LEARNS_FROM
+from train.recipe.recipe import DatasetSource, Recipe, load_recipe
 
 ASK, SAY = {"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "It left."}
 OTHER = {"role": "assistant", "content": "No idea."}

@@ -9,8 +9,8 @@ from serve.adapters.manifest import AdapterConfig, write_adapter
 from serve.engine.engine import Engine
 from serve.engine.generate import generate
 from serve.model.loading import load
-from train.adapt import adapter_tensors, add_lora
-from train.loss import target_logits
+from train.adapters.adapt import adapter_tensors, add_lora
+from train.loop.loss import target_logits
 
 
 @pytest.mark.parametrize(

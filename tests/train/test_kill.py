@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from serve.adapters.manifest import read_config, read_tensors
-from train import checkpoint
+from train.loop import checkpoint
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -49,7 +49,7 @@ SCRIPT = """
 import io, json, os, random, select, signal, sys, time, traceback
 from pathlib import Path
 from rich.console import Console
-from train.recipe import load_recipe
+from train.recipe.recipe import load_recipe
 from train.run import run
 from serve.adapters.manifest import read_config, read_tensors
 from serve.errors import AdapterError, NotFoundError

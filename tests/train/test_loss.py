@@ -9,9 +9,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from serve import device
-from train import loss as loss_file
-from train.adapt import add_lora, train_all
-from train.loss import chunk_rows, cross_entropy, find_targets, sum_loss, target_logprobs
+from train.adapters.adapt import add_lora, train_all
+from train.loop import loss as loss_file
+from train.loop.loss import chunk_rows, cross_entropy, find_targets, sum_loss, target_logprobs
 
 FAMILIES = ("qwen3", "gemma2", "phi3")
 

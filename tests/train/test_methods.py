@@ -18,8 +18,7 @@ from serve.adapters.lora import AdaptedLayer, LoRALinear
 from serve.adapters.manifest import AdapterConfig, write_adapter
 from serve.errors import ConfigError
 from serve.model.weights import dense_weight, linear_shape
-from train import checkpoint
-from train.adapt import (
+from train.adapters.adapt import (
     adapted_layers,
     adapter_tensors,
     adapters_off,
@@ -28,10 +27,11 @@ from train.adapt import (
     train_all,
     trainable_tensors,
 )
-from train.export import fuse
-from train.optim import build_optimizer, build_schedule
-from train.pissa import start_on_principal
-from train.trainer import Stepper, TrainState
+from train.adapters.pissa import start_on_principal
+from train.after.export import fuse
+from train.loop import checkpoint
+from train.loop.optim import build_optimizer, build_schedule
+from train.loop.trainer import Stepper, TrainState
 
 PACKINGS = [("affine", bits, 32) for bits in (2, 3, 4, 5, 6, 8)] + [
     ("mxfp4", 4, 32),

@@ -12,10 +12,10 @@ import pytest
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import default_loss, iterate_batches
 
-from train.adapt import add_lora, train_all
+from train.adapters.adapt import add_lora, train_all
 from train.data.batches import Batch, BatchPlan, collate
 from train.data.tokens import TokenizedExample
-from train.trainer import Stepper
+from train.loop.trainer import Stepper
 
 STEPS = 5
 
@@ -116,7 +116,7 @@ def test_sorting_by_length_pads_a_tenth_of_what_mlx_lm_pads():
 
 def test_evaluating_moves_no_global_randomness_of_numpy(tiny_network):
     """mlx_lm draws the order of training and of validation from the same global generator."""
-    from train.trainer import mean_loss
+    from train.loop.trainer import mean_loss
 
     np.random.seed(3)
     expected = np.random.random()

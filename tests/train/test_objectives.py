@@ -23,9 +23,9 @@ from rich.console import Console
 from serve import device
 from serve.adapters.manifest import read_tensors
 from serve.model.network import TextNetwork
-from train.adapt import adapters_off, add_lora
+from train.adapters.adapt import adapters_off, add_lora
 from train.data.batches import Batch
-from train.objective_config import DPOConfig, GRPOConfig, KTOConfig, ORPOConfig
+from train.loop.trainer import Stepper, mean_loss
 from train.objectives import Objective
 from train.objectives.answers import answer_inputs, answer_logprobs
 from train.objectives.build import build_objective
@@ -34,9 +34,9 @@ from train.objectives.grpo import GRPO
 from train.objectives.kto import KTO, mismatched
 from train.objectives.orpo import ORPO, log1mexp
 from train.objectives.reference import base, start_of
-from train.recipe import Recipe
+from train.recipe.objective_config import DPOConfig, GRPOConfig, KTOConfig, ORPOConfig
+from train.recipe.recipe import Recipe
 from train.run import run
-from train.trainer import Stepper, mean_loss
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional

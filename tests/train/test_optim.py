@@ -9,8 +9,8 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import build_schedule as mlx_lm_build_schedule
 
 from serve.errors import ConfigError
-from train.adapt import embedding_names, train_all
-from train.optim import build_optimizer, build_schedule, current_rate
+from train.adapters.adapt import embedding_names, train_all
+from train.loop.optim import build_optimizer, build_schedule, current_rate
 
 STEPS = (0, 1, 5, 9, 10, 11, 12, 50, 99, 200)
 

@@ -17,14 +17,14 @@ from rich.console import Console
 
 from serve.errors import ConfigError, ModelError
 from serve.model.packed import packed_cache, packing_problem
-from train import checkpoint
-from train.adapt import add_lora, checkpointed_layers, train_all
+from train.adapters.adapt import add_lora, checkpointed_layers, train_all
 from train.data.batches import BatchPlan, collate
 from train.data.packing import Layout, PackedPlan, collate_packed
 from train.data.tokens import TokenizedExample
+from train.foresee.preflight import prepare
+from train.loop import checkpoint
 from train.objectives.sft import SFT
-from train.preflight import prepare
-from train.recipe import load_recipe
+from train.recipe.recipe import load_recipe
 from train.run import run
 
 LENGTHS = (5, 11, 3, 8, 14)

@@ -9,8 +9,8 @@ import pytest
 
 from serve.adapters.dora import DoRALinear
 from serve.adapters.lora import LoRALinear
-from train.pissa import start_on_principal
-from train.recipe import LoRAParameters
+from train.adapters.pissa import start_on_principal
+from train.recipe.recipe import LoRAParameters
 
 torch = pytest.importorskip("torch", reason="PEFT runs on torch: pip install '.[dev]'")
 peft = pytest.importorskip("peft", reason="the oracle: pip install '.[dev]'")

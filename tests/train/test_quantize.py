@@ -21,8 +21,8 @@ from serve.engine.generate import generate
 from serve.errors import AdapterError, ConfigError, ModelError
 from serve.model.loading import load
 from serve.model.quantization import Quantization
-from train.export import export, load_adapted
-from train.recipe import load_recipe
+from train.after.export import export, load_adapted
+from train.recipe.recipe import load_recipe
 from train.run import run
 
 SPECS = [{"bits": bits, "group_size": 32} for bits in (2, 3, 4, 5, 6, 8)] + [

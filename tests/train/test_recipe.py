@@ -9,8 +9,8 @@ import pytest
 
 from serve.errors import ConfigError
 from serve.settings import dump
-from train.foreign import FOREIGN
-from train.recipe import HubDataset, LoRAParameters, Recipe, load_recipe
+from train.recipe.foreign import FOREIGN
+from train.recipe.recipe import HubDataset, LoRAParameters, Recipe, load_recipe
 
 STOCK = """
 # mlx_lm/examples/lora_config.yaml

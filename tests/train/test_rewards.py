@@ -9,9 +9,9 @@ import pytest
 
 from serve.errors import ConfigError, DataError, TrainingError
 from serve.settings import load_yaml
-from train.objective_config import GRPOConfig
-from train.recipe import Recipe
-from train.rewards import Answer, Scorer
+from train.objectives.rewards import Answer, Scorer
+from train.recipe.objective_config import GRPOConfig
+from train.recipe.recipe import Recipe
 
 CODE = """
 def brevity(completions, **columns):

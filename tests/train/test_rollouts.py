@@ -18,15 +18,15 @@ from serve.engine.request import Request, Sampling
 from serve.errors import DataError
 from serve.model.loading import LoadedModel
 from serve.model.prompt import Prompt
-from train.adapt import add_lora, trainable_tensors
+from train.adapters.adapt import add_lora, trainable_tensors
 from train.data.batches import Batch
 from train.data.tokens import TokenizedExample
-from train.distributed import Alone, Ranks
-from train.objective_config import GRPOConfig
+from train.loop.distributed import Alone, Ranks
 from train.objectives.grpo import GRPO
-from train.recipe import Recipe, load_recipe
-from train.rewards import Scorer
-from train.rollouts import Questions, Rollouts, _seed, group_advantages
+from train.objectives.rewards import Scorer
+from train.objectives.rollouts import Questions, Rollouts, _seed, group_advantages
+from train.recipe.objective_config import GRPOConfig
+from train.recipe.recipe import Recipe, load_recipe
 from train.run import run
 
 ROOT = Path(__file__).parents[2]

@@ -23,9 +23,9 @@ from serve.errors import ConfigError
 from serve.model.loading import load
 from serve.model.template import ChatTemplate
 from serve.model.vocabulary import vocabulary_hash
-from train import checkpoint
-from train.preflight import prepare
-from train.recipe import load_recipe
+from train.foresee.preflight import prepare
+from train.loop import checkpoint
+from train.recipe.recipe import load_recipe
 from train.run import run
 
 pytestmark = pytest.mark.long
@@ -149,7 +149,7 @@ def test_a_run_leaves_an_adapter_that_mlx_lm_loads_with_the_same_logits(make_rec
     theirs, _ = mlx_lm.load(str(model_folder), adapter_path=str(out))
     plain, _ = mlx_lm.load(str(model_folder))
     ours = load(str(model_folder))
-    from train.export import load_adapted
+    from train.after.export import load_adapted
 
     adapted = load_adapted(out, read_config(out), str(model_folder))
     logits = target_logits(theirs, recipe)
@@ -183,7 +183,7 @@ def test_a_resumed_run_publishes_the_same_bytes(make_recipe, tmp_path):
 def test_a_signal_saves_and_the_run_can_be_continued(make_recipe, tmp_path, number, code):
     recipe = make_recipe("cut", "iters=400", "steps_per_report=1", "save_every=1000", "val_batches=0")
     script = (
-        "import sys; from train.recipe import load_recipe; from train.run import run\n"
+        "import sys; from train.recipe.recipe import load_recipe; from train.run import run\n"
         "sys.exit(run(load_recipe(sys.argv[1], sys.argv[2:])).exit_code)"
     )
     arguments = [f"{name}={getattr(recipe, name)}" for name in ("model", "data", "adapter_path", "iters")]

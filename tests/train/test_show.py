@@ -14,11 +14,11 @@ import lathe
 from serve.errors import ConfigError
 from serve.model.loading import load_tokenizer
 from serve.model.template import ChatTemplate
-from train import preflight
 from train.data.show import show
 from train.data.sources import read
 from train.data.tokens import tokenize
-from train.recipe import Recipe
+from train.foresee import preflight
+from train.recipe.recipe import Recipe
 
 MODEL = str(Path(__file__).resolve().parents[2] / "data" / "tickets")
 CHAT = [

@@ -10,7 +10,7 @@ import pytest
 
 from serve.errors import DataError
 from train.data.sources import read
-from train.recipe import Recipe
+from train.recipe.recipe import Recipe
 
 
 def chat(number: int) -> dict:

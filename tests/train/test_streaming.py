@@ -17,8 +17,8 @@ from train.data.duplicates import content_key
 from train.data.sources import read, stream_examples
 from train.data.stream import StreamedRows, StreamPlan
 from train.data.tokens import tokenize
-from train.preflight import prepare
-from train.recipe import Recipe, load_recipe
+from train.foresee.preflight import prepare
+from train.recipe.recipe import Recipe, load_recipe
 from train.run import run
 
 MODEL = str(Path(__file__).resolve().parents[2] / "data" / "tickets")

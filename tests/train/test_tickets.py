@@ -11,7 +11,7 @@ import serve as serve  # before mlx: it brings a real BLAS
 from serve.model.loading import load_tokenizer
 from train.data.tickets import ROUTE, SEED, write_all
 from train.data.tokenizer_bpe import contents, train_tokenizer
-from train.recipe import load_recipe
+from train.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "data" / "tickets"

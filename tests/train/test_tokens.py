@@ -14,7 +14,7 @@ from serve.model.template import ChatTemplate
 from train.data.batches import collate
 from train.data.example import Example
 from train.data.tokens import tokenize
-from train.recipe import Recipe
+from train.recipe.recipe import Recipe
 
 CHATML = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"

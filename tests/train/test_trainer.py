@@ -14,11 +14,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from serve.errors import TrainingError
-from train.adapt import add_lora, checkpointed_layers, train_all, trainable_tensors
+from train.adapters.adapt import add_lora, checkpointed_layers, train_all, trainable_tensors
 from train.data.batches import Batch
-from train.loss import find_targets, round_up, sum_loss
+from train.loop.loss import find_targets, round_up, sum_loss
+from train.loop.trainer import LoopSettings, Stepper, Trainer, mean_loss
 from train.objectives.sft import SFT
-from train.trainer import LoopSettings, Stepper, Trainer, mean_loss
 
 FAMILIES = ("qwen3", "llama", "gemma3_text", "gemma2", "phi3", "olmo2")
 

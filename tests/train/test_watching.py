@@ -24,11 +24,11 @@ from tensorboardX.proto.event_pb2 import Event
 from serve.adapters.manifest import read_config, read_tensors
 from serve.errors import ConfigError, NotFoundError, TrainingError
 from serve.tables import show
-from train import curve, record, runs, summary
-from train.metrics import MetricsLog, rows_of
-from train.recipe import load_recipe
+from train.loop.wired import recommended_bytes, wired
+from train.recipe.recipe import load_recipe
 from train.run import run
-from train.wired import recommended_bytes, wired
+from train.watch import curve, record, runs, summary
+from train.watch.metrics import MetricsLog, rows_of
 
 pytestmark = pytest.mark.long
 
@@ -132,7 +132,7 @@ def test_weights_and_biases_gets_the_same_offline_and_a_continuation_the_same_ru
 ):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     script = (
-        "import sys; from train.recipe import load_recipe; from train.run import run\n"
+        "import sys; from train.recipe.recipe import load_recipe; from train.run import run\n"
         "for iters, resume in ((3, None), (6, True)):\n"
         "    run(load_recipe(sys.argv[1], [*sys.argv[2:], f'iters={iters}']), resume=resume)"
     )
@@ -158,7 +158,7 @@ def test_weights_and_biases_gets_the_same_offline_and_a_continuation_the_same_ru
 def test_wandb_that_is_not_installed_says_how_to_install_it():
     # The packages' folder is hidden after the imports: what a machine without wandb sees.
     script = (
-        "import sys; from serve.errors import ConfigError; from train.wandb_log import check_installed\n"
+        "import sys; from serve.errors import ConfigError; from train.watch.wandb_log import check_installed\n"
         "sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
         "try:\n    check_installed()\nexcept ConfigError as error:\n    print(error)\n"
     )

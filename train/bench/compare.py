@@ -27,11 +27,11 @@ from serve.errors import ConfigError, StoppedError
 from serve.model.loading import load_tokenizer, resolve
 from serve.model.template import ChatTemplate
 from serve.tables import Table, numbers
-from train import preflight
 from train.bench.chats import Lengths, write_chats
 from train.bench.process import run_child
-from train.metrics import rows_of
-from train.recipe import load_recipe
+from train.foresee import preflight
+from train.recipe.recipe import load_recipe
+from train.watch.metrics import rows_of
 
 LOOPS = ("lathe", "mlx_lm_lora", "length_sorted", "lathe_packed")
 """Lathe as it comes; mlx_lm.lora as it comes; mlx_lm's loop with its sort by length repaired; sample_packing."""

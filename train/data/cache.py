@@ -26,7 +26,7 @@ from serve.model.template import ChatTemplate
 from train.data import tokens as tokens_module
 from train.data.example import Example
 from train.data.tokens import Outcome, TokenizedExample
-from train.recipe import Recipe
+from train.recipe.recipe import Recipe
 
 FORMAT = 1
 KNOBS = (

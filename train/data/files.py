@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from serve.errors import DataError
-from train.recipe import DatasetSource
+from train.recipe.recipe import DatasetSource
 
 Split = Literal["train", "valid", "test"]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")

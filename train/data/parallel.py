@@ -19,7 +19,7 @@ from serve.model.loading import load_tokenizer, resolve
 from serve.model.template import ChatTemplate
 from train.data.example import Example
 from train.data.tokens import Outcome, tokenize_row
-from train.recipe import Recipe
+from train.recipe.recipe import Recipe
 
 CHUNK_ROWS = 64
 PROBE_ROWS = 256

@@ -21,7 +21,7 @@ from train.data import cache
 from train.data.example import Example
 from train.data.parallel import Told, outcomes_of
 from train.data.tokens import Outcome, TokenizedExample, TokenizeReport, collect
-from train.recipe import Recipe
+from train.recipe.recipe import Recipe
 
 KEPT_FROM_S = 1.0
 """Rows that took longer to tokenize are kept in the default folder; a named folder keeps all."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from serve.errors import DataError
 from train.data.example import Example, Message
-from train.data.kinds import LEARNS_FROM, SHAPES, needed, objectives_of
 from train.data.messages import (
     kind_of,
     no_turn_of,
@@ -19,7 +18,8 @@ from train.data.messages import (
     untrained_turns,
     without_marks,
 )
-from train.recipe import DatasetSource, Recipe
+from train.recipe.kinds import LEARNS_FROM, SHAPES, needed, objectives_of
+from train.recipe.recipe import DatasetSource, Recipe
 
 CONVERSATIONS = "conversations"
 """ShareGPT's key; read where `chat_feature` is not in the row."""

@@ -18,7 +18,7 @@ from train.data.files import Split
 from train.data.sources import read
 from train.data.stream import first_rows, is_streamed
 from train.data.tokens import Outcome, TokenizedExample, tokenize_row, whole_rows
-from train.recipe import Recipe
+from train.recipe.recipe import Recipe
 
 SUPERVISED, SPECIAL, CUT = "bold underline green", "cyan", "dim strike"
 OPEN, CLOSE = "⟦", "⟧"

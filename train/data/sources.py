@@ -19,7 +19,7 @@ from train.data.duplicates import report as report_duplicates
 from train.data.example import Example
 from train.data.files import TABLES, Row, Split, rows_of, suffix_of
 from train.data.rows import Rules, parse_row, unusable
-from train.recipe import DatasetSource, Recipe
+from train.recipe.recipe import DatasetSource, Recipe
 
 MAX_PROBLEMS = 20
 

@@ -18,7 +18,7 @@ from train.data.prepared import prepare_rows
 from train.data.sources import read, read_corpus, streamed_validation
 from train.data.stream import StreamedRows, is_streamed
 from train.data.tokens import TokenizedExample, TokenizeReport
-from train.recipe import Recipe
+from train.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from train.data.duplicates import content_key
 from train.data.example import Example
 from train.data.sources import stream_examples
 from train.data.tokens import Outcome, TokenizedExample, TokenizeReport, collect, tokenize_row
-from train.recipe import Recipe
+from train.recipe.recipe import Recipe
 
 MAX_BARREN_ROWS = 10_000
 """Rows in a row of which nothing is kept that end a run."""

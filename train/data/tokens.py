@@ -12,7 +12,7 @@ from serve.errors import DataError, RequestError
 from serve.model.template import ChatTemplate, Supervised
 from train.data.example import Example, Message
 from train.data.messages import REASONING
-from train.recipe import Recipe
+from train.recipe.recipe import Recipe
 
 MAX_PROBLEMS = 20
 NOT_SUPERVISED = "nothing in it is supervised"

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from serve.model.network import TextNetwork
-from train.loss import find_targets, target_logprobs
+from train.loop.loss import find_targets, target_logprobs
 
 
 def answer_inputs(tokens: np.ndarray, is_target: np.ndarray, *, pad: bool) -> dict[str, np.ndarray]:

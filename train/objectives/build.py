@@ -10,7 +10,7 @@ from train.objectives.kto import KTO
 from train.objectives.orpo import ORPO
 from train.objectives.reference import Reference, base, start_of
 from train.objectives.sft import SFT
-from train.recipe import Recipe
+from train.recipe.recipe import Recipe
 
 
 def build_objective(recipe: Recipe, network: TextNetwork) -> Objective:

@@ -13,10 +13,10 @@ import mlx.nn as nn
 import numpy as np
 
 from serve.model.network import TextNetwork
-from train.objective_config import DPOConfig
 from train.objectives import Prepared
 from train.objectives.answers import answer_inputs, answer_logprobs
 from train.objectives.reference import Reference, base
+from train.recipe.objective_config import DPOConfig
 
 
 class DPO:

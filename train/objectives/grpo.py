@@ -15,11 +15,11 @@ import mlx.core as mx
 import numpy as np
 
 from serve.model.network import TextNetwork
-from train.loss import find_targets, target_logprobs
-from train.objective_config import GRPOConfig
+from train.loop.loss import find_targets, target_logprobs
 from train.objectives import Prepared
 from train.objectives.answers import sum_by_row
 from train.objectives.reference import Reference, base
+from train.recipe.objective_config import GRPOConfig
 
 SCORE = "score/"
 """Inputs that measure rows and take no part in the loss: score/name, [B] float32."""
@@ -37,7 +37,7 @@ class GRPO:
         self.unit = "target" if config.loss_type == "dapo" else "row"
 
     def prepare(self, batch: Any, *, pad: bool = False) -> Prepared:
-        """Host arrays of a batch with advantages and, from `train.rollouts`, scores.
+        """Host arrays of a batch with advantages and, from `train.objectives.rollouts`, scores.
 
         rows [N] int32, the row of each target · advantages [N] float32
         is_one [N] float32, what makes weights · is_one one target's share of all, whatever loss_type weighs

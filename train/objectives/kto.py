@@ -15,10 +15,10 @@ import numpy as np
 
 from serve.model.network import TextNetwork
 from train.data.batches import padded_length
-from train.objective_config import KTOConfig
 from train.objectives import Prepared
 from train.objectives.answers import answer_inputs, answer_logprobs
 from train.objectives.reference import Reference, base
+from train.recipe.objective_config import KTOConfig
 
 MISMATCHED = "mismatched_"
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from mlx.utils import tree_map
 
 from serve.model.network import TextNetwork
-from train.adapt import adapters_off
+from train.adapters.adapt import adapters_off
 
 Reference = Callable[[TextNetwork], AbstractContextManager[None]]
 """Inside, the network computes what the reference computes; outside, it is as before. No array is evaluated."""

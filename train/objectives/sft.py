@@ -10,7 +10,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from serve.model.network import TextNetwork
-from train.loss import find_targets, sum_loss
+from train.loop.loss import find_targets, sum_loss
 from train.objectives import Prepared
 
 

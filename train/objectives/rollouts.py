@@ -24,12 +24,12 @@ from train.data.batches import Batch, padded_length, validation_rows
 from train.data.example import Example
 from train.data.splits import Split
 from train.data.tokens import TokenizedExample
-from train.distributed import Alone, Ranks
-from train.objective_config import GRPOConfig
+from train.foresee.preflight import Preflight
+from train.loop.distributed import Alone, Ranks
+from train.loop.trainer import Evaluation
 from train.objectives.grpo import summary_of_scores
-from train.preflight import Preflight
-from train.rewards import Answer, Scorer
-from train.trainer import Evaluation
+from train.objectives.rewards import Answer, Scorer
+from train.recipe.objective_config import GRPOConfig
 
 PAD_TO = 8
 UNBOUNDED_BYTES = 1 << 62

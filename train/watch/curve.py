@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from serve.errors import StorageError
-from train import checkpoint
-from train.metrics import rows_of
+from train.loop import checkpoint
+from train.watch.metrics import rows_of
 
 FILE = "learning_curve.png"
 SIZE_INCHES, DOTS_PER_INCH = (8.0, 5.6), 110

@@ -21,7 +21,7 @@ from serve.model.network import evaluating
 from serve.model.prompt import Prompt
 from serve.model.template import ChatTemplate, Message
 from train.data.example import Example
-from train.recipe import Samples
+from train.recipe.recipe import Samples
 
 SHARE_OF_TEXT = 0.5
 """How much of a text row is shown to the model, which goes on from there."""

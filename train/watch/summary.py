@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from serve.errors import StorageError
-from train import checkpoint
-from train.trainer import TrainState, peak_memory_bytes
+from train.loop import checkpoint
+from train.loop.trainer import TrainState, peak_memory_bytes
 
 FILE = "summary.json"
 

@@ -10,15 +10,15 @@ import mlx.optimizers as mlx_optim
 
 from serve.adapters.manifest import AdapterConfig, Lineage
 from serve.model.loading import LoadedModel
-from train import checkpoint
-from train.adapt import Adapted, adapter_tensors, set_tensors
-from train.curve import LearningCurve
-from train.evaluate import exact_match
-from train.metrics import MetricsLog
-from train.preflight import Preflight
-from train.progress import RunProgress
-from train.samples import answers_of
-from train.trainer import Evaluation, Nonfinite, Report, TrainState
+from train.adapters.adapt import Adapted, adapter_tensors, set_tensors
+from train.after.evaluate import exact_match
+from train.foresee.preflight import Preflight
+from train.loop import checkpoint
+from train.loop.trainer import Evaluation, Nonfinite, Report, TrainState
+from train.watch.curve import LearningCurve
+from train.watch.metrics import MetricsLog
+from train.watch.progress import RunProgress
+from train.watch.samples import answers_of
 
 PROMPT_WIDTH, ANSWER_WIDTH = 40, 100
 """Characters of a sample on the console."""

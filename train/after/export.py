@@ -33,13 +33,13 @@ from serve.model.quantization import Quantization
 from serve.model.template import ChatTemplate
 from serve.model.weights import dequantize as dequantize_all
 from serve.tables import Table, show, words
-from train import checkpoint
-from train.adapt import adapted_layers, add_lora, set_tensors, train_all
+from train.adapters.adapt import adapted_layers, add_lora, set_tensors, train_all
 from train.data.batches import Batch, collate, validation_rows
 from train.data.sources import read
 from train.data.tokens import tokenize
-from train.loss import find_targets, target_logits
-from train.recipe import Recipe, load_recipe
+from train.loop import checkpoint
+from train.loop.loss import find_targets, target_logits
+from train.recipe.recipe import Recipe, load_recipe
 
 FIDELITY_FILE = "fidelity.json"
 WEIGHTS_FILES = "model*.safetensors"

@@ -19,9 +19,9 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from serve.model.quantization import Quantization
 from serve.settings import Problems, Strict, load_yaml
-from train.data.kinds import LEARNS_FROM, Kind, needed
-from train.foreign import ALIASES, FOREIGN
-from train.objective_config import (
+from train.recipe.foreign import ALIASES, FOREIGN
+from train.recipe.kinds import LEARNS_FROM, Kind, needed
+from train.recipe.objective_config import (
     BLOCKS,
     MEASURED,
     DPOConfig,
@@ -30,7 +30,7 @@ from train.objective_config import (
     KTOConfig,
     ORPOConfig,
 )
-from train.optimizer_config import OptimizerConfig, Schedule
+from train.recipe.optimizer_config import OptimizerConfig, Schedule
 
 LoRAKeys = tuple[str, ...] | Literal["all-linear"]
 Features = ("prompt_feature", "completion_feature", "chat_feature", "text_feature")

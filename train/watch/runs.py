@@ -18,8 +18,9 @@ from rich.text import Text
 from serve.adapters.manifest import CONFIG_FILE
 from serve.errors import NotFoundError
 from serve.tables import Table, numbers, words
-from train import checkpoint, curve, metrics, record, summary
-from train.progress import duration
+from train.loop import checkpoint
+from train.watch import curve, metrics, record, summary
+from train.watch.progress import duration
 
 DEFAULT_FOLDERS = ("runs", "adapters")
 MAX_DEPTH = 5

@@ -28,16 +28,16 @@ from serve.adapters.experts import LoRAExperts
 from serve.errors import AdapterError, ConfigError, ModelError
 from serve.model.loading import DTYPES, read_config, resolve
 from serve.model.network import TextNetwork
-from train.adapt import add_lora, train_all
+from train.adapters.adapt import add_lora, train_all
 from train.data.batches import num_parts, padded_length
 from train.data.packing import PackedPlan
 from train.data.splits import rows_per_batch
 from train.data.stream import StreamedRows
-from train.loss import CHUNK_LOGITS, MIN_CHUNK_ROWS
-from train.memory import Cost, Operation, Value, cost_of
-from train.optim import build_optimizer
-from train.preflight import Preflight
-from train.recipe import Recipe
+from train.foresee.memory import Cost, Operation, Value, cost_of
+from train.foresee.preflight import Preflight
+from train.loop.loss import CHUNK_LOGITS, MIN_CHUNK_ROWS
+from train.loop.optim import build_optimizer
+from train.recipe.recipe import Recipe
 
 LOGITS_COPIES = 5
 """Of a chunk's float32 logits at the peak: themselves, their exponentials and gradients (measured: 4.5 to 6)."""

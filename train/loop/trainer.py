@@ -22,12 +22,12 @@ from mlx.utils import tree_flatten, tree_map
 
 from serve.errors import TrainingError
 from serve.model.network import TextNetwork, evaluating
-from train.adapt import checkpointed_layers
+from train.adapters.adapt import checkpointed_layers
 from train.data.batches import num_parts
-from train.distributed import Alone, Ranks, part_of, sum_named
+from train.loop.distributed import Alone, Ranks, part_of, sum_named
+from train.loop.optim import current_rate
 from train.objectives import Objective, Prepared
 from train.objectives.sft import SFT
-from train.optim import current_rate
 
 MAX_ROWS_IN_MESSAGE = 8
 UNITS = "units"

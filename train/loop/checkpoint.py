@@ -32,7 +32,7 @@ from serve.adapters.manifest import (
     write_adapter,
 )
 from serve.errors import AdapterError, ConfigError, NotFoundError, StorageError, TrainingError
-from train.trainer import TrainState
+from train.loop.trainer import TrainState
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 NEW, OLD = ".new-", ".old-"

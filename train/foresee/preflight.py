@@ -30,10 +30,10 @@ from train.data.tables import (
     sources_table,
     template_lines,
 )
-from train.distributed import Alone, Ranks, share
-from train.recipe import Recipe
-from train.rewards import Scorer
-from train.samples import SamplePrompt, prompts_of
+from train.loop.distributed import Alone, Ranks, share
+from train.objectives.rewards import Scorer
+from train.recipe.recipe import Recipe
+from train.watch.samples import SamplePrompt, prompts_of
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from serve.errors import ConfigError, LatheError, StorageError
-from train import checkpoint
+from train.loop import checkpoint
 
 FILE = "run.json"
 

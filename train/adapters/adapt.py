@@ -20,8 +20,8 @@ from serve.adapters.lora import LEAVES, AdaptedLayer, LoRALinear
 from serve.errors import AdapterError, ConfigError
 from serve.model.network import TextNetwork
 from serve.model.weights import EXPERTS, QUANTIZED, linear_shape
-from train.keys import HEADS, Layout, choose, last_layers, layout_of
-from train.pissa import DEFAULT, is_pissa, start_on_principal
+from train.adapters.keys import HEADS, Layout, choose, last_layers, layout_of
+from train.adapters.pissa import DEFAULT, is_pissa, start_on_principal
 
 FineTuneType = Literal["lora", "dora", "full"]
 
@@ -55,7 +55,7 @@ def add_lora(
 ) -> Adapted:
     """Freeze the network and put a fresh adapter over the named layers of its last `num_layers` blocks.
 
-    keys         see `train.keys.choose`; None or "all-linear": every linear layer and expert stack, not the head
+    keys         see `keys.choose`; None or "all-linear": every linear layer and expert stack, not the head
     num_layers   -1: all; more than there are: all
     init         default: A random, B zero; pissa, pissa_niter_N: the weight's principal part
     is_restored  a checkpoint's tensors come next, so no singular values are computed

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from serve.errors import ConfigError, DataError, TrainingError
-from train.objective_config import FunctionReward, JSONReward, RegexReward, Reward
+from train.recipe.objective_config import FunctionReward, JSONReward, RegexReward, Reward
 
 GIVEN = ("completions", "prompts", "completion_ids")
 """What a reward function is given beside the rows' columns."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from train.distributed import Ranks
-from train.trainer import Evaluation, Nonfinite, Observer, Report, TrainState
+from train.loop.distributed import Ranks
+from train.loop.trainer import Evaluation, Nonfinite, Observer, Report, TrainState
 
 
 class Together:
