@@ -33,7 +33,7 @@ from serve.model.quantization import Quantization
 from serve.model.template import ChatTemplate
 from serve.model.weights import dequantize as dequantize_all
 from serve.tables import Table, show, words
-from train.adapters.adapt import adapted_layers, add_lora, set_tensors, train_all
+from train.adapters.adapt import AdapterSettings, adapted_layers, add_lora, set_tensors, train_all
 from train.data.batches import Batch, collate, validation_rows
 from train.data.sources import read
 from train.data.tokens import tokenize
@@ -158,14 +158,14 @@ def load_adapted(
         return _load_full(tensors, config, base, adapter, is_other_base_fine)
     model = load(base, dequantize=dequantize, quantize=_packing_of(config, base))
     _check_base(model, config, base, is_other_base_fine)
-    add_lora(
-        model.network,
+    settings = AdapterSettings(
         rank=config.rank,
         scale=config.scale,
         keys=config.keys or None,
         num_layers=config.num_layers,
         fine_tune_type=config.fine_tune_type,
     )
+    add_lora(model.network, settings)
     set_tensors(model.network, tensors, str(adapter))
     model.network.module.eval()
     return model

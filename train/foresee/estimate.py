@@ -28,7 +28,7 @@ from serve.adapters.experts import LoRAExperts
 from serve.errors import AdapterError, ConfigError, ModelError
 from serve.model.loading import DTYPES, read_config, resolve
 from serve.model.network import TextNetwork
-from train.adapters.adapt import add_lora, train_all
+from train.adapters.build import build_adapted
 from train.data.batches import num_parts, padded_length
 from train.data.packing import PackedPlan
 from train.data.splits import rows_per_batch
@@ -211,21 +211,7 @@ def _unweighted(recipe: Recipe) -> TextNetwork:
             module, class_predicate=lambda _, layer: _fits(layer, known.get("group_size", 64)), **known
         )
     network = TextNetwork(module)
-    lora = recipe.lora_parameters
-    if lora is None:
-        train_all(network, num_layers=-1 if recipe.init == "random" else recipe.num_layers)
-    else:
-        add_lora(
-            network,
-            rank=lora.rank,
-            scale=1.0,
-            dropout=lora.dropout,
-            keys=lora.keys,
-            num_layers=recipe.num_layers,
-            fine_tune_type="dora" if recipe.fine_tune_type == "dora" else "lora",
-            init=lora.init_lora_weights,
-            is_sketch=True,
-        )
+    build_adapted(recipe, network, is_sketch=True)
     module.train()
     return network
 

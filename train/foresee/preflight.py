@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 
 from serve.errors import DataError
-from serve.model.loading import load_tokenizer
+from serve.model.loading import LoadedModel, load_tokenizer
 from serve.model.template import ChatTemplate
 from serve.settings import dump
 from serve.tables import show as show_tables
@@ -32,6 +32,7 @@ from train.data.tables import (
 )
 from train.loop.distributed import Alone, Ranks, share
 from train.objectives.rewards import Scorer
+from train.objectives.rollouts import Questions, Rollouts
 from train.recipe.recipe import Recipe
 from train.watch.samples import SamplePrompt, prompts_of
 
@@ -98,6 +99,22 @@ class Preflight:
             if split is not None and self.scorer is not None:
                 rows = ((f"{row.source}:{row.line}", row.fields or {}) for row in split.rows)
                 self.scorer.check_columns(list(rows))
+
+    def rollouts(self, model: LoadedModel) -> Rollouts | None:
+        """What makes the batches of objective grpo, from answers; None under others, whose batches are read."""
+        config = self.recipe.grpo
+        if config is None or self.scorer is None:
+            return None
+        return Rollouts(
+            model,
+            Questions.of(self.train.rows, self.train.examples),
+            self.plan.rows,
+            config,
+            self.scorer,
+            seed=self.recipe.seed,
+            batch_size=self.recipe.batch_size,
+            ranks=self.ranks,
+        )
 
     def test_batches(self) -> list[Batch]:
         """This process's share of the batches of the test after training."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from serve.model.network import TextNetwork
-from train.objectives import Objective
+from train.loop.objective import Objective
 from train.objectives.dpo import DPO
 from train.objectives.grpo import GRPO
 from train.objectives.kto import KTO

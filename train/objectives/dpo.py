@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from serve.model.network import TextNetwork
-from train.objectives import Prepared
+from train.loop.objective import Prepared
 from train.objectives.answers import answer_inputs, answer_logprobs
 from train.objectives.reference import Reference, base
 from train.recipe.objective_config import DPOConfig

@@ -16,7 +16,7 @@ import numpy as np
 
 from serve.model.network import TextNetwork
 from train.loop.loss import find_targets, target_logprobs
-from train.objectives import Prepared
+from train.loop.objective import Prepared
 from train.objectives.answers import sum_by_row
 from train.objectives.reference import Reference, base
 from train.recipe.objective_config import GRPOConfig

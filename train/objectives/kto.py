@@ -15,7 +15,7 @@ import numpy as np
 
 from serve.model.network import TextNetwork
 from train.data.batches import padded_length
-from train.objectives import Prepared
+from train.loop.objective import Prepared
 from train.objectives.answers import answer_inputs, answer_logprobs
 from train.objectives.reference import Reference, base
 from train.recipe.objective_config import KTOConfig

@@ -17,7 +17,7 @@ import numpy as np
 
 from serve.model.network import TextNetwork
 from train.loop.loss import target_logprobs
-from train.objectives import Prepared
+from train.loop.objective import Prepared
 from train.objectives.answers import answer_inputs, sum_by_row
 from train.objectives.dpo import halves, pair_measures
 from train.recipe.objective_config import ORPOConfig

@@ -24,9 +24,8 @@ from train.data.batches import Batch, padded_length, validation_rows
 from train.data.example import Example
 from train.data.splits import Split
 from train.data.tokens import TokenizedExample
-from train.foresee.preflight import Preflight
 from train.loop.distributed import Alone, Ranks
-from train.loop.trainer import Evaluation
+from train.loop.step import Evaluation
 from train.objectives.grpo import summary_of_scores
 from train.objectives.rewards import Answer, Scorer
 from train.recipe.objective_config import GRPOConfig
@@ -147,23 +146,6 @@ class Rollouts:
     def _score(self, questions: Questions, rows: np.ndarray, completions: Sequence[Completion]) -> np.ndarray:
         answers = [questions.answer(row, one) for row, one in zip(rows.tolist(), completions, strict=True)]
         return self._scorer.score(answers)
-
-
-def rollouts_of(flight: Preflight, model: LoadedModel) -> Rollouts | None:
-    """What makes a run's batches under objective grpo; None under the others, whose batches are read."""
-    config, scorer, recipe = flight.recipe.grpo, flight.scorer, flight.recipe
-    if config is None or scorer is None:
-        return None
-    return Rollouts(
-        model,
-        Questions.of(flight.train.rows, flight.train.examples),
-        flight.plan.rows,
-        config,
-        scorer,
-        seed=recipe.seed,
-        batch_size=recipe.batch_size,
-        ranks=flight.ranks,
-    )
 
 
 def evaluation_of(rollouts: Rollouts, split: Split, batch_size: int, num_batches: int) -> Evaluation:

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from serve.model.network import TextNetwork
 from train.loop.loss import find_targets, sum_loss
-from train.objectives import Prepared
+from train.loop.objective import Prepared
 
 
 class SFT:
