@@ -5,6 +5,8 @@ A TextNetwork goes in and is changed in place; out comes what trains, by name. K
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from serve.adapters.lora import LEAVES, AdaptedLayer, LoRALinear
 from serve.errors import AdapterError, ConfigError
 from serve.model.network import TextNetwork
 from serve.model.weights import EXPERTS, QUANTIZED, linear_shape
+from train.adapters.buffers import freeze_buffers
 from train.adapters.keys import HEADS, Layout, choose, last_layers, layout_of
 from train.adapters.pissa import DEFAULT, is_pissa, start_on_principal
 
@@ -177,6 +180,7 @@ def adapters_off(network: TextNetwork) -> Iterator[None]:
 def train_all(network: TextNetwork, *, num_layers: int = -1, is_sketch: bool = False) -> Adapted:
     """Make the weights themselves train: all of them (-1), or those of the last `num_layers` blocks.
 
+    What a family means as buffers does not train, see `buffers`; a sketch, which has no weights, is not looked at.
     ConfigError on a quantized base: packed integers have no gradient.
     """
     quantized = [path for path, module in network.module.named_modules() if isinstance(module, QUANTIZED)]
@@ -195,7 +199,15 @@ def train_all(network: TextNetwork, *, num_layers: int = -1, is_sketch: bool = F
         raise ConfigError(
             f"num_layers: found {num_layers}; nothing would train; expected 1 or more, or -1 for all"
         )
-    return _adapted(network, "full", num_layers, (), [])
+    buffers = () if is_sketch else freeze_buffers(network)
+    notes = [f"not trained, for no gradient reaches them: {_listed(buffers)}"] if buffers else []
+    return _adapted(network, "full", num_layers, (), notes)
+
+
+def _listed(paths: Sequence[str]) -> str:
+    """The names, once for all layers: `model.layers.N.mlp.gate.bias (12)`."""
+    counts = Counter(re.sub(r"\.\d+\.", ".N.", path) for path in paths)
+    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
 
 
 def trainable_tensors(network: TextNetwork) -> dict[str, mx.array]:

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from serve.adapters.manifest import AdapterConfig, check_whole, read_config, read_tensors
 from serve.errors import AdapterError, ConfigError, DataError, StorageError
-from serve.model.loading import DTYPES, LoadedModel, build_random, load, resolve
+from serve.model.loading import DTYPES, LoadedModel, build_random, cast, load, resolve
 from serve.model.loading import read_config as read_model_config
 from serve.model.network import TextNetwork
 from serve.model.quantization import Quantization
@@ -221,7 +221,7 @@ def write_fused(
     fuse(model.network)
     module = model.network.module
     stored = dtype or _stored_dtype(model.path)
-    module.set_dtype(DTYPES[stored])
+    cast(module, DTYPES[stored])
     saved = {key: value for key, value in model.config.items() if not key.startswith("quantization")}
     saved["torch_dtype"] = stored
     if "dtype" in saved:
