@@ -19,17 +19,26 @@ from serve.model.network import TextNetwork
 class Prepared:
     """A batch as an objective reads it, still on the host.
 
-    inputs     arrays by name; "weights" holds 1 for each unit and 0 for padding
-    num_units  sum of the weights
+    inputs       arrays by name; "weights" holds 1 for each unit and 0 for padding
+    num_units    sum of the weights
+    scaled       inputs that are divided by the units of the whole step
+    is_measured  rows are worth measuring even where none of them holds a unit
     """
 
     inputs: dict[str, np.ndarray]
     num_units: int
+    scaled: tuple[str, ...] = ("weights",)
+    is_measured: bool = False
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is anything to compute."""
+        return self.num_units > 0 or self.is_measured
 
     def arrays(self, num_units: int) -> dict[str, mx.array]:
         """On the device, each unit weighing 1 / `num_units`: half floats stay in range, and the sums are means."""
-        weights = self.inputs["weights"] / np.float32(num_units)
-        return {name: mx.array(value) for name, value in {**self.inputs, "weights": weights}.items()}
+        scaled = {name: self.inputs[name] / np.float32(num_units) for name in self.scaled}
+        return {name: mx.array(value) for name, value in {**self.inputs, **scaled}.items()}
 
 
 class Objective(Protocol):

@@ -150,14 +150,17 @@ class Stepper:
         """
         start_s = time.perf_counter()
         prepared = [[self._prepare(part) for part in self._parts(batch)] for batch in batches]
-        own_units = sum(part.num_units for parts in prepared for part in parts)
-        counts = self.ranks.gather_numbers([own_units, sum(batch.tokens.size for batch in batches)])
-        num_units, num_places = (round(sum(column)) for column in zip(*counts, strict=True))
-        if not num_units:
+        own = [part for parts in prepared for part in parts if part.runs]
+        own_units = sum(part.num_units for part in own)
+        counts = self.ranks.gather_numbers([own_units, sum(batch.tokens.size for batch in batches), len(own)])
+        num_units, num_places, num_running = (round(sum(column)) for column in zip(*counts, strict=True))
+        if not num_running:
             raise TrainingError(f"no loss targets in {self.name_rows(batches)}: nothing to learn from")
         with checkpointed_layers(self.network) if self.settings.recompute else nullcontext():
-            gradients, shares, measures = self._accumulate(prepared, num_units, first_iteration)
-        if not all(units for units, _ in counts):  # a process without units does not know the measures' names
+            gradients, shares, measures = self._accumulate(prepared, max(num_units, 1), first_iteration)
+        if not all(
+            parts for *_, parts in counts
+        ):  # a process that computes nothing does not know the measures' names
             names = self.ranks.gather(sorted(measures))
             measures = {name: measures.get(name, mx.array(0.0)) for name in sorted(set().union(*names))}
         gradients, shares, measures = self.ranks.sum_tree((gradients, shares, measures))
@@ -166,7 +169,7 @@ class Stepper:
         result = StepResult(
             shares=np.array(shares),
             norm=float(np.array(norm)),
-            num_units=num_units,
+            num_units=max(num_units, 1),
             num_places=num_places,
             measures={name: float(np.array(value)) for name, value in measures.items()},
             seconds=time.perf_counter() - start_s,
@@ -203,7 +206,7 @@ class Stepper:
             (index, number, part) for index, parts in enumerate(prepared) for number, part in enumerate(parts)
         )
         for index, number, part in numbered:
-            if not part.num_units:
+            if not part.runs:
                 continue
             if gradients is not None:
                 mx.eval(gradients, shares, measures)  # frees the last part's activations before the next runs
@@ -266,7 +269,7 @@ def mean_loss(
     with evaluating(network):
         for part in (part for batch in batches for part in parts_of(batch, objective, max_positions)):
             prepared = objective.prepare(part) if len(part.tokens) else Prepared({}, 0)
-            if not prepared.num_units:
+            if not prepared.runs:
                 continue
             loss, measures = objective.loss(network, prepared.arrays(1), trains=False)
             mx.eval(loss, measures)

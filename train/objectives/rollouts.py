@@ -36,9 +36,13 @@ UNBOUNDED_BYTES = 1 << 62
 
 @dataclass(frozen=True)
 class RolloutBatch(Batch):
-    """A batch of answers. `scores`: by name, a number for each row, [B] float32; see `scores_of`."""
+    """A batch of answers. `scores`: by name, a number for each row, [B] float32; see `scores_of`.
+
+    is_masked  [B] bool, the answers that the loss leaves out
+    """
 
     scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    is_masked: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,9 @@ class Rollouts:
         batch = _collate(prompts, completions, tuple(rows.tolist()), advantages, measures)
         counts = ranks.gather_numbers([batch.num_targets, batch.num_tokens])
         num_targets, num_tokens = (round(sum(numbers)) for numbers in zip(*counts, strict=True))
-        return replace(batch, num_targets=num_targets, num_tokens=num_tokens)
+        is_cut = np.array([one.finish == "length" for one in completions], bool)
+        is_masked = is_cut if config.mask_truncated_completions else None
+        return replace(batch, num_targets=num_targets, num_tokens=num_tokens, is_masked=is_masked)
 
     def evaluate(self, questions: Questions, batches: Sequence[Sequence[int]]) -> Evaluation:
         """Rewards of greedy answers, one to each row of `batches`: means. The loss is minus the mean reward."""
