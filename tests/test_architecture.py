@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*ROOT.glob("serve/**/*.py"), *ROOT.glob("train/**/*.py")])
 YAML_FILES = sorted([*ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("configs/**/*.yaml")])
 MAY_TOUCH_ENVIRONMENT = {"serve/device.py"}
+ROOMS = ("recipe", "data", "adapters", "loop", "objectives", "watch", "foresee", "after")
+"""Of train/, in the order of its walk: a room imports only itself and rooms before it. Files on top, and the bench,
+wire them."""
 SCHEDULER = ROOT / "serve/engine/scheduler.py"
 
 
@@ -34,6 +37,47 @@ def imported(path: Path) -> set[str]:
             assert node.level == 0, f"{name_of(path)}: relative import"
             found.add((node.module or "").partition(".")[0])
     return found
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Full names of the modules of ours that a file imports, wherever in the file, for types alone or not."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    files = {".".join(source.relative_to(ROOT).with_suffix("").parts) for source in SOURCES}
+    return {name for name in names if name in files}
+
+
+def room_of(module: str) -> str:
+    """`data` of train.data.rows; the file's own name of what stands on top."""
+    return module.split(".")[1]
+
+
+def test_rooms_of_train_import_only_rooms_before_them():
+    edges = [
+        (name_of(path), module)
+        for path in SOURCES
+        if path.parent != ROOT / "train" and path.is_relative_to(ROOT / "train") and path.parent.name in ROOMS
+        for module in modules_imported(path)
+        if module.startswith("train.")
+    ]
+    order = {room: number for number, room in enumerate(ROOMS)}
+    last = len(ROOMS)
+    back = [
+        f"{file} imports {module}"
+        for file, module in edges
+        if order.get(room_of(module), last) > order[file.split("/")[1]]
+    ]
+    assert len(edges) > 100
+    assert not back, back
+
+
+def test_every_folder_of_train_is_a_room_or_the_bench():
+    folders = {path.parent.name for path in SOURCES if path.parent.parent == ROOT / "train"}
+    assert folders == {*ROOMS, "bench"}
 
 
 def test_serve_imports_neither_train_nor_the_front_door():

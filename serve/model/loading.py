@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map_with_path
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as mlx_lm_load_tokenizer
@@ -79,8 +80,23 @@ def load(
         dequantize_all(module)
     target = DTYPES[dtype] if dtype else (mx.float32 if on_cpu else None)
     if target is not None:
-        module.set_dtype(target)
+        cast(module, target)
     return _finish(path, name or path_or_repo, module, config, trust_remote_code, quantize, notes)
+
+
+def cast(module: nn.Module, dtype: mx.Dtype) -> None:
+    """Floating weights in another dtype, in place. A narrower one leaves out what the family keeps as it is.
+
+    mlx-lm's families say by `cast_predicate` which arrays (biases of routers, decays) have no digits to lose.
+    """
+    keeps_cast = getattr(module, "cast_predicate", lambda path: True)
+
+    def converted(path: str, value: mx.array) -> mx.array:
+        is_wider = dtype.size >= value.dtype.size and dtype == mx.float32
+        moves = mx.issubdtype(value.dtype, mx.floating) and (is_wider or keeps_cast(path))
+        return value.astype(dtype) if moves else value
+
+    module.update(tree_map_with_path(converted, module.parameters()))
 
 
 def pack(

@@ -16,10 +16,20 @@ import pytest
 from serve import device
 from serve.adapters.manifest import AdapterConfig, Lineage, read_config, read_tensors, write_adapter
 from serve.errors import AdapterError, ConfigError, NotFoundError, TrainingError
-from train.adapters.adapt import add_lora, embedding_names, set_tensors, train_all, trainable_tensors
+from train.adapters.adapt import (
+    AdapterSettings,
+    add_lora,
+    embedding_names,
+    set_tensors,
+    train_all,
+    trainable_tensors,
+)
 from train.loop import checkpoint
+from train.loop.identity import check
 from train.loop.optim import OPTIMIZERS, build_optimizer, build_schedule
-from train.loop.trainer import LoopSettings, Stepper, Trainer, TrainState
+from train.loop.step import Stepper, StepSettings
+from train.loop.trainer import LoopSettings, Trainer, TrainState
+from train.objectives.sft import SFT
 
 CONFIG = AdapterConfig("lora", -1, 4, 2.0, 0.1)
 
@@ -44,14 +54,14 @@ def train(folder, tiny_network, make_batch, *, optimizer_name, num_iterations, r
     network = tiny_network()
     if kind == "lora":
         mx.random.seed(5)
-        add_lora(network, rank=4, scale=2.0, dropout=0.1)
+        add_lora(network, AdapterSettings(rank=4, scale=2.0, dropout=0.1))
     else:
         train_all(network)
     schedule = build_schedule({"name": "cosine_decay", "warmup": 3}, learning_rate=1e-2, num_steps=8)
     optimizer = build_optimizer(
         optimizer_name, {}, schedule, learning_rate=1e-2, embedding_names=embedding_names(network)
     )
-    stepper = Stepper(network, optimizer, max_grad_norm=1.0, seed=1)
+    stepper = Stepper(network, optimizer, SFT(), StepSettings(max_grad_norm=1.0, seed=1))
     state = TrainState()
     if resume:
         saved = checkpoint.load(resume)
@@ -60,7 +70,7 @@ def train(folder, tiny_network, make_batch, *, optimizer_name, num_iterations, r
         state = saved.state
     settings = LoopSettings(num_iterations=num_iterations, accumulation=2, iterations_per_save=6)
     batches = [make_batch([9, 12 + i], seed=i) for i in range(num_iterations)]
-    Trainer(stepper, settings, batches.__getitem__, [], Saver(folder, network, optimizer), state=state).fit()
+    Trainer(stepper, settings, batches.__getitem__, Saver(folder, network, optimizer), state=state).fit()
     return network, optimizer, state
 
 
@@ -135,8 +145,8 @@ def test_a_truncated_checkpoint_is_refused_by_name(tmp_path, tiny_network, make_
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path, tiny_network, make_batch):
     network = tiny_network()
-    add_lora(network, rank=4, scale=2.0)
-    optimizer = Stepper(network, OPTIMIZERS["adam"](1e-3)).optimizer
+    add_lora(network, AdapterSettings(rank=4, scale=2.0))
+    optimizer = Stepper(network, OPTIMIZERS["adam"](1e-3), SFT()).optimizer
     saver = Saver(tmp_path, network, optimizer)
     for step in range(1, 7):
         saver.on_save(TrainState(step=step))
@@ -149,9 +159,9 @@ def test_a_checkpoint_of_another_run_or_optimizer_is_refused(tmp_path, tiny_netw
     network, _, _ = train(tmp_path, tiny_network, make_batch, optimizer_name="adam", num_iterations=2)
     folder = checkpoint.find(tmp_path)
     saved = checkpoint.load(folder)
-    checkpoint.check_identity(saved, {"seed": 1})
+    check(saved, {"seed": 1})
     with pytest.raises(ConfigError, match=r"seed: the checkpoint has 1, this run 2"):
-        checkpoint.check_identity(saved, {"seed": 2})
+        check(saved, {"seed": 2})
     other = OPTIMIZERS["sgd"](1e-3, momentum=0.9)
     other.init(network.module.trainable_parameters())
     with pytest.raises(TrainingError, match="another optimizer"):

@@ -237,7 +237,7 @@ from train.data.batches import Batch
 from train.loop.distributed import check_same, join, losses_named, share, sum_named
 from train.recipe.objective_config import ORPOConfig
 from train.objectives.orpo import ORPO
-from train.loop.trainer import Stepper, mean_loss
+from train.loop.step import Stepper, mean_loss
 import mlx.optimizers as optim
 
 ranks = join()

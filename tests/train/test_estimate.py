@@ -34,23 +34,25 @@ import json, sys
 import mlx.core as mx, numpy as np
 from pathlib import Path
 from serve.model.loading import build_random
-from train.adapters.adapt import add_lora, train_all
+from train.adapters.adapt import AdapterSettings, add_lora, train_all
 from train.data.batches import Batch
 from train.foresee.estimate import Workload, estimate
 from train.loop.optim import build_optimizer, build_schedule
 from train.recipe.recipe import load_recipe
-from train.loop.trainer import Stepper
+from train.loop.step import Stepper, StepSettings
+from train.objectives.sft import SFT
 recipe = load_recipe(Path(sys.argv[1]), sys.argv[2:4])
 rows, length, share = int(sys.argv[4]), int(sys.argv[5]), float(sys.argv[6])
 found = estimate(recipe, Workload(rows, length, rows * length, 1, 0, 0))
 network = build_random(Path(recipe.model), 0).network
 if recipe.lora_parameters:
-    add_lora(network, rank=recipe.lora_parameters.rank, scale=1.0, dropout=recipe.lora_parameters.dropout)
+    lora = recipe.lora_parameters
+    add_lora(network, AdapterSettings(rank=lora.rank, scale=1.0, dropout=lora.dropout))
 else:
     train_all(network)
 schedule = build_schedule(None, learning_rate=1e-4, num_steps=9)
 optimizer = build_optimizer(recipe.optimizer, {}, schedule, learning_rate=1e-4)
-stepper = Stepper(network, optimizer, recompute=recipe.grad_checkpoint)
+stepper = Stepper(network, optimizer, SFT(), StepSettings(recompute=recipe.grad_checkpoint))
 network.module.train()
 tokens = np.random.default_rng(0).integers(1, 99, (rows, length + 1)).astype(np.int32)
 is_target = np.zeros(tokens.shape, bool)

@@ -18,7 +18,7 @@ from serve.adapters.lora import LoRALinear
 from serve.adapters.manifest import AdapterConfig, Lineage, read_config, read_tensors, write_adapter
 from serve.errors import AdapterError, ConfigError, DataError
 from serve.model.loading import load
-from train.adapters.adapt import add_lora, trainable_tensors
+from train.adapters.adapt import AdapterSettings, add_lora, trainable_tensors
 from train.after.export import compare, export, fuse, log_probabilities
 from train.loop.loss import find_targets
 
@@ -58,7 +58,7 @@ def adapter(make_adapter, model_folder, tmp_path) -> Path:
 def test_fused_weights_answer_as_the_adapter_does(tiny_network, make_batch, family):
     network, batch = tiny_network(family), make_batch([9, 17, 5])
     plain = np.array(network.module(mx.array(batch.tokens)))
-    add_lora(network, rank=4, scale=2.0)
+    add_lora(network, AdapterSettings(rank=4, scale=2.0))
     for name, tensor in trainable_tensors(network).items():
         network.module.load_weights([(name, tensor + 0.05)], strict=False)
     adapted = np.array(network.module(mx.array(batch.tokens)))
@@ -73,7 +73,7 @@ def test_a_small_update_on_a_quantized_base_survives_the_fuse(tiny_network):
     """Re-quantizing loses it: the realised update then points nearly elsewhere."""
     network = tiny_network()
     nn.quantize(network.module, group_size=32, bits=4)
-    add_lora(network, rank=4, scale=2.0)
+    add_lora(network, AdapterSettings(rank=4, scale=2.0))
     layer = network.layers[0].mlp.up_proj
     layer.lora_b = mx.random.normal(layer.lora_b.shape) * 1e-3
     wanted = np.array((2.0 * layer.lora_a @ layer.lora_b).T)

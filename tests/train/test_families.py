@@ -32,11 +32,11 @@ from serve.model.loading import load
 from serve.model.network import TextNetwork
 from serve.model.packed import packing_problem
 from serve.model.prompt import Prompt
-from train.adapters.adapt import Adapted, adapter_tensors, add_lora, checkpointed_layers
+from train.adapters.adapt import Adapted, AdapterSettings, adapter_tensors, add_lora, checkpointed_layers
 from train.data.batches import Batch, collate
 from train.data.packing import Layout, collate_packed
 from train.data.tokens import TokenizedExample
-from train.loop.trainer import Stepper
+from train.loop.step import Stepper
 from train.objectives.sft import SFT
 
 COMMON = {
@@ -164,9 +164,9 @@ class Trained:
 def train(family: str, base: Path, folder: Path) -> Trained:
     network = load(str(base)).network
     mx.random.seed(0)
-    adapted = add_lora(network, rank=4, scale=4.0)
+    adapted = add_lora(network, AdapterSettings(rank=4, scale=4.0))
     start = {name: mx.array(np.array(value)) for name, value in tree_flatten(network.module.parameters())}
-    stepper = Stepper(network, mlx_optim.Adam(learning_rate=1e-2))
+    stepper = Stepper(network, mlx_optim.Adam(learning_rate=1e-2), SFT())
     network.module.train()
     batch = collate(DOCUMENTS, range(len(DOCUMENTS)))
     losses = [float(stepper.step([batch], index).loss) for index in range(6)]

@@ -13,7 +13,7 @@ import pytest
 from serve.errors import ConfigError, DataError
 from train.data.rows import Rules, parse_row
 from train.data.sources import read
-from train.recipe.kinds import LEARNS_FROM
+from train.recipe.objectives import OBJECTIVES
 from train.recipe.recipe import DatasetSource, Recipe, load_recipe
 
 ASK, SAY = {"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "It left."}
@@ -296,11 +296,11 @@ SAMPLES = {
 }
 
 
-@pytest.mark.parametrize("objective", LEARNS_FROM)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("kind", SAMPLES)
 def test_an_objective_takes_its_own_kinds_of_rows_and_says_what_it_needs_for_the_others(objective, kind):
     row = SAMPLES[kind]
-    if kind in LEARNS_FROM[objective] or (objective == "grpo" and "prompt" in row):
+    if kind in OBJECTIVES[objective].kinds or (objective == "grpo" and "prompt" in row):
         assert parse(row, objective).line == 3
     elif objective == "grpo" and kind in ("chat", "sharegpt"):
         assert "the prompt ends with the assistant's turn" in problem_of(row, objective)

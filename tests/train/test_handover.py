@@ -9,7 +9,7 @@ from serve.adapters.manifest import AdapterConfig, write_adapter
 from serve.engine.engine import Engine
 from serve.engine.generate import generate
 from serve.model.loading import load
-from train.adapters.adapt import adapter_tensors, add_lora
+from train.adapters.adapt import AdapterSettings, adapter_tensors, add_lora
 from train.loop.loss import target_logits
 
 
@@ -28,7 +28,7 @@ def test_a_trained_adapter_gives_the_same_logits_in_trainer_and_engine(
 ):
     mx.random.seed(2)  # makes every one of these adapters lively
     trained = load(str(model_folder)).network
-    adapted = add_lora(trained, rank=5, scale=3.0, **options)
+    adapted = add_lora(trained, AdapterSettings(rank=5, scale=3.0, **options))
     for module in trained.module.modules():
         if "lora_b" in module:
             module.lora_b = module.lora_b + mx.random.normal(module.lora_b.shape) * 0.2

@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from serve import device
-from train.adapters.adapt import add_lora, train_all
+from train.adapters.adapt import AdapterSettings, add_lora, train_all
 from train.loop import loss as loss_file
 from train.loop.loss import chunk_rows, cross_entropy, find_targets, sum_loss, target_logprobs
 
@@ -41,7 +41,7 @@ def in_one_piece(network, arrays):
 def test_chunks_change_neither_the_loss_nor_a_gradient(tiny_network, make_batch, small_chunks, family, kind):
     network = tiny_network(family)
     if kind == "lora":
-        add_lora(network, rank=4, scale=2.0)
+        add_lora(network, AdapterSettings(rank=4, scale=2.0))
         for name, value in tree_flatten(network.module.trainable_parameters()):
             network.module.load_weights([(name, value + 0.02)], strict=False)
     else:

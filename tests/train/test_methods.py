@@ -19,6 +19,7 @@ from serve.adapters.manifest import AdapterConfig, write_adapter
 from serve.errors import ConfigError
 from serve.model.weights import dense_weight, linear_shape
 from train.adapters.adapt import (
+    AdapterSettings,
     adapted_layers,
     adapter_tensors,
     adapters_off,
@@ -31,7 +32,9 @@ from train.adapters.pissa import start_on_principal
 from train.after.export import fuse
 from train.loop import checkpoint
 from train.loop.optim import build_optimizer, build_schedule
-from train.loop.trainer import Stepper, TrainState
+from train.loop.step import Stepper, StepSettings
+from train.loop.trainer import TrainState
+from train.objectives.sft import SFT
 
 PACKINGS = [("affine", bits, 32) for bits in (2, 3, 4, 5, 6, 8)] + [
     ("mxfp4", 4, 32),
@@ -69,7 +72,7 @@ def adapt(tiny_network):
                 class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0,
             )
         mx.random.seed(7)
-        return network, add_lora(network, rank=rank, scale=2.0, dropout=dropout, **options)
+        return network, add_lora(network, AdapterSettings(rank=rank, scale=2.0, dropout=dropout, **options))
 
     return make
 
@@ -156,7 +159,7 @@ def test_every_trainable_tensor_moves_and_no_frozen_one_does(adapt, make_batch, 
         name: np.array(value.view(mx.uint8)) for name, value in tree_flatten(network.module.parameters())
     }
     frozen = [np.array(layer.get("_a0")) for layer in adapted_layers(network).values() if layer.has_principal]
-    stepper = Stepper(network, mlx_optim.Adam(1e-2))
+    stepper = Stepper(network, mlx_optim.Adam(1e-2), SFT())
     for step in range(2):
         stepper.step([batch], step)
     for name, value in tree_flatten(network.module.parameters()):
@@ -173,7 +176,9 @@ def test_recomputed_activations_give_the_same_step(adapt, make_batch, method):
     for recompute in (False, True):
         network, _ = adapt(method, dropout=0.0)
         moved(network)
-        Stepper(network, mlx_optim.SGD(1.0), recompute=recompute).step([make_batch([9, 14])], 0)
+        Stepper(network, mlx_optim.SGD(1.0), SFT(), StepSettings(recompute=recompute)).step(
+            [make_batch([9, 14])], 0
+        )
         after.append({name: np.array(value) for name, value in trainable_tensors(network).items()})
     for name, value in after[0].items():
         assert np.abs(after[1][name] - value).max() <= 1e-5 * np.abs(value).max(), name
@@ -254,14 +259,14 @@ def test_a_restored_pissa_computes_no_singular_values_and_is_the_same(tiny_netwo
     network, _ = adapt("pissa")
     moved(network)
     other = tiny_network()
-    add_lora(other, rank=3, scale=2.0, init="pissa", is_restored=True)
+    add_lora(other, AdapterSettings(rank=3, scale=2.0, init="pissa"), is_restored=True)
     set_tensors(other, adapter_tensors(network), "there")
     assert np.array_equal(logits(other, make_batch([9])), logits(network, make_batch([9])))
 
 
 def test_pissa_of_more_than_the_weight_has_is_refused(tiny_network):
     with pytest.raises(ConfigError, match=r"found 33; init_lora_weights: pissa needs at most 32, .*k_proj"):
-        add_lora(tiny_network(), rank=33, scale=2.0, keys=["k_proj"], init="pissa")
+        add_lora(tiny_network(), AdapterSettings(rank=33, scale=2.0, keys=["k_proj"], init="pissa"))
 
 
 def test_power_iterations_find_the_principal_part_of_a_weight_that_has_one():
@@ -314,7 +319,7 @@ def test_a_run_resumed_with_any_method_and_loraplus_is_bit_for_bit(adapt, make_b
         network, adapted = adapt(method, dropout=0.1)
         network.module.train()
         optimizer = loraplus(network, name, 8.0)
-        stepper = Stepper(network, optimizer, seed=1)
+        stepper = Stepper(network, optimizer, SFT(), StepSettings(seed=1))
         if start is not None:
             saved = checkpoint.load(start)
             set_tensors(network, saved.tensors, str(start))

@@ -12,10 +12,11 @@ import pytest
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import default_loss, iterate_batches
 
-from train.adapters.adapt import add_lora, train_all
+from train.adapters.adapt import AdapterSettings, add_lora, train_all
 from train.data.batches import Batch, BatchPlan, collate
 from train.data.tokens import TokenizedExample
-from train.loop.trainer import Stepper
+from train.loop.step import Stepper
+from train.objectives.sft import SFT
 
 STEPS = 5
 
@@ -39,7 +40,7 @@ def test_losses_are_those_of_mlx_lm_step_by_step_where_no_row_is_padded(tiny_net
     def network():
         made = tiny_network(family)
         mx.random.seed(4)
-        train_all(made) if kind == "full" else add_lora(made, rank=4, scale=4.0)
+        train_all(made) if kind == "full" else add_lora(made, AdapterSettings(rank=4, scale=4.0))
         made.module.train()
         return made
 
@@ -53,7 +54,7 @@ def test_losses_are_those_of_mlx_lm_step_by_step_where_no_row_is_padded(tiny_net
         mx.eval(theirs.parameters(), optimizer.state)
         assert count.item() == batch.num_targets
         expected.append(loss.item())
-    stepper = Stepper(network(), mlx_optim.SGD(0.1, momentum=0.9))
+    stepper = Stepper(network(), mlx_optim.SGD(0.1, momentum=0.9), SFT())
     losses = [stepper.step([batch], index).loss for index, batch in enumerate(batches)]
     assert losses == pytest.approx(expected, rel=1e-4)
     assert expected[0] - expected[-1] > 0.05
@@ -74,8 +75,8 @@ def test_a_row_without_targets_gives_mlx_lm_no_number_and_ours_no_weight(tiny_ne
     empty, full = example(9, 40, 0), example(9, 3, 1)
     theirs, _ = default_loss(network.module, *as_theirs(collate([empty], [0]), [40], [9]))
     assert math.isnan(theirs.item())
-    alone = Stepper(tiny_network(), mlx_optim.SGD(0.0)).step([collate([full], [0])], 0)
-    beside = Stepper(tiny_network(), mlx_optim.SGD(0.0)).step([collate([empty, full], [0, 1])], 0)
+    alone = Stepper(tiny_network(), mlx_optim.SGD(0.0), SFT()).step([collate([full], [0])], 0)
+    beside = Stepper(tiny_network(), mlx_optim.SGD(0.0), SFT()).step([collate([empty, full], [0, 1])], 0)
     assert beside.num_units == alone.num_units == 6
     assert beside.loss == pytest.approx(alone.loss, rel=1e-5)
 
@@ -89,7 +90,7 @@ def test_accumulation_weighs_targets_and_not_batches(tiny_network):
         default_loss(network.module, *as_theirs(batch, [prompt], [length]))[0].item()
         for batch, prompt, length in zip(batches, (0, 6), (33, 9), strict=True)
     ]
-    found = Stepper(network, mlx_optim.SGD(0.0)).step(batches, 0)
+    found = Stepper(network, mlx_optim.SGD(0.0), SFT()).step(batches, 0)
     assert found.loss == pytest.approx(np.average(means, weights=counts), rel=1e-5)
     assert abs(found.loss - np.mean(means)) > 1e-3  # what mlx_lm.lora takes its gradient of
 
@@ -116,10 +117,10 @@ def test_sorting_by_length_pads_a_tenth_of_what_mlx_lm_pads():
 
 def test_evaluating_moves_no_global_randomness_of_numpy(tiny_network):
     """mlx_lm draws the order of training and of validation from the same global generator."""
-    from train.loop.trainer import mean_loss
+    from train.loop.step import mean_loss
 
     np.random.seed(3)
     expected = np.random.random()
     np.random.seed(3)
-    mean_loss(tiny_network(), [collate([example(9, 3)], [0])])
+    mean_loss(tiny_network(), [collate([example(9, 3)], [0])], SFT())
     assert np.random.random() == expected

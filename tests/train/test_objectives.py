@@ -23,10 +23,10 @@ from rich.console import Console
 from serve import device
 from serve.adapters.manifest import read_tensors
 from serve.model.network import TextNetwork
-from train.adapters.adapt import adapters_off, add_lora
+from train.adapters.adapt import AdapterSettings, adapters_off, add_lora
 from train.data.batches import Batch
-from train.loop.trainer import Stepper, mean_loss
-from train.objectives import Objective
+from train.loop.objective import Objective
+from train.loop.step import Stepper, StepSettings, mean_loss
 from train.objectives.answers import answer_inputs, answer_logprobs
 from train.objectives.build import build_objective
 from train.objectives.dpo import DPO
@@ -63,7 +63,7 @@ def adapted(tiny_network) -> Callable[..., TextNetwork]:
     def build(*, is_fresh: bool = False, dropout: float = 0.0) -> TextNetwork:
         network = tiny_network()
         mx.random.seed(1)
-        add_lora(network, rank=4, scale=4.0, dropout=dropout)
+        add_lora(network, AdapterSettings(rank=4, scale=4.0, dropout=dropout))
         if not is_fresh:
             noisy = [
                 (name, value + 0.1 * mx.random.normal(value.shape))
@@ -348,7 +348,7 @@ def test_a_batch_of_8_is_two_of_3_and_5_each_in_parts(name, cut, adapted, make_b
     steps, weights = [], []
     for parts, max_places in (([slice(0, 8)], 0), ([slice(0, 3), slice(3, 8)], cut)):
         network = adapted()
-        stepper = Stepper(network, optim.SGD(0.5), OBJECTIVES[name](), max_places=max_places)
+        stepper = Stepper(network, optim.SGD(0.5), OBJECTIVES[name](), StepSettings(max_positions=max_places))
         steps.append(stepper.step([batch_for(name, make_batch, part) for part in parts], 0))
         weights.append(dict(tree_flatten(network.module.trainable_parameters())))
     assert steps[0].loss == pytest.approx(steps[1].loss, rel=1e-5)
@@ -365,7 +365,9 @@ def test_recomputed_activations_change_nothing_and_no_frozen_weight_moves(name, 
     for recompute in (False, True):
         network = adapted()
         before = frozen_of(network)
-        result = Stepper(network, optim.SGD(0.5), OBJECTIVES[name](), recompute=recompute).step([batch], 0)
+        result = Stepper(network, optim.SGD(0.5), OBJECTIVES[name](), StepSettings(recompute=recompute)).step(
+            [batch], 0
+        )
         found.append((result, dict(tree_flatten(network.module.trainable_parameters()))))
         for weight, value in frozen_of(network).items():
             np.testing.assert_array_equal(value, before[weight], err_msg=weight)
@@ -471,7 +473,7 @@ def test_a_compiled_step_is_a_plain_one(name, adapted, make_batch):
     batch, losses = batch_for(name, make_batch), []
     for compiled in (False, True):
         network = adapted(dropout=0.2)
-        stepper = Stepper(network, optim.SGD(0.5), OBJECTIVES[name](), compiled=compiled)
+        stepper = Stepper(network, optim.SGD(0.5), OBJECTIVES[name](), StepSettings(compiled=compiled))
         losses.append([stepper.step([batch], number).loss for number in range(3)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert len(set(losses[0])) == 3

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from serve.errors import ConfigError, ModelError
 from serve.model.packed import packed_cache, packing_problem
-from train.adapters.adapt import add_lora, checkpointed_layers, train_all
+from train.adapters.adapt import AdapterSettings, add_lora, checkpointed_layers, train_all
 from train.data.batches import BatchPlan, collate
 from train.data.packing import Layout, PackedPlan, collate_packed
 from train.data.tokens import TokenizedExample
@@ -195,7 +195,7 @@ def adapted(network, fine_tune_type: str = "lora"):
     if fine_tune_type == "full":
         train_all(network)
     else:
-        add_lora(network, rank=4, scale=4.0, fine_tune_type=fine_tune_type)
+        add_lora(network, AdapterSettings(rank=4, scale=4.0, fine_tune_type=fine_tune_type))
         for name, weight in tree_flatten(network.module.trainable_parameters()):
             if name.endswith("lora_b"):
                 network.module.load_weights([(name, mx.random.normal(weight.shape) * 0.1)], strict=False)
@@ -419,7 +419,7 @@ def test_the_probe_notices_code_that_masks_by_itself(tiny_network):
 
 def test_the_probe_moves_neither_randomness_nor_the_training_mode(tiny_network):
     network = tiny_network()
-    add_lora(network, rank=4, scale=1.0, dropout=0.5)
+    add_lora(network, AdapterSettings(rank=4, scale=1.0, dropout=0.5))
     network.module.train()
     mx.random.seed(9)
     packing_problem(network)

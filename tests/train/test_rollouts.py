@@ -18,7 +18,7 @@ from serve.engine.request import Request, Sampling
 from serve.errors import DataError
 from serve.model.loading import LoadedModel
 from serve.model.prompt import Prompt
-from train.adapters.adapt import add_lora, trainable_tensors
+from train.adapters.adapt import AdapterSettings, add_lora, trainable_tensors
 from train.data.batches import Batch
 from train.data.tokens import TokenizedExample
 from train.loop.distributed import Alone, Ranks
@@ -44,7 +44,7 @@ def config_of(**knobs: object) -> GRPOConfig:
 def make_rollouts(model: LoadedModel) -> Callable[..., Rollouts]:
     """make_rollouts(**knobs) → rollouts on a lively random model with LoRA, two prompts a batch."""
     mx.random.seed(3)
-    add_lora(model.network, rank=4, scale=2.0)
+    add_lora(model.network, AdapterSettings(rank=4, scale=2.0))
     rows = [
         TokenizedExample(
             ids := np.array(model.tokenizer.encode(text), np.int32), ids < 0, "rows", i + 1, fields={}

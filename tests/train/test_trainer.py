@@ -14,10 +14,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from serve.errors import TrainingError
-from train.adapters.adapt import add_lora, checkpointed_layers, train_all, trainable_tensors
+from train.adapters.adapt import AdapterSettings, add_lora, checkpointed_layers, train_all, trainable_tensors
 from train.data.batches import Batch
 from train.loop.loss import find_targets, round_up, sum_loss
-from train.loop.trainer import LoopSettings, Stepper, Trainer, mean_loss
+from train.loop.step import Stepper, StepSettings, mean_loss
+from train.loop.trainer import LoopSettings, Trainer
 from train.objectives.sft import SFT
 
 FAMILIES = ("qwen3", "llama", "gemma3_text", "gemma2", "phi3", "olmo2")
@@ -88,7 +89,7 @@ def test_a_batch_in_parts_is_the_batch_at_the_memory_of_a_part(
     def step(bound):
         network = tiny_network()
         train_all(network)
-        stepper = Stepper(network, mlx_optim.SGD(1e-1), max_places=bound)
+        stepper = Stepper(network, mlx_optim.SGD(1e-1), SFT(), StepSettings(max_positions=bound))
         result = stepper.step([batch], 0)
         return result, network.module.parameters()
 
@@ -100,7 +101,7 @@ def test_a_batch_in_parts_is_the_batch_at_the_memory_of_a_part(
     result, parts = step(max_places)
     assert heard == forwards
     heard.clear()
-    stepper = Stepper(tiny_network(), mlx_optim.SGD(0.0), max_places=max_places)
+    stepper = Stepper(tiny_network(), mlx_optim.SGD(0.0), SFT(), StepSettings(max_positions=max_places))
     assert stepper.mean_loss([batch]).loss == pytest.approx(whole.loss, rel=1e-5)
     assert heard == forwards
     assert (result.num_units, result.num_places) == (whole.num_units, whole.num_places)
@@ -135,7 +136,7 @@ def test_batch_of_8_equals_its_parts_accumulated(tiny_network, make_batch, cuts,
     for batches in ([whole], parts):
         network = tiny_network()
         train_all(network)
-        result = Stepper(network, optimizer(1e-2)).step(batches, 0)
+        result = Stepper(network, optimizer(1e-2), SFT()).step(batches, 0)
         results.append((result.loss, result.norm, result.num_units, network.module.parameters()))
     (loss, norm, count, weights), (loss_2, norm_2, count_2, weights_2) = results
     assert count == count_2 == whole.num_targets
@@ -150,7 +151,7 @@ def test_leftover_batches_at_the_end_make_a_step_of_their_own(tiny_network, make
     train_all(network)
     settings = LoopSettings(num_iterations=5, accumulation=2, iterations_per_report=2)
     batches = [make_batch([8, 6], seed=i) for i in range(5)]
-    trainer = Trainer(Stepper(network, mlx_optim.SGD(1e-2)), settings, batches.__getitem__, [], recorder)
+    trainer = Trainer(Stepper(network, mlx_optim.SGD(1e-2), SFT()), settings, batches.__getitem__, recorder)
     state = trainer.fit()
     assert (state.iteration, state.step) == (5, 3)
     assert state.num_targets == sum(batch.num_targets for batch in batches)
@@ -160,8 +161,8 @@ def test_leftover_batches_at_the_end_make_a_step_of_their_own(tiny_network, make
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_adapter_tensor_moves_and_nothing_else(tiny_network, make_batch, family):
     network = tiny_network(family)
-    add_lora(network, rank=4, scale=2.0)
-    stepper = Stepper(network, mlx_optim.Adam(1e-2))
+    add_lora(network, AdapterSettings(rank=4, scale=2.0))
+    stepper = Stepper(network, mlx_optim.Adam(1e-2), SFT())
     before = {name: np.array(value) for name, value in tree_flatten(network.module.parameters())}
     for step in range(2):  # B is zero at first, so A moves in the second step
         stepper.step([make_batch([9, 14], seed=step)], step)
@@ -176,22 +177,22 @@ def test_every_adapter_tensor_moves_and_nothing_else(tiny_network, make_batch, f
 def test_a_few_rows_are_learned_by_heart(tiny_network, make_batch, kind):
     network, batch = tiny_network(), make_batch([10, 15, 12])
     if kind == "lora":
-        add_lora(network, rank=8, scale=4.0)
+        add_lora(network, AdapterSettings(rank=8, scale=4.0))
     else:
         train_all(network)
-    stepper = Stepper(network, mlx_optim.Adam(1e-2), max_grad_norm=1.0)
-    before = mean_loss(network, [batch]).loss
+    stepper = Stepper(network, mlx_optim.Adam(1e-2), SFT(), StepSettings(max_grad_norm=1.0))
+    before = mean_loss(network, [batch], SFT()).loss
     for step in range(200):
         stepper.step([batch], step)
     assert before > 2
     # Two hundred steps amplify rounding: one kernel ends at 0.05, another at 0.11.
-    assert mean_loss(network, [batch]).loss < 0.3
+    assert mean_loss(network, [batch], SFT()).loss < 0.3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_no_gradient_and_no_class(tiny_network, make_batch, family):
     network, batch = tiny_network(family), make_batch([9, 12])
-    add_lora(network, rank=4, scale=2.0)
+    add_lora(network, AdapterSettings(rank=4, scale=2.0))
     for name, tensor in trainable_tensors(network).items():
         network.module.load_weights([(name, tensor + 0.01)], strict=False)
     classes = [type(layer) for layer in network.layers]
@@ -209,7 +210,9 @@ def test_clipping_bounds_the_update(tiny_network, make_batch):
     network = tiny_network()
     train_all(network)
     before = dict(tree_flatten(network.module.parameters()))
-    result = Stepper(network, mlx_optim.SGD(1.0), max_grad_norm=0.01).step([make_batch([9, 12])], 0)
+    result = Stepper(network, mlx_optim.SGD(1.0), SFT(), StepSettings(max_grad_norm=0.01)).step(
+        [make_batch([9, 12])], 0
+    )
     moved = sum(float((v - before[n]).square().sum()) for n, v in tree_flatten(network.module.parameters()))
     assert result.norm > 0.1
     assert math.sqrt(moved) == pytest.approx(0.01, rel=1e-2)
@@ -217,11 +220,11 @@ def test_clipping_bounds_the_update(tiny_network, make_batch):
 
 def test_a_weight_that_is_not_a_number_stops_the_run_and_names_the_rows(tiny_network, make_batch):
     network, recorder = tiny_network(), Recorder()
-    add_lora(network, rank=4, scale=2.0)
+    add_lora(network, AdapterSettings(rank=4, scale=2.0))
     network.layers[1].mlp.up_proj.lora_b = mx.full((4, 96), math.nan)
-    stepper = Stepper(network, mlx_optim.Adam(1e-2), name_row=lambda row: f"train.jsonl:{row + 1}")
+    stepper = Stepper(network, mlx_optim.Adam(1e-2), SFT(), name_row=lambda row: f"train.jsonl:{row + 1}")
     settings = LoopSettings(num_iterations=4, iterations_per_report=2, iterations_per_save=1)
-    trainer = Trainer(stepper, settings, lambda i: make_batch([9, 12], first_id=7), [], recorder)
+    trainer = Trainer(stepper, settings, lambda i: make_batch([9, 12], first_id=7), recorder)
     with pytest.raises(
         TrainingError, match=r"step 1: the loss is nan on rows train\.jsonl:8, train\.jsonl:9"
     ):
@@ -231,14 +234,14 @@ def test_a_weight_that_is_not_a_number_stops_the_run_and_names_the_rows(tiny_net
 
 def test_patience_ends_the_run(tiny_network, make_batch):
     network, recorder = tiny_network(), Recorder()
-    add_lora(network, rank=4, scale=2.0)
+    add_lora(network, AdapterSettings(rank=4, scale=2.0))
     settings = LoopSettings(num_iterations=50, iterations_per_eval=1, patience=2)
     trainer = Trainer(
-        Stepper(network, mlx_optim.SGD(0.0)),
+        Stepper(network, mlx_optim.SGD(0.0), SFT()),
         settings,
         lambda i: make_batch([9]),
-        [make_batch([8, 5])],
         recorder,
+        lambda step: mean_loss(network, [make_batch([8, 5])], SFT()),
     )
     state = trainer.fit()
     assert [is_best for _, _, is_best in recorder.evals] == [False, True, False, False]
@@ -250,11 +253,11 @@ def test_dropout_depends_on_the_iteration_and_not_on_what_was_drawn_before(tiny_
     losses = []
     for disturb in (False, True):
         network = tiny_network()
-        add_lora(network, rank=4, scale=2.0, dropout=0.5)
+        add_lora(network, AdapterSettings(rank=4, scale=2.0, dropout=0.5))
         for name, tensor in trainable_tensors(network).items():
             network.module.load_weights([(name, tensor + 0.05)], strict=False)
         network.module.train()
-        stepper = Stepper(network, mlx_optim.Adam(1e-2), seed=3)
+        stepper = Stepper(network, mlx_optim.Adam(1e-2), SFT(), StepSettings(seed=3))
         for step in range(3):
             if disturb:
                 mx.eval(mx.random.uniform(shape=(5,)))
@@ -278,12 +281,12 @@ def spoiled(batch: Batch) -> Batch:
 def poisoned_run(tiny_network, batches, **settings):
     """A run over a model whose token 95 is embedded as infinity; phi3's head is a matrix of its own."""
     network, recorder = tiny_network("phi3"), Recorder()
-    add_lora(network, rank=4, scale=2.0)
+    add_lora(network, AdapterSettings(rank=4, scale=2.0))
     embedding = network.module.model.embed_tokens
     embedding.weight = mx.concatenate([embedding.weight[:95], mx.full((1, 64), math.inf)])
-    stepper = Stepper(network, mlx_optim.Adam(1e-2), name_row=lambda row: f"train.jsonl:{row + 1}")
+    stepper = Stepper(network, mlx_optim.Adam(1e-2), SFT(), name_row=lambda row: f"train.jsonl:{row + 1}")
     loop = LoopSettings(num_iterations=len(batches), iterations_per_report=1, **settings)
-    return stepper, Trainer(stepper, loop, batches.__getitem__, [], recorder), recorder
+    return stepper, Trainer(stepper, loop, batches.__getitem__, recorder), recorder
 
 
 def test_a_skipped_step_leaves_weights_and_optimizer_as_if_it_had_not_been(tiny_network, make_batch):
@@ -338,18 +341,19 @@ def test_bad_steps_with_good_ones_between_them_do_not_end_a_run(tiny_network, ma
 
 def test_the_best_may_be_the_greatest_of_a_measure(tiny_network, make_batch):
     network, recorder = tiny_network(), Recorder()
-    add_lora(network, rank=4, scale=2.0)
+    add_lora(network, AdapterSettings(rank=4, scale=2.0))
     shares = iter([0.9, 0.2, 0.7, 0.7, 0.1])
     settings = LoopSettings(
         num_iterations=4, iterations_per_eval=1, save_best=True, best_by="exact", greater_is_better=True
     )
     trainer = Trainer(
-        Stepper(network, mlx_optim.SGD(0.0)),
+        Stepper(network, mlx_optim.SGD(0.0), SFT()),
         settings,
         lambda i: make_batch([9]),
-        [make_batch([8, 5])],
         recorder,
-        measure=lambda step: {"exact": next(shares)},
+        lambda step: dataclasses.replace(
+            mean_loss(network, [make_batch([8, 5])], SFT()), measures={"exact": next(shares)}
+        ),
     )
     state = trainer.fit()
     assert [is_best for _, _, is_best in recorder.evals] == [False, True, True, False, False]
@@ -364,7 +368,7 @@ def test_a_batch_without_targets_costs_nothing_beside_one_that_has_some(tiny_net
     for batches in ([full], [empty, full], [full, empty]):
         network = tiny_network()
         train_all(network)
-        losses.append(Stepper(network, mlx_optim.SGD(1e-2)).step(batches, 0).loss)
+        losses.append(Stepper(network, mlx_optim.SGD(1e-2), SFT()).step(batches, 0).loss)
     assert losses[0] == losses[1] == losses[2]
     with pytest.raises(TrainingError, match="no loss targets"):
-        Stepper(tiny_network(), mlx_optim.SGD(1e-2)).step([empty], 0)
+        Stepper(tiny_network(), mlx_optim.SGD(1e-2), SFT()).step([empty], 0)

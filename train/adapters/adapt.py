@@ -5,6 +5,8 @@ A TextNetwork goes in and is changed in place; out comes what trains, by name. K
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from serve.adapters.lora import LEAVES, AdaptedLayer, LoRALinear
 from serve.errors import AdapterError, ConfigError
 from serve.model.network import TextNetwork
 from serve.model.weights import EXPERTS, QUANTIZED, linear_shape
+from train.adapters.buffers import freeze_buffers
 from train.adapters.keys import HEADS, Layout, choose, last_layers, layout_of
 from train.adapters.pissa import DEFAULT, is_pissa, start_on_principal
 
@@ -39,30 +42,46 @@ class Adapted:
     rank: int = 0
     """Of the update an adapter folder holds: twice the recipe's with PiSSA."""
 
+    @property
+    def line(self) -> str:
+        """How much trains, for a person."""
+        share = self.num_trainable / self.num_parameters
+        return f"trainable: {self.num_trainable:,} of {self.num_parameters:,} parameters ({share:.2%})"
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The adapter that is put over a network's layers. `keys`: see `keys.choose`."""
+
+    rank: int
+    scale: float
+    """The factor itself, whichever way a recipe spells it."""
+    dropout: float = 0.0
+    keys: Sequence[str] | str | None = None
+    """None or "all-linear": every linear layer and expert stack, not the head."""
+    num_layers: int = -1
+    """The last this many blocks; -1, or more than there are: all."""
+    fine_tune_type: Literal["lora", "dora"] = "lora"
+    init: str = DEFAULT
+    """default: A random, B zero; pissa, pissa_niter_N: the weight's principal part."""
+
 
 def add_lora(
     network: TextNetwork,
+    settings: AdapterSettings,
     *,
-    rank: int,
-    scale: float,
-    dropout: float = 0.0,
-    keys: Sequence[str] | str | None = None,
-    num_layers: int = -1,
-    fine_tune_type: Literal["lora", "dora"] = "lora",
-    init: str = DEFAULT,
     is_restored: bool = False,
     is_sketch: bool = False,
 ) -> Adapted:
-    """Freeze the network and put a fresh adapter over the named layers of its last `num_layers` blocks.
+    """Freeze the network and put a fresh adapter over the layers that `settings` names.
 
-    keys         see `keys.choose`; None or "all-linear": every linear layer and expert stack, not the head
-    num_layers   -1: all; more than there are: all
-    init         default: A random, B zero; pissa, pissa_niter_N: the weight's principal part
     is_restored  a checkpoint's tensors come next, so no singular values are computed
     is_sketch    the network has no weights yet: nothing is measured or evaluated, shapes alone are right
     Adapter weights are float32 whatever the base's dtype; the layer casts the update to the activations' dtype.
     Randomness: MLX's global generator. ConfigError names keys that do not exist, or cannot be adapted.
     """
+    keys, num_layers, init = settings.keys, settings.num_layers, settings.init
+    fine_tune_type = settings.fine_tune_type
     if fine_tune_type == "dora" and is_pissa(init):
         raise ConfigError(
             f"lora_parameters.init_lora_weights: {init} goes with fine_tune_type: lora, not dora"
@@ -76,7 +95,7 @@ def add_lora(
         notes.append(_without_experts(chosen, keys, layout))
         chosen -= layout.experts
     network.module.freeze()
-    options = {"rank": rank, "scale": scale, "dropout": dropout}
+    options = {"rank": settings.rank, "scale": settings.scale, "dropout": settings.dropout}
     for root, names in [(layer, chosen - layout.heads) for layer in layout.layers] + [
         (network.module, chosen & layout.heads)
     ]:
@@ -95,7 +114,7 @@ def add_lora(
         raise ConfigError("lora_parameters.keys: nothing to train: no linear layer was chosen")
     stray = [name for name in trainable if name.rsplit(".", 1)[-1] not in LEAVES]
     assert not stray, f"the base must stay frozen, but these train: {stray}"
-    folder_rank = 2 * rank if is_pissa(init) else rank
+    folder_rank = 2 * settings.rank if is_pissa(init) else settings.rank
     return _adapted(network, fine_tune_type, num_layers, tuple(sorted(chosen)), notes, folder_rank)
 
 
@@ -158,9 +177,10 @@ def adapters_off(network: TextNetwork) -> Iterator[None]:
             layer.is_on = was_on
 
 
-def train_all(network: TextNetwork, *, num_layers: int = -1) -> Adapted:
+def train_all(network: TextNetwork, *, num_layers: int = -1, is_sketch: bool = False) -> Adapted:
     """Make the weights themselves train: all of them (-1), or those of the last `num_layers` blocks.
 
+    What a family means as buffers does not train, see `buffers`; a sketch, which has no weights, is not looked at.
     ConfigError on a quantized base: packed integers have no gradient.
     """
     quantized = [path for path, module in network.module.named_modules() if isinstance(module, QUANTIZED)]
@@ -179,7 +199,15 @@ def train_all(network: TextNetwork, *, num_layers: int = -1) -> Adapted:
         raise ConfigError(
             f"num_layers: found {num_layers}; nothing would train; expected 1 or more, or -1 for all"
         )
-    return _adapted(network, "full", num_layers, (), [])
+    buffers = () if is_sketch else freeze_buffers(network)
+    notes = [f"not trained, for no gradient reaches them: {_listed(buffers)}"] if buffers else []
+    return _adapted(network, "full", num_layers, (), notes)
+
+
+def _listed(paths: Sequence[str]) -> str:
+    """The names, once for all layers: `model.layers.N.mlp.gate.bias (12)`."""
+    counts = Counter(re.sub(r"\.\d+\.", ".N.", path) for path in paths)
+    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
 
 
 def trainable_tensors(network: TextNetwork) -> dict[str, mx.array]:

@@ -26,14 +26,14 @@ from rich.console import Console
 
 from serve.adapters.manifest import AdapterConfig, check_whole, read_config, read_tensors
 from serve.errors import AdapterError, ConfigError, DataError, StorageError
-from serve.model.loading import DTYPES, LoadedModel, build_random, load, resolve
+from serve.model.loading import DTYPES, LoadedModel, build_random, cast, load, resolve
 from serve.model.loading import read_config as read_model_config
 from serve.model.network import TextNetwork
 from serve.model.quantization import Quantization
 from serve.model.template import ChatTemplate
 from serve.model.weights import dequantize as dequantize_all
 from serve.tables import Table, show, words
-from train.adapters.adapt import adapted_layers, add_lora, set_tensors, train_all
+from train.adapters.adapt import AdapterSettings, adapted_layers, add_lora, set_tensors, train_all
 from train.data.batches import Batch, collate, validation_rows
 from train.data.sources import read
 from train.data.tokens import tokenize
@@ -158,14 +158,14 @@ def load_adapted(
         return _load_full(tensors, config, base, adapter, is_other_base_fine)
     model = load(base, dequantize=dequantize, quantize=_packing_of(config, base))
     _check_base(model, config, base, is_other_base_fine)
-    add_lora(
-        model.network,
+    settings = AdapterSettings(
         rank=config.rank,
         scale=config.scale,
         keys=config.keys or None,
         num_layers=config.num_layers,
         fine_tune_type=config.fine_tune_type,
     )
+    add_lora(model.network, settings)
     set_tensors(model.network, tensors, str(adapter))
     model.network.module.eval()
     return model
@@ -221,7 +221,7 @@ def write_fused(
     fuse(model.network)
     module = model.network.module
     stored = dtype or _stored_dtype(model.path)
-    module.set_dtype(DTYPES[stored])
+    cast(module, DTYPES[stored])
     saved = {key: value for key, value in model.config.items() if not key.startswith("quantization")}
     saved["torch_dtype"] = stored
     if "dtype" in saved:

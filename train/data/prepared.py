@@ -52,9 +52,19 @@ def prepare_rows(
     if outcomes is None:
         outcomes, made = _tokenized(name, path, unique, recipe, template, tokenizer, console)
         notes += made
+    if recipe.on_bad_row == "drop":
+        outcomes = [without_problems(outcome, e) for outcome, e in zip(outcomes, unique, strict=True)]
     by_example = {id(example): outcome for example, outcome in zip(unique, outcomes, strict=True)}
     rows, report = collect(examples, (by_example[id(example)] for example in examples))
     return Prepared(rows, report, notes)
+
+
+def without_problems(outcome: Outcome, example: Example) -> Outcome:
+    """The outcome of a row with problems as that of a row left out because of them, whole."""
+    if not outcome.problems:
+        return outcome
+    reasons = [problem.removeprefix(f"{example.place}: ") for problem in outcome.problems]
+    return Outcome(dropped=("; ".join(reasons),))
 
 
 def _from_cache(

@@ -18,11 +18,15 @@ from train.data.messages import (
     untrained_turns,
     without_marks,
 )
-from train.recipe.kinds import LEARNS_FROM, SHAPES, needed, objectives_of
+from train.recipe.kinds import SHAPES
+from train.recipe.objectives import OBJECTIVES, needed, objectives_of
 from train.recipe.recipe import DatasetSource, Recipe
 
 CONVERSATIONS = "conversations"
 """ShareGPT's key; read where `chat_feature` is not in the row."""
+
+LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+"""Whether an answer was wanted, as files spell it: JSON's booleans, and numbers of tables."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def parse_row(row: Any, rules: Rules, source: str, line: int) -> Example:
     if not isinstance(row, Mapping):
         raise DataError(f"{place}: found {kind_of(row)}; expected an object with keys")
     kind = rules.entry.type if rules.entry.type != "auto" else recognise(row, rules)
-    if kind not in LEARNS_FROM[rules.objective]:
+    if kind not in OBJECTIVES[rules.objective].kinds:
         raise DataError(f"{place}: {unusable(row, rules)}")
     taken = _Row(row, rules)
     _PARSERS[kind](taken)
@@ -119,7 +123,7 @@ def recognise(row: Mapping[str, Any], rules: Rules) -> str | None:
     present = list(_kinds(row, rules))
     if "unpaired" in present and rules.objective in ("sft", "cpt"):
         return "unpaired"  # half of such answers are unwanted ones: not to be learned from by accident
-    wanted = [kind for kind in LEARNS_FROM[rules.objective] if kind in present]
+    wanted = [kind for kind in OBJECTIVES[rules.objective].kinds if kind in present]
     others = [kind for kind in present if kind != "prompt"]  # such a row rather lacks its answer
     return (wanted or others or [None])[0]
 
@@ -131,7 +135,7 @@ def unusable(row: Mapping[str, Any], rules: Rules) -> str | None:
     kind = entry.type if entry.type != "auto" else recognise(row, rules)
     if kind is None:
         return f"found keys {found}; objective {objective} needs {needed(objective)}{_hint(row, rules)}"
-    if kind in LEARNS_FROM[objective]:
+    if kind in OBJECTIVES[objective].kinds:
         return None
     if kind == "unpaired":
         advice = (
@@ -329,9 +333,12 @@ def _check_answer(taken: _Row, name: str, turns: Sequence[Message]) -> None:
 def _unpaired(taken: _Row) -> None:
     """One answer and whether it was wanted; the answer is the completion, or the last turn of the messages."""
     label = taken.get(taken.entry.label_feature)
-    if not _is_label(label):
-        taken.problems.append(f"{taken.entry.label_feature}: found {kind_of(label)}; expected true or false")
-    taken.parts["label"] = label if isinstance(label, bool) else str(label).lower() == "true"
+    key = str(label).lower() if isinstance(label, (bool, int, float, str)) else ""
+    if key not in LABELS:
+        taken.problems.append(
+            f"{taken.entry.label_feature}: found {kind_of(label)}; expected true or false, or 1 or 0"
+        )
+    taken.parts["label"] = LABELS.get(key, False)
     if taken.row.get(taken.entry.completion_feature) is not None:
         _completion(taken)
         return

@@ -1,12 +1,12 @@
 """A recipe's data -> Examples, split and weighted. Files are `files`', single rows are `rows`'.
 
-Problems are collected, up to 20, and raised as one DataError that names file and line (for .json, .parquet and hub
-rows, the row's number). The validation split is drawn from the recipe's seed alone; no tokens are made here.
+Bad rows are raised as one DataError that names file and line (for .json, .parquet and hub rows, the row's number), or
+left out, as the recipe says. The validation split is drawn from the recipe's seed alone; no tokens are made here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from serve.errors import DataError
+from train.data.bad_rows import BadRows
 from train.data.duplicates import DuplicateReport, content_key, without_duplicates
 from train.data.duplicates import report as report_duplicates
 from train.data.example import Example
 from train.data.files import TABLES, Row, Split, rows_of, suffix_of
 from train.data.rows import Rules, parse_row, unusable
 from train.recipe.recipe import DatasetSource, Recipe
-
-MAX_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -31,34 +30,40 @@ class Corpus:
     train: list[Example]
     valid: list[Example]
     duplicates: DuplicateReport
+    notes: dict[str, tuple[str, ...]]
+    """Split → what a person is told of its bad rows, where those are left out."""
 
 
-def read(recipe: Recipe, split: Split) -> list[Example]:
+def read(recipe: Recipe, split: Split, bad: BadRows | None = None) -> list[Example]:
     """The rows of a split, in the order written; sources follow each other.
 
     `valid` is the sources' own validation rows, or the share `val_set_size` takes from the training rows, or nothing.
+    bad  takes note of rows that cannot be used; None: the recipe's on_bad_row holds, without a word of those left out
     DataError for broken rows, for no training or test rows at all, and for validation rows given in two ways.
     """
     entries = recipe.sources()
+    bad = bad or BadRows(recipe.on_bad_row)
     if split == "test":
-        test = [example for rows in _read_all(entries, "test", recipe) for example in rows]
+        test = [example for rows in _read_all(entries, "test", recipe, bad) for example in rows]
         if not test:
             raise DataError(
                 f"no test rows in {_names(entries)}; a folder's stand in test.jsonl, or name test_split"
             )
         return test
     if split == "valid" and not recipe.val_set_size:
-        return _own_validation(recipe)
+        return _own_validation(recipe, bad)
     return getattr(read_corpus(recipe), split)
 
 
 def read_corpus(recipe: Recipe) -> Corpus:
     """Training and validation rows of a recipe that does not stream. Raises as `read`."""
     entries = recipe.sources()
-    valid = _own_validation(recipe)
-    train = _read_all(entries, "train", recipe)
+    bad = {"train": BadRows(recipe.on_bad_row), "valid": BadRows(recipe.on_bad_row)}
+    valid = _own_validation(recipe, bad["valid"])
+    train = _read_all(entries, "train", recipe, bad["train"])
     if not any(train):
-        raise DataError(f"no training rows in {_names(entries)}")
+        why = "\n".join(["", *bad["train"].lines("train")])
+        raise DataError(f"no training rows in {_names(entries)}{why.rstrip()}")
     duplicates = report_duplicates(
         [example for rows in train for example in rows], valid, removed=recipe.dataset_exact_deduplication
     )
@@ -79,16 +84,18 @@ def read_corpus(recipe: Recipe) -> Corpus:
         for entry, rows in zip(entries, train, strict=True)
         for example in _weighted(rows, entry.weight, recipe.seed)
     ]
-    return Corpus(weighted, valid, duplicates)
+    return Corpus(weighted, valid, duplicates, {name: tuple(rows.lines(name)) for name, rows in bad.items()})
 
 
-def streamed_validation(recipe: Recipe) -> list[Example]:
+def streamed_validation(recipe: Recipe, bad: BadRows) -> list[Example]:
     """Validation rows of a recipe that streams: the sources' own, or the first `val_set_size` of the stream."""
-    valid = _own_validation(recipe)
+    valid = _own_validation(recipe, bad)
     if valid or not recipe.val_set_size:
         return valid
     wanted = int(recipe.val_set_size)
-    return _checked(islice(stream_examples(recipe), wanted))
+    examples = list(bad.of_split(islice(stream_examples(recipe), wanted)))
+    bad.finish()
+    return examples
 
 
 def stream_examples(recipe: Recipe) -> Iterator[Example | DataError]:
@@ -116,9 +123,9 @@ def _endless(rules: Rules) -> Iterator[Example | DataError]:
             raise DataError(f"no training rows in {rules.entry.path}")
 
 
-def _own_validation(recipe: Recipe) -> list[Example]:
+def _own_validation(recipe: Recipe, bad: BadRows) -> list[Example]:
     """Validation rows that the sources bring themselves."""
-    valid = [example for rows in _read_all(recipe.sources(), "valid", recipe) for example in rows]
+    valid = [example for rows in _read_all(recipe.sources(), "valid", recipe, bad) for example in rows]
     if valid and recipe.val_set_size:
         raise DataError(
             f"val_set_size is {recipe.val_set_size}, but {valid[0].source} holds validation rows already; keep one"
@@ -130,40 +137,13 @@ def _names(entries: Sequence[DatasetSource]) -> str:
     return ", ".join(entry.path for entry in entries)
 
 
-def _read_all(entries: Sequence[DatasetSource], split: Split, recipe: Recipe) -> list[list[Example]]:
-    problems: list[str] = []
-    found: list[list[Example]] = []
-    for entry in entries:
-        examples: list[Example] = []
-        for example in _examples(Rules.of(recipe, entry), split):
-            if isinstance(example, DataError):
-                problems += str(example).splitlines()
-                _stop_at_many(problems)
-            else:
-                examples.append(example)
-        found.append(examples)
-    if problems:
-        raise DataError("\n".join(problems))
-    return found
-
-
-def _checked(found: Iterable[Example | DataError]) -> list[Example]:
-    examples: list[Example] = []
-    problems: list[str] = []
-    for example in found:
-        if isinstance(example, DataError):
-            problems += str(example).splitlines()
-            _stop_at_many(problems)
-        else:
-            examples.append(example)
-    if problems:
-        raise DataError("\n".join(problems))
-    return examples
-
-
-def _stop_at_many(problems: list[str]) -> None:
-    if len(problems) >= MAX_PROBLEMS:
-        raise DataError("\n".join([*problems[:MAX_PROBLEMS], "… and perhaps more; these are the first"]))
+def _read_all(
+    entries: Sequence[DatasetSource], split: Split, recipe: Recipe, bad: BadRows
+) -> list[list[Example]]:
+    """The Examples of each source. DataError for bad rows, where they are raised."""
+    sources = [list(bad.of_split(_examples(Rules.of(recipe, entry), split))) for entry in entries]
+    bad.finish()
+    return sources
 
 
 def _examples(rules: Rules, split: Split) -> Iterator[Example | DataError]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from rich.console import Console
 
 from serve.model.loading import load_tokenizer
 from serve.model.template import ChatTemplate
+from train.data.bad_rows import BadRows
 from train.data.batches import WINDOW_BATCHES
 from train.data.duplicates import DuplicateReport, content_key, report
 from train.data.example import Example
@@ -52,19 +53,24 @@ def read_splits(
 ) -> Splits:
     """The splits a recipe asks for; `console` shows progress. DataError as `sources.read` and `tokens.tokenize`."""
 
-    def prepared(name: str, examples: list[Example]) -> Split:
+    def prepared(name: str, examples: list[Example], bad: Iterable[str]) -> Split:
         made = prepare_rows(name, examples, recipe, template, tokenizer, console)
-        return Split(name, examples, made.rows, made.report, made.notes)
+        return Split(name, examples, made.rows, made.report, (*bad, *made.notes))
 
     wants_valid = bool(recipe.val_batches)
     if is_streamed(recipe):
-        held_out = streamed_validation(recipe) if wants_valid or recipe.val_set_size else []
+        bad_valid = BadRows(recipe.on_bad_row)
+        held_out = streamed_validation(recipe, bad_valid) if wants_valid or recipe.val_set_size else []
         train, duplicates = _streamed(recipe, held_out), report([], held_out)
+        notes = tuple(bad_valid.lines("valid"))
     else:
         corpus = read_corpus(recipe)
-        train, held_out, duplicates = prepared("train", corpus.train), corpus.valid, corpus.duplicates
-    valid = prepared("valid", held_out) if wants_valid and held_out else None
-    test = prepared("test", read(recipe, "test")) if recipe.test else None
+        train = prepared("train", corpus.train, corpus.notes["train"])
+        held_out, duplicates, notes = corpus.valid, corpus.duplicates, corpus.notes["valid"]
+    valid = prepared("valid", held_out, notes) if wants_valid and held_out else None
+    bad_test = BadRows(recipe.on_bad_row)
+    test_rows = read(recipe, "test", bad_test) if recipe.test else []
+    test = prepared("test", test_rows, bad_test.lines("test")) if recipe.test else None
     return Splits(
         train=train,
         valid=valid if valid and valid.rows else None,

@@ -70,6 +70,7 @@ class StreamedRows(Sequence[TokenizedExample]):
     ) -> None:
         self.window_rows = window_rows
         self._recipe = recipe
+        self._raises = recipe.on_bad_row == "raise"
         self._tools = tools
         self._made_tools: tuple[ChatTemplate, Any] | None = None
         self._first = first
@@ -242,7 +243,7 @@ class StreamedRows(Sequence[TokenizedExample]):
         while len(read.rows) < self.window_rows:
             found = next(self._source)
             self._num_read += 1
-            if isinstance(found, DataError) and is_first:
+            if isinstance(found, DataError) and is_first and self._raises:
                 raise found
             kept = [] if isinstance(found, DataError) else self._rows_of(found, read, is_first)
             if isinstance(found, DataError):
@@ -263,7 +264,7 @@ class StreamedRows(Sequence[TokenizedExample]):
             self._drop(HELD_OUT, example.place)
             return ()
         outcome = tokenize_row(example, *self._own_tools(), self._recipe)
-        if outcome.problems and is_first:
+        if outcome.problems and is_first and self._raises:
             raise DataError("\n".join(outcome.problems))
         read.examples.append(example)
         read.outcomes.append(Outcome(outcome.rows, outcome.num_truncated, outcome.dropped, lost=outcome.lost))

@@ -26,9 +26,9 @@ from rich.console import Console
 from serve import device
 from serve.adapters.experts import LoRAExperts
 from serve.errors import AdapterError, ConfigError, ModelError
-from serve.model.loading import DTYPES, read_config, resolve
+from serve.model.loading import DTYPES, cast, read_config, resolve
 from serve.model.network import TextNetwork
-from train.adapters.adapt import add_lora, train_all
+from train.adapters.build import build_adapted
 from train.data.batches import num_parts, padded_length
 from train.data.packing import PackedPlan
 from train.data.splits import rows_per_batch
@@ -37,6 +37,7 @@ from train.foresee.memory import Cost, Operation, Value, cost_of
 from train.foresee.preflight import Preflight
 from train.loop.loss import CHUNK_LOGITS, MIN_CHUNK_ROWS
 from train.loop.optim import build_optimizer
+from train.recipe.objectives import OBJECTIVES
 from train.recipe.recipe import Recipe
 
 LOGITS_COPIES = 5
@@ -110,7 +111,8 @@ def workload_of(flight: Preflight) -> Workload:
     rows, tokens = rows_per_batch(recipe), int(padded_length(np.array(longest), PAD_TO))
     if isinstance(plan, PackedPlan):
         rows, tokens = (int(length) for length in flight.batch_at(0).tokens.shape)
-    rows *= {"dpo": 2, "orpo": 2}.get(recipe.objective, 1)
+    splits_by = OBJECTIVES[recipe.objective].splits_by
+    rows *= 2 if splits_by == "pair" else 1
     if recipe.grpo is not None:
         rows = recipe.batch_size
     mean_places = float(rows * tokens)
@@ -118,8 +120,8 @@ def workload_of(flight: Preflight) -> Workload:
         num_tokens = sum(len(part) for row in flight.train.rows for part in row.sequences)
         mean_places = num_tokens / (1 - plan.padding_share) / plan.batches_per_epoch
     in_parts = recipe.grad_accumulation_steps > 1
-    if recipe.objective != "kto":
-        are_pairs = recipe.objective in ("dpo", "orpo")
+    if splits_by is not None:
+        are_pairs = splits_by == "pair"
         count = num_parts(rows, tokens - 1, recipe.micro_batch_tokens, are_pairs=are_pairs)
         unit = 2 if are_pairs else 1
         rows, in_parts = -(-rows // unit // count) * unit, in_parts or count > 1
@@ -203,7 +205,7 @@ def _unweighted(recipe: Recipe) -> TextNetwork:
     text = config.get("text_config") or {}
     stored = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16")
     dtype = device.compute_dtype("float32" if recipe.init == "random" else stored)
-    module.set_dtype(DTYPES.get(dtype, mx.bfloat16))
+    cast(module, DTYPES.get(dtype, mx.bfloat16))
     packing = config.get("quantization") or (recipe.quantize.model_dump() if recipe.quantize else None)
     if packing and device.backend() != "cpu":
         known = {name: packing[name] for name in ("group_size", "bits", "mode") if name in packing}
@@ -211,21 +213,7 @@ def _unweighted(recipe: Recipe) -> TextNetwork:
             module, class_predicate=lambda _, layer: _fits(layer, known.get("group_size", 64)), **known
         )
     network = TextNetwork(module)
-    lora = recipe.lora_parameters
-    if lora is None:
-        train_all(network, num_layers=-1 if recipe.init == "random" else recipe.num_layers)
-    else:
-        add_lora(
-            network,
-            rank=lora.rank,
-            scale=1.0,
-            dropout=lora.dropout,
-            keys=lora.keys,
-            num_layers=recipe.num_layers,
-            fine_tune_type="dora" if recipe.fine_tune_type == "dora" else "lora",
-            init=lora.init_lora_weights,
-            is_sketch=True,
-        )
+    build_adapted(recipe, network, is_sketch=True)
     module.train()
     return network
 

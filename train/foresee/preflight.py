@@ -6,13 +6,15 @@ A recipe goes in; out come tokenized rows, batches and what was dropped and why.
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 
 from serve.errors import DataError
-from serve.model.loading import load_tokenizer
+from serve.model.loading import LoadedModel, load_tokenizer
 from serve.model.template import ChatTemplate
 from serve.settings import dump
 from serve.tables import show as show_tables
@@ -32,6 +34,8 @@ from train.data.tables import (
 )
 from train.loop.distributed import Alone, Ranks, share
 from train.objectives.rewards import Scorer
+from train.objectives.rollouts import Questions, Rollouts
+from train.recipe.optimizer_config import AdamConfig
 from train.recipe.recipe import Recipe
 from train.watch.samples import SamplePrompt, prompts_of
 
@@ -98,6 +102,22 @@ class Preflight:
             if split is not None and self.scorer is not None:
                 rows = ((f"{row.source}:{row.line}", row.fields or {}) for row in split.rows)
                 self.scorer.check_columns(list(rows))
+
+    def rollouts(self, model: LoadedModel) -> Rollouts | None:
+        """What makes the batches of objective grpo, from answers; None under others, whose batches are read."""
+        config = self.recipe.grpo
+        if config is None or self.scorer is None:
+            return None
+        return Rollouts(
+            model,
+            Questions.of(self.train.rows, self.train.examples),
+            self.plan.rows,
+            config,
+            self.scorer,
+            seed=self.recipe.seed,
+            batch_size=self.recipe.batch_size,
+            ranks=self.ranks,
+        )
 
     def test_batches(self) -> list[Batch]:
         """This process's share of the batches of the test after training."""
@@ -188,6 +208,31 @@ def show(preflight: Preflight, console: Console, *, with_recipe: bool = False) -
     if with_recipe:
         show_tables(console, histogram(preflight.train.report))
     show_tables(console, _clocks(preflight))
+    for line in adam_lines(preflight.recipe, preflight.num_steps):
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def adam_lines(recipe: Recipe, num_steps: int) -> Iterator[str]:
+    """What the first updates are without bias correction and warm-up; nothing where there is one of them."""
+    used = {"adam": "adam", "adamw": "adamw", "muon": "adamw"}.get(recipe.optimizer)
+    schedule = recipe.lr_schedule
+    has_warmup = (schedule is not None and schedule.warmup > 0) or round(recipe.warmup_ratio * num_steps) > 0
+    if used is None or has_warmup:
+        return
+    config: AdamConfig = getattr(recipe.optimizer_config, used)
+    if config.bias_correction:
+        return
+    beta_1, beta_2 = config.betas
+    # The moments of a gradient that stays the same, from zero: (1 - beta^t) of it and of its square.
+    sizes = [
+        (1 - beta_1**t) / math.sqrt(max(1 - beta_2**t, 1e-12)) for t in range(1, min(num_steps, 1000) + 1)
+    ]
+    if max(sizes) >= 2:
+        yield (
+            f"{used} runs without bias correction and without warm-up: its first updates are up to {max(sizes):.1f} "
+            f"times learning_rate (step {1 + sizes.index(max(sizes))}). If the loss jumps at first, write "
+            f"warmup_ratio: 0.05 or optimizer_config: {{{used}: {{bias_correction: true}}}}"
+        )
 
 
 def _clocks(preflight: Preflight) -> str:

@@ -31,7 +31,8 @@ from serve.adapters.manifest import (
     read_tensors,
     write_adapter,
 )
-from serve.errors import AdapterError, ConfigError, NotFoundError, StorageError, TrainingError
+from serve.errors import AdapterError, NotFoundError, StorageError, TrainingError
+from train.adapters.warm_start import load_tensors
 from train.loop.trainer import TrainState
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -44,7 +45,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds. `identity` names what the cursor and the weights mean; see `check_identity`."""
+    """What a checkpoint folder holds. `identity` says whose it is; see `train.loop.identity`."""
 
     folder: Path
     tensors: dict[str, mx.array]
@@ -112,20 +113,6 @@ def load(folder: Path) -> Checkpoint:
     )
 
 
-def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
-    """ConfigError unless the run resumed is the run that saved: same base, data, batches and optimizer."""
-    different = [
-        f"  {name}: the checkpoint has {checkpoint.identity.get(name)!r}, this run {value!r}"
-        for name, value in identity.items()
-        if checkpoint.identity.get(name) != value
-    ]
-    if different:
-        raise ConfigError(
-            f"{checkpoint.folder} cannot be continued with this recipe:\n" + "\n".join(different) + "\n"
-            "  resume_adapter_file starts a new run from its weights alone"
-        )
-
-
 def find(where: Path) -> Path:
     """A checkpoint by its own folder, or the last one of a run's folder. NotFoundError if there is none."""
     if (where / STATE_FILE).is_file():
@@ -150,6 +137,34 @@ def folder_of(adapter_path: Path, step: int) -> Path:
 def step_of(folder: Path) -> int:
     """The step a checkpoint's folder is named for."""
     return int(folder.name.removeprefix("step-"))
+
+
+def sibling(folder: Path, step: int) -> Path:
+    """Where the checkpoint of another step of the same run stands."""
+    return folder.with_name(f"step-{step:06d}")
+
+
+def bring(source: Path, adapter_path: Path, step: int) -> bool:
+    """Have a checkpoint of another folder in this run's too, as `step`'s. False where there is none to copy.
+
+    StorageError where it cannot be written.
+    """
+    final = folder_of(adapter_path, step)
+    if (final / STATE_FILE).is_file():
+        return True
+    if not (source / STATE_FILE).is_file():
+        return False
+    partial = final.with_name(f"{NEW}{final.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        publish(partial, final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StorageError(f"{final}: {source} could not be copied: {error}") from error
+    return True
 
 
 def prune(adapter_path: Path, limit: int | None, best_step: int | None) -> None:
@@ -263,15 +278,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def load_tensors(path: Path) -> dict[str, mx.array]:
-    """A safetensors file, checked for truncation."""
-    check_whole(path)
-    tensors = mx.load(str(path))
-    assert isinstance(tensors, dict), "a safetensors file is a dict of tensors"
-    mx.eval(tensors)
-    return tensors
 
 
 def _save_tensors(path: Path, tensors: dict[str, mx.array]) -> None:

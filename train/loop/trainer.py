@@ -1,59 +1,27 @@
-"""The training loop: batches in, moved weights and reports out. Knows no files, no recipe and no tokenizer.
+"""The training loop: steps, reports, validations and saves in order. Knows no files, no recipe and no tokenizer.
 
 Two clocks. An *iteration* is one batch (mlx-lm's `iters` and its cadences count these); a *step* is one optimizer
-update, over `accumulation` batches. Losses and gradients are sums over the objective's units (targets, pairs) of a
-step, divided once by their number over all batches and processes, so batch 8 ≡ 4×2 ≡ 2 processes × 4.
+update, over `accumulation` batches.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as mlx_optim
-import numpy as np
-from mlx.utils import tree_flatten, tree_map
 
 from serve.errors import TrainingError
-from serve.model.network import TextNetwork, evaluating
-from train.adapters.adapt import checkpointed_layers
-from train.data.batches import num_parts
-from train.loop.distributed import Alone, Ranks, part_of, sum_named
 from train.loop.optim import current_rate
-from train.objectives import Objective, Prepared
-from train.objectives.sft import SFT
+from train.loop.step import Batch, Evaluation, Stepper, StepResult
 
-MAX_ROWS_IN_MESSAGE = 8
-UNITS = "units"
 MAX_NONFINITE_IN_A_ROW = 10
 """So many bad steps one after the other end a run whatever its policy: the weights themselves are bad."""
 
 NonfinitePolicy = Literal["stop", "skip", "rollback"]
-
-
-class Batch(Protocol):
-    """What the loop needs of a batch; `train.data.batches.Batch` is the real one."""
-
-    @property
-    def tokens(self) -> np.ndarray: ...  # [B, T] int32, right-padded
-
-    @property
-    def is_target(self) -> np.ndarray: ...  # [B, T] bool
-
-    @property
-    def num_targets(self) -> int: ...
-
-    @property
-    def num_tokens(self) -> int: ...  # without padding
-
-    @property
-    def row_ids(self) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True)
@@ -99,16 +67,26 @@ class TrainState:
     best_value: float | None = None
     """What `best_by` names, at the best step."""
     best_step: int | None = None
+    first_measures: dict[str, float] = field(default_factory=dict)
+    """What was measured beside the loss before the first step."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """The same of the last evaluation."""
+    best_measures: dict[str, float] = field(default_factory=dict)
     num_evals_without_gain: int = 0
     num_nonfinite: int = 0
     num_nonfinite_in_a_row: int = 0
     window: Window = field(default_factory=lambda: Window())
     """Of the next report; saved too, so that a continued run reports what an uninterrupted one does."""
 
+    def forget_best(self) -> None:
+        """From here on, as if no evaluation had been the best yet."""
+        self.best_loss = self.best_value = self.best_step = None
+        self.best_measures, self.num_evals_without_gain = {}, 0
+
     @classmethod
-    def of(cls, said: Mapping[str, Any]) -> TrainState:
+    def of(cls, fields: Mapping[str, Any]) -> TrainState:
         """The inverse of `dataclasses.asdict`. TypeError on fields of another version."""
-        return cls(**{**said, "window": Window(**said.get("window", {}))})
+        return cls(**{**fields, "window": Window(**fields.get("window", {}))})
 
 
 @dataclass(frozen=True)
@@ -131,14 +109,6 @@ class Report:
     eta_s: float
     measures: dict[str, float] = field(default_factory=dict)
     """The objective's own, means over its units."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Means over the units of the validation batches."""
-
-    loss: float
-    measures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,29 +137,6 @@ class Observer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """One step, read back. `shares` [batches]: what each adds to the step's mean loss."""
-
-    shares: np.ndarray
-    norm: float
-    num_units: int
-    num_places: int
-    """Tokens and padding of the batches, over all processes."""
-    measures: dict[str, float]
-    seconds: float
-    """Of the computation: graph building, forward, backward and update."""
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.norm) and bool(np.isfinite(self.shares).all())
-
-    @property
-    def loss(self) -> float:
-        """Mean over the step's units."""
-        return float(self.shares.sum())
-
-
 @dataclass
 class Window:
     """Steps since the last report."""
@@ -206,166 +153,15 @@ class Window:
     compute_s: float = 0.0
 
 
-class Stepper:
-    """One optimizer update from the batches of one step. Owns the compiled functions.
-
-    After `step` returns, the module's trainable weights and the optimizer's state are the new ones, evaluated.
-    A step whose loss or gradient is not finite leaves them as they were.
-
-    max_places  positions of one forward, padding included; a larger batch runs in parts, one at a time. 0: whole
-    """
-
-    def __init__(
-        self,
-        network: TextNetwork,
-        optimizer: mlx_optim.Optimizer,
-        objective: Objective | None = None,
-        *,
-        max_grad_norm: float | None = None,
-        compiled: bool = False,
-        seed: int = 0,
-        recompute: bool = False,
-        name_row: Callable[[int], str] = str,
-        ranks: Ranks | None = None,
-        max_places: int = 0,
-    ) -> None:
-        self.network = network
-        self.optimizer = optimizer
-        self.objective = objective or SFT()
-        self.recompute = recompute
-        self.name_row = name_row
-        self.compiled = compiled
-        self.seed = seed
-        self.ranks = ranks or Alone()
-        self.max_places = max_places
-        self._max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
-        optimizer.init(network.module.trainable_parameters())
-        self._state = [network.module.state, optimizer.state, mx.random.state]
-        self._gradients = self._compile(nn.value_and_grad(network.module, self._loss))
-        self._apply = self._compile(self._update)
-
-    def _compile(self, function: Callable) -> Callable:
-        return mx.compile(function, inputs=self._state, outputs=self._state) if self.compiled else function
-
-    def _loss(self, inputs: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
-        return self.objective.loss(self.network, inputs)
-
-    def _update(self, gradients: dict, norm: mx.array) -> None:
-        shrink = mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0)
-        gradients = tree_map(lambda g: g * shrink.astype(g.dtype), gradients)
-        self.optimizer.update(self.network.module, gradients)
-
-    def step(self, batches: Sequence[Batch], first_iteration: int) -> StepResult:
-        """One update. TrainingError when no batch of any process has a unit to learn from.
-
-        Dropout's randomness comes from (seed, iteration), so it is part of no saved state.
-        """
-        start_s = time.perf_counter()
-        found = [[self._prepare(part) for part in self._parts(batch)] for batch in batches]
-        mine = sum(part.num_units for parts in found for part in parts)
-        counts = self.ranks.gather_numbers([mine, sum(batch.tokens.size for batch in batches)])
-        num_units, num_places = (round(sum(column)) for column in zip(*counts, strict=True))
-        if not num_units:
-            raise TrainingError(f"no loss targets in {self.name_rows(batches)}: nothing to learn from")
-        with checkpointed_layers(self.network) if self.recompute else nullcontext():
-            gradients, shares, measures = self._accumulate(found, num_units, first_iteration)
-        if not all(units for units, _ in counts):  # a process without units does not know the measures' names
-            names = self.ranks.gather(sorted(measures))
-            measures = {name: measures.get(name, mx.array(0.0)) for name in sorted(set().union(*names))}
-        gradients, shares, measures = self.ranks.sum_tree((gradients, shares, measures))
-        norm = gradient_norm(gradients)
-        mx.eval(gradients, shares, measures, norm)
-        result = StepResult(
-            shares=np.array(shares),
-            norm=float(np.array(norm)),
-            num_units=num_units,
-            num_places=num_places,
-            measures={name: float(np.array(value)) for name, value in measures.items()},
-            seconds=time.perf_counter() - start_s,
-        )
-        if not result.is_finite:
-            return result
-        self._apply(gradients, norm)
-        mx.eval(self._state[:2])
-        return replace(result, seconds=time.perf_counter() - start_s)
-
-    def mean_loss(self, batches: Iterable[Batch]) -> Evaluation:
-        """The objective over batches of all processes, by forwards no larger than a step's; see `mean_loss`."""
-        return mean_loss(self.network, batches, self.objective, self.ranks, self.max_places)
-
-    def _parts(self, batch: Any) -> list[Any]:
-        return parts_of(batch, self.objective, self.max_places)
-
-    def _prepare(self, batch: Batch) -> Prepared:
-        # A process's share of a short batch may be no row at all.
-        return self.objective.prepare(batch, pad=self.compiled) if len(batch.tokens) else Prepared({}, 0)
-
-    def _accumulate(
-        self, found: Sequence[Sequence[Prepared]], num_units: int, first_iteration: int
-    ) -> tuple[dict, mx.array, dict[str, mx.array]]:
-        """(gradients, shares [batches], measures) of this process's units; a part without any costs nothing."""
-        gradients: dict | None = None
-        shares = [mx.array(0.0)] * len(found)
-        measures: dict[str, mx.array] = {}
-        numbered = (
-            (place, number, part) for place, parts in enumerate(found) for number, part in enumerate(parts)
-        )
-        for place, number, part in numbered:
-            if not part.num_units:
-                continue
-            if gradients is not None:
-                mx.eval(gradients, shares, measures)  # frees the last part's activations before the next runs
-            mx.random.seed(self._dropout_seed(first_iteration + place, number))
-            (part_share, new_measures), new = self._gradients(part.arrays(num_units))
-            shares[place] = shares[place] + part_share
-            gradients = new if gradients is None else tree_map(mx.add, gradients, new)
-            measures = {name: measures.get(name, 0.0) + value for name, value in new_measures.items()}
-        if gradients is None:
-            gradients = tree_map(mx.zeros_like, self.network.module.trainable_parameters())
-        return gradients, mx.stack(shares), measures
-
-    def _dropout_seed(self, iteration: int, part: int) -> int:
-        return ((part << 56) + (self.seed << 32) + (self.ranks.rank << 24) + iteration) % 2**64
-
-    def what_is_wrong(self, batches: Sequence[Batch], result: StepResult) -> tuple[str, str]:
-        """(what is not finite, the rows it stands in) of a step that is not."""
-        bad = [batch for batch, share in zip(batches, result.shares, strict=True) if not np.isfinite(share)]
-        shares = result.shares[~np.isfinite(result.shares)]
-        what = f"the loss is {shares[0]}" if bad else f"the gradient norm is {result.norm}"
-        return what, self.name_rows(bad or batches)
-
-    def name_rows(self, batches: Sequence[Batch]) -> str:
-        """The rows of some batches as a person finds them again, the first few of many."""
-        row_ids = [row_id for batch in batches for row_id in batch.row_ids]
-        shown = ", ".join(self.name_row(row_id) for row_id in row_ids[:MAX_ROWS_IN_MESSAGE])
-        more = len(row_ids) - MAX_ROWS_IN_MESSAGE
-        return f"rows {shown}" + (f" and {more} more" if more > 0 else "")
-
-
-def parts_of(batch: Any, objective: Objective, max_places: int) -> list[Any]:
-    """The batch, cut where one forward of it would be too large and its objective lets it; see `Stepper`."""
-    by, (rows, width) = objective.splits_by, batch.tokens.shape
-    count = num_parts(rows, width - 1, max_places if by else 0, are_pairs=by == "pair")
-    if count == 1:
-        return [batch]
-    return [part_of(batch, index, count, are_pairs=by == "pair") for index in range(count)]
-
-
-def gradient_norm(gradients: dict) -> mx.array:
-    """√ of the sum of all squares, in float32. Scalar."""
-    squares = [g.astype(mx.float32).square().sum() for _, g in tree_flatten(gradients)]
-    return mx.sqrt(mx.stack(squares).sum())
-
-
 class Trainer:
     """Runs steps to the end of the run, a signal, or the end of patience.
 
-    batch_at       iteration → Batch. A pure function of the number (and of the weights, where an objective samples
-                   from them): resuming needs only the number
-    valid_batches  the same at each evaluation; empty means no evaluation
-    stop           asked between steps; true ends the run after saving
-    evaluate       in place of the loss over valid_batches
-    measure        step → further measures of the weights as they are, taken at each evaluation
+    batch_at  iteration → Batch. A pure function of the number (and of the weights, where an objective samples from
+              them): resuming needs only the number
+    observer  is told of everything, and saves
+    evaluate  step → the loss of the weights as they are and whatever else is measured; None: no evaluation
+    state     where the run stands; None: at its beginning
+    stop      asked between steps; true ends the run after saving
     """
 
     def __init__(
@@ -373,24 +169,19 @@ class Trainer:
         stepper: Stepper,
         settings: LoopSettings,
         batch_at: Callable[[int], Batch],
-        valid_batches: Sequence[Batch],
         observer: Observer,
+        evaluate: Callable[[int], Evaluation] | None = None,
         *,
         state: TrainState | None = None,
         stop: Callable[[], bool] = lambda: False,
-        evaluate: Callable[[], Evaluation] | None = None,
-        measure: Callable[[int], Mapping[str, float]] = lambda step: {},
     ) -> None:
         self.stepper = stepper
         self.settings = settings
         self.state = state or TrainState()
         self._batch_at = batch_at
         self._observer = observer
+        self._evaluate_at = evaluate
         self._stop = stop
-        self._measure = measure
-        self._evaluation = evaluate
-        if evaluate is None and valid_batches:
-            self._evaluation = lambda: stepper.mean_loss(valid_batches)
 
     def fit(self) -> TrainState:
         """Train. On return the weights are those of the last step, and a checkpoint of them was asked for.
@@ -505,23 +296,23 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Measure the weights as they are. True when they are the best so far."""
-        if self._evaluation is None:
+        if self._evaluate_at is None:
             return False
         state, settings = self.state, self.settings
         start_s = time.perf_counter()
-        found = self._evaluation()
-        found = replace(found, measures={**found.measures, **self._measure(state.step)})
-        value = found.loss if settings.best_by == "loss" else found.measures[settings.best_by]
+        evaluation = self._evaluate_at(state.step)
+        value = evaluation.loss if settings.best_by == "loss" else evaluation.measures[settings.best_by]
         is_best = state.step > 0 and math.isfinite(value) and self._is_better(value)
-        state.valid_loss = found.loss
+        state.valid_loss, state.measures = evaluation.loss, evaluation.measures
         if state.step == 0:
-            state.first_valid_loss = found.loss
+            state.first_valid_loss, state.first_measures = evaluation.loss, evaluation.measures
         elif is_best:
-            state.best_loss, state.best_value, state.best_step = found.loss, value, state.step
+            state.best_loss, state.best_value, state.best_step = evaluation.loss, value, state.step
+            state.best_measures = evaluation.measures
             state.num_evals_without_gain = 0
         else:
             state.num_evals_without_gain += 1
-        self._observer.on_eval(state.step, found, is_best, time.perf_counter() - start_s)
+        self._observer.on_eval(state.step, evaluation, is_best, time.perf_counter() - start_s)
         return is_best
 
     def _is_better(self, value: float) -> bool:
@@ -529,36 +320,6 @@ class Trainer:
         if best is None:
             return True
         return value > best if self.settings.greater_is_better else value < best
-
-
-def mean_loss(
-    network: TextNetwork,
-    batches: Iterable[Batch],
-    objective: Objective | None = None,
-    ranks: Ranks | None = None,
-    max_places: int = 0,
-) -> Evaluation:
-    """The objective over all batches together, without dropout. The module is left in the mode it was in.
-
-    max_places  of one forward, as in a `Stepper`
-    NaN when the batches hold no unit at all.
-    """
-    objective, ranks = objective or SFT(), ranks or Alone()
-    sums = {UNITS: 0.0}
-    with evaluating(network):
-        for part in (part for batch in batches for part in parts_of(batch, objective, max_places)):
-            found = objective.prepare(part) if len(part.tokens) else Prepared({}, 0)
-            if not found.num_units:
-                continue
-            loss, measures = objective.loss(network, found.arrays(1), trains=False)
-            mx.eval(loss, measures)
-            for name, value in {"": loss, **measures}.items():
-                sums[name] = sums.get(name, 0.0) + float(np.array(value))
-            sums[UNITS] += found.num_units
-    sums = sum_named(ranks, sums)
-    num_units = sums.pop(UNITS)
-    means = {name: value / num_units for name, value in sums.items()} if num_units else {}
-    return Evaluation(means.pop("", math.nan), objective.summarize(means) if means else {})
 
 
 def peak_memory_bytes() -> int:

@@ -13,10 +13,12 @@ import mlx.nn as nn
 import numpy as np
 
 from serve.model.network import TextNetwork
-from train.objectives import Prepared
+from train.loop.objective import Prepared
 from train.objectives.answers import answer_inputs, answer_logprobs
 from train.objectives.reference import Reference, base
 from train.recipe.objective_config import DPOConfig
+from train.recipe.objectives import OBJECTIVES
+from train.recipe.recipe import Recipe
 
 
 class DPO:
@@ -24,7 +26,7 @@ class DPO:
 
     name = "dpo"
     unit = "pair"
-    splits_by: Literal["row", "pair"] | None = "pair"
+    splits_by: Literal["row", "pair"] | None = OBJECTIVES["dpo"].splits_by
 
     def __init__(self, config: DPOConfig, reference: Reference = base) -> None:
         self.config = config
@@ -58,6 +60,12 @@ class DPO:
     def summarize(self, means: dict[str, float]) -> dict[str, float]:
         """The measures are means over pairs already."""
         return means
+
+
+def build(recipe: Recipe, reference: Reference) -> DPO:
+    """The objective of a recipe."""
+    assert recipe.dpo is not None
+    return DPO(recipe.dpo, reference)
 
 
 def pair_losses(gains: mx.array, lengths: mx.array, config: DPOConfig) -> mx.array:

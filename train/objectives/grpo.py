@@ -16,10 +16,12 @@ import numpy as np
 
 from serve.model.network import TextNetwork
 from train.loop.loss import find_targets, target_logprobs
-from train.objectives import Prepared
+from train.loop.objective import Prepared
 from train.objectives.answers import sum_by_row
 from train.objectives.reference import Reference, base
 from train.recipe.objective_config import GRPOConfig
+from train.recipe.objectives import OBJECTIVES
+from train.recipe.recipe import Recipe
 
 SCORE = "score/"
 """Inputs that measure rows and take no part in the loss: score/name, [B] float32."""
@@ -29,7 +31,7 @@ class GRPO:
     """Objective grpo. A batch is B answers of one forward, and one more for the reference where beta is not 0."""
 
     name = "grpo"
-    splits_by: Literal["row", "pair"] | None = "row"
+    splits_by: Literal["row", "pair"] | None = OBJECTIVES["grpo"].splits_by
 
     def __init__(self, config: GRPOConfig, reference: Reference = base) -> None:
         self.config = config
@@ -40,8 +42,8 @@ class GRPO:
         """Host arrays of a batch with advantages and, from `train.objectives.rollouts`, scores.
 
         rows [N] int32, the row of each target · advantages [N] float32
-        is_one [N] float32, what makes weights · is_one one target's share of all, whatever loss_type weighs
-        is_row [N] float32, likewise for a row's share of all, spread over its targets
+        ones [N] float32, 1 for each target, whatever its weight · kept [N] float32, 0 where its row is masked
+        shares [N] float32, a row's 1 spread over its targets
         """
         found = find_targets(batch.tokens, batch.is_target, pad=pad)
         rows = found.positions // batch.tokens.shape[1]
@@ -51,11 +53,14 @@ class GRPO:
             "grpo": 1 / lengths,
             "dr_grpo": np.full_like(lengths, 1 / self.config.max_completion_length),
         }[self.config.loss_type]
+        masked = getattr(batch, "is_masked", None)
+        kept = np.ones_like(lengths) if masked is None else 1.0 - masked[rows]
         floats = {
             "advantages": batch.advantages[rows],
-            "weights": found.weights * weight,
-            "is_one": 1 / weight,
-            "is_row": 1 / (weight * lengths),
+            "weights": found.weights * weight * kept,
+            "ones": found.weights,
+            "kept": kept,
+            "shares": found.weights / lengths,
             **{SCORE + name: values for name, values in getattr(batch, "scores", {}).items()},
         }
         return Prepared(
@@ -66,7 +71,9 @@ class GRPO:
                 "rows": rows.astype(np.int32),
                 **{name: values.astype(np.float32) for name, values in floats.items()},
             },
-            found.num_targets if self.unit == "target" else len(batch.tokens),
+            int((found.weights * kept).sum()) if self.unit == "target" else len(batch.tokens),
+            scaled=("weights", "ones", "shares"),
+            is_measured=True,
         )
 
     def loss(
@@ -76,8 +83,8 @@ class GRPO:
         logprobs = self._logprobs(network, inputs)
         ratio = mx.exp(logprobs - mx.stop_gradient(logprobs))
         losses = -inputs["advantages"] * ratio
-        weights = inputs["weights"]
-        ones, shares = weights * inputs["is_one"], weights * inputs["is_row"]
+        weights, ones, shares = inputs["weights"], inputs["ones"], inputs["shares"]
+        counted = ones * inputs["kept"]
         by_row = sum_by_row(shares, inputs["rows"], len(inputs["tokens"]))  # [B]
         sums = {"rows": shares.sum(), "targets": ones.sum()}
         sums |= {name: (by_row * values).sum() for name, values in inputs.items() if name.startswith(SCORE)}
@@ -86,7 +93,8 @@ class GRPO:
                 reference = mx.stop_gradient(self._logprobs(network, inputs))
             kl = kl_divergence(logprobs, reference)
             losses = losses + self.config.beta * kl
-            sums["kl"] = mx.stop_gradient((ones * kl).sum())
+            sums["kl"] = mx.stop_gradient((counted * kl).sum())
+            sums["counted"] = counted.sum()
         return (losses * weights).sum(), sums
 
     def _logprobs(self, network: TextNetwork, inputs: dict[str, mx.array]) -> mx.array:
@@ -103,7 +111,13 @@ class GRPO:
         rows, targets = means["rows"], means["targets"]
         scores = {n.removeprefix(SCORE): value / rows for n, value in means.items() if n.startswith(SCORE)}
         measures = summary_of_scores(scores) | {"completions/mean_length": targets / rows}
-        return measures | ({"kl": means["kl"] / targets} if "kl" in means else {})
+        return measures | ({"kl": means["kl"] / (means["counted"] or 1.0)} if "kl" in means else {})
+
+
+def build(recipe: Recipe, reference: Reference) -> GRPO:
+    """The objective of a recipe."""
+    assert recipe.grpo is not None
+    return GRPO(recipe.grpo, reference)
 
 
 def kl_divergence(logprobs: mx.array, reference: mx.array) -> mx.array:

@@ -15,10 +15,12 @@ import numpy as np
 
 from serve.model.network import TextNetwork
 from train.data.batches import padded_length
-from train.objectives import Prepared
+from train.loop.objective import Prepared
 from train.objectives.answers import answer_inputs, answer_logprobs
 from train.objectives.reference import Reference, base
 from train.recipe.objective_config import KTOConfig
+from train.recipe.objectives import OBJECTIVES
+from train.recipe.recipe import Recipe
 
 MISMATCHED = "mismatched_"
 
@@ -29,7 +31,7 @@ class KTO:
 
     name = "kto"
     unit = "row"
-    splits_by: Literal["row", "pair"] | None = None  # one estimate of the divergence a batch
+    splits_by: Literal["row", "pair"] | None = OBJECTIVES["kto"].splits_by
 
     def __init__(self, config: KTOConfig, reference: Reference = base, *, max_length: int) -> None:
         self.config = config
@@ -84,6 +86,12 @@ class KTO:
         if "rewards/chosen" in measures and "rewards/rejected" in measures:
             measures["rewards/margins"] = measures["rewards/chosen"] - measures["rewards/rejected"]
         return measures
+
+
+def build(recipe: Recipe, reference: Reference) -> KTO:
+    """The objective of a recipe."""
+    assert recipe.kto is not None
+    return KTO(recipe.kto, reference, max_length=recipe.max_seq_length)
 
 
 def row_losses(gains: mx.array, kl: mx.array, labels: mx.array, config: KTOConfig) -> mx.array:

@@ -17,10 +17,13 @@ import numpy as np
 
 from serve.model.network import TextNetwork
 from train.loop.loss import target_logprobs
-from train.objectives import Prepared
+from train.loop.objective import Prepared
 from train.objectives.answers import answer_inputs, sum_by_row
 from train.objectives.dpo import halves, pair_measures
+from train.objectives.reference import Reference
 from train.recipe.objective_config import ORPOConfig
+from train.recipe.objectives import OBJECTIVES
+from train.recipe.recipe import Recipe
 
 
 class ORPO:
@@ -28,7 +31,7 @@ class ORPO:
 
     name = "orpo"
     unit = "pair"
-    splits_by: Literal["row", "pair"] | None = "pair"
+    splits_by: Literal["row", "pair"] | None = OBJECTIVES["orpo"].splits_by
 
     def __init__(self, config: ORPOConfig) -> None:
         self.config = config
@@ -88,6 +91,12 @@ class ORPO:
     def summarize(self, means: dict[str, float]) -> dict[str, float]:
         """The measures are means over pairs already."""
         return means
+
+
+def build(recipe: Recipe, reference: Reference) -> ORPO:
+    """The objective of a recipe."""
+    assert recipe.orpo is not None
+    return ORPO(recipe.orpo)
 
 
 def log_odds_ratio(means: mx.array) -> mx.array:

@@ -24,9 +24,8 @@ from train.data.batches import Batch, padded_length, validation_rows
 from train.data.example import Example
 from train.data.splits import Split
 from train.data.tokens import TokenizedExample
-from train.foresee.preflight import Preflight
 from train.loop.distributed import Alone, Ranks
-from train.loop.trainer import Evaluation
+from train.loop.step import Evaluation
 from train.objectives.grpo import summary_of_scores
 from train.objectives.rewards import Answer, Scorer
 from train.recipe.objective_config import GRPOConfig
@@ -37,9 +36,13 @@ UNBOUNDED_BYTES = 1 << 62
 
 @dataclass(frozen=True)
 class RolloutBatch(Batch):
-    """A batch of answers. `scores`: by name, a number for each row, [B] float32; see `scores_of`."""
+    """A batch of answers. `scores`: by name, a number for each row, [B] float32; see `scores_of`.
+
+    is_masked  [B] bool, the answers that the loss leaves out
+    """
 
     scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    is_masked: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,9 @@ class Rollouts:
         batch = _collate(prompts, completions, tuple(rows.tolist()), advantages, measures)
         counts = ranks.gather_numbers([batch.num_targets, batch.num_tokens])
         num_targets, num_tokens = (round(sum(numbers)) for numbers in zip(*counts, strict=True))
-        return replace(batch, num_targets=num_targets, num_tokens=num_tokens)
+        is_cut = np.array([one.finish == "length" for one in completions], bool)
+        is_masked = is_cut if config.mask_truncated_completions else None
+        return replace(batch, num_targets=num_targets, num_tokens=num_tokens, is_masked=is_masked)
 
     def evaluate(self, questions: Questions, batches: Sequence[Sequence[int]]) -> Evaluation:
         """Rewards of greedy answers, one to each row of `batches`: means. The loss is minus the mean reward."""
@@ -147,23 +152,6 @@ class Rollouts:
     def _score(self, questions: Questions, rows: np.ndarray, completions: Sequence[Completion]) -> np.ndarray:
         answers = [questions.answer(row, one) for row, one in zip(rows.tolist(), completions, strict=True)]
         return self._scorer.score(answers)
-
-
-def rollouts_of(flight: Preflight, model: LoadedModel) -> Rollouts | None:
-    """What makes a run's batches under objective grpo; None under the others, whose batches are read."""
-    config, scorer, recipe = flight.recipe.grpo, flight.scorer, flight.recipe
-    if config is None or scorer is None:
-        return None
-    return Rollouts(
-        model,
-        Questions.of(flight.train.rows, flight.train.examples),
-        flight.plan.rows,
-        config,
-        scorer,
-        seed=recipe.seed,
-        batch_size=recipe.batch_size,
-        ranks=flight.ranks,
-    )
 
 
 def evaluation_of(rollouts: Rollouts, split: Split, batch_size: int, num_batches: int) -> Evaluation:

@@ -11,14 +11,17 @@ import mlx.core as mx
 
 from serve.model.network import TextNetwork
 from train.loop.loss import find_targets, sum_loss
-from train.objectives import Prepared
+from train.loop.objective import Prepared
+from train.objectives.reference import Reference
+from train.recipe.objectives import OBJECTIVES
+from train.recipe.recipe import Recipe
 
 
 class SFT:
     """Cross entropy in nats, a mean over targets."""
 
     unit = "target"
-    splits_by: Literal["row", "pair"] | None = "row"
+    splits_by: Literal["row", "pair"] | None = OBJECTIVES["sft"].splits_by
 
     def __init__(self, name: str = "sft") -> None:
         self.name = name
@@ -45,3 +48,8 @@ class SFT:
     def summarize(self, means: dict[str, float]) -> dict[str, float]:
         """Nothing."""
         return means
+
+
+def build(recipe: Recipe, reference: Reference) -> SFT:
+    """The objective of a recipe."""
+    return SFT(recipe.objective)

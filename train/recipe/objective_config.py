@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -10,7 +11,25 @@ from pydantic import Field, field_validator, model_validator
 from serve.settings import Problems, Strict
 
 
-class DPOConfig(Strict):
+class ObjectiveConfig(Strict):
+    """A recipe's block of one objective."""
+
+    @property
+    def has_reference(self) -> bool:
+        """True where the objective measures against the model that the run starts from."""
+        return False
+
+    @property
+    def without_reference(self) -> str:
+        """How to do without one, where that is possible; for a message."""
+        return ""
+
+    def problems(self, recipe: Any) -> Iterator[tuple[str, str]]:
+        """(key, what is wrong) of the recipe's other keys, where they do not agree with this objective."""
+        yield from ()
+
+
+class DPOConfig(ObjectiveConfig):
     """Pairs of answers, the chosen one pushed above the rejected one. Rafailov et al. 2023, arXiv 2305.18290."""
 
     beta: float = Field(default=0.1, gt=0)
@@ -26,6 +45,14 @@ class DPOConfig(Strict):
     rpo_alpha: float | None = Field(default=None, gt=0)
     """Adds this times the chosen answer's mean negative log-likelihood (Pang et al. 2024, arXiv 2404.19733)."""
 
+    @property
+    def has_reference(self) -> bool:
+        return not self.reference_free
+
+    @property
+    def without_reference(self) -> str:
+        return ", objective orpo or dpo.reference_free: true"
+
     @model_validator(mode="after")
     def _smoothing_fits(self) -> DPOConfig:
         if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
@@ -39,7 +66,7 @@ class DPOConfig(Strict):
         return self
 
 
-class ORPOConfig(Strict):
+class ORPOConfig(ObjectiveConfig):
     """Pairs of answers without a reference: likelihood and odds ratio. Hong et al. 2024, arXiv 2403.07691."""
 
     beta: float = Field(default=0.1, gt=0)
@@ -48,7 +75,7 @@ class ORPOConfig(Strict):
     """What the likelihood term counts of the chosen row: prompt and answer, as TRL, or the answer alone."""
 
 
-class KTOConfig(Strict):
+class KTOConfig(ObjectiveConfig):
     """Single answers, each wanted or not. Ethayarajh et al. 2024, arXiv 2402.01306."""
 
     beta: float = Field(default=0.1, gt=0)
@@ -57,6 +84,20 @@ class KTOConfig(Strict):
     """Of the wanted answers' losses."""
     undesirable_weight: float = Field(default=1.0, gt=0)
     """Of the unwanted answers' losses. (Number · weight) should be within 1 to 4/3 of the other's, eq. 8."""
+
+    @property
+    def has_reference(self) -> bool:
+        return True
+
+    def problems(self, recipe: Any) -> Iterator[tuple[str, str]]:
+        """One estimate of the divergence a batch, from pairs of its rows."""
+        if recipe.micro_batch_tokens and "micro_batch_tokens" in recipe.model_fields_set:
+            yield (
+                "micro_batch_tokens",
+                "has no effect with objective: kto, whose KL term is one a batch; leave it out, or 0",
+            )
+        if recipe.batch_size == 1:
+            yield "batch_size", "found 1; kto estimates its KL term from pairs of rows: expected 2 or more"
 
 
 def _is_pattern(value: Any) -> Any:
@@ -134,7 +175,7 @@ ONE_UPDATE = (
 )
 
 
-class GRPOConfig(Strict):
+class GRPOConfig(ObjectiveConfig):
     """Answers the model itself gives to a prompt, the better ones of a group made likelier. Shao et al. 2024,
     arXiv 2402.03300."""
 
@@ -153,11 +194,30 @@ class GRPOConfig(Strict):
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
     """What a token's loss is divided by: dapo, the tokens of the whole step; grpo, those of its own answer, then
     the answers; dr_grpo, max_completion_length, then the answers."""
+    mask_truncated_completions: bool = False
+    """Leave answers that max_completion_length cut off out of the loss; their rewards count for the group's mean."""
     rewards: tuple[Reward, ...] = Field(min_length=1)
     """What an answer is worth: the weighted sum of these."""
     epsilon: None = None
     epsilon_high: None = None
     num_iterations: None = None
+
+    @property
+    def has_reference(self) -> bool:
+        return self.beta > 0
+
+    @property
+    def without_reference(self) -> str:
+        return ", or grpo.beta: 0"
+
+    def problems(self, recipe: Any) -> Iterator[tuple[str, str]]:
+        """A batch holds whole groups of answers."""
+        if recipe.batch_size % self.num_generations:
+            yield (
+                "batch_size",
+                f"found {recipe.batch_size}; it counts answers, {self.num_generations} to a prompt: expected a "
+                f"multiple of grpo.num_generations",
+            )
 
     @field_validator("epsilon", "epsilon_high", mode="before")
     @classmethod
@@ -175,15 +235,3 @@ class GRPOConfig(Strict):
                 "and could not be resumed exactly; expected 1"
             )
         return None
-
-
-BLOCKS: dict[str, type[Strict]] = {"dpo": DPOConfig, "orpo": ORPOConfig, "kto": KTOConfig, "grpo": GRPOConfig}
-"""Objective -> the block of the same name."""
-
-MEASURED: dict[str, tuple[str, ...]] = {
-    "dpo": ("rewards/accuracies", "rewards/margins"),
-    "orpo": ("rewards/accuracies", "rewards/margins"),
-    "kto": ("rewards/margins",),
-    "grpo": ("reward",),
-}
-"""Objective -> measures of its validations that tell which weights are best; more is better."""

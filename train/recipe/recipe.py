@@ -20,16 +20,16 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from serve.model.quantization import Quantization
 from serve.settings import Problems, Strict, load_yaml
 from train.recipe.foreign import ALIASES, FOREIGN
-from train.recipe.kinds import LEARNS_FROM, Kind, needed
+from train.recipe.kinds import Kind
 from train.recipe.objective_config import (
-    BLOCKS,
-    MEASURED,
     DPOConfig,
     FunctionReward,
     GRPOConfig,
     KTOConfig,
+    ObjectiveConfig,
     ORPOConfig,
 )
+from train.recipe.objectives import OBJECTIVES, needed
 from train.recipe.optimizer_config import OptimizerConfig, Schedule
 
 LoRAKeys = tuple[str, ...] | Literal["all-linear"]
@@ -244,6 +244,9 @@ class Recipe(Strict):
     val_set_size: int | float = Field(default=0, ge=0)
     """Validation rows split off the training rows: a share below 1, or a number of rows. 0 takes none. Rows with the
     same content stay together; of a stream, its first rows."""
+    on_bad_row: Literal["raise", "drop"] = "raise"
+    """A row that cannot be used: `raise` ends with file, line and reason, `drop` leaves it out, counted and named. Of
+    a stream, `raise` is for the first window's rows; later ones are left out, for the run is under way."""
     dataset_exact_deduplication: bool = False
     """Leave out training rows whose content stood before, or stands in the validation rows too. Both are counted and
     told in any case."""
@@ -376,9 +379,13 @@ class Recipe(Strict):
     @property
     def has_reference(self) -> bool:
         """True where the objective measures against the model that the run starts from."""
-        if self.dpo is not None:
-            return not self.dpo.reference_free
-        return self.kto is not None or (self.grpo is not None and self.grpo.beta > 0)
+        return self.block is not None and self.block.has_reference
+
+    @property
+    def block(self) -> ObjectiveConfig | None:
+        """The knobs of the chosen objective, where it has any."""
+        block: ObjectiveConfig | None = getattr(self, self.objective, None)
+        return block
 
     def sources(self) -> tuple[DatasetSource, ...]:
         """Where rows come from, however it was spelled."""
@@ -427,7 +434,8 @@ def _reward_beside(folder: Path, reward: Any) -> Any:
 
 def _block(seen: dict[str, Any], objective: str) -> Any:
     """The block of an objective that has no knob without a default."""
-    return BLOCKS[objective]() if seen.get("objective") == objective else None
+    config = OBJECTIVES[objective].config
+    return config() if config and seen.get("objective") == objective else None
 
 
 # Knobs that must agree with each other.
@@ -460,7 +468,7 @@ def _row_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Knobs that this objective's rows cannot use."""
     objective = recipe.objective
     for index, entry in enumerate(recipe.datasets):
-        if entry.type != "auto" and entry.type not in LEARNS_FROM[objective]:
+        if entry.type != "auto" and entry.type not in OBJECTIVES[objective].kinds:
             reason = f"found {entry.type}; objective {objective} needs rows of {needed(objective)}"
             yield f"datasets.{index}.type", reason
     if objective == "cpt" and recipe.mask_prompt:
@@ -537,37 +545,27 @@ def _training_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _objective_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    objective = recipe.objective
-    for name in BLOCKS:
-        if name != objective and getattr(recipe, name) is not None:
+    objective, block = recipe.objective, recipe.block
+    entry = OBJECTIVES[objective]
+    for name in OBJECTIVES:
+        if name != objective and getattr(recipe, name, None) is not None:
             yield name, f"has no effect with objective: {objective}; write objective: {name}, or leave it out"
-    if recipe.metric is not None and objective in BLOCKS:
-        measures = " or ".join(MEASURED[objective])
+    if recipe.metric is not None and entry.measures:
         yield (
             "metric",
-            f"compares answers with right ones, which rows of {objective} do not say; look at {measures}",
+            f"compares answers with right ones, which rows of {objective} do not say; look at "
+            f"{' or '.join(entry.measures)}",
         )
-    if objective == "grpo" and recipe.grpo is None:
+    if objective == "grpo" and block is None:
         yield "grpo", "missing; objective grpo needs grpo: {rewards: [...]}, what an answer is worth"
-    if recipe.grpo is not None and recipe.batch_size % recipe.grpo.num_generations:
-        yield (
-            "batch_size",
-            f"found {recipe.batch_size}; it counts answers, {recipe.grpo.num_generations} to a prompt: expected a "
-            f"multiple of grpo.num_generations",
-        )
-    if objective == "kto" and recipe.micro_batch_tokens and "micro_batch_tokens" in recipe.model_fields_set:
-        yield (
-            "micro_batch_tokens",
-            "has no effect with objective: kto, whose KL term is one a batch; leave it out, or 0",
-        )
-    if objective == "kto" and recipe.batch_size == 1:
-        yield "batch_size", "found 1; kto estimates its KL term from pairs of rows: expected 2 or more"
-    if recipe.has_reference and recipe.fine_tune_type == "full":
-        other = {"dpo": ", objective orpo or dpo.reference_free: true", "grpo": ", or grpo.beta: 0"}
+    if block is None:
+        return
+    yield from block.problems(recipe)
+    if block.has_reference and recipe.fine_tune_type == "full":
         yield (
             "fine_tune_type",
             f"full changes the weights that the reference of {objective} is made of, and no second copy is kept; "
-            f"expected lora or dora{other.get(objective, '')}",
+            f"expected lora or dora{block.without_reference}",
         )
 
 
@@ -575,7 +573,7 @@ def _keeping_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
     best_by = recipe.metric_for_best_model
     if best_by == "exact_match" and recipe.metric is None:
         yield "metric_for_best_model", "found exact_match, but the recipe has no metric"
-    if best_by not in ("loss", "exact_match") and best_by not in MEASURED.get(recipe.objective, ()):
+    if best_by not in ("loss", "exact_match") and best_by not in OBJECTIVES[recipe.objective].measures:
         yield "metric_for_best_model", f"found {best_by}, which objective {recipe.objective} does not measure"
     if recipe.resume_adapter_file and recipe.resume_from_checkpoint:
         yield "resume_adapter_file", "resume_from_checkpoint restores the weights too; keep one"

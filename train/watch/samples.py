@@ -35,6 +35,14 @@ class SamplePrompt:
     token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A prompt as a person reads it, and its answer."""
+
+    prompt: str
+    answer: str
+
+
 def prompts_of(
     samples: Samples,
     template: ChatTemplate,
@@ -93,7 +101,7 @@ def _shown(messages: Sequence[Message]) -> str:
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
 
 
-def answers_of(model: LoadedModel, prompts: Sequence[SamplePrompt], samples: Samples) -> list[str]:
+def answers_of(model: LoadedModel, prompts: Sequence[SamplePrompt], samples: Samples) -> list[Sample]:
     """Each prompt's answer by the weights as they are, in order. RequestError for a prompt beyond the context."""
     requests = [
         Request(
@@ -106,4 +114,5 @@ def answers_of(model: LoadedModel, prompts: Sequence[SamplePrompt], samples: Sam
         for number, prompt in enumerate(prompts)
     ]
     with evaluating(model.network):
-        return [completion.text for completion in generate(Engine(model), requests)]
+        completions = generate(Engine(model), requests)
+    return [Sample(prompt.text, each.text) for prompt, each in zip(prompts, completions, strict=True)]

@@ -10,13 +10,14 @@ import pytest
 from serve.adapters.lora import LoRALinear
 from serve.errors import DataError
 from serve.model.template import ChatTemplate
-from train.adapters.adapt import add_lora
-from train.after.evaluate import exact_match, questions_of
+from train.adapters.adapt import AdapterSettings, add_lora
 from train.data.batches import collate
 from train.data.example import Example
 from train.data.tokens import tokenize
-from train.loop.trainer import Stepper
+from train.loop.step import Stepper, StepSettings
+from train.objectives.sft import SFT
 from train.recipe.recipe import Recipe
+from train.watch.exact_match import exact_match, questions_of
 
 
 def conversation(*turns: str, line: int = 1) -> Example:
@@ -46,11 +47,11 @@ def test_rows_learned_by_heart_are_answered_exactly_by_the_engine_while_training
     template = ChatTemplate(model.tokenizer)
     assert exact_match(model, template, EXAMPLES, max_tokens=16).num_exact == 0
     mx.random.seed(0)
-    add_lora(model.network, rank=16, scale=4.0, dropout=0.02)
+    add_lora(model.network, AdapterSettings(rank=16, scale=4.0, dropout=0.02))
     recipe = Recipe.model_validate({"model": "m", "data": "d"})
     rows, _ = tokenize(EXAMPLES, template, model.tokenizer, recipe)
     batch = collate(rows, range(len(rows)))
-    stepper = Stepper(model.network, mlx_optim.Adam(4e-3), max_grad_norm=1.0)
+    stepper = Stepper(model.network, mlx_optim.Adam(4e-3), SFT(), StepSettings(max_grad_norm=1.0))
     module = model.network.module.train()
     answers = None
     for step in range(400):

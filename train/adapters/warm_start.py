@@ -1,0 +1,65 @@
+"""Weights that a run starts from without continuing another: an adapter's folder, or a file of tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+
+from serve.adapters.manifest import (
+    CONFIG_FILE,
+    TENSORS_FILE,
+    check_whole,
+    content_hash,
+    read_config,
+    read_tensors,
+)
+from serve.errors import AdapterError
+from serve.model.network import TextNetwork
+from train.adapters.adapt import Adapted, set_tensors
+
+
+def warm_start(path: Path, network: TextNetwork, adapted: Adapted) -> None:
+    """Put the weights of an adapter's folder or file in place; the rest of the run starts afresh.
+
+    AdapterError where they are of another kind of fine-tune or do not fit.
+    """
+    if _is_adapter(path):
+        folder = _folder_of(path)
+        tensors = read_tensors(folder)
+        config = read_config(folder) if (folder / CONFIG_FILE).exists() else None
+        if config and config.fine_tune_type != adapted.fine_tune_type:
+            raise AdapterError(
+                f"resume_adapter_file: {path} is a {config.fine_tune_type} fine-tune, "
+                f"this run is {adapted.fine_tune_type}"
+            )
+    else:
+        tensors = load_tensors(path)
+    set_tensors(network, tensors, f"resume_adapter_file {path}")
+
+
+def hash_of(path: Path) -> str:
+    """The content hash of an adapter folder, as its manifest says, or of a file's tensors."""
+    folder = _folder_of(path)
+    if _is_adapter(path) and (folder / CONFIG_FILE).exists():
+        lineage = read_config(folder).lineage
+        if lineage is not None and lineage.content_hash:
+            return lineage.content_hash
+    return content_hash(load_tensors(folder / TENSORS_FILE if path.is_dir() else path))
+
+
+def load_tensors(path: Path) -> dict[str, mx.array]:
+    """A safetensors file, checked for truncation."""
+    check_whole(path)
+    tensors = mx.load(str(path))
+    assert isinstance(tensors, dict), "a safetensors file is a dict of tensors"
+    mx.eval(tensors)
+    return tensors
+
+
+def _is_adapter(path: Path) -> bool:
+    return path.is_dir() or path.name == TENSORS_FILE
+
+
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent

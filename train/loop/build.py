@@ -1,0 +1,59 @@
+"""A recipe → its optimizer, and how its steps and its loop go."""
+
+from __future__ import annotations
+
+import mlx.optimizers as mlx_optim
+
+from serve import device
+from serve.model.network import TextNetwork
+from train.adapters.adapt import embedding_names
+from train.loop.optim import build_optimizer, build_schedule
+from train.loop.step import StepSettings
+from train.loop.trainer import LoopSettings
+from train.recipe.recipe import Recipe
+
+
+def optimizer_of(recipe: Recipe, network: TextNetwork, num_steps: int) -> mlx_optim.Optimizer:
+    """The optimizer with its schedule over `num_steps` updates."""
+    schedule = build_schedule(
+        recipe.lr_schedule.model_dump() if recipe.lr_schedule else None,
+        learning_rate=recipe.learning_rate,
+        num_steps=num_steps,
+        warmup_ratio=recipe.warmup_ratio,
+    )
+    return build_optimizer(
+        recipe.optimizer,
+        recipe.optimizer_config.model_dump(exclude_unset=True),
+        schedule,
+        learning_rate=recipe.learning_rate,
+        embedding_names=embedding_names(network),
+        loraplus_ratio=recipe.loraplus_lr_ratio,
+    )
+
+
+def step_settings(recipe: Recipe) -> StepSettings:
+    """How a step is computed: compiled on a GPU."""
+    return StepSettings(
+        max_grad_norm=recipe.max_grad_norm,
+        compiled=device.backend() != "cpu",
+        seed=recipe.seed,
+        recompute=recipe.grad_checkpoint,
+        max_positions=recipe.micro_batch_tokens,
+    )
+
+
+def loop_settings(recipe: Recipe, num_iterations: int) -> LoopSettings:
+    """How long the run is, and how often it reports, validates and saves."""
+    return LoopSettings(
+        num_iterations=num_iterations,
+        accumulation=recipe.grad_accumulation_steps,
+        iterations_per_report=recipe.steps_per_report,
+        iterations_per_eval=recipe.steps_per_eval,
+        iterations_per_save=recipe.save_every,
+        patience=recipe.early_stopping_patience,
+        save_best=recipe.load_best_model_at_end,
+        best_by=recipe.metric_for_best_model,
+        greater_is_better=recipe.metric_for_best_model != "loss",
+        nonfinite=recipe.nonfinite_policy,
+        clear_cache_bytes=recipe.clear_cache_threshold,
+    )
