@@ -122,6 +122,9 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("lathe_steps", "Engine steps.", stats.num_steps)
         yield CounterMetricFamily("lathe_prompt_tokens", "Prompt tokens computed.", stats.num_prompt_tokens)
         yield CounterMetricFamily("lathe_generated_tokens", "Tokens generated.", stats.num_generated_tokens)
+        yield CounterMetricFamily(
+            "lathe_preempted", "Rows taken back into the queue, to be computed again.", stats.num_preempted
+        )
         finished = CounterMetricFamily("lathe_finished", "Ended rows by reason.", labels=["finish"])
         for reason, count in stats.num_finished.items():
             finished.add_metric([reason], count)

@@ -195,6 +195,7 @@ def test_metrics_count_requests_tokens_and_latencies_by_model(start, make_adapte
         text = http.get("/metrics").text
     assert 'lathe_requests_total{endpoint="completions",finish="length",model="x"} 2.0' in text
     assert 'lathe_requests_total{endpoint="completions",finish="length",model="lively"} 1.0' in text
+    assert "lathe_preempted_total 0.0" in text
     for histogram in ("ttft", "tpot", "request"):
         assert f'lathe_{histogram}_seconds_count{{model="x"}} 2.0' in text
     assert "lathe_generated_tokens_total 12.0" in text
