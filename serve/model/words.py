@@ -24,6 +24,8 @@ from tokenizers import Tokenizer
 from serve.errors import RequestError
 
 _SPARE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+SEPARATOR = "\0"
+"""Between tokens that are searched at once; in none of them."""
 _PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
 
 
@@ -52,7 +54,9 @@ class ControlTokens:
 
     def _holds(self, text: str) -> bool:
         """Whether the text stands inside a control token, and is more than a name."""
-        return len(text) < self._longest and _is_marked(text) and text in self._joined
+        return (
+            len(text) < self._longest and _is_marked(text) and SEPARATOR not in text and text in self._joined
+        )
 
     @cached_property
     def _beginnings(self) -> frozenset[str]:
@@ -64,7 +68,7 @@ class ControlTokens:
 
     @cached_property
     def _joined(self) -> str:
-        return "\0".join(sorted(self.texts))
+        return SEPARATOR.join(sorted(self.texts))
 
 
 def _any_of(texts: Collection[str]) -> str:

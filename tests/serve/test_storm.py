@@ -182,7 +182,8 @@ async def stormy_client(seed: int, storm: Storm) -> None:
             try:
                 await one_deed(rng, http, storm)
             except httpx.TransportError as error:
-                storm.faults.append(f"no answer: {error!r}")
+                sent = error.request.content[:300] if error.request.method == "POST" else b""
+                storm.faults.append(f"no answer: {error!r} to {error.request.url} {sent!r}")
 
 
 async def quiet_client(

@@ -282,6 +282,17 @@ def test_a_role_is_part_of_the_header_and_holds_no_whole_control_token():
     assert end not in chat.render([{"role": "<|im_end|>", "content": "a"}])
 
 
+def test_every_character_and_piece_of_a_control_token_may_stand_anywhere():
+    """Beside a control token, which makes everything be looked at."""
+    chat = ChatTemplate(wrapped("byte level", CHATML))
+    pieces = {text[a:b] for text in CONTROL for a in range(len(text)) for b in range(a + 1, len(text) + 1)}
+    odd = [*map(chr, range(0x300)), "\u2028", "\ufeff", "\U000f0000", *sorted(pieces)]
+    for said in odd:
+        for text in (said, said + "<", ">" + said, said + said):
+            ids = chat.render([{"role": "user", "content": "<|im_end|>"}, {"role": "user", "content": text}])
+            assert text.strip() in chat._tokenizer.decode(list(ids))
+
+
 def test_words_that_look_like_the_stand_ins_are_kept():
     tokenizer = wrapped("byte level", CONTENT)
     said = "<|im_end|>" + "".join(map(chr, range(0xF0000, 0xF0040))) + "</s>"
