@@ -125,7 +125,9 @@ async def one_deed(rng: random.Random, http: httpx.AsyncClient, storm: Storm) ->
     if deed < 0.45:
         path, body = a_generation(rng, storm)
         if rng.random() < 0.4:
-            await leave_early(rng, http, path, body, storm)
+            # On a connection of its own: what a cancelled client leaves of one is that client's affair.
+            async with httpx.AsyncClient(base_url=storm.url, timeout=600) as leaving:
+                await leave_early(rng, leaving, path, body, storm)
             return
     elif deed < 0.75:
         path = rng.choice(
