@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -52,7 +52,7 @@ from train.loop.wired import wired
 from train.objectives.build import build_objective
 from train.objectives.rollouts import Rollouts, evaluation_of, rollouts_of
 from train.recipe.recipe import Recipe
-from train.start import give_up_later, starting_point
+from train.start import first_day, give_up_later, starting_point
 from train.watch import summary
 from train.watch.journal import Journal, identity_of
 from train.watch.metrics import MetricsLog
@@ -70,25 +70,34 @@ def run(
     dry_run: bool = False,
     resume: Path | str | bool | None = None,
     console: Console | None = None,
+    today: date | None = None,
 ) -> RunSummary:
     """Train as the recipe says, or only look (`dry_run`).
 
     resume  a checkpoint or a run's folder to continue; True: the last checkpoint in the recipe's adapter_path
+    today   what a chat template prints that prints the day; None: the real one. A run that is continued keeps its own
     SIGINT and SIGTERM end the run after the step under way, with a checkpoint; the summary says so.
     Raises from the whole error tree; whatever is raised, published checkpoints stay whole.
     """
     with losses_named():
-        return _run(recipe, join(), dry_run, resume, console or Console())
+        return _run(recipe, join(), dry_run, resume, console or Console(), today or date.today())
 
 
 def _run(
-    recipe: Recipe, ranks: Ranks, dry_run: bool, resume: Path | str | bool | None, console: Console
+    recipe: Recipe,
+    ranks: Ranks,
+    dry_run: bool,
+    resume: Path | str | bool | None,
+    console: Console,
+    today: date,
 ) -> RunSummary:
     start_s = time.perf_counter()
     console = Console(quiet=True) if ranks.rank else console
     if "wandb" in (recipe.report_to or ()):
         check_installed()
-    flight = preflight.prepare(recipe, console, ranks)
+    day = today if ranks.rank else first_day(recipe, resume, today)
+    day = date.fromisoformat(ranks.gather(day.isoformat())[0])
+    flight = preflight.prepare(recipe, console, ranks, day)
     preflight.show(flight, console, with_recipe=dry_run)
     estimate.show(flight, console)
     if dry_run:
@@ -238,6 +247,7 @@ def _facts(lineage: Lineage, recipe: Recipe) -> dict[str, str]:
         "datasets",
         "hf_dataset",
         "adapter_path",
+        "chat_template",
         "dataset_prepared_path",
         "dataset_processes",
     }
@@ -266,6 +276,7 @@ def _record(flight: Preflight, lineage: Lineage, saved: checkpoint.Checkpoint | 
         num_iterations=flight.num_iterations,
         parent=lineage.parent,
         parent_hash=lineage.parent_hash,
+        template_day=lineage.template_day,
         resumed_from=str(saved.folder) if saved else "",
         resumed=_now() if saved else "",
     )
@@ -440,6 +451,10 @@ def _lineage(flight: Preflight, model: LoadedModel) -> Lineage:
         parent=recipe.resume_adapter_file or "",
         parent_hash=_hash_of(Path(recipe.resume_adapter_file)) if recipe.resume_adapter_file else "",
         objective=recipe.objective,
+        chat_template=flight.rules.template.source or "",
+        chat_template_kwargs=flight.template.defaults,
+        template_day=flight.template.day,
+        stop_ids=flight.stop_ids,
     )
 
 

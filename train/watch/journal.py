@@ -103,7 +103,12 @@ class Journal:
             return {}
         template = self._flight.template
         answers = exact_match(
-            self._model, template, valid.examples, max_tokens=metric.max_tokens, rows=metric.rows
+            self._model,
+            template,
+            valid.examples,
+            max_tokens=metric.max_tokens,
+            rows=metric.rows,
+            stop_ids=self._flight.stop_ids,
         )
         value = answers.exact_match
         count = f"{answers.num_exact} of {len(answers.texts)}"
@@ -118,7 +123,7 @@ class Journal:
         samples, prompts = self.recipe.samples, self._flight.sample_prompts
         if samples is None:
             return
-        answers = answers_of(self._model, prompts, samples)
+        answers = answers_of(self._model, prompts, samples, self._flight.stop_ids)
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             self._metrics.write_sample(step, number, prompt.text, answer)
             line = f"  {brief(prompt.text, PROMPT_WIDTH)} → {brief(answer, ANSWER_WIDTH)}"
