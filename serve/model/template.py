@@ -133,10 +133,10 @@ class ChatTemplate:
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that can end a turn: special ones and the tokenizer's end tokens, but no marks inside answers."""
-        markup = self._markup()
-        inside = {number for number, token in self._added.items() if token.content in markup}
-        return frozenset((self._end_ids - inside) | set(self._tokenizer.eos_token_ids))
+        """Tokens that can end a turn: the model's end tokens, and control tokens but for the marks inside answers."""
+        around = set(self._control.texts) - self._markup()
+        control_ids = {number for number, token in self._added.items() if token.content in around}
+        return frozenset(control_ids | set(self._tokenizer.eos_token_ids))
 
     def render(self, messages: Sequence[Message], **options: Any) -> tuple[int, ...]:
         """Token ids, as served: `write`, encoded."""

@@ -76,7 +76,10 @@ def _rendered(
     (row,) = template.supervise(messages, tools=example.tools, skip=range(len(messages) - 1))
     text = TextDecoder(tokens)
     (start, stop) = row.spans[-1]
-    return "".join([*map(text.push, row.token_ids[start:stop]), text.finish()])
+    answer = row.token_ids[start:stop]
+    if answer and answer[-1] in template.end_ids:
+        answer = answer[:-1]
+    return "".join([*map(text.push, answer), text.finish()])
 
 
 def _answers(message: Mapping[str, Any]) -> bool:

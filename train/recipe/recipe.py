@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from serve.model.quantization import Quantization
 from serve.settings import Problems, Strict, load_yaml
@@ -274,7 +274,7 @@ class Recipe(Strict):
     chat_template: str | None = None
     """A file with a Jinja chat template, in place of the tokenizer's own. It is kept in the adapter's manifest, goes
     into exports, and serving renders this adapter's chats with it."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     """Variables that the chat template reads (`enable_thinking: false`). Kept with the adapter: serving sets them
     too, where a request does not say otherwise."""
     special_tokens_in_messages: Literal["words", "control"] = "words"
