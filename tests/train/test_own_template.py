@@ -205,11 +205,11 @@ def test_an_export_brings_template_and_end_to_mlx_lm(trained, bare, tmp_path, bi
     out = tmp_path / "out"
     export(trained[0], out, bits=bits, group_size=32, console=quiet())
     module, tokenizer = mlx_lm.load(str(out))
-    assert tokenizer.chat_template == THINKS
+    assert tokenizer.chat_template == '{% set style = "terse" %}\n' + THINKS
     assert tokenizer.eos_token_ids == {0, END}
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [END, 0]
-    variables = read_config(trained[0]).lineage.chat_template_kwargs
-    prompt = tokenizer.apply_chat_template(asked("red cat?"), add_generation_prompt=True, **variables)
+    prompt = tokenizer.apply_chat_template(asked("red cat?"), add_generation_prompt=True)
+    assert tokenizer.decode(prompt).startswith("terse\n<|im_start|>user\nred cat?")
     assert mlx_lm.generate(module, tokenizer, prompt, max_tokens=40) == "(hm)\ncat, red"
     exported = load(str(out))
     assert exported.tokenizer.eos_token_ids == {0, END}

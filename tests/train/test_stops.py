@@ -6,7 +6,7 @@ from datetime import date
 
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from serve.model.template_rules import make_template
@@ -40,6 +40,7 @@ def tokenizer_of(template: str | None) -> TokenizerWrapper:
     names = [*SPECIAL, *PLAIN, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     inner = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(names)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(SPECIAL)
     inner.add_tokens([AddedToken(token, normalized=False) for token in PLAIN])
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template, eos_token="</s>")
@@ -82,12 +83,10 @@ def ends_of(template: str | None, examples: list[Example], **knobs) -> set[str]:
     return set(tokenizer.convert_ids_to_tokens(list(stop_ids(rows, made, rules))))
 
 
-@pytest.mark.parametrize("after", ["", "\n", "\n</s>"])
+@pytest.mark.parametrize("after", ["", "\n", " \n\n"])
 @pytest.mark.parametrize("end", ["</s>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "[END]"])
 def test_what_ends_a_templates_turns_is_the_stop_id_whatever_follows_it(end, after):
-    found = ends_of(chat(end, after), TALK)
-    assert end in found
-    assert found <= {end, "</s>"}
+    assert ends_of(chat(end, after), TALK) == {end}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +125,7 @@ def test_a_token_that_a_cut_left_at_the_end_is_no_stop_id(mark, eos):
         + "{{ word }}{% endfor %}<|im_end|>\n{% endfor %}"
         + OPENS
     )
-    for limit in range(20, 60):
+    for limit in range(25, 45):
         found = ends_of(
             source, [conversation("hi", "a b c d e f g h")], max_seq_length=limit, train_on_eos=eos
         )

@@ -143,7 +143,7 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     show(console, _table(report))
-    for note in chat_notes(config.lineage):
+    for note in chat_notes(config.lineage, reference):
         console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     return report
 
