@@ -186,7 +186,8 @@ def chat(
 
     sampling = {"temperature": temperature, "max_tokens": max_tokens}
     with _server_for(model, adapter or [], url) as served_url:
-        chosen = choose_model(served_url, to, api_key)
+        only = _adapter(adapter[0])["name"] if adapter and len(adapter) == 1 else None
+        chosen = choose_model(served_url, to or only, api_key)
         _talk(Conversation(Speaker(served_url, chosen, api_key, sampling), system))
 
 

@@ -55,13 +55,13 @@ def recording(
         _write_recipe(recipe, folder)
         if "wandb" in (recipe.report_to or ()):
             metrics.add(_wandb(recipe, folder, record))
-        samples, prompts = recipe.samples, flight.sample_prompts
+        samples, prompts, stop_ids = recipe.samples, flight.sample_prompts, flight.stop_ids
         yield Journal(
             keeper,
             metrics,
             progress,
             LearningCurve(folder, title_of(recipe)),
-            samples=(lambda: answers_of(model, prompts, samples)) if samples else tuple,
+            samples=(lambda: answers_of(model, prompts, samples, stop_ids)) if samples else tuple,
             notes=flight.take_notes,
         )
 
@@ -81,6 +81,7 @@ def record_of(flight: Preflight, lineage: Lineage, saved: Checkpoint | None) -> 
         num_iterations=flight.num_iterations,
         parent=lineage.parent,
         parent_hash=lineage.parent_hash,
+        template_day=lineage.template_day,
         resumed_from=str(saved.folder) if saved else "",
         resumed=now() if saved else "",
     )

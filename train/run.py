@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from contextlib import nullcontext
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from train.loop.wired import wired
 from train.objectives.build import build_objective
 from train.recipe.recipe import Recipe
 from train.records import recording
-from train.start import give_up_later, starting_point
+from train.start import first_day, give_up_later, starting_point
 from train.validation import metric_of, test_loss, validation
 from train.watch import summary
 from train.watch.lineage import lineage_of
@@ -47,10 +48,12 @@ def run(
     dry_run: bool = False,
     resume: Path | str | bool | None = None,
     console: Console | None = None,
+    today: date | None = None,
 ) -> RunSummary:
     """Train as the recipe says, or only look (`dry_run`).
 
     resume  a checkpoint or a run's folder to continue; True: the last checkpoint in the recipe's adapter_path
+    today   what a chat template prints that prints the day; None: the real one. A run that is continued keeps its own
     SIGINT and SIGTERM end the run after the step under way, with a checkpoint; the summary says so.
     Raises from the whole error tree; whatever is raised, published checkpoints stay whole.
     """
@@ -60,7 +63,9 @@ def run(
         console = Console(quiet=True) if ranks.rank else console or Console()
         if "wandb" in (recipe.report_to or ()):
             check_installed()
-        flight = preflight.prepare(recipe, console, ranks)
+        day = (today or date.today()) if ranks.rank else first_day(recipe, resume, today or date.today())
+        day = date.fromisoformat(ranks.gather(day.isoformat())[0])
+        flight = preflight.prepare(recipe, console, ranks, day)
         preflight.show(flight, console, with_recipe=dry_run)
         estimate.show(flight, console)
         if dry_run:
@@ -87,7 +92,15 @@ def _train(
 ) -> RunSummary:
     recipe, ranks, network = flight.recipe, flight.ranks, model.network
     created = saved.config.lineage.created if saved and saved.config.lineage else ""
-    lineage = lineage_of(recipe, model, flight.template, flight.data_hash, created=created)
+    lineage = lineage_of(
+        recipe,
+        model,
+        flight.template,
+        flight.rules,
+        data_hash=flight.data_hash,
+        stop_ids=flight.stop_ids,
+        created=created,
+    )
     check_same(ranks, facts_of(recipe, lineage))
     optimizer = optimizer_of(recipe, network, flight.num_steps)
     stepper = Stepper(

@@ -6,10 +6,12 @@ A process may be killed at any instant in here. What it leaves is the earlier ru
 from __future__ import annotations
 
 import shutil
+from datetime import date
 from pathlib import Path
 
 from rich.console import Console
 
+from serve.adapters.manifest import read_config
 from serve.errors import ConfigError, StorageError
 from train.loop import checkpoint
 from train.loop.checkpoint import Checkpoint
@@ -28,10 +30,8 @@ def starting_point(recipe: Recipe, resume: Path | str | bool | None, console: Co
     record.check_free(folder)
     if not checkpoint.is_set_aside(folder):
         checkpoint.tidy(folder)
-    where: Path | str | bool | None = resume or recipe.resume_from_checkpoint
-    if where is True:
-        where = folder if checkpoint.existing(folder) else recipe.resume_from_checkpoint
-    saved = checkpoint.load(checkpoint.find(Path(str(where)))) if where else None
+    where = _where(recipe, resume)
+    saved = checkpoint.load(checkpoint.find(where)) if where else None
     if saved is None or not _is_inside(saved.folder, folder):
         make_room(folder, resume=bool(resume))
     if saved is not None:
@@ -44,6 +44,24 @@ def starting_point(recipe: Recipe, resume: Path | str | bool | None, console: Co
             f"no checkpoint in {folder}: the run starts from the beginning", highlight=False, soft_wrap=True
         )
     return saved
+
+
+def first_day(recipe: Recipe, resume: Path | str | bool | None, today: date) -> date:
+    """The day on which the run began that is continued; today, for one that begins. `resume` as above."""
+    where = _where(recipe, resume)
+    if where is None:
+        return today
+    lineage = read_config(checkpoint.find(where)).lineage
+    return date.fromisoformat(lineage.template_day) if lineage and lineage.template_day else today
+
+
+def _where(recipe: Recipe, resume: Path | str | bool | None) -> Path | None:
+    """A checkpoint, or a run's folder, that is to be continued."""
+    where: Path | str | bool | None = resume or recipe.resume_from_checkpoint
+    if where is True:
+        folder = Path(recipe.adapter_path)
+        where = folder if checkpoint.existing(folder) else recipe.resume_from_checkpoint
+    return Path(str(where)) if where else None
 
 
 def _is_inside(saved: Path, folder: Path) -> bool:

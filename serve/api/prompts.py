@@ -14,7 +14,7 @@ import anyio.to_thread
 
 from serve.errors import ContextLengthError, RequestError
 from serve.model.messages import leaves
-from serve.model.template import Written
+from serve.model.template import ChatTemplate, Written
 from serve.runtime import Runtime
 
 TokenIds = tuple[int, ...]
@@ -39,6 +39,7 @@ class Prompts:
 
     async def of_messages(
         self,
+        template: ChatTemplate,
         messages: Sequence[Mapping[str, Any]],
         variables: Mapping[str, Any],
         *,
@@ -50,7 +51,7 @@ class Prompts:
 
         def write() -> Written:
             self._check_size(messages, variables)
-            written = runtime.template.write(
+            written = template.write(
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,

@@ -24,7 +24,7 @@ class Services:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.metrics = Metrics(runtime)
-        self.tool_history = ToolHistory(runtime.template, runtime.model.tokenizer)
+        self.tool_history = ToolHistory()
         self.created = int(time.time())
         # One at a time: a fast tokenizer refuses to be used by two threads at once.
         self._tokenizing = anyio.CapacityLimiter(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any, NoReturn
 
 import jinja2
@@ -22,6 +22,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 _CLOCK = "clock of the rendering"
+_NOW = "strftime_now"
 """A variable that no template can name."""
 
 
@@ -35,16 +36,24 @@ class JinjaTemplate:
     def __init__(self, source: str) -> None:
         environment = _environment()
         tree = environment.parse(source)
+        self.reads_clock: bool = any(name.name == _NOW for name in tree.find_all(nodes.Name))
+        """Whether it may print the day."""
         read = {name for name, is_read in _first_uses(tree).items() if is_read}
         self.variables: frozenset[str] = frozenset(read & meta.find_undeclared_variables(tree))
         """Names that it reads before it sets them, if it sets them at all."""
         code = environment.compile(_Clocked().visit(tree))
         self._template = jinja2.Template.from_code(environment, code, environment.globals)
 
-    def render(self, variables: Mapping[str, Any], limit_s: float | None = None) -> str:
-        """The prompt. TooSlowError after `limit_s` seconds of this thread's CPU; else what the template raises."""
+    def render(
+        self, variables: Mapping[str, Any], limit_s: float | None = None, today: date | None = None
+    ) -> str:
+        """The prompt. TooSlowError after `limit_s` seconds of this thread's CPU; else what the template raises.
+
+        today  the day that `strftime_now` tells, at its first second; None: the moment itself
+        """
         clock = None if limit_s is None else time.thread_time() + limit_s
-        return self._template.render({**variables, _CLOCK: clock})
+        frozen = {} if today is None else {_NOW: datetime(today.year, today.month, today.day).strftime}
+        return self._template.render({**variables, **frozen, _CLOCK: clock})
 
 
 def _first_uses(tree: nodes.Template) -> dict[str, bool]:
@@ -153,7 +162,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.filters |= {"tojson": _tojson, _look.__name__: _look}
     environment.globals |= {
         "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
+        _NOW: _strftime_now,
         "dict": _Dict(),
         "namespace": _Namespace,
     }

@@ -15,6 +15,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -82,16 +83,31 @@ class _Turn:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template; `tokenizer` is mlx_lm's TokenizerWrapper."""
+    """A tokenizer's chat template; `tokenizer` is mlx_lm's TokenizerWrapper. Made by `template_rules.make_template`.
 
-    def __init__(self, tokenizer: Any, special_tokens_in_messages: SpecialTokens = "words") -> None:
+    defaults  variables that the template reads where a call does not set them
+    today     the day that the template prints; None: the real one, each time
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        special_tokens_in_messages: SpecialTokens = "words",
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        today: date | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self.defaults: dict[str, Any] = dict(defaults or {})
         self._custom = getattr(tokenizer, "_chat_template", None)
         template = None if self._custom is not None else tokenizer.chat_template
-        self._renderer = renderer_of(tokenizer)
+        self._renderer = renderer_of(tokenizer, today)
         self.exists: bool = self._renderer is not None
         self.variables: frozenset[str] = self._renderer.variables if self._renderer else frozenset()
         """Names of `variables` that `write` takes: those that the template reads and that are not set here."""
+        prints_day = today is not None and self._renderer is not None and self._renderer.reads_clock
+        self.day: str = today.isoformat() if today is not None and prints_day else ""
+        """The day that its prompts are frozen to, YYYY-MM-DD; empty if they are not, or name no day."""
         self.hash: str = f"sha256:{hashlib.sha256(_identity(self._custom, template).encode()).hexdigest()}"
         self._has_markers = isinstance(template, str) and _MARKER.search(template) is not None
         self._added = {
@@ -109,6 +125,18 @@ class ChatTemplate:
         self._control = ControlTokens(control)
         self._control_of_answers = ControlTokens(control - markup) if control & markup else self._control
         self._named: tuple[NamedControl, _Reader] | None = None  # made when it is first needed
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer whose token ids it gives."""
+        return self._tokenizer
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that can end a turn: the model's end tokens, and control tokens but for the marks inside answers."""
+        around = set(self._control.texts) - self._markup()
+        control_ids = {number for number, token in self._added.items() if token.content in around}
+        return frozenset(control_ids | set(self._tokenizer.eos_token_ids))
 
     def render(self, messages: Sequence[Message], **options: Any) -> tuple[int, ...]:
         """Token ids, as served: `write`, encoded."""
@@ -205,7 +233,7 @@ class ChatTemplate:
         written = ""
         for messages in ((*asked, *said), (asked[1], *said)):
             try:
-                written += self._renderer.render(messages, None, True, {}, None)
+                written += self._renderer.render(messages, None, True, self.defaults, None)
             except Exception:  # it has no system turn, or refuses every conversation like this
                 continue
         return {text for text in plain if text in written}
@@ -222,7 +250,7 @@ class ChatTemplate:
             )
         try:
             plain = tuple(plain_message(message, i) for i, message in enumerate(messages))
-            said_tools, said_variables = plain_tools(tools), data(variables)
+            said_tools, said_variables = plain_tools(tools), data({**self.defaults, **variables})
             veil = None if self._is_open else self._veil([plain, said_tools, said_variables])
             if veil is None:
                 return Conversation(plain, plain, said_tools, said_variables, None)

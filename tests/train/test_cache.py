@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,15 @@ import pytest
 from serve.errors import DataError
 from serve.model.loading import load_tokenizer
 from serve.model.template import ChatTemplate
+from serve.model.template_rules import make_template
 from train.data import cache
 from train.data.example import Example
 from train.data.prepared import prepare_rows
+from train.data.rules import TokenRules
 from train.data.tokens import tokenize
 from train.recipe.recipe import Recipe
 
+DAY = date(2026, 1, 1)
 MODEL = str(Path(__file__).resolve().parents[2] / "data" / "tickets")
 
 
@@ -25,10 +29,11 @@ def tokenizer():
 
 @pytest.fixture
 def prepare(tokenizer, tmp_path):
-    def run(examples, *, model: str = MODEL, **knobs):
+    def run(examples, *, model: str = MODEL, tokenizer=tokenizer, today: date = DAY, **knobs):
         knobs = {"dataset_prepared_path": str(tmp_path / "kept"), "dataset_processes": 1, **knobs}
         recipe = Recipe(model=model, data="d", **knobs)
-        return prepare_rows("train", examples, recipe, ChatTemplate(tokenizer), tokenizer)
+        rules = TokenRules.of_recipe(recipe, today)
+        return prepare_rows("train", examples, recipe, make_template(tokenizer, rules.template), rules)
 
     return run
 
@@ -93,9 +98,8 @@ def test_cached_rows_and_their_report_are_those_of_tokenizing(kind, prepare, tok
     assert "tokenized in" in fresh.notes[0]
     assert "taken from" in again.notes[0]
     assert same(fresh, again)
-    rows, report = tokenize(
-        examples, ChatTemplate(tokenizer), tokenizer, Recipe(model=MODEL, data="d", **knobs)
-    )
+    rules = TokenRules.of_recipe(Recipe(model=MODEL, data="d", **knobs), DAY)
+    rows, report = tokenize(examples, ChatTemplate(tokenizer), rules)
     assert report == fresh.report
     assert [row.token_ids.tolist() for row in rows] == [row.token_ids.tolist() for row in fresh.rows]
 
@@ -125,18 +129,18 @@ def test_every_knob_that_tokens_depend_on_makes_another_file(change, prepare):
 
 
 def test_other_rows_another_tokenizer_and_another_template_make_another_file(prepare, tokenizer):
-    recipe, template = Recipe(model=MODEL, data="d"), ChatTemplate(tokenizer)
-    before = cache.key_of(chats(), recipe, template, tokenizer)
-    assert before == cache.key_of(chats(), recipe, ChatTemplate(tokenizer), tokenizer)
+    rules, template = TokenRules.of_recipe(Recipe(model=MODEL, data="d"), DAY), ChatTemplate(tokenizer)
+    before = cache.key_of(chats(), template, rules)
+    assert before == cache.key_of(chats(), ChatTemplate(tokenizer), rules)
     changed = [*chats()[:-1], Example("a", 1, prompt="other", completion="words")]
-    assert cache.key_of(changed, recipe, template, tokenizer) != before
-    assert cache.key_of(chats()[::-1], recipe, template, tokenizer) != before
+    assert cache.key_of(changed, template, rules) != before
+    assert cache.key_of(chats()[::-1], template, rules) != before
     other = load_tokenizer(MODEL)
     other._tokenizer.chat_template = other.chat_template + " "
-    assert cache.key_of(chats(), recipe, ChatTemplate(other), other) != before
+    assert cache.key_of(chats(), ChatTemplate(other), rules) != before
     more = load_tokenizer(MODEL)
     more._tokenizer.add_tokens(["lamp"])
-    assert cache.key_of(chats(), recipe, template, more) != before
+    assert cache.key_of(chats(), ChatTemplate(more), rules) != before
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "emptied", "another's"])

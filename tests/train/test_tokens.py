@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+
 import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -11,8 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from serve.errors import DataError
 from serve.model.template import ChatTemplate
+from serve.model.template_rules import make_template
 from train.data.batches import collate
 from train.data.example import Example
+from train.data.rules import TokenRules
 from train.data.tokens import tokenize
 from train.recipe.recipe import Recipe
 
@@ -54,9 +58,8 @@ def conversation(*contents: str, line: int = 1) -> Example:
 
 
 def run(examples, tokenizer=TOKENIZER, **knobs):
-    asked = recipe(**knobs)
-    template = ChatTemplate(tokenizer, asked.special_tokens_in_messages)
-    return tokenize(examples, template, tokenizer, asked)
+    rules = TokenRules.of_recipe(recipe(**knobs), date(2026, 1, 1))
+    return tokenize(examples, make_template(tokenizer, rules.template), rules)
 
 
 def targets(row, tokenizer=TOKENIZER) -> str:

@@ -24,17 +24,19 @@ from mlx.utils import tree_unflatten
 from mlx_lm import utils as mlx_lm_utils
 from rich.console import Console
 
-from serve.adapters.manifest import AdapterConfig, check_whole, read_config, read_tensors
+from serve.adapters.manifest import AdapterConfig, Lineage, check_whole, read_config, read_tensors
 from serve.errors import AdapterError, ConfigError, DataError, StorageError
 from serve.model.loading import DTYPES, LoadedModel, build_random, cast, load, resolve
 from serve.model.loading import read_config as read_model_config
 from serve.model.network import TextNetwork
 from serve.model.quantization import Quantization
-from serve.model.template import ChatTemplate
+from serve.model.template_rules import make_template
 from serve.model.weights import dequantize as dequantize_all
 from serve.tables import Table, show, words
 from train.adapters.adapt import AdapterSettings, adapted_layers, add_lora, set_tensors, train_all
+from train.after.chat_files import chat_notes, write_chat_files
 from train.data.batches import Batch, collate, validation_rows
+from train.data.rules import TokenRules
 from train.data.sources import read
 from train.data.tokens import tokenize
 from train.loop import checkpoint
@@ -112,7 +114,7 @@ def export(
     if name is None:
         raise ConfigError(f"{adapter} does not say what its base is; name it with base")
     reference = load_adapted(adapter, config, name, is_other_base_fine=force)
-    rows = held_out(adapter, data, reference, max_rows)
+    rows = held_out(adapter, data, reference, max_rows, config.lineage)
     partial = out.with_name(f".new-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -141,6 +143,8 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     show(console, _table(report))
+    for note in chat_notes(config.lineage, reference):
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     return report
 
 
@@ -232,6 +236,8 @@ def write_fused(
             module, saved = mlx_lm_utils.quantize_model(module, saved, group_size, bits)
     folder.mkdir(parents=True)
     _copy_beside(model.path, folder)
+    if config.lineage is not None:
+        write_chat_files(folder, config.lineage, model)
     try:
         mlx_lm_utils.save_model(folder, module)
     except RuntimeError as error:
@@ -283,14 +289,20 @@ def _copy_beside(source: Path, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-def held_out(adapter: Path, data: Path | None, model: LoadedModel, max_rows: int) -> HeldOut:
-    """Token rows to compare on: test rows, else validation rows, else training rows of a recipe or a data file."""
+def held_out(
+    adapter: Path, data: Path | None, model: LoadedModel, max_rows: int, lineage: Lineage | None = None
+) -> HeldOut:
+    """Token rows to compare on: test rows, else validation rows, else training rows of a recipe or a data file.
+
+    lineage  the adapter's, whose chat template they are rendered with
+    """
     recipe = _recipe_for(adapter, data, model)
-    template = ChatTemplate(model.tokenizer, recipe.special_tokens_in_messages)
+    rules = TokenRules.of_adapter(recipe, lineage)
+    template = make_template(model.tokenizer, rules.template)
     rows, split, problems = [], "", []
     for name in SPLITS:
         try:
-            rows, split = tokenize(read(recipe, name), template, model.tokenizer, recipe)[0], name
+            rows, split = tokenize(read(recipe, name), template, rules)[0], name
         except DataError as error:  # a data set without test rows says so by this
             problems.append(str(error))
         if rows:

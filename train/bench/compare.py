@@ -26,6 +26,7 @@ from serve.bench import standin
 from serve.errors import ConfigError, StoppedError
 from serve.model.loading import load_tokenizer, resolve
 from serve.model.template import ChatTemplate
+from serve.model.template_rules import make_template
 from serve.tables import Table, numbers
 from train.bench.chats import Lengths, write_chats
 from train.bench.process import run_child
@@ -198,7 +199,7 @@ def run(bench: TrainBench, folder: Path, progress: Callable[[str], None]) -> Out
     """
     bench.check()
     model = _model(bench, folder, progress)
-    template = ChatTemplate(load_tokenizer(str(model)))
+    template = make_template(load_tokenizer(str(model)))
     rows = folder / "data" / "train.jsonl"
     write_chats(rows, bench.num_batches * bench.batch_size, bench.lengths, template, bench.seed)
     recipes = _write_recipes(bench, model, rows.parent, folder)

@@ -20,25 +20,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from serve.errors import StorageError
-from serve.model import jinja, messages, renderer, words
+from serve.model import jinja, messages, renderer, retold, template_rules, words
 from serve.model import template as template_module
 from serve.model.template import ChatTemplate
+from train.data import rules as rules_module
 from train.data import tokens as tokens_module
 from train.data.example import Example
+from train.data.rules import TokenRules
 from train.data.tokens import Outcome, TokenizedExample
-from train.recipe.recipe import Recipe
 
-FORMAT = 1
-KNOBS = (
-    "objective",
-    "max_seq_length",
-    "excess_length_strategy",
-    "mask_prompt",
-    "roles_to_train",
-    "train_on_eos",
-    "special_tokens_in_messages",
-)
-"""Recipe keys that tokens or masks depend on."""
+FORMAT = 2
 LIBRARIES = ("tokenizers", "transformers", "mlx-lm")
 MAX_DEFAULT_BYTES = 10 * 10**9
 """Of the default folder; the files longest unused go first."""
@@ -55,12 +46,11 @@ def default_folder() -> Path:
     return Path.home() / ".cache" / "lathe" / "tokens"
 
 
-def key_of(examples: Sequence[Example], recipe: Recipe, template: ChatTemplate, tokenizer: Any) -> str:
+def key_of(examples: Sequence[Example], template: ChatTemplate, rules: TokenRules) -> str:
     """A name for what tokenizing these rows gives."""
     digest = hashlib.blake2b(digest_size=20)
-    knobs = {name: getattr(recipe, name) for name in KNOBS}
     libraries = [metadata.version(name) for name in LIBRARIES]
-    head = [FORMAT, knobs, template.hash, identity_of(tokenizer), libraries, _code_hash()]
+    head = [FORMAT, rules.as_json(template), identity_of(template.tokenizer), libraries, _code_hash()]
     digest.update(json.dumps(head, sort_keys=True).encode())
     for example in examples:
         said = [getattr(example, name) for name in CONTENT]
@@ -126,7 +116,10 @@ def _as_json(value: Any) -> Any:
 
 
 def _code_hash() -> str:
-    modules = (tokens_module, template_module, messages, jinja, renderer, words)
+    modules = (
+        *(tokens_module, rules_module, template_module, template_rules),
+        *(messages, jinja, renderer, retold, words),
+    )
     return hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in modules)).hexdigest()
 
 

@@ -12,7 +12,7 @@ from serve.errors import DataError, RequestError
 from serve.model.template import ChatTemplate, Supervised
 from train.data.example import Example, Message
 from train.data.messages import REASONING
-from train.recipe.recipe import Recipe
+from train.data.rules import TokenRules
 
 MAX_PROBLEMS = 20
 NOT_SUPERVISED = "nothing in it is supervised"
@@ -110,21 +110,21 @@ class TokenizeReport:
 
 
 def tokenize(
-    examples: Sequence[Example], template: ChatTemplate, tokenizer: Any, recipe: Recipe
+    examples: Sequence[Example], template: ChatTemplate, rules: TokenRules
 ) -> tuple[list[TokenizedExample], TokenizeReport]:
     """Tokenize every example as serving would.
 
     DataError names the rows the chat template refuses (up to 20), and under `excess_length_strategy: raise` those
     that are longer than `max_seq_length`. Rows with nothing to learn from are dropped, and counted in the report.
     """
-    return collect(examples, (tokenize_row(example, template, tokenizer, recipe) for example in examples))
+    return collect(examples, (tokenize_row(example, template, rules) for example in examples))
 
 
-def tokenize_row(example: Example, template: ChatTemplate, tokenizer: Any, recipe: Recipe) -> Outcome:
+def tokenize_row(example: Example, template: ChatTemplate, rules: TokenRules) -> Outcome:
     """The sequences of one row, within `max_seq_length`; what is wrong with it stands in the outcome."""
     try:
-        whole = whole_rows(example, template, tokenizer, recipe)
-        lost = tuple(_lost(example, whole, tokenizer))
+        whole = whole_rows(example, template, rules)
+        lost = tuple(_lost(example, whole, template))
     except RequestError as error:
         return Outcome(problems=(f"{example.place}: {error}",))
     kept: list[TokenizedExample] = []
@@ -132,10 +132,10 @@ def tokenize_row(example: Example, template: ChatTemplate, tokenizer: Any, recip
     problems: list[str] = []
     num_truncated = 0
     for row in whole:
-        pieces, reason = _fit(row, recipe)
+        pieces, reason = _fit(row, rules)
         kept += pieces
         num_truncated += len(pieces) == 1 and pieces[0].num_tokens < row.num_tokens
-        if reason and _is_refused(row, recipe):
+        if reason and _is_refused(row, rules):
             problems.append(f"{example.place}: {reason}")
         elif reason:
             dropped.append(reason)
@@ -170,21 +170,19 @@ def collect(
 # A row's sequences, before any cut
 
 
-def whole_rows(
-    example: Example, template: ChatTemplate, tokenizer: Any, recipe: Recipe
-) -> list[TokenizedExample]:
+def whole_rows(example: Example, template: ChatTemplate, rules: TokenRules) -> list[TokenizedExample]:
     """A row's sequences of any length, with or without targets. RequestError if the chat template refuses it."""
     if example.chosen is not None and example.rejected is not None:
         chosen, rejected = (
-            _marked(_after_prompt(example, answer, template, tokenizer, recipe), example)
+            _marked(_after_prompt(example, answer, template, rules), example)
             for answer in (example.chosen, example.rejected)
         )
         return [TokenizedExample(chosen.token_ids, chosen.is_target, *_at(example), rejected=rejected)]
-    if recipe.objective == "grpo":
-        prompt = _prompt(example, template, tokenizer)
+    if rules.objective == "grpo":
+        prompt = _prompt(example, template)
         is_target = np.zeros(len(prompt), bool)
         return [TokenizedExample(prompt, is_target, *_at(example), fields=example.fields)]
-    found = [_marked(sequence, example) for sequence in _sequences(example, template, tokenizer, recipe)]
+    found = [_marked(sequence, example) for sequence in _sequences(example, template, rules)]
     if example.label is None:
         return found
     if len(found) != 1:
@@ -196,19 +194,17 @@ def _at(example: Example) -> tuple[str, int]:
     return example.source, example.line
 
 
-def _sequences(
-    example: Example, template: ChatTemplate, tokenizer: Any, recipe: Recipe
-) -> Iterator[Supervised]:
+def _sequences(example: Example, template: ChatTemplate, rules: TokenRules) -> Iterator[Supervised]:
     """A row's sequences with what loss may use."""
     messages = example.as_messages()
     if messages is None or (example.messages is None and not template.exists):
-        yield _raw(example, tokenizer, recipe)
-    elif recipe.mask_prompt:
+        yield _raw(example, template, rules)
+    elif rules.mask_prompt:
         found = template.supervise(
             messages,
             tools=example.tools,
-            roles=recipe.roles_to_train,
-            train_on_eos=recipe.train_on_eos,
+            roles=rules.roles_to_train,
+            train_on_eos=rules.train_on_eos,
             skip=example.untrained,
         )
         yield from found or [Supervised(template.render(messages, tools=example.tools), ())]
@@ -218,17 +214,17 @@ def _sequences(
 
 
 def _after_prompt(
-    example: Example, answer: Sequence[Message], template: ChatTemplate, tokenizer: Any, recipe: Recipe
+    example: Example, answer: Sequence[Message], template: ChatTemplate, rules: TokenRules
 ) -> Supervised:
     """One answer of a pair after the prompt of both; the answer alone is supervised."""
     before = example.as_messages() or ()
     if example.messages is None and not template.exists:
         completion = str(answer[-1]["content"])
-        return _raw(Example(*_at(example), prompt=example.prompt, completion=completion), tokenizer, recipe)
+        return _raw(Example(*_at(example), prompt=example.prompt, completion=completion), template, rules)
     found = template.supervise(
         [*before, *answer],
         tools=example.tools,
-        train_on_eos=recipe.train_on_eos,
+        train_on_eos=rules.train_on_eos,
         skip=range(len(before)),
     )
     if len(found) != 1:
@@ -239,23 +235,24 @@ def _after_prompt(
     return found[0]
 
 
-def _prompt(example: Example, template: ChatTemplate, tokenizer: Any) -> np.ndarray:
+def _prompt(example: Example, template: ChatTemplate) -> np.ndarray:
     messages = example.as_messages() or ()
     if example.messages is None and not template.exists:
-        return np.array(tokenizer.encode(example.prompt), np.int32)
+        return np.array(template.tokenizer.encode(example.prompt), np.int32)
     return np.array(template.render(messages, tools=example.tools), np.int32)
 
 
-def _raw(example: Example, tokenizer: Any, recipe: Recipe) -> Supervised:
+def _raw(example: Example, template: ChatTemplate, rules: TokenRules) -> Supervised:
     """Text, or prompt and completion for a tokenizer without a chat template; the end token closes both."""
+    tokenizer = template.tokenizer
     if example.text is not None:
         ids, start = list(tokenizer.encode(example.text)), 0
         end_is_target = True
     else:
         prompt = list(tokenizer.encode(example.prompt))
         ids = [*prompt, *tokenizer.encode(example.completion, add_special_tokens=False)]
-        start = len(prompt) if recipe.mask_prompt else 0
-        end_is_target = not recipe.mask_prompt or recipe.train_on_eos != "none"
+        start = len(prompt) if rules.mask_prompt else 0
+        end_is_target = not rules.mask_prompt or rules.train_on_eos != "none"
     if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids.append(tokenizer.eos_token_id)
     stop = len(ids) if end_is_target or tokenizer.eos_token_id is None else len(ids) - 1
@@ -270,12 +267,12 @@ def _marked(sequence: Supervised, example: Example) -> TokenizedExample:
     return TokenizedExample(np.array(sequence.token_ids, np.int32), is_target, *_at(example))
 
 
-def _lost(example: Example, rows: Sequence[TokenizedExample], tokenizer: Any) -> Iterator[str]:
+def _lost(example: Example, rows: Sequence[TokenizedExample], template: ChatTemplate) -> Iterator[str]:
     """What the row says and its sequences do not, because the chat template has no place for it."""
     words = dict(_structured(example))
     if not words:
         return
-    texts = [tokenizer.decode(s.token_ids.tolist()) for row in rows for s in row.sequences]
+    texts = [template.tokenizer.decode(s.token_ids.tolist()) for row in rows for s in row.sequences]
     seen = "".join("".join(texts).split())
     yield from (name for name, said in words.items() if not all("".join(w.split()) in seen for w in said))
 
@@ -298,9 +295,9 @@ def _structured(example: Example) -> Iterator[tuple[str, list[str]]]:
 # Cutting to length
 
 
-def _fit(row: TokenizedExample, recipe: Recipe) -> tuple[list[TokenizedExample], str | None]:
+def _fit(row: TokenizedExample, rules: TokenRules) -> tuple[list[TokenizedExample], str | None]:
     """The row within `max_seq_length` and with something to learn from, or [] and the reason."""
-    limit, strategy = recipe.max_seq_length, recipe.excess_length_strategy
+    limit, strategy = rules.max_seq_length, rules.excess_length_strategy
     if row.fields is None and not all(sequence.is_target.any() for sequence in row.sequences):
         return [], NOT_SUPERVISED
     if row.length <= limit:
@@ -340,10 +337,10 @@ def _is_even(row: TokenizedExample) -> bool:
     return row.rejected is not None and np.array_equal(row.token_ids, row.rejected.token_ids)
 
 
-def _is_refused(row: TokenizedExample, recipe: Recipe) -> bool:
-    is_long = row.length > recipe.max_seq_length
+def _is_refused(row: TokenizedExample, rules: TokenRules) -> bool:
+    is_long = row.length > rules.max_seq_length
     has_targets = row.fields is not None or all(sequence.is_target.any() for sequence in row.sequences)
-    return is_long and recipe.excess_length_strategy == "raise" and has_targets
+    return is_long and rules.excess_length_strategy == "raise" and has_targets
 
 
 # Counting

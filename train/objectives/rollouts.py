@@ -70,7 +70,8 @@ class Questions:
 class Rollouts:
     """What the loop calls for batches under objective grpo, and for evaluations.
 
-    rows_at  iteration → the rows whose prompts are answered; num_generations answers each make the batch
+    rows_at   iteration → the rows whose prompts are answered; num_generations answers each make the batch
+    stop_ids  tokens that end an answer, besides the model's own
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Rollouts:
         seed: int,
         batch_size: int,
         ranks: Ranks | None = None,
+        stop_ids: tuple[int, ...] = (),
     ) -> None:
         self._model = model
         self._questions = questions
@@ -92,6 +94,7 @@ class Rollouts:
         self._scorer = scorer
         self._seed = seed
         self._ranks = ranks or Alone()
+        self._stop_ids = stop_ids
         self._limits = EngineLimits(max_rows=batch_size, kv_budget_bytes=UNBOUNDED_BYTES)
         _check_context(model, questions, config)
 
@@ -143,6 +146,7 @@ class Rollouts:
                     top_p=self._config.top_p if temperature else 1.0,
                     seed=seed,
                 ),
+                stop_ids=self._stop_ids,
             )
             for number, (row, seed) in enumerate(zip(rows.tolist(), seeds, strict=True))
         ]

@@ -43,6 +43,8 @@ class RunRecord:
     """Of a warm start: `resume_adapter_file` as written."""
     parent_hash: str = ""
     """Content hash of the weights it started from."""
+    template_day: str = ""
+    """The day that the chat template prints all the run long, YYYY-MM-DD; empty if it prints none."""
     resumed_from: str = ""
     """The checkpoint this process continued, if any."""
     resumed: str = ""

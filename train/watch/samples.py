@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
 from serve.engine.engine import Engine
 from serve.engine.generate import generate
 from serve.engine.request import Request, Sampling
@@ -46,7 +44,6 @@ class Sample:
 def prompts_of(
     samples: Samples,
     template: ChatTemplate,
-    tokenizer: TokenizerWrapper,
     valid_examples: Sequence[Example],
     *,
     as_text: bool,
@@ -57,31 +54,29 @@ def prompts_of(
     ConfigError names the prompt the template refuses; DataError when no validation row has a prompt.
     """
     if samples.rows is not None:
-        found = [_of_row(example, template, tokenizer) for example in valid_examples[: samples.rows]]
+        found = [_of_row(example, template) for example in valid_examples[: samples.rows]]
         if not found:
             raise DataError("samples.rows: there is no validation row to take a prompt from")
         return found
     prompts = []
     for number, prompt in enumerate(samples.prompts):
         try:
-            prompts.append(_of_recipe(prompt, template, tokenizer, as_text))
+            prompts.append(_of_recipe(prompt, template, as_text))
         except RequestError as error:
             raise ConfigError(f"samples.prompts.{number}: {error}") from error
     return prompts
 
 
-def _of_recipe(
-    prompt: str | Sequence[Message], template: ChatTemplate, tokenizer: TokenizerWrapper, as_text: bool
-) -> SamplePrompt:
+def _of_recipe(prompt: str | Sequence[Message], template: ChatTemplate, as_text: bool) -> SamplePrompt:
     if isinstance(prompt, str):
         if as_text or not template.exists:
-            return SamplePrompt(prompt, tuple(tokenizer.encode(prompt)))
+            return SamplePrompt(prompt, tuple(template.tokenizer.encode(prompt)))
         return SamplePrompt(prompt, template.render([{"role": "user", "content": prompt}]))
     return SamplePrompt(_shown(prompt), template.render(prompt))
 
 
-def _of_row(example: Example, template: ChatTemplate, tokenizer: TokenizerWrapper) -> SamplePrompt:
-    messages = example.as_messages()
+def _of_row(example: Example, template: ChatTemplate) -> SamplePrompt:
+    messages, tokenizer = example.as_messages(), template.tokenizer
     if messages is None:
         token_ids = tuple(tokenizer.encode(example.text or ""))
         token_ids = token_ids[: max(int(len(token_ids) * SHARE_OF_TEXT), 1)]
@@ -101,8 +96,13 @@ def _shown(messages: Sequence[Message]) -> str:
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
 
 
-def answers_of(model: LoadedModel, prompts: Sequence[SamplePrompt], samples: Samples) -> list[Sample]:
-    """Each prompt's answer by the weights as they are, in order. RequestError for a prompt beyond the context."""
+def answers_of(
+    model: LoadedModel, prompts: Sequence[SamplePrompt], samples: Samples, stop_ids: tuple[int, ...] = ()
+) -> list[Sample]:
+    """Each prompt's answer by the weights as they are, in order. RequestError for a prompt beyond the context.
+
+    stop_ids  tokens that end an answer, besides the model's own
+    """
     requests = [
         Request(
             f"sample-{number}",
@@ -110,6 +110,7 @@ def answers_of(model: LoadedModel, prompts: Sequence[SamplePrompt], samples: Sam
             Sampling(
                 max_tokens=samples.max_tokens, temperature=samples.temperature, seed=samples.seed + number
             ),
+            stop_ids=stop_ids,
         )
         for number, prompt in enumerate(prompts)
     ]
