@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,6 +64,12 @@ def recording(
             samples=(lambda: answers_of(model, prompts, samples, stop_ids)) if samples else tuple,
             notes=flight.take_notes,
         )
+
+
+def tell(console: Console, lines: Sequence[str]) -> None:
+    """Notes that a person should read before the first step."""
+    for line in lines:
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)
 
 
 def record_of(flight: Preflight, lineage: Lineage, saved: Checkpoint | None) -> RunRecord:

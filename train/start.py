@@ -15,6 +15,7 @@ from serve.adapters.manifest import read_config
 from serve.errors import ConfigError, StorageError
 from train.loop import checkpoint
 from train.loop.checkpoint import Checkpoint
+from train.loop.distributed import Ranks
 from train.recipe.recipe import Recipe
 from train.watch import curve, metrics, record, summary
 
@@ -44,6 +45,12 @@ def starting_point(recipe: Recipe, resume: Path | str | bool | None, console: Co
             f"no checkpoint in {folder}: the run starts from the beginning", highlight=False, soft_wrap=True
         )
     return saved
+
+
+def day_of_run(recipe: Recipe, resume: Path | str | bool | None, today: date, ranks: Ranks) -> date:
+    """The day that all processes' chat templates print, all the run long: rank 0's, as `first_day` tells it."""
+    day = today if ranks.rank else first_day(recipe, resume, today)
+    return date.fromisoformat(ranks.gather(day.isoformat())[0])
 
 
 def first_day(recipe: Recipe, resume: Path | str | bool | None, today: date) -> date:

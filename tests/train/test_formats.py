@@ -230,7 +230,7 @@ def test_feedback_is_an_answer_and_a_label_however_spelled():
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "p", "completion": "c", "label": 1}, "label: found a number (1); expected true or false"),
+        ({"prompt": "p", "completion": "c", "label": 2}, "label: found a number (2); expected true or false"),
         (
             {"prompt": "p", "completion": "c", "label": "yes"},
             "label: found a string ('yes'); expected true or false",

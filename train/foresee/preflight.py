@@ -14,6 +14,7 @@ from functools import cached_property
 
 from rich.console import Console
 
+from serve.adapters.manifest import Lineage
 from serve.errors import DataError
 from serve.model.loading import LoadedModel, load_tokenizer
 from serve.model.template import ChatTemplate
@@ -41,6 +42,7 @@ from train.objectives.rewards import Scorer
 from train.objectives.rollouts import Questions, Rollouts
 from train.recipe.optimizer_config import AdamConfig
 from train.recipe.recipe import Recipe
+from train.watch.lineage import lineage_of
 from train.watch.samples import SamplePrompt, prompts_of
 
 
@@ -127,6 +129,18 @@ class Preflight:
             batch_size=self.recipe.batch_size,
             ranks=self.ranks,
             stop_ids=self.stop_ids,
+        )
+
+    def lineage(self, model: LoadedModel, created: str = "") -> Lineage:
+        """Where the adapter comes from; `created` as lineage_of has it."""
+        return lineage_of(
+            self.recipe,
+            model,
+            self.template,
+            self.rules,
+            data_hash=self.data_hash,
+            stop_ids=self.stop_ids,
+            created=created,
         )
 
     def test_batches(self) -> list[Batch]:
