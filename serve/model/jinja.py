@@ -23,6 +23,8 @@ from jinja2.visitor import NodeTransformer
 
 _CLOCK = "clock of the rendering"
 """A variable that no template can name."""
+_MARKS = "marks of the rendering"
+"""Another: (what opens, what closes) each block of `{% generation %}` in the text."""
 
 
 class TooSlowError(Exception):
@@ -41,10 +43,18 @@ class JinjaTemplate:
         code = environment.compile(_Clocked().visit(tree))
         self._template = jinja2.Template.from_code(environment, code, environment.globals)
 
-    def render(self, variables: Mapping[str, Any], limit_s: float | None = None) -> str:
-        """The prompt. TooSlowError after `limit_s` seconds of this thread's CPU; else what the template raises."""
+    def render(
+        self,
+        variables: Mapping[str, Any],
+        limit_s: float | None = None,
+        marks: tuple[str, str] | None = None,
+    ) -> str:
+        """The prompt. TooSlowError after `limit_s` seconds of this thread's CPU; else what the template raises.
+
+        marks  texts to put before and after what stands in each block of `{% generation %}`
+        """
         clock = None if limit_s is None else time.thread_time() + limit_s
-        return self._template.render({**variables, _CLOCK: clock})
+        return self._template.render({**variables, _CLOCK: clock, _MARKS: marks})
 
 
 def _first_uses(tree: nodes.Template) -> dict[str, bool]:
@@ -111,14 +121,24 @@ def _look(context: Context, _: None) -> None:
 
 
 class _Generation(Extension):
-    """`{% generation %}`, by which a template marks what the model writes; where it stands is not asked here."""
+    """`{% generation %}`, by which a template says what the model writes: between marks, if there are any."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2's own way
 
     def parse(self, parser: Parser) -> nodes.Node:
         lineno = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(lineno)
+        opens, closes = (
+            nodes.Output([nodes.Filter(nodes.Const(end), _mark.__name__, [], [], None, None)])
+            for end in (0, 1)
+        )
+        return nodes.Scope([opens, *body, closes]).set_lineno(lineno)
+
+
+@jinja2.pass_context
+def _mark(context: Context, end: int) -> str:
+    marks = context.resolve_or_missing(_MARKS)
+    return str(marks[end]) if isinstance(marks, tuple) else ""
 
 
 class _Namespace(Namespace):
@@ -150,7 +170,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.filters |= {"tojson": _tojson, _look.__name__: _look}
+    environment.filters |= {"tojson": _tojson, _look.__name__: _look, _mark.__name__: _mark}
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,

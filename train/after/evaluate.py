@@ -56,7 +56,7 @@ def questions_of(examples: Sequence[Example], template: ChatTemplate) -> list[Qu
         last = max((i for i, message in enumerate(messages) if _answers(message)), default=0)
         if last == 0:
             continue
-        token_ids = template.render(messages[:last], tools=example.tools, add_generation_prompt=True)
+        token_ids = template.render(messages[:last], tools=example.tools, variables=example.variables)
         found.append(Question(tuple(token_ids), str(messages[last]["content"]).strip(), example.place))
     return found
 
