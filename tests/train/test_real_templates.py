@@ -30,6 +30,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
 CONTROL = re.compile(
     r"<\|[\w▁]+\|>|<｜[\w▁]+｜>|<\|\w+>|<\w+\|>|<(?:s|/s|bos|sop|start_of_turn|end_of_turn|end_of_utterance)>|\[gMASK\]"
 )
+MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARKUP = re.compile(r"</?(?:think|tool_call|tool_response)>")
 ENDS = {  # by the beginning of a name: (what the tokenizer calls eos, what else ends a turn of such a model)
     "cohere": ("<|END_OF_TURN_TOKEN|>", ()),
@@ -121,8 +122,8 @@ class Family:
     """A template with its twin, and a tokenizer that has its control tokens."""
 
     name: str
-    template: str
     twin: str | None
+    template: ChatTemplate
     tokenizer: TokenizerWrapper
     stops: frozenset[int]
 
@@ -131,7 +132,7 @@ def family(name: str) -> Family:
     base = name.removesuffix("_training")
     own = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     marked = FOLDER / f"{base}_training.jinja"
-    twin = marked.read_text(encoding="utf-8") if marked.exists() else own if "generation" in own else None
+    twin = marked.read_text(encoding="utf-8") if marked.exists() else own if MARKED.search(own) else None
     eos, others = next(ends for beginning, ends in ENDS.items() if base.startswith(beginning))
     bos = "<|begin_of_text|>" if base.startswith(("llama", "muse")) else "<bos>"
     special = sorted({*CONTROL.findall(own + (twin or "")), eos, *others, bos, "<|begin_of_text|>"})
@@ -146,7 +147,8 @@ def family(name: str) -> Family:
         tokenizer_object=tokenizer, chat_template=own, eos_token=eos, bos_token=bos
     )
     stops = frozenset(fast.convert_tokens_to_ids([eos, *others]))
-    return Family(name, own, twin, TokenizerWrapper(fast), stops)
+    tokenizer = TokenizerWrapper(fast)
+    return Family(name, twin, ChatTemplate(tokenizer), tokenizer, stops)
 
 
 # The reference: what the twin marks
@@ -246,7 +248,7 @@ def train(family: Family, kind: str) -> Trained:
     row = ROWS[kind]
     recipe = Recipe(model="m", data="d", max_seq_length=100_000)
     example = parse_row(row, Rules.of(recipe, DatasetSource(path="d")), "rows.jsonl", 1)
-    template = ChatTemplate(family.tokenizer)
+    template = family.template
     outcome = tokenize_row(example, template, family.tokenizer, recipe)
     if outcome.problems or outcome.dropped:
         return Trained(problem="; ".join([*outcome.problems, *outcome.dropped]))
@@ -272,7 +274,7 @@ def expected(family: Family, kind: str) -> tuple[str, set[str]] | None:
     if turns is None:
         return None
     indices = [i for i, m in enumerate(row["messages"]) if m["role"] == "assistant"]
-    template = ChatTemplate(family.tokenizer)
+    template = family.template
     stops = [family.tokenizer.decode([number]) for number in sorted(family.stops)]
     texts, rules = [], set()
     for index, (text, begin, end) in zip(indices, turns, strict=True):
