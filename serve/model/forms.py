@@ -8,6 +8,7 @@ right, in training and in serving. Knows no tokens.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product, takewhile
@@ -78,8 +79,6 @@ class Ends:
     """Where the next turn's marker is the only end: that marker, after an answer."""
     before_result: str = ""
     """The same after calls of tools."""
-    cue: str = ""
-    """What is between a question and the answer to it, as served."""
 
 
 def forms_of(render: Render) -> Forms:
@@ -106,30 +105,55 @@ def ends_of(render: Render, forms: Forms, control: ControlTokens, known: Collect
     TooSlowError as `render`.
     """
 
-    def after(words: str, *messages: Message, opens: bool = False) -> str:
-        text = _try(render, [forms.shape(message) for message in messages], opens)
+    def after(words: str, *messages: Message) -> str:
+        text = _try(render, [forms.shape(message) for message in messages])
         return text[text.rindex(words) + len(words) :] if words in text else ""
 
     alone, followed = after(SAID, _USER, _ANSWER), after(SAID, _USER, _ANSWER, _AGAIN)
     followed = followed.split(ASKED_AGAIN)[0]
-    common = "".join(
-        a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, followed, strict=False))
-    )
-    cue = after(ASKED, _USER, opens=True)
+    common = _common(alone, followed)
     for tail in (common, alone):
         written = [token for _, token in control.find(tail)]
         if written:
             end = next((token for token in written if token in known), written[-1])
-            return Ends(frozenset({*known, end}), cue=cue)
+            return Ends(frozenset({*known, end}))
     before_user = leading(followed, control)
     if not before_user:
-        return Ends(frozenset(known), cue=cue)
+        return Ends(frozenset(known))
     calling = _try(render, [forms.shape(m) for m in (_USER, _CALLS)])
     called = _try(render, [forms.shape(m) for m in (_USER, _CALLS, _RESULT)])
     rest = called[len(calling) :] if calling and called.startswith(calling) else ""
     before_result = leading(rest, control) or before_user
     markers = {before_user.strip(), before_result.strip()}
-    return Ends(frozenset({*known, *markers}), before_user, before_result, cue)
+    return Ends(frozenset({*known, *markers}), before_user, before_result)
+
+
+def cue_of(render: Render, forms: Forms) -> str:
+    """What the template puts between a question and the answer to it, as served. TooSlowError as `render`."""
+    text = _try(render, [forms.shape(_USER)], True)
+    return text[text.rindex(ASKED) + len(ASKED) :] if ASKED in text else ""
+
+
+def after_cue(header: str, cues: Sequence[str], control: ControlTokens) -> int:
+    """Where an answer's own words start after `header`, which holds what the template writes before its content.
+
+    That is where the first cue ends that stands there whole from one of its control tokens on; else its longest
+    piece, or the words after its last control token.
+    """
+    best = (0, len(header.rstrip()))
+    for cue in cues:
+        for at, token in control.find(cue):
+            piece = cue[at:]
+            for begin in (found.start() for found in re.finditer(re.escape(token), header)):
+                length = len(_common(piece, header[begin:]))
+                if length == len(piece):
+                    return begin + length
+                best = max(best, (length, begin + length), key=lambda found: found[0])
+    if best[0]:
+        return best[1]
+    ends = [max((at + len(token) for at, token in control.find(cue)), default=0) for cue in cues]
+    words = [cue[end:].strip() for cue, end in zip(cues, ends, strict=True)]
+    return next((header.index(w) + len(w) for w in words if w and w in header), best[1])
 
 
 def leading(text: str, control: ControlTokens) -> str:
@@ -153,6 +177,10 @@ def missing_calls(message: Message, text: str) -> Iterator[str]:
 def squeezed(text: str) -> str:
     """Without white space and backslashes, which templates put and leave out."""
     return "".join(text.replace("\\", "").split())
+
+
+def _common(a: str, b: str) -> str:
+    return "".join(x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _try(render: Render, messages: Sequence[Message], opens: bool = False) -> str:

@@ -31,8 +31,8 @@ class Turn:
     """What is learned, in characters of `text`; never before `num_prompt`."""
     with_end: bool = True
     """Whether its end token is learned too."""
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    """What the template was told besides what was asked of it, so that prompt and turn agree."""
+    variables: Mapping[str, Any] | None = None
+    """What the template was told besides what was asked of it, so that prompt and turn agree; None: anything."""
 
     @property
     def prompt(self) -> str:
@@ -83,7 +83,8 @@ class SpanWriter:
                 return None
             found = [(head if a == turn.num_prompt else index(a), index(b)) for a, b in turn.spans]
             spans += self._trimmed(ids, found, turn.with_end)
-        return Supervised(ids, tuple(spans), turns[0].variables)
+        told = next((turn.variables for turn in turns if turn.variables is not None), {})
+        return Supervised(ids, tuple(spans), told)
 
     def alone(self, turn: Turn) -> Supervised:
         """One turn after its prompt as served; what follows the turn is cut off."""
@@ -100,7 +101,7 @@ class SpanWriter:
             spans.append((begin, len(ids)))
             end = stop
         ids += self._reader.encoder.encode(turn.whole[end:]) if end < len(turn.whole) else ()
-        return Supervised(ids, tuple(self._trimmed(ids, spans, turn.with_end)), turn.variables)
+        return Supervised(ids, tuple(self._trimmed(ids, spans, turn.with_end)), turn.variables or {})
 
     def _trimmed(
         self, ids: tuple[int, ...], spans: Sequence[tuple[int, int]], with_end: bool

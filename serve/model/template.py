@@ -13,13 +13,26 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 
 from serve.errors import RequestError
-from serve.model.forms import Ends, Forms, ends_of, forms_of, leading, missing_calls, squeezed
+from serve.model.forms import (
+    Ends,
+    Forms,
+    after_cue,
+    cue_of,
+    ends_of,
+    forms_of,
+    leading,
+    missing_calls,
+    squeezed,
+)
 from serve.model.jinja import TooSlowError
 from serve.model.messages import Conversation, data, leaves, plain_message, plain_tools
 from serve.model.renderer import Message as Message
@@ -35,6 +48,7 @@ PROBE_LIMIT_S = 0.5
 """Of this thread's CPU, for each conversation by which a template is tried out."""
 _SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates are told not to open a thought."""
+_THOUGHTS = ("<think>", "<thinking>", "<|channel>thought")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -95,6 +109,7 @@ class ChatTemplate:
         self._named: tuple[NamedControl, Reader] | None = None  # made when it is first needed
         self._ends_turns = self._ends_of_turns()
         self._quiet = [{name: False} for name in _SWITCHES if name in self.variables]
+        self._cues = self._openings()
 
     def render(self, messages: Sequence[Message], **options: Any) -> tuple[int, ...]:
         """Token ids, as served: `write`, encoded."""
@@ -155,17 +170,15 @@ class ChatTemplate:
             return []
         self._check_variables(variables or {})
         conversation = self._conversation(messages, tools, variables or {})
-        turns = [
-            self._turn(
-                conversation, i, train_on_eos == "turn" or (train_on_eos == "last" and i == indices[-1])
-            )
-            for i in indices
-        ]
+        with_end = {
+            i: train_on_eos == "turn" or (train_on_eos == "last" and i == indices[-1]) for i in indices
+        }
+        turns = self._turns(conversation, with_end)
         writer = SpanWriter(
             self._reader_of(conversation.veil), self._is_blank, lambda token_id: token_id in self._end_ids
         )
-        told = turns[-1].variables
-        if any(turn.variables != told for turn in turns):
+        told = _told(turns)
+        if told is None:
             return [writer.alone(turn) for turn in turns]
         # Of several turns the last may end before the conversation does; of one, nothing after it is learned from.
         whole = turns[-1].whole
@@ -206,9 +219,24 @@ class ChatTemplate:
         except TooSlowError:
             return Ends(frozenset(known))
 
-    def _probe(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _openings(self) -> list[str]:
+        """What is between a question and its answer as served: as it is, and told not to think."""
+        if self._renderer is None:
+            return []
+        try:
+            ways = [partial(self._probe, variables=way) for way in ({}, *self._quiet)]
+            return list(dict.fromkeys(cue_of(way, self.forms) for way in ways))
+        except TooSlowError:
+            return []
+
+    def _probe(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         assert self._renderer is not None
-        return self._renderer.render(messages, None, add_generation_prompt, {}, PROBE_LIMIT_S)
+        return self._renderer.render(messages, None, add_generation_prompt, variables, PROBE_LIMIT_S)
 
     def _frame(self, markup: set[str]) -> set[str]:
         """Added tokens that are not called special, and that the template puts around turns all the same."""
@@ -353,26 +381,38 @@ class ChatTemplate:
             )
         return raw[: raw.rindex(mark)]
 
-    def _turn(self, conversation: Conversation, index: int, with_end: bool) -> Turn:
-        """Turn `index` as the end of its conversation, which is how serving makes it."""
+    def _turns(self, conversation: Conversation, with_end: Mapping[int, bool]) -> list[Turn]:
+        """The turns of these indices, all told the same where that can be; values: whether the end is learned."""
+        ways = [{}, *(v for v in self._quiet if not v.keys() & conversation.variables.keys())]
+        turns = [self._turn(conversation, index, ends, ways) for index, ends in with_end.items()]
+        if _told(turns) is None:
+            for way in ways[1:]:
+                with suppress(RequestError):
+                    return [self._turn(conversation, index, ends, [way]) for index, ends in with_end.items()]
+        return turns
+
+    def _turn(
+        self, conversation: Conversation, index: int, with_end: bool, ways: Sequence[Mapping[str, Any]]
+    ) -> Turn:
+        """Turn `index` as the end of its conversation, which is how serving makes it, told in one of these ways."""
         message = conversation.plain[index]
         turn = None
         if message.get("role") == "assistant" and index:
-            turn = self._answer(conversation, index)
+            turn = self._answer(conversation, index, ways)
         if turn is None:
             turn = self._unprompted(conversation, index)
         self._check_says(message, index, turn, conversation.veil)
         return self._as_read(turn, with_end, conversation.veil)
 
-    def _answer(self, conversation: Conversation, index: int) -> Turn | None:
-        """An assistant's turn after its prompt as served, told not to think where they agree only then.
+    def _answer(
+        self, conversation: Conversation, index: int, ways: Sequence[Mapping[str, Any]]
+    ) -> Turn | None:
+        """An assistant's turn after its prompt as served, told in the first of these ways in which they agree.
 
         None if nothing is served before it: nobody has asked, and the template refuses what was said so far.
         """
         refused: RequestError | None = None
-        for variables in ({}, *self._quiet):
-            if any(name in conversation.variables for name in variables):
-                continue
+        for variables in ways:
             told = replace(conversation, variables={**conversation.variables, **variables})
             try:
                 prompt = self._raw(told.first(index), True)
@@ -405,7 +445,7 @@ class ChatTemplate:
             raw, blocks = self._marked(asked)
         start = self._own_start(asked, index, raw)
         if is_alone:
-            return self._bounded(conversation, index, raw, start, blocks, {})
+            return self._bounded(conversation, index, raw, start, blocks, None)
         ends = (
             start + at + len(token)
             for at, token in self._control.find(raw[start:])
@@ -430,7 +470,7 @@ class ChatTemplate:
         marked = self._raw(asked.saying(index, within), False)
         start = marked.find(opens)
         if is_answer and start >= 0:
-            start = _after_cue(marked[:start], self._ends_turns.cue)
+            start = after_cue(marked[:start], self._cues, self._control)
         says = is_answer or (content.strip() and raw.endswith(marked[marked.rfind(closes) + 1 :]))
         if start < 0 or not says or not raw.startswith(marked[:start]):
             raise RequestError(
@@ -446,7 +486,7 @@ class ChatTemplate:
         raw: str,
         start: int,
         blocks: Sequence[tuple[int, int]],
-        variables: Mapping[str, Any],
+        variables: Mapping[str, Any] | None,
     ) -> Turn:
         """The turn from `start` to its first end token; `raw` ends with the turn, or before it does."""
         stop = self._end(raw, start)
@@ -571,20 +611,23 @@ def _identity(custom: Any, template: Any) -> str:
     return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
 
 
-def _after_cue(header: str, cue: str) -> int:
-    """Where the words start that a text leads up to: after the end of `cue` in it, if it has one; else at its end."""
-    for begin in range(len(cue)):
-        ending = cue[begin:]
-        if len(ending.strip()) < 2:
-            break
-        if ending in header:
-            return header.rindex(ending) + len(ending)
-    return len(header.rstrip())
+def _told(turns: Sequence[Turn]) -> Mapping[str, Any] | None:
+    """What the template was told for all turns; None if that is not the same."""
+    told = [turn.variables for turn in turns if turn.variables is not None]
+    return None if any(variables != told[0] for variables in told) else told[0] if told else {}
 
 
 def _mismatch(prompt: str, text: str) -> str:
     tail = prompt[-30:]
+    opened = next((mark for mark in _THOUGHTS if prompt.rstrip().endswith(mark)), None)
+    why = ""
+    if opened is not None:
+        why = (
+            f"the chat template's prompt opens a thought ({opened}) that this turn does not have, and no variable "
+            "tells the template not to; "
+        )
+    beside = text[max(0, len(prompt) - 30) : len(prompt) + 10]
     return (
-        f"the chat template's prompt for this turn ends with {tail!r}, but the turn itself is rendered otherwise: "
-        f"{text[max(0, len(prompt) - 30) : len(prompt) + 10]!r}; serving would never see the sequence that is trained"
+        f"{why}the chat template's prompt for this turn ends with {tail!r}, but the turn itself is rendered "
+        f"otherwise: {beside!r}; serving would never see the sequence that is trained"
     )

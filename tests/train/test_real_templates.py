@@ -7,8 +7,8 @@ the marked one, it does so by the rules of `DIFFERENCES`, which says for which f
 
 from __future__ import annotations
 
+import copy
 import json
-import os
 import re
 from dataclasses import dataclass
 from importlib import metadata
@@ -28,13 +28,13 @@ from train.recipe.recipe import DatasetSource, Recipe
 FOLDER = Path(str(metadata.distribution("trl").locate_file("trl/chat_templates")))
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
 CONTROL = re.compile(
-    r"<\|[\w▁]+\|>|<｜[\w▁]+｜>|<\|\w+>|<\w+\|>|<(?:s|/s|bos|sop|start_of_turn|end_of_turn|end_of_utterance)>|\[gMASK\]"
+    r"<\|[\w▁]+\|>|<\uff5c[\w▁]+\uff5c>|<\|\w+>|<\w+\|>|<(?:s|/s|bos|sop|start_of_turn|end_of_turn|end_of_utterance)>|\[gMASK\]"
 )
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARKUP = re.compile(r"</?(?:think|tool_call|tool_response)>")
 ENDS = {  # by the beginning of a name: (what the tokenizer calls eos, what else ends a turn of such a model)
     "cohere": ("<|END_OF_TURN_TOKEN|>", ()),
-    "deepseek": ("<｜end▁of▁sentence｜>", ()),
+    "deepseek": ("<\uff5cend▁of▁sentence\uff5c>", ()),
     "diffusion_gemma": ("<turn|>", ("<|tool_response>",)),
     "gemma4": ("<turn|>", ("<|tool_response>",)),
     "gemma": ("<eos>", ("<end_of_turn>",)),
@@ -151,6 +151,12 @@ def family(name: str) -> Family:
     return Family(name, twin, ChatTemplate(tokenizer), tokenizer, stops)
 
 
+def with_template(tokenizer: TokenizerWrapper, source: str) -> TokenizerWrapper:
+    inner = copy.copy(tokenizer._tokenizer)
+    inner.chat_template = source
+    return TokenizerWrapper(inner)
+
+
 # The reference: what the twin marks
 
 
@@ -201,7 +207,8 @@ def _marked_turns(family: Family, messages: list[dict], row: dict) -> list[tuple
             before = _rendered(family, messages[:index], row)[0] if index else ""
         except Exception:
             before = ""
-        begin = len(os.path.commonprefix([before, text]))
+        pairs = enumerate(zip(before, text, strict=False))
+        begin = next((i for i, (a, b) in pairs if a != b), len(before))
         marks = [(a, b) for a, b in marks if b > begin]
         learned = "".join(text[a:b] for a, b in marks)
         if not _says(row["messages"][index], learned):
@@ -224,7 +231,7 @@ def _rendered(family: Family, messages: list[dict], row: dict) -> tuple[str, lis
 
 def _says(message: dict, text: str) -> bool:
     said = [message.get("content") or "", message.get("reasoning_content") or ""]
-    for call in message.get("tool_calls") or ():
+    if message.get("tool_calls"):
         said += ["look_up", "place", "Reykjavik", "days", "3"]
     return all(words in text for words in said)
 
@@ -274,18 +281,14 @@ def expected(family: Family, kind: str) -> tuple[str, set[str]] | None:
     if turns is None:
         return None
     indices = [i for i, m in enumerate(row["messages"]) if m["role"] == "assistant"]
-    template = family.template
+    twin = ChatTemplate(with_template(family.tokenizer, family.twin))
     stops = [family.tokenizer.decode([number]) for number in sorted(family.stops)]
     texts, rules = [], set()
     for index, (text, begin, end) in zip(indices, turns, strict=True):
-        for variables in ({}, {"enable_thinking": False}):
-            if not index or variables.keys() - template.variables:
-                continue
-            prompt = template.write(row["messages"][:index], tools=row.get("tools"), variables=variables).text
-            if text.startswith(prompt):
-                rules |= {HEADER} if begin < len(prompt) else set()
-                begin = max(begin, len(prompt))
-                break
+        served = _served(twin, row, index, text)
+        if begin < served:
+            rules.add(HEADER)
+            begin = served
         learned = text[begin:end].rstrip()
         closing = re.search(f"(?:{'|'.join(map(re.escape, stops))})", learned)
         if closing is not None and closing.end() < len(learned):
@@ -297,6 +300,25 @@ def expected(family: Family, kind: str) -> tuple[str, set[str]] | None:
             learned += after.group() if after else ""
         texts.append(learned)
     return "".join(texts), rules
+
+
+def _served(twin: ChatTemplate, row: dict, index: int, text: str) -> int:
+    """Where the prompt ends, as served, of turn `index` in what the twin makes of it."""
+    for variables in ({}, {"enable_thinking": False}):
+        if variables.keys() - twin.variables:
+            continue
+        if index:
+            prompt = twin.write(row["messages"][:index], tools=row.get("tools"), variables=variables).text
+            if text.startswith(prompt):
+                return len(prompt)
+            continue
+        # Nothing is served before the first turn: what would open it after a question stands before its words.
+        opening = twin.write([user("Q?")], variables=variables).text.rpartition("Q?")[2]
+        starts = [i for i in range(len(opening)) if opening[i] in "<A"]
+        for begin in starts:
+            if opening[begin:] in text[: text.index("Hello there.")]:
+                return text.index(opening[begin:]) + len(opening[begin:])
+    return 0
 
 
 def verdict(family: Family, kind: str) -> tuple[str, str]:
