@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from serve.api.body import JsonRoute
 from serve.api.generation import Generation, build_requests, logprob_writers, new_id
+from serve.api.history import check_tools
 from serve.api.logprobs import LogprobWriter
 from serve.api.schemas import ChatBody
 from serve.api.services import Services, ServicesDep
@@ -74,7 +75,7 @@ async def create_chat_completion(body: ChatBody, http: Request, services: Servic
         template = _template(services, target)
         messages = [message.for_template() for message in body.messages]
         if body.has_tool_history:
-            await services.tokenize(lambda: services.tool_history.check(template, messages))
+            check_tools(template, messages)
         prompt = await services.prompts.of_messages(
             template,
             messages,

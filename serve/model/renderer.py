@@ -40,8 +40,9 @@ class Renderer(Protocol):
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
         limit_s: float | None,
+        marks: tuple[str, str] | None = None,
     ) -> str:
-        """The prompt. TooSlowError, and whatever the template raises."""
+        """The prompt. TooSlowError, and whatever the template raises. `marks` as JinjaTemplate.render takes them."""
 
 
 def renderer_of(tokenizer: Any, today: date | None = None) -> Renderer | None:
@@ -70,6 +71,7 @@ class _Jinja:
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
         limit_s: float | None,
+        marks: tuple[str, str] | None = None,
     ) -> str:
         source = self._tokenizer.get_chat_template(None, tools)
         if source not in self._compiled:
@@ -84,7 +86,8 @@ class _Jinja:
             "documents": None,
             "enable_thinking": self._tokenizer.has_thinking,
         }
-        return self._compiled[source].render({**defaults, **variables, **set_here}, limit_s, self._today)
+        said = {**defaults, **variables, **set_here}
+        return self._compiled[source].render(said, limit_s, marks, self._today)
 
 
 class _Foreign:
@@ -106,6 +109,7 @@ class _Foreign:
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
         limit_s: float | None,
+        marks: tuple[str, str] | None = None,
     ) -> str:
         text = self._tokenizer.apply_chat_template(
             list(messages),

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from serve.errors import StorageError
-from serve.model import jinja, messages, renderer, retold, template_rules, words
+from serve.model import forms, jinja, messages, renderer, retold, spans, template_rules, texts, words
 from serve.model import template as template_module
 from serve.model.template import ChatTemplate
 from train.data import rules as rules_module
@@ -29,12 +29,15 @@ from train.data.example import Example
 from train.data.rules import TokenRules
 from train.data.tokens import Outcome, TokenizedExample
 
-FORMAT = 2
+FORMAT = 3
 LIBRARIES = ("tokenizers", "transformers", "mlx-lm")
 MAX_DEFAULT_BYTES = 10 * 10**9
 """Of the default folder; the files longest unused go first."""
 SUFFIX = ".tokens"
-CONTENT = ("messages", "tools", "prompt", "completion", "text", "untrained", "chosen", "rejected", "label")
+CONTENT = (
+    *("messages", "tools", "prompt", "completion", "text", "untrained", "chosen", "rejected", "label"),
+    "variables",
+)
 
 
 class Damaged(Exception):
@@ -118,7 +121,7 @@ def _as_json(value: Any) -> Any:
 def _code_hash() -> str:
     modules = (
         *(tokens_module, rules_module, template_module, template_rules),
-        *(messages, jinja, renderer, retold, words),
+        *(messages, jinja, renderer, retold, words, forms, spans, texts),
     )
     return hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in modules)).hexdigest()
 
@@ -131,7 +134,7 @@ def _checksum(tensors: dict[str, np.ndarray], counts: Any) -> str:
 
 
 def _pack(outcomes: Sequence[Outcome]) -> tuple[dict[str, np.ndarray], list[Any]]:
-    """Arrays of all sequences one after the other, and [row, truncated, dropped, lost] where there is something."""
+    """Arrays of all sequences one after the other, and [row, truncated, dropped, lost, notes, told] of some rows."""
     sequences = [
         (index, place, sequence)
         for index, outcome in enumerate(outcomes)
@@ -148,9 +151,12 @@ def _pack(outcomes: Sequence[Outcome]) -> tuple[dict[str, np.ndarray], list[Any]
         ),
     }
     counts: list[Any] = [
-        [index, outcome.num_truncated, list(outcome.dropped), list(outcome.lost)]
+        [
+            *(index, outcome.num_truncated, list(outcome.dropped), list(outcome.lost)),
+            *(list(outcome.notes), dict(outcome.told)),
+        ]
         for index, outcome in enumerate(outcomes)
-        if outcome.num_truncated or outcome.dropped or outcome.lost
+        if outcome.num_truncated or outcome.dropped or outcome.lost or outcome.notes or outcome.told
     ]
     return tensors, counts
 
@@ -181,6 +187,11 @@ def _unpack(tensors: dict[str, np.ndarray], counts: list[Any], examples: Sequenc
                 )
             )
     outcomes = [Outcome(tuple(found)) for found in rows]
-    for index, num_truncated, dropped, lost in counts:
-        outcomes[index] = Outcome(tuple(rows[index]), num_truncated, tuple(dropped), lost=tuple(lost))
+    for index, num_truncated, dropped, lost, notes, told in counts:
+        outcomes[index] = Outcome(
+            *(tuple(rows[index]), num_truncated, tuple(dropped)),
+            lost=tuple(lost),
+            notes=tuple(notes),
+            told=told,
+        )
     return outcomes

@@ -7,7 +7,8 @@ cache's key. Reads the file of a chat template, and nothing else.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ class TokenRules:
         day = date.fromisoformat(lineage.template_day) if lineage.template_day else None
         source = lineage.chat_template or None
         return cls.of(recipe, TemplateRules(special, source, lineage.chat_template_kwargs, day))
+
+    def telling(self, variables: Mapping[str, Any]) -> TokenRules:
+        """These, with variables for the chat template beside those that it is told already."""
+        told = {**self.template.variables, **variables}
+        return replace(self, template=replace(self.template, variables=told))
 
     def as_json(self, template: ChatTemplate) -> dict[str, Any]:
         """For a key: the template by its hash, and the day only where its prompts tell it."""

@@ -134,6 +134,7 @@ class _RowView:
             yield Text(f"not trained on: {reason}", style="yellow")
         for name in self.outcome.lost:
             yield Text(f"the chat template leaves out {name}", style="yellow")
+        yield from (Text(note, style="yellow") for note in self.outcome.notes)
         if self.example.label is not None:
             yield Text(
                 f"label: this answer is {'wanted' if self.example.label else 'not wanted'}", style="bold"
@@ -191,7 +192,12 @@ class _RowView:
     def _common(self, messages: Sequence[Mapping[str, Any]], ids: Sequence[int]) -> int:
         """Tokens that these turns share with the sequence; 0 if the template refuses them alone."""
         try:
-            alone = self._template.render(messages, tools=self.example.tools, add_generation_prompt=False)
+            alone = self._template.render(
+                messages,
+                tools=self.example.tools,
+                variables={**self.example.variables, **self.outcome.told},
+                add_generation_prompt=False,
+            )
         except RequestError:
             return 0
         differ = (i for i, (one, other) in enumerate(zip(alone, ids, strict=False)) if one != other)

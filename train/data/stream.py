@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from threading import Thread
@@ -271,7 +271,7 @@ class StreamedRows(Sequence[TokenizedExample]):
         if outcome.problems and is_first and self._raises:
             raise DataError("\n".join(outcome.problems))
         read.examples.append(example)
-        read.outcomes.append(Outcome(outcome.rows, outcome.num_truncated, outcome.dropped, lost=outcome.lost))
+        read.outcomes.append(replace(outcome, problems=()))
         for reason in (*outcome.dropped, *outcome.problems):
             self._drop(reason, example.place)
         return outcome.rows

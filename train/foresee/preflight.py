@@ -170,6 +170,9 @@ def prepare(
     template = make_template(tokenizer, rules.template)
     splits = read_splits(recipe, template, rules, console)
     train, valid = splits.train, splits.valid
+    if train.report.told:  # the run's other prompts, and serving, ask as the training rows do
+        rules = rules.telling(train.report.told)
+        template = make_template(tokenizer, rules.template)
     if not train.rows:
         raise DataError(f"no training rows are left: {reasons(train.report) or 'the source is empty'}")
     needs = [

@@ -19,6 +19,7 @@ from serve.model.loading import LoadedModel
 from serve.model.network import evaluating
 from serve.model.prompt import Prompt
 from serve.model.template import ChatTemplate
+from serve.model.texts import encode_text
 from serve.model.token_bytes import TokenBytes
 from train.data.example import Example
 
@@ -61,25 +62,27 @@ def questions_of(examples: Sequence[Example], template: ChatTemplate) -> list[Qu
         if last == 0:
             continue
         if example.messages is None and not template.exists:
-            prompt, answer = tuple(template.tokenizer.encode(example.prompt)), str(example.completion)
+            prompt, answer = encode_text(template.tokenizer, str(example.prompt)), str(example.completion)
         else:
-            prompt = template.render(messages[:last], tools=example.tools, add_generation_prompt=True)
-            answer = _rendered(messages[: last + 1], example, template, tokens)
+            prompt, answer = _rendered(messages[: last + 1], example, template, tokens)
         found.append(Question(tuple(prompt), answer.strip(), example.place))
     return found
 
 
 def _rendered(
     messages: Sequence[Mapping[str, Any]], example: Example, template: ChatTemplate, tokens: TokenBytes
-) -> str:
-    """The last turn's supervised tokens, as the engine would write them."""
-    (row,) = template.supervise(messages, tools=example.tools, skip=range(len(messages) - 1))
+) -> tuple[tuple[int, ...], str]:
+    """(the prompt of the last turn, told what training told it; the turn's supervised tokens as the engine writes
+    them)."""
+    options: dict[str, Any] = {"tools": example.tools, "variables": example.variables}
+    (row,) = template.supervise(messages, **options, skip=range(len(messages) - 1))
+    told = {**options, "variables": {**example.variables, **row.variables}}
     text = TextDecoder(tokens)
     (start, stop) = row.spans[-1]
     answer = row.token_ids[start:stop]
     if answer and answer[-1] in template.end_ids:
         answer = answer[:-1]
-    return "".join([*map(text.push, answer), text.finish()])
+    return template.render(messages[:-1], **told), "".join([*map(text.push, answer), text.finish()])
 
 
 def _answers(message: Mapping[str, Any]) -> bool:

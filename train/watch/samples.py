@@ -18,6 +18,7 @@ from serve.model.loading import LoadedModel
 from serve.model.network import evaluating
 from serve.model.prompt import Prompt
 from serve.model.template import ChatTemplate, Message
+from serve.model.texts import encode_text
 from train.data.example import Example
 from train.recipe.recipe import Samples
 
@@ -70,7 +71,7 @@ def prompts_of(
 def _of_recipe(prompt: str | Sequence[Message], template: ChatTemplate, as_text: bool) -> SamplePrompt:
     if isinstance(prompt, str):
         if as_text or not template.exists:
-            return SamplePrompt(prompt, tuple(template.tokenizer.encode(prompt)))
+            return SamplePrompt(prompt, encode_text(template.tokenizer, prompt))
         return SamplePrompt(prompt, template.render([{"role": "user", "content": prompt}]))
     return SamplePrompt(_shown(prompt), template.render(prompt))
 
@@ -78,15 +79,17 @@ def _of_recipe(prompt: str | Sequence[Message], template: ChatTemplate, as_text:
 def _of_row(example: Example, template: ChatTemplate) -> SamplePrompt:
     messages, tokenizer = example.as_messages(), template.tokenizer
     if messages is None:
-        token_ids = tuple(tokenizer.encode(example.text or ""))
+        token_ids = encode_text(tokenizer, example.text or "")
         token_ids = token_ids[: max(int(len(token_ids) * SHARE_OF_TEXT), 1)]
         return SamplePrompt(tokenizer.decode(list(token_ids)), token_ids)
     # The turns of a preference pair end before its answers; a conversation's last answer is the model's to give.
     has_answer = example.chosen is None and messages[-1].get("role") == "assistant" and len(messages) > 1
     asked = messages[:-1] if has_answer else messages
     if template.exists:
-        return SamplePrompt(_shown(asked), template.render(asked, tools=example.tools))
-    return SamplePrompt(_shown(asked), tuple(tokenizer.encode(_shown(asked))))
+        return SamplePrompt(
+            _shown(asked), template.render(asked, tools=example.tools, variables=example.variables)
+        )
+    return SamplePrompt(_shown(asked), encode_text(tokenizer, _shown(asked)))
 
 
 def _shown(messages: Sequence[Message]) -> str:
