@@ -6,6 +6,7 @@ A recipe goes in; out come tokenized rows, batches and what was dropped and why.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
@@ -197,11 +198,24 @@ def show(preflight: Preflight, console: Console, *, with_recipe: bool = False) -
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in template_lines(split):
             console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    for line in _stop_lines(preflight):
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for line in duplicate_lines(preflight.duplicates):
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if with_recipe:
         show_tables(console, histogram(preflight.train.report))
     show_tables(console, _clocks(preflight))
+
+
+def _stop_lines(preflight: Preflight) -> Iterator[str]:
+    """Where trained answers end at another token than the base's answers do, or at none."""
+    tokenizer, recipe = preflight.template.tokenizer, preflight.recipe
+    new = [number for number in preflight.stop_ids if number not in tokenizer.eos_token_ids]
+    if new:
+        names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new)))
+        yield f"answers end at {names}, which ends none of the base's: it is kept with the adapter as its stop id"
+    if not preflight.stop_ids and recipe.train_on_eos != "none" and recipe.objective not in ("cpt", "grpo"):
+        yield "no token ends the answers that are trained: they will go on to max_tokens"
 
 
 def _clocks(preflight: Preflight) -> str:
