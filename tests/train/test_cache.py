@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from datetime import date
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 from serve.errors import DataError
 from serve.model.loading import load_tokenizer
 from serve.model.template import ChatTemplate
-from serve.model.template_rules import make_template
-from train.data import cache
+from serve.model.template_rules import TemplateRules, make_template
+from train.data import cache, tokens
 from train.data.example import Example
 from train.data.prepared import prepare_rows
 from train.data.rules import TokenRules
@@ -111,21 +112,40 @@ def test_places_come_from_the_rows_at_hand_so_a_moved_file_is_still_known(prepar
     assert {row.source for row in moved.rows} == {"b.jsonl"}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"max_seq_length": 20},
-        {"excess_length_strategy": "drop"},
-        {"mask_prompt": False},
-        {"train_on_eos": "none"},
-        {"roles_to_train": ("user", "assistant")},
-        {"objective": "cpt"},
-        {"special_tokens_in_messages": "control"},
-    ],
-)
-def test_every_knob_that_tokens_depend_on_makes_another_file(change, prepare):
+KNOBS = {
+    "max_seq_length": 20,
+    "excess_length_strategy": "drop",
+    "mask_prompt": False,
+    "train_on_eos": "none",
+    "roles_to_train": ("user", "assistant"),
+    "objective": "cpt",
+    "special_tokens_in_messages": "control",
+}
+OF_TEMPLATES = {"source": "{{ messages }}{{ strftime_now('%d') }}", "variables": {"style": 1}, "today": DAY}
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_every_knob_that_tokens_depend_on_makes_another_file(name, prepare):
     prepare(chats())
-    assert "tokenized in" in prepare(chats(), **change).notes[0]
+    assert "tokenized in" in prepare(chats(), **{name: KNOBS[name]}).notes[0]
+
+
+@pytest.mark.parametrize("name", [*KNOBS, *OF_TEMPLATES])
+def test_every_rule_is_in_the_key(name, tokenizer):
+    template = TemplateRules(source="{{ style }}{{ strftime_now('%d') }}", today=date(2020, 1, 1))
+    rules = TokenRules.of(Recipe(model=MODEL, data="d"), template)
+    if name in KNOBS and name != "special_tokens_in_messages":
+        other = replace(rules, **{name: KNOBS[name]})
+    else:
+        other = replace(rules, template=replace(template, **{name: {**KNOBS, **OF_TEMPLATES}[name]}))
+    keys = {cache.key_of(chats(), make_template(tokenizer, one.template), one) for one in (rules, other)}
+    assert len(keys) == 2
+
+
+def test_these_are_all_the_rules_and_what_tokenizes_is_given_no_recipe():
+    names = {field.name for field in (*fields(TokenRules), *fields(TemplateRules))} - {"template"}
+    assert names == {*KNOBS, *OF_TEMPLATES}
+    assert "train.recipe" not in Path(tokens.__file__).read_text()
 
 
 def test_other_rows_another_tokenizer_and_another_template_make_another_file(prepare, tokenizer):

@@ -24,7 +24,7 @@ from serve.errors import AdapterError, ConfigError
 from serve.model.loading import load
 from serve.runtime import Runtime
 from train.after.export import export
-from train.foresee.preflight import Preflight, prepare
+from train.foresee.preflight import Preflight, prepare, show
 from train.loop import checkpoint
 from train.recipe.recipe import load_recipe
 from train.run import run
@@ -278,6 +278,24 @@ def test_rows_under_a_template_that_prints_the_day_are_made_again_the_next_day(m
     assert were_made(dated) == [True, False, True]
     assert dated[1].data_hash == dated[0].data_hash != dated[2].data_hash
     assert were_made(flights(THINKS)) == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("template", "line"),
+    [
+        (THINKS, "answers end at <|im_end|>, which ends none of the base's"),
+        (THINKS.replace("<|im_end|>", "<|pad|>"), ""),
+        (THINKS.replace("<|im_end|>", ""), "no token ends the answers that are trained"),
+    ],
+    ids=["another end", "the base's end", "no end"],
+)
+def test_before_a_run_it_is_told_where_answers_end_if_that_is_new(make_recipe, tmp_path, template, line):
+    out = io.StringIO()
+    recipe = make_recipe(tmp_path / "out", template=template)
+    show(prepare(recipe), Console(file=out, width=200))
+    said = [text for text in out.getvalue().splitlines() if "answers" in text]
+    assert len(said) == bool(line)
+    assert line in "".join(said)
 
 
 @pytest.mark.parametrize(

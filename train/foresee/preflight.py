@@ -235,6 +235,8 @@ def show(preflight: Preflight, console: Console, *, with_recipe: bool = False) -
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in template_lines(split):
             console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    for line in _stop_lines(preflight):
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for line in duplicate_lines(preflight.duplicates):
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if with_recipe:
@@ -265,6 +267,17 @@ def adam_lines(recipe: Recipe, num_steps: int) -> Iterator[str]:
             f"times learning_rate (step {1 + sizes.index(max(sizes))}). If the loss jumps at first, write "
             f"warmup_ratio: 0.05 or optimizer_config: {{{used}: {{bias_correction: true}}}}"
         )
+
+
+def _stop_lines(preflight: Preflight) -> Iterator[str]:
+    """Where trained answers end at another token than the base's answers do, or at none."""
+    tokenizer, recipe = preflight.template.tokenizer, preflight.recipe
+    new = [number for number in preflight.stop_ids if number not in tokenizer.eos_token_ids]
+    if new:
+        names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new)))
+        yield f"answers end at {names}, which ends none of the base's: it is kept with the adapter as its stop id"
+    if not preflight.stop_ids and recipe.train_on_eos != "none" and recipe.objective not in ("cpt", "grpo"):
+        yield "no token ends the answers that are trained: they will go on to max_tokens"
 
 
 def _clocks(preflight: Preflight) -> str:

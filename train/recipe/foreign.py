@@ -82,7 +82,7 @@ FOREIGN = {
     **{theirs: f"write {ours}" for theirs, ours in _SAME_MEANING.items()},
     "streaming": "write datasets: [{path: …, streaming: true}]",
     "pretraining_dataset": "write datasets: [{path: …, streaming: true}] and objective: cpt",
-    "chat_template_jinja": "write it into a file, and chat_template: that file",
+    "chat_template_jinja": "write chat_template, with the name of a file that holds it",
     "adapter": "write fine_tune_type: lora or dora (and quantize for qlora)",
     "lora_target_modules": "write lora_parameters.keys, with names inside a block (self_attn.q_proj)",
     "target_modules": "write lora_parameters.keys, with names inside a block (self_attn.q_proj)",
