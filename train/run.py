@@ -45,19 +45,19 @@ from train.loop.distributed import (
     losses_named,
 )
 from train.loop.interrupt import caught_signals
-from train.loop.optim import build_optimizer, build_schedule
+from train.loop.optim import build_optimizer, schedule_of
 from train.loop.together import Together
 from train.loop.trainer import Evaluation, LoopSettings, Stepper, Trainer, TrainState
 from train.loop.wired import wired
 from train.objectives.build import build_objective
 from train.objectives.rollouts import Rollouts, evaluation_of, rollouts_of
 from train.recipe.recipe import Recipe
-from train.start import give_up_later, starting_point
+from train.start import check_writable, choose_folder, give_up_later, put_in_place, starting_point
 from train.watch import summary
 from train.watch.journal import Journal, identity_of
 from train.watch.metrics import MetricsLog
 from train.watch.progress import RunProgress
-from train.watch.record import RunRecord, running
+from train.watch.record import RunRecord, home_of, running
 from train.watch.summary import RunSummary
 from train.watch.wandb_log import WandbBoard, check_installed
 
@@ -69,16 +69,27 @@ def run(
     *,
     dry_run: bool = False,
     resume: Path | str | bool | None = None,
+    overwrite: bool = False,
     console: Console | None = None,
 ) -> RunSummary:
     """Train as the recipe says, or only look (`dry_run`).
 
-    resume  a checkpoint or a run's folder to continue; True: the last checkpoint in the recipe's adapter_path
+    resume     a checkpoint or a run's folder to continue; True: the last checkpoint in the recipe's adapter_path
+    overwrite  the run that adapter_path holds gives way when this one has ended
     SIGINT and SIGTERM end the run after the step under way, with a checkpoint; the summary says so.
     Raises from the whole error tree; whatever is raised, published checkpoints stay whole.
     """
+    console = console or Console()
     with losses_named():
-        return _run(recipe, join(), dry_run, resume, console or Console())
+        ranks, folder = join(), Path(recipe.adapter_path)
+        if dry_run:
+            check_writable(folder)
+        elif not ranks.rank:
+            folder = choose_folder(recipe, resume, overwrite=overwrite, console=console)
+        placed = recipe.model_copy(update={"adapter_path": str(folder)})
+        result = _run(placed, ranks, dry_run, resume, console)
+        put_in_place(recipe, folder, result.status, console)
+        return result
 
 
 def _run(
@@ -255,7 +266,7 @@ def _facts(lineage: Lineage, recipe: Recipe) -> dict[str, str]:
 def _record(flight: Preflight, lineage: Lineage, saved: checkpoint.Checkpoint | None) -> RunRecord:
     recipe = flight.recipe
     return RunRecord(
-        name=Path(recipe.adapter_path).resolve().name,
+        name=home_of(Path(recipe.adapter_path)).resolve().name,
         created=lineage.created,
         base_model=lineage.base_model,
         base_fingerprint=lineage.base_fingerprint,
@@ -408,12 +419,7 @@ def _loop_settings(flight: Preflight) -> LoopSettings:
 
 def _optimizer(flight: Preflight, model: LoadedModel) -> mlx_optim.Optimizer:
     recipe = flight.recipe
-    schedule = build_schedule(
-        recipe.lr_schedule.model_dump() if recipe.lr_schedule else None,
-        learning_rate=recipe.learning_rate,
-        num_steps=flight.num_steps,
-        warmup_ratio=recipe.warmup_ratio,
-    )
+    schedule = schedule_of(recipe, flight.num_steps)
     return build_optimizer(
         recipe.optimizer,
         recipe.optimizer_config.model_dump(exclude_unset=True),
@@ -460,6 +466,7 @@ def _hash_of(parent: Path) -> str:
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_whole(folder / RECIPE_FILE, dump(recipe))
+        written = recipe.model_copy(update={"adapter_path": str(home_of(folder))})
+        checkpoint.write_whole(folder / RECIPE_FILE, dump(written))
     except OSError as error:
         raise StorageError(f"adapter_path: {folder} cannot be written: {error}") from error

@@ -80,6 +80,7 @@ _SAME_MEANING = {
 
 FOREIGN = {
     **{theirs: f"write {ours}" for theirs, ours in _SAME_MEANING.items()},
+    "overwrite_output_dir": "leave it out; `lathe train RECIPE --overwrite` replaces the run in adapter_path",
     "streaming": "write datasets: [{path: …, streaming: true}]",
     "pretraining_dataset": "write datasets: [{path: …, streaming: true}] and objective: cpt",
     "chat_template": "leave it out; the tokenizer's own chat template is used, as in serving",

@@ -14,10 +14,12 @@ from train.adapters.adapt import Adapted, adapter_tensors, set_tensors
 from train.after.evaluate import exact_match
 from train.foresee.preflight import Preflight
 from train.loop import checkpoint
+from train.loop.optim import rates_of, schedule_of
 from train.loop.trainer import Evaluation, Nonfinite, Report, TrainState
 from train.watch.curve import LearningCurve
 from train.watch.metrics import MetricsLog
 from train.watch.progress import RunProgress
+from train.watch.record import home_of
 from train.watch.samples import answers_of
 
 PROMPT_WIDTH, ANSWER_WIDTH = 40, 100
@@ -55,7 +57,8 @@ class Journal:
         self._optimizer = optimizer
         self._lineage = lineage
         self._metrics = metrics
-        self.curve = LearningCurve(self.folder, title_of(flight, self.folder))
+        rates = rates_of(schedule_of(self.recipe, flight.num_steps), flight.num_steps)
+        self.curve = LearningCurve(self.folder, title_of(flight, self.folder), rates)
 
     def on_report(self, report: Report) -> None:
         """A line of progress, and what a stream left out since the last one."""
@@ -159,7 +162,7 @@ class Journal:
 def title_of(flight: Preflight, folder: Path) -> str:
     """`runs/support · Qwen3-0.6B, lora, sft`: over the learning curve."""
     recipe = flight.recipe
-    return f"{folder}   ·   {Path(recipe.model).name}, {recipe.fine_tune_type}, {recipe.objective}"
+    return f"{home_of(folder)}   ·   {Path(recipe.model).name}, {recipe.fine_tune_type}, {recipe.objective}"
 
 
 def brief(text: str, width: int) -> str:
