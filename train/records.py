@@ -16,6 +16,7 @@ from train.foresee.preflight import Preflight
 from train.loop import checkpoint
 from train.loop.checkpoint import Checkpoint
 from train.loop.keeper import Keeper
+from train.loop.optim import rates_of, schedule_of
 from train.loop.trainer import TrainState
 from train.recipe.recipe import Recipe
 from train.watch import summary
@@ -24,7 +25,7 @@ from train.watch.journal import Journal
 from train.watch.lineage import now
 from train.watch.metrics import MetricsLog
 from train.watch.progress import RunProgress
-from train.watch.record import RunRecord, running
+from train.watch.record import RunRecord, home_of, running
 from train.watch.samples import answers_of
 from train.watch.wandb_log import WandbBoard
 
@@ -60,7 +61,9 @@ def recording(
             keeper,
             metrics,
             progress,
-            LearningCurve(folder, title_of(recipe)),
+            LearningCurve(
+                folder, title_of(recipe), rates_of(schedule_of(recipe, flight.num_steps), flight.num_steps)
+            ),
             samples=(lambda: answers_of(model, prompts, samples, stop_ids)) if samples else tuple,
             notes=flight.take_notes,
         )
@@ -76,7 +79,7 @@ def record_of(flight: Preflight, lineage: Lineage, saved: Checkpoint | None) -> 
     """What run.json says of a run, but for the process."""
     recipe = flight.recipe
     return RunRecord(
-        name=Path(recipe.adapter_path).resolve().name,
+        name=home_of(Path(recipe.adapter_path)).resolve().name,
         created=lineage.created,
         base_model=lineage.base_model,
         base_fingerprint=lineage.base_fingerprint,
@@ -96,7 +99,7 @@ def record_of(flight: Preflight, lineage: Lineage, saved: Checkpoint | None) -> 
 def title_of(recipe: Recipe) -> str:
     """`runs/support   ·   Qwen3-0.6B, lora, sft`: over the learning curve."""
     model = Path(recipe.model).name
-    return f"{Path(recipe.adapter_path)}   ·   {model}, {recipe.fine_tune_type}, {recipe.objective}"
+    return f"{home_of(Path(recipe.adapter_path))}   ·   {model}, {recipe.fine_tune_type}, {recipe.objective}"
 
 
 def _wandb(recipe: Recipe, folder: Path, record: RunRecord) -> WandbBoard:
@@ -112,6 +115,7 @@ def _wandb(recipe: Recipe, folder: Path, record: RunRecord) -> WandbBoard:
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_whole(folder / RECIPE_FILE, dump(recipe))
+        written = recipe.model_copy(update={"adapter_path": str(home_of(folder))})
+        checkpoint.write_whole(folder / RECIPE_FILE, dump(written))
     except OSError as error:
         raise StorageError(f"adapter_path: {folder} cannot be written: {error}") from error

@@ -34,7 +34,7 @@ from train.loop.wired import wired
 from train.objectives.build import build_objective
 from train.recipe.recipe import Recipe
 from train.records import recording, tell
-from train.start import day_of_run, give_up_later, starting_point
+from train.start import day_of_run, folder_of_run, give_up_later, put_in_place, starting_point
 from train.validation import metric_of, test_loss, validation
 from train.watch import summary
 from train.watch.summary import RunSummary
@@ -46,13 +46,15 @@ def run(
     *,
     dry_run: bool = False,
     resume: Path | str | bool | None = None,
+    overwrite: bool = False,
     console: Console | None = None,
     today: date | None = None,
 ) -> RunSummary:
     """Train as the recipe says, or only look (`dry_run`).
 
-    resume  a checkpoint or a run's folder to continue; True: the last checkpoint in the recipe's adapter_path
-    today   what a chat template prints that prints the day; None: the real one. A run that is continued keeps its own
+    resume     a checkpoint or a run's folder to continue; True: the last checkpoint in the recipe's adapter_path
+    overwrite  the run that adapter_path holds gives way when this one has ended
+    today      what a chat template prints that prints the day; None: the real one. A run that goes on keeps its own
     SIGINT and SIGTERM end the run after the step under way, with a checkpoint; the summary says so.
     Raises from the whole error tree; whatever is raised, published checkpoints stay whole.
     """
@@ -62,12 +64,15 @@ def run(
         console = Console(quiet=True) if ranks.rank else console or Console()
         if "wandb" in (recipe.report_to or ()):
             check_installed()
+        home = recipe
+        folder = folder_of_run(recipe, resume, ranks, dry_run=dry_run, overwrite=overwrite, console=console)
+        recipe = recipe.model_copy(update={"adapter_path": str(folder)})
         day = day_of_run(recipe, resume, today or date.today(), ranks)
         flight = preflight.prepare(recipe, console, ranks, day)
         preflight.show(flight, console, with_recipe=dry_run)
         estimate.show(flight, console)
         if dry_run:
-            return RunSummary("dry_run", recipe.adapter_path)
+            return RunSummary("dry_run", home.adapter_path)
         model = load_base(recipe)
         # Only now: an earlier run's records give way to a run that can start.
         saved = None if ranks.rank else starting_point(recipe, resume, console)
@@ -78,7 +83,8 @@ def run(
         result = _train(flight, model, adapted, saved, console)
         result = dataclasses.replace(result, seconds=time.perf_counter() - start_s)
         if not ranks.rank:
-            summary.write(result, Path(recipe.adapter_path))
+            summary.write(result, folder)
+            put_in_place(home, folder, result.status, console)
         ranks.gather(None)  # the processes end together, when everything is written
     return result
 

@@ -182,19 +182,6 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def set_aside(adapter_path: Path) -> None:
-    """Take every checkpoint of a run away in one step; `tidy` deletes them. A kill leaves all or none."""
-    doomed = adapter_path / f"{OLD}{FOLDER}"
-    if (adapter_path / FOLDER).exists():
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(adapter_path / FOLDER, doomed)
-
-
-def is_set_aside(adapter_path: Path) -> bool:
-    """Whether a process was killed between `set_aside` and `tidy`."""
-    return (adapter_path / f"{OLD}{FOLDER}").exists()
-
-
 def tidy(adapter_path: Path) -> None:
     """Clear what a killed process left half done in a run's folder. Not while another process trains there.
 

@@ -157,6 +157,27 @@ def sum_loss(
     return mx.stack(sums).sum()
 
 
+def sum_loss_and_hits(
+    network: TextNetwork,
+    tokens: mx.array,
+    positions: mx.array,
+    token_ids: mx.array,
+    weights: mx.array,
+    segments: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """`sum_loss` without a gradient, and the weight of the targets that are the likeliest token. Scalars, float32."""
+    hidden = hidden_at(network, tokens, positions, segments)
+    sums: list[mx.array] = []
+    for rows in _chunks(len(token_ids), chunk_rows(network.vocab_size)):
+        logits = network.logits(_after(sums, hidden[rows])).astype(mx.float32)
+        is_hit = mx.equal(logits.argmax(axis=-1), token_ids[rows]).astype(mx.float32)
+        losses: mx.array = cross_entropy(logits, token_ids[rows])  # type: ignore[assignment]
+        by_target = mx.stack([losses, is_hit])  # [2, n]
+        sums.append((by_target * weights[rows]).sum(axis=1))
+    loss, hits = mx.stack(sums).sum(axis=0)
+    return loss, hits
+
+
 @mx.custom_function
 def cross_entropy(logits: mx.array, token_ids: mx.array) -> mx.array:
     """−log softmax(logits)[token]: logits [N, V] float32, token_ids [N] → [N], in nats.

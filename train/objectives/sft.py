@@ -10,11 +10,14 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from serve.model.network import TextNetwork
-from train.loop.loss import find_targets, sum_loss
+from train.loop.loss import find_targets, sum_loss, sum_loss_and_hits
 from train.loop.objective import Prepared
 from train.objectives.reference import Reference
 from train.recipe.objectives import OBJECTIVES
 from train.recipe.recipe import Recipe
+
+TOKEN_ACCURACY = "mean_token_accuracy"
+"""TRL's name."""
 
 
 class SFT:
@@ -42,11 +45,17 @@ class SFT:
     def loss(
         self, network: TextNetwork, inputs: dict[str, mx.array], *, trains: bool = True
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        """Σ weight · −log p(target); no measures."""
-        return sum_loss(network, **inputs, trains=trains), {}
+        """Σ weight · −log p(target). Measured where nothing trains: the targets that are the likeliest token.
+
+        A training step would pay for it with another pass over its logits.
+        """
+        if trains:
+            return sum_loss(network, **inputs, trains=True), {}
+        loss, hits = sum_loss_and_hits(network, **inputs)
+        return loss, {TOKEN_ACCURACY: hits}
 
     def summarize(self, means: dict[str, float]) -> dict[str, float]:
-        """Nothing."""
+        """The share is a mean over targets already."""
         return means
 
 

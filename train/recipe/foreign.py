@@ -80,6 +80,7 @@ _SAME_MEANING = {
 
 FOREIGN = {
     **{theirs: f"write {ours}" for theirs, ours in _SAME_MEANING.items()},
+    "overwrite_output_dir": "leave it out; `lathe train RECIPE --overwrite` replaces the run in adapter_path",
     "streaming": "write datasets: [{path: …, streaming: true}]",
     "pretraining_dataset": "write datasets: [{path: …, streaming: true}] and objective: cpt",
     "chat_template_jinja": "write chat_template, with the name of a file that holds it",

@@ -11,8 +11,11 @@ from typing import Any, Literal
 from serve.errors import StorageError
 from train.loop import checkpoint
 from train.loop.trainer import TrainState, peak_memory_bytes
+from train.watch.record import home_of
 
 FILE = "summary.json"
+ENDED = ("finished", "stopped_early")
+"""Statuses of a run that came to the end it was meant to have."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def of_run(
         status = "stopped_early" if caught is None else "interrupted"
     return RunSummary(
         status=status,
-        adapter_path=str(folder),
+        adapter_path=str(home_of(folder)),
         steps=state.step,
         iterations=state.iteration,
         train_loss=state.train_loss,
