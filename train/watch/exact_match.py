@@ -50,15 +50,15 @@ class Answers:
 
 def questions_of(examples: Sequence[Example], template: ChatTemplate) -> list[Question]:
     """Each conversation up to its last assistant turn, and that turn's words. Rows without one are left out."""
-    found = []
+    questions = []
     for example in examples:
         messages = example.as_messages() or ()
         last = max((i for i, message in enumerate(messages) if _answers(message)), default=0)
         if last == 0:
             continue
         token_ids = template.render(messages[:last], tools=example.tools, add_generation_prompt=True)
-        found.append(Question(tuple(token_ids), str(messages[last]["content"]).strip(), example.place))
-    return found
+        questions.append(Question(tuple(token_ids), str(messages[last]["content"]).strip(), example.place))
+    return questions
 
 
 def _answers(message: Mapping[str, Any]) -> bool:
