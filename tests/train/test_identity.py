@@ -6,8 +6,8 @@ import io
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten
 from rich.console import Console
 
 from serve.adapters.manifest import AdapterConfig, Lineage, read_config, read_tensors
@@ -118,16 +118,16 @@ def test_what_may_change_is_told():
 
 @pytest.fixture
 def make_recipe(tmp_path, model_folder):
-    """make_recipe(name, *overrides) → a run of six steps whose best is the second: later ones do not move."""
+    """make_recipe(name, *overrides) → a run of eight steps whose best is the fourth."""
     for split in ("train", "valid"):
         rows = "".join(f'{{"prompt": "say {n}", "completion": "{n}"}}\n' for n in range(8))
         (tmp_path / f"{split}.jsonl").write_text(rows)
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "num_layers: -1\nbatch_size: 2\niters: 6\nlearning_rate: 1e-2\nsteps_per_eval: 2\nsave_every: 2\n"
+        "num_layers: -1\nbatch_size: 2\niters: 8\nlearning_rate: 1e-2\nsteps_per_eval: 2\nsave_every: 2\n"
         "lora_parameters: {rank: 2, scale: 4.0}\nload_best_model_at_end: true\n"
-        # Four steps of much too high a rate spoil what two good ones have learned.
-        "lr_schedule: {name: step_decay, arguments: [1e-2, 100, 2]}\n"
+        # Four steps down, then four steps up at twice the rate.
+        "lr_schedule: {name: step_decay, arguments: [1e-2, -2, 4]}\n"
     )
 
     def make(name: str, *overrides: str) -> Recipe:
@@ -145,30 +145,31 @@ def start(recipe: Recipe, **options: object) -> tuple[object, str]:
 @pytest.mark.parametrize("policy", ["stop", "rollback"])
 def test_a_run_continued_elsewhere_publishes_the_best_step_of_its_past(make_recipe, tmp_path, policy):
     whole, _ = start(make_recipe("whole"))
-    assert whole.published_step == whole.best_step == 2
-    half = tmp_path / "whole" / "checkpoints" / "step-000004"
+    assert whole.published_step == whole.best_step == 4
+    half = tmp_path / "whole" / "checkpoints" / "step-000006"
     recipe = make_recipe("else", f"resume_from_checkpoint={half}", f"nonfinite_policy={policy}")
     other, printed = start(recipe)
-    assert other.published_step == 2
+    assert other.published_step == 4
     assert other.content_hash == whole.content_hash
     assert ("from here on nonfinite_policy is rollback, it was stop" in printed) == (policy == "rollback")
-    assert (tmp_path / "else" / "checkpoints" / "step-000002").is_dir()
+    assert (tmp_path / "else" / "checkpoints" / "step-000004").is_dir()
 
 
 def test_a_best_step_that_was_not_kept_is_told_before_the_first_step(make_recipe, tmp_path):
     start(make_recipe("whole"))
-    alone = shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-000004", tmp_path / "alone")
+    alone = shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-000006", tmp_path / "alone")
     result, printed = start(make_recipe("else", "steps_per_report=1"), resume=alone)
-    told = printed.index("no checkpoint of step 2, the best so far, is beside")
-    assert told < printed.index("iter 5/6")
-    assert result.published_step == result.best_step == 6
+    told = printed.index("no checkpoint of step 4, the best so far, is beside")
+    assert told < printed.index("iter 7/8")
+    assert result.published_step == result.best_step == 8
 
 
 def test_a_run_that_kept_no_best_step_can_be_asked_for_one_later(make_recipe, tmp_path):
-    start(make_recipe("out", "iters=4", "save_every=4", "load_best_model_at_end=false"))
+    start(make_recipe("out", "iters=6", "save_every=6", "load_best_model_at_end=false"))
     result, printed = start(make_recipe("out"), resume=True)
-    assert "no checkpoint of step 2" in printed
-    assert result.published_step == 6
-    names = {name for name, _ in tree_flatten(read_tensors(tmp_path / "out", read_config(tmp_path / "out")))}
-    assert names
-    assert checkpoint.existing(tmp_path / "out")
+    assert "no checkpoint of step 4" in printed
+    assert result.published_step == 8
+    last = checkpoint.load(checkpoint.find(tmp_path / "out"))
+    published = read_tensors(tmp_path / "out", read_config(tmp_path / "out"))
+    assert last.state.step == 8
+    assert all(mx.array_equal(published[name], value).item() for name, value in last.tensors.items())

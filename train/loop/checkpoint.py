@@ -117,10 +117,10 @@ def find(where: Path) -> Path:
     """A checkpoint by its own folder, or the last one of a run's folder. NotFoundError if there is none."""
     if (where / STATE_FILE).is_file():
         return where
-    found = existing(where)
-    if not found:
+    folders = existing(where)
+    if not folders:
         raise NotFoundError(f"no checkpoint at {where}: neither {STATE_FILE} nor {FOLDER}/step-… is there")
-    return found[-1]
+    return folders[-1]
 
 
 def existing(adapter_path: Path) -> list[Path]:

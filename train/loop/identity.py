@@ -92,8 +92,8 @@ def _meaning(lora: LoRAParameters | None) -> dict[str, Any] | None:
     """The same for every spelling of the same adapter."""
     if lora is None:
         return None
-    said = lora.model_dump(mode="json", exclude={"alpha", "use_rslora"})
-    return said | {"scale": lora.effective_scale, "keys": said["keys"] or "all-linear"}
+    keys = lora.model_dump(mode="json", exclude={"alpha", "use_rslora"})
+    return keys | {"scale": lora.effective_scale, "keys": keys["keys"] or "all-linear"}
 
 
 def check(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> list[str]:

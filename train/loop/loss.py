@@ -220,10 +220,15 @@ def _sum_with_gradient(
     gradients: dict[str, mx.array] = {}
     for rows in _chunks(len(token_ids), size):
         part = _after([*values[-1:], *hidden_gradients[-1:]], mx.stop_gradient(hidden[rows]))
-        value, found = mx.value_and_grad(chunk_sum)({**head, _HIDDEN: part}, token_ids[rows], weights[rows])
+        value, chunk_gradients = mx.value_and_grad(chunk_sum)(
+            {**head, _HIDDEN: part}, token_ids[rows], weights[rows]
+        )
         values.append(value)
-        hidden_gradients.append(found.pop(_HIDDEN))
-        gradients = {name: gradients[name] + found[name] if gradients else found[name] for name in found}
+        hidden_gradients.append(chunk_gradients.pop(_HIDDEN))
+        gradients = {
+            name: gradients[name] + chunk_gradients[name] if gradients else chunk_gradients[name]
+            for name in chunk_gradients
+        }
     leaves = {**_head_parameters(network), _HIDDEN: hidden}
     gradients[_HIDDEN] = mx.concatenate(hidden_gradients)
     carriers = [_dot(leaves[name], mx.stop_gradient(gradient)) for name, gradient in gradients.items()]

@@ -31,16 +31,16 @@ class SFT:
 
     def prepare(self, batch: Any, *, pad: bool = False) -> Prepared:
         """tokens [B, T], positions, token_ids and weights [N]; segments [B, T] where rows are packed."""
-        found = find_targets(batch.tokens, batch.is_target, pad=pad)
+        targets = find_targets(batch.tokens, batch.is_target, pad=pad)
         inputs = {
             "tokens": batch.tokens,
-            "positions": found.positions,
-            "token_ids": found.token_ids,
-            "weights": found.weights,
+            "positions": targets.positions,
+            "token_ids": targets.token_ids,
+            "weights": targets.weights,
         }
         if batch.segments is not None:
             inputs["segments"] = batch.segments
-        return Prepared(inputs, found.num_targets)
+        return Prepared(inputs, targets.num_targets)
 
     def loss(
         self, network: TextNetwork, inputs: dict[str, mx.array], *, trains: bool = True

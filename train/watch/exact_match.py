@@ -55,7 +55,7 @@ def questions_of(examples: Sequence[Example], template: ChatTemplate) -> list[Qu
     """Each conversation up to its last assistant turn, and that turn as the template renders it after the prompt,
     with the thoughts that it puts there. Rows without one are left out. RequestError if the template refuses one."""
     tokens = TokenBytes(template.tokenizer)
-    found = []
+    questions = []
     for example in examples:
         messages = example.as_messages() or ()
         last = max((i for i, message in enumerate(messages) if _answers(message)), default=0)
@@ -65,8 +65,8 @@ def questions_of(examples: Sequence[Example], template: ChatTemplate) -> list[Qu
             prompt, answer = encode_text(template.tokenizer, str(example.prompt)), str(example.completion)
         else:
             prompt, answer = _rendered(messages[: last + 1], example, template, tokens)
-        found.append(Question(tuple(prompt), answer.strip(), example.place))
-    return found
+        questions.append(Question(tuple(prompt), answer.strip(), example.place))
+    return questions
 
 
 def _rendered(
