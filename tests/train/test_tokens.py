@@ -304,7 +304,8 @@ def test_control_tokens_in_messages_are_words_and_in_texts_are_tokens_unless_the
     (text,), _ = run([Example("f", 1, text=said)])
     end = TOKENIZER.eos_token_id
     assert [row.token_ids.tolist().count(end) for row in (words, control, text)] == [2, 4, 2]
-    assert targets(words) == targets(control) == "hello<|im_end|><|im_end|>"
+    # A quoted end token that is a token ends the turn: the engine would stop there.
+    assert (targets(words), targets(control)) == ("hello<|im_end|><|im_end|>", "hello<|im_end|>")
     assert words.token_ids[words.is_target].tolist().count(end) == 1
     served = ChatTemplate(TOKENIZER).render(conversation(said).messages)
     assert words.token_ids.tolist()[: len(served)] == list(served)
