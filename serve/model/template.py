@@ -562,15 +562,16 @@ class ChatTemplate:
         thoughts = next((message[name] for name in _REASONING if message.get(name)), "")
         said = f"{thoughts}{message.get('content') or ''}".strip()
         written = self._shown(learned, veil)
-        lost = list(missing_calls(message, written))
-        if lost and not (said and squeezed(said[-20:]) in squeezed(written)):
+        if said and squeezed(said[-20:]) in squeezed(written):
+            return
+        lost = next(missing_calls(message, written), None)
+        if lost is not None:
             raise RequestError(
-                f"messages.{index}.tool_calls: this model's chat template does not render the call of {lost[0]!r}, "
-                "so this turn would be learned as one that says nothing",
+                f"messages.{index}.tool_calls: this model's chat template does not render the call of {lost!r}, so "
+                "this turn would be learned as one that says nothing",
                 f"messages.{index}.tool_calls",
             )
-        says_words = bool(said) and not (veil is None and self._is_framing(said))
-        if says_words and not lost and self._is_framing(learned):
+        if said and self._is_framing(learned):
             raise RequestError(
                 f"messages.{index}: this model's chat template renders nothing of what this "
                 f"{message.get('role')} turn says",
