@@ -182,7 +182,8 @@ def chat(
         str | None, typer.Option(help="Talk to this running server: the address that `lathe serve` prints.")
     ] = None,
     to: Annotated[
-        str | None, typer.Option("--model", help="Which of the server's models or adapters.")
+        str | None,
+        typer.Option("--model", help="Which of the server's models or adapters; else its only --adapter."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
@@ -195,7 +196,8 @@ def chat(
 
     sampling = {"temperature": temperature, "max_tokens": max_tokens}
     with _server_for(model, adapter or [], url) as served_url:
-        only = _adapter(adapter[0])["name"] if adapter and len(adapter) == 1 else None
+        # Who names one adapter to serve here means to talk to it.
+        only = _adapter(adapter[0])["name"] if url is None and adapter and len(adapter) == 1 else None
         chosen = choose_model(served_url, to or only, api_key)
         _talk(Conversation(Speaker(served_url, chosen, api_key, sampling), system))
 

@@ -14,7 +14,9 @@ import httpx
 import mlx_lm
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+import lathe
 from serve.adapters.manifest import Lineage, read_config, read_tensors, write_adapter
 from serve.api.server import serving
 from serve.config import ServeConfig
@@ -167,6 +169,12 @@ def test_a_request_may_set_the_variables_otherwise(http, runtime):
     refused = chat(http, "terse", chat_template_kwargs={"stile": 1})
     assert refused.status_code == 400
     assert "reads these variables from requests: style" in refused.json()["error"]["message"]
+
+
+def test_lathe_chat_talks_to_the_one_adapter_that_it_is_given(bare, trained):
+    words = ["chat", str(bare), "--adapter", f"terse={trained[0]}", "--temperature", "0"]
+    result = CliRunner().invoke(lathe.app, words, input="red cat?\n")
+    assert (result.exit_code, result.output) == (0, "> red cat?\n(hm)\ncat, red\n")
 
 
 def test_the_base_without_a_template_says_so_by_its_name_and_completes_texts(http):
