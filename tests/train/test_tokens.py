@@ -401,7 +401,7 @@ def test_a_call_that_the_template_drops_is_a_problem_of_its_row_also_where_the_t
         DataError, match=r"f:7: messages\.1\.tool_calls: .* does not render the call of 'wave'"
     ):
         run([row], lists_tools)
-    said = Example("f", 8, messages=(ASK, {**call, "content": "I wave."}), tools=row.tools)
+    said = Example("f", 8, messages=(ASK, {**call, "content": "Hello."}), tools=row.tools)
     _, report = run([said], lists_tools)
     assert report.lost == {"tool_calls": (1, "f:8")}
 
