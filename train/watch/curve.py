@@ -7,6 +7,7 @@ What is shown of which objective stands in `panels.py`.
 from __future__ import annotations
 
 import io
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from train.watch.panels import Line, Panel, panels_of
 FILE = "learning_curve.png"
 WIDTH_INCHES, LARGE_INCHES, SMALL_INCHES, DOTS_PER_INCH = 9.0, 3.4, 1.9, 110
 SMALL_A_ROW = 3
+TITLE_LETTERS = 80
+"""Of a line of the title; a long path goes on in the next."""
 QUIET = "#6b6b6b"
 SMOOTH_FROM_POINTS = 60
 """From this many points on, what is measured in training is drawn faintly, with its running mean on top."""
@@ -107,7 +110,14 @@ def _add(curves: dict[str, Points], row: dict[str, Any]) -> None:
 
 
 def picture(history: History, title: str, rates: Sequence[float] = ()) -> bytes:
-    """A PNG: what counts most above, the rest in small panels below."""
+    """A PNG of `figure_of`."""
+    stream = io.BytesIO()
+    figure_of(history, title, rates).savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def figure_of(history: History, title: str, rates: Sequence[float] = ()) -> Any:
+    """A matplotlib figure: what counts most above, the rest in small panels below."""
     # The object interface and no pyplot: no global state, no window system, safe on any thread.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -118,7 +128,8 @@ def picture(history: History, title: str, rates: Sequence[float] = ()) -> bytes:
     # The layout gives every label its room, however wide the numbers are.
     figure = Figure(figsize=size, dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+    shown = "\n".join(textwrap.wrap(title, TITLE_LETTERS))
+    figure.suptitle(shown, fontsize=12, fontweight="bold", x=0.01, ha="left")
     ratios = (LARGE_INCHES, *[SMALL_INCHES] * num_rows)
     grid = figure.add_gridspec(1 + num_rows, SMALL_A_ROW, height_ratios=ratios)
     _draw(figure.add_subplot(grid[0, :]), large, is_large=True)
@@ -128,9 +139,7 @@ def picture(history: History, title: str, rates: Sequence[float] = ()) -> bytes:
         _draw(axes, panel, is_large=False)
         if row == num_rows - 1 or number + SMALL_A_ROW >= len(small):
             axes.set_xlabel("step", fontsize=8.5, color=QUIET)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    return figure
 
 
 def _draw(axes: Any, panel: Panel, *, is_large: bool) -> None:
