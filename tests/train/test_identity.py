@@ -47,6 +47,7 @@ OTHERWISE: dict[str, tuple[dict, dict]] = {
     "mask_prompt": ({}, {"mask_prompt": False}),
     "roles_to_train": ({}, {"roles_to_train": ["user"]}),
     "train_on_eos": ({}, {"train_on_eos": "last"}),
+    "chat_template_kwargs": ({}, {"chat_template_kwargs": {"enable_thinking": False}}),
     "special_tokens_in_messages": ({}, {"special_tokens_in_messages": "control"}),
     "batch_size": ({}, {"batch_size": 8}),
     "grad_accumulation_steps": ({}, {"grad_accumulation_steps": 2}),
