@@ -42,6 +42,10 @@ THINKS = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Thoughts in the last answer alone, as reasoning models' templates put them; and a variable."""
+OPENS = THINKS.replace("(hm)\n", "").replace(
+    "assistant\n{% endif %}", "assistant\n{{ '<think>' if thinking is not defined or thinking }}{% endif %}"
+)
+"""A prompt that opens a thought, where nobody says not to."""
 DATED = "{{ strftime_now('%d %B %Y') }}\n" + THINKS
 SAID = {"red cat?": "cat, red", "blue dog?": "dog, blue", "green owl?": "owl, green", "old hen?": "hen, old"}
 RECIPE = """
@@ -293,9 +297,13 @@ def test_rows_under_a_template_that_prints_the_day_are_made_again_the_next_day(m
     [
         (THINKS, "answers end at <|im_end|>, which ends none of the base's"),
         (THINKS.replace("<|im_end|>", "<|pad|>"), ""),
-        (THINKS.replace("<|im_end|>", ""), "no token ends the answers that are trained"),
+        (THINKS.replace("<|im_end|>", ""), "answers end at <|im_start|>, which ends none of the base's"),
+        (
+            THINKS.replace("<|im_end|>", "").replace("<|im_start|>", "# "),
+            "no token ends the answers that are trained",
+        ),
     ],
-    ids=["another end", "the base's end", "no end"],
+    ids=["another end", "the base's end", "the next turn's marker", "no end"],
 )
 def test_before_a_run_it_is_told_where_answers_end_if_that_is_new(make_recipe, tmp_path, template, line):
     out = io.StringIO()
@@ -319,3 +327,20 @@ def test_a_template_that_is_not_there_and_variables_that_nothing_reads_are_refus
 ):
     with pytest.raises(ConfigError, match=message):
         prepare(make_recipe(tmp_path / "out", override))
+
+
+def test_what_rows_had_to_be_told_is_asked_at_validation_kept_with_the_adapter_and_served(
+    bare, make_recipe, tmp_path
+):
+    recipe = make_recipe(tmp_path / "told", "iters=2", METRIC, "samples={rows: 1}", template=OPENS)
+    told = {"style": "terse", "thinking": False}
+    flight = prepare(recipe)
+    (prompt,) = flight.sample_prompts
+    row = next(row for row in flight.train.rows if row.line == 1)
+    assert tuple(row.token_ids[: len(prompt.token_ids)]) == prompt.token_ids
+
+    run(recipe, console=quiet())
+    assert read_config(tmp_path / "told").lineage.chat_template_kwargs == told
+    version = Engine(load(str(bare))).registry.load("told", str(tmp_path / "told"))
+    assert version.template.render(asked("red cat?")) == prompt.token_ids
+    assert "<think>" in version.template.write(asked("red cat?"), variables={"thinking": True}).text
