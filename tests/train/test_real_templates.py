@@ -120,7 +120,7 @@ END = "the marks stop before the token that ends the turn"
 HISTORY = "the twin keeps an empty thought where the template itself drops it: before the last question"
 FIRST_TOKEN = "nothing stands before a row's first token, from which it could be predicted"
 DIFFERENCES: dict[str, tuple[str, ...]] = {  # why -> beginnings of names
-    HEADER: ("deepseekv3", "gptoss", "muse_glimmer", "nemotron", "qwen2_5", "qwen3_5", "qwen3_6", "qwen3_8"),
+    HEADER: ("gptoss", "muse_glimmer", "nemotron", "qwen2_5", "qwen3_5", "qwen3_6", "qwen3_8"),
     FIRST_STOP: ("phi3",),
     END: ("diffusion_gemma",),
     HISTORY: ("qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"),
@@ -144,6 +144,8 @@ class Family:
     name: str
     twin: str | None
     template: ChatTemplate
+    marked: ChatTemplate | None
+    """The twin's."""
     tokenizer: TokenizerWrapper
     stops: frozenset[int]
 
@@ -173,7 +175,8 @@ def family(name: str) -> Family:
     )
     stops = frozenset(fast.convert_tokens_to_ids([eos, *others]))
     tokenizer = TokenizerWrapper(fast)
-    return Family(name, twin, ChatTemplate(tokenizer), tokenizer, stops)
+    marked = ChatTemplate(with_template(tokenizer, twin)) if twin else None
+    return Family(name, twin, ChatTemplate(tokenizer), marked, tokenizer, stops)
 
 
 def with_template(tokenizer: TokenizerWrapper, source: str) -> TokenizerWrapper:
@@ -308,11 +311,10 @@ def expected(family: Family, kind: str) -> tuple[str, set[str]] | None:
     if turns is None:
         return None
     indices = [i for i, m in enumerate(row["messages"]) if m["role"] == "assistant"]
-    twin = ChatTemplate(with_template(family.tokenizer, family.twin))
     stops = [family.tokenizer.decode([number]) for number in sorted(family.stops)]
     texts, rules = [], set()
     for index, (text, begin, end) in zip(indices, turns, strict=True):
-        served = _served(twin, row, index, text)
+        served = _served(family.marked, row, index, text)
         if begin < served:
             rules.add(HEADER)
             begin = served
