@@ -187,6 +187,10 @@ class ChatTemplate:
         joint = writer.joint(whole, turns)
         return [joint] if joint is not None else [writer.alone(turn) for turn in turns]
 
+    def ends_turns(self, token_id: int) -> bool:
+        """Whether this token may end a turn: a special one, or one that the tokenizer calls an end."""
+        return token_id in self._end_ids
+
     # What is a control token, and what is words
 
     def _markup(self) -> set[str]:
