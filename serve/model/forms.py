@@ -91,12 +91,11 @@ def forms_of(render: Render) -> Forms:
             break
     for no_content, arguments in product(_NO_CONTENT, _ARGUMENTS):
         other = replace(forms, no_content=no_content, arguments=arguments, renders_calls=True)
-        calling = [other.shape(message) for message in (_USER, _CALLS)]
-        if not _is_call(_try(render, calling)):
-            continue
-        result = _try(render, [*calling, other.shape(_RESULT)])
-        return replace(other, renders_results=RESULT in result)
-    return forms
+        if _is_call(_try(render, [other.shape(message) for message in (_USER, _CALLS)])):
+            forms = other
+            break
+    text = _try(render, [forms.shape(message) for message in (_USER, _CALLS, _RESULT)])
+    return replace(forms, renders_results=RESULT in text)
 
 
 def ends_of(render: Render, forms: Forms, control: ControlTokens, known: Collection[str]) -> Ends:

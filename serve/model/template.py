@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -132,7 +132,7 @@ class ChatTemplate:
         """The tokenizer whose token ids it gives."""
         return self._tokenizer
 
-    @property
+    @cached_property
     def end_ids(self) -> frozenset[int]:
         """Tokens that can end a turn: the model's end tokens, and control tokens but for the marks inside answers."""
         around = set(self._control.texts) - self._markup()

@@ -25,7 +25,7 @@ from serve.engine.generate import generate
 from serve.errors import AdapterError, ConfigError
 from serve.model.loading import load
 from serve.runtime import Runtime
-from train.after.export import export
+from train.after.export import Form, export
 from train.foresee.preflight import Preflight, prepare, show
 from train.loop import checkpoint
 from train.recipe.recipe import load_recipe
@@ -42,6 +42,8 @@ THINKS = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Thoughts in the last answer alone, as reasoning models' templates put them; and a variable."""
+MARKED = THINKS.replace("<|im_end|>", "")
+BARE = MARKED.replace("<|im_start|>", "# ")
 OPENS = THINKS.replace("(hm)\n", "").replace(
     "assistant\n{% endif %}", "assistant\n{{ '<think>' if thinking is not defined or thinking }}{% endif %}"
 )
@@ -215,7 +217,7 @@ def hash_of(source: str) -> str:
 @pytest.mark.parametrize("bits", [None, 8])
 def test_an_export_brings_template_and_end_to_mlx_lm(trained, bare, tmp_path, bits):
     out = tmp_path / "out"
-    export(trained[0], out, bits=bits, group_size=32, console=quiet())
+    export(trained[0], out, Form(bits, group_size=32), console=quiet())
     module, tokenizer = mlx_lm.load(str(out))
     assert tokenizer.chat_template == '{% set style = "terse" %}\n' + THINKS
     assert tokenizer.eos_token_ids == {0, END}
@@ -293,21 +295,21 @@ def test_rows_under_a_template_that_prints_the_day_are_made_again_the_next_day(m
 
 
 @pytest.mark.parametrize(
-    ("template", "line"),
+    ("template", "override", "line"),
     [
-        (THINKS, "answers end at <|im_end|>, which ends none of the base's"),
-        (THINKS.replace("<|im_end|>", "<|pad|>"), ""),
-        (THINKS.replace("<|im_end|>", ""), "answers end at <|im_start|>, which ends none of the base's"),
-        (
-            THINKS.replace("<|im_end|>", "").replace("<|im_start|>", "# "),
-            "no token ends the answers that are trained",
-        ),
+        (THINKS, "seed=0", "answers end at <|im_end|>, which ends none of the base's"),
+        (THINKS.replace("<|im_end|>", "<|pad|>"), "seed=0", ""),
+        (MARKED, "seed=0", "answers end at <|im_start|>, which ends none of the base's"),
+        (BARE, "seed=0", "train: 4 rows end their answers with no token"),
+        (BARE, "mask_prompt=false", "no token ends the answers that are trained"),
     ],
-    ids=["another end", "the base's end", "the next turn's marker", "no end"],
+    ids=["another end", "the base's end", "the next turn's marker", "no end", "no end, prompts too"],
 )
-def test_before_a_run_it_is_told_where_answers_end_if_that_is_new(make_recipe, tmp_path, template, line):
+def test_before_a_run_it_is_told_where_answers_end_if_that_is_new(
+    make_recipe, tmp_path, template, override, line
+):
     out = io.StringIO()
-    recipe = make_recipe(tmp_path / "out", template=template)
+    recipe = make_recipe(tmp_path / "out", override, "val_batches=0", template=template)
     show(prepare(recipe), Console(file=out, width=200))
     said = [text for text in out.getvalue().splitlines() if "answers" in text]
     assert len(said) == bool(line)

@@ -18,7 +18,7 @@ from serve.model.template_rules import make_template
 from train.data.batches import collate
 from train.data.example import Example
 from train.data.rules import TokenRules
-from train.data.tokens import tokenize
+from train.data.tokens import ENDLESS, tokenize
 from train.recipe.recipe import Recipe
 
 CHATML = (
@@ -431,3 +431,12 @@ def test_rows_without_thoughts_are_told_apart_where_the_prompt_opens_one():
     assert all(tuple(row.token_ids[: len(served)]) == served for row in rows)
     with pytest.raises(DataError, match=r"opens a thought \(<think>\)"):
         run([replace(quiet[0], variables=asked)], tokenizer)
+
+
+def test_answers_that_end_with_no_token_are_told_before_anything_is_learned():
+    endless = make_tokenizer(CHATML.replace("<|im_end|>", "").replace("<|im_start|>", "> "))
+    rows, report = run([conversation("hi", "hello", line=4)], endless)
+    assert targets(rows[0], endless) == "hello"
+    assert [(note, first) for note, (_, first) in report.notes.items()] == [(ENDLESS, "rows.jsonl:4")]
+    assert run([conversation("hi", "hello")])[1].notes == {}
+    assert run([conversation("hi", "hello")], endless, train_on_eos="none")[1].notes == {}

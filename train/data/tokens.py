@@ -21,6 +21,7 @@ from train.data.rules import TokenRules
 MAX_PROBLEMS = 20
 NOT_SUPERVISED = "nothing in it is supervised"
 CUT_AWAY = "nothing supervised is left within max_seq_length"
+ENDLESS = "end their answers with no token of the chat template's, so where to stop is not learned"
 NO_DIFFERENCE = "chosen and rejected are the same, so nothing is preferred"
 
 
@@ -152,6 +153,8 @@ def tokenize_row(example: Example, template: ChatTemplate, rules: TokenRules) ->
         elif reason:
             dropped.append(reason)
     notes = tuple(_notes(example, template, told))
+    if _is_endless(example, whole, template, rules):
+        notes = (*notes, ENDLESS)
     return Outcome(tuple(kept), num_truncated, tuple(dropped), tuple(problems), lost, notes, told)
 
 
@@ -370,6 +373,16 @@ def _notes(example: Example, template: ChatTemplate, told: Mapping[str, Any]) ->
         begins = example.prompt
     if begins is not None and brings_beginning(template.tokenizer, begins):
         yield "begin with the tokenizer's own beginning token, which is not put there twice"
+
+
+def _is_endless(
+    example: Example, rows: Sequence[TokenizedExample], template: ChatTemplate, rules: TokenRules
+) -> bool:
+    """Whether an answer is learned without an end, though ends are asked for."""
+    if not (template.exists and rules.mask_prompt and rules.train_on_eos == "turn" and example.as_messages()):
+        return False
+    learned = [s.token_ids[s.is_target] for row in rows for s in row.sequences]
+    return any(len(ids) and int(ids[-1]) not in template.end_ids for ids in learned)
 
 
 # Cutting to length

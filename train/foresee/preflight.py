@@ -37,6 +37,7 @@ from train.data.tables import (
     sources_table,
     template_lines,
 )
+from train.data.tokens import ENDLESS
 from train.loop.distributed import Alone, Ranks, share
 from train.objectives.rewards import Scorer
 from train.objectives.rollouts import Questions, Rollouts
@@ -276,7 +277,8 @@ def _stop_lines(preflight: Preflight) -> Iterator[str]:
     if new:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new)))
         yield f"answers end at {names}, which ends none of the base's: it is kept with the adapter as its stop id"
-    if not preflight.stop_ids and recipe.train_on_eos != "none" and recipe.objective not in ("cpt", "grpo"):
+    wants_end = recipe.train_on_eos != "none" and recipe.objective not in ("cpt", "grpo")
+    if wants_end and not preflight.stop_ids and ENDLESS not in preflight.train.report.notes:
         yield "no token ends the answers that are trained: they will go on to max_tokens"
 
 
