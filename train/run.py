@@ -52,7 +52,7 @@ from train.loop.wired import wired
 from train.objectives.build import build_objective
 from train.objectives.rollouts import Rollouts, evaluation_of, rollouts_of
 from train.recipe.recipe import Recipe
-from train.start import check_writable, choose_folder, give_up_later, put_in_place, starting_point
+from train.start import choose_folder, give_up_later, look_at, put_in_place, starting_point
 from train.watch import summary
 from train.watch.journal import Journal, identity_of
 from train.watch.metrics import MetricsLog
@@ -83,7 +83,7 @@ def run(
     with losses_named():
         ranks, folder = join(), Path(recipe.adapter_path)
         if dry_run:
-            check_writable(folder)
+            look_at(folder, console)
         elif not ranks.rank:
             folder = choose_folder(recipe, resume, overwrite=overwrite, console=console)
         placed = recipe.model_copy(update={"adapter_path": str(folder)})

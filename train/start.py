@@ -55,6 +55,15 @@ def choose_folder(
     return new
 
 
+def look_at(folder: Path, console: Console) -> None:
+    """What a dry run says of the folder: ConfigError where it cannot be written, a note where a run would be refused."""
+    check_writable(folder)
+    content = content_of(folder)
+    if content is not None:
+        said = f"{folder} holds {content}; a run takes --resume or --overwrite"
+        console.print(said, style="yellow", highlight=False, soft_wrap=True)
+
+
 def _check_free(folder: Path) -> None:
     """ConfigError while another process trains in the folder. Where a summary stands, none does."""
     if summary.status_of(folder) is None:
