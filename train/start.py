@@ -35,11 +35,11 @@ def folder_of_run(
 ) -> Path:
     """Where a process of the run writes: as `choose_folder` says on rank 0; the others write nothing.
 
-    ConfigError as `choose_folder`; a dry run asks only whether adapter_path can be written.
+    ConfigError as `choose_folder`; a dry run as `look_at`.
     """
     folder = Path(recipe.adapter_path)
     if dry_run:
-        check_writable(folder)
+        look_at(folder, console)
     elif not ranks.rank:
         folder = choose_folder(recipe, resume, overwrite=overwrite, console=console)
     return folder
@@ -76,6 +76,15 @@ def choose_folder(
         soft_wrap=True,
     )
     return new
+
+
+def look_at(folder: Path, console: Console) -> None:
+    """What a dry run says of the folder: ConfigError where it cannot be written, a note where a run would be refused."""
+    check_writable(folder)
+    content = content_of(folder)
+    if content is not None:
+        said = f"{folder} holds {content}; a run takes --resume or --overwrite"
+        console.print(said, style="yellow", highlight=False, soft_wrap=True)
 
 
 def _check_free(folder: Path) -> None:

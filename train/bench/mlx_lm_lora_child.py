@@ -21,10 +21,10 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import yaml
-from mlx_lm_lora.train import CONFIG_DEFAULTS, build_lora_config  # type: ignore[import-not-found]
-from mlx_lm_lora.trainer import sft_trainer  # type: ignore[import-not-found]
-from mlx_lm_lora.trainer.datasets import CacheDataset, load_dataset  # type: ignore[import-not-found]
-from mlx_lm_lora.utils import from_pretrained  # type: ignore[import-not-found]
+from mlx_lm_lora.train import CONFIG_DEFAULTS, build_lora_config
+from mlx_lm_lora.trainer import sft_trainer
+from mlx_lm_lora.trainer.datasets import CacheDataset, load_dataset
+from mlx_lm_lora.utils import from_pretrained
 
 ITS_NAMES = {"fine_tune_type": "train_type"}
 
