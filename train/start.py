@@ -56,7 +56,7 @@ def choose_folder(
 
 
 def look_at(folder: Path, console: Console) -> None:
-    """What a dry run says of the folder: ConfigError where it cannot be written, a note where a run would be refused."""
+    """What a dry run says of the folder: ConfigError where it cannot be written, a note where a run is refused."""
     check_writable(folder)
     content = content_of(folder)
     if content is not None:
