@@ -110,13 +110,22 @@ def train(
         bool, typer.Option("--dry-run", help="Check recipe, data and masks; train nothing.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in adapter_path, once this one has ended.")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Train an adapter, or the whole model, from a recipe."""
     from train.recipe.recipe import load_recipe
     from train.run import run
 
-    summary = run(load_recipe(recipe, overrides or ()), dry_run=dry_run, resume=resume, console=_console())
+    summary = run(
+        load_recipe(recipe, overrides or ()),
+        dry_run=dry_run,
+        resume=resume,
+        overwrite=overwrite,
+        console=_console(),
+    )
     raise typer.Exit(summary.exit_code)
 
 
@@ -173,7 +182,8 @@ def chat(
         str | None, typer.Option(help="Talk to this running server: the address that `lathe serve` prints.")
     ] = None,
     to: Annotated[
-        str | None, typer.Option("--model", help="Which of the server's models or adapters.")
+        str | None,
+        typer.Option("--model", help="Which of the server's models or adapters; else its only --adapter."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
@@ -186,7 +196,9 @@ def chat(
 
     sampling = {"temperature": temperature, "max_tokens": max_tokens}
     with _server_for(model, adapter or [], url) as served_url:
-        chosen = choose_model(served_url, to, api_key)
+        # Who names one adapter to serve here means to talk to it.
+        only = _adapter(adapter[0])["name"] if url is None and adapter and len(adapter) == 1 else None
+        chosen = choose_model(served_url, to or only, api_key)
         _talk(Conversation(Speaker(served_url, chosen, api_key, sampling), system))
 
 
@@ -273,27 +285,27 @@ def export(
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model, if not where the adapter says.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Held-out rows (or a recipe) to measure fidelity on.")
+        Path | None,
+        typer.Option(help="Rows to measure fidelity on, all of them: a file, a folder or a recipe."),
     ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="At most so many rows; without --data 64.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in OUT.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Fuse an adapter into its base, quantize if asked, and measure what that changed."""
     from dataclasses import asdict
 
+    from train.after.export import Form
     from train.after.export import export as fuse
+    from train.after.fidelity import Rows
 
-    report = fuse(
-        adapter,
-        out,
+    form = Form(
         bits=None if bits is None else _one_of(bits, (4, 8), "--bits"),
-        group_size=group_size,
+        group_size=_one_of(group_size, (32, 64, 128), "--group-size"),
         dtype=None if dtype is None else _one_of(dtype, ("float16", "bfloat16", "float32"), "--dtype"),
-        base=base,
-        data=data,
-        force=force,
-        console=_console(),
     )
+    _check_writable(json_file)
+    report = fuse(adapter, out, form, base=base, rows=Rows(data, rows), force=force, console=_console())
     _save_json(json_file, asdict(report))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from serve.adapters.registry import Registry
+from serve.adapters.version import AdapterVersion
 from serve.config import ServeConfig
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.worker import Worker
@@ -16,6 +17,7 @@ from serve.experiments.recorder import Recorder
 from serve.experiments.store import Run, Store
 from serve.model.loading import LoadedModel, load
 from serve.model.template import ChatTemplate
+from serve.model.template_rules import TemplateRules, make_template
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Runtime:
     engine: Engine
     worker: Worker
     template: ChatTemplate
+    """The base's."""
     experiments: Mapping[str, Run]
     """By public name."""
     recorder: Recorder | None
@@ -36,6 +39,10 @@ class Runtime:
     def registry(self) -> Registry:
         """The adapters there are."""
         return self.engine.registry
+
+    def template_of(self, version: AdapterVersion | None) -> ChatTemplate:
+        """The chat template that an adapter version answers under, or the base (None)."""
+        return version.template if version is not None and version.template is not None else self.template
 
     @property
     def max_context(self) -> int:
@@ -57,8 +64,9 @@ class Runtime:
     @classmethod
     def around(cls, model: LoadedModel, config: ServeConfig) -> Runtime:
         """As `start`, on a model that is loaded already and named config.base_name."""
-        engine = Engine(model, _limits(config))
-        template = ChatTemplate(model.tokenizer, config.special_tokens_in_messages)
+        rules = TemplateRules(config.special_tokens_in_messages)
+        engine = Engine(model, _limits(config), rules)
+        template = make_template(model.tokenizer, rules)
         for adapter in config.adapters:
             engine.registry.load(adapter.name, adapter.path)
         recorder = Recorder(Store(config.store)) if config.experiments else None

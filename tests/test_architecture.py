@@ -48,7 +48,7 @@ def modules_imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     files = {".".join(source.relative_to(ROOT).with_suffix("").parts) for source in SOURCES}
-    return {name for name in names if name in files}
+    return names & {name.removesuffix(".__init__") for name in files}
 
 
 def room_of(module: str) -> str:

@@ -248,9 +248,19 @@ def lengths() -> Case:
 def exported() -> Case:
     report = export.ExportReport(
         LONGER, LONG, LONG, 4, 128, "float16", 0.98765, 1.234e-06, 5.678e-03, 123_456_789, 1_234_567,
-        123_456_700_000, 1.0, "validation",
+        123_456_700_000, 1.0, LONG, 7_654_321, (LONGER, LONG),
     )  # fmt: skip
-    must = [LONGER, "123,456.7", "98.77%", "123,456,789", "1.23e-06,", "5.68e-03", "1,234,567,", "validation"]
+    must = [
+        LONGER,
+        "123,456.7",
+        "98.77%",
+        "123,456,789",
+        "1.23e-06,",
+        "5.68e-03",
+        "1,234,567",
+        "7,654,321,",
+        LONG,
+    ]
     return lambda console: show(console, export._table(report)), must
 
 

@@ -29,7 +29,7 @@ from serve.bench.process import ServerProcess
 from serve.errors import ConfigError, StoppedError, TrainingError
 from serve.experiments.report import ExperimentReport, render, report
 from serve.experiments.store import Store
-from train.after.export import ExportReport, export
+from train.after.export import ExportReport, Form, export
 from train.data.sources import read
 from train.recipe.recipe import Recipe, load_recipe
 from train.run import run as run_recipe
@@ -338,7 +338,7 @@ def _export(recipe: Recipe, folder: Path, console: Console) -> ExportReport:
     return export(
         adapter,
         folder / f"{adapter.name}-{EXPORT_BITS}bit",
-        bits=EXPORT_BITS,
+        Form(bits=EXPORT_BITS),
         base=recipe.model,
         console=console,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from train.foresee.preflight import Preflight
 from train.loop import checkpoint
 from train.loop.checkpoint import Checkpoint
 from train.loop.keeper import Keeper
+from train.loop.optim import rates_of, schedule_of
 from train.loop.trainer import TrainState
 from train.recipe.recipe import Recipe
 from train.watch import summary
@@ -24,7 +25,7 @@ from train.watch.journal import Journal
 from train.watch.lineage import now
 from train.watch.metrics import MetricsLog
 from train.watch.progress import RunProgress
-from train.watch.record import RunRecord, running
+from train.watch.record import RunRecord, home_of, running
 from train.watch.samples import answers_of
 from train.watch.wandb_log import WandbBoard
 
@@ -55,22 +56,30 @@ def recording(
         _write_recipe(recipe, folder)
         if "wandb" in (recipe.report_to or ()):
             metrics.add(_wandb(recipe, folder, record))
-        samples, prompts = recipe.samples, flight.sample_prompts
+        samples, prompts, stop_ids = recipe.samples, flight.sample_prompts, flight.stop_ids
         yield Journal(
             keeper,
             metrics,
             progress,
-            LearningCurve(folder, title_of(recipe)),
-            samples=(lambda: answers_of(model, prompts, samples)) if samples else tuple,
+            LearningCurve(
+                folder, title_of(recipe), rates_of(schedule_of(recipe, flight.num_steps), flight.num_steps)
+            ),
+            samples=(lambda: answers_of(model, prompts, samples, stop_ids)) if samples else tuple,
             notes=flight.take_notes,
         )
+
+
+def tell(console: Console, lines: Sequence[str]) -> None:
+    """Notes that a person should read before the first step."""
+    for line in lines:
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)
 
 
 def record_of(flight: Preflight, lineage: Lineage, saved: Checkpoint | None) -> RunRecord:
     """What run.json says of a run, but for the process."""
     recipe = flight.recipe
     return RunRecord(
-        name=Path(recipe.adapter_path).resolve().name,
+        name=home_of(Path(recipe.adapter_path)).resolve().name,
         created=lineage.created,
         base_model=lineage.base_model,
         base_fingerprint=lineage.base_fingerprint,
@@ -81,6 +90,7 @@ def record_of(flight: Preflight, lineage: Lineage, saved: Checkpoint | None) -> 
         num_iterations=flight.num_iterations,
         parent=lineage.parent,
         parent_hash=lineage.parent_hash,
+        template_day=lineage.template_day,
         resumed_from=str(saved.folder) if saved else "",
         resumed=now() if saved else "",
     )
@@ -89,7 +99,7 @@ def record_of(flight: Preflight, lineage: Lineage, saved: Checkpoint | None) -> 
 def title_of(recipe: Recipe) -> str:
     """`runs/support   ·   Qwen3-0.6B, lora, sft`: over the learning curve."""
     model = Path(recipe.model).name
-    return f"{Path(recipe.adapter_path)}   ·   {model}, {recipe.fine_tune_type}, {recipe.objective}"
+    return f"{home_of(Path(recipe.adapter_path))}   ·   {model}, {recipe.fine_tune_type}, {recipe.objective}"
 
 
 def _wandb(recipe: Recipe, folder: Path, record: RunRecord) -> WandbBoard:
@@ -105,6 +115,7 @@ def _wandb(recipe: Recipe, folder: Path, record: RunRecord) -> WandbBoard:
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_whole(folder / RECIPE_FILE, dump(recipe))
+        written = recipe.model_copy(update={"adapter_path": str(home_of(folder))})
+        checkpoint.write_whole(folder / RECIPE_FILE, dump(written))
     except OSError as error:
         raise StorageError(f"adapter_path: {folder} cannot be written: {error}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from contextlib import nullcontext
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -25,18 +26,17 @@ from train.loop.checkpoint import Checkpoint
 from train.loop.distributed import agree_to_stop, check_same, join, losses_named
 from train.loop.identity import facts_of
 from train.loop.interrupt import caught_signals
-from train.loop.keeper import METRIC, Keeper
+from train.loop.keeper import Keeper
 from train.loop.step import Stepper
 from train.loop.together import Together, spread
 from train.loop.trainer import Trainer, TrainState
 from train.loop.wired import wired
 from train.objectives.build import build_objective
 from train.recipe.recipe import Recipe
-from train.records import recording
-from train.start import give_up_later, starting_point
+from train.records import recording, tell
+from train.start import day_of_run, folder_of_run, give_up_later, put_in_place, starting_point
 from train.validation import metric_of, test_loss, validation
 from train.watch import summary
-from train.watch.lineage import lineage_of
 from train.watch.summary import RunSummary
 from train.watch.wandb_log import check_installed
 
@@ -46,11 +46,15 @@ def run(
     *,
     dry_run: bool = False,
     resume: Path | str | bool | None = None,
+    overwrite: bool = False,
     console: Console | None = None,
+    today: date | None = None,
 ) -> RunSummary:
     """Train as the recipe says, or only look (`dry_run`).
 
-    resume  a checkpoint or a run's folder to continue; True: the last checkpoint in the recipe's adapter_path
+    resume     a checkpoint or a run's folder to continue; True: the last checkpoint in the recipe's adapter_path
+    overwrite  the run that adapter_path holds gives way when this one has ended
+    today      what a chat template prints that prints the day; None: the real one. A run that goes on keeps its own
     SIGINT and SIGTERM end the run after the step under way, with a checkpoint; the summary says so.
     Raises from the whole error tree; whatever is raised, published checkpoints stay whole.
     """
@@ -60,24 +64,27 @@ def run(
         console = Console(quiet=True) if ranks.rank else console or Console()
         if "wandb" in (recipe.report_to or ()):
             check_installed()
-        flight = preflight.prepare(recipe, console, ranks)
+        home = recipe
+        folder = folder_of_run(recipe, resume, ranks, dry_run=dry_run, overwrite=overwrite, console=console)
+        recipe = recipe.model_copy(update={"adapter_path": str(folder)})
+        day = day_of_run(recipe, resume, today or date.today(), ranks)
+        flight = preflight.prepare(recipe, console, ranks, day)
         preflight.show(flight, console, with_recipe=dry_run)
         estimate.show(flight, console)
         if dry_run:
-            return RunSummary("dry_run", recipe.adapter_path)
+            return RunSummary("dry_run", home.adapter_path)
         model = load_base(recipe)
         # Only now: an earlier run's records give way to a run that can start.
         saved = None if ranks.rank else starting_point(recipe, resume, console)
         mx.random.seed(recipe.seed)
         adapted = build_adapted(recipe, model.network, is_restored=ranks.gather(saved is not None)[0])
-        for line in (adapted.line, *model.notes, *adapted.notes):
-            console.print(
-                line, style="yellow" if line != adapted.line else None, highlight=False, soft_wrap=True
-            )
+        console.print(adapted.line)
+        tell(console, [*model.notes, *adapted.notes])
         result = _train(flight, model, adapted, saved, console)
         result = dataclasses.replace(result, seconds=time.perf_counter() - start_s)
         if not ranks.rank:
-            summary.write(result, Path(recipe.adapter_path))
+            summary.write(result, folder)
+            put_in_place(home, folder, result.status, console)
         ranks.gather(None)  # the processes end together, when everything is written
     return result
 
@@ -87,31 +94,22 @@ def _train(
 ) -> RunSummary:
     recipe, ranks, network = flight.recipe, flight.ranks, model.network
     created = saved.config.lineage.created if saved and saved.config.lineage else ""
-    lineage = lineage_of(recipe, model, flight.template, flight.data_hash, created=created)
+    lineage = flight.lineage(model, created)
     check_same(ranks, facts_of(recipe, lineage))
     optimizer = optimizer_of(recipe, network, flight.num_steps)
-    stepper = Stepper(
-        network,
-        optimizer,
-        build_objective(recipe, network),
-        step_settings(recipe),
-        ranks=ranks,
-        name_row=flight.name_row,
-    )
+    objective, settings = build_objective(recipe, network), step_settings(recipe)
+    stepper = Stepper(network, optimizer, objective, settings, ranks=ranks, name_row=flight.name_row)
     keeper = Keeper(recipe, network, adapted, optimizer, lineage, ranks.size)
-    state = TrainState()
     if saved is not None:
-        state = saved.state
-        for line in keeper.go_on_from(saved):
-            console.print(line, style="yellow", highlight=False, soft_wrap=True)
+        tell(console, keeper.go_on_from(saved))
         give_up_later(saved, keeper.folder, recipe.save_total_limit, console)
-    state = TrainState.of(ranks.gather(dataclasses.asdict(state))[0])
-    give_first = partial(spread, ranks, network, optimizer)
-    give_first()
+    state = TrainState.of(ranks.gather(dataclasses.asdict(saved.state if saved else TrainState()))[0])
+    give_all = partial(spread, ranks, network, optimizer)
+    give_all()
     records = nullcontext() if ranks.rank else recording(flight, model, keeper, saved, state, console)
     with records as journal, wired(), caught_signals() as caught, losses_named():
+        together = Together(journal, ranks, give_all)
         rollouts = flight.rollouts(model)
-        together = Together(journal, ranks, give_first)
         metric = together.shared(metric_of(flight, model, together.say))
         Trainer(
             stepper,
@@ -123,22 +121,19 @@ def _train(
             stop=lambda: agree_to_stop(ranks, caught),
         ).fit()
         published_step = keeper.put_best(state, together.say) if journal else None
-        give_first()
-        tested = test_loss(flight, stepper, rollouts)
-    content_hash = ""
-    if journal is not None:
-        content_hash = keeper.publish(state)
-        journal.curve.draw()
-    return summary.of_run(
-        state,
-        keeper.folder,
-        num_iterations=flight.num_iterations,
-        caught=caught[0] if caught else None,
-        published_step=published_step,
-        test_loss=tested,
-        metric=recipe.metric.name if recipe.metric else None,
-        metric_before=state.first_measures.get(METRIC),
-        metric_after=state.measures.get(METRIC),
-        num_trainable=adapted.num_trainable,
-        content_hash=content_hash,
-    )
+        give_all()
+        result = summary.of_run(
+            state,
+            keeper.folder,
+            num_iterations=flight.num_iterations,
+            caught=caught[0] if caught else None,
+            metric=recipe.metric.name if recipe.metric else None,
+            published_step=published_step,
+            test_loss=test_loss(flight, stepper, rollouts),
+            num_trainable=adapted.num_trainable,
+        )
+    if journal is None:
+        return result
+    result = dataclasses.replace(result, content_hash=keeper.publish(state))
+    journal.curve.draw()
+    return result

@@ -64,7 +64,12 @@ def metric_of(flight: Preflight, model: LoadedModel, say: Callable[[str], None])
 
     def measure(step: int) -> dict[str, float]:
         answers = exact_match(
-            model, flight.template, valid.examples, max_tokens=metric.max_tokens, rows=metric.rows
+            model,
+            flight.template,
+            valid.examples,
+            max_tokens=metric.max_tokens,
+            rows=metric.rows,
+            stop_ids=flight.stop_ids,
         )
         share, count = answers.exact_match, f"{answers.num_exact} of {len(answers.texts)}"
         say(f"step {step}: exact match {share:.1%} ({count})")

@@ -74,6 +74,14 @@ class Lineage:
     """How the base was packed as it was loaded (mode, bits, group_size). `base_fingerprint` is the packed one's."""
     vocabulary_hash: str = ""
     """Of the tokenizer: which text each id stands for; nothing in manifests of earlier versions."""
+    chat_template: str = ""
+    """The adapter's own template, Jinja; empty: the tokenizer's. `template_hash` is of it."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the template reads where a request does not say otherwise."""
+    template_day: str = ""
+    """The day that the template printed in training, YYYY-MM-DD; empty if it prints none. Serving prints its own."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that ended the turns it learned from; its answers end at them, besides the base's own end tokens."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +232,7 @@ def _lineage(raw: Any, problems: list[str]) -> Lineage | None:
         expected = _not_a_lineage(name, value)
         if expected:
             problems.append(f"lineage.{name} is {_shown(value)}; {expected} was expected")
-        values[name] = value
+        values[name] = tuple(value) if isinstance(value, list) and not expected else value
     return Lineage(**values) if len(problems) == before else None
 
 
@@ -233,6 +241,11 @@ def _not_a_lineage(name: str, value: Any) -> str | None:
     if name == "metrics":
         is_fine = isinstance(value, dict) and all(isinstance(v, int | float) for v in value.values())
         return None if is_fine else "an object of numbers"
+    if name == "chat_template_kwargs":
+        return None if isinstance(value, dict) else "an object"
+    if name == "stop_ids":
+        is_fine = isinstance(value, list) and all(_is_count(number, 0) for number in value)
+        return None if is_fine else "a list of token ids"
     if name == "quantize":
         return None if value is None or _is_quantization(value) else "mode, bits and group_size, or null,"
     return None if _is_text(value) else "text"

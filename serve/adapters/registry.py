@@ -7,6 +7,7 @@ replaced; bytes are bounded by `max_bytes`, whoever holds them. Safe to call fro
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import threading
@@ -21,10 +22,11 @@ from serve.adapters.bank import Bank
 from serve.adapters.fit import LowRank, Size, check_fit, fit
 from serve.adapters.names import name_problem
 from serve.adapters.version import AdapterVersion
-from serve.errors import AdapterError, AdapterMemoryError, LatheError, NotFoundError
+from serve.errors import AdapterError, AdapterMemoryError, ConfigError, LatheError, NotFoundError
 from serve.model.loading import LoadedModel
 from serve.model.quantization import Quantization
 from serve.model.template import ChatTemplate
+from serve.model.template_rules import TemplateRules, make_template
 from serve.model.vocabulary import vocabulary_hash
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class Registry:
     run   executes a function on the thread that owns the arrays, and waits
     post  has it executed there soon, and does not wait
     max_bytes  of all adapters, and what is copied while one is loaded; a load that needs more is refused
+    rules      of the base's chat template; an adapter's own template, and its variables, take their place in them
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Registry:
         max_adapters: int = 64,
         max_rank: int = 256,
         allow_other_base: bool = False,
+        rules: TemplateRules = TemplateRules(),
     ) -> None:
         self.run: Run = run_here
         self.post: Run = do_later
@@ -70,6 +74,7 @@ class Registry:
         self._max_adapters = max_adapters
         self._max_rank = max_rank
         self._allow_other_base = allow_other_base
+        self._rules = rules
         self._loading = threading.Lock()  # one load at a time; held while files are read
         self._squared_norms: dict[str, mx.array] = {}  # of the base's rows; under _loading
         self._slots = itertools.count(1)  # under _loading
@@ -92,12 +97,20 @@ class Registry:
             config = manifest.read_config(folder)
             specs = manifest.read_specs(folder / manifest.TENSORS_FILE)
             notes = self._check_lineage(name, config)
+            template = self._own_template(name, config.lineage)
             sizes = check_fit(name, specs, config, self._model.network, max_rank=self._max_rank)
             self._tidy_all()
             self._check_memory(name, sizes, sum(spec.num_values for spec in specs.values()))
             content_hash, updates = self._read(name, folder, config)
             version = AdapterVersion(
-                name, self._last_number.get(name, 0) + 1, content_hash, next(self._slots), str(folder), notes
+                name,
+                self._last_number.get(name, 0) + 1,
+                content_hash,
+                next(self._slots),
+                str(folder),
+                notes,
+                stop_ids=config.lineage.stop_ids if config.lineage else (),
+                template=template,
             )
             self._install(version, updates)
             return version
@@ -209,7 +222,7 @@ class Registry:
                 f"all the same"
             )
         notes = [f"adapter {name!r} {problem}" for problem in problems]
-        if lineage.template_hash not in ("", self._template_hash):
+        if not lineage.chat_template and lineage.template_hash not in ("", self._template_hash):
             notes.append(
                 f"adapter {name!r} was trained with another chat template ({lineage.template_hash[:19]}…) than the "
                 f"one here ({self._template_hash[:19]}…): its chats may look otherwise than those it learned from"
@@ -224,7 +237,27 @@ class Registry:
 
     @cached_property
     def _template_hash(self) -> str:
-        return ChatTemplate(self._model.tokenizer).hash
+        return make_template(self._model.tokenizer).hash
+
+    def _own_template(self, name: str, lineage: manifest.Lineage | None) -> ChatTemplate | None:
+        """What its manifest says of chats. AdapterError for a template that is none, or was changed since."""
+        if lineage is None or not (lineage.chat_template or lineage.chat_template_kwargs):
+            return None
+        rules = dataclasses.replace(
+            self._rules,
+            source=lineage.chat_template or self._rules.source,
+            variables={**self._rules.variables, **lineage.chat_template_kwargs},
+        )
+        try:
+            template = make_template(self._model.tokenizer, rules)
+        except ConfigError as error:
+            raise AdapterError(f"adapter {name!r}: lineage.{error}") from error
+        if lineage.chat_template and template.hash != lineage.template_hash:
+            raise AdapterError(
+                f"adapter {name!r}: its chat template is not the one it was trained with: the text in its manifest "
+                f"is {template.hash[:19]}…, template_hash {lineage.template_hash[:19]}…"
+            )
+        return template
 
     def _check_memory(self, name: str, sizes: Mapping[str, Size], num_values: int) -> None:
         """AdapterMemoryError unless the adapter fits beside the others, with all that is copied meanwhile."""

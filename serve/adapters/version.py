@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from serve.model.template import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,10 @@ class AdapterVersion:
     path: str
     notes: tuple[str, ...] = ()
     """What whoever loaded it should know."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end its answers, besides the base's own."""
+    template: ChatTemplate | None = field(default=None, compare=False, repr=False)
+    """Its own chat template, or the base's with variables of its own; None: the base's."""
 
     @property
     def id(self) -> str:

@@ -9,12 +9,15 @@ from fastapi import APIRouter, Request, Response
 
 from serve.api.body import JsonRoute
 from serve.api.generation import Generation, build_requests, logprob_writers, new_id
+from serve.api.history import check_tools
 from serve.api.logprobs import LogprobWriter
 from serve.api.schemas import ChatBody
 from serve.api.services import Services, ServicesDep
 from serve.api.streaming import EVENT_STREAM, Answer, Responder
-from serve.api.targets import held_target
+from serve.api.targets import Target, held_target
 from serve.engine.request import Event, TokenLogprob
+from serve.errors import RequestError
+from serve.model.template import ChatTemplate
 
 EFFORT = "reasoning_effort"
 
@@ -69,12 +72,14 @@ async def create_chat_completion(body: ChatBody, http: Request, services: Servic
     id = new_id("chatcmpl")
     runtime = services.runtime
     with held_target(runtime, body.model, body.user or id) as target:
+        template = _template(services, target)
         messages = [message.for_template() for message in body.messages]
         if body.has_tool_history:
-            await services.tokenize(lambda: services.tool_history.check(messages))
+            check_tools(template, messages)
         prompt = await services.prompts.of_messages(
+            template,
             messages,
-            {**_effort(services, body), **(body.chat_template_kwargs or {})},
+            {**_effort(template, body), **(body.chat_template_kwargs or {})},
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=bool(body.continue_final_message),
         )
@@ -91,8 +96,20 @@ async def create_chat_completion(body: ChatBody, http: Request, services: Servic
     return await responder.whole()
 
 
-def _effort(services: Services, body: ChatBody) -> dict[str, str]:
+def _template(services: Services, target: Target) -> ChatTemplate:
+    """The template of what answers. RequestError if it has none."""
+    template = services.runtime.template_of(target.version)
+    if not template.exists:
+        raise RequestError(
+            f"model {target.served!r} has no chat template: neither its tokenizer nor an adapter brings one; send a "
+            f"prompt to /v1/completions instead",
+            "messages",
+        )
+    return template
+
+
+def _effort(template: ChatTemplate, body: ChatBody) -> dict[str, str]:
     """reasoning_effort, where the template reads such a variable."""
-    if body.reasoning_effort is None or EFFORT not in services.runtime.template.variables:
+    if body.reasoning_effort is None or EFFORT not in template.variables:
         return {}
     return {EFFORT: body.reasoning_effort}

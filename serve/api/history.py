@@ -1,54 +1,24 @@
-"""What a chat template makes of a history: whether calls of tools and their results come to stand in the prompt.
+"""Histories that call tools: refused where the chat template leaves calls or their results out of the prompt.
 
-A template that leaves them out would answer something else than was asked, so they are refused there. Asked once,
-by rendering a conversation that has both.
+It would answer something else than was asked. What a template renders was found by `serve/model/forms.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 from serve.errors import RequestError
 from serve.model.template import ChatTemplate
 
-CALLED, RESULT = "probedcall", "probedresult"
-PROBE: tuple[dict[str, Any], ...] = (
-    {"role": "user", "content": "Question"},
-    {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [
-            # Mistral's templates want nine characters.
-            {"id": "probe0001", "type": "function", "function": {"name": CALLED, "arguments": "{}"}}
-        ],
-    },
-    {"role": "tool", "content": RESULT, "tool_call_id": "probe0001", "name": CALLED},
-)
 
-
-class ToolHistory:
-    """What one template renders. Rendering and decoding go through the tokenizer, as requests do: one at a time."""
-
-    def __init__(self, template: ChatTemplate, tokenizer: Any) -> None:
-        self._template = template
-        self._tokenizer = tokenizer
-
-    def check(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """RequestError if `messages` hold calls or results that the template does not render."""
-        for index, message in enumerate(messages):
-            if message.get("tool_calls") and CALLED not in self._rendered:
-                raise _not_rendered(f"messages.{index}.tool_calls", "calls of tools")
-            if message["role"] == "tool" and RESULT not in self._rendered:
-                raise _not_rendered(f"messages.{index}.role", "results of tools")
-
-    @cached_property
-    def _rendered(self) -> str:
-        try:
-            return str(self._tokenizer.decode(list(self._template.render(PROBE))))
-        except RequestError:
-            return ""
+def check_tools(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> None:
+    """RequestError if `messages` hold calls or results that the template does not render."""
+    for index, message in enumerate(messages):
+        if message.get("tool_calls") and not template.forms.renders_calls:
+            raise _not_rendered(f"messages.{index}.tool_calls", "calls of tools")
+        if message["role"] == "tool" and not template.forms.renders_results:
+            raise _not_rendered(f"messages.{index}.role", "results of tools")
 
 
 def _not_rendered(name: str, what: str) -> RequestError:

@@ -14,7 +14,8 @@ import anyio.to_thread
 
 from serve.errors import ContextLengthError, RequestError
 from serve.model.messages import leaves
-from serve.model.template import Written
+from serve.model.template import ChatTemplate, Written
+from serve.model.texts import encode_text
 from serve.runtime import Runtime
 
 TokenIds = tuple[int, ...]
@@ -39,6 +40,7 @@ class Prompts:
 
     async def of_messages(
         self,
+        template: ChatTemplate,
         messages: Sequence[Mapping[str, Any]],
         variables: Mapping[str, Any],
         *,
@@ -50,7 +52,7 @@ class Prompts:
 
         def write() -> Written:
             self._check_size(messages, variables)
-            written = runtime.template.write(
+            written = template.write(
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
@@ -64,10 +66,13 @@ class Prompts:
         return await self._tokenize(lambda: self._encode(written.encode, len(written), "messages"))
 
     def of_text(self, text: str) -> TokenIds:
-        """Ids of a plain prompt, whose special tokens are special. To be called on the tokenizer's thread."""
+        """Ids of a plain prompt, whose special tokens are special and which begins once.
+
+        To be called on the tokenizer's thread.
+        """
         self._check_chars(len(text), "prompt")
         tokenizer = self._runtime.model.tokenizer
-        return self._encode(lambda first: tuple(tokenizer.encode(text[:first])), len(text), "prompt")
+        return self._encode(lambda first: encode_text(tokenizer, text[:first]), len(text), "prompt")
 
     def _encode(self, encode: Callable[[int | None], TokenIds], num_chars: int, param: str) -> TokenIds:
         """`encode` gives the ids of the first characters, or of all."""

@@ -10,7 +10,6 @@ import anyio
 import anyio.to_thread
 from fastapi import Depends, Request
 
-from serve.api.history import ToolHistory
 from serve.api.metrics import Metrics
 from serve.api.prompts import Prompts
 from serve.runtime import Runtime
@@ -24,7 +23,6 @@ class Services:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.metrics = Metrics(runtime)
-        self.tool_history = ToolHistory(runtime.template, runtime.model.tokenizer)
         self.created = int(time.time())
         # One at a time: a fast tokenizer refuses to be used by two threads at once.
         self._tokenizing = anyio.CapacityLimiter(1)

@@ -16,6 +16,7 @@ from serve.engine.runner import Runner
 from serve.engine.scheduler import Budget, Scheduler
 from serve.errors import ConfigError, ContextLengthError, GenerationError, LatheError, RequestError
 from serve.model.loading import LoadedModel
+from serve.model.template_rules import TemplateRules
 from serve.model.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,13 @@ class EngineLimits:
 class Engine:
     """One base model, its adapters, and the requests that run on them in one batch."""
 
-    def __init__(self, model: LoadedModel, limits: EngineLimits = EngineLimits()) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        limits: EngineLimits = EngineLimits(),
+        rules: TemplateRules = TemplateRules(),
+    ) -> None:
+        """`rules`: of chat templates, the base's and those that adapters bring."""
         self.model = model
         self.limits = limits
         self.bank = Bank(model.network)
@@ -58,6 +65,7 @@ class Engine:
             max_adapters=limits.max_adapters,
             max_rank=limits.max_rank,
             allow_other_base=limits.allow_other_base,
+            rules=rules,
         )
         if device.backend() != "cpu":
             self.bank.warm_up(limits.prefill_chunk_tokens)

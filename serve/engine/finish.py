@@ -24,15 +24,17 @@ class Step:
 class FinishRule:
     """Follows one answer. Once it has ended, it is not to be asked again.
 
-    The model's own end tokens end it unless `ignore_eos`; a stop string ends it where it appears in the text, or at
-    the special token of that name, which no text shows; `max_tokens` ends what nothing else has.
+    The end tokens of model, adapter and request end it unless `ignore_eos`; a stop string ends it where it appears in
+    the text, or at the special token of that name, which no text shows; `max_tokens` ends what nothing else has.
     """
 
     def __init__(self, request: Request, tokens: TokenBytes, eos: Collection[int]) -> None:
         sampling = request.sampling
         assert sampling.max_tokens is not None, "set by Engine.check"
         self._remaining = sampling.max_tokens
-        self._ends: dict[int, str | None] = {} if sampling.ignore_eos else dict.fromkeys(eos)
+        self._ends: dict[int, str | None] = (
+            {} if sampling.ignore_eos else dict.fromkeys((*eos, *request.all_stop_ids))
+        )
         for stop in sampling.stop:
             token_id = tokens.special_id(stop)
             if token_id is not None:

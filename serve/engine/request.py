@@ -67,6 +67,13 @@ class Request:
     """Whose it is: rows and prompt computation are shared out between groups. Its own, if left out."""
     continues_prompt: bool = True
     """The text goes on from the prompt's (a completion), or is one of its own (a chat's answer)."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the answer, besides the base's own and the adapter's."""
+
+    @property
+    def all_stop_ids(self) -> tuple[int, ...]:
+        """Its own, and those that its adapter learned to end with."""
+        return (*self.stop_ids, *(self.adapter.stop_ids if self.adapter else ()))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any, NoReturn
 
 import jinja2
@@ -23,6 +23,9 @@ from jinja2.visitor import NodeTransformer
 
 _CLOCK = "clock of the rendering"
 """A variable that no template can name."""
+_MARKS = "marks of the rendering"
+"""Another: (what opens, what closes) each block of `{% generation %}` in the text."""
+_NOW = "strftime_now"
 
 
 class TooSlowError(Exception):
@@ -35,16 +38,29 @@ class JinjaTemplate:
     def __init__(self, source: str) -> None:
         environment = _environment()
         tree = environment.parse(source)
+        self.reads_clock: bool = any(name.name == _NOW for name in tree.find_all(nodes.Name))
+        """Whether it may print the day."""
         read = {name for name, is_read in _first_uses(tree).items() if is_read}
         self.variables: frozenset[str] = frozenset(read & meta.find_undeclared_variables(tree))
         """Names that it reads before it sets them, if it sets them at all."""
         code = environment.compile(_Clocked().visit(tree))
         self._template = jinja2.Template.from_code(environment, code, environment.globals)
 
-    def render(self, variables: Mapping[str, Any], limit_s: float | None = None) -> str:
-        """The prompt. TooSlowError after `limit_s` seconds of this thread's CPU; else what the template raises."""
+    def render(
+        self,
+        variables: Mapping[str, Any],
+        limit_s: float | None = None,
+        marks: tuple[str, str] | None = None,
+        today: date | None = None,
+    ) -> str:
+        """The prompt. TooSlowError after `limit_s` seconds of this thread's CPU; else what the template raises.
+
+        marks  texts to put before and after what stands in each block of `{% generation %}`
+        today  the day that `strftime_now` tells, at its first second; None: the moment itself
+        """
         clock = None if limit_s is None else time.thread_time() + limit_s
-        return self._template.render({**variables, _CLOCK: clock})
+        frozen = {} if today is None else {_NOW: datetime(today.year, today.month, today.day).strftime}
+        return self._template.render({**variables, **frozen, _CLOCK: clock, _MARKS: marks})
 
 
 def _first_uses(tree: nodes.Template) -> dict[str, bool]:
@@ -111,14 +127,24 @@ def _look(context: Context, _: None) -> None:
 
 
 class _Generation(Extension):
-    """`{% generation %}`, by which a template marks what the model writes; where it stands is not asked here."""
+    """`{% generation %}`, by which a template says what the model writes: between marks, if there are any."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2's own way
 
     def parse(self, parser: Parser) -> nodes.Node:
         lineno = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(lineno)
+        opens, closes = (
+            nodes.Output([nodes.Filter(nodes.Const(end), _mark.__name__, [], [], None, None)])
+            for end in (0, 1)
+        )
+        return nodes.Scope([opens, *body, closes]).set_lineno(lineno)
+
+
+@jinja2.pass_context
+def _mark(context: Context, end: int) -> str:
+    marks = context.resolve_or_missing(_MARKS)
+    return str(marks[end]) if isinstance(marks, tuple) else ""
 
 
 class _Namespace(Namespace):
@@ -150,10 +176,10 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.filters |= {"tojson": _tojson, _look.__name__: _look}
+    environment.filters |= {"tojson": _tojson, _look.__name__: _look, _mark.__name__: _mark}
     environment.globals |= {
         "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
+        _NOW: _strftime_now,
         "dict": _Dict(),
         "namespace": _Namespace,
     }

@@ -24,6 +24,8 @@ from serve.model.weights import QUANTIZED
 from serve.model.weights import dequantize as dequantize_all
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
+"""transformers' name for a warning that it has given already."""
 FINGERPRINT_SAMPLE_BYTES = 1 << 16
 DEFAULT_MAX_CONTEXT = 4096
 
@@ -171,11 +173,14 @@ def load_tokenizer(
     path = resolve(path_or_repo)
     config = config if config is not None else read_config(path)
     try:
-        return mlx_lm_load_tokenizer(
+        tokenizer = mlx_lm_load_tokenizer(
             path, {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id")
         )
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(f"{path_or_repo}: its tokenizer cannot be loaded: {error}") from error
+    # It warns of "indexing errors" once for a long text; what is too long is cut, dropped or refused here, and told.
+    tokenizer.deprecation_warnings[TOO_LONG] = True
+    return tokenizer
 
 
 def resolve(path_or_repo: str, revision: str | None = None) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 from serve.errors import RequestError
 from serve.model.renderer import Message
-from serve.model.words import Veil
+from serve.model.words import Veil, spare_characters
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,18 @@ class Conversation:
 
     def ending(self, content: str) -> Conversation:
         """The same with another last content, which is not under the veil."""
-        *before, last = self.messages
-        return replace(self, messages=(*before, {**last, "content": content}))
+        return self.saying(len(self.messages) - 1, content)
+
+    def saying(self, index: int, content: str) -> Conversation:
+        """The same with another content of message `index`, which is not under the veil."""
+        messages = list(self.messages)
+        messages[index] = {**messages[index], "content": content}
+        return replace(self, messages=tuple(messages))
+
+    def spare(self, count: int) -> list[str]:
+        """Characters that nothing in it has, nor the veil."""
+        stand_ins = self.veil.stand_ins.values() if self.veil else ()
+        return spare_characters(count, [*leaves([self.plain, self.tools, self.variables]), *stand_ins])
 
 
 def plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
@@ -88,7 +98,9 @@ def plain_message(message: Message, index: int) -> dict[str, Any]:
     calls = plain.get("tool_calls")
     if calls is not None and not isinstance(calls, list):
         raise RequestError(f"{name}.tool_calls: found {_kind(calls)}; expected a list", f"{name}.tool_calls")
-    if calls:
+    if not calls:
+        plain.pop("tool_calls", None)  # a list of none says what no list does; templates take it for calls
+    else:
         plain["tool_calls"] = [
             _plain_call(call, f"{name}.tool_calls.{number}") for number, call in enumerate(calls)
         ]

@@ -7,13 +7,15 @@ method. It changes no message but for what transformers changes: null values go,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from typing import Any, Protocol
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from serve.model.jinja import JinjaTemplate
+from serve.model.retold import Retold
 
 Message = Mapping[str, Any]
 _BASE_METHOD = PreTrainedTokenizerBase.apply_chat_template
@@ -28,6 +30,8 @@ class Renderer(Protocol):
 
     variables: frozenset[str]
     """What it reads besides what is set here, and a caller may set."""
+    reads_clock: bool
+    """Whether it may print the day."""
 
     def render(
         self,
@@ -36,26 +40,29 @@ class Renderer(Protocol):
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
         limit_s: float | None,
+        marks: tuple[str, str] | None = None,
     ) -> str:
-        """The prompt. TooSlowError, and whatever the template raises."""
+        """The prompt. TooSlowError, and whatever the template raises. `marks` as JinjaTemplate.render takes them."""
 
 
-def renderer_of(tokenizer: Any) -> Renderer | None:
-    """The chat template of mlx_lm's TokenizerWrapper; None if it has none."""
+def renderer_of(tokenizer: Any, today: date | None = None) -> Renderer | None:
+    """The chat template of mlx_lm's TokenizerWrapper; None if it has none. `today`: see JinjaTemplate.render."""
     if not tokenizer.has_chat_template:
         return None
     inner = tokenizer._tokenizer
     is_plain = tokenizer._chat_template is None and type(inner).apply_chat_template is _BASE_METHOD
-    return _Jinja(tokenizer) if is_plain else _Foreign(tokenizer)
+    return _Jinja(tokenizer, today) if is_plain or isinstance(tokenizer, Retold) else _Foreign(tokenizer)
 
 
 class _Jinja:
     """Jinja templates of a tokenizer, by name; transformers' rule says which one a request meets."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, today: date | None) -> None:
         self._tokenizer = tokenizer
+        self._today = today
         self._compiled: dict[str, JinjaTemplate] = {}
         self.variables = _variables(tokenizer)
+        self.reads_clock = any(template.reads_clock for template in _templates(tokenizer))
 
     def render(
         self,
@@ -64,6 +71,7 @@ class _Jinja:
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
         limit_s: float | None,
+        marks: tuple[str, str] | None = None,
     ) -> str:
         source = self._tokenizer.get_chat_template(None, tools)
         if source not in self._compiled:
@@ -78,11 +86,14 @@ class _Jinja:
             "documents": None,
             "enable_thinking": self._tokenizer.has_thinking,
         }
-        return self._compiled[source].render({**defaults, **variables, **set_here}, limit_s)
+        said = {**defaults, **variables, **set_here}
+        return self._compiled[source].render(said, limit_s, marks, self._today)
 
 
 class _Foreign:
     """A template written in Python. Its time is bounded by its input alone."""
+
+    reads_clock = False
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -98,6 +109,7 @@ class _Foreign:
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
         limit_s: float | None,
+        marks: tuple[str, str] | None = None,
     ) -> str:
         text = self._tokenizer.apply_chat_template(
             list(messages),
@@ -109,16 +121,20 @@ class _Foreign:
         return str(text)
 
 
-def _variables(tokenizer: Any) -> frozenset[str]:
-    """Of all Jinja templates of a tokenizer; a text that is none is refused when it is rendered."""
+def _templates(tokenizer: Any) -> Iterator[JinjaTemplate]:
+    """All Jinja templates of a tokenizer; a text that is none is refused when it is rendered."""
     templates = tokenizer.chat_template
-    sources = templates.values() if isinstance(templates, Mapping) else filter(None, [templates])
-    read: set[str] = set()
-    for source in sources:
+    for source in templates.values() if isinstance(templates, Mapping) else filter(None, [templates]):
         try:
-            read |= JinjaTemplate(source).variables
+            yield JinjaTemplate(source)
         except jinja2.TemplateSyntaxError:
             continue
+
+
+def _variables(tokenizer: Any) -> frozenset[str]:
+    read: set[str] = set()
+    for template in _templates(tokenizer):
+        read |= template.variables
     return frozenset(
         read - _SET_HERE - set(tokenizer.SPECIAL_TOKENS_ATTRIBUTES) - set(tokenizer.special_tokens_map)
     )

@@ -12,27 +12,45 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from datetime import date
+from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from serve.errors import RequestError
+from serve.model.forms import (
+    Ends,
+    Forms,
+    after_cue,
+    cue_of,
+    ends_of,
+    forms_of,
+    leading,
+    missing_calls,
+    squeezed,
+)
 from serve.model.jinja import TooSlowError
 from serve.model.messages import Conversation, data, leaves, plain_message, plain_tools
 from serve.model.renderer import Message as Message
 from serve.model.renderer import renderer_of
+from serve.model.spans import Reader, SpanWriter, Turn
+from serve.model.spans import Supervised as Supervised
 from serve.model.words import ControlTokens, Encoder, NamedControl, Veil, spare_characters
 
 SpecialTokens = Literal["words", "control"]
 """What a special token's text inside a message is: its characters, or the token."""
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-MAX_TAILS, MAX_TAIL_CHARS = 1024, 256
-"""Ends of prompts whose tokens are remembered; nearly all prompts of a template share one."""
+PROBE_LIMIT_S = 0.5
+"""Of this thread's CPU, for each conversation by which a template is tried out."""
+_SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates are told not to open a thought."""
+_THOUGHTS = ("<think>", "<thinking>", "<|channel>thought")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -60,38 +78,34 @@ class Written:
         return self._encode(self.veiled[:num_chars], self.veil)
 
 
-@dataclass(frozen=True)
-class Supervised:
-    """One training sequence; `spans` are half-open token ranges that loss may use."""
-
-    token_ids: tuple[int, ...]
-    spans: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """A supervised turn: the conversation up to and with it, and where its own words start."""
-
-    text: str
-    start: int  # in characters of `text`
-    with_eos: bool
-
-    @property
-    def prompt(self) -> str:
-        return self.text[: self.start]
-
-
 class ChatTemplate:
-    """A tokenizer's chat template; `tokenizer` is mlx_lm's TokenizerWrapper."""
+    """A tokenizer's chat template; `tokenizer` is mlx_lm's TokenizerWrapper. Made by `template_rules.make_template`.
 
-    def __init__(self, tokenizer: Any, special_tokens_in_messages: SpecialTokens = "words") -> None:
+    defaults  variables that the template reads where a call does not set them
+    today     the day that the template prints; None: the real one, each time
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        special_tokens_in_messages: SpecialTokens = "words",
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        today: date | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self.defaults: dict[str, Any] = dict(defaults or {})
         self._custom = getattr(tokenizer, "_chat_template", None)
         template = None if self._custom is not None else tokenizer.chat_template
-        self._renderer = renderer_of(tokenizer)
+        self._renderer = renderer_of(tokenizer, today)
         self.exists: bool = self._renderer is not None
         self.variables: frozenset[str] = self._renderer.variables if self._renderer else frozenset()
         """Names of `variables` that `write` takes: those that the template reads and that are not set here."""
+        prints_day = today is not None and self._renderer is not None and self._renderer.reads_clock
+        self.day: str = today.isoformat() if today is not None and prints_day else ""
+        """The day that its prompts are frozen to, YYYY-MM-DD; empty if they are not, or name no day."""
+        self.forms = self._forms()
+        """In which form the template gets what messages may say in several."""
         self.hash: str = f"sha256:{hashlib.sha256(_identity(self._custom, template).encode()).hexdigest()}"
         self._has_markers = isinstance(template, str) and _MARKER.search(template) is not None
         self._added = {
@@ -101,14 +115,29 @@ class ChatTemplate:
         self._end_ids = special | set(tokenizer.eos_token_ids)
         self._cut_ids = {number for number, token in self._added.items() if _cuts(token)}
         self._blank: dict[int, bool] = {}
-        self._reader = _Reader(Encoder(tokenizer._tokenizer), self._cut_ids)
+        self._reader = Reader(Encoder(tokenizer._tokenizer), self._cut_ids)
         self._is_open = special_tokens_in_messages == "control"
         markup = self._markup()
         control = {self._added[number].content for number in special | self._ends()} | self._frame(markup)
         control = {text for text in control if not text.isspace()}
         self._control = ControlTokens(control)
         self._control_of_answers = ControlTokens(control - markup) if control & markup else self._control
-        self._named: tuple[NamedControl, _Reader] | None = None  # made when it is first needed
+        self._named: tuple[NamedControl, Reader] | None = None  # made when it is first needed
+        self._ends_turns = self._ends_of_turns()
+        self._quiet = [{name: False} for name in _SWITCHES if name in self.variables]
+        self._cues = self._openings()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer whose token ids it gives."""
+        return self._tokenizer
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that can end a turn: the model's end tokens, and control tokens but for the marks inside answers."""
+        around = set(self._control.texts) - self._markup()
+        control_ids = {number for number, token in self._added.items() if token.content in around}
+        return frozenset(control_ids | set(self._tokenizer.eos_token_ids))
 
     def render(self, messages: Sequence[Message], **options: Any) -> tuple[int, ...]:
         """Token ids, as served: `write`, encoded."""
@@ -152,6 +181,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
         roles: Sequence[str] = ("assistant",),
         train_on_eos: str = "turn",
         skip: Collection[int] = (),
@@ -161,24 +191,29 @@ class ChatTemplate:
         roles         whose turns are supervised; headers never are, nor what follows the end-of-turn token
         train_on_eos  which end-of-turn tokens are: "turn" each, "last" the conversation's last one, "none"
         skip          indices of turns that are context only, whatever their role
-        Empty if no turn has one of the roles. RequestError as `render`.
+        Empty if no turn has one of the roles. RequestError as `render`, and for a turn of which nothing is rendered.
         """
         indices = [i for i, message in enumerate(messages) if message.get("role") in roles and i not in skip]
         if not indices:
             return []
-        conversation = self._conversation(messages, tools, {})
-        turns = [
-            self._turn(
-                conversation, i, train_on_eos == "turn" or (train_on_eos == "last" and i == indices[-1])
-            )
-            for i in indices
-        ]
+        self._check_variables(variables or {})
+        conversation = self._conversation(messages, tools, variables or {})
+        with_end = {
+            i: train_on_eos == "turn" or (train_on_eos == "last" and i == indices[-1]) for i in indices
+        }
+        turns = self._turns(conversation, with_end)
+        writer = SpanWriter(
+            self._reader_of(conversation.veil), self._is_blank, lambda token_id: token_id in self._end_ids
+        )
+        told = _told(turns)
+        if told is None:
+            return [writer.alone(turn) for turn in turns]
         # Of several turns the last may end before the conversation does; of one, nothing after it is learned from.
-        ends_it = len(turns) == 1 or indices[-1] == len(messages) - 1
-        whole = turns[-1].text if ends_it else self._text(conversation, False)
-        reader = self._reader_of(conversation.veil)
-        joint = self._joint(reader, whole, turns)
-        return [joint] if joint is not None else [self._alone(reader, turn) for turn in turns]
+        whole = turns[-1].whole
+        if len(turns) > 1 and indices[-1] < len(messages) - 1:
+            whole = self._text(replace(conversation, variables={**conversation.variables, **told}), False)
+        joint = writer.joint(whole, turns)
+        return [joint] if joint is not None else [writer.alone(turn) for turn in turns]
 
     # What is a control token, and what is words
 
@@ -195,6 +230,43 @@ class ChatTemplate:
     def _ends(self) -> set[int]:
         return {number for number in self._tokenizer.eos_token_ids if number in self._added}
 
+    def _forms(self) -> Forms:
+        if self._renderer is None:
+            return Forms()
+        try:
+            return forms_of(self._probe)
+        except TooSlowError:
+            return Forms()
+
+    def _ends_of_turns(self) -> Ends:
+        known = {self._added[number].content for number in self._ends()}
+        if self._renderer is None:
+            return Ends()
+        try:
+            return ends_of(self._probe, self.forms, self._control, known)
+        except TooSlowError:
+            return Ends(frozenset(known))
+
+    def _openings(self) -> list[str]:
+        """What is between a question and its answer as served: as it is, and told not to think."""
+        if self._renderer is None:
+            return []
+        try:
+            ways = [partial(self._probe, variables=way) for way in ({}, *self._quiet)]
+            return list(dict.fromkeys(cue_of(way, self.forms) for way in ways))
+        except TooSlowError:
+            return []
+
+    def _probe(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        assert self._renderer is not None
+        told = {**self.defaults, **variables}
+        return self._renderer.render(messages, None, add_generation_prompt, told, PROBE_LIMIT_S)
+
     def _frame(self, markup: set[str]) -> set[str]:
         """Added tokens that are not called special, and that the template puts around turns all the same."""
         plain = {t.content for t in self._added.values() if not (t.special or t.content.isspace())} - markup
@@ -205,7 +277,7 @@ class ChatTemplate:
         written = ""
         for messages in ((*asked, *said), (asked[1], *said)):
             try:
-                written += self._renderer.render(messages, None, True, {}, None)
+                written += self._probe([self.forms.shape(message) for message in messages], True)
             except Exception:  # it has no system turn, or refuses every conversation like this
                 continue
         return {text for text in plain if text in written}
@@ -222,7 +294,7 @@ class ChatTemplate:
             )
         try:
             plain = tuple(plain_message(message, i) for i, message in enumerate(messages))
-            said_tools, said_variables = plain_tools(tools), data(variables)
+            said_tools, said_variables = plain_tools(tools), data({**self.defaults, **variables})
             veil = None if self._is_open else self._veil([plain, said_tools, said_variables])
             if veil is None:
                 return Conversation(plain, plain, said_tools, said_variables, None)
@@ -258,13 +330,13 @@ class ChatTemplate:
             hidden["role"] = veil.hide(role, self._control, is_edged=False)
         return hidden
 
-    def _reader_of(self, veil: Veil | None) -> _Reader:
+    def _reader_of(self, veil: Veil | None) -> Reader:
         return self._reader if veil is None else self._naming()[1]
 
-    def _naming(self) -> tuple[NamedControl, _Reader]:
+    def _naming(self) -> tuple[NamedControl, Reader]:
         if self._named is None:
             named = NamedControl(self._tokenizer._tokenizer, self._control)
-            self._named = named, _Reader(named.encoder, self._cut_ids)
+            self._named = named, Reader(named.encoder, self._cut_ids)
         return self._named
 
     def _seen(self, text: str, veil: Veil | None) -> str:
@@ -286,18 +358,21 @@ class ChatTemplate:
     def _text(self, conversation: Conversation, add_generation_prompt: bool) -> str:
         return self._seen(self._raw(conversation, add_generation_prompt), conversation.veil)
 
-    def _raw(self, conversation: Conversation, add_generation_prompt: bool) -> str:
+    def _raw(
+        self, conversation: Conversation, add_generation_prompt: bool, marks: tuple[str, str] | None = None
+    ) -> str:
         """What the template writes, still under the veil."""
         if not conversation.messages:
             raise RequestError("messages: found none; expected at least one message", "messages")
         assert self._renderer is not None
         try:
             return self._renderer.render(
-                conversation.messages,
+                [self.forms.shape(message) for message in conversation.messages],
                 conversation.tools,
                 add_generation_prompt,
                 conversation.variables,
                 conversation.limit_s,
+                marks,
             )
         except TooSlowError:
             raise RequestError(
@@ -326,9 +401,7 @@ class ChatTemplate:
             conversation.ending(trimmed), False
         ):
             content = trimmed  # this template never lets a model see white space there
-        stand_ins = conversation.veil.stand_ins.values() if conversation.veil else ()
-        texts = [*leaves([conversation.plain, conversation.tools, conversation.variables]), *stand_ins]
-        (mark,) = spare_characters(1, texts)
+        (mark,) = conversation.spare(1)
         raw = self._raw(conversation.ending(content + mark), False)
         if mark not in raw:
             raise RequestError(
@@ -337,84 +410,218 @@ class ChatTemplate:
             )
         return raw[: raw.rindex(mark)]
 
-    def _turn(self, conversation: Conversation, index: int, with_eos: bool) -> _Turn:
-        """Turn `index` as the end of its conversation, which is how serving makes it."""
-        upto = conversation.first(index + 1)
-        raw = self._raw(upto, False)
-        text = self._seen(raw, upto.veil)
+    def _turns(self, conversation: Conversation, with_end: Mapping[int, bool]) -> list[Turn]:
+        """The turns of these indices, all told the same where that can be; values: whether the end is learned."""
+        ways = [{}, *(v for v in self._quiet if not v.keys() & conversation.variables.keys())]
+        turns = [self._turn(conversation, index, ends, ways) for index, ends in with_end.items()]
+        if _told(turns) is None:
+            for way in ways[1:]:
+                with suppress(RequestError):
+                    return [self._turn(conversation, index, ends, [way]) for index, ends in with_end.items()]
+        return turns
+
+    def _turn(
+        self, conversation: Conversation, index: int, with_end: bool, ways: Sequence[Mapping[str, Any]]
+    ) -> Turn:
+        """Turn `index` as the end of its conversation, which is how serving makes it, told in one of these ways."""
         message = conversation.plain[index]
+        turn = None
+        if message.get("role") == "assistant" and index:
+            turn = self._answer(conversation, index, ways)
+        if turn is None:
+            turn = self._unprompted(conversation, index)
+        self._check_says(message, index, turn, conversation.veil)
+        return self._as_read(turn, with_end, conversation.veil)
+
+    def _answer(
+        self, conversation: Conversation, index: int, ways: Sequence[Mapping[str, Any]]
+    ) -> Turn | None:
+        """An assistant's turn after its prompt as served, told in the first of these ways in which they agree.
+
+        None if nothing is served before it: nobody has asked, and the template refuses what was said so far.
+        """
+        refused: RequestError | None = None
+        for variables in ways:
+            told = replace(conversation, variables={**conversation.variables, **variables})
+            try:
+                prompt = self._raw(told.first(index), True)
+            except RequestError:
+                if any(message.get("role") == "user" for message in conversation.plain[:index]):
+                    raise
+                return None
+            raw, blocks = self._marked(told.first(index + 1))
+            if raw.startswith(prompt):
+                return self._bounded(told, index, raw, len(prompt), blocks, variables)
+            refused = refused or RequestError(
+                _mismatch(self._shown(prompt, told.veil), self._shown(raw, told.veil)), f"messages.{index}"
+            )
+        assert refused is not None
+        raise refused
+
+    def _unprompted(self, conversation: Conversation, index: int) -> Turn:
+        """A turn that nothing is served before, or that is no answer: its own words start where its header ends.
+
+        It is found by characters that nobody says, put where its words are. A template that refuses such a turn
+        alone gets the whole conversation; the turn then ends at its first end token.
+        """
+        asked, is_alone = conversation.first(index + 1), True
+        try:
+            raw, blocks = self._marked(asked)
+        except RequestError:
+            if index + 1 == len(conversation.messages):
+                raise
+            asked, is_alone = conversation, False
+            raw, blocks = self._marked(asked)
+        start = self._own_start(asked, index, raw)
+        if is_alone:
+            return self._bounded(conversation, index, raw, start, blocks, None)
+        ends = (
+            start + at + len(token)
+            for at, token in self._control.find(raw[start:])
+            if token in self._ends_turns.stops
+        )
+        stop = next(ends, None)
+        if stop is None:
+            raise RequestError(
+                "the chat template refuses this turn without those after it, and nothing shows where it ends",
+                f"messages.{index}",
+            )
+        spans = [(max(a, start), min(b, stop)) for a, b in blocks if b > start and a < stop]
+        return Turn(raw[:stop], "", start, tuple(spans) or ((start, stop),))
+
+    def _own_start(self, asked: Conversation, index: int, raw: str) -> int:
+        """Where the turn's own words start in `raw`, after its header."""
+        message = asked.plain[index]
+        opens, closes = asked.spare(2)
         is_answer = message.get("role") == "assistant"
-        if is_answer and self._has_markers and (start := self._marked_start(upto, raw)):
-            return _Turn(text, start, with_eos)
-        prompt = self._text(conversation.first(index), is_answer) if index else ""
-        if is_answer and index:
-            if text.startswith(prompt):
-                return _Turn(text, len(prompt), with_eos)
-            raise RequestError(_mismatch(prompt, text), f"messages.{index}")
-        # Nothing is served before this turn, or it is not an answer: its own words start at its content.
-        content = str(message.get("content", "")).strip()
-        start = text.find(content, len(prompt) if text.startswith(prompt) else 0)
-        if not content or start < 0:
+        content = str(asked.messages[index]["content"])
+        within = opens if is_answer else opens + content + closes
+        marked = self._raw(asked.saying(index, within), False)
+        start = marked.find(opens)
+        if is_answer and start >= 0:
+            start = after_cue(marked[:start], self._cues, self._control)
+        says = is_answer or (content.strip() and raw.endswith(marked[marked.rfind(closes) + 1 :]))
+        if start < 0 or not says or not raw.startswith(marked[:start]):
             raise RequestError(
                 f"the content of this {message.get('role')} turn is not found in what the chat template makes of it",
                 f"messages.{index}",
             )
-        return _Turn(text, start, with_eos)
+        return start
 
-    def _marked_start(self, conversation: Conversation, raw: str) -> int | None:
-        """Where the template's last {% generation %} block begins; None if that does not hold for this turn."""
-        rendered, indices = render_jinja_template(
-            conversations=[list(conversation.messages)],
-            tools=conversation.tools,
-            chat_template=self._tokenizer.chat_template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=False,
-            enable_thinking=self._tokenizer.has_thinking,
-            **self._tokenizer.special_tokens_map,
+    def _bounded(
+        self,
+        told: Conversation,
+        index: int,
+        raw: str,
+        start: int,
+        blocks: Sequence[tuple[int, int]],
+        variables: Mapping[str, Any] | None,
+    ) -> Turn:
+        """The turn from `start` to its first end token; `raw` ends with the turn, or before it does."""
+        stop = self._end(raw, start)
+        if told.plain[index].get("role") == "assistant" and self._ends_turns.before_user and stop is None:
+            raw += self._marker_after(told, index, raw)
+            stop = self._end(raw, start)
+        stop = len(raw) if stop is None else stop
+        spans = [(max(a, start), min(b, stop)) for a, b in blocks if b > start and a < stop]
+        if spans and self._is_framing(raw[spans[-1][1] : stop]):
+            spans[-1] = (spans[-1][0], stop)
+        return Turn(raw[:stop], raw[stop:], start, tuple(spans) or ((start, stop),), True, variables)
+
+    def _end(self, raw: str, start: int) -> int | None:
+        """After the first end token among the control tokens that the text ends with; None if there is none."""
+        end, last = len(raw.rstrip()), None
+        for at, token in reversed(list(self._control.find(raw[start:]))):
+            if start + at + len(token) != end:
+                break
+            if token in self._ends_turns.stops:
+                last = end
+            end = start + len(raw[start : start + at].rstrip())
+        return last
+
+    def _marker_after(self, told: Conversation, index: int, raw: str) -> str:
+        """What begins the next turn, which is all that ends this one."""
+        if index + 1 < len(told.messages):
+            following = self._raw(told.first(index + 2), False)
+            if following.startswith(raw) and (marker := leading(following[len(raw) :], self._control)):
+                return marker
+        calls = bool(told.plain[index].get("tool_calls"))
+        return self._ends_turns.before_result if calls else self._ends_turns.before_user
+
+    def _is_framing(self, text: str) -> bool:
+        """Whether there is nothing in it but control tokens and white space."""
+        rest, end = [], 0
+        for at, token in self._control.find(text):
+            rest.append(text[end:at])
+            end = at + len(token)
+        return not "".join([*rest, text[end:]]).strip()
+
+    def _check_says(self, message: Message, index: int, turn: Turn, veil: Veil | None) -> None:
+        """RequestError for a turn that had something to say, where what is learned of it says nothing."""
+        learned = "".join(turn.text[start:stop] for start, stop in turn.spans)
+        thoughts = next((message[name] for name in _REASONING if message.get(name)), "")
+        said = f"{thoughts}{message.get('content') or ''}".strip()
+        written = self._shown(learned, veil)
+        if said and squeezed(said[-20:]) in squeezed(written):
+            return
+        lost = next(missing_calls(message, written), None)
+        if lost is not None:
+            raise RequestError(
+                f"messages.{index}.tool_calls: this model's chat template does not render the call of {lost!r}, so "
+                "this turn would be learned as one that says nothing",
+                f"messages.{index}.tool_calls",
+            )
+        if said and self._is_framing(learned):
+            raise RequestError(
+                f"messages.{index}: this model's chat template renders nothing of what this "
+                f"{message.get('role')} turn says",
+                f"messages.{index}",
+            )
+
+    def _as_read(self, turn: Turn, with_end: bool, veil: Veil | None) -> Turn:
+        """The turn as its reader takes it, in whose text control tokens have other lengths."""
+        if veil is None:
+            return replace(turn, with_end=with_end)
+
+        def index(num_chars: int) -> int:
+            return len(self._seen(turn.text[:num_chars], veil))
+
+        whole, text = self._seen(turn.whole, veil), self._seen(turn.text, veil)
+        spans = tuple((index(start), index(stop)) for start, stop in turn.spans)
+        return replace(
+            turn,
+            text=text,
+            rest=whole[len(text) :],
+            num_prompt=index(turn.num_prompt),
+            spans=spans,
+            with_end=with_end,
         )
-        if not indices[0] or rendered[0] != raw:
-            return None
-        return len(self._seen(raw[: int(indices[0][-1][0])], conversation.veil))
+
+    def _shown(self, raw: str, veil: Veil | None) -> str:
+        return raw if veil is None else veil.reveal(raw)
+
+    def _marked(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """What the template writes, and where its {% generation %} blocks stand."""
+        raw = self._raw(conversation, False)
+        if not self._has_markers:
+            return raw, []
+        opens, closes = conversation.spare(2)
+        pieces = re.split(f"([{opens}{closes}])", self._raw(conversation, False, (opens, closes)))
+        blocks: list[tuple[int, int]] = []
+        text, begin = "", 0
+        for piece in pieces:
+            if piece == opens:
+                begin = len(text)
+            elif piece == closes:
+                blocks.append((begin, len(text)))
+            else:
+                text += piece
+        return raw, blocks if text == raw else []
 
     # Tokens
 
     def _encode(self, veiled: str, veil: Veil | None) -> tuple[int, ...]:
         return self._reader_of(veil).encoder.encode(self._seen(veiled, veil))
-
-    def _joint(self, reader: _Reader, whole: str, turns: Sequence[_Turn]) -> Supervised | None:
-        """All turns in one sequence, if each prompt, as served, is a prefix of it; otherwise None."""
-        if not all(whole.startswith(turn.text) for turn in turns):
-            return None
-        ids, begins = reader.encoder.encode_with_begins(whole)
-        spans = []
-        for turn in turns:
-            start = reader.prompt_length(turn.prompt, ids, begins)
-            if start is None:
-                return None
-            stop = len(ids)
-            if turn.text != whole and begins is not None:
-                stop = bisect_left(begins, len(turn.text))
-            elif turn.text != whole:
-                stop = _common(ids, reader.encoder.encode(turn.text))
-            spans.append(self._span(ids, start, stop, turn.with_eos))
-        return Supervised(ids, tuple(spans))
-
-    def _alone(self, reader: _Reader, turn: _Turn) -> Supervised:
-        """One turn after its prompt as served; what follows the turn is cut off."""
-        joint = self._joint(reader, turn.text, [turn])
-        if joint is None:
-            prompt = reader.encoder.encode(turn.prompt)
-            ids = (*prompt, *reader.encoder.encode(turn.text[turn.start :]))
-            joint = Supervised(ids, (self._span(ids, len(prompt), len(ids), turn.with_eos),))
-        return joint
-
-    def _span(self, ids: tuple[int, ...], start: int, stop: int, with_eos: bool) -> tuple[int, int]:
-        """`[start, stop)` without what follows the end-of-turn token, or without it too."""
-        while stop > start and self._is_blank(ids[stop - 1]):
-            stop -= 1
-        if stop > start and not with_eos and ids[stop - 1] in self._end_ids:
-            stop -= 1
-        return start, stop
 
     def _is_blank(self, token_id: int) -> bool:
         found = self._blank.get(token_id)
@@ -423,46 +630,9 @@ class ChatTemplate:
         return found
 
 
-class _Reader:
-    """An encoder that remembers the ends of prompts."""
-
-    def __init__(self, encoder: Encoder, cut_ids: Collection[int]) -> None:
-        """cut_ids: tokens that are found in a text before anything else, and part it."""
-        self.encoder = encoder
-        self._cut_ids = cut_ids
-        self._tails: dict[str, tuple[int, ...]] = {}
-
-    def prompt_length(self, prompt: str, ids: tuple[int, ...], begins: Sequence[int] | None) -> int | None:
-        """Tokens of `prompt` if `ids`, of a text that goes on from it, begin with them; otherwise None.
-
-        A fast tokenizer looks for special tokens before anything else and encodes what is between them piece by
-        piece, so only the prompt's tail from its last special token on is encoded: all before it is the same.
-        """
-        tail = 0
-        if begins is not None:
-            tail = max(bisect_left(begins, len(prompt)) - 1, 0)
-            while tail and ids[tail] not in self._cut_ids:
-                tail -= 1
-        words = prompt[begins[tail] :] if begins is not None and tail else prompt
-        found = self._tail(words)
-        return tail + len(found) if ids[tail : tail + len(found)] == found else None
-
-    def _tail(self, words: str) -> tuple[int, ...]:
-        found = self._tails.get(words)
-        if found is None:
-            found = self.encoder.encode(words)
-            if len(self._tails) < MAX_TAILS and len(words) <= MAX_TAIL_CHARS:
-                self._tails[words] = found
-        return found
-
-
 def _cuts(token: Any) -> bool:
     """Whether an added token is found in the text as it stands, so that it parts what is before it from the rest."""
     return not (token.normalized or token.lstrip or token.rstrip or token.single_word)
-
-
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _identity(custom: Any, template: Any) -> str:
@@ -471,9 +641,23 @@ def _identity(custom: Any, template: Any) -> str:
     return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
 
 
+def _told(turns: Sequence[Turn]) -> Mapping[str, Any] | None:
+    """What the template was told for all turns; None if that is not the same."""
+    told = [turn.variables for turn in turns if turn.variables is not None]
+    return None if any(variables != told[0] for variables in told) else told[0] if told else {}
+
+
 def _mismatch(prompt: str, text: str) -> str:
     tail = prompt[-30:]
+    opened = next((mark for mark in _THOUGHTS if prompt.rstrip().endswith(mark)), None)
+    why = ""
+    if opened is not None:
+        why = (
+            f"the chat template's prompt opens a thought ({opened}) that this turn does not have, and no variable "
+            "tells the template not to; "
+        )
+    beside = text[max(0, len(prompt) - 30) : len(prompt) + 10]
     return (
-        f"the chat template's prompt for this turn ends with {tail!r}, but the turn itself is rendered otherwise: "
-        f"{text[max(0, len(prompt) - 30) : len(prompt) + 10]!r}; serving would never see the sequence that is trained"
+        f"{why}the chat template's prompt for this turn ends with {tail!r}, but the turn itself is rendered "
+        f"otherwise: {beside!r}; serving would never see the sequence that is trained"
     )

@@ -476,3 +476,113 @@ def test_turns_that_are_skipped_are_context(make_tokenizer):
     (sequence,) = ChatTemplate(tokenizer).supervise(TURNS, skip=(1,))
     assert supervised_text(tokenizer, sequence) == ["Erledigt. 🙂<|im_end|>"]
     assert ChatTemplate(tokenizer).supervise(TURNS, skip=range(4)) == []
+
+
+# Turns by the template's own word
+
+GLM = (
+    "{% for m in messages %}<|begin_of_text|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|begin_of_text|>assistant\n{% endif %}"
+)
+PHI3 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}</s>{% endif %}"
+)
+PARTS = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
+JSON_CALLS = CHATML.replace(
+    "{{ m.content }}",
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}",
+)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_where_the_next_turns_marker_is_the_only_end_it_is_learned(count, make_tokenizer):
+    tokenizer = make_tokenizer(GLM, eos="</s>")
+    (sequence,) = ChatTemplate(tokenizer).supervise(TURNS[: 2 * count])
+    answers = [m["content"] + "<|begin_of_text|>" for m in TURNS[: 2 * count] if m["role"] == "assistant"]
+    assert supervised_text(tokenizer, sequence) == answers
+
+
+def test_a_turn_ends_at_its_first_end_token_and_turns_are_one_sequence(make_tokenizer):
+    tokenizer = make_tokenizer(PHI3, eos="</s>")
+    (sequence,) = ChatTemplate(tokenizer).supervise(TURNS)
+    assert supervised_text(tokenizer, sequence) == [TURNS[i]["content"] + "<|im_end|>" for i in (1, 3)]
+
+
+@pytest.mark.parametrize("content", ["user", "i", "u", "assistant", "s", "<|im_start|>", "m"])
+@pytest.mark.parametrize("first", ["user", "assistant"])
+def test_a_turns_words_are_never_looked_for_in_its_header(content, first, make_tokenizer):
+    tokenizer = make_tokenizer(CHATML)
+    other = "assistant" if first == "user" else "user"
+    messages = [{"role": first, "content": content}, {"role": other, "content": content}]
+    (sequence,) = ChatTemplate(tokenizer).supervise(messages, roles=("user", "assistant"))
+    assert supervised_text(tokenizer, sequence) == [f"{content}<|im_end|>"] * 2
+    assert sequence.token_ids == ChatTemplate(tokenizer).render(messages, add_generation_prompt=False)
+
+
+def test_a_first_turn_that_is_refused_alone_is_rendered_with_its_conversation(make_tokenizer):
+    needs_user = (
+        "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}"
+        "{{ raise_exception('No user query') }}{% endif %}" + CHATML
+    )
+    tokenizer = make_tokenizer(needs_user)
+    messages = [{"role": "assistant", "content": "Hello there."}, *TURNS[:2]]
+    (sequence,) = ChatTemplate(tokenizer).supervise(messages)
+    answers = ["Hello there.<|im_end|>", TURNS[1]["content"] + "<|im_end|>"]
+    assert supervised_text(tokenizer, sequence) == answers
+
+
+BLOCKS = {
+    "two blocks a turn": CHATML_MARKED.replace(
+        "{{ m.content }}<|im_end|>{% endgeneration %}",
+        "{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>{% endgeneration %}",
+    ),
+    "the header inside": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|im_start|>assistant\n"
+        "{{ m.content }}<|im_end|>\n{% endgeneration %}{% else %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "the end outside": CHATML_MARKED.replace(
+        "<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_all_marks_count_but_never_a_header_and_always_the_end(kind, make_tokenizer):
+    tokenizer = make_tokenizer(BLOCKS[kind])
+    (sequence,) = ChatTemplate(tokenizer).supervise(TURNS)
+    (plain,) = ChatTemplate(make_tokenizer(CHATML)).supervise(TURNS)
+    assert "".join(supervised_text(tokenizer, sequence)) == "".join(supervised_text(tokenizer, plain))
+    assert sequence.token_ids == ChatTemplate(tokenizer).render(TURNS, add_generation_prompt=False)
+
+
+def test_marks_do_not_excuse_a_turn_that_goes_on_from_no_prompt(make_tokenizer):
+    opens = CHATML_MARKED.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    with pytest.raises(RequestError, match="serving would never see"):
+        ChatTemplate(make_tokenizer(opens)).supervise(TURNS[:2])
+
+
+def test_calls_that_are_null_are_none_also_where_marks_stand(make_tokenizer):
+    tokenizer = make_tokenizer(
+        CHATML_MARKED.replace(
+            "{{ m.content }}", "{% for c in m.tool_calls or [] %}{% endfor %}{{ m.content }}"
+        )
+    )
+    for calls in (None, []):
+        (sequence,) = ChatTemplate(tokenizer).supervise([TURNS[0], {**TURNS[1], "tool_calls": calls}])
+        assert supervised_text(tokenizer, sequence) == [TURNS[1]["content"] + "<|im_end|>"]
+
+
+def test_a_template_is_given_the_form_that_it_renders_right(make_tokenizer):
+    tokenizer = make_tokenizer(PARTS)
+    assert ChatTemplate(tokenizer).render(TURNS) == ChatTemplate(make_tokenizer(CHATML)).render(TURNS)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "é"}}}
+    messages = [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    chat = ChatTemplate(make_tokenizer(JSON_CALLS))
+    assert 'f{"a": "é"}<|im_end|>' in chat.write(messages).text
+    assert (chat.forms.renders_calls, ChatTemplate(make_tokenizer(CHATML)).forms.renders_calls) == (
+        True,
+        False,
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,15 @@ import pytest
 from serve.errors import DataError
 from serve.model.loading import load_tokenizer
 from serve.model.template import ChatTemplate
-from train.data import cache
+from serve.model.template_rules import TemplateRules, make_template
+from train.data import cache, tokens
 from train.data.example import Example
 from train.data.prepared import prepare_rows
+from train.data.rules import TokenRules
 from train.data.tokens import tokenize
 from train.recipe.recipe import Recipe
 
+DAY = date(2026, 1, 1)
 MODEL = str(Path(__file__).resolve().parents[2] / "data" / "tickets")
 
 
@@ -25,10 +30,11 @@ def tokenizer():
 
 @pytest.fixture
 def prepare(tokenizer, tmp_path):
-    def run(examples, *, model: str = MODEL, **knobs):
+    def run(examples, *, model: str = MODEL, tokenizer=tokenizer, today: date = DAY, **knobs):
         knobs = {"dataset_prepared_path": str(tmp_path / "kept"), "dataset_processes": 1, **knobs}
         recipe = Recipe(model=model, data="d", **knobs)
-        return prepare_rows("train", examples, recipe, ChatTemplate(tokenizer), tokenizer)
+        rules = TokenRules.of_recipe(recipe, today)
+        return prepare_rows("train", examples, recipe, make_template(tokenizer, rules.template), rules)
 
     return run
 
@@ -93,9 +99,8 @@ def test_cached_rows_and_their_report_are_those_of_tokenizing(kind, prepare, tok
     assert "tokenized in" in fresh.notes[0]
     assert "taken from" in again.notes[0]
     assert same(fresh, again)
-    rows, report = tokenize(
-        examples, ChatTemplate(tokenizer), tokenizer, Recipe(model=MODEL, data="d", **knobs)
-    )
+    rules = TokenRules.of_recipe(Recipe(model=MODEL, data="d", **knobs), DAY)
+    rows, report = tokenize(examples, ChatTemplate(tokenizer), rules)
     assert report == fresh.report
     assert [row.token_ids.tolist() for row in rows] == [row.token_ids.tolist() for row in fresh.rows]
 
@@ -107,36 +112,55 @@ def test_places_come_from_the_rows_at_hand_so_a_moved_file_is_still_known(prepar
     assert {row.source for row in moved.rows} == {"b.jsonl"}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"max_seq_length": 20},
-        {"excess_length_strategy": "drop"},
-        {"mask_prompt": False},
-        {"train_on_eos": "none"},
-        {"roles_to_train": ("user", "assistant")},
-        {"objective": "cpt"},
-        {"special_tokens_in_messages": "control"},
-    ],
-)
-def test_every_knob_that_tokens_depend_on_makes_another_file(change, prepare):
+KNOBS = {
+    "max_seq_length": 20,
+    "excess_length_strategy": "drop",
+    "mask_prompt": False,
+    "train_on_eos": "none",
+    "roles_to_train": ("user", "assistant"),
+    "objective": "cpt",
+    "special_tokens_in_messages": "control",
+}
+OF_TEMPLATES = {"source": "{{ messages }}{{ strftime_now('%d') }}", "variables": {"style": 1}, "today": DAY}
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_every_knob_that_tokens_depend_on_makes_another_file(name, prepare):
     prepare(chats())
-    assert "tokenized in" in prepare(chats(), **change).notes[0]
+    assert "tokenized in" in prepare(chats(), **{name: KNOBS[name]}).notes[0]
+
+
+@pytest.mark.parametrize("name", [*KNOBS, *OF_TEMPLATES])
+def test_every_rule_is_in_the_key(name, tokenizer):
+    template = TemplateRules(source="{{ style }}{{ strftime_now('%d') }}", today=date(2020, 1, 1))
+    rules = TokenRules.of(Recipe(model=MODEL, data="d"), template)
+    if name in KNOBS and name != "special_tokens_in_messages":
+        other = replace(rules, **{name: KNOBS[name]})
+    else:
+        other = replace(rules, template=replace(template, **{name: {**KNOBS, **OF_TEMPLATES}[name]}))
+    keys = {cache.key_of(chats(), make_template(tokenizer, one.template), one) for one in (rules, other)}
+    assert len(keys) == 2
+
+
+def test_these_are_all_the_rules_and_what_tokenizes_is_given_no_recipe():
+    names = {field.name for field in (*fields(TokenRules), *fields(TemplateRules))} - {"template"}
+    assert names == {*KNOBS, *OF_TEMPLATES}
+    assert "train.recipe" not in Path(tokens.__file__).read_text()
 
 
 def test_other_rows_another_tokenizer_and_another_template_make_another_file(prepare, tokenizer):
-    recipe, template = Recipe(model=MODEL, data="d"), ChatTemplate(tokenizer)
-    before = cache.key_of(chats(), recipe, template, tokenizer)
-    assert before == cache.key_of(chats(), recipe, ChatTemplate(tokenizer), tokenizer)
+    rules, template = TokenRules.of_recipe(Recipe(model=MODEL, data="d"), DAY), ChatTemplate(tokenizer)
+    before = cache.key_of(chats(), template, rules)
+    assert before == cache.key_of(chats(), ChatTemplate(tokenizer), rules)
     changed = [*chats()[:-1], Example("a", 1, prompt="other", completion="words")]
-    assert cache.key_of(changed, recipe, template, tokenizer) != before
-    assert cache.key_of(chats()[::-1], recipe, template, tokenizer) != before
+    assert cache.key_of(changed, template, rules) != before
+    assert cache.key_of(chats()[::-1], template, rules) != before
     other = load_tokenizer(MODEL)
     other._tokenizer.chat_template = other.chat_template + " "
-    assert cache.key_of(chats(), recipe, ChatTemplate(other), other) != before
+    assert cache.key_of(chats(), ChatTemplate(other), rules) != before
     more = load_tokenizer(MODEL)
     more._tokenizer.add_tokens(["lamp"])
-    assert cache.key_of(chats(), recipe, template, more) != before
+    assert cache.key_of(chats(), ChatTemplate(more), rules) != before
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "emptied", "another's"])

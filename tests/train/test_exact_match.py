@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+
 import mlx.core as mx
 import mlx.optimizers as mlx_optim
 import mlx_lm
@@ -13,6 +15,7 @@ from serve.model.template import ChatTemplate
 from train.adapters.adapt import AdapterSettings, add_lora
 from train.data.batches import collate
 from train.data.example import Example
+from train.data.rules import TokenRules
 from train.data.tokens import tokenize
 from train.loop.step import Stepper, StepSettings
 from train.objectives.sft import SFT
@@ -49,7 +52,7 @@ def test_rows_learned_by_heart_are_answered_exactly_by_the_engine_while_training
     mx.random.seed(0)
     add_lora(model.network, AdapterSettings(rank=16, scale=4.0, dropout=0.02))
     recipe = Recipe.model_validate({"model": "m", "data": "d"})
-    rows, _ = tokenize(EXAMPLES, template, model.tokenizer, recipe)
+    rows, _ = tokenize(EXAMPLES, template, TokenRules.of_recipe(recipe, date(2026, 1, 1)))
     batch = collate(rows, range(len(rows)))
     stepper = Stepper(model.network, mlx_optim.Adam(4e-3), SFT(), StepSettings(max_grad_norm=1.0))
     module = model.network.module.train()

@@ -230,7 +230,7 @@ def test_feedback_is_an_answer_and_a_label_however_spelled():
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "p", "completion": "c", "label": 1}, "label: found a number (1); expected true or false"),
+        ({"prompt": "p", "completion": "c", "label": 2}, "label: found a number (2); expected true or false"),
         (
             {"prompt": "p", "completion": "c", "label": "yes"},
             "label: found a string ('yes'); expected true or false",
@@ -367,3 +367,82 @@ def test_public_data_is_read_as_it_stands():
     asked = read(Recipe(model="m", objective="grpo", batch_size=8, grpo=grpo, datasets=[gsm8k]), "train")
     assert len(answered) == len(asked) == 1319
     assert answered[0].completion == asked[0].fields["answer"]
+
+
+# Keys beside the turns that change what a row means
+
+HI, YES = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+SPELLINGS = {
+    "messages": {"messages": [HI, YES]},
+    "conversations": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]},
+    "prompt and completion": {"prompt": "hi", "completion": "yes"},
+    "alpaca": {"instruction": "hi", "output": "yes"},
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_system_beside_the_turns_is_the_first_of_them_however_they_are_spelled(spelling):
+    example = parse({**SPELLINGS[spelling], "system": "Be kind."})
+    assert turns(example) == [("system", "Be kind."), ("user", "hi"), ("assistant", "yes")]
+    assert turns(parse({**SPELLINGS[spelling], "system": ""})) == turns(parse(SPELLINGS[spelling]))
+    assert "system: found a number (3)" in problem_of({**SPELLINGS[spelling], "system": 3})
+
+
+def test_a_system_beside_a_pair_or_a_prompt_is_before_its_prompt():
+    pair = parse({"prompt": "hi", "chosen": "yes", "rejected": "no", "system": "Be kind."}, "dpo")
+    assert [turn["role"] for turn in pair.messages] == ["system", "user"]
+    prompt = parse({"prompt": "hi", "system": "Be kind.", "gold": "x"}, "grpo", roles=())
+    assert ([turn["role"] for turn in prompt.messages], prompt.fields) == (["system", "user"], {"gold": "x"})
+
+
+def test_a_second_system_turn_of_other_words_is_refused():
+    row = {"messages": [{"role": "system", "content": "Be kind."}, HI, YES]}
+    assert "other words in the conversation's own" in problem_of({**row, "system": "Be brief."})
+    assert turns(parse({**row, "system": "Be kind."})) == turns(parse(row))
+
+
+def test_alpacas_history_is_the_turns_before_its_question():
+    row = {"instruction": "and now?", "output": "yes", "history": [["hi", "hello"], ["sure?", "quite"]]}
+    said = ["hi", "hello", "sure?", "quite", "and now?", "yes"]
+    assert [words for _, words in turns(parse(row))] == said
+    assert turns(parse({**row, "history": []})) == [("user", "and now?"), ("assistant", "yes")]
+    assert "history.0: found" in problem_of({**row, "history": [["hi"]]})
+    assert "history: only rows of instruction" in problem_of({"messages": [HI, YES], "history": [["a", "b"]]})
+
+
+@pytest.mark.parametrize("name", ["images", "image", "videos", "video", "audios", "audio"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_rows_with_pictures_or_sound_are_refused_by_name(name, spelling):
+    assert f"{name}: found" in problem_of({**SPELLINGS[spelling], name: ["cat.png"]})
+    for nothing in (None, [], ""):
+        assert turns(parse({**SPELLINGS[spelling], name: nothing})) == turns(parse(SPELLINGS[spelling]))
+
+
+def test_openais_earlier_names_of_tools_are_tools():
+    called = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    row = {"messages": [HI, called, {"role": "function", "name": "f", "content": "1"}, YES]}
+    example = parse({**row, "functions": [{"name": "f", "parameters": {}}]})
+    assert example.tools == ({"type": "function", "function": {"name": "f", "parameters": {}}},)
+    assert example.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
+    assert [turn["role"] for turn in example.messages] == ["user", "assistant", "tool", "assistant"]
+    assert "functions: found beside tools" in problem_of({**row, "functions": [{}], "tools": [{"name": "f"}]})
+    assert "functions: found" in problem_of({**row, "functions": "f"})
+
+
+def test_variables_of_a_row_are_its_own():
+    assert parse({"messages": [HI, YES], "chat_template_kwargs": {"a": 1, "b": None}}).variables == {"a": 1}
+    assert "chat_template_kwargs: found" in problem_of({"messages": [HI, YES], "chat_template_kwargs": "a"})
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_half_a_surrogate_pair_is_named_with_its_key(spelling):
+    row = json.loads(json.dumps(SPELLINGS[spelling]).replace('"yes"', '"no \\ud83d"'))
+    assert r"found half a surrogate pair (\ud83d) at character 4" in problem_of(row)
+    assert parse({**SPELLINGS[spelling], "note": "\ud83d"}) == parse(SPELLINGS[spelling])
+
+
+def test_an_empty_list_of_calls_is_no_call():
+    assert turns(parse({"messages": [HI, {**YES, "tool_calls": []}]})) == [
+        ("user", "hi"),
+        ("assistant", "yes"),
+    ]

@@ -91,8 +91,8 @@ def life(work, *, after_s=None, at=None, folder=None):
         return "killed"
     return "ended" if status == 0 else "failed"
 
-def train(recipe, resume):
-    return lambda: run(recipe, resume=resume, console=Console(file=io.StringIO()))
+def train(recipe, resume, overwrite=False):
+    return lambda: run(recipe, resume=resume, overwrite=overwrite, console=Console(file=io.StringIO()))
 
 def published(folder):
     '''A reader gets a whole adapter or an error; never one half of each of two.'''
@@ -245,3 +245,133 @@ def test_a_kill_at_any_file_operation_changes_nothing(lives, tmp_path):
     told = kill_at_operations(lives, tmp_path, every=1, first=1)
     assert len(told["folders"]) > 60
     print(f"{told['operations']} file operations")
+
+
+def kill_while_replacing(lives, tmp_path: Path, every: int, first: int) -> dict:
+    """A new run over an earlier one, killed at one of its file operations: the earlier one, or the new one, is whole.
+
+    And it goes on: what is there in the end is the new run, as if nothing had happened.
+    """
+    told = lives(
+        """
+        import shutil
+        from train import replace
+
+        def files(folder):
+            return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+        def look(folder):
+            new, ended = Path(folder) / "next", Path(folder) / ".next-ended"
+            has_ended = ended.exists() or (new / "summary.json").exists()
+            if has_ended:
+                places = [place for place in (new, ended, Path(folder)) if (place / "adapters.safetensors").exists()]
+                hashes = set()
+                for place in places:
+                    published(place)
+                    hashes.add(json.loads((place / "adapter_config.json").read_text())["lineage"]["content_hash"])
+                assert new_hash in hashes, "the new run is gone"
+            else:
+                there = files(folder)
+                assert all(there.get(name) == content for name, content in old.items()), "the earlier run was touched"
+                read_tensors(Path(folder), read_config(Path(folder)))
+            return "ended" if has_ended else "begun" if replace.is_begun(Path(folder)) else "old"
+
+        assert life(train(of(root + "/straight"), None)) == "ended"
+        new_hash = json.loads(Path(root + "/straight/summary.json").read_text())["content_hash"]
+        assert life(train(load_recipe(Path(sys.argv[1]), [*sys.argv[2:], "iters=4", "seed=9",
+                                                          f"adapter_path={root}/old"]), None)) == "ended"
+        old = files(root + "/old")
+        at, folders, seen = first, [], []
+        while True:
+            folder = f"{root}/at-{at}"
+            shutil.copytree(root + "/old", folder)
+            end = life(train(of(folder), None, True), at=at, folder=folder)
+            if end == "ended":
+                break
+            assert end == "killed", f"operation {at} failed"
+            state = look(folder)
+            seen.append(state)
+            if state == "old":
+                assert life(train(of(folder), None, True)) == "ended", f"after a kill at operation {at}"
+            else:
+                assert life(train(of(folder), True)) == "ended", f"after a kill at operation {at}"
+            folders.append(folder)
+            at += every
+        print(json.dumps({"operations": at, "folders": folders, "seen": seen}))
+        """,
+        root=str(tmp_path),
+        more=["iters=4", "save_every=2", "steps_per_eval=2", "save_total_limit=1"],
+        every=every,
+        first=first,
+    )
+    for folder in told["folders"]:
+        assert_same_run(Path(folder), tmp_path / "straight")
+    return told
+
+
+def test_a_kill_while_a_run_is_replaced_leaves_it_or_the_new_one(lives, tmp_path):
+    told = kill_while_replacing(lives, tmp_path, every=151, first=3)
+    assert {"old", "begun"} <= set(told["seen"])
+
+
+@pytest.mark.large
+def test_a_kill_at_any_file_operation_while_a_run_is_replaced_leaves_it_or_the_new_one(lives, tmp_path):
+    told = kill_while_replacing(lives, tmp_path, every=1, first=1)
+    assert {"old", "begun", "ended"} == set(told["seen"])
+    print(f"{told['operations']} file operations")
+
+
+SETTLING = """
+import json, os, signal, sys
+from pathlib import Path
+from train import replace
+
+EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
+OLD = ("adapters.safetensors", "adapter_config.json", "summary.json", "run.json", "metrics.jsonl", "recipe.yaml",
+       "checkpoints/step-000002/state.json", "tensorboard/events", "stream.json")
+NEW = ("adapters.safetensors", "adapter_config.json", "summary.json", "run.json", "metrics.jsonl", "recipe.yaml",
+       "checkpoints/step-000004/state.json", "tensorboard/events", "learning_curve.png")
+
+def write(folder, names, word):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"status": "finished", "of": word}))
+
+def contents(folder):
+    return {str(p.relative_to(folder)): json.loads(p.read_text())["of"] for p in folder.rglob("*") if p.is_file()}
+
+root, at = Path(sys.argv[1]), 0
+while True:
+    at += 1
+    folder = root / f"at-{at}"
+    write(folder, (*OLD, "notes.txt"), "old")
+    write(folder / "next", NEW, "new")
+    pid = os.fork()
+    if pid == 0:
+        seen = 0
+        def count(event, arguments):
+            global seen
+            seen += event in EVENTS
+            if seen == at and event in EVENTS:
+                os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(count)
+        replace.settle(folder)
+        os._exit(0)
+    if not os.WIFSIGNALED(os.waitpid(pid, 0)[1]):
+        break
+    there = contents(folder)
+    assert there["adapters.safetensors"] in ("old", "new") and "adapter_config.json" in there, at
+    whole = [place for place in (".next-ended/", "next/", "") if there.get(place + "adapters.safetensors") == "new"]
+    assert whole, at
+    replace.settle(folder)
+    assert contents(folder) == {**dict.fromkeys(NEW, "new"), "notes.txt": "old"}, (at, contents(folder))
+    assert {path.name for path in folder.iterdir()} == {name.partition("/")[0] for name in (*NEW, "notes.txt")}, at
+print(at)
+"""
+
+
+def test_a_kill_at_any_file_operation_of_a_replacement_is_made_good_by_the_next_run(tmp_path):
+    command = [sys.executable, "-c", SETTLING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 20

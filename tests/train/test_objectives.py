@@ -6,11 +6,13 @@ grpo_trainer.py; `odds_ratio_loss` and `concatenated_forward` of experimental/or
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from typing import get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,12 +30,15 @@ from train.data.batches import Batch
 from train.loop.objective import Objective
 from train.loop.step import Stepper, StepSettings, mean_loss
 from train.objectives.answers import answer_inputs, answer_logprobs
-from train.objectives.build import build_objective
+from train.objectives.build import BUILDERS, build_objective
 from train.objectives.dpo import DPO
 from train.objectives.grpo import GRPO
 from train.objectives.kto import KTO, mismatched
 from train.objectives.orpo import ORPO, log1mexp
 from train.objectives.reference import base, start_of
+from train.objectives.rollouts import RolloutBatch
+from train.recipe import objectives as registry
+from train.recipe.kinds import SHAPES
 from train.recipe.objective_config import DPOConfig, GRPOConfig, KTOConfig, ORPOConfig
 from train.recipe.recipe import Recipe
 from train.run import run
@@ -227,6 +232,114 @@ def test_grpo_loss_and_gradients_are_trls(loss_type, temperature, adapted, make_
         return (losses * mask).sum() / (losses.size(0) * config.max_completion_length)
 
     assert_agrees(GRPO(config), network, batch, oracle, temperature)
+
+
+def answered(batch: Batch, is_masked: list[bool] | None) -> RolloutBatch:
+    """The batch as rollouts make it: each row scored by its number, some left out of the loss."""
+    scores = {"reward": np.arange(len(batch.tokens), dtype=np.float32)}
+    fields = {name: getattr(batch, name) for name in ("tokens", "is_target", "num_targets", "num_tokens")}
+    masked = None if is_masked is None else np.array(is_masked)
+    return RolloutBatch(
+        **fields, row_ids=batch.row_ids, advantages=batch.advantages, scores=scores, is_masked=masked
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("is_masked", [[False, True, False, True], [True, False, False, False]])
+def test_grpo_leaves_truncated_answers_out_as_trl_does(loss_type, is_masked, adapted, make_batch):
+    network = adapted()
+    advantages = np.array([1.2, -0.4, 0.3, -0.8], np.float32)
+    batch = replace(make_batch([9, 12, 7, 14]), advantages=advantages)
+    config = grpo_config(loss_type=loss_type, beta=0.2, max_completion_length=16)
+    mask = mask_of(batch) * (~torch.tensor(is_masked)).unsqueeze(1)
+    reference = base_logprobs(network, batch.tokens)
+
+    def oracle(logprobs):
+        ratio = torch.exp(logprobs - logprobs.detach())
+        kl = torch.exp(reference - logprobs) - (reference - logprobs) - 1
+        losses = -ratio * torch.from_numpy(advantages).unsqueeze(1) + config.beta * kl
+        if loss_type == "dapo":
+            return (losses * mask).sum() / mask.sum()  # num_items_in_batch
+        if loss_type == "grpo":
+            return ((losses * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+        return (losses * mask).sum() / (losses.size(0) * config.max_completion_length)
+
+    assert_agrees(GRPO(config), network, answered(batch, is_masked), oracle)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_what_is_measured_of_answers_is_measured_of_those_left_out_too(loss_type, adapted, make_batch):
+    config = grpo_config(loss_type=loss_type, max_completion_length=16)
+    batch = replace(make_batch([9, 12, 7, 14]), advantages=np.array([1.0, -1, 1, -1], np.float32))
+    measures = []
+    for is_masked in (None, [False, True, False, True], [True] * 4):
+        stepper = Stepper(adapted(), optim.SGD(0.0), GRPO(config))
+        result = stepper.step([answered(batch, is_masked)], 0)
+        window = {name: value * result.num_units for name, value in result.measures.items()}
+        measures.append(stepper.objective.summarize({n: v / result.num_units for n, v in window.items()}))
+    assert measures[0]["reward"] == pytest.approx(1.5)
+    assert measures[0]["completions/mean_length"] == pytest.approx(batch.num_targets / 4)
+    for other in measures[1:]:
+        assert other == pytest.approx(measures[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_a_step_whose_answers_are_all_left_out_moves_nothing(loss_type, adapted, make_batch):
+    network = adapted()
+    batch = replace(make_batch([9, 12]), advantages=np.array([1.0, -1.0], np.float32))
+    before = {n: np.array(v) for n, v in tree_flatten(network.module.trainable_parameters())}
+    result = Stepper(network, optim.SGD(0.5), GRPO(grpo_config(loss_type=loss_type))).step(
+        [answered(batch, [True, True])], 0
+    )
+    assert result.loss == 0
+    assert result.norm == 0
+    for name, value in tree_flatten(network.module.trainable_parameters()):
+        np.testing.assert_array_equal(np.array(value), before[name])
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("cuts", [(0, 2, 4), (0, 1, 4)])
+def test_answers_left_out_are_left_out_of_all_parts_alike(loss_type, cuts, adapted, make_batch):
+    batch = replace(make_batch([9, 12, 7, 14]), advantages=np.array([1.0, -0.5, 0.2, -1], np.float32))
+    is_masked = [True, False, False, True]
+    config = grpo_config(loss_type=loss_type, max_completion_length=16)
+    results = []
+    for edges in ((0, 4), cuts):
+        parts = [
+            answered(
+                replace(
+                    batch,
+                    tokens=batch.tokens[start:stop],
+                    is_target=batch.is_target[start:stop],
+                    row_ids=batch.row_ids[start:stop],
+                    advantages=batch.advantages[start:stop],
+                ),
+                is_masked[start:stop],
+            )
+            for start, stop in itertools.pairwise(edges)
+        ]
+        results.append(Stepper(adapted(), optim.SGD(0.5), GRPO(config)).step(parts, 0))
+    assert results[1].loss == pytest.approx(results[0].loss, rel=1e-4)
+    assert results[1].norm == pytest.approx(results[0].norm, rel=1e-4)
+
+
+# The registry
+
+
+def test_an_objective_is_one_entry_that_everything_else_agrees_with(adapted):
+    names = registry.OBJECTIVES.keys()
+    assert names == BUILDERS.keys() == set(get_args(Recipe.model_fields["objective"].annotation))
+    best_by = set(get_args(Recipe.model_fields["metric_for_best_model"].annotation))
+    for name, entry in registry.OBJECTIVES.items():
+        assert (name in Recipe.model_fields) == (entry.config is not None)
+        assert set(entry.measures) <= best_by
+        assert entry.kinds
+        assert set(entry.kinds) <= SHAPES.keys()
+        block = {"grpo": {"rewards": ANY_REWARD}, "batch_size": 8} if name == "grpo" else {}
+        recipe = Recipe.model_validate({"model": "m", "data": "d", "objective": name, **block})
+        assert isinstance(recipe.block, entry.config) if entry.config else recipe.block is None
+        objective = build_objective(recipe, adapted())
+        assert (objective.name, objective.splits_by) == (name, entry.splits_by)
 
 
 def test_log1mexp_is_exact_near_zero_and_far_from_it():

@@ -21,7 +21,7 @@ from serve.engine.generate import generate
 from serve.errors import AdapterError, ConfigError, ModelError
 from serve.model.loading import load
 from serve.model.quantization import Quantization
-from train.after.export import export, load_adapted
+from train.after.export import Form, export, load_adapted
 from train.recipe.recipe import load_recipe
 from train.run import run
 
@@ -144,7 +144,7 @@ def test_an_adapter_trained_on_a_packed_base_is_served_and_exported_on_just_that
     answer = generate(engine, [request])[0].token_ids
     assert_drawn(request, answer, load_adapted(folder, config, str(model_folder)).network.module)
 
-    report = export(folder, tmp_path / "fused", console=quiet(), dtype="float32")
+    report = export(folder, tmp_path / "fused", Form(dtype="float32"), console=quiet())
     assert report.top1_agreement > 0.9, "but for near-ties"
     assert report.kl_max < 1e-6
 

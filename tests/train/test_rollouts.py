@@ -95,6 +95,19 @@ def test_a_batch_holds_what_the_engine_answers_and_only_answers_are_targets(make
     assert batch.num_targets == batch.is_target.sum()
 
 
+def test_answers_that_were_cut_off_are_masked_where_the_recipe_asks_for_it(make_rollouts, model):
+    plain = make_rollouts(max_completion_length=5).batch_at(0)
+    masked = make_rollouts(max_completion_length=5, mask_truncated_completions=True).batch_at(0)
+    assert plain.is_masked is None
+    np.testing.assert_array_equal(masked.tokens, plain.tokens)
+    np.testing.assert_array_equal(masked.advantages, plain.advantages)
+    ends = set(model.tokenizer.eos_token_ids)
+    ended = [answer[-1] in ends for answer in batch_answers(masked)]
+    assert masked.is_masked.tolist() == [not has_ended for has_ended in ended]
+    assert masked.is_masked.tolist() == masked.scores["completions/clipped_ratio"].astype(bool).tolist()
+    assert masked.is_masked.any()
+
+
 class OneOfTwo(Alone):
     """A process of two, whose other one has the same numbers."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -212,11 +213,107 @@ def test_a_signal_saves_and_the_run_can_be_continued(make_recipe, tmp_path, numb
     assert run(longer, resume=True, console=quiet()).steps == step + 2
 
 
-def test_a_finished_run_gives_way_to_a_new_one(make_recipe, tmp_path):
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_has_ended_is_replaced_only_when_asked_and_by_one_that_has_ended(make_recipe, tmp_path):
     first = run(make_recipe("out", "iters=2"), console=quiet())
-    second = run(make_recipe("out", "iters=3", "seed=1"), console=quiet())
+    (tmp_path / "out" / "notes.txt").write_text("a person's own")
+    before = files_of(tmp_path / "out")
+    for recipe in (make_recipe("out", "iters=2"), make_recipe("out", "iters=3", "seed=1")):
+        with pytest.raises(ConfigError, match=r"holds a run that is finished\. --overwrite"):
+            run(recipe, console=quiet())
+    assert files_of(tmp_path / "out") == before
+    with pytest.raises(ConfigError, match="expected one of them"):
+        run(make_recipe("out"), resume=True, overwrite=True, console=quiet())
+    console = quiet()
+    second = run(make_recipe("out", "iters=3", "seed=1"), overwrite=True, console=console)
+    plain = run(make_recipe("plain", "iters=3", "seed=1"), console=quiet())
     assert (first.steps, second.steps) == (2, 3)
+    assert "out holds a run that is finished, which stays until" in console.file.getvalue()
     assert [p.name for p in checkpoint.existing(tmp_path / "out")] == ["step-000003"]
+    assert (tmp_path / "out" / "notes.txt").read_text() == "a person's own"
+    assert read_config(tmp_path / "out").lineage.content_hash == plain.content_hash == second.content_hash
+    names = {name for name in files_of(tmp_path / "out") if not name.startswith("tensorboard")}
+    theirs = {name for name in files_of(tmp_path / "plain") if not name.startswith("tensorboard")}
+    assert names == theirs | {"notes.txt"}
+    for file in ("recipe.yaml", "summary.json", "run.json"):
+        assert "next" not in (tmp_path / "out" / file).read_text()
+    assert load_recipe(tmp_path / "out" / "recipe.yaml") == make_recipe("out", "iters=3", "seed=1")
+
+
+def test_an_adapter_of_another_tool_is_not_trained_over(make_recipe, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapters.safetensors").write_bytes(b"weeks of work")
+    with pytest.raises(ConfigError, match="out holds an adapter; --overwrite"):
+        run(make_recipe("out", "iters=1"), console=quiet())
+    run(make_recipe("out", "iters=1"), overwrite=True, console=quiet())
+    assert read_config(tmp_path / "out").lineage is not None
+
+
+def test_ctrl_c_in_a_new_run_leaves_the_earlier_one_whole_and_it_can_go_on(make_recipe, tmp_path):
+    overrides = ("iters=6", "steps_per_report=1", "seed=1")
+    run(make_recipe("out", "iters=2"), console=quiet())
+    before = files_of(tmp_path / "out")
+    interrupt_at(3, make_recipe("out", *overrides), tmp_path, overrides)
+    after = files_of(tmp_path / "out")
+    assert {name: after.get(name) for name in before} == before
+    assert {name.partition("/")[0] for name in after.keys() - before.keys()} == {"next"}
+    with pytest.raises(
+        ConfigError, match=r"next holds an unfinished run, last saved at step-00000[34], .* delete"
+    ):
+        run(make_recipe("out", *overrides), overwrite=True, console=quiet())
+    resumed = run(make_recipe("out", *overrides), resume=True, console=quiet())
+    plain = run(make_recipe("plain", *overrides), console=quiet())
+    assert resumed.steps == 6
+    assert read_config(tmp_path / "out").lineage.content_hash == plain.content_hash
+    assert not (tmp_path / "out" / "next").exists()
+
+
+def interrupt_at(step: int, recipe, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    """A new run over what is there, told to stop by itself as Ctrl-C would."""
+    script = (
+        "import io, os, signal, sys; from rich.console import Console\n"
+        "from train.recipe.recipe import load_recipe; from train.run import run\n"
+        "class Pipe(io.StringIO):\n"
+        "    def write(self, text):\n"
+        f"        if 'iter {step}/' in text: os.kill(os.getpid(), signal.SIGINT)\n"
+        "        return len(text)\n"
+        "recipe = load_recipe(sys.argv[1], sys.argv[2:])\n"
+        "sys.exit(run(recipe, overwrite=True, console=Console(file=Pipe(), width=200)).exit_code)"
+    )
+    arguments = [f"{name}={getattr(recipe, name)}" for name in ("model", "data", "adapter_path")]
+    command = [sys.executable, "-c", script, str(tmp_path / "recipe.yaml"), *arguments, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 130, done.stderr[-3000:]
+
+
+def test_going_back_to_an_earlier_checkpoint_of_a_run_that_has_ended_must_be_asked_for(make_recipe, tmp_path):
+    recipe = make_recipe("out", "save_every=2", "iters=4")
+    run(recipe, console=quiet())
+    before = files_of(tmp_path / "out")
+    back = tmp_path / "out" / "checkpoints" / "step-000002"
+    again = make_recipe("out", "save_every=2", "iters=4", f"resume_from_checkpoint={back}")
+    with pytest.raises(ConfigError, match="holds a run that is finished"):
+        run(again, console=quiet())
+    assert files_of(tmp_path / "out") == before
+    console = quiet()
+    run(again, overwrite=True, console=console)
+    assert f"continuing {back} after step 2" in console.file.getvalue()
+    assert [p.name for p in checkpoint.existing(tmp_path / "out")] == ["step-000004"]
+
+
+@pytest.mark.parametrize("place", ["a-file", "a-file/out", "no" * 200, "locked/out"])
+def test_an_adapter_path_that_cannot_be_written_is_told_before_anything_is_read(make_recipe, tmp_path, place):
+    (tmp_path / "a-file").write_text("x")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if place.startswith("locked") and os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("nothing is locked for this user")
+    for dry_run in (False, True):
+        with pytest.raises(ConfigError, match=r"adapter_path: .* cannot be written"):
+            run(make_recipe(place, "data=no/such/rows/here"), dry_run=dry_run, console=quiet())
+    assert {path.name for path in tmp_path.iterdir()} == {"a-file", "locked", "recipe.yaml"}
 
 
 def test_a_stock_mlx_lm_yaml_runs(tmp_path, model_folder, rows_folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import lathe
 from serve.errors import ConfigError
 from serve.model.loading import load_tokenizer
 from serve.model.template import ChatTemplate
+from train.data.rules import TokenRules
 from train.data.show import show
 from train.data.sources import read
 from train.data.tokens import tokenize
@@ -58,7 +60,9 @@ def test_what_is_marked_is_what_loss_counts(shown, tmp_path):
     assert marked(text) == "It left.\nOn Monday 🙂<|im_end|>On its way.<|im_end|>"
     tokenizer = load_tokenizer(MODEL)
     recipe = Recipe(model=MODEL, datasets=[{"path": str(tmp_path / "rows.jsonl")}])
-    (row,), _ = tokenize(read(recipe, "train"), ChatTemplate(tokenizer), tokenizer, recipe)
+    (row,), _ = tokenize(
+        read(recipe, "train"), ChatTemplate(tokenizer), TokenRules.of_recipe(recipe, date(2026, 1, 1))
+    )
     assert marked(text) == tokenizer.decode(row.token_ids[row.is_target].tolist())
     assert f"{len(row)} tokens, {row.num_targets} of them count" in text
 

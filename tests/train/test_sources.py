@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import logging
 from pathlib import Path
 
 import datasets
 import pytest
 
 from serve.errors import DataError
+from serve.model.loading import load_tokenizer
+from serve.model.template import ChatTemplate
 from train.data.sources import read
 from train.recipe.recipe import Recipe
 
@@ -82,6 +86,70 @@ def test_all_problems_of_all_files_come_at_once(tmp_path):
     assert any(line.startswith(f"{one}:11:") and "did you mean messages by mesages?" in line for line in said)
     assert any(line.startswith(f"{two}:1:") for line in said)
     assert not any(line.startswith(f"{one}:1:") for line in said)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_file_in_another_encoding_is_told_as_such_once_and_with_what_to_do(tmp_path, suffix, encoding):
+    text = {".json": json.dumps([chat(0)]), ".csv": "prompt,completion\na,b\n"}.get(
+        suffix, json.dumps(chat(0)) + "\n"
+    )
+    raw = text.encode(encoding)
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(raw) if suffix.endswith(".gz") else raw)
+    (problem,) = problems_of(recipe_for(path))
+    assert f"is UTF-{'32' if '32' in encoding else '16'}" in problem
+    assert "not UTF-8; save it as UTF-8, for example by: iconv -f UTF-" in problem
+    assert problem.startswith(str(path))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_json_array_in_a_jsonl_file_is_told_as_such(tmp_path, indent, count):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps([chat(n) for n in range(count)], indent=indent) + "\n")
+    (problem,) = problems_of(recipe_for(path))
+    assert "holds one JSON array" in problem
+    assert "name it rows.json" in problem
+    path.rename(tmp_path / "rows.json")
+    assert len(read(recipe_for(tmp_path / "rows.json"), "train")) == count
+
+
+def test_rows_over_several_lines_and_lines_in_a_json_file_are_told_with_the_way_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(chat(n), indent=2) + "\n" for n in range(3)))
+    (problem,) = problems_of(recipe_for(path))
+    assert "its rows go over several lines" in problem
+    lines = write_rows(tmp_path / "lines.json", [chat(0), chat(1)])
+    (problem,) = problems_of(recipe_for(lines))
+    assert "a file of one row a line is named .jsonl" in problem
+
+
+@pytest.mark.parametrize("mark", [b"\x1f\x8b\x08rest", b"PAR1rest", b"PK\x03\x04rest"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_a_file_that_is_not_what_its_name_says_is_told(tmp_path, mark, suffix):
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(mark)
+    (problem,) = problems_of(recipe_for(path))
+    assert "whatever its name says" in problem
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"prompt": "a", "prompt": "b", "completion": "c"}',
+        '{"messages": [{"role": "user", "role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        '{"prompt": "a", "completion": "c", "meta": {"x": [{"y": {"y": 1, "z": 2, "y": 3}}]}}',
+    ],
+)
+def test_a_key_that_stands_twice_is_a_problem_of_its_row(tmp_path, row):
+    lines = write_rows(tmp_path / "a.jsonl", [chat(0), row, chat(1)])
+    (problem,) = problems_of(recipe_for(lines))
+    assert problem.startswith(f"{lines}:2: the key ")
+    assert "stands twice in one object" in problem
+    (tmp_path / "a.json").write_text(f"[{json.dumps(chat(0))}, {row}]")
+    (problem,) = problems_of(recipe_for(tmp_path / "a.json"))
+    assert "stands twice in one object" in problem
 
 
 def test_no_more_than_some_twenty_problems_are_told(tmp_path):
@@ -223,3 +291,23 @@ def test_missing_files_folders_and_splits_are_named(tmp_path):
 def test_with_mask_prompt_off_a_conversation_needs_no_assistant(tmp_path):
     file = write_rows(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
     assert len(read(recipe_for(file, mask_prompt=False), "train")) == 1
+
+
+def test_a_text_longer_than_the_tokenizer_counts_on_is_not_warned_of(model_folder):
+    """transformers would say that it "will result in indexing errors"."""
+    said: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    ear, logger = Ear(), logging.getLogger("transformers")
+    logger.addHandler(ear)
+    try:
+        tokenizer = load_tokenizer(str(model_folder))
+        tokenizer.model_max_length = 8
+        assert len(ChatTemplate(tokenizer).render([{"role": "user", "content": "long " * 50}])) > 8
+        assert len(tokenizer.encode("long " * 50)) > 8
+    finally:
+        logger.removeHandler(ear)
+    assert not said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from serve.model.loading import load_tokenizer
 from serve.model.template import ChatTemplate
 from train.data.batches import WINDOW_BATCHES
 from train.data.duplicates import content_key
+from train.data.rules import TokenRules
 from train.data.sources import read, stream_examples
 from train.data.stream import StreamedRows, StreamPlan
 from train.data.tokens import tokenize
@@ -37,15 +39,18 @@ def recipe_of(*paths: Path, weights=(1, 1, 1), **knobs) -> Recipe:
     return Recipe(model=MODEL, datasets=entries, **knobs)
 
 
-def tools():
-    tokenizer = load_tokenizer(MODEL)
-    return ChatTemplate(tokenizer), tokenizer
+def own_template() -> ChatTemplate:
+    return ChatTemplate(load_tokenizer(MODEL))
+
+
+def rules_of(recipe: Recipe) -> TokenRules:
+    return TokenRules.of_recipe(recipe, date(2026, 1, 1))
 
 
 @pytest.fixture
 def plan_of():
     def make(recipe: Recipe, **more) -> tuple[StreamPlan, StreamedRows]:
-        rows = StreamedRows(recipe, tools, WINDOW, **more)
+        rows = StreamedRows(recipe, rules_of(recipe), own_template, WINDOW, **more)
         return StreamPlan(rows, 2, recipe.seed), rows
 
     return make
@@ -269,9 +274,8 @@ def test_a_stream_holds_the_sequences_of_tokenizing_all_its_rows_in_order(tmp_pa
     recipe = recipe_of(write(tmp_path / "a.jsonl", 2 * WINDOW), objective="cpt", max_seq_length=24)
     _, rows = plan_of(recipe)
     found = [row.token_ids.tolist() for window in range(3) for row in rows.window(window)]
-    template, tokenizer = tools()
     examples = [e for e in islice(stream_examples(recipe), 2 * WINDOW) if not isinstance(e, DataError)]
-    whole, _ = tokenize(examples, template, tokenizer, recipe)
+    whole, _ = tokenize(examples, own_template(), rules_of(recipe))
     assert found == [row.token_ids.tolist() for row in whole][: 3 * WINDOW]
     assert len(found) == 3 * WINDOW < len(whole)
 

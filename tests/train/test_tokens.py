@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import date
+
 import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from serve.errors import DataError
 from serve.model.template import ChatTemplate
+from serve.model.template_rules import make_template
 from train.data.batches import collate
 from train.data.example import Example
-from train.data.tokens import tokenize
+from train.data.rules import TokenRules
+from train.data.tokens import ENDLESS, tokenize
 from train.recipe.recipe import Recipe
 
 CHATML = (
@@ -54,9 +59,8 @@ def conversation(*contents: str, line: int = 1) -> Example:
 
 
 def run(examples, tokenizer=TOKENIZER, **knobs):
-    asked = recipe(**knobs)
-    template = ChatTemplate(tokenizer, asked.special_tokens_in_messages)
-    return tokenize(examples, template, tokenizer, asked)
+    rules = TokenRules.of_recipe(recipe(**knobs), date(2026, 1, 1))
+    return tokenize(examples, make_template(tokenizer, rules.template), rules)
 
 
 def targets(row, tokenizer=TOKENIZER) -> str:
@@ -304,7 +308,8 @@ def test_control_tokens_in_messages_are_words_and_in_texts_are_tokens_unless_the
     (text,), _ = run([Example("f", 1, text=said)])
     end = TOKENIZER.eos_token_id
     assert [row.token_ids.tolist().count(end) for row in (words, control, text)] == [2, 4, 2]
-    assert targets(words) == targets(control) == "hello<|im_end|><|im_end|>"
+    # A quoted end token that is a token ends the turn: the engine would stop there.
+    assert (targets(words), targets(control)) == ("hello<|im_end|><|im_end|>", "hello<|im_end|>")
     assert words.token_ids[words.is_target].tolist().count(end) == 1
     served = ChatTemplate(TOKENIZER).render(conversation(said).messages)
     assert words.token_ids.tolist()[: len(served)] == list(served)
@@ -340,3 +345,98 @@ def test_counts_of_sources_add_up_to_the_report():
     for name in ("num_read", "num_sequences", "num_truncated", "num_tokens", "num_targets"):
         assert sum(getattr(counts, name) for counts in report.sources.values()) == getattr(report, name)
     assert set(report.sources) == {"0.jsonl", "1.jsonl"}
+
+
+# What comes once, and what is the template's to say
+
+BEGINS = "<|im_start|>"
+
+
+def beginning(template: str | None) -> TokenizerWrapper:
+    """A tokenizer that begins every text with a token of its own."""
+    fast = make_tokenizer(template)._tokenizer
+    fast.bos_token = BEGINS
+    ids = [(BEGINS, fast.bos_token_id)]
+    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{BEGINS} $A", None, ids)
+    return TokenizerWrapper(fast)
+
+
+def test_a_text_that_brings_its_own_beginning_has_one_and_it_is_told():
+    tokenizer = beginning(None)
+    plain, brought = Example("f", 1, text="abc"), Example("f", 2, text=f"{BEGINS}abc")
+    (one, other), report = run([plain, brought], tokenizer)
+    assert one.token_ids.tolist() == other.token_ids.tolist()
+    assert one.token_ids.tolist().count(tokenizer.bos_token_id) == 1
+    assert [where for _, where in report.notes.values()] == ["f:2"]
+    (pair,), report = run([Example("f", 3, prompt=f"{BEGINS}2+2=", completion="4")], tokenizer)
+    assert pair.token_ids.tolist().count(tokenizer.bos_token_id) == 1
+    assert len(report.notes) == 1
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|im_end|> \n\n"])
+def test_a_text_that_closes_itself_gets_no_second_end(end):
+    rows, _ = run(
+        [Example("f", 1, text=f"abc{end}"), Example("f", 2, prompt="a", completion=f"b{end}")], BARE
+    )
+    assert [row.token_ids.tolist().count(BARE.eos_token_id) for row in rows] == [1, 1]
+
+
+def test_an_empty_list_of_calls_is_no_call_to_the_template():
+    strict = make_tokenizer(
+        CHATML.replace("{{ m.content }}", "{{ m.content }}{% if m.tool_calls is defined %}CALLS{% endif %}")
+    )
+    (row,), _ = run([Example("f", 1, messages=(ASK, {**SAY, "tool_calls": []}))], strict)
+    assert targets(row, strict) == "yes<|im_end|>"
+
+
+def test_a_call_that_the_template_drops_is_a_problem_of_its_row_also_where_the_tools_list_its_name():
+    lists_tools = make_tokenizer("{{ tools | tojson if tools }}" + CHATML)
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "wave", "arguments": {}}}],
+    }
+    row = Example("f", 7, messages=(ASK, call), tools=({"name": "wave"},))
+    with pytest.raises(
+        DataError, match=r"f:7: messages\.1\.tool_calls: .* does not render the call of 'wave'"
+    ):
+        run([row], lists_tools)
+    said = Example("f", 8, messages=(ASK, {**call, "content": "Hello."}), tools=row.tools)
+    _, report = run([said], lists_tools)
+    assert report.lost == {"tool_calls": (1, "f:8")}
+
+
+def test_variables_of_a_row_reach_the_template_and_unknown_ones_are_refused_by_name():
+    tokenizer = make_tokenizer("{% if mood %}({{ mood }}){% endif %}" + CHATML)
+    (row,), _ = run([Example("f", 1, messages=(ASK, SAY), variables={"mood": "calm"})], tokenizer)
+    assert TOKENIZER.decode(row.token_ids.tolist()).startswith("(calm)")
+    with pytest.raises(DataError, match=r"f:2: chat_template_kwargs: found 'mode'.*: mood"):
+        run([Example("f", 2, messages=(ASK, SAY), variables={"mode": 1})], tokenizer)
+
+
+OPENS = CHATML.replace(
+    "<|im_start|>assistant\n{% endif %}",
+    "<|im_start|>assistant\n{{ '<think>' if enable_thinking is not defined or enable_thinking }}{% endif %}",
+)
+
+
+def test_rows_without_thoughts_are_told_apart_where_the_prompt_opens_one():
+    tokenizer = make_tokenizer(OPENS.replace("{{ m.content }}", "{{ m.thinking }}{{ m.content }}"))
+    template = ChatTemplate(tokenizer)
+    quiet = [Example("f", n, messages=(ASK, SAY)) for n in (1, 2)]
+    asked = template.variables and {"enable_thinking": True}  # this tokenizer has no marks of thoughts
+    rows, report = run([replace(row, variables={}) for row in quiet], tokenizer)
+    assert [targets(row, tokenizer) for row in rows] == ["yes<|im_end|>"] * 2
+    served = template.render([ASK], variables=report.told)
+    assert all(tuple(row.token_ids[: len(served)]) == served for row in rows)
+    with pytest.raises(DataError, match=r"opens a thought \(<think>\)"):
+        run([replace(quiet[0], variables=asked)], tokenizer)
+
+
+def test_answers_that_end_with_no_token_are_told_before_anything_is_learned():
+    endless = make_tokenizer(CHATML.replace("<|im_end|>", "").replace("<|im_start|>", "> "))
+    rows, report = run([conversation("hi", "hello", line=4)], endless)
+    assert targets(rows[0], endless) == "hello"
+    assert [(note, first) for note, (_, first) in report.notes.items()] == [(ENDLESS, "rows.jsonl:4")]
+    assert run([conversation("hi", "hello")])[1].notes == {}
+    assert run([conversation("hi", "hello")], endless, train_on_eos="none")[1].notes == {}

@@ -23,11 +23,14 @@ from tensorboardX.proto.event_pb2 import Event
 
 from serve.adapters.manifest import read_config, read_tensors
 from serve.errors import ConfigError, NotFoundError, TrainingError
+from serve.model.loading import load
 from serve.tables import show
+from train.foresee.preflight import prepare
+from train.loop.optim import rates_of, schedule_of
 from train.loop.wired import recommended_bytes, wired
 from train.recipe.recipe import load_recipe
 from train.run import run
-from train.watch import curve, record, runs, summary
+from train.watch import curve, panels, record, runs, summary
 from train.watch.metrics import MetricsLog, rows_of
 
 pytestmark = pytest.mark.long
@@ -62,11 +65,12 @@ def train(tmp_path, model_folder, rows_folder):
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE)
 
-    def start(name: str, *overrides: str, resume: bool = False) -> tuple[Path, str]:
+    def start(name: str, *overrides: str, resume: bool = False, overwrite: bool = False) -> tuple[Path, str]:
         folder = tmp_path / name
         places = (f"model={model_folder}", f"data={rows_folder}", f"adapter_path={folder}")
         console = Console(file=io.StringIO(), width=200)
-        run(load_recipe(path, (*places, *overrides)), resume=resume, console=console)
+        recipe = load_recipe(path, (*places, *overrides))
+        run(recipe, resume=resume, overwrite=overwrite, console=console)
         return folder, console.file.getvalue()
 
     return start
@@ -177,10 +181,112 @@ def test_the_learning_curve_is_a_picture_of_the_whole_history(train):
     assert [step for step, _ in history.valid_loss] == [0, 3, 6]
     assert history.best == min(history.valid_loss[1:], key=lambda point: point[1])
     picture = np.asarray(Image.open(folder / curve.FILE).convert("RGB")).reshape(-1, 3)
-    assert Image.open(folder / curve.FILE).size == first == (880, 616)
-    for color in (curve.TRAIN, curve.VALID, curve.RATE, curve.NORM):
+    assert Image.open(folder / curve.FILE).size == first
+    for color in (panels.TRAIN, panels.VALID, panels.RATE, panels.NORM):
         wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(picture - np.array(wanted)).max(axis=1) < 30).sum() > 20, color
+
+
+def steps_of(*values: float, every: int = 5) -> list[tuple[int, float]]:
+    return [(every * (number + 1), value) for number, value in enumerate(values)]
+
+
+FALLING = steps_of(0.693, 0.5, 0.2, 0.06, 0.031)
+PAIRS = {
+    f"{name}/{which}": FALLING
+    for name in ("rewards", "logps")
+    for which in ("chosen", "rejected", "margins", "accuracies")
+}
+COMMON = {
+    "learning_rate": steps_of(4e-4, 3e-4, 2e-4, 1e-4, 1e-5),
+    "grad_norm": steps_of(1e4, 3.0, 2.0, 1.0, 2e-5),
+}
+HISTORIES = {
+    "sft": curve.History(
+        {"loss": FALLING, **COMMON}, {"loss": FALLING, "mean_token_accuracy": FALLING, "exact_match": FALLING}
+    ),
+    "dpo": curve.History({"loss": FALLING, **PAIRS, **COMMON}, {"loss": FALLING, **PAIRS}),
+    "kto": curve.History({"loss": FALLING, "kl": FALLING, **COMMON}, {"loss": FALLING, "kl": FALLING}),
+    "grpo": curve.History(
+        {
+            "loss": steps_of(-0.2, 0.1, 0.003, -0.001, 0.0),
+            "reward": FALLING,
+            "reward_std": FALLING,
+            "completions/mean_length": steps_of(20, 21, 22, 30, 40),
+            "kl": FALLING,
+            "completions/clipped_ratio": FALLING,
+            "frac_reward_zero_std": FALLING,
+            **COMMON,
+        },
+        {"loss": steps_of(-0.1, -0.5, -0.9), "reward": steps_of(0.1, 0.5, 0.9)},
+    ),
+    "spike": curve.History({"loss": steps_of(123456.0, 3.0, 0.0021, 1e-7)}, {}),
+}
+
+
+@pytest.mark.parametrize("name", HISTORIES)
+@pytest.mark.parametrize("title", ["runs/x", "/a/long/path/of/a/run" * 8 + "   ·   Qwen3-0.6B, lora, dpo"])
+def test_nothing_that_is_written_in_a_picture_is_cut(name, title):
+    figure = curve.figure_of(HISTORIES[name], title, [1e-4] * 25)
+    figure.canvas.draw()
+    (width, height), drawn = figure.get_size_inches(), figure.get_tightbbox(figure.canvas.get_renderer())
+    assert drawn.x0 >= 0, "at the left edge"
+    assert drawn.y0 >= 0, "at the bottom"
+    assert drawn.x1 <= width, "at the right edge"
+    assert drawn.y1 <= height, "at the top"
+
+
+def test_each_objective_shows_what_a_person_asks_of_it():
+    asked = {
+        "sft": ["loss", "accuracy of validation"],
+        "dpo": ["loss", "accuracy: the better answer ahead", "margin of rewards", "rewards"],
+        "kto": ["loss", "KL from the reference"],
+        "grpo": [
+            "reward",
+            "tokens of an answer",
+            "KL from the reference",
+            "share of answers",
+            "surrogate loss",
+        ],
+    }
+    for name, titles in asked.items():
+        history = HISTORIES[name]
+        shown = panels.panels_of(history.train, history.valid)
+        assert [panel.title for panel in shown][: len(titles)] == titles
+        assert [panel.title for panel in shown][-2:] == ["learning rate", "gradient norm"]
+    reward, *_ = panels.panels_of(HISTORIES["grpo"].train, HISTORIES["grpo"].valid)
+    assert reward.star == ((15, 0.9), "highest validation reward: 0.9 at step 15")
+    everything = [line.points for line in reward.lines]
+    assert everything == [FALLING, steps_of(0.1, 0.5, 0.9)], "and no loss on the same axis"
+
+
+def test_a_warm_up_shorter_than_a_report_is_drawn(train):
+    folder, _ = train("out", "iters=6", "steps_per_report=6", "lr_schedule={name: cosine_decay, warmup: 3}")
+    reported = curve.read(folder).train["learning_rate"]
+    schedule = schedule_of(load_recipe(folder / "recipe.yaml"), 6)
+    rates = rates_of(schedule, 6)
+    assert rates[0] == 0.0
+    assert rates[:4] == sorted(rates[:4])
+    assert rates[5] == pytest.approx(reported[0][1], rel=1e-5)
+    rate = panels.panels_of({"loss": FALLING, "learning_rate": reported}, {}, rates)[-1]
+    assert [step for step, _ in rate.lines[0].points] == [1, 2, 3, 4, 5, 6]
+
+
+def test_validation_says_how_many_tokens_are_the_likeliest(train, model_folder):
+    folder, printed = train("out", "iters=2")
+    shares = [share for _, share in curve.read(folder).valid["mean_token_accuracy"]]
+    assert len(shares) == 2
+    assert all(0 <= share <= 1 for share in shares)
+    assert "mean_token_accuracy" in printed
+    network = load(str(model_folder)).network
+    recipe = load_recipe(folder / "recipe.yaml")
+    right = count = 0
+    for batch in prepare(recipe).valid_batches():
+        likeliest = np.array(network.module(mx.array(batch.tokens)).argmax(-1))[:, :-1]
+        counted = batch.is_target[:, 1:]
+        right += int((likeliest == batch.tokens[:, 1:])[counted].sum())
+        count += int(counted.sum())
+    assert shares[0] == pytest.approx(right / count, abs=1.5 / count)
 
 
 def test_a_running_mean_forgets_by_half_over_a_twentieth():
@@ -246,6 +352,35 @@ def test_a_list_of_runs_is_whole_in_80_columns():
     assert "…" not in shown
     for words in ("interrupted", "12,000", "1.2345 @11,900", "2026-11-21 17:46"):
         assert words in shown
+    narrow = Console(file=io.StringIO(), width=40)
+    show(narrow, *runs.tables([run]))
+    assert narrow.file.getvalue().count("runs/support-tickets-large") == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda folder: (folder / "adapters.safetensors").unlink(), "adapters.safetensors is missing"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+        (lambda folder: os.truncate(folder / "adapters.safetensors", 300), "truncated"),
+        (lambda folder: os.truncate(folder / "adapters.safetensors", 0), "truncated"),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text(
+                (folder / "adapter_config.json")
+                .read_text()
+                .replace('content_hash": "sha256:', 'content_hash": "sha256:0')
+            ),
+            "is of another adapter",
+        ),
+    ],
+)
+def test_a_run_whose_adapter_is_missing_or_torn_is_not_finished(train, damage, told):
+    folder, _ = train("out", "iters=1")
+    assert runs.describe(folder).status == "finished"
+    damage(folder)
+    found = runs.describe(folder)
+    assert found.status == "broken"
+    assert told in found.problem
 
 
 def summary_of(folder: Path) -> dict:
@@ -351,8 +486,9 @@ def test_a_checkpoint_continued_in_another_folder_leaves_its_own_run_alone(train
 
 def test_a_recipe_that_does_not_fit_a_checkpoint_removes_no_later_one(train):
     folder, _ = train("out")
+    checkpoint = folder / "checkpoints" / "step-000003"
     with pytest.raises(ConfigError, match="cannot be continued"):
-        train("out", f"resume_from_checkpoint={folder / 'checkpoints' / 'step-000003'}", "seed=5")
+        train("out", f"resume_from_checkpoint={checkpoint}", "seed=5", overwrite=True)
     assert (folder / "checkpoints" / "step-000006").is_dir()
 
 

@@ -37,27 +37,27 @@ class Layout:
 
 def layout_of(network: TextNetwork, num_layers: int) -> Layout:
     """The modules of the last `num_layers` blocks (-1: all), and the head."""
-    found = Layout(last_layers(network.layers, num_layers))
-    for layer in found.layers:
-        found.linear |= linear_modules(layer).keys()
-        found.experts |= expert_modules(layer).keys()
+    layout = Layout(last_layers(network.layers, num_layers))
+    for layer in layout.layers:
+        layout.linear |= linear_modules(layer).keys()
+        layout.experts |= expert_modules(layer).keys()
         for path, module in layer.named_modules():
-            if path and "weight" in module and path not in found.adaptable:
-                found.other[path] = (
+            if path and "weight" in module and path not in layout.adaptable:
+                layout.other[path] = (
                     f"is a {type(module).__name__}; an adapter goes on linear layers and experts"
                 )
     for path, module in network.module.named_modules():
         leaf = path.rsplit(".", 1)[-1]
         if leaf in HEADS and isinstance(module, LINEAR) and not _is_in_layers(path):
-            found.heads.add(path)
+            layout.heads.add(path)
         elif isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-            found.other[path] = found.other[leaf] = "is an embedding, a table; an adapter goes on matrices"
-    if not found.heads:
-        found.other["lm_head"] = (
+            layout.other[path] = layout.other[leaf] = "is an embedding, a table; an adapter goes on matrices"
+    if not layout.heads:
+        layout.other["lm_head"] = (
             "is tied to the embeddings in this model: it has no weights of its own, and changing them would "
             "change what every token means on the way in"
         )
-    return found
+    return layout
 
 
 def _is_in_layers(path: str) -> bool:
@@ -87,13 +87,13 @@ def choose(keys: Sequence[str] | str | None, layout: Layout) -> set[str]:
             chosen |= layout.linear | layout.experts
             continue
         try:
-            found = set(_meant(name, layout.adaptable))
+            meant = set(_meant(name, layout.adaptable))
         except re.error as error:
             problems.append(f"  {name}: not a regular expression: {error}")
             continue
-        if not found:
+        if not meant:
             problems.append(f"  {_nothing_found(name, layout)}")
-        chosen |= found
+        chosen |= meant
     if not names:
         problems.append("  the list is empty: nothing would train")
     if problems:

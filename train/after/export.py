@@ -9,45 +9,59 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm import utils as mlx_lm_utils
 from rich.console import Console
 
 from serve.adapters.manifest import AdapterConfig, check_whole, read_config, read_tensors
-from serve.errors import AdapterError, ConfigError, DataError, StorageError
+from serve.errors import AdapterError, ConfigError, StorageError
 from serve.model.loading import DTYPES, LoadedModel, build_random, cast, load, resolve
 from serve.model.loading import read_config as read_model_config
 from serve.model.network import TextNetwork
 from serve.model.quantization import Quantization
-from serve.model.template import ChatTemplate
 from serve.model.weights import dequantize as dequantize_all
 from serve.tables import Table, show, words
 from train.adapters.adapt import AdapterSettings, adapted_layers, add_lora, set_tensors, train_all
-from train.data.batches import Batch, collate, validation_rows
-from train.data.sources import read
-from train.data.tokens import tokenize
+from train.after import place
+from train.after.base import check_text_only, find_base
+from train.after.chat_files import chat_notes, write_chat_files
+from train.after.fidelity import Rows, compare, held_out
 from train.loop import checkpoint
-from train.loop.loss import find_targets, target_logits
-from train.recipe.recipe import Recipe, load_recipe
 
 FIDELITY_FILE = "fidelity.json"
 WEIGHTS_FILES = "model*.safetensors"
-ROWS_PER_BATCH = 8
 COPIED = ("*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "*.json")
 NOT_COPIED = ("config.json", "model.safetensors.index.json", FIDELITY_FILE)
-SPLITS: tuple[Literal["test", "valid", "train"], ...] = ("test", "valid", "train")
+GROUP_SIZES = (32, 64, 128)
 Dtype = Literal["float16", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an export's weights are stored.
+
+    bits   quantize them (affine, in groups of `group_size`); None: full precision
+    dtype  of the weights that are not quantized; None: as the base stores them
+    """
+
+    bits: Literal[4, 8] | None = None
+    group_size: int = 64
+    dtype: Dtype | None = None
+
+    def check(self) -> None:
+        """ConfigError for a group size that MLX has no kernels for."""
+        if self.group_size not in GROUP_SIZES:
+            raise ConfigError(
+                f"group_size: found {self.group_size}; MLX quantizes in groups of 32, 64 or 128"
+            )
 
 
 @dataclass(frozen=True)
@@ -70,78 +84,91 @@ class ExportReport:
     num_rows: int
     num_bytes: int
     seconds: float
-    split: str
-    """Where the rows are from: test, else valid, else train."""
+    rows_from: str
+    """Where the rows are from, in words."""
+    num_rows_found: int
+    """Rows there; more than `num_rows` where only some were compared on."""
+    unpacked: tuple[str, ...] = ()
+    """Layers that could not be quantized in such groups, and are stored as they are."""
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Token rows to compare on, and the split they are from."""
+class Written:
+    """What was stored: the dtype of unquantized weights, and the layers that could not be quantized as asked."""
 
-    split: str
-    batches: list[Batch]
+    dtype: str
+    unpacked: tuple[str, ...] = ()
 
 
 def export(
     adapter: Path,
     out: Path,
+    form: Form | None = None,
     *,
-    bits: Literal[4, 8] | None = None,
-    group_size: int = 64,
-    dtype: Dtype | None = None,
     base: str | None = None,
-    data: Path | None = None,
-    max_rows: int = 64,
+    rows: Rows | None = None,
     force: bool = False,
     console: Console | None = None,
 ) -> ExportReport:
     """Fuse, write, read back, compare.
 
-    bits   quantize the fused weights (affine, in groups of `group_size`); None: full precision
-    dtype  of the weights that are not quantized; None: as the base stores them
-    base   where the base is; None: the one the adapter's manifest names
-    data   a recipe, a .jsonl file or a folder with one to compare on; None: the recipe saved beside the adapter
+    base   where the base is; None: where the adapter's manifest says, see `find_base`
+    rows   what to compare on
     force  overwrite an earlier export, and take an adapter made for another base
     Raises AdapterError, ConfigError, ModelError, DataError, StorageError; a failed export leaves `out` as it was.
     """
     start_s = time.perf_counter()
-    console = console or Console()
-    _check_out(out, force)
-    config = read_config(adapter)
-    name = base or (config.lineage.base_model if config.lineage else None)
-    if name is None:
-        raise ConfigError(f"{adapter} does not say what its base is; name it with base")
-    reference = load_adapted(adapter, config, name, is_other_base_fine=force)
-    rows = held_out(adapter, data, reference, max_rows)
-    partial = out.with_name(f".new-{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        console.print(f"fusing {adapter} into {name}", highlight=False, soft_wrap=True)
-        stored = write_fused(partial, adapter, config, name, bits=bits, group_size=group_size, dtype=dtype)
-        exported = load(str(partial))
-        agreement = compare(reference.network, exported.network, rows.batches)
-        report = ExportReport(
-            out=str(out),
-            adapter=str(adapter),
-            base=name,
-            bits=bits,
-            group_size=group_size if bits else None,
-            dtype=stored,
-            split=rows.split,
-            num_bytes=sum(file.stat().st_size for file in partial.glob(WEIGHTS_FILES)),
-            seconds=time.perf_counter() - start_s,
-            **agreement,
-        )
-        checkpoint.write_synced(
-            partial / FIDELITY_FILE, json.dumps(dataclasses.asdict(report), indent=2) + "\n"
-        )
-        checkpoint.publish(partial, out)
-    except OSError as error:
-        raise StorageError(f"{out}: the export could not be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    console, form, out = console or Console(), form or Form(), _checked_place(out)
+    form.check()
+    with place.writing(out) as partial:
+        _check_out(out, force)
+        config = read_config(adapter)
+        name = find_base(adapter, config, base)
+        check_text_only(name)
+        reference = load_adapted(adapter, config, name, is_other_base_fine=force)
+        found = held_out(adapter, rows or Rows(), reference, config.lineage)
+        for line in (f"fusing {adapter} into {name}", f"comparing on {found.line}", *found.notes):
+            console.print(line, highlight=False, soft_wrap=True)
+        try:
+            written = write_fused(partial, adapter, config, name, form)
+            exported = load(str(partial))
+            agreement = compare(reference.network, exported.network, found.batches)
+            report = ExportReport(
+                out=str(out),
+                adapter=str(adapter),
+                base=name,
+                bits=form.bits,
+                group_size=form.group_size if form.bits else None,
+                dtype=written.dtype,
+                unpacked=written.unpacked,
+                rows_from=found.source,
+                num_rows_found=found.num_found,
+                num_bytes=sum(file.stat().st_size for file in partial.glob(WEIGHTS_FILES)),
+                seconds=time.perf_counter() - start_s,
+                **agreement,
+            )
+            checkpoint.write_synced(
+                partial / FIDELITY_FILE, json.dumps(dataclasses.asdict(report), indent=2) + "\n"
+            )
+            place.publish(partial, out)
+        except OSError as error:
+            raise StorageError(f"{out}: the export could not be written: {error}") from error
     show(console, _table(report))
+    for note in chat_notes(config.lineage, reference):
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     return report
+
+
+def _checked_place(out: Path) -> Path:
+    """The folder to write, its name made out. ConfigError for the folder one is in: it is put in its place whole."""
+    whole = out.resolve()
+    here = Path.cwd()
+    if whole == here or whole in here.parents:
+        raise ConfigError(
+            f"{out} is the folder you are in, or above it; an export is put in its place whole, so name a folder "
+            f"that it makes: {out / 'exported'}"
+        )
+    return whole if out.is_symlink() or not out.name or out.name == ".." else out
 
 
 def load_adapted(
@@ -195,7 +222,7 @@ def _check_base(model: LoadedModel, config: AdapterConfig, base: str, is_other_b
         return
     raise AdapterError(
         f"the adapter was trained on {lineage.base_model} ({lineage.base_fingerprint[:19]}…), but {base} holds "
-        f"other weights ({model.fingerprint[:19]}…); name the right base, or force it"
+        f"other weights ({model.fingerprint[:19]}…); name the right base with --base, or force it"
     )
 
 
@@ -211,27 +238,26 @@ def write_fused(
     adapter: Path,
     config: AdapterConfig,
     base: str,
-    *,
-    bits: Literal[4, 8] | None,
-    group_size: int,
-    dtype: Dtype | None,
-) -> str:
-    """Write the fused model as a Hugging Face folder. Returns the dtype of its unquantized weights."""
+    form: Form,
+) -> Written:
+    """Write the fused model as a Hugging Face folder, into one that is there and empty."""
     model = load_adapted(adapter, config, base, dequantize=True, is_other_base_fine=True)
     fuse(model.network)
     module = model.network.module
-    stored = dtype or _stored_dtype(model.path)
+    stored = form.dtype or _stored_dtype(model.path)
     cast(module, DTYPES[stored])
     saved = {key: value for key, value in model.config.items() if not key.startswith("quantization")}
     saved["torch_dtype"] = stored
     if "dtype" in saved:
         saved["dtype"] = stored
-    if bits is not None:
-        _check_group_size(module, group_size)
+    unpacked: tuple[str, ...] = ()
+    if form.bits is not None:
+        unpacked = _unpackable(module, form.group_size)
         with contextlib.redirect_stdout(None):  # mlx-lm prints the bits per weight
-            module, saved = mlx_lm_utils.quantize_model(module, saved, group_size, bits)
-    folder.mkdir(parents=True)
+            module, saved = mlx_lm_utils.quantize_model(module, saved, form.group_size, form.bits)
     _copy_beside(model.path, folder)
+    if config.lineage is not None:
+        write_chat_files(folder, config.lineage, model)
     try:
         mlx_lm_utils.save_model(folder, module)
     except RuntimeError as error:
@@ -240,7 +266,7 @@ def write_fused(
     for file in folder.glob(WEIGHTS_FILES):
         check_whole(file)
         checkpoint.sync(file)
-    return stored
+    return Written(stored, unpacked)
 
 
 def _stored_dtype(path: Path) -> Dtype:
@@ -261,18 +287,15 @@ def _lazily(file: Path) -> dict[str, mx.array]:
     return tensors
 
 
-def _check_group_size(module: nn.Module, group_size: int) -> None:
-    if group_size not in (32, 64, 128):
-        raise ConfigError(f"group_size: found {group_size}; MLX quantizes in groups of 32, 64 or 128")
-    odd = [
-        f"{path} has {child.weight.shape[-1]} inputs"
-        for path, child in module.named_modules()
-        if hasattr(child, "to_quantized") and child.weight.shape[-1] % group_size
-    ]
-    if odd:
+def _unpackable(module: nn.Module, group_size: int) -> tuple[str, ...]:
+    """Layers whose inputs are no whole number of groups: mlx-lm leaves them. ConfigError where all are so."""
+    layers = {path: m.weight.shape[-1] for path, m in module.named_modules() if hasattr(m, "to_quantized")}
+    odd = tuple(sorted(path for path, num_inputs in layers.items() if num_inputs % group_size))
+    if odd and len(odd) == len(layers):
         raise ConfigError(
-            f"group_size: {group_size} does not divide all layers: {odd[0]} ({len(odd)} such layers)"
+            f"group_size: {group_size} divides no layer's inputs: {odd[0]} has {layers[odd[0]]} ({len(odd)} layers)"
         )
+    return odd
 
 
 def _copy_beside(source: Path, folder: Path) -> None:
@@ -281,61 +304,6 @@ def _copy_beside(source: Path, folder: Path) -> None:
         for file in sorted(source.glob(pattern)):
             if file.name not in NOT_COPIED:
                 shutil.copyfile(file, folder / file.name)
-
-
-def held_out(adapter: Path, data: Path | None, model: LoadedModel, max_rows: int) -> HeldOut:
-    """Token rows to compare on: test rows, else validation rows, else training rows of a recipe or a data file."""
-    recipe = _recipe_for(adapter, data, model)
-    template = ChatTemplate(model.tokenizer, recipe.special_tokens_in_messages)
-    rows, split, problems = [], "", []
-    for name in SPLITS:
-        try:
-            rows, split = tokenize(read(recipe, name), template, model.tokenizer, recipe)[0], name
-        except DataError as error:  # a data set without test rows says so by this
-            problems.append(str(error))
-        if rows:
-            break
-    if not rows:
-        raise DataError("\n".join([f"{data or adapter}: no rows to compare the export on", *problems]))
-    num_batches = math.ceil(max_rows / ROWS_PER_BATCH)
-    chosen = validation_rows([len(row) for row in rows], ROWS_PER_BATCH, num_batches)
-    return HeldOut(split, [collate(rows, ids) for ids in chosen])
-
-
-def _recipe_for(adapter: Path, data: Path | None, model: LoadedModel) -> Recipe:
-    if data is not None and data.suffix not in (".yaml", ".yml"):
-        return Recipe.model_validate({"model": model.name, "datasets": ({"path": str(data)},)})
-    path = data or adapter / "recipe.yaml"
-    if not path.exists():
-        raise DataError(
-            f"{adapter} has no recipe.yaml to find held-out rows by; name a file of rows with data"
-        )
-    return load_recipe(path)
-
-
-def compare(reference: TextNetwork, exported: TextNetwork, batches: Sequence[Batch]) -> dict[str, Any]:
-    """Agreement at the targets: what the two networks would say there."""
-    same, divergences = 0, []
-    for batch in batches:
-        found = find_targets(batch.tokens, batch.is_target)
-        tokens, positions = mx.array(batch.tokens), mx.array(found.positions)
-        p, q = (log_probabilities(network, tokens, positions) for network in (reference, exported))
-        same += int(np.sum(np.array(p.argmax(-1) == q.argmax(-1))))
-        divergences.append(np.array((mx.exp(p) * (p - q)).sum(-1)))
-    kl = np.maximum(np.concatenate(divergences), 0.0)  # rounding can leave −1e-9
-    return {
-        "top1_agreement": same / len(kl),
-        "kl_mean": float(kl.mean()),
-        "kl_max": float(kl.max()),
-        "num_tokens": len(kl),
-        "num_rows": sum(len(batch.row_ids) for batch in batches),
-    }
-
-
-def log_probabilities(network: TextNetwork, tokens: mx.array, positions: mx.array) -> mx.array:
-    """[N, V] float32, normalised."""
-    logits = target_logits(network, tokens, positions).astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def _check_out(out: Path, force: bool) -> None:
@@ -350,14 +318,17 @@ def _check_out(out: Path, force: bool) -> None:
             f"{out} is not empty and not an export (it has no {FIDELITY_FILE}); it is left alone"
         )
     if not force:
-        raise ConfigError(f"{out} holds an export already; force replaces it")
+        raise ConfigError(f"{out} holds an export already; --force replaces it")
 
 
 def _table(report: ExportReport) -> Table:
     table = Table("what", words("measured"), title=f"{report.out}", has_headings=False)
     form = f"{report.bits} bit, groups of {report.group_size}" if report.bits else report.dtype
     table.add("weights", f"{form}, {report.num_bytes / 1e6:,.1f} MB")
+    if report.unpacked:
+        table.add("not quantized", f"{len(report.unpacked)} layers: {', '.join(report.unpacked)}")
     table.add("top-1 agreement", f"{report.top1_agreement:.2%} of {report.num_tokens:,} target tokens")
     table.add("KL(base + adapter ‖ export)", f"mean {report.kl_mean:.2e}, max {report.kl_max:.2e} nats")
-    table.add("rows", f"{report.num_rows:,}, {report.split} split")
+    some = f" of {report.num_rows_found:,}" if report.num_rows < report.num_rows_found else ""
+    table.add("rows", f"{report.num_rows:,}{some}, {report.rows_from}")
     return table

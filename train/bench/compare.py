@@ -1,4 +1,4 @@
-"""`lathe bench train`: Lathe and mlx_lm.lora on one model and the same chats, one after the other.
+"""`lathe bench train`: Lathe, mlx_lm.lora and mlx-lm-lora on one model and the same chats, one after the other.
 
 Every run is a process of its own with the same BLAS, the same recipe file and one pass over the same rows; rounds
 go through the runs in turn, so drift of the machine meets all alike. What counts is *data tokens*: those of the
@@ -26,6 +26,7 @@ from serve.bench import standin
 from serve.errors import ConfigError, StoppedError
 from serve.model.loading import load_tokenizer, resolve
 from serve.model.template import ChatTemplate
+from serve.model.template_rules import make_template
 from serve.tables import Table, numbers
 from train.bench.chats import Lengths, write_chats
 from train.bench.process import run_child
@@ -33,18 +34,25 @@ from train.foresee import preflight
 from train.recipe.recipe import load_recipe
 from train.watch.metrics import rows_of
 
-LOOPS = ("lathe", "mlx_lm_lora", "length_sorted", "lathe_packed")
-"""Lathe as it comes; mlx_lm.lora as it comes; mlx_lm's loop with its sort by length repaired; sample_packing."""
+PEER = "mlx_lm_lora_package"
+"""The package mlx-lm-lora, another project than mlx_lm's own mlx_lm.lora; measured where it is installed."""
+LOOPS = ("lathe", "mlx_lm_lora", "length_sorted", PEER, "lathe_packed")
+"""Lathe as it comes; mlx_lm.lora as it comes; mlx_lm's loop with its sort by length repaired; the other package;
+sample_packing."""
 RATIOS = (
     ("lathe", "mlx_lm_lora"),
     ("lathe_packed", "mlx_lm_lora"),
     ("lathe", "length_sorted"),
     ("lathe_packed", "length_sorted"),
+    ("lathe", PEER),
+    ("lathe_packed", PEER),
     ("lathe_packed", "lathe"),
 )
 PYTHON = (sys.executable, "-P")
 """-P: a folder named `train` or `serve` where the user stands is not imported."""
 MLX_LM_CHILD = Path(__file__).with_name("mlx_lm_child.py")
+PEER_CHILD = Path(__file__).with_name("mlx_lm_lora_child.py")
+PACKAGES = ("mlx", "mlx-lm", "mlx-lm-lora", "mlx-lathe")
 SHORT = Lengths(median=24.0, sigma=0.3, longest=40)
 """Rows, one a batch, whose updates take 100 to 200 ms on a CPU: where the loop's own time shows."""
 SHORT_STEPS = 100
@@ -187,8 +195,16 @@ class Outcome:
             "ratios": [asdict(each) for each in self.ratios],
             "settings": asdict(bench),
             "machine": asdict(device.describe()),
-            "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-lathe")},
+            "versions": {name: version for name in PACKAGES if (version := installed(name)) is not None},
         }
+
+
+def installed(package: str) -> str | None:
+    """A package's version; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def run(bench: TrainBench, folder: Path, progress: Callable[[str], None]) -> Outcome:
@@ -198,19 +214,20 @@ def run(bench: TrainBench, folder: Path, progress: Callable[[str], None]) -> Out
     """
     bench.check()
     model = _model(bench, folder, progress)
-    template = ChatTemplate(load_tokenizer(str(model)))
+    template = make_template(load_tokenizer(str(model)))
     rows = folder / "data" / "train.jsonl"
     write_chats(rows, bench.num_batches * bench.batch_size, bench.lengths, template, bench.seed)
     recipes = _write_recipes(bench, model, rows.parent, folder)
-    runs: dict[str, list[Run]] = {name: [] for name in LOOPS}
+    loops = [name for name in LOOPS if name != PEER or installed("mlx-lm-lora")]
+    runs: dict[str, list[Run]] = {name: [] for name in loops}
     for number in range(bench.rounds):
-        for name in LOOPS:
+        for name in loops:
             progress(f"round {number + 1} of {bench.rounds}: {name}")
             runs[name].append(_run_once(name, recipes[name], folder, bench))
             # A comparison that is cut off has told what it had.
             progress(f"{name}: {runs[name][-1].data_tokens_per_s:,.0f} data tokens/s")
     summaries = {name: _summarize(each) for name, each in runs.items()}
-    ratios = [_ratio(of, to, runs[of], runs[to]) for of, to in RATIOS]
+    ratios = [_ratio(of, to, runs[of], runs[to]) for of, to in RATIOS if {of, to} <= runs.keys()]
     progress("short steps: what Lathe's loop itself takes")
     return Outcome(summaries, ratios, _overhead(bench, model, template, folder), device.backend())
 
@@ -274,13 +291,18 @@ def _run_once(name: str, recipe: Path, folder: Path, bench: TrainBench) -> Run:
     log = folder / f"{name}.log"
     if name.startswith("lathe"):
         peak = run_child(
-            name, [*PYTHON, "-m", "lathe", "train", str(recipe)], log, _environment(preload=False)
+            name,
+            [*PYTHON, "-m", "lathe", "train", str(recipe), "--overwrite"],
+            log,
+            _environment(preload=False),
         )
         steps, reported = _lathe_steps(recipe, folder / name)
     else:
         out = folder / f"{name}.json"
         loop = "sorted" if name == "length_sorted" else "as_is"
         command = [*PYTHON, str(MLX_LM_CHILD), str(recipe), str(out), loop]
+        if name == PEER:
+            command = [*PYTHON, str(PEER_CHILD), str(recipe), str(out)]
         peak = run_child(name, command, log, _environment(preload=True))
         found = json.loads(out.read_text())
         steps, reported = tuple(Step(**each) for each in found["steps"]), found["peak_memory_bytes"]
@@ -345,7 +367,7 @@ def _overhead(bench: TrainBench, model: Path, template: ChatTemplate, folder: Pa
     adapter = folder / name
     written = {**_common(bench, model, rows.parent), **changes, "adapter_path": str(adapter)}
     recipe.write_text(yaml.safe_dump(written, sort_keys=False))
-    command = [*PYTHON, "-m", "lathe", "train", str(recipe)]
+    command = [*PYTHON, "-m", "lathe", "train", str(recipe), "--overwrite"]
     run_child(name, command, folder / f"{name}.log", _environment(preload=False))
     return overhead_of([line for line in rows_of(adapter) if line["kind"] == "train"])
 
@@ -396,6 +418,12 @@ def notes(outcome: Outcome) -> list[str]:
     """What a reader of the tables must know."""
     held = "resident set of the process" if outcome.backend == "cpu" else "mx.get_peak_memory"
     said = [f"peak memory: {held}; length_sorted: mlx_lm's loop with its sort by length repaired"]
+    if PEER in outcome.summaries:
+        said.append(
+            f"{PEER}: mlx-lm-lora {installed('mlx-lm-lora')}, which draws each batch anew: no pass over all rows"
+        )
+    else:
+        said.append(f"{PEER}: not measured, mlx-lm-lora is not installed (pip install mlx-lm-lora)")
     found = outcome.overhead
     said.append(
         f"Lathe's loop outside the updates: {found.outside_ms:.2f} ms a step, {found.frac:.2%} of the time of "

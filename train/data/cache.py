@@ -20,30 +20,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from serve.errors import StorageError
-from serve.model import jinja, messages, renderer, words
+from serve.model import forms, jinja, messages, renderer, retold, spans, template_rules, texts, words
 from serve.model import template as template_module
 from serve.model.template import ChatTemplate
+from train.data import rules as rules_module
 from train.data import tokens as tokens_module
 from train.data.example import Example
+from train.data.rules import TokenRules
 from train.data.tokens import Outcome, TokenizedExample
-from train.recipe.recipe import Recipe
 
-FORMAT = 1
-KNOBS = (
-    "objective",
-    "max_seq_length",
-    "excess_length_strategy",
-    "mask_prompt",
-    "roles_to_train",
-    "train_on_eos",
-    "special_tokens_in_messages",
-)
-"""Recipe keys that tokens or masks depend on."""
+FORMAT = 3
 LIBRARIES = ("tokenizers", "transformers", "mlx-lm")
 MAX_DEFAULT_BYTES = 10 * 10**9
 """Of the default folder; the files longest unused go first."""
 SUFFIX = ".tokens"
-CONTENT = ("messages", "tools", "prompt", "completion", "text", "untrained", "chosen", "rejected", "label")
+CONTENT = (
+    *("messages", "tools", "prompt", "completion", "text", "untrained", "chosen", "rejected", "label"),
+    "variables",
+)
 
 
 class Damaged(Exception):
@@ -55,12 +49,11 @@ def default_folder() -> Path:
     return Path.home() / ".cache" / "lathe" / "tokens"
 
 
-def key_of(examples: Sequence[Example], recipe: Recipe, template: ChatTemplate, tokenizer: Any) -> str:
+def key_of(examples: Sequence[Example], template: ChatTemplate, rules: TokenRules) -> str:
     """A name for what tokenizing these rows gives."""
     digest = hashlib.blake2b(digest_size=20)
-    knobs = {name: getattr(recipe, name) for name in KNOBS}
     libraries = [metadata.version(name) for name in LIBRARIES]
-    head = [FORMAT, knobs, template.hash, identity_of(tokenizer), libraries, _code_hash()]
+    head = [FORMAT, rules.as_json(template), identity_of(template.tokenizer), libraries, _code_hash()]
     digest.update(json.dumps(head, sort_keys=True).encode())
     for example in examples:
         said = [getattr(example, name) for name in CONTENT]
@@ -126,7 +119,10 @@ def _as_json(value: Any) -> Any:
 
 
 def _code_hash() -> str:
-    modules = (tokens_module, template_module, messages, jinja, renderer, words)
+    modules = (
+        *(tokens_module, rules_module, template_module, template_rules),
+        *(messages, jinja, renderer, retold, words, forms, spans, texts),
+    )
     return hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in modules)).hexdigest()
 
 
@@ -138,7 +134,7 @@ def _checksum(tensors: dict[str, np.ndarray], counts: Any) -> str:
 
 
 def _pack(outcomes: Sequence[Outcome]) -> tuple[dict[str, np.ndarray], list[Any]]:
-    """Arrays of all sequences one after the other, and [row, truncated, dropped, lost] where there is something."""
+    """Arrays of all sequences one after the other, and [row, truncated, dropped, lost, notes, told] of some rows."""
     sequences = [
         (index, place, sequence)
         for index, outcome in enumerate(outcomes)
@@ -155,9 +151,12 @@ def _pack(outcomes: Sequence[Outcome]) -> tuple[dict[str, np.ndarray], list[Any]
         ),
     }
     counts: list[Any] = [
-        [index, outcome.num_truncated, list(outcome.dropped), list(outcome.lost)]
+        [
+            *(index, outcome.num_truncated, list(outcome.dropped), list(outcome.lost)),
+            *(list(outcome.notes), dict(outcome.told)),
+        ]
         for index, outcome in enumerate(outcomes)
-        if outcome.num_truncated or outcome.dropped or outcome.lost
+        if outcome.num_truncated or outcome.dropped or outcome.lost or outcome.notes or outcome.told
     ]
     return tensors, counts
 
@@ -188,6 +187,11 @@ def _unpack(tensors: dict[str, np.ndarray], counts: list[Any], examples: Sequenc
                 )
             )
     outcomes = [Outcome(tuple(found)) for found in rows]
-    for index, num_truncated, dropped, lost in counts:
-        outcomes[index] = Outcome(tuple(rows[index]), num_truncated, tuple(dropped), lost=tuple(lost))
+    for index, num_truncated, dropped, lost, notes, told in counts:
+        outcomes[index] = Outcome(
+            *(tuple(rows[index]), num_truncated, tuple(dropped)),
+            lost=tuple(lost),
+            notes=tuple(notes),
+            told=told,
+        )
     return outcomes

@@ -12,7 +12,7 @@ from typing import Any
 from train.data.example import Example
 
 MAX_SHOWN = 3
-CONTENT = ("messages", "tools", "prompt", "completion", "text", "chosen", "rejected", "label")
+CONTENT = ("messages", "tools", "prompt", "completion", "text", "chosen", "rejected", "label", "variables")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ class Example:
     """The other answer to the same turns."""
     label: bool | None = None
     """Feedback on one answer: wanted or not. The answer is the last turn of `messages`, or `completion`."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """What the chat template is told for this row (`chat_template_kwargs`)."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns, for a reward to look at."""
 

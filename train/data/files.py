@@ -5,12 +5,14 @@ A file is read as its rows are asked for, but for .json, which is parsed whole.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from serve.errors import DataError
 from train.recipe.recipe import DatasetSource
@@ -21,6 +23,15 @@ TABLES = (".parquet", ".csv")
 """Files whose rows all have the same columns."""
 CSV_CELL_BYTES = 1 << 30
 PARQUET_BATCH_ROWS = 1024
+
+ENCODINGS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+"""First bytes of files that Windows programs write; the first that fits counts."""
+CONTAINERS = ((b"\x1f\x8b", "gzip"), (b"PAR1", "parquet"), (b"PK\x03\x04", "a zip archive"))
 
 Row = tuple[str, int, Any]
 """(source, line, row): `line` counts from 1; a row that cannot be parsed is given as its DataError."""
@@ -86,36 +97,96 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    source = str(path)
+    source, is_first = str(path), True
     try:
         with _opened(path) as lines:
+            _check_encoding(path, lines.peek(8)[:8])
             for number, raw in enumerate(lines, 1):
-                if raw.strip():
-                    yield source, number, _parsed(raw, source, number)
+                if not raw.strip():
+                    continue
+                row = _parsed(raw, source, number)
+                if is_first:
+                    _check_layout(path, raw.strip(), row, lines.peek(1))
+                    is_first = False
+                yield source, number, row
     except (gzip.BadGzipFile, EOFError) as error:
         raise DataError(f"{path}: not readable as gzip: {error}") from None
 
 
-def _opened(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path)) if path.name.endswith(".gz") else path.open("rb")
+def _opened(path: Path) -> BufferedReader:
+    return cast(BufferedReader, gzip.open(path) if path.name.endswith(".gz") else path.open("rb"))
+
+
+def _check_encoding(path: Path, head: bytes) -> None:
+    """DataError, with what to do, for a file whose first bytes say that it is none of UTF-8."""
+    kind = next((kind for mark, kind in ENCODINGS if head.startswith(mark)), None)
+    if kind is None and b"\0" in head[:4]:
+        kind = "UTF-16LE" if head[1:2] == b"\0" else "UTF-16BE"
+    if kind is not None:
+        command = f"iconv -f {kind} -t UTF-8 {path.name} > utf8{suffix_of(path)}"
+        raise DataError(f"{path}: is {kind}, not UTF-8; save it as UTF-8, for example by: {command}")
+    what = next((what for mark, what in CONTAINERS if head.startswith(mark)), None)
+    if what is not None:
+        raise DataError(f"{path}: is {what}, whatever its name says; expected UTF-8 text here")
+
+
+def _check_layout(path: Path, first: bytes, row: Any, following: bytes) -> None:
+    """DataError for a .jsonl file that has not one row a line, told by its first line and what follows."""
+    is_whole_file = not following.strip()
+    if first.startswith(b"[") and (isinstance(row, DataError) or is_whole_file):
+        raise DataError(
+            f"{path}: holds one JSON array, and a .jsonl file has one row a line; name it "
+            f"{path.name.removesuffix('.gz').removesuffix('.jsonl')}.json, which holds an array of rows"
+        )
+    if first == b"{" and following.lstrip().startswith(b'"'):
+        raise DataError(
+            f"{path}: its rows go over several lines, and a .jsonl file has each on one; write them so, or as an "
+            f"array of rows in a .json file"
+        )
+
+
+class _RepeatedKey(ValueError):
+    """A key that stands twice in one object: parsers differ in which one counts."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        values: dict[str, list[Any]] = {}
+        for name, value in pairs:
+            values.setdefault(name, []).append(value)
+        name, (first, second, *_) = next((name, given) for name, given in values.items() if len(given) > 1)
+        raise _RepeatedKey(
+            f"the key {name!r} stands twice in one object, with {first!a:.40} and {second!a:.40}; keep one"
+        )
+    return found
 
 
 def _parsed(raw: bytes, source: str, number: int) -> Any:
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_without_repeats)
     except json.JSONDecodeError as error:
         return DataError(f"{source}:{number}: not JSON: {error.msg} at column {error.colno}")
     except UnicodeDecodeError as error:
         return DataError(f"{source}:{number}: not UTF-8: {error.reason} at byte {error.start}")
+    except _RepeatedKey as error:
+        return DataError(f"{source}:{number}: {error}")
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
+    raw = path.read_bytes()
+    _check_encoding(path, raw[:8])
     try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+        rows = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_without_repeats)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+        hint = "; a file of one row a line is named .jsonl" if error.msg == "Extra data" else ""
+        raise DataError(
+            f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}{hint}"
+        ) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except _RepeatedKey as error:
+        raise DataError(f"{path}: {error}") from None
     if not isinstance(rows, list):
         raise DataError(
             f"{path}: found one {type(rows).__name__}; expected a list of rows (or one row a line in .jsonl)"
@@ -144,6 +215,8 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(CSV_CELL_BYTES)  # Python's own bound, 128 KiB, is shorter than documents
     source = str(path)
     try:
+        with path.open("rb") as file:
+            _check_encoding(path, file.read(8))
         with path.open(encoding="utf-8-sig", newline="") as file:
             cells = csv.reader(file, strict=True)
             header = _header(next(cells, []), source)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from serve.model.messages import leaves
 from train.data.example import Message
 
 SHAREGPT_ROLES = {
@@ -26,6 +28,8 @@ SHAREGPT_ROLES = {
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of an assistant's turn that hold its thoughts; transformers gives a template each under the name it reads."""
 
+_HALF = re.compile("[\ud800-\udfff]")
+
 TRAINED = ("train", "training", "weight")
 """Keys that say whether a turn is learned from: axolotl's are true or false, OpenAI's is 0 or 1."""
 
@@ -33,7 +37,32 @@ TRAINED = ("train", "training", "weight")
 def turns_of(value: Any) -> list[Any]:
     """A turn, or a list of turns in either spelling -> a list in ours; whatever is no turn stays as it is."""
     listed = [value] if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else []
-    return [_from_sharegpt(turn) if _is_sharegpt(turn) else turn for turn in listed]
+    return [_from_sharegpt(turn) if _is_sharegpt(turn) else _from_functions(turn) for turn in listed]
+
+
+def half_characters(parts: Any, row: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each key of the row with half a surrogate pair in what is used of it, which no tokenizer reads."""
+    if not any(_HALF.search(text) for text in leaves(parts)):
+        return
+    for name, text in _named(row, ""):
+        half = _HALF.search(text)
+        if half is not None:
+            yield (
+                f"{name}: found half a surrogate pair (\\u{ord(half.group()):04x}) at character {half.start() + 1}; "
+                "expected whole characters"
+            )
+
+
+def _named(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """(where it stands, text) of every text in a row."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _named(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _named(item, f"{name}.{index}")
 
 
 def problems_of(value: Any, name: str) -> Iterator[str]:
@@ -107,15 +136,20 @@ def _message_problems(message: Any) -> Iterator[str]:
         return
     if not isinstance(message.get("role"), str):
         yield f".role: found {kind_of(message.get('role'))}; expected a string"
-    content, calls = message.get("content"), message.get("tool_calls")
+    content = message.get("content")
+    calls = message.get("tool_calls") or message.get("function_call")
     if isinstance(content, (list, tuple)):
         for index, part in enumerate(content):
             if not _is_text_part(part):
                 yield f".content.{index}: found {kind_of(part)}; expected {{type: text, text: …}}"
     elif not isinstance(content, str) and not (content is None and (calls or _reasoning(message))):
         yield f".content: found {kind_of(content)}; expected a string"
-    if calls is not None and not _is_list_of_objects(calls):
-        yield f".tool_calls: found {kind_of(calls)}; expected a list of objects"
+    called = message.get("tool_calls")
+    if called is not None and not _is_list_of_objects(called):
+        yield f".tool_calls: found {kind_of(called)}; expected a list of objects"
+    legacy = message.get("function_call")
+    if legacy is not None and not isinstance(legacy, Mapping):
+        yield f".function_call: found {kind_of(legacy)}; expected an object with name and arguments"
     yield from _reasoning_problems(message)
     yield from _mark_problems(message)
 
@@ -144,6 +178,21 @@ def _is_text_part(part: Any) -> bool:
 
 def _is_list_of_objects(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, Mapping) for item in value)
+
+
+# OpenAI's earlier names
+
+
+def _from_functions(turn: Any) -> Any:
+    """A turn of `function_call`, or of role `function`, by the names that templates know."""
+    if not isinstance(turn, Mapping):
+        return turn
+    renamed = {key: value for key, value in turn.items() if key != "function_call"}
+    if isinstance(turn.get("function_call"), Mapping) and not turn.get("tool_calls"):
+        renamed["tool_calls"] = [{"type": "function", "function": dict(turn["function_call"])}]
+    if turn.get("role") == "function":
+        renamed["role"] = "tool"
+    return renamed if turn.get("function_call") or turn.get("role") == "function" else turn
 
 
 # ShareGPT

@@ -17,7 +17,9 @@ from typing import Any
 from serve.errors import DataError
 from serve.model.loading import load_tokenizer, resolve
 from serve.model.template import ChatTemplate
+from serve.model.template_rules import make_template
 from train.data.example import Example
+from train.data.rules import TokenRules
 from train.data.tokens import Outcome, tokenize_row
 from train.recipe.recipe import Recipe
 
@@ -32,9 +34,9 @@ Told = Callable[[int], None]
 
 
 def outcomes_of(
-    examples: Sequence[Example], recipe: Recipe, template: ChatTemplate, tokenizer: Any, told: Told
+    examples: Sequence[Example], recipe: Recipe, template: ChatTemplate, rules: TokenRules, told: Told
 ) -> tuple[list[Outcome], int]:
-    """(an outcome for each example, the processes that made them). `tokenizer` must be that of `recipe.model`.
+    """(an outcome for each example, the processes that made them). `template` must be of `recipe.model`, by `rules`.
 
     DataError if a worker dies, which is mostly for lack of memory.
     """
@@ -43,15 +45,15 @@ def outcomes_of(
     probed = PROBE_ROWS if asked is None else 0
     here = len(examples) if asked == 1 or len(examples) <= CHUNK_ROWS else min(probed, len(examples))
     start_s = time.perf_counter()
-    _here(examples[:here], recipe, template, tokenizer, done, told)
+    _here(examples[:here], template, rules, done, told)
     rest = examples[here:]
     if not rest:
         return done, 1
     num_processes = asked or num_cores()
     if asked is None and not _pays(time.perf_counter() - start_s, here, len(rest), num_processes):
-        _here(rest, recipe, template, tokenizer, done, told)
+        _here(rest, template, rules, done, told)
         return done, 1
-    for outcomes in _spread(rest, recipe, num_processes):
+    for outcomes in _spread(rest, recipe, rules, num_processes):
         done += outcomes
         told(len(done))
     return done, num_processes
@@ -69,21 +71,22 @@ def _pays(seconds: float, num_done: int, num_left: int, num_processes: int) -> b
 
 def _here(
     examples: Sequence[Example],
-    recipe: Recipe,
     template: ChatTemplate,
-    tokenizer: Any,
+    rules: TokenRules,
     done: list[Outcome],
     told: Told,
 ) -> None:
     for number, example in enumerate(examples, 1):
-        done.append(tokenize_row(example, template, tokenizer, recipe))
+        done.append(tokenize_row(example, template, rules))
         if number % CHUNK_ROWS == 0 or number == len(examples):
             told(len(done))
 
 
-def _spread(examples: Sequence[Example], recipe: Recipe, num_processes: int) -> Iterator[list[Outcome]]:
+def _spread(
+    examples: Sequence[Example], recipe: Recipe, rules: TokenRules, num_processes: int
+) -> Iterator[list[Outcome]]:
     chunks = [examples[begin : begin + CHUNK_ROWS] for begin in range(0, len(examples), CHUNK_ROWS)]
-    arguments = (str(resolve(recipe.model)), recipe)
+    arguments = (str(resolve(recipe.model)), recipe.trust_remote_code, rules)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(num_processes, len(chunks)), context, _start, arguments)
     try:
@@ -102,15 +105,11 @@ def _spread(examples: Sequence[Example], recipe: Recipe, num_processes: int) -> 
 _worker: dict[str, Any] = {}
 
 
-def _start(model: str, recipe: Recipe) -> None:
+def _start(model: str, trust_remote_code: bool, rules: TokenRules) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends its workers
-    tokenizer = load_tokenizer(model, trust_remote_code=recipe.trust_remote_code)
-    template = ChatTemplate(tokenizer, recipe.special_tokens_in_messages)
-    _worker.update(tokenizer=tokenizer, template=template, recipe=recipe)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    _worker.update(template=make_template(tokenizer, rules.template), rules=rules)
 
 
 def _tokenize(examples: Sequence[Example]) -> list[Outcome]:
-    return [
-        tokenize_row(example, _worker["template"], _worker["tokenizer"], _worker["recipe"])
-        for example in examples
-    ]
+    return [tokenize_row(example, _worker["template"], _worker["rules"]) for example in examples]

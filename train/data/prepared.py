@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,6 +19,7 @@ from serve.model.template import ChatTemplate
 from train.data import cache
 from train.data.example import Example
 from train.data.parallel import Told, outcomes_of
+from train.data.rules import TokenRules
 from train.data.tokens import Outcome, TokenizedExample, TokenizeReport, collect
 from train.recipe.recipe import Recipe
 
@@ -41,16 +41,16 @@ def prepare_rows(
     examples: Sequence[Example],
     recipe: Recipe,
     template: ChatTemplate,
-    tokenizer: Any,
+    rules: TokenRules,
     console: Console | None = None,
 ) -> Prepared:
     """Tokenize a split, or take it from the cache; `name` is the split's. DataError as `tokens.tokenize`."""
     unique = list({id(example): example for example in examples}.values())
     folder = Path(recipe.dataset_prepared_path or cache.default_folder()).expanduser()
-    path = folder / f"{cache.key_of(unique, recipe, template, tokenizer)}{cache.SUFFIX}"
+    path = folder / f"{cache.key_of(unique, template, rules)}{cache.SUFFIX}"
     outcomes, notes = _from_cache(name, path, unique)
     if outcomes is None:
-        outcomes, made = _tokenized(name, path, unique, recipe, template, tokenizer, console)
+        outcomes, made = _tokenized(name, path, unique, recipe, template, rules, console)
         notes += made
     if recipe.on_bad_row == "drop":
         outcomes = [without_problems(outcome, e) for outcome, e in zip(outcomes, unique, strict=True)]
@@ -87,12 +87,12 @@ def _tokenized(
     examples: Sequence[Example],
     recipe: Recipe,
     template: ChatTemplate,
-    tokenizer: Any,
+    rules: TokenRules,
     console: Console | None,
 ) -> tuple[list[Outcome], tuple[str, ...]]:
     start_s = time.perf_counter()
     with _bar(f"tokenize {name}", len(examples), console) as told:
-        outcomes, num_processes = outcomes_of(examples, recipe, template, tokenizer, told)
+        outcomes, num_processes = outcomes_of(examples, recipe, template, rules, told)
     seconds = time.perf_counter() - start_s
     said = f"{name}: {len(examples):,} rows tokenized in {seconds:.2f} s"
     said += f" by {num_processes} processes" if num_processes > 1 else ""

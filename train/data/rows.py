@@ -10,6 +10,7 @@ from typing import Any
 from serve.errors import DataError
 from train.data.example import Example, Message
 from train.data.messages import (
+    half_characters,
     kind_of,
     no_turn_of,
     parse_json_list,
@@ -101,7 +102,10 @@ class _Row:
 
 
 def parse_row(row: Any, rules: Rules, source: str, line: int) -> Example:
-    """The Example of a row. DataError, a line for each problem, each starting with `source:line`."""
+    """The Example of a row. DataError, a line for each problem, each starting with `source:line`.
+
+    A key that changes what the row means is used, or refused by its name; others are left alone.
+    """
     place = f"{source}:{line}"
     if not isinstance(row, Mapping):
         raise DataError(f"{place}: found {kind_of(row)}; expected an object with keys")
@@ -110,6 +114,10 @@ def parse_row(row: Any, rules: Rules, source: str, line: int) -> Example:
         raise DataError(f"{place}: {unusable(row, rules)}")
     taken = _Row(row, rules)
     _PARSERS[kind](taken)
+    if kind != "text":
+        _beside(taken)
+    if not taken.problems:
+        taken.problems += half_characters(taken.parts, row)
     if taken.problems:
         raise DataError("\n".join(f"{place}: {problem}" for problem in taken.problems))
     return Example(source=source, line=line, **taken.parts)
@@ -199,13 +207,7 @@ def _chat(taken: _Row, name: str | None = None) -> None:
 
 
 def _sharegpt(taken: _Row) -> None:
-    name = CONVERSATIONS if CONVERSATIONS in taken.row else taken.entry.chat_feature
-    _chat(taken, name)
-    system = taken.get("system")
-    messages = taken.parts.get("messages", ())
-    if isinstance(system, str) and system and messages and messages[0]["role"] != "system":
-        taken.parts["messages"] = ({"role": "system", "content": system}, *messages)
-        taken.parts["untrained"] = tuple(index + 1 for index in taken.parts["untrained"])
+    _chat(taken, CONVERSATIONS if CONVERSATIONS in taken.row else taken.entry.chat_feature)
 
 
 def _completion(taken: _Row) -> None:
@@ -225,14 +227,30 @@ def _text(taken: _Row) -> None:
 
 
 def _alpaca(taken: _Row) -> None:
-    """instruction, then input if there is any, as the user's turn; output as the assistant's."""
+    """instruction, then input if there is any, as the user's turn; output as the assistant's; history before both."""
     asked, answer = _instruction(taken), taken.text("output")
-    system = taken.get("system")
-    if isinstance(system, str) and system:
-        turns = [("system", system), ("user", asked), ("assistant", answer)]
-        taken.converse([{"role": role, "content": words} for role, words in turns])
+    earlier = list(_history(taken))
+    if earlier:
+        taken.converse(
+            [*earlier, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        )
     else:
         taken.parts["prompt"], taken.parts["completion"] = asked, answer
+
+
+def _history(taken: _Row) -> Iterator[Message]:
+    """The turns of alpaca's `history`: a list of [question, answer]."""
+    history = parse_json_list(taken.get("history"))
+    if not history:
+        return
+    pairs = history if isinstance(history, (list, tuple)) else [history]
+    for index, pair in enumerate(pairs):
+        is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(w, str) for w in pair)
+        if not is_pair:
+            taken.problems.append(f"history.{index}: found {kind_of(pair)}; expected [question, answer]")
+            return
+        yield {"role": "user", "content": pair[0]}
+        yield {"role": "assistant", "content": pair[1]}
 
 
 def _instruction(taken: _Row) -> str:
@@ -275,7 +293,12 @@ def _before(taken: _Row, required: bool) -> None:
     elif taken.row.get(chat) is not None:
         taken.parts["messages"] = without_marks(taken.turns(chat))
     elif taken.row.get("instruction") is not None:
-        taken.parts["prompt"] = _instruction(taken)
+        asked = _instruction(taken)
+        earlier = tuple(_history(taken))
+        if earlier:
+            taken.parts["messages"] = (*earlier, {"role": "user", "content": asked})
+        else:
+            taken.parts["prompt"] = asked
     elif required:
         taken.problems.append(
             f"{prompt}: found nothing; expected the prompt of both answers (or whole conversations in "
@@ -362,6 +385,80 @@ def _prompt(taken: _Row) -> None:
             [] if taken.problems else [f"{taken.entry.prompt_feature}: found nothing; expected text"]
         )
     taken.parts["fields"] = {str(k): v for k, v in taken.row.items() if k not in taken.used}
+
+
+# Keys beside them that change what a row means
+
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+
+def _beside(taken: _Row) -> None:
+    _system(taken)
+    _functions(taken)
+    variables = taken.get("chat_template_kwargs")
+    if isinstance(variables, Mapping):
+        taken.parts["variables"] = {name: value for name, value in variables.items() if value is not None}
+    elif variables is not None:
+        taken.problems.append(f"chat_template_kwargs: found {kind_of(variables)}; expected an object")
+    for name in MEDIA:
+        if _is_there(taken.get(name)):
+            taken.problems.append(
+                f"{name}: found {kind_of(taken.row[name])}; training reads text alone, and answers may rest on it: "
+                f"take such rows out, or the key"
+            )
+    if _is_there(taken.row.get("history")) and "history" not in taken.used:
+        taken.problems.append(
+            "history: only rows of instruction and output have one; write its turns as messages"
+        )
+    if "fields" in taken.parts:
+        taken.parts["fields"] = {k: v for k, v in taken.parts["fields"].items() if k not in taken.used}
+
+
+def _system(taken: _Row) -> None:
+    """A `system` beside the turns is their first."""
+    system = taken.get("system")
+    if not _is_there(system):
+        return
+    if not isinstance(system, str):
+        taken.problems.append(f"system: found {kind_of(system)}; expected a string")
+        return
+    messages = _conversation_of(taken)
+    if messages and messages[0]["role"] in ("system", "developer"):
+        if str(messages[0].get("content")).strip() != system.strip():
+            taken.problems.append(
+                f"system: found {kind_of(system)}, and other words in the conversation's own"
+            )
+        return
+    if messages:
+        taken.parts["messages"] = ({"role": "system", "content": system}, *messages)
+        taken.parts["untrained"] = tuple(index + 1 for index in taken.parts.get("untrained", ()))
+
+
+def _conversation_of(taken: _Row) -> tuple[Message, ...]:
+    """The row's turns; a prompt and a completion become some."""
+    prompt, completion = taken.parts.pop("prompt", None), taken.parts.pop("completion", None)
+    if prompt is not None:
+        asked = ({"role": "user", "content": prompt},)
+        answer = () if completion is None else ({"role": "assistant", "content": completion},)
+        taken.parts["messages"] = (*asked, *answer)
+    return tuple(taken.parts.get("messages", ()))
+
+
+def _functions(taken: _Row) -> None:
+    """OpenAI's earlier name for tools."""
+    functions = parse_json_list(taken.get("functions"))
+    if not _is_there(functions):
+        return
+    if "tools" in taken.parts:
+        taken.problems.append("functions: found beside tools; they mean the same, write one")
+    elif not isinstance(functions, (list, tuple)) or not all(isinstance(f, Mapping) for f in functions):
+        taken.problems.append(f"functions: found {kind_of(functions)}; expected a list of objects")
+    else:
+        taken.parts["tools"] = tuple({"type": "function", "function": dict(f)} for f in functions)
+
+
+def _is_there(value: Any) -> bool:
+    return value is not None and value != "" and value != [] and value != {}
 
 
 _PARSERS: Mapping[str, Callable[[_Row], None]] = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from rich.text import Text
 from serve.errors import ConfigError, RequestError
 from serve.model.loading import load_tokenizer
 from serve.model.template import ChatTemplate
+from serve.model.template_rules import make_template
 from train.data.example import Example
 from train.data.files import Split
+from train.data.rules import TokenRules
 from train.data.sources import read
 from train.data.stream import first_rows, is_streamed
 from train.data.tokens import Outcome, TokenizedExample, tokenize_row, whole_rows
@@ -56,14 +59,21 @@ class Turn:
 
 
 def show(
-    recipe: Recipe, console: Console, *, split: Split = "train", rows: int = 3, row: int | None = None
+    recipe: Recipe,
+    console: Console,
+    *,
+    split: Split = "train",
+    rows: int = 3,
+    row: int | None = None,
+    today: date | None = None,
 ) -> None:
-    """Print the first `rows` rows of a split, or row `row` (from 1) alone.
+    """Print the first `rows` rows of a split, or row `row` (from 1) alone; `today` is the day a template prints.
 
     DataError as `sources.read`, ConfigError for a row that is not there. Rows that are dropped are shown too.
     """
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    template = ChatTemplate(tokenizer, recipe.special_tokens_in_messages)
+    rules = TokenRules.of_recipe(recipe, today or date.today())
+    template = make_template(tokenizer, rules.template)
     examples, total = _examples(recipe, split, rows if row is None else row)
     numbers = range(1, min(rows, len(examples)) + 1) if row is None else [row]
     if row is not None and row > len(examples):
@@ -73,7 +83,7 @@ def show(
         f"objective {recipe.objective}; tokens that loss counts are {marked}; ⏎ is a newline", style="dim"
     )
     for number in numbers:
-        view = _RowView(examples[number - 1], template, tokenizer, recipe)
+        view = _RowView(examples[number - 1], template, rules)
         console.print()
         title = f"{view.example.place}  {split} row {number:,}" + (
             f" of {total:,}" if total else " of a stream"
@@ -102,19 +112,19 @@ def _examples(recipe: Recipe, split: Split, count: int) -> tuple[Sequence[Exampl
 class _RowView:
     """One row: what it becomes, and what it would be without a limit."""
 
-    def __init__(self, example: Example, template: ChatTemplate, tokenizer: Any, recipe: Recipe) -> None:
+    def __init__(self, example: Example, template: ChatTemplate, rules: TokenRules) -> None:
         self.example = example
-        self._template, self._tokenizer, self._recipe = template, tokenizer, recipe
-        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._template, self._rules = template, rules
+        added = getattr(template.tokenizer, "added_tokens_decoder", {})
         self._special = {int(number) for number, token in added.items() if token.special}
-        self.outcome: Outcome = tokenize_row(example, template, tokenizer, recipe)
+        self.outcome: Outcome = tokenize_row(example, template, rules)
         refused = bool(self.outcome.problems) and not self._is_too_long()
-        self.whole = [] if refused else whole_rows(example, template, tokenizer, recipe)
+        self.whole = [] if refused else whole_rows(example, template, rules)
 
     def _is_too_long(self) -> bool:
         """Whether `raise` is all that is wrong with it."""
-        lenient = self._recipe.model_copy(update={"excess_length_strategy": "truncate"})
-        return not tokenize_row(self.example, self._template, self._tokenizer, lenient).problems
+        lenient = replace(self._rules, excess_length_strategy="truncate")
+        return not tokenize_row(self.example, self._template, lenient).problems
 
     def lines(self, console: Console) -> Iterator[Any]:
         """What to print, top to bottom."""
@@ -124,6 +134,7 @@ class _RowView:
             yield Text(f"not trained on: {reason}", style="yellow")
         for name in self.outcome.lost:
             yield Text(f"the chat template leaves out {name}", style="yellow")
+        yield from (Text(note, style="yellow") for note in self.outcome.notes)
         if self.example.label is not None:
             yield Text(
                 f"label: this answer is {'wanted' if self.example.label else 'not wanted'}", style="bold"
@@ -149,8 +160,8 @@ class _RowView:
 
     def _limit(self, sequence: TokenizedExample) -> int:
         """Tokens of it that are trained; all where pieces are made of it."""
-        is_split = self._recipe.excess_length_strategy == "split"
-        return len(sequence) if is_split else min(self._recipe.max_seq_length, len(sequence))
+        is_split = self._rules.excess_length_strategy == "split"
+        return len(sequence) if is_split else min(self._rules.max_seq_length, len(sequence))
 
     def _cut_line(self, sequence: TokenizedExample, limit: int) -> str:
         rest = len(sequence) - limit
@@ -181,7 +192,12 @@ class _RowView:
     def _common(self, messages: Sequence[Mapping[str, Any]], ids: Sequence[int]) -> int:
         """Tokens that these turns share with the sequence; 0 if the template refuses them alone."""
         try:
-            alone = self._template.render(messages, tools=self.example.tools, add_generation_prompt=False)
+            alone = self._template.render(
+                messages,
+                tools=self.example.tools,
+                variables={**self.example.variables, **self.outcome.told},
+                add_generation_prompt=False,
+            )
         except RequestError:
             return 0
         differ = (i for i, (one, other) in enumerate(zip(alone, ids, strict=False)) if one != other)
@@ -202,7 +218,7 @@ class _RowView:
                 begin = i
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False)) if ids else ""
+        return str(self._template.tokenizer.decode(list(ids), skip_special_tokens=False)) if ids else ""
 
 
 def _has_colour(console: Console) -> bool:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from serve.model.loading import load_tokenizer
 from serve.model.template import ChatTemplate
+from serve.model.template_rules import make_template
 from train.data.bad_rows import BadRows
 from train.data.batches import WINDOW_BATCHES
 from train.data.duplicates import DuplicateReport, content_key, report
 from train.data.example import Example
 from train.data.prepared import prepare_rows
+from train.data.rules import TokenRules
 from train.data.sources import read, read_corpus, streamed_validation
 from train.data.stream import StreamedRows, is_streamed
 from train.data.tokens import TokenizedExample, TokenizeReport
@@ -49,19 +50,19 @@ class Splits:
 
 
 def read_splits(
-    recipe: Recipe, tokenizer: Any, template: ChatTemplate, console: Console | None = None
+    recipe: Recipe, template: ChatTemplate, rules: TokenRules, console: Console | None = None
 ) -> Splits:
     """The splits a recipe asks for; `console` shows progress. DataError as `sources.read` and `tokens.tokenize`."""
 
     def prepared(name: str, examples: list[Example], bad: Iterable[str]) -> Split:
-        made = prepare_rows(name, examples, recipe, template, tokenizer, console)
+        made = prepare_rows(name, examples, recipe, template, rules, console)
         return Split(name, examples, made.rows, made.report, (*bad, *made.notes))
 
     wants_valid = bool(recipe.val_batches)
     if is_streamed(recipe):
         bad_valid = BadRows(recipe.on_bad_row)
         held_out = streamed_validation(recipe, bad_valid) if wants_valid or recipe.val_set_size else []
-        train, duplicates = _streamed(recipe, held_out), report([], held_out)
+        train, duplicates = _streamed(recipe, rules, held_out), report([], held_out)
         notes = tuple(bad_valid.lines("valid"))
     else:
         corpus = read_corpus(recipe)
@@ -79,14 +80,15 @@ def read_splits(
     )
 
 
-def _streamed(recipe: Recipe, held_out: Sequence[Example]) -> Split:
-    def tools() -> tuple[ChatTemplate, Any]:
-        own = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-        return ChatTemplate(own, recipe.special_tokens_in_messages), own
+def _streamed(recipe: Recipe, rules: TokenRules, held_out: Sequence[Example]) -> Split:
+    def own_template() -> ChatTemplate:
+        tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        return make_template(tokenizer, rules.template)
 
     rows = StreamedRows(
         recipe,
-        tools,
+        rules,
+        own_template,
         window_rows=rows_per_batch(recipe) * WINDOW_BATCHES,
         first=int(recipe.val_set_size),
         held_out=[content_key(example) for example in held_out],

@@ -13,11 +13,11 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from threading import Thread
-from typing import Any, overload
+from typing import overload
 
 from serve.errors import DataError
 from serve.model.template import ChatTemplate
@@ -25,6 +25,7 @@ from train.data import cache
 from train.data.batches import WINDOW_BATCHES, Batch, BatchPlan, collate
 from train.data.duplicates import content_key
 from train.data.example import Example
+from train.data.rules import TokenRules
 from train.data.sources import stream_examples
 from train.data.tokens import Outcome, TokenizedExample, TokenizeReport, collect, tokenize_row
 from train.recipe.recipe import Recipe
@@ -35,8 +36,8 @@ HELD_OUT = "stands in the validation rows too"
 NOT_USABLE = "not usable as it stands"
 KEPT_WINDOWS = 3
 
-Tools = Callable[[], tuple[ChatTemplate, Any]]
-"""Makes a template and its tokenizer. The reading thread has its own: a tokenizer serves one thread at a time."""
+MakeTemplate = Callable[[], ChatTemplate]
+"""The reading thread has its own template, over its own tokenizer: a tokenizer serves one thread at a time."""
 
 
 @dataclass
@@ -61,7 +62,8 @@ class StreamedRows(Sequence[TokenizedExample]):
     def __init__(
         self,
         recipe: Recipe,
-        tools: Tools,
+        rules: TokenRules,
+        make_template: MakeTemplate,
         window_rows: int,
         first: int = 0,
         held_out: Collection[bytes] = (),
@@ -71,8 +73,9 @@ class StreamedRows(Sequence[TokenizedExample]):
         self.window_rows = window_rows
         self._recipe = recipe
         self._raises = recipe.on_bad_row == "raise"
-        self._tools = tools
-        self._made_tools: tuple[ChatTemplate, Any] | None = None
+        self._rules = rules
+        self._make_template = make_template
+        self._made_template: ChatTemplate | None = None
         self._first = first
         self._held_out = frozenset(held_out)
         self._max_barren_rows = max_barren_rows
@@ -175,9 +178,7 @@ class StreamedRows(Sequence[TokenizedExample]):
         self._start_over()
         self._source = islice(self._examples(), num_read - 1, None)
         last = next(self._source)
-        rows = (
-            [] if isinstance(last, DataError) else tokenize_row(last, *self._own_tools(), self._recipe).rows
-        )
+        rows = [] if isinstance(last, DataError) else self._tokenized(last).rows
         if len(rows) < num_over:
             self._start_over()  # other rows than those the marks were made of
             return False
@@ -208,15 +209,18 @@ class StreamedRows(Sequence[TokenizedExample]):
     def _made_of(self) -> str:
         """Of everything that where a window ends depends on."""
         if self._made_of_hash is None:
-            tokens = cache.key_of([], self._recipe, *self._own_tools())
+            tokens = cache.key_of([], self._template(), self._rules)
             said = repr((self.window_rows, self.identity, tokens))
             self._made_of_hash = hashlib.sha256(said.encode()).hexdigest()
         return self._made_of_hash
 
-    def _own_tools(self) -> tuple[ChatTemplate, Any]:
-        if self._made_tools is None:
-            self._made_tools = self._tools()
-        return self._made_tools
+    def _template(self) -> ChatTemplate:
+        if self._made_template is None:
+            self._made_template = self._make_template()
+        return self._made_template
+
+    def _tokenized(self, example: Example) -> Outcome:
+        return tokenize_row(example, self._template(), self._rules)
 
     def _examples(self) -> Iterator[Example | DataError]:
         return islice(stream_examples(self._recipe), self._first, None)
@@ -263,11 +267,11 @@ class StreamedRows(Sequence[TokenizedExample]):
         if self._held_out and content_key(example) in self._held_out:
             self._drop(HELD_OUT, example.place)
             return ()
-        outcome = tokenize_row(example, *self._own_tools(), self._recipe)
+        outcome = self._tokenized(example)
         if outcome.problems and is_first and self._raises:
             raise DataError("\n".join(outcome.problems))
         read.examples.append(example)
-        read.outcomes.append(Outcome(outcome.rows, outcome.num_truncated, outcome.dropped, lost=outcome.lost))
+        read.outcomes.append(replace(outcome, problems=()))
         for reason in (*outcome.dropped, *outcome.problems):
             self._drop(reason, example.place)
         return outcome.rows

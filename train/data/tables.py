@@ -66,12 +66,14 @@ def dropped_lines(split: Split) -> Iterator[str]:
 
 
 def template_lines(split: Split) -> Iterator[str]:
-    """What rows say and the chat template has no place for, once each."""
+    """What rows say and the chat template has no place for, and what was changed of them, once each."""
     for name, (count, first) in split.report.lost.items():
         yield (
             f"{split.name}: the chat template leaves out {name} in {count:,} rows (first: {first}); "
             f"what is trained does not hold it"
         )
+    for note, (count, first) in split.report.notes.items():
+        yield f"{split.name}: {count:,} rows {note} (first: {first})"
 
 
 def duplicate_lines(found: DuplicateReport) -> Iterator[str]:

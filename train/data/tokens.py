@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from serve.errors import DataError, RequestError
+from serve.model.forms import missing_calls
 from serve.model.template import ChatTemplate, Supervised
+from serve.model.texts import brings_beginning, brings_end, encode_text
 from train.data.example import Example, Message
 from train.data.messages import REASONING
-from train.recipe.recipe import Recipe
+from train.data.rules import TokenRules
 
 MAX_PROBLEMS = 20
 NOT_SUPERVISED = "nothing in it is supervised"
 CUT_AWAY = "nothing supervised is left within max_seq_length"
+ENDLESS = "end their answers with no token of the chat template's, so where to stop is not learned"
 NO_DIFFERENCE = "chosen and rejected are the same, so nothing is preferred"
 
 
@@ -61,13 +66,18 @@ class TokenizedExample:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one row: sequences, and what was not kept. `lost` names what the chat template leaves out."""
+    """What became of one row: sequences, and what was not kept."""
 
     rows: tuple[TokenizedExample, ...] = ()
     num_truncated: int = 0
     dropped: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
+    """What it says and the chat template leaves out."""
+    notes: tuple[str, ...] = ()
+    """What was changed of it."""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """Variables that the chat template was given for it, besides those that were asked for."""
 
 
 @dataclass
@@ -101,7 +111,10 @@ class TokenizeReport:
     lost: dict[str, tuple[int, str]] = field(
         default_factory=dict
     )  # what the template leaves out -> rows, the first
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)  # what was changed -> rows, the first
     sources: dict[str, SourceCounts] = field(default_factory=dict)  # file or hub split -> its share
+    told: dict[str, Any] = field(default_factory=dict)
+    """Variables that most rows' chat templates were given besides those asked for: serving must give them too."""
 
     @property
     def num_without_targets(self) -> int:
@@ -110,21 +123,21 @@ class TokenizeReport:
 
 
 def tokenize(
-    examples: Sequence[Example], template: ChatTemplate, tokenizer: Any, recipe: Recipe
+    examples: Sequence[Example], template: ChatTemplate, rules: TokenRules
 ) -> tuple[list[TokenizedExample], TokenizeReport]:
     """Tokenize every example as serving would.
 
     DataError names the rows the chat template refuses (up to 20), and under `excess_length_strategy: raise` those
     that are longer than `max_seq_length`. Rows with nothing to learn from are dropped, and counted in the report.
     """
-    return collect(examples, (tokenize_row(example, template, tokenizer, recipe) for example in examples))
+    return collect(examples, (tokenize_row(example, template, rules) for example in examples))
 
 
-def tokenize_row(example: Example, template: ChatTemplate, tokenizer: Any, recipe: Recipe) -> Outcome:
+def tokenize_row(example: Example, template: ChatTemplate, rules: TokenRules) -> Outcome:
     """The sequences of one row, within `max_seq_length`; what is wrong with it stands in the outcome."""
     try:
-        whole = whole_rows(example, template, tokenizer, recipe)
-        lost = tuple(_lost(example, whole, tokenizer))
+        whole, told = _whole_rows(example, template, rules)
+        lost = tuple(_lost(example, whole, template, rules))
     except RequestError as error:
         return Outcome(problems=(f"{example.place}: {error}",))
     kept: list[TokenizedExample] = []
@@ -132,14 +145,17 @@ def tokenize_row(example: Example, template: ChatTemplate, tokenizer: Any, recip
     problems: list[str] = []
     num_truncated = 0
     for row in whole:
-        pieces, reason = _fit(row, recipe)
+        pieces, reason = _fit(row, rules)
         kept += pieces
         num_truncated += len(pieces) == 1 and pieces[0].num_tokens < row.num_tokens
-        if reason and _is_refused(row, recipe):
+        if reason and _is_refused(row, rules):
             problems.append(f"{example.place}: {reason}")
         elif reason:
             dropped.append(reason)
-    return Outcome(tuple(kept), num_truncated, tuple(dropped), tuple(problems), lost)
+    notes = tuple(_notes(example, template, told))
+    if _is_endless(example, whole, template, rules):
+        notes = (*notes, ENDLESS)
+    return Outcome(tuple(kept), num_truncated, tuple(dropped), tuple(problems), lost, notes, told)
 
 
 def collect(
@@ -149,6 +165,8 @@ def collect(
     kept: list[TokenizedExample] = []
     places: dict[str, list[str]] = {}
     lost: dict[str, tuple[int, str]] = {}
+    notes: dict[str, tuple[int, str]] = {}
+    told: list[Mapping[str, Any]] = []
     sources: dict[str, SourceCounts] = {}
     problems: list[str] = []
     for example, outcome in zip(examples, outcomes, strict=False):
@@ -156,79 +174,102 @@ def collect(
         problems += outcome.problems
         for reason in outcome.dropped:
             places.setdefault(reason, []).append(example.place)
-        for name in outcome.lost:
-            count, first = lost.get(name, (0, example.place))
-            lost[name] = (count + 1, first)
+        for counts, names in ((lost, outcome.lost), (notes, outcome.notes)):
+            for name in names:
+                count, first = counts.get(name, (0, example.place))
+                counts[name] = (count + 1, first)
+        told += [outcome.told] * len(outcome.rows)
         _count(sources.setdefault(example.source, SourceCounts()), outcome)
         if len(problems) >= MAX_PROBLEMS:
             break
     if problems:
         raise DataError("\n".join(problems))
-    return kept, _report(kept, places, lost, sources)
+    return kept, replace(_report(kept, places, lost, sources), notes=notes, told=_of_most(told))
+
+
+def _of_most(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    counts = Counter(json.dumps(variables, sort_keys=True) for variables in told)
+    most, count = next(iter(counts.most_common(1)), ("{}", 0))
+    return dict(json.loads(most)) if 2 * count > len(told) else {}
 
 
 # A row's sequences, before any cut
 
 
-def whole_rows(
-    example: Example, template: ChatTemplate, tokenizer: Any, recipe: Recipe
-) -> list[TokenizedExample]:
+def whole_rows(example: Example, template: ChatTemplate, rules: TokenRules) -> list[TokenizedExample]:
     """A row's sequences of any length, with or without targets. RequestError if the chat template refuses it."""
+    return _whole_rows(example, template, rules)[0]
+
+
+def _whole_rows(
+    example: Example, template: ChatTemplate, rules: TokenRules
+) -> tuple[list[TokenizedExample], Mapping[str, Any]]:
+    """(the row's sequences, what the template was told for the last of them)."""
     if example.chosen is not None and example.rejected is not None:
-        chosen, rejected = (
-            _marked(_after_prompt(example, answer, template, tokenizer, recipe), example)
-            for answer in (example.chosen, example.rejected)
-        )
-        return [TokenizedExample(chosen.token_ids, chosen.is_target, *_at(example), rejected=rejected)]
-    if recipe.objective == "grpo":
-        prompt = _prompt(example, template, tokenizer)
+        answers = (example.chosen, example.rejected)
+        pair = [_after_prompt(example, answer, template, rules) for answer in answers]
+        if pair[0].variables != pair[1].variables:
+            raise RequestError(
+                "one answer has thoughts and the other has none, which the chat template asks for in different ways"
+            )
+        chosen, rejected = (_marked(sequence, example) for sequence in pair)
+        row = TokenizedExample(chosen.token_ids, chosen.is_target, *_at(example), rejected=rejected)
+        return [row], pair[0].variables
+    if rules.objective == "grpo":
+        prompt = _prompt(example, template)
         is_target = np.zeros(len(prompt), bool)
-        return [TokenizedExample(prompt, is_target, *_at(example), fields=example.fields)]
-    found = [_marked(sequence, example) for sequence in _sequences(example, template, tokenizer, recipe)]
+        return [TokenizedExample(prompt, is_target, *_at(example), fields=example.fields)], {}
+    sequences = list(_sequences(example, template, rules))
+    found = [_marked(sequence, example) for sequence in sequences]
+    told = sequences[-1].variables if sequences else {}
     if example.label is None:
-        return found
+        return found, told
     if len(found) != 1:
         raise RequestError("the answer is not one sequence; expected one assistant turn after its prompt")
-    return [TokenizedExample(found[0].token_ids, found[0].is_target, *_at(example), label=example.label)]
+    row = TokenizedExample(found[0].token_ids, found[0].is_target, *_at(example), label=example.label)
+    return [row], told
 
 
 def _at(example: Example) -> tuple[str, int]:
     return example.source, example.line
 
 
-def _sequences(
-    example: Example, template: ChatTemplate, tokenizer: Any, recipe: Recipe
-) -> Iterator[Supervised]:
+def _sequences(example: Example, template: ChatTemplate, rules: TokenRules) -> Iterator[Supervised]:
     """A row's sequences with what loss may use."""
     messages = example.as_messages()
     if messages is None or (example.messages is None and not template.exists):
-        yield _raw(example, tokenizer, recipe)
-    elif recipe.mask_prompt:
+        yield _raw(example, template, rules)
+    elif rules.mask_prompt:
         found = template.supervise(
             messages,
             tools=example.tools,
-            roles=recipe.roles_to_train,
-            train_on_eos=recipe.train_on_eos,
+            variables=example.variables,
+            roles=rules.roles_to_train,
+            train_on_eos=rules.train_on_eos,
             skip=example.untrained,
         )
-        yield from found or [Supervised(template.render(messages, tools=example.tools), ())]
+        options = {"tools": example.tools, "variables": example.variables}
+        yield from found or [Supervised(template.render(messages, **options), ())]
     else:
-        ids = template.render(messages, tools=example.tools, add_generation_prompt=False)
+        ids = template.render(
+            messages, tools=example.tools, variables=example.variables, add_generation_prompt=False
+        )
         yield Supervised(ids, ((0, len(ids)),))
 
 
 def _after_prompt(
-    example: Example, answer: Sequence[Message], template: ChatTemplate, tokenizer: Any, recipe: Recipe
+    example: Example, answer: Sequence[Message], template: ChatTemplate, rules: TokenRules
 ) -> Supervised:
     """One answer of a pair after the prompt of both; the answer alone is supervised."""
     before = example.as_messages() or ()
     if example.messages is None and not template.exists:
         completion = str(answer[-1]["content"])
-        return _raw(Example(*_at(example), prompt=example.prompt, completion=completion), tokenizer, recipe)
+        return _raw(Example(*_at(example), prompt=example.prompt, completion=completion), template, rules)
     found = template.supervise(
         [*before, *answer],
         tools=example.tools,
-        train_on_eos=recipe.train_on_eos,
+        variables=example.variables,
+        train_on_eos=rules.train_on_eos,
         skip=range(len(before)),
     )
     if len(found) != 1:
@@ -239,27 +280,29 @@ def _after_prompt(
     return found[0]
 
 
-def _prompt(example: Example, template: ChatTemplate, tokenizer: Any) -> np.ndarray:
+def _prompt(example: Example, template: ChatTemplate) -> np.ndarray:
     messages = example.as_messages() or ()
     if example.messages is None and not template.exists:
-        return np.array(tokenizer.encode(example.prompt), np.int32)
-    return np.array(template.render(messages, tools=example.tools), np.int32)
+        return np.array(encode_text(template.tokenizer, str(example.prompt)), np.int32)
+    return np.array(template.render(messages, tools=example.tools, variables=example.variables), np.int32)
 
 
-def _raw(example: Example, tokenizer: Any, recipe: Recipe) -> Supervised:
-    """Text, or prompt and completion for a tokenizer without a chat template; the end token closes both."""
+def _raw(example: Example, template: ChatTemplate, rules: TokenRules) -> Supervised:
+    """Text, or prompt and completion for a tokenizer without a chat template; one end token closes both."""
+    tokenizer = template.tokenizer
     if example.text is not None:
-        ids, start = list(tokenizer.encode(example.text)), 0
+        said, ids, start = example.text, list(encode_text(tokenizer, example.text)), 0
         end_is_target = True
     else:
-        prompt = list(tokenizer.encode(example.prompt))
-        ids = [*prompt, *tokenizer.encode(example.completion, add_special_tokens=False)]
-        start = len(prompt) if recipe.mask_prompt else 0
-        end_is_target = not recipe.mask_prompt or recipe.train_on_eos != "none"
-    if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-        ids.append(tokenizer.eos_token_id)
-    stop = len(ids) if end_is_target or tokenizer.eos_token_id is None else len(ids) - 1
-    return Supervised(tuple(ids), ((start, stop),))
+        said, prompt = str(example.completion), encode_text(tokenizer, str(example.prompt))
+        ids = [*prompt, *tokenizer.encode(said, add_special_tokens=False)]
+        start = len(prompt) if rules.mask_prompt else 0
+        end_is_target = not rules.mask_prompt or rules.train_on_eos != "none"
+    end = tokenizer.eos_token_id
+    if end is not None and not brings_end(tokenizer, said):
+        ids.append(end)
+    is_cut = not end_is_target and bool(ids) and ids[-1] == end
+    return Supervised(tuple(ids), ((start, len(ids) - 1 if is_cut else len(ids)),))
 
 
 def _marked(sequence: Supervised, example: Example) -> TokenizedExample:
@@ -270,37 +313,84 @@ def _marked(sequence: Supervised, example: Example) -> TokenizedExample:
     return TokenizedExample(np.array(sequence.token_ids, np.int32), is_target, *_at(example))
 
 
-def _lost(example: Example, rows: Sequence[TokenizedExample], tokenizer: Any) -> Iterator[str]:
-    """What the row says and its sequences do not, because the chat template has no place for it."""
-    words = dict(_structured(example))
-    if not words:
+def _lost(
+    example: Example, rows: Sequence[TokenizedExample], template: ChatTemplate, rules: TokenRules
+) -> Iterator[str]:
+    """What the row says and its sequences do not, because the chat template has no place for it.
+
+    What a turn says that is learned is looked for among the targets: a call's name stands in the list of tools too.
+    """
+    turns = list(_structured(example, rules))
+    if not turns and not example.tools:
         return
-    texts = [tokenizer.decode(s.token_ids.tolist()) for row in rows for s in row.sequences]
-    seen = "".join("".join(texts).split())
-    yield from (name for name, said in words.items() if not all("".join(w.split()) in seen for w in said))
+    tokenizer = template.tokenizer
+    sequences = [sequence for row in rows for sequence in row.sequences]
+    whole = "".join(tokenizer.decode(s.token_ids.tolist()) for s in sequences)
+    learned = "".join(tokenizer.decode(s.token_ids[s.is_target].tolist()) for s in sequences)
+    lost: dict[str, None] = {}  # in the order of turns, each once
+    for turn, is_learned in turns:
+        lost |= dict.fromkeys(_lost_of(turn, learned if is_learned else whole))
+    names = [str((tool.get("function") or tool).get("name", "")) for tool in example.tools or ()]
+    if not all(_holds(whole, name) for name in names):
+        lost["tools"] = None
+    yield from lost
 
 
-def _structured(example: Example) -> Iterator[tuple[str, list[str]]]:
-    """(key, words that stand for it) of thoughts, calls and tools."""
-    turns = [*(example.messages or ()), *(example.chosen or ()), *(example.rejected or ())]
-    learned = [turn for index, turn in enumerate(turns) if index not in example.untrained]
-    for name in REASONING:
-        thoughts = [str(t[name]) for t in learned if t.get(name) and t.get("role") == "assistant"]
-        if thoughts:
-            yield name, thoughts
-    calls = [call.get("function") or call for turn in learned for call in turn.get("tool_calls") or ()]
-    if calls:
-        yield "tool_calls", [str(call.get("name", "")) for call in calls]
-    if example.tools:
-        yield "tools", [str((tool.get("function") or tool).get("name", "")) for tool in example.tools]
+def _lost_of(turn: Message, text: str) -> Iterator[str]:
+    thoughts = [name for name in REASONING if turn.get(name) and turn.get("role") == "assistant"]
+    yield from (name for name in thoughts if not _holds(text, str(turn[name])))
+    if any(missing_calls(turn, text)):
+        yield "tool_calls"
+    elif (
+        turn.get("tool_calls") and isinstance(turn.get("content"), str) and not _holds(text, turn["content"])
+    ):
+        yield "content beside tool_calls"
+
+
+def _holds(text: str, words: str) -> bool:
+    return "".join(words.split()) in "".join(text.split())
+
+
+def _structured(example: Example, rules: TokenRules) -> Iterator[tuple[Message, bool]]:
+    """(turn, whether it is learned from) of turns with thoughts or calls that belong in the sequence."""
+    answers = [*(example.chosen or ()), *(example.rejected or ())]
+    roles = rules.roles_to_train if rules.mask_prompt else ()
+    for index, turn in enumerate([*(example.messages or ()), *answers]):
+        if index in example.untrained or not (
+            turn.get("tool_calls") or any(turn.get(name) for name in REASONING)
+        ):
+            continue
+        is_answer = bool(answers) and index >= len(example.messages or ())
+        yield turn, is_answer or (not answers and turn.get("role") in roles)
+
+
+def _notes(example: Example, template: ChatTemplate, told: Mapping[str, Any]) -> Iterator[str]:
+    """What a person should know of how the row was read."""
+    for name, value in told.items():
+        yield f"rendered with {name}: {json.dumps(value)}, as only then prompt and answer agree"
+    begins = example.text
+    if example.prompt is not None and example.messages is None and not template.exists:
+        begins = example.prompt
+    if begins is not None and brings_beginning(template.tokenizer, begins):
+        yield "begin with the tokenizer's own beginning token, which is not put there twice"
+
+
+def _is_endless(
+    example: Example, rows: Sequence[TokenizedExample], template: ChatTemplate, rules: TokenRules
+) -> bool:
+    """Whether an answer is learned without an end, though ends are asked for."""
+    if not (template.exists and rules.mask_prompt and rules.train_on_eos == "turn" and example.as_messages()):
+        return False
+    learned = [s.token_ids[s.is_target] for row in rows for s in row.sequences]
+    return any(len(ids) and int(ids[-1]) not in template.end_ids for ids in learned)
 
 
 # Cutting to length
 
 
-def _fit(row: TokenizedExample, recipe: Recipe) -> tuple[list[TokenizedExample], str | None]:
+def _fit(row: TokenizedExample, rules: TokenRules) -> tuple[list[TokenizedExample], str | None]:
     """The row within `max_seq_length` and with something to learn from, or [] and the reason."""
-    limit, strategy = recipe.max_seq_length, recipe.excess_length_strategy
+    limit, strategy = rules.max_seq_length, rules.excess_length_strategy
     if row.fields is None and not all(sequence.is_target.any() for sequence in row.sequences):
         return [], NOT_SUPERVISED
     if row.length <= limit:
@@ -340,10 +430,10 @@ def _is_even(row: TokenizedExample) -> bool:
     return row.rejected is not None and np.array_equal(row.token_ids, row.rejected.token_ids)
 
 
-def _is_refused(row: TokenizedExample, recipe: Recipe) -> bool:
-    is_long = row.length > recipe.max_seq_length
+def _is_refused(row: TokenizedExample, rules: TokenRules) -> bool:
+    is_long = row.length > rules.max_seq_length
     has_targets = row.fields is not None or all(sequence.is_target.any() for sequence in row.sequences)
-    return is_long and recipe.excess_length_strategy == "raise" and has_targets
+    return is_long and rules.excess_length_strategy == "raise" and has_targets
 
 
 # Counting

@@ -9,19 +9,24 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 
+from serve.adapters.manifest import Lineage
 from serve.errors import DataError
 from serve.model.loading import LoadedModel, load_tokenizer
 from serve.model.template import ChatTemplate
+from serve.model.template_rules import make_template
 from serve.settings import dump
 from serve.tables import show as show_tables
 from train.data.batches import Batch, BatchPlan, Plan, collate, validation_rows
 from train.data.duplicates import DuplicateReport
 from train.data.packing import PackedPlan
+from train.data.rules import TokenRules
 from train.data.splits import Split, read_splits, rows_per_batch
+from train.data.stops import stop_ids
 from train.data.stream import StreamedRows, StreamPlan
 from train.data.tables import (
     dropped_lines,
@@ -32,11 +37,13 @@ from train.data.tables import (
     sources_table,
     template_lines,
 )
+from train.data.tokens import ENDLESS
 from train.loop.distributed import Alone, Ranks, share
 from train.objectives.rewards import Scorer
 from train.objectives.rollouts import Questions, Rollouts
 from train.recipe.optimizer_config import AdamConfig
 from train.recipe.recipe import Recipe
+from train.watch.lineage import lineage_of
 from train.watch.samples import SamplePrompt, prompts_of
 
 
@@ -45,8 +52,8 @@ class Preflight:
     """A run that is ready to start, but for its weights. `num_iterations` counts batches."""
 
     recipe: Recipe
-    tokenizer: TokenizerWrapper
     template: ChatTemplate
+    rules: TokenRules
     train: Split
     valid: Split | None
     test: Split | None
@@ -78,6 +85,11 @@ class Preflight:
             if row.label is not None or row.fields is not None:
                 digest.update(repr((row.label, row.fields)).encode())
         return f"sha256:{digest.hexdigest()}"
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that the training rows teach to end an answer with; of a stream, its first rows."""
+        return stop_ids(list(self.train.rows), self.template, self.rules)
 
     def batch_at(self, iteration: int) -> Batch:
         """This process's share of the batch of any iteration, from its number alone."""
@@ -117,6 +129,19 @@ class Preflight:
             seed=self.recipe.seed,
             batch_size=self.recipe.batch_size,
             ranks=self.ranks,
+            stop_ids=self.stop_ids,
+        )
+
+    def lineage(self, model: LoadedModel, created: str = "") -> Lineage:
+        """Where the adapter comes from; `created` as lineage_of has it."""
+        return lineage_of(
+            self.recipe,
+            model,
+            self.template,
+            self.rules,
+            data_hash=self.data_hash,
+            stop_ids=self.stop_ids,
+            created=created,
         )
 
     def test_batches(self) -> list[Batch]:
@@ -130,15 +155,25 @@ class Preflight:
         return [share(collate(split.rows, rows), self.ranks) for rows in chosen]
 
 
-def prepare(recipe: Recipe, console: Console | None = None, ranks: Ranks | None = None) -> Preflight:
+def prepare(
+    recipe: Recipe,
+    console: Console | None = None,
+    ranks: Ranks | None = None,
+    today: date | None = None,
+) -> Preflight:
     """Read, tokenize and plan; `console` shows progress, `ranks` are the processes that share the batches.
 
+    today  the day that a chat template prints, all the run long; None: the real one
     DataError when there is nothing to train on, or no validation where one is needed.
     """
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    template = ChatTemplate(tokenizer, recipe.special_tokens_in_messages)
-    splits = read_splits(recipe, tokenizer, template, console)
+    rules = TokenRules.of_recipe(recipe, today or date.today())
+    template = make_template(tokenizer, rules.template)
+    splits = read_splits(recipe, template, rules, console)
     train, valid = splits.train, splits.valid
+    if train.report.told:  # the run's other prompts, and serving, ask as the training rows do
+        rules = rules.telling(train.report.told)
+        template = make_template(tokenizer, rules.template)
     if not train.rows:
         raise DataError(f"no training rows are left: {reasons(train.report) or 'the source is empty'}")
     needs = [
@@ -153,14 +188,14 @@ def prepare(recipe: Recipe, console: Console | None = None, ranks: Ranks | None 
     num_iterations = recipe.iters or plan.num_batches(recipe.epochs or 1.0)
     flight = Preflight(
         recipe=recipe,
-        tokenizer=tokenizer,
         template=template,
+        rules=rules,
         train=train,
         valid=valid,
         test=splits.test,
         plan=plan,
         num_iterations=num_iterations,
-        sample_prompts=_sample_prompts(recipe, tokenizer, template, valid),
+        sample_prompts=_sample_prompts(recipe, template, valid),
         duplicates=splits.duplicates,
         scorer=Scorer(recipe.grpo.rewards) if recipe.grpo is not None else None,
         ranks=ranks,
@@ -169,14 +204,12 @@ def prepare(recipe: Recipe, console: Console | None = None, ranks: Ranks | None 
     return flight
 
 
-def _sample_prompts(
-    recipe: Recipe, tokenizer: TokenizerWrapper, template: ChatTemplate, valid: Split | None
-) -> tuple[SamplePrompt, ...]:
+def _sample_prompts(recipe: Recipe, template: ChatTemplate, valid: Split | None) -> tuple[SamplePrompt, ...]:
     if recipe.samples is None:
         return ()
     examples = valid.examples if valid else []
     as_text = recipe.objective == "cpt"
-    return tuple(prompts_of(recipe.samples, template, tokenizer, examples, as_text=as_text))
+    return tuple(prompts_of(recipe.samples, template, examples, as_text=as_text))
 
 
 def _plan(recipe: Recipe, train: Split, num_processes: int) -> Plan:
@@ -203,6 +236,8 @@ def show(preflight: Preflight, console: Console, *, with_recipe: bool = False) -
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in template_lines(split):
             console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    for line in _stop_lines(preflight):
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for line in duplicate_lines(preflight.duplicates):
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if with_recipe:
@@ -233,6 +268,18 @@ def adam_lines(recipe: Recipe, num_steps: int) -> Iterator[str]:
             f"times learning_rate (step {1 + sizes.index(max(sizes))}). If the loss jumps at first, write "
             f"warmup_ratio: 0.05 or optimizer_config: {{{used}: {{bias_correction: true}}}}"
         )
+
+
+def _stop_lines(preflight: Preflight) -> Iterator[str]:
+    """Where trained answers end at another token than the base's answers do, or at none."""
+    tokenizer, recipe = preflight.template.tokenizer, preflight.recipe
+    new = [number for number in preflight.stop_ids if number not in tokenizer.eos_token_ids]
+    if new:
+        names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new)))
+        yield f"answers end at {names}, which ends none of the base's: it is kept with the adapter as its stop id"
+    wants_end = recipe.train_on_eos != "none" and recipe.objective not in ("cpt", "grpo")
+    if wants_end and not preflight.stop_ids and ENDLESS not in preflight.train.report.notes:
+        yield "no token ends the answers that are trained: they will go on to max_tokens"
 
 
 def _clocks(preflight: Preflight) -> str:

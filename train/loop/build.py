@@ -7,7 +7,7 @@ import mlx.optimizers as mlx_optim
 from serve import device
 from serve.model.network import TextNetwork
 from train.adapters.adapt import embedding_names
-from train.loop.optim import build_optimizer, build_schedule
+from train.loop.optim import build_optimizer, schedule_of
 from train.loop.step import StepSettings
 from train.loop.trainer import LoopSettings
 from train.recipe.recipe import Recipe
@@ -15,16 +15,10 @@ from train.recipe.recipe import Recipe
 
 def optimizer_of(recipe: Recipe, network: TextNetwork, num_steps: int) -> mlx_optim.Optimizer:
     """The optimizer with its schedule over `num_steps` updates."""
-    schedule = build_schedule(
-        recipe.lr_schedule.model_dump() if recipe.lr_schedule else None,
-        learning_rate=recipe.learning_rate,
-        num_steps=num_steps,
-        warmup_ratio=recipe.warmup_ratio,
-    )
     return build_optimizer(
         recipe.optimizer,
         recipe.optimizer_config.model_dump(exclude_unset=True),
-        schedule,
+        schedule_of(recipe, num_steps),
         learning_rate=recipe.learning_rate,
         embedding_names=embedding_names(network),
         loraplus_ratio=recipe.loraplus_lr_ratio,

@@ -117,10 +117,10 @@ def find(where: Path) -> Path:
     """A checkpoint by its own folder, or the last one of a run's folder. NotFoundError if there is none."""
     if (where / STATE_FILE).is_file():
         return where
-    found = existing(where)
-    if not found:
+    folders = existing(where)
+    if not folders:
         raise NotFoundError(f"no checkpoint at {where}: neither {STATE_FILE} nor {FOLDER}/step-… is there")
-    return found[-1]
+    return folders[-1]
 
 
 def existing(adapter_path: Path) -> list[Path]:
@@ -180,19 +180,6 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def set_aside(adapter_path: Path) -> None:
-    """Take every checkpoint of a run away in one step; `tidy` deletes them. A kill leaves all or none."""
-    doomed = adapter_path / f"{OLD}{FOLDER}"
-    if (adapter_path / FOLDER).exists():
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(adapter_path / FOLDER, doomed)
-
-
-def is_set_aside(adapter_path: Path) -> bool:
-    """Whether a process was killed between `set_aside` and `tidy`."""
-    return (adapter_path / f"{OLD}{FOLDER}").exists()
 
 
 def tidy(adapter_path: Path) -> None:

@@ -106,9 +106,9 @@ class Group:
 
     def gather(self, value: Any) -> list[Any]:
         """As JSON text, its length sent ahead."""
-        said = np.frombuffer(json.dumps(value).encode(), np.uint8)
-        lengths = [int(row[0]) for row in self.gather_numbers([len(said)])]
-        padded = mx.array(np.pad(said, (0, max(lengths) - len(said))))
+        encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        lengths = [int(row[0]) for row in self.gather_numbers([len(encoded)])]
+        padded = mx.array(np.pad(encoded, (0, max(lengths) - len(encoded))))
         rows = np.array(mx.distributed.all_gather(padded[None], group=self._group))
         return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
@@ -181,15 +181,15 @@ def check_same(ranks: Ranks, facts: Mapping[str, str]) -> None:
     """ConfigError, in every process, naming the facts in which one differs from rank 0."""
     first, *others = ranks.gather(dict(facts))
     problems = [
-        f"  rank {rank}: {name} is {found.get(name)}, rank 0 has {value}"
-        for rank, found in enumerate(others, 1)
+        f"  rank {rank}: {name} is {theirs.get(name)}, rank 0 has {value}"
+        for rank, theirs in enumerate(others, 1)
         for name, value in first.items()
-        if found.get(name) != value
+        if theirs.get(name) != value
     ]
     if problems:
-        said = "\n".join(problems)
+        listing = "\n".join(problems)
         raise ConfigError(
-            f"the processes of a run need the same recipe, data, base and versions, but:\n{said}"
+            f"the processes of a run need the same recipe, data, base and versions, but:\n{listing}"
         )
 
 

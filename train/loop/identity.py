@@ -26,6 +26,7 @@ PLACES = frozenset(
         "completion_feature",
         "chat_feature",
         "text_feature",
+        "chat_template",
         "dataset_prepared_path",
         "dataset_processes",
         "adapter_path",
@@ -35,7 +36,7 @@ PLACES = frozenset(
         "config",
     }
 )
-"""Where things are, and how they are read: the base and the rows are known by hashes of their own."""
+"""Where things are, and how they are read: base, rows and chat template are known by hashes of their own."""
 MAY_CHANGE = frozenset(
     {
         # how long
@@ -91,8 +92,8 @@ def _meaning(lora: LoRAParameters | None) -> dict[str, Any] | None:
     """The same for every spelling of the same adapter."""
     if lora is None:
         return None
-    said = lora.model_dump(mode="json", exclude={"alpha", "use_rslora"})
-    return said | {"scale": lora.effective_scale, "keys": said["keys"] or "all-linear"}
+    keys = lora.model_dump(mode="json", exclude={"alpha", "use_rslora"})
+    return keys | {"scale": lora.effective_scale, "keys": keys["keys"] or "all-linear"}
 
 
 def check(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> list[str]:
@@ -140,6 +141,7 @@ def facts_of(recipe: Recipe, lineage: Lineage) -> dict[str, str]:
         "datasets",
         "hf_dataset",
         "adapter_path",
+        "chat_template",
         "dataset_prepared_path",
         "dataset_processes",
         "resume_adapter_file",

@@ -157,6 +157,27 @@ def sum_loss(
     return mx.stack(sums).sum()
 
 
+def sum_loss_and_hits(
+    network: TextNetwork,
+    tokens: mx.array,
+    positions: mx.array,
+    token_ids: mx.array,
+    weights: mx.array,
+    segments: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """`sum_loss` without a gradient, and the weight of the targets that are the likeliest token. Scalars, float32."""
+    hidden = hidden_at(network, tokens, positions, segments)
+    sums: list[mx.array] = []
+    for rows in _chunks(len(token_ids), chunk_rows(network.vocab_size)):
+        logits = network.logits(_after(sums, hidden[rows])).astype(mx.float32)
+        is_hit = mx.equal(logits.argmax(axis=-1), token_ids[rows]).astype(mx.float32)
+        losses: mx.array = cross_entropy(logits, token_ids[rows])  # type: ignore[assignment]
+        by_target = mx.stack([losses, is_hit])  # [2, n]
+        sums.append((by_target * weights[rows]).sum(axis=1))
+    loss, hits = mx.stack(sums).sum(axis=0)
+    return loss, hits
+
+
 @mx.custom_function
 def cross_entropy(logits: mx.array, token_ids: mx.array) -> mx.array:
     """−log softmax(logits)[token]: logits [N, V] float32, token_ids [N] → [N], in nats.
@@ -199,10 +220,15 @@ def _sum_with_gradient(
     gradients: dict[str, mx.array] = {}
     for rows in _chunks(len(token_ids), size):
         part = _after([*values[-1:], *hidden_gradients[-1:]], mx.stop_gradient(hidden[rows]))
-        value, found = mx.value_and_grad(chunk_sum)({**head, _HIDDEN: part}, token_ids[rows], weights[rows])
+        value, chunk_gradients = mx.value_and_grad(chunk_sum)(
+            {**head, _HIDDEN: part}, token_ids[rows], weights[rows]
+        )
         values.append(value)
-        hidden_gradients.append(found.pop(_HIDDEN))
-        gradients = {name: gradients[name] + found[name] if gradients else found[name] for name in found}
+        hidden_gradients.append(chunk_gradients.pop(_HIDDEN))
+        gradients = {
+            name: gradients[name] + chunk_gradients[name] if gradients else chunk_gradients[name]
+            for name in chunk_gradients
+        }
     leaves = {**_head_parameters(network), _HIDDEN: hidden}
     gradients[_HIDDEN] = mx.concatenate(hidden_gradients)
     carriers = [_dot(leaves[name], mx.stop_gradient(gradient)) for name, gradient in gradients.items()]

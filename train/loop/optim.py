@@ -9,8 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as mlx_optim
+import numpy as np
 
 from serve.errors import ConfigError
+from train.recipe.recipe import Recipe
 
 Schedule = Callable[[mx.array], mx.array]
 
@@ -54,6 +56,22 @@ def build_schedule(
     warmup = mlx_optim.linear_schedule(float(spec.get("warmup_init") or 0.0), arguments[0], warmup_steps)
     # mlx-lm joins one step after the warm-up ends, so the peak is met once by the ramp itself.
     return mlx_optim.join_schedules([warmup, main], [warmup_steps + 1])
+
+
+def schedule_of(recipe: Recipe, num_steps: int) -> Schedule:
+    """The schedule that a recipe asks for, over a run of so many optimizer steps."""
+    return build_schedule(
+        recipe.lr_schedule.model_dump() if recipe.lr_schedule else None,
+        learning_rate=recipe.learning_rate,
+        num_steps=num_steps,
+        warmup_ratio=recipe.warmup_ratio,
+    )
+
+
+def rates_of(schedule: Schedule, num_steps: int) -> list[float]:
+    """The learning rate of each step of a run, from the first on."""
+    rates = mx.broadcast_to(schedule(mx.arange(num_steps)), (num_steps,))
+    return np.array(rates.astype(mx.float32)).tolist()
 
 
 def _constant(rate: float) -> Schedule:

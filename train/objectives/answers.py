@@ -16,15 +16,15 @@ def answer_inputs(tokens: np.ndarray, is_target: np.ndarray, *, pad: bool) -> di
     num_answer_tokens [B] float32, at least 1
     """
     # No array may be empty: rows without any target get entries that are not real.
-    found = find_targets(tokens, is_target, pad=pad or not is_target[:, 1:].any())
-    rows = found.positions // tokens.shape[1]
-    lengths = np.bincount(rows, weights=found.weights, minlength=len(tokens))
+    targets = find_targets(tokens, is_target, pad=pad or not is_target[:, 1:].any())
+    rows = targets.positions // tokens.shape[1]
+    lengths = np.bincount(rows, weights=targets.weights, minlength=len(tokens))
     return {
         "tokens": tokens,
-        "positions": found.positions,
-        "token_ids": found.token_ids,
+        "positions": targets.positions,
+        "token_ids": targets.token_ids,
         "rows": rows.astype(np.int32),
-        "is_real": found.weights,
+        "is_real": targets.weights,
         "num_answer_tokens": np.maximum(lengths, 1).astype(np.float32),
     }
 

@@ -45,9 +45,9 @@ class GRPO:
         ones [N] float32, 1 for each target, whatever its weight · kept [N] float32, 0 where its row is masked
         shares [N] float32, a row's 1 spread over its targets
         """
-        found = find_targets(batch.tokens, batch.is_target, pad=pad)
-        rows = found.positions // batch.tokens.shape[1]
-        lengths = np.maximum(np.bincount(rows, weights=found.weights, minlength=len(batch.tokens)), 1)[rows]
+        targets = find_targets(batch.tokens, batch.is_target, pad=pad)
+        rows = targets.positions // batch.tokens.shape[1]
+        lengths = np.maximum(np.bincount(rows, weights=targets.weights, minlength=len(batch.tokens)), 1)[rows]
         weight = {
             "dapo": np.ones_like(lengths),
             "grpo": 1 / lengths,
@@ -57,21 +57,21 @@ class GRPO:
         kept = np.ones_like(lengths) if masked is None else 1.0 - masked[rows]
         floats = {
             "advantages": batch.advantages[rows],
-            "weights": found.weights * weight * kept,
-            "ones": found.weights,
+            "weights": targets.weights * weight * kept,
+            "ones": targets.weights,
             "kept": kept,
-            "shares": found.weights / lengths,
+            "shares": targets.weights / lengths,
             **{SCORE + name: values for name, values in getattr(batch, "scores", {}).items()},
         }
         return Prepared(
             {
                 "tokens": batch.tokens,
-                "positions": found.positions,
-                "token_ids": found.token_ids,
+                "positions": targets.positions,
+                "token_ids": targets.token_ids,
                 "rows": rows.astype(np.int32),
                 **{name: values.astype(np.float32) for name, values in floats.items()},
             },
-            int((found.weights * kept).sum()) if self.unit == "target" else len(batch.tokens),
+            int((targets.weights * kept).sum()) if self.unit == "target" else len(batch.tokens),
             scaled=("weights", "ones", "shares"),
             is_measured=True,
         )

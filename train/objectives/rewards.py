@@ -64,9 +64,9 @@ class Scorer:
         for place, fields in rows:
             for check in self._checks:
                 for missing in [column for column in check.columns if column not in fields]:
-                    found = ", ".join(fields) or "none"
+                    columns = ", ".join(fields) or "none"
                     problems.append(
-                        f"{place}: no column {missing}, which the reward {check.name} needs; found {found}"
+                        f"{place}: no column {missing}, which the reward {check.name} needs; found {columns}"
                     )
         if len(problems) > MAX_PROBLEMS:
             problems = [*problems[:MAX_PROBLEMS], f"… and {len(problems) - MAX_PROBLEMS} more"]
@@ -139,12 +139,12 @@ def _regex(reward: RegexReward) -> _Check:
     group: str | int = "answer" if "answer" in pattern.groupindex else min(pattern.groups, 1)
 
     def one(answer: Answer) -> float:
-        found = pattern.search(answer.text)
-        if found is None:
+        match = pattern.search(answer.text)
+        if match is None:
             return 0.0
         if reward.field is None:
             return 1.0
-        return float((found[group] or "").strip() == str(answer.fields[reward.field]).strip())
+        return float((match[group] or "").strip() == str(answer.fields[reward.field]).strip())
 
     columns = (reward.field,) if reward.field is not None else ()
     return _Check("regex", columns, lambda answers: [one(answer) for answer in answers])
@@ -229,9 +229,9 @@ def _parameters(function: Callable, name: str) -> tuple[set[str] | None, tuple[s
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     if not takes_all and "completions" not in [p.name for p in by_name]:
-        found = ", ".join(p.name for p in parameters) or "nothing"
+        taken = ", ".join(p.name for p in parameters) or "nothing"
         raise ConfigError(
-            f"grpo.rewards: {name} takes {found}; expected completions, and what it needs of prompts, "
+            f"grpo.rewards: {name} takes {taken}; expected completions, and what it needs of prompts, "
             f"completion_ids and the rows' columns by name (or **columns for all)"
         )
     columns = tuple(p.name for p in by_name if p.default is p.empty and p.name not in GIVEN)

@@ -57,8 +57,8 @@ class Questions:
     def of(cls, rows: Sequence[TokenizedExample], examples: Sequence[Example]) -> Questions:
         """Rows, with the prompts of the examples they were made from."""
         by_place = {(example.source, example.line): example for example in examples}
-        found = [by_place[row.source, row.line] for row in rows]
-        return cls(rows, [e.prompt if e.prompt is not None else list(e.messages or ()) for e in found])
+        asked = [by_place[row.source, row.line] for row in rows]
+        return cls(rows, [e.prompt if e.prompt is not None else list(e.messages or ()) for e in asked])
 
     def answer(self, row: int, completion: Completion) -> Answer:
         """A row's completion, as rewards look at it."""
@@ -70,7 +70,8 @@ class Questions:
 class Rollouts:
     """What the loop calls for batches under objective grpo, and for evaluations.
 
-    rows_at  iteration → the rows whose prompts are answered; num_generations answers each make the batch
+    rows_at   iteration → the rows whose prompts are answered; num_generations answers each make the batch
+    stop_ids  tokens that end an answer, besides the model's own
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Rollouts:
         seed: int,
         batch_size: int,
         ranks: Ranks | None = None,
+        stop_ids: tuple[int, ...] = (),
     ) -> None:
         self._model = model
         self._questions = questions
@@ -92,6 +94,7 @@ class Rollouts:
         self._scorer = scorer
         self._seed = seed
         self._ranks = ranks or Alone()
+        self._stop_ids = stop_ids
         self._limits = EngineLimits(max_rows=batch_size, kv_budget_bytes=UNBOUNDED_BYTES)
         _check_context(model, questions, config)
 
@@ -122,12 +125,12 @@ class Rollouts:
 
     def evaluate(self, questions: Questions, batches: Sequence[Sequence[int]]) -> Evaluation:
         """Rewards of greedy answers, one to each row of `batches`: means. The loss is minus the mean reward."""
-        found: list[dict[str, np.ndarray]] = []
+        scored: list[dict[str, np.ndarray]] = []
         for rows in batches:
             completions = self._generate(questions, np.array(rows), [0] * len(rows), temperature=0.0)
             scores = self._score(questions, np.array(rows), completions)
-            found.append(scores_of(self._scorer, scores, completions))
-        means = {name: float(np.concatenate([one[name] for one in found]).mean()) for name in found[0]}
+            scored.append(scores_of(self._scorer, scores, completions))
+        means = {name: float(np.concatenate([one[name] for one in scored]).mean()) for name in scored[0]}
         return Evaluation(-means["reward"], summary_of_scores(means))
 
     def _generate(
@@ -143,6 +146,7 @@ class Rollouts:
                     top_p=self._config.top_p if temperature else 1.0,
                     seed=seed,
                 ),
+                stop_ids=self._stop_ids,
             )
             for number, (row, seed) in enumerate(zip(rows.tolist(), seeds, strict=True))
         ]
@@ -185,15 +189,15 @@ def scores_of(scorer: Scorer, scores: np.ndarray, completions: Sequence[Completi
     """What is worth watching of each answer, [B] float32 each, to be averaged: reward and its square, whether it was
     cut off, each reward by name, and whether that one scored it."""
     rewards = scorer.total(scores)
-    found = {
+    measured = {
         "reward": rewards,
         "reward_squared": rewards**2,
         "completions/clipped_ratio": np.array([one.finish == "length" for one in completions]),
     }
     for name, values in zip(scorer.names, scores.T, strict=True):
-        found[f"rewards/{name}"] = np.nan_to_num(values)
-        found[f"scored/{name}"] = ~np.isnan(values)
-    return {name: values.astype(np.float32) for name, values in found.items()}
+        measured[f"rewards/{name}"] = np.nan_to_num(values)
+        measured[f"scored/{name}"] = ~np.isnan(values)
+    return {name: values.astype(np.float32) for name, values in measured.items()}
 
 
 def _collate(

@@ -10,11 +10,14 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from serve.model.network import TextNetwork
-from train.loop.loss import find_targets, sum_loss
+from train.loop.loss import find_targets, sum_loss, sum_loss_and_hits
 from train.loop.objective import Prepared
 from train.objectives.reference import Reference
 from train.recipe.objectives import OBJECTIVES
 from train.recipe.recipe import Recipe
+
+TOKEN_ACCURACY = "mean_token_accuracy"
+"""TRL's name."""
 
 
 class SFT:
@@ -28,25 +31,31 @@ class SFT:
 
     def prepare(self, batch: Any, *, pad: bool = False) -> Prepared:
         """tokens [B, T], positions, token_ids and weights [N]; segments [B, T] where rows are packed."""
-        found = find_targets(batch.tokens, batch.is_target, pad=pad)
+        targets = find_targets(batch.tokens, batch.is_target, pad=pad)
         inputs = {
             "tokens": batch.tokens,
-            "positions": found.positions,
-            "token_ids": found.token_ids,
-            "weights": found.weights,
+            "positions": targets.positions,
+            "token_ids": targets.token_ids,
+            "weights": targets.weights,
         }
         if batch.segments is not None:
             inputs["segments"] = batch.segments
-        return Prepared(inputs, found.num_targets)
+        return Prepared(inputs, targets.num_targets)
 
     def loss(
         self, network: TextNetwork, inputs: dict[str, mx.array], *, trains: bool = True
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        """Σ weight · −log p(target); no measures."""
-        return sum_loss(network, **inputs, trains=trains), {}
+        """Σ weight · −log p(target). Measured where nothing trains: the targets that are the likeliest token.
+
+        A training step would pay for it with another pass over its logits.
+        """
+        if trains:
+            return sum_loss(network, **inputs, trains=True), {}
+        loss, hits = sum_loss_and_hits(network, **inputs)
+        return loss, {TOKEN_ACCURACY: hits}
 
     def summarize(self, means: dict[str, float]) -> dict[str, float]:
-        """Nothing."""
+        """The share is a mean over targets already."""
         return means
 
 

@@ -80,9 +80,10 @@ _SAME_MEANING = {
 
 FOREIGN = {
     **{theirs: f"write {ours}" for theirs, ours in _SAME_MEANING.items()},
+    "overwrite_output_dir": "leave it out; `lathe train RECIPE --overwrite` replaces the run in adapter_path",
     "streaming": "write datasets: [{path: …, streaming: true}]",
     "pretraining_dataset": "write datasets: [{path: …, streaming: true}] and objective: cpt",
-    "chat_template": "leave it out; the tokenizer's own chat template is used, as in serving",
+    "chat_template_jinja": "write chat_template, with the name of a file that holds it",
     "adapter": "write fine_tune_type: lora or dora (and quantize for qlora)",
     "lora_target_modules": "write lora_parameters.keys, with names inside a block (self_attn.q_proj)",
     "target_modules": "write lora_parameters.keys, with names inside a block (self_attn.q_proj)",

@@ -1,9 +1,9 @@
 """The recipe of a training run: YAML -> Recipe, every knob once with its meaning under it.
 
 A stock `mlx_lm.lora` file loads unchanged; where mlx-lm has no word, axolotl's is used. A key this version cannot
-honour is refused by name with the reason. Paths that are read (`model`, `data`, `datasets[].path`, `resume_*`)
-are taken relative to the recipe file if they exist there, else to the working directory; `adapter_path`, which is
-written, is relative to the working directory.
+honour is refused by name with the reason. Paths that are read (`model`, `data`, `datasets[].path`, `chat_template`,
+`resume_*`) are taken relative to the recipe file if they exist there, else to the working directory; `adapter_path`,
+which is written, is relative to the working directory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from serve.model.quantization import Quantization
 from serve.settings import Problems, Strict, load_yaml
@@ -274,6 +274,12 @@ class Recipe(Strict):
     """Whose turns are supervised under mask_prompt."""
     train_on_eos: Literal["turn", "last", "none"] = "turn"
     """Which end-of-turn tokens are supervised under mask_prompt: each trained turn's, the last one's, none."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template, in place of the tokenizer's own. It is kept in the adapter's manifest, goes
+    into exports, and serving renders this adapter's chats with it."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Variables that the chat template reads (`enable_thinking: false`). Kept with the adapter: serving sets them
+    too, where a request does not say otherwise."""
     special_tokens_in_messages: Literal["words", "control"] = "words"
     """What the text of a special token is inside a message: `words`, its characters, as in serving; `control`, the
     token. Text rows are not messages: there it is always the token. Serve with the same."""
@@ -407,7 +413,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a file, with `--set` overrides applied and paths resolved. ConfigError lists all problems."""
     recipe = load_yaml(Path(path), Recipe, overrides, aliases=ALIASES, foreign=FOREIGN)
     folder = Path(path).parent
-    names = ("model", "data", "resume_adapter_file", "resume_from_checkpoint")
+    names = ("model", "data", "chat_template", "resume_adapter_file", "resume_from_checkpoint")
     resolved: dict[str, Any] = {name: _beside(folder, getattr(recipe, name)) for name in names}
     resolved["datasets"] = tuple(
         entry.model_copy(update={"path": _beside(folder, entry.path)}) for entry in recipe.datasets

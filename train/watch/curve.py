@@ -1,11 +1,13 @@
-"""`learning_curve.png`: a run's losses, rate and gradient norm over its steps, drawn from metrics.jsonl.
+"""`learning_curve.png`: what a person asks of a run, over its steps, drawn from metrics.jsonl.
 
 The whole history is drawn, a continued run's too. Knows no trainer; matplotlib is imported when something is drawn.
+What is shown of which objective stands in `panels.py`.
 """
 
 from __future__ import annotations
 
 import io
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,40 +17,60 @@ from typing import Any
 from serve.errors import StorageError
 from train.loop import checkpoint
 from train.watch.metrics import rows_of
+from train.watch.panels import Line, Panel, panels_of
 
 FILE = "learning_curve.png"
-SIZE_INCHES, DOTS_PER_INCH = (8.0, 5.6), 110
-TRAIN, VALID, RATE, NORM, QUIET = "#4c78a8", "#e45756", "#54a24b", "#b279a2", "#6b6b6b"
+WIDTH_INCHES, LARGE_INCHES, SMALL_INCHES, DOTS_PER_INCH = 9.0, 3.4, 1.9, 110
+SMALL_A_ROW = 3
+TITLE_LETTERS = 80
+"""Of a line of the title; a long path goes on in the next."""
+QUIET = "#6b6b6b"
 SMOOTH_FROM_POINTS = 60
-"""From this many points on, the training loss is drawn faintly, with its running mean on top."""
+"""From this many points on, what is measured in training is drawn faintly, with its running mean on top."""
+MARKED_TO_POINTS = 40
+"""Up to so many, each point of a curve is marked."""
+LOGARITHMIC_FROM_RATIO = 20
+"""Of the largest to the smallest: the first steps, or a spike, would press the rest flat."""
 FIRST_AFTER_S = 10.0
 """A run that is shorter is drawn once, at its end."""
 REST_FACTOR = 50
 """Between two drawings of a running training, this many times as long as the last one took: 2 % of the time."""
 
+Points = list[tuple[int, float]]
+
 
 @dataclass
 class History:
-    """Points (step, value) of a run's curves."""
+    """Points (step, value) of everything that metrics.jsonl holds, by kind of line and by name."""
 
-    train_loss: list[tuple[int, float]] = field(default_factory=list)
-    valid_loss: list[tuple[int, float]] = field(default_factory=list)
-    learning_rate: list[tuple[int, float]] = field(default_factory=list)
-    grad_norm: list[tuple[int, float]] = field(default_factory=list)
+    train: dict[str, Points] = field(default_factory=dict)
+    valid: dict[str, Points] = field(default_factory=dict)
+
+    @property
+    def train_loss(self) -> Points:
+        return self.train.get("loss", [])
+
+    @property
+    def valid_loss(self) -> Points:
+        return self.valid.get("loss", [])
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Of the validations after training began, the lowest; the first of equals."""
+        """Of the validations after training began, the lowest loss; the first of equals."""
         trained = [point for point in self.valid_loss if point[0] > 0]
         return min(trained, key=lambda point: point[1], default=None)
 
 
 class LearningCurve:
-    """The picture of one run's folder; drawn again when enough time has gone by since the last time."""
+    """The picture of one run's folder; drawn again when enough time has gone by since the last time.
 
-    def __init__(self, folder: Path, title: str) -> None:
+    rates  the learning rate of each step, from the first on; empty: only where it was reported
+    """
+
+    def __init__(self, folder: Path, title: str, rates: Sequence[float] = ()) -> None:
         self._folder = folder
         self._title = title
+        self._rates = rates
         self._next_s = time.perf_counter() + FIRST_AFTER_S
 
     def refresh(self) -> None:
@@ -62,7 +84,8 @@ class LearningCurve:
         history = read(self._folder)
         if history.train_loss or history.valid_loss:
             try:
-                checkpoint.write_whole(self._folder / FILE, picture(history, self._title))
+                content = picture(history, self._title, self._rates)
+                checkpoint.write_whole(self._folder / FILE, content)
             except OSError as error:
                 raise StorageError(f"{self._folder / FILE}: {error}") from error
         end_s = time.perf_counter()
@@ -73,83 +96,106 @@ def read(folder: Path) -> History:
     """The curves of a run's metrics.jsonl. Points that are no number (a loss that was not finite) are left out."""
     history = History()
     for row in rows_of(folder):
-        if row.get("kind") == "train":
-            _add(history.train_loss, row, "loss")
-            _add(history.learning_rate, row, "learning_rate")
-            _add(history.grad_norm, row, "grad_norm")
-        elif row.get("kind") == "valid":
-            _add(history.valid_loss, row, "loss")
+        kinds = {"train": history.train, "valid": history.valid}
+        if row.get("kind") in kinds:
+            _add(kinds[row["kind"]], row)
     return history
 
 
-def _add(points: list[tuple[int, float]], row: dict[str, Any], name: str) -> None:
-    value = row.get(name)
-    if isinstance(value, int | float) and value == value:
-        points.append((row["step"], float(value)))
+def _add(curves: dict[str, Points], row: dict[str, Any]) -> None:
+    for name, value in row.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        if is_number and name not in ("step", "time"):
+            curves.setdefault(name, []).append((row["step"], float(value)))
 
 
-def picture(history: History, title: str) -> bytes:
-    """A PNG: losses above, learning rate and gradient norm below."""
+def picture(history: History, title: str, rates: Sequence[float] = ()) -> bytes:
+    """A PNG of `figure_of`."""
+    stream = io.BytesIO()
+    figure_of(history, title, rates).savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def figure_of(history: History, title: str, rates: Sequence[float] = ()) -> Any:
+    """A matplotlib figure: what counts most above, the rest in small panels below."""
     # The object interface and no pyplot: no global state, no window system, safe on any thread.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, facecolor="white")
+    large, *small = panels_of(history.train, history.valid, rates)
+    num_rows = -(-len(small) // SMALL_A_ROW)
+    size = (WIDTH_INCHES, LARGE_INCHES + num_rows * SMALL_INCHES + 0.3)
+    # The layout gives every label its room, however wide the numbers are.
+    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2, height_ratios=(3, 1), hspace=0.32, wspace=0.22)
-    figure.subplots_adjust(left=0.085, right=0.975, top=0.915, bottom=0.085)
-    figure.text(0.085, 0.955, title, fontsize=12, fontweight="bold", va="center")
-    _draw_losses(figure.add_subplot(grid[0, :]), history)
-    _draw_small(figure.add_subplot(grid[1, 0]), history.learning_rate, "learning rate", RATE)
-    _draw_small(figure.add_subplot(grid[1, 1]), history.grad_norm, "gradient norm", NORM)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    shown = "\n".join(textwrap.wrap(title, TITLE_LETTERS))
+    figure.suptitle(shown, fontsize=12, fontweight="bold", x=0.01, ha="left")
+    ratios = (LARGE_INCHES, *[SMALL_INCHES] * num_rows)
+    grid = figure.add_gridspec(1 + num_rows, SMALL_A_ROW, height_ratios=ratios)
+    _draw(figure.add_subplot(grid[0, :]), large, is_large=True)
+    for number, panel in enumerate(small):
+        row, column = divmod(number, SMALL_A_ROW)
+        axes = figure.add_subplot(grid[1 + row, column])
+        _draw(axes, panel, is_large=False)
+        if row == num_rows - 1 or number + SMALL_A_ROW >= len(small):
+            axes.set_xlabel("step", fontsize=8.5, color=QUIET)
+    return figure
 
 
-def _draw_losses(axes: Any, history: History) -> None:
+def _draw(axes: Any, panel: Panel, *, is_large: bool) -> None:
     _plain(axes)
-    axes.set_ylabel("loss", fontsize=9, color=QUIET)
-    if history.train_loss:
-        steps, values = zip(*history.train_loss, strict=True)
-        crowded = len(values) >= SMOOTH_FROM_POINTS
-        axes.plot(steps, values, color=TRAIN, linewidth=1.2, alpha=0.3 if crowded else 1.0, label="training")
-        if crowded:
-            axes.plot(steps, running_mean(values), color=TRAIN, linewidth=1.6, label="training, running mean")
-    if history.valid_loss:
-        steps, values = zip(*history.valid_loss, strict=True)
-        marker = "o" if len(steps) <= 40 else None
-        axes.plot(
-            steps, values, color=VALID, linewidth=1.6, marker=marker, markersize=3.5, label="validation"
-        )
-    _limit(axes, history)
-    if history.best is not None:
-        step, loss = history.best
-        axes.axvline(step, color=VALID, linewidth=0.8, linestyle=":", zorder=0)
-        label = f"best validation: {loss:.4g} at step {step:,}"
-        axes.plot([step], [loss], "*", color=VALID, markersize=11, markeredgecolor="white", label=label)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8.5, loc="upper right")
+    axes.set_title(panel.title, fontsize=10 if is_large else 9, color=QUIET, loc="left")
+    for line in panel.lines:
+        _draw_line(axes, line, is_large=is_large)
+    if panel.star is not None:
+        (step, value), label = panel.star
+        color = panel.lines[-1].color
+        axes.axvline(step, color=color, linewidth=0.8, linestyle=":", zorder=0)
+        axes.plot([step], [value], "*", color=color, markersize=11, markeredgecolor="white", label=label)
+    _limit(axes, panel)
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(frameon=False, fontsize=8.5 if is_large else 7.5, loc="best")
 
 
-def _limit(axes: Any, history: History) -> None:
-    """A few outliers (the first steps, a spike) must not press the rest flat: logarithmic where that helps."""
-    values = [value for _, value in [*history.train_loss, *history.valid_loss]]
-    if min(values) > 0 and max(values) / min(values) > 20:
+def _draw_line(axes: Any, line: Line, *, is_large: bool) -> None:
+    if not line.points:
+        return
+    steps, values = zip(*line.points, strict=True)
+    width = 1.6 if is_large else 1.4
+    is_crowded = line.is_noisy and len(values) >= SMOOTH_FROM_POINTS
+    marker = "o" if len(values) <= MARKED_TO_POINTS and line.is_marked else None
+    axes.plot(
+        steps,
+        values,
+        color=line.color,
+        linewidth=1.0 if is_crowded else width,
+        alpha=0.3 if is_crowded else 1.0,
+        linestyle=line.style,
+        marker=marker,
+        markersize=3.0,
+        label=None if is_crowded else line.label,
+    )
+    if is_crowded:
+        axes.plot(steps, running_mean(values), color=line.color, linewidth=width, label=line.label)
+    if line.spread:
+        low, high = ([v + sign * line.spread.get(s, 0.0) for s, v in line.points] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, color=line.color, alpha=0.12, linewidth=0)
+
+
+def _limit(axes: Any, panel: Panel) -> None:
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
+
+    values = [value for line in panel.lines for _, value in line.points]
+    if panel.limits is not None:
+        axes.set_ylim(*panel.limits)
+    elif panel.may_be_logarithmic and min(values) > 0 and max(values) / min(values) > LOGARITHMIC_FROM_RATIO:
         axes.set_yscale("log")
-    elif min(values) >= 0:
-        axes.set_ylim(bottom=0)
-
-
-def _draw_small(axes: Any, points: Sequence[tuple[int, float]], title: str, color: str) -> None:
-    _plain(axes)
-    axes.set_title(title, fontsize=8.5, color=QUIET, loc="left", pad=10)
-    axes.set_xlabel("step", fontsize=8.5, color=QUIET)
-    if points:
-        steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, color=color, linewidth=1.4)
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.8)))
+        return
+    elif panel.from_zero and min(values) >= 0:
         axes.set_ylim(0, 1.08 * max(values) or 1)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
     axes.yaxis.get_offset_text().set_fontsize(7)
 
 

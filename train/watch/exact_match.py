@@ -13,17 +13,20 @@ from serve.adapters.version import AdapterVersion
 from serve.engine.engine import Engine
 from serve.engine.generate import generate
 from serve.engine.request import Request, Sampling
+from serve.engine.text import TextDecoder
 from serve.errors import DataError
 from serve.model.loading import LoadedModel
 from serve.model.network import evaluating
 from serve.model.prompt import Prompt
 from serve.model.template import ChatTemplate
+from serve.model.texts import encode_text
+from serve.model.token_bytes import TokenBytes
 from train.data.example import Example
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and the answer that a row gives to it."""
+    """A prompt, and the answer that a row gives to it, as text: what training supervised there."""
 
     token_ids: tuple[int, ...]
     answer: str
@@ -49,16 +52,37 @@ class Answers:
 
 
 def questions_of(examples: Sequence[Example], template: ChatTemplate) -> list[Question]:
-    """Each conversation up to its last assistant turn, and that turn's words. Rows without one are left out."""
-    found = []
+    """Each conversation up to its last assistant turn, and that turn as the template renders it after the prompt,
+    with the thoughts that it puts there. Rows without one are left out. RequestError if the template refuses one."""
+    tokens = TokenBytes(template.tokenizer)
+    questions = []
     for example in examples:
         messages = example.as_messages() or ()
         last = max((i for i, message in enumerate(messages) if _answers(message)), default=0)
         if last == 0:
             continue
-        token_ids = template.render(messages[:last], tools=example.tools, add_generation_prompt=True)
-        found.append(Question(tuple(token_ids), str(messages[last]["content"]).strip(), example.place))
-    return found
+        if example.messages is None and not template.exists:
+            prompt, answer = encode_text(template.tokenizer, str(example.prompt)), str(example.completion)
+        else:
+            prompt, answer = _rendered(messages[: last + 1], example, template, tokens)
+        questions.append(Question(tuple(prompt), answer.strip(), example.place))
+    return questions
+
+
+def _rendered(
+    messages: Sequence[Mapping[str, Any]], example: Example, template: ChatTemplate, tokens: TokenBytes
+) -> tuple[tuple[int, ...], str]:
+    """(the prompt of the last turn, told what training told it; the turn's supervised tokens as the engine writes
+    them)."""
+    options: dict[str, Any] = {"tools": example.tools, "variables": example.variables}
+    (row,) = template.supervise(messages, **options, skip=range(len(messages) - 1))
+    told = {**options, "variables": {**example.variables, **row.variables}}
+    text = TextDecoder(tokens)
+    (start, stop) = row.spans[-1]
+    answer = row.token_ids[start:stop]
+    if answer and answer[-1] in template.end_ids:
+        answer = answer[:-1]
+    return template.render(messages[:-1], **told), "".join([*map(text.push, answer), text.finish()])
 
 
 def _answers(message: Mapping[str, Any]) -> bool:
@@ -66,12 +90,22 @@ def _answers(message: Mapping[str, Any]) -> bool:
 
 
 def answer(
-    engine: Engine, questions: Sequence[Question], max_tokens: int, adapter: AdapterVersion | None = None
+    engine: Engine,
+    questions: Sequence[Question],
+    max_tokens: int,
+    adapter: AdapterVersion | None = None,
+    stop_ids: tuple[int, ...] = (),
 ) -> Answers:
-    """Greedy answers through an engine, in one batch as far as its rows allow."""
+    """Greedy answers through an engine, in one batch as far as its rows allow; `stop_ids` as Request has them."""
     sampling = Sampling(max_tokens=max_tokens, temperature=0.0)
     requests = [
-        Request(f"evaluate-{i}", Prompt(question.token_ids), sampling, adapter)
+        Request(
+            f"evaluate-{i}",
+            Prompt(question.token_ids),
+            sampling,
+            adapter,
+            stop_ids=stop_ids,
+        )
         for i, question in enumerate(questions)
     ]
     completions = generate(engine, requests)
@@ -85,6 +119,7 @@ def exact_match(
     *,
     max_tokens: int = 64,
     rows: int | None = None,
+    stop_ids: tuple[int, ...] = (),
 ) -> Answers:
     """Answers of a model as it stands, to the first `rows` examples that end in an assistant turn.
 
@@ -96,4 +131,4 @@ def exact_match(
             "exact_match: no row has an assistant turn after a prompt; there is nothing to answer"
         )
     with evaluating(model.network):
-        return answer(Engine(model), questions, max_tokens)
+        return answer(Engine(model), questions, max_tokens, stop_ids=stop_ids)

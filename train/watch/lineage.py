@@ -13,15 +13,25 @@ from serve.model.loading import LoadedModel
 from serve.model.template import ChatTemplate
 from serve.model.vocabulary import vocabulary_hash
 from train.adapters.warm_start import hash_of
+from train.data.rules import TokenRules
 from train.recipe.recipe import Recipe
 
 
 def lineage_of(
-    recipe: Recipe, model: LoadedModel, template: ChatTemplate, data_hash: str, *, created: str = ""
+    recipe: Recipe,
+    model: LoadedModel,
+    template: ChatTemplate,
+    rules: TokenRules,
+    *,
+    data_hash: str,
+    stop_ids: tuple[int, ...] = (),
+    created: str = "",
 ) -> Lineage:
     """The lineage of a run's adapter, before anything is measured.
 
-    created  when the run began, ISO 8601 in UTC; "": now
+    rules     by which the rows were tokenized, with `template`
+    stop_ids  tokens that the rows teach to end an answer with
+    created   when the run began, ISO 8601 in UTC; "": now
     """
     keys = recipe.model_dump(mode="json", exclude={"adapter_path", "resume_from_checkpoint"})
     parent = recipe.resume_adapter_file
@@ -38,6 +48,10 @@ def lineage_of(
         parent=parent or "",
         parent_hash=hash_of(Path(parent)) if parent else "",
         objective=recipe.objective,
+        chat_template=rules.template.source or "",
+        chat_template_kwargs=template.defaults,
+        template_day=template.day,
+        stop_ids=stop_ids,
     )
 
 

@@ -22,6 +22,8 @@ from serve.errors import ConfigError, LatheError, StorageError
 from train.loop import checkpoint
 
 FILE = "run.json"
+NEXT = "next"
+"""In a run's folder: where the run trains that is to take its place."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class RunRecord:
     """Of a warm start: `resume_adapter_file` as written."""
     parent_hash: str = ""
     """Content hash of the weights it started from."""
+    template_day: str = ""
+    """The day that the chat template prints all the run long, YYYY-MM-DD; empty if it prints none."""
     resumed_from: str = ""
     """The checkpoint this process continued, if any."""
     resumed: str = ""
@@ -63,6 +67,11 @@ class RunRecord:
             return abs(psutil.Process(self.pid).create_time() - self.process_started) < 1.0
         except psutil.Error:
             return False
+
+
+def home_of(folder: Path) -> Path:
+    """Where a run's folder will stand in the end: its parent, if it is to take the place of the run there."""
+    return folder.parent if folder.name == NEXT else folder
 
 
 def read(folder: Path) -> RunRecord | None:

@@ -15,8 +15,8 @@ from typing import Any
 
 from rich.text import Text
 
-from serve.adapters.manifest import CONFIG_FILE
-from serve.errors import NotFoundError
+from serve.adapters.manifest import CONFIG_FILE, TENSORS_FILE, read_specs
+from serve.errors import AdapterError, NotFoundError
 from serve.tables import Table, numbers, words
 from train.loop import checkpoint
 from train.watch import curve, metrics, record, summary
@@ -106,6 +106,9 @@ def describe(folder: Path) -> Run:
     best = history.best or (None, None)
     points = [*history.train_loss, *history.valid_loss]
     status = "broken" if problems else _status(folder, ended, said)
+    if status in summary.ENDED:
+        problems += _adapter_problems(folder, ended, lineage or {})
+        status = "broken" if problems else status
     return Run(
         folder=str(folder),
         name=folder.resolve().name,
@@ -155,6 +158,21 @@ def _status(folder: Path, ended: dict[str, Any], said: dict[str, Any]) -> str:
         return "running"
     # An adapter whose run left no summary: published, or never trained by us.
     return "interrupted" if said or (folder / metrics.FILE).exists() else "finished"
+
+
+def _adapter_problems(folder: Path, ended: dict[str, Any], lineage: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the adapter of a run that has ended, as far as headers and hashes tell."""
+    for name in (CONFIG_FILE, TENSORS_FILE):
+        if not (folder / name).is_file():
+            yield f"{name} is missing"
+            return
+    try:
+        read_specs(folder / TENSORS_FILE)
+    except AdapterError as error:
+        yield str(error)
+    published, here = _word(ended.get("content_hash")), _word(lineage.get("content_hash"))
+    if published and here and published != here:
+        yield f"{CONFIG_FILE} is of another adapter than {summary.FILE}"
 
 
 def _word(value: Any) -> str:

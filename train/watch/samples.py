@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
 from serve.engine.engine import Engine
 from serve.engine.generate import generate
 from serve.engine.request import Request, Sampling
@@ -20,6 +18,7 @@ from serve.model.loading import LoadedModel
 from serve.model.network import evaluating
 from serve.model.prompt import Prompt
 from serve.model.template import ChatTemplate, Message
+from serve.model.texts import encode_text
 from train.data.example import Example
 from train.recipe.recipe import Samples
 
@@ -46,7 +45,6 @@ class Sample:
 def prompts_of(
     samples: Samples,
     template: ChatTemplate,
-    tokenizer: TokenizerWrapper,
     valid_examples: Sequence[Example],
     *,
     as_text: bool,
@@ -57,41 +55,41 @@ def prompts_of(
     ConfigError names the prompt the template refuses; DataError when no validation row has a prompt.
     """
     if samples.rows is not None:
-        found = [_of_row(example, template, tokenizer) for example in valid_examples[: samples.rows]]
+        found = [_of_row(example, template) for example in valid_examples[: samples.rows]]
         if not found:
             raise DataError("samples.rows: there is no validation row to take a prompt from")
         return found
     prompts = []
     for number, prompt in enumerate(samples.prompts):
         try:
-            prompts.append(_of_recipe(prompt, template, tokenizer, as_text))
+            prompts.append(_of_recipe(prompt, template, as_text))
         except RequestError as error:
             raise ConfigError(f"samples.prompts.{number}: {error}") from error
     return prompts
 
 
-def _of_recipe(
-    prompt: str | Sequence[Message], template: ChatTemplate, tokenizer: TokenizerWrapper, as_text: bool
-) -> SamplePrompt:
+def _of_recipe(prompt: str | Sequence[Message], template: ChatTemplate, as_text: bool) -> SamplePrompt:
     if isinstance(prompt, str):
         if as_text or not template.exists:
-            return SamplePrompt(prompt, tuple(tokenizer.encode(prompt)))
+            return SamplePrompt(prompt, encode_text(template.tokenizer, prompt))
         return SamplePrompt(prompt, template.render([{"role": "user", "content": prompt}]))
     return SamplePrompt(_shown(prompt), template.render(prompt))
 
 
-def _of_row(example: Example, template: ChatTemplate, tokenizer: TokenizerWrapper) -> SamplePrompt:
-    messages = example.as_messages()
+def _of_row(example: Example, template: ChatTemplate) -> SamplePrompt:
+    messages, tokenizer = example.as_messages(), template.tokenizer
     if messages is None:
-        token_ids = tuple(tokenizer.encode(example.text or ""))
+        token_ids = encode_text(tokenizer, example.text or "")
         token_ids = token_ids[: max(int(len(token_ids) * SHARE_OF_TEXT), 1)]
         return SamplePrompt(tokenizer.decode(list(token_ids)), token_ids)
     # The turns of a preference pair end before its answers; a conversation's last answer is the model's to give.
     has_answer = example.chosen is None and messages[-1].get("role") == "assistant" and len(messages) > 1
     asked = messages[:-1] if has_answer else messages
     if template.exists:
-        return SamplePrompt(_shown(asked), template.render(asked, tools=example.tools))
-    return SamplePrompt(_shown(asked), tuple(tokenizer.encode(_shown(asked))))
+        return SamplePrompt(
+            _shown(asked), template.render(asked, tools=example.tools, variables=example.variables)
+        )
+    return SamplePrompt(_shown(asked), encode_text(tokenizer, _shown(asked)))
 
 
 def _shown(messages: Sequence[Message]) -> str:
@@ -101,8 +99,13 @@ def _shown(messages: Sequence[Message]) -> str:
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
 
 
-def answers_of(model: LoadedModel, prompts: Sequence[SamplePrompt], samples: Samples) -> list[Sample]:
-    """Each prompt's answer by the weights as they are, in order. RequestError for a prompt beyond the context."""
+def answers_of(
+    model: LoadedModel, prompts: Sequence[SamplePrompt], samples: Samples, stop_ids: tuple[int, ...] = ()
+) -> list[Sample]:
+    """Each prompt's answer by the weights as they are, in order. RequestError for a prompt beyond the context.
+
+    stop_ids  tokens that end an answer, besides the model's own
+    """
     requests = [
         Request(
             f"sample-{number}",
@@ -110,6 +113,7 @@ def answers_of(model: LoadedModel, prompts: Sequence[SamplePrompt], samples: Sam
             Sampling(
                 max_tokens=samples.max_tokens, temperature=samples.temperature, seed=samples.seed + number
             ),
+            stop_ids=stop_ids,
         )
         for number, prompt in enumerate(prompts)
     ]

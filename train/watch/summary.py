@@ -11,8 +11,11 @@ from typing import Any, Literal
 from serve.errors import StorageError
 from train.loop import checkpoint
 from train.loop.trainer import TrainState, peak_memory_bytes
+from train.watch.record import home_of
 
 FILE = "summary.json"
+ENDED = ("finished", "stopped_early")
+"""Statuses of a run that came to the end it was meant to have."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,21 @@ class RunSummary:
 
 
 def of_run(
-    state: TrainState, folder: Path, *, num_iterations: int, caught: int | None, **measured: Any
+    state: TrainState,
+    folder: Path,
+    *,
+    num_iterations: int,
+    caught: int | None,
+    metric: str | None = None,
+    **measured: Any,
 ) -> RunSummary:
-    """The summary of a run that ended at `state`; `measured` are further fields of it."""
+    """The summary of a run that ended at `state`. `metric` names a measure of it, `measured` are more fields."""
     status: Literal["finished", "stopped_early", "interrupted"] = "finished"
     if state.iteration < num_iterations:
         status = "stopped_early" if caught is None else "interrupted"
     return RunSummary(
         status=status,
-        adapter_path=str(folder),
+        adapter_path=str(home_of(folder)),
         steps=state.step,
         iterations=state.iteration,
         train_loss=state.train_loss,
@@ -76,6 +85,9 @@ def of_run(
         train_seconds=state.seconds,
         tokens_per_s=state.num_tokens / max(state.seconds, 1e-9),
         peak_memory_bytes=peak_memory_bytes(),
+        metric=metric,
+        metric_before=state.first_measures.get(metric or ""),
+        metric_after=state.measures.get(metric or ""),
         signal=caught if status == "interrupted" else None,
         **measured,
     )
