@@ -310,7 +310,7 @@ def kill_while_replacing(lives, tmp_path: Path, every: int, first: int) -> dict:
 
 
 def test_a_kill_while_a_run_is_replaced_leaves_it_or_the_new_one(lives, tmp_path):
-    told = kill_while_replacing(lives, tmp_path, every=151, first=3)
+    told = kill_while_replacing(lives, tmp_path, every=61, first=3)
     assert {"old", "begun"} <= set(told["seen"])
 
 
