@@ -519,7 +519,7 @@ def test_a_family_that_cannot_be_packed_is_refused_and_costs_no_earlier_run(
     earlier = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     recipe = make_recipe("out", f"model={make_model('gpt2', config)}")
     with pytest.raises(ConfigError, match=r"cannot be packed: what it computes .* depends on the position"):
-        run(recipe, console=quiet())
+        run(recipe, overwrite=True, console=quiet())
     assert {path: path.read_bytes() for path in earlier} == earlier, "the run that is there stays"
 
 

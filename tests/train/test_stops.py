@@ -100,14 +100,22 @@ def test_what_ends_a_templates_turns_is_the_stop_id_whatever_follows_it(end, aft
         (chat("<|im_end|>"), LABELLED, {"objective": "kto", "batch_size": 2}, {"<|im_end|>"}),
         (chat("<|im_end|>"), ASKED, GRPO, {"<|im_end|>"}),
         (None, ASKED, GRPO, set()),
-        (chat("", "\n"), TALK, {}, set()),
+        (chat("", "\n"), TALK, {}, {"<|im_start|>"}),
+        (chat("", "\n").replace("<|im_start|>", "# "), TALK, {}, set()),
         (None, [Example("r", 1, text="words")], {}, {"</s>"}),
         (None, [Example("r", 1, prompt="a", completion="b")], {}, {"</s>"}),
         (chat("<|im_end|>"), [Example("r", 1, text="words")], {"objective": "cpt"}, set()),
     ],
     ids=[
         *("prompts too", "the last end", "no end", "two roles", "pairs", "labels", "rollouts"),
-        *("rollouts of texts", "no end in the template", "text", "a completion", "documents"),
+        *(
+            "rollouts of texts",
+            "the next turn's marker",
+            "no end in the template",
+            "text",
+            "a completion",
+            "documents",
+        ),
     ],
 )
 def test_stop_ids_are_what_the_rows_teach(template, examples, knobs, expected):
