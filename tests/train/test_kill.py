@@ -96,10 +96,14 @@ def train(recipe, resume, overwrite=False):
 
 def published(folder):
     '''A reader gets a whole adapter or an error; never one half of each of two.'''
-    try:
-        read_tensors(folder, read_config(folder))
-    except (AdapterError, NotFoundError):
-        pass
+    def read():
+        try:
+            read_tensors(folder, read_config(folder))
+        except (AdapterError, NotFoundError):
+            pass
+
+    # In a life of its own: reading computes, and what has computed can fork no more.
+    assert life(read) == "ended"
 
 def of(folder):
     return load_recipe(Path(sys.argv[1]), [*sys.argv[2:], *more, f"adapter_path={folder}"])
@@ -262,7 +266,9 @@ def kill_while_replacing(lives, tmp_path: Path, every: int, first: int) -> dict:
 
         def look(folder):
             new, ended = Path(folder) / "next", Path(folder) / ".next-ended"
-            has_ended = ended.exists() or (new / "summary.json").exists()
+            summaries = [place / "summary.json" for place in (new, Path(folder))]
+            ends = [json.loads(path.read_text())["content_hash"] for path in summaries if path.exists()]
+            has_ended = ended.exists() or new_hash in ends
             if has_ended:
                 places = [place for place in (new, ended, Path(folder)) if (place / "adapters.safetensors").exists()]
                 hashes = set()
@@ -273,7 +279,7 @@ def kill_while_replacing(lives, tmp_path: Path, every: int, first: int) -> dict:
             else:
                 there = files(folder)
                 assert all(there.get(name) == content for name, content in old.items()), "the earlier run was touched"
-                read_tensors(Path(folder), read_config(Path(folder)))
+                assert life(lambda: read_tensors(Path(folder), read_config(Path(folder)))) == "ended"
             return "ended" if has_ended else "begun" if replace.is_begun(Path(folder)) else "old"
 
         assert life(train(of(root + "/straight"), None)) == "ended"
