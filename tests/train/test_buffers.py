@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from serve.adapters.manifest import AdapterConfig, write_adapter
 from serve.model.loading import cast, load
 from train.adapters.adapt import adapter_tensors, train_all, trainable_tensors
-from train.after.export import write_fused
+from train.after.export import Form, write_fused
 from train.loop.step import Stepper
 from train.objectives.sft import SFT
 
@@ -163,9 +163,8 @@ def test_an_export_in_half_precision_keeps_them_too(family, base_of, tmp_path):
     train_all(network)
     config = AdapterConfig("full", -1)
     write_adapter(tmp_path / "full", adapter_tensors(network), config)
-    write_fused(
-        tmp_path / "out", tmp_path / "full", config, str(base), bits=None, group_size=64, dtype="bfloat16"
-    )
+    (tmp_path / "out").mkdir()
+    write_fused(tmp_path / "out", tmp_path / "full", config, str(base), Form(dtype="bfloat16"))
     stored = {}
     for file in (tmp_path / "out").glob("model*.safetensors"):
         stored |= mx.load(str(file))
