@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from serve.model.template import ChatTemplate
+if TYPE_CHECKING:  # the scheduler plans with versions, and imports no mlx
+    from serve.model.template import ChatTemplate
 
 
 @dataclass(frozen=True)
