@@ -43,7 +43,14 @@ def ask(http):
     """ask(user, **fields) → the response's JSON and headers."""
 
     def post(user: str | None, **fields) -> tuple[dict, httpx.Headers]:
-        body = {"model": "test", "messages": MESSAGES, "max_tokens": 3, "user": user, **fields}
+        body = {
+            "model": "test",
+            "messages": MESSAGES,
+            "max_tokens": 3,
+            "ignore_eos": True,
+            "user": user,
+            **fields,
+        }
         answer = http.post("/v1/chat/completions", json=body)
         answer.raise_for_status()
         return answer.json(), answer.headers
