@@ -15,10 +15,6 @@ from serve.errors import RequestError
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
-MAX_TOP_K = 2**31 - 1
-"""No vocabulary is larger, so any larger top_k means the same."""
-MAX_TEMPERATURE = 1e6
-"""Beyond it every logit that a model writes divides to nothing, so any higher temperature means the same."""
 MAX_UNKNOWN = 16
 MAX_NAME_CHARS = 80
 
@@ -138,16 +134,6 @@ class GenerationBody(Body):
     user: Label | None = None
     """The unit of an experiment: the same user meets the same variant. Without effect on other models."""
     ignore_eos: bool | None = None
-
-    @field_validator("top_k")
-    @classmethod
-    def _top_k_fits_an_array(cls, top_k: int | None) -> int | None:
-        return None if top_k is None else min(top_k, MAX_TOP_K)
-
-    @field_validator("temperature")
-    @classmethod
-    def _temperature_fits_an_array(cls, temperature: float | None) -> float | None:
-        return None if temperature is None else min(temperature, MAX_TEMPERATURE)
 
     @field_validator("stop")
     @classmethod

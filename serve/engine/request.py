@@ -14,6 +14,8 @@ from serve.model.prompt import Prompt
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_TEMPERATURE = 1e6
 """Beyond it every token of every vocabulary is equally likely in single precision."""
+MAX_STOP_CHARS = 1024
+"""Each token is compared with all beginnings of a stop string, on the thread that serves everyone."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Sampling:
     """0 keeps the whole vocabulary, as any number beyond it does."""
     min_p: float = 0.0
     seed: int = 0
-    """The same seed, prompt and adapter give the same tokens, alone and in any company. 64 bits of it count."""
+    """The same seed, prompt and adapter give the same tokens in any company, but for near-ties; 64 bits count."""
     stop: tuple[str, ...] = ()
     """Strings that end the text and are no part of it. One that is a special token's name ends it at that token."""
     ignore_eos: bool = False
@@ -46,7 +48,10 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "more than 0, at most 1"),
             "top_k": (self.top_k >= 0, "0 or more"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "stop": (all(self.stop), "strings that are not empty"),
+            "stop": (
+                all(0 < len(stop) <= MAX_STOP_CHARS for stop in self.stop),
+                f"strings that are not empty, of at most {MAX_STOP_CHARS:,} characters",
+            ),
             "num_logprobs": (self.num_logprobs is None or self.num_logprobs >= 0, "0 or more"),
         }
         for name, (is_right, expected) in wanted.items():

@@ -1,8 +1,8 @@
 """Logits → one token a row, each row with its own settings. No loop over rows, no state but the settings' arrays.
 
 Randomness is counter-based: row r's u for its k-th token comes from a threefry key that is a hash of (seed_r, k),
-so a request draws the same tokens alone and in any company. A row's path (greedy, plain, filtered) depends on its own
-settings alone. Filters apply after temperature, in vLLM's order: top_k, top_p, min_p.
+so the same logits give the same tokens alone and in any company. A row's path (greedy, plain, filtered) depends on
+its own settings alone. Filters apply after temperature, in vLLM's order: top_k, top_p, min_p.
 """
 
 from __future__ import annotations

@@ -317,6 +317,7 @@ def test_a_prompt_that_no_array_holds_is_refused_before_it_is_queued(model, ids,
         {"min_p": 1.01},
         {"num_logprobs": -1},
         {"stop": ("a", "")},
+        {"stop": ("a" * 1025,)},
     ],
 )
 def test_sampling_refuses_what_says_nothing(changes):
