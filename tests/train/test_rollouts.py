@@ -25,7 +25,7 @@ from train.loop.distributed import Alone, Ranks
 from train.objectives.grpo import GRPO
 from train.objectives.rewards import Scorer
 from train.objectives.rollouts import Questions, Rollouts, _seed, group_advantages
-from train.recipe.objective_config import GRPOConfig
+from train.recipe.grpo import GRPOConfig
 from train.recipe.recipe import Recipe, load_recipe
 from train.run import run
 

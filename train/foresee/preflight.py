@@ -108,16 +108,9 @@ class Preflight:
         """This process's share of the fixed validation batches."""
         return self._fixed_batches(self.valid, self.recipe.val_batches)
 
-    def check_rewards(self) -> None:
-        """DataError naming the rows that lack a column some reward looks at."""
-        for split in (self.train, self.valid, self.test):
-            if split is not None and self.scorer is not None:
-                rows = ((f"{row.source}:{row.line}", row.fields or {}) for row in split.rows)
-                self.scorer.check_columns(list(rows))
-
     def rollouts(self, model: LoadedModel) -> Rollouts | None:
         """What makes the batches of objective grpo, from answers; None under others, whose batches are read."""
-        config = self.recipe.grpo
+        config = self.recipe.answering
         if config is None or self.scorer is None:
             return None
         return Rollouts(
@@ -169,7 +162,8 @@ def prepare(
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     rules = TokenRules.of_recipe(recipe, today or date.today())
     template = make_template(tokenizer, rules.template)
-    splits = read_splits(recipe, template, rules, console)
+    scorer = Scorer(recipe.answering.rewards) if recipe.answering is not None else None
+    splits = read_splits(recipe, template, rules, console, scorer.needs if scorer is not None else ())
     train, valid = splits.train, splits.valid
     if train.report.told:  # the run's other prompts, and serving, ask as the training rows do
         rules = rules.telling(train.report.told)
@@ -186,7 +180,7 @@ def prepare(
     ranks = ranks or Alone()
     plan = _plan(recipe, train, ranks.size)
     num_iterations = recipe.iters or plan.num_batches(recipe.epochs or 1.0)
-    flight = Preflight(
+    return Preflight(
         recipe=recipe,
         template=template,
         rules=rules,
@@ -197,11 +191,9 @@ def prepare(
         num_iterations=num_iterations,
         sample_prompts=_sample_prompts(recipe, template, valid),
         duplicates=splits.duplicates,
-        scorer=Scorer(recipe.grpo.rewards) if recipe.grpo is not None else None,
+        scorer=scorer,
         ranks=ranks,
     )
-    flight.check_rewards()
-    return flight
 
 
 def _sample_prompts(recipe: Recipe, template: ChatTemplate, valid: Split | None) -> tuple[SamplePrompt, ...]:
@@ -277,7 +269,7 @@ def _stop_lines(preflight: Preflight) -> Iterator[str]:
     if new:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new)))
         yield f"answers end at {names}, which ends none of the base's: it is kept with the adapter as its stop id"
-    wants_end = recipe.train_on_eos != "none" and recipe.objective not in ("cpt", "grpo")
+    wants_end = recipe.train_on_eos != "none" and recipe.objective != "cpt" and not recipe.entry.asks
     if wants_end and not preflight.stop_ids and ENDLESS not in preflight.train.report.notes:
         yield "no token ends the answers that are trained: they will go on to max_tokens"
 
