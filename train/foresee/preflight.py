@@ -23,6 +23,7 @@ from serve.settings import dump
 from serve.tables import show as show_tables
 from train.data.batches import Batch, BatchPlan, Plan, collate, validation_rows
 from train.data.duplicates import DuplicateReport
+from train.data.inherited import Inherited, inherited, lineage_of_parent
 from train.data.packing import PackedPlan
 from train.data.rules import TokenRules
 from train.data.splits import Split, read_splits, rows_per_batch
@@ -64,6 +65,8 @@ class Preflight:
     """What is answered at each validation, for a person to read."""
     scorer: Scorer | None = None
     """What answers are worth, under objective grpo."""
+    inherited: Inherited = field(default_factory=Inherited)
+    """What the adapter that the run starts from brings besides weights."""
     ranks: Ranks = field(default_factory=Alone)
     """The processes of the run: a batch of the plan holds batch_size rows for each of them."""
 
@@ -88,8 +91,10 @@ class Preflight:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that the training rows teach to end an answer with; of a stream, its first rows."""
-        return stop_ids(list(self.train.rows), self.template, self.rules)
+        """Tokens that end an answer: those that the training rows teach (of a stream, its first rows), and those that
+        the adapter it starts from ended answers with."""
+        taught = stop_ids(list(self.train.rows), self.template, self.rules)
+        return tuple(sorted({*taught, *self.inherited.stop_ids}))
 
     def batch_at(self, iteration: int) -> Batch:
         """This process's share of the batch of any iteration, from its number alone."""
@@ -192,6 +197,7 @@ def prepare(
         sample_prompts=_sample_prompts(recipe, template, valid),
         duplicates=splits.duplicates,
         scorer=scorer,
+        inherited=inherited(recipe, lineage_of_parent(recipe), template),
         ranks=ranks,
     )
 
@@ -228,7 +234,9 @@ def show(preflight: Preflight, console: Console, *, with_recipe: bool = False) -
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in template_lines(split):
             console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    for line in _stop_lines(preflight):
+    for line in preflight.inherited.lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for line in (*preflight.inherited.warnings, *_stop_lines(preflight)):
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for line in duplicate_lines(preflight.duplicates):
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
@@ -265,7 +273,8 @@ def adam_lines(recipe: Recipe, num_steps: int) -> Iterator[str]:
 def _stop_lines(preflight: Preflight) -> Iterator[str]:
     """Where trained answers end at another token than the base's answers do, or at none."""
     tokenizer, recipe = preflight.template.tokenizer, preflight.recipe
-    new = [number for number in preflight.stop_ids if number not in tokenizer.eos_token_ids]
+    known = {*tokenizer.eos_token_ids, *preflight.inherited.stop_ids}
+    new = [number for number in preflight.stop_ids if number not in known]
     if new:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new)))
         yield f"answers end at {names}, which ends none of the base's: it is kept with the adapter as its stop id"

@@ -269,10 +269,11 @@ class Recipe(Strict):
     """Which end-of-turn tokens are supervised under mask_prompt: each trained turn's, the last one's, none."""
     chat_template: str | None = None
     """A file with a Jinja chat template, in place of the tokenizer's own. It is kept in the adapter's manifest, goes
-    into exports, and serving renders this adapter's chats with it."""
+    into exports, and serving renders this adapter's chats with it. Nothing: that of the adapter in
+    `resume_adapter_file`, where it has one."""
     chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     """Variables that the chat template reads (`enable_thinking: false`). Kept with the adapter: serving sets them
-    too, where a request does not say otherwise."""
+    too, where a request does not say otherwise. What is not written here is as in `resume_adapter_file`."""
     special_tokens_in_messages: Literal["words", "control"] = "words"
     """What the text of a special token is inside a message: `words`, its characters, as in serving; `control`, the
     token. Text rows are not messages: there it is always the token. Serve with the same."""
@@ -339,7 +340,8 @@ class Recipe(Strict):
     adapter_path: str = "adapters"
     """Folder the run writes."""
     resume_adapter_file: str | None = None
-    """Warm start: weights from an adapter file or folder, everything else from the beginning."""
+    """Warm start: weights from an adapter file or folder, everything else from the beginning. A folder's chat
+    template, its variables and stop ids go on to hold; a person is told where the recipe has others."""
     resume_from_checkpoint: str | None = None
     """Continue a run exactly: weights, optimizer, schedule, randomness and place in the data."""
 
