@@ -326,7 +326,7 @@ def test_runs_are_listed_with_where_they_came_from(train, tmp_path):
     assert found.keys() == {"first", "warm", "cut"}
     assert {run.status for run in found.values()} == {"finished"}
     told = summary_of(parent)
-    assert found["first"].best_valid_loss == told["best_valid_loss"]
+    assert (found["first"].judged_by, found["first"].best_value) == ("loss", told["best_valid_loss"])
     assert found["first"].steps == told["steps"] == 6
     assert found["warm"].parent_hash == found["first"].content_hash == told["content_hash"]
     assert read_config(warm).lineage.parent_hash == told["content_hash"]
@@ -345,7 +345,7 @@ def test_a_list_of_runs_is_whole_in_80_columns():
     run = runs.Run(
         "runs/support-tickets-large", "support-tickets-large", "interrupted", steps=12_000, best_step=11_900
     )
-    run = replace(run, best_valid_loss=1.2345, created="2026-11-21T17:46:00+00:00", seconds=5400.0)
+    run = replace(run, best_value=1.2345, created="2026-11-21T17:46:00+00:00", seconds=5400.0)
     drawn = Console(file=io.StringIO(), width=80)
     show(drawn, *runs.tables([run]))
     shown = drawn.file.getvalue()

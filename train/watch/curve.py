@@ -60,6 +60,11 @@ class History:
         trained = [point for point in self.valid_loss if point[0] > 0]
         return min(trained, key=lambda point: point[1], default=None)
 
+    def highest(self, name: str) -> tuple[int, float] | None:
+        """Of the validations after training began, the highest of a measure; the first of equals."""
+        trained = [point for point in self.valid.get(name, []) if point[0] > 0]
+        return max(trained, key=lambda point: point[1], default=None)
+
 
 class LearningCurve:
     """The picture of one run's folder; drawn again when enough time has gone by since the last time.
