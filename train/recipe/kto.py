@@ -26,7 +26,7 @@ class KTOConfig(ObjectiveConfig):
 
     def problems(self, recipe: Any) -> Iterator[tuple[str, str]]:
         """One estimate of the divergence a batch, from pairs of its rows."""
-        if recipe.micro_batch_tokens and "micro_batch_tokens" in recipe.model_fields_set:
+        if recipe.micro_batch_tokens:
             yield (
                 "micro_batch_tokens",
                 "has no effect with objective: kto, whose KL term is one a batch; leave it out, or 0",

@@ -280,9 +280,10 @@ class Recipe(Strict):
 
     batch_size: int = Field(default=4, ge=1)
     """Rows of a batch."""
-    micro_batch_tokens: int = Field(default=2048, ge=0)
+    micro_batch_tokens: int = Field(default_factory=lambda seen: _micro_batch(seen.get("objective")), ge=0)
     """A batch of more positions, padding included, runs in parts of whole rows (or pairs), one after the other: the
-    same sums, at the memory of one part. 0: batches run whole, as all of kto do, whose KL term is the batch's."""
+    same sums, at the memory of one part; 2,048 if not written. 0: batches run whole, as all of kto do, whose KL
+    term is the batch's."""
     grad_accumulation_steps: int = Field(default=1, ge=1)
     """Batches whose gradients make one optimizer update."""
     epochs: float | None = Field(default=None, gt=0)
@@ -406,6 +407,11 @@ class Recipe(Strict):
             for entry in entries
         ]
         return (*hub, *self.datasets)
+
+
+def _micro_batch(objective: str | None) -> int:
+    entry = OBJECTIVES.get(objective or "")
+    return 0 if entry is not None and entry.splits_by is None else 2048
 
 
 def _default_block(objective: str) -> Callable[[dict[str, Any]], ObjectiveConfig | None]:
