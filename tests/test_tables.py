@@ -115,7 +115,7 @@ def experiment_runs() -> Case:
 
 def training_runs() -> Case:
     run = runs.Run(
-        LONGER, LONG, "interrupted", steps=1_234_567, best_valid_loss=1234.5678, best_step=1_111_111,
+        LONGER, LONG, "interrupted", steps=1_234_567, judged_by="reward", best_value=1234.5678, best_step=1_111_111,
         metric="exact_match", metric_value=0.987, base_model=f"hub/{LONG}-base", base_fingerprint="sha256:abcdef0123",
         objective="grpo", fine_tune_type="lora", data_hash="sha256:fedcba9876", parent=f"runs/{LONG}-parent",
         parent_hash="sha256:1234567890", resumed_from="checkpoints/step-1111111",

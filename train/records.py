@@ -64,6 +64,7 @@ def recording(
             LearningCurve(
                 folder, title_of(recipe), rates_of(schedule_of(recipe, flight.num_steps), flight.num_steps)
             ),
+            shown=recipe.entry.shown,
             samples=(lambda: answers_of(model, prompts, samples, stop_ids)) if samples else tuple,
             notes=flight.take_notes,
         )

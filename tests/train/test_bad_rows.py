@@ -58,6 +58,12 @@ GOOD_AND_BAD: dict[str, tuple[str, dict, dict, str]] = {
         "label: found a string",
     ),
     "prompt": ("grpo", {"prompt": "p"}, {"prompt": ""}, "prompt: found an empty string"),
+    "a reward's column": (
+        "grpo needing team",
+        {"prompt": "p", "team": "red"},
+        {"prompt": "p", "colour": "red"},
+        "no column team, which the reward regex needs; found colour",
+    ),
     "not an object": ("sft", {"prompt": "p", "completion": "c"}, ["p", "c"], "expected an object"),
     "not JSON": ("sft", {"prompt": "p", "completion": "c"}, "{", "JSON"),
 }
@@ -87,11 +93,13 @@ def write(tmp_path, model_folder) -> Callable[..., Recipe]:
 @pytest.mark.parametrize("form", GOOD_AND_BAD)
 def test_a_bad_row_of_any_form_is_refused_or_left_out_by_name(form, write):
     objective, good, bad, reason = GOOD_AND_BAD[form]
+    objective, _, column = objective.partition(" needing ")
+    keys = {"grpo": {"rewards": [{"kind": "regex", "pattern": "a", "field": column}]}} if column else {}
     rows = [good, bad, good, bad, good]
     with pytest.raises(DataError, match=r"train\.jsonl:2: .*(\n.*)*train\.jsonl:4: ") as refused:
-        prepare(write(objective, rows))
+        prepare(write(objective, rows, **keys))
     assert reason in str(refused.value)
-    flight = prepare(write(objective, rows, on_bad_row="drop"))
+    flight = prepare(write(objective, rows, on_bad_row="drop", **keys))
     assert [row.line for row in flight.train.rows] == [1, 3, 5]
     console = Console(file=io.StringIO(), width=200)
     show(flight, console)

@@ -9,8 +9,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from serve.adapters.manifest import AdapterConfig, write_adapter
+from serve.errors import AdapterError
 from serve.model.loading import cast, load
 from train.adapters.adapt import adapter_tensors, train_all, trainable_tensors
+from train.adapters.warm_start import warm_start
 from train.after.export import Form, write_fused
 from train.loop.step import Stepper
 from train.objectives.sft import SFT
@@ -171,3 +173,47 @@ def test_an_export_in_half_precision_keeps_them_too(family, base_of, tmp_path):
     kept = {path for path, value in stored.items() if value.dtype == mx.float32}
     assert kept == {path for path in stored if not network.module.cast_predicate(path)}
     assert kept
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_that_holds_buffers_too_is_exported_with_them(family, base_of, tmp_path):
+    """As full fine-tuning wrote them when it trained buffers."""
+    base, name = base_of(family), FAMILIES[family][1]
+    whole = {path: value + 0.5 for path, value in tree_flatten(load(str(base)).network.module.parameters())}
+    write_adapter(tmp_path / "full", whole, AdapterConfig("full", -1))
+    (tmp_path / "out").mkdir()
+    write_fused(
+        tmp_path / "out", tmp_path / "full", AdapterConfig("full", -1), str(base), Form(dtype="float32")
+    )
+    stored = {}
+    for file in (tmp_path / "out").glob("model*.safetensors"):
+        stored |= mx.load(str(file))
+    buffers = [path for path in whole if path.endswith(name)]
+    assert buffers
+    for path in buffers:
+        np.testing.assert_array_equal(np.array(stored[path]), np.array(whole[path]), err_msg=path)
+
+
+def test_what_of_a_folder_fits_no_array_of_the_model_is_named(base_of, tmp_path):
+    base, buffer = base_of("deepseek_v3"), "model.layers.1.mlp.gate.e_score_correction_bias"
+    whole = dict(tree_flatten(load(str(base)).network.module.parameters()))
+    wrong = {**whole, buffer: mx.zeros(7), "model.layers.1.mlp.gate.bias_of_tomorrow": mx.zeros(4)}
+    write_adapter(tmp_path / "full", wrong, AdapterConfig("full", -1))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(AdapterError) as caught:
+        write_fused(
+            tmp_path / "out", tmp_path / "full", AdapterConfig("full", -1), str(base), Form(dtype="float32")
+        )
+    assert f"{buffer}: is (7,), the model needs (4,)" in str(caught.value)
+    assert "gate.bias_of_tomorrow: not a tensor that trains here" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_a_run_does_not_start_from_buffers_that_its_own_folder_would_not_keep(base_of, tmp_path):
+    network, buffer = load(str(base_of("deepseek_v3"))).network, "gate.e_score_correction_bias"
+    write_adapter(
+        tmp_path / "full", dict(tree_flatten(network.module.parameters())), AdapterConfig("full", -1)
+    )
+    adapted = train_all(network)
+    with pytest.raises(AdapterError, match=f"{buffer}: does not train here; `lathe export` takes it"):
+        warm_start(tmp_path / "full", network, adapted)

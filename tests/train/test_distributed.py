@@ -235,7 +235,7 @@ from serve.errors import ConfigError, TrainingError
 from serve.model.network import TextNetwork
 from train.data.batches import Batch
 from train.loop.distributed import check_same, join, losses_named, share, sum_named
-from train.recipe.objective_config import ORPOConfig
+from train.recipe.orpo import ORPOConfig
 from train.objectives.orpo import ORPO
 from train.loop.step import Stepper, mean_loss
 import mlx.optimizers as optim

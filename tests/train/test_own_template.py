@@ -261,6 +261,78 @@ def test_only_the_adapters_own_answers_end_at_its_stop_ids(
     assert same.token_ids == deaf.token_ids == free.token_ids
 
 
+SILENT = ("chat_template=null", "chat_template_kwargs=null")
+
+
+def told_before(recipe) -> list[str]:
+    out = io.StringIO()
+    show(prepare(recipe), Console(file=out, width=250))
+    return [line for line in out.getvalue().splitlines() if "was trained" in line or "taken over" in line]
+
+
+@pytest.mark.parametrize("file", ["", "adapters.safetensors"], ids=["a folder", "its file"])
+@pytest.mark.parametrize("ends", ["turn", "none"])
+def test_a_warm_start_goes_on_with_the_template_and_the_ends_of_its_adapter(
+    file, ends, trained, bare, make_recipe, tmp_path
+):
+    few = ("iters=1", "learning_rate=1e-6", "val_batches=1", f"train_on_eos={ends}")
+    recipe = make_recipe(tmp_path / "child", *SILENT, *few, f"resume_adapter_file={trained[0] / file}")
+    result = run(recipe, console=quiet())
+    if ends == "turn":  # the same targets: it is asked as the adapter learned to be asked
+        assert result.first_valid_loss == pytest.approx(trained[1].valid_loss, rel=1e-4)
+    parent, child = (read_config(folder).lineage for folder in (trained[0], tmp_path / "child"))
+    kept = ("chat_template", "chat_template_kwargs", "template_hash", "stop_ids")
+    assert [getattr(child, name) for name in kept] == [getattr(parent, name) for name in kept]
+    (line,) = told_before(recipe)
+    assert line == (
+        f"taken over from {recipe.resume_adapter_file}: its chat_template, "
+        'chat_template_kwargs {"style": "terse"}, stop ids <|im_end|>'
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "template", "warning", "taken"),
+    [
+        ((), THINKS, "", "stop ids <|im_end|>"),
+        (
+            ("chat_template_kwargs={style: loud}",),
+            THINKS,
+            'chat_template_kwargs.style: "loud" here, "terse" when {parent} was trained',
+            "stop ids <|im_end|>",
+        ),
+        (
+            ("chat_template_kwargs=null",),
+            MARKED,
+            "chat_template: {template} is not the one that {parent} was trained with, and its stop ids are not "
+            "taken over",
+            "",
+        ),
+        (
+            SILENT,
+            THINKS,
+            "",
+            'its chat_template, chat_template_kwargs {"style": "terse"}, stop ids <|im_end|>',
+        ),
+    ],
+    ids=["the same", "another variable", "another template", "silent"],
+)
+def test_where_a_recipe_differs_from_the_adapter_that_it_starts_from_it_is_told_by_name(
+    overrides, template, warning, taken, trained, make_recipe, tmp_path
+):
+    more = (*overrides, f"resume_adapter_file={trained[0]}")
+    recipe = make_recipe(tmp_path / "out", *more, template=template)
+    lines = told_before(recipe)
+    places = {"parent": trained[0], "template": recipe.chat_template}
+    expected = [f"taken over from {trained[0]}: {taken}"] * bool(taken)
+    assert lines == [*expected, *[warning.format(**places)] * bool(warning)]
+
+
+def test_weights_from_elsewhere_bring_no_template(trained, make_recipe, tmp_path):
+    shutil.copy(trained[0] / "adapters.safetensors", tmp_path / "mine.safetensors")
+    recipe = make_recipe(tmp_path / "out", f"resume_adapter_file={tmp_path / 'mine.safetensors'}")
+    assert told_before(recipe) == []
+
+
 def test_a_run_keeps_its_day_when_it_is_continued_after_midnight(make_recipe, tmp_path):
     few = ("iters=4", "save_every=2", "steps_per_eval=2", "val_batches=1")
     first, later = date(2026, 1, 31), date(2026, 2, 1)

@@ -10,6 +10,7 @@ import pytest
 from serve.errors import ConfigError
 from serve.settings import dump
 from train.recipe.foreign import FOREIGN
+from train.recipe.objectives import OBJECTIVES
 from train.recipe.recipe import HubDataset, LoRAParameters, Recipe, load_recipe
 
 STOCK = """
@@ -54,6 +55,7 @@ lr_schedule:
 hf_dataset: null
 """
 LEAST = "model: m\ndata: d\n"
+BLOCKS = {"grpo": "grpo: {rewards: [{kind: regex, pattern: x}]}\n"}
 
 
 @pytest.fixture
@@ -103,6 +105,7 @@ def test_the_resolved_recipe_reads_back_equal(recipe_of):
         LEAST,
         LEAST + "epochs: 2\nlora_parameters: {alpha: 16}\n",
         LEAST + "fine_tune_type: full\n",
+        *(f"{LEAST}objective: {name}\nbatch_size: 8\n{BLOCKS.get(name, '')}" for name in OBJECTIVES),
     ):
         recipe = recipe_of(text)
         assert recipe_of(dump(recipe)) == recipe

@@ -9,9 +9,10 @@ import pytest
 
 from serve.errors import ConfigError, DataError, TrainingError
 from serve.settings import load_yaml
+from train.data.rows import Rules, parse_row
 from train.objectives.rewards import Answer, Scorer
-from train.recipe.objective_config import GRPOConfig
-from train.recipe.recipe import Recipe
+from train.recipe.grpo import GRPOConfig
+from train.recipe.recipe import DatasetSource, Recipe
 
 CODE = """
 def brevity(completions, **columns):
@@ -168,9 +169,10 @@ def test_rows_without_a_column_that_a_reward_needs_are_named_before_training(cod
         {"kind": "json", "equals": {"a": "team"}},
         {"kind": "function", "name": f"{code}:is_customer"},
     )
-    reward.check_columns([("rows.jsonl:1", {"team": 1, "customer": 2})])
+    rules = Rules(DatasetSource(path="rows.jsonl"), "grpo", needs=reward.needs)
+    parse_row({"prompt": "p", "team": 1, "customer": 2}, rules, "rows.jsonl", 1)
     with pytest.raises(DataError) as caught:
-        reward.check_columns([("rows.jsonl:1", {"team": 1, "customer": 2}), ("rows.jsonl:2", {"colour": 1})])
+        parse_row({"prompt": "p", "colour": 1}, rules, "rows.jsonl", 2)
     lines = str(caught.value).splitlines()
     assert lines[0] == "rows.jsonl:2: no column team, which the reward regex needs; found colour"
     assert len(lines) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from serve.engine.request import Request, Sampling
 from serve.errors import DataError
 from serve.model.loading import LoadedModel
 from serve.model.prompt import Prompt
+from serve.tables import show
 from train.adapters.adapt import AdapterSettings, add_lora, trainable_tensors
 from train.data.batches import Batch
 from train.data.tokens import TokenizedExample
@@ -25,9 +27,11 @@ from train.loop.distributed import Alone, Ranks
 from train.objectives.grpo import GRPO
 from train.objectives.rewards import Scorer
 from train.objectives.rollouts import Questions, Rollouts, _seed, group_advantages
-from train.recipe.objective_config import GRPOConfig
+from train.recipe.grpo import GRPOConfig
 from train.recipe.recipe import Recipe, load_recipe
 from train.run import run
+from train.watch import runs
+from train.watch.metrics import rows_of
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ("hello there", "what is it", "good morning to you", "a b c", "one more")
@@ -243,6 +247,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, model_
     for name, value in expected.items():
         np.testing.assert_array_equal(np.array(found[name]), np.array(value), err_msg=name)
     assert any(np.abs(np.array(value)).max() > 0.01 for name, value in expected.items() if "lora_b" in name)
+
+
+def test_a_run_is_told_and_listed_by_its_reward_and_not_by_minus_the_reward(tmp_path, model_folder):
+    console = Console(file=io.StringIO(), width=200)
+    run(recipe_of(tmp_path, model_folder, iters=8, steps_per_eval=2), console=console)
+    rewards = {row["step"]: row["reward"] for row in rows_of(tmp_path / "run") if row["kind"] == "valid"}
+    trained = {step: reward for step, reward in rewards.items() if step > 0}
+    best = max(trained, key=lambda step: trained[step])
+    assert trained[best] > 0
+    listed = runs.describe(tmp_path / "run")
+    assert (listed.judged_by, listed.best_value, listed.best_step) == ("reward", trained[best], best)
+    for step, reward in rewards.items():
+        assert f"step {step}: validation reward {reward:.4f}" in console.file.getvalue()
+    show(console, *runs.tables([listed]))
+    assert f"reward {trained[best]:.4f} @{best}" in console.file.getvalue()
+    assert "valid loss" not in console.file.getvalue()
 
 
 def test_missing_columns_end_a_dry_run(tmp_path, model_folder):

@@ -206,6 +206,10 @@ HISTORIES = {
         {"loss": FALLING, **COMMON}, {"loss": FALLING, "mean_token_accuracy": FALLING, "exact_match": FALLING}
     ),
     "dpo": curve.History({"loss": FALLING, **PAIRS, **COMMON}, {"loss": FALLING, **PAIRS}),
+    "orpo": curve.History(
+        {"loss": FALLING, "nll_loss": FALLING, "log_odds_chosen": FALLING, **PAIRS, **COMMON},
+        {"loss": [(0, 0.17), *FALLING], "nll_loss": FALLING, "log_odds_chosen": FALLING, **PAIRS},
+    ),
     "kto": curve.History({"loss": FALLING, "kl": FALLING, **COMMON}, {"loss": FALLING, "kl": FALLING}),
     "grpo": curve.History(
         {
@@ -236,10 +240,49 @@ def test_nothing_that_is_written_in_a_picture_is_cut(name, title):
     assert drawn.y1 <= height, "at the top"
 
 
+@pytest.mark.parametrize("name", HISTORIES)
+def test_panels_are_read_side_by_side(name):
+    """The same steps stand at the same place, and what is written stands on one line."""
+    figure = curve.figure_of(HISTORIES[name], "runs/x", [1e-4] * 25)
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    assert len({axes.get_xlim() for axes in figure.axes}) == 1
+    rows: dict[int, set[int]] = {}
+    for axes in figure.axes:
+        assert axes.yaxis.get_offset_text().get_text() == ""
+        low, high = axes.get_ylim()
+        labels = [t.get_text() for t in axes.get_yticklabels() if low <= t.get_position()[1] <= high]
+        assert len(labels) == len(set(labels)) >= 3, labels
+        height = round(axes._left_title.get_window_extent(renderer).y0)
+        rows.setdefault(axes.get_subplotspec().rowspan.start, set()).add(height)
+    assert all(len(heights) == 1 for heights in rows.values()), rows
+
+
+def test_a_number_beside_an_axis_is_whole():
+    numbers = {
+        0: "0",
+        0.25: "0.25",
+        5e-4: "5e-4",
+        2.5e-5: "2.5e-5",
+        -0.2: "-0.2",
+        99_999: "99999",
+        1.2e5: "1.2e5",
+    }
+    assert {number: curve.written(number) for number in numbers} == numbers
+    assert curve.written(0.1 + 0.2) == "0.3"
+
+
 def test_each_objective_shows_what_a_person_asks_of_it():
     asked = {
         "sft": ["loss", "accuracy of validation"],
         "dpo": ["loss", "accuracy: the better answer ahead", "margin of rewards", "rewards"],
+        "orpo": [
+            "loss",
+            "accuracy: the better answer ahead",
+            "margin of rewards",
+            "likelihood: loss of chosen answers",
+            "log odds of the better answer",
+        ],
         "kto": ["loss", "KL from the reference"],
         "grpo": [
             "reward",
@@ -326,7 +369,7 @@ def test_runs_are_listed_with_where_they_came_from(train, tmp_path):
     assert found.keys() == {"first", "warm", "cut"}
     assert {run.status for run in found.values()} == {"finished"}
     told = summary_of(parent)
-    assert found["first"].best_valid_loss == told["best_valid_loss"]
+    assert (found["first"].judged_by, found["first"].best_value) == ("loss", told["best_valid_loss"])
     assert found["first"].steps == told["steps"] == 6
     assert found["warm"].parent_hash == found["first"].content_hash == told["content_hash"]
     assert read_config(warm).lineage.parent_hash == told["content_hash"]
@@ -345,7 +388,7 @@ def test_a_list_of_runs_is_whole_in_80_columns():
     run = runs.Run(
         "runs/support-tickets-large", "support-tickets-large", "interrupted", steps=12_000, best_step=11_900
     )
-    run = replace(run, best_valid_loss=1.2345, created="2026-11-21T17:46:00+00:00", seconds=5400.0)
+    run = replace(run, best_value=1.2345, created="2026-11-21T17:46:00+00:00", seconds=5400.0)
     drawn = Console(file=io.StringIO(), width=80)
     show(drawn, *runs.tables([run]))
     shown = drawn.file.getvalue()

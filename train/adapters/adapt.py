@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -225,13 +225,24 @@ def adapter_tensors(network: TextNetwork) -> dict[str, mx.array]:
     }
 
 
-def set_tensors(network: TextNetwork, tensors: dict[str, mx.array], source: str) -> None:
-    """The inverse of `adapter_tensors`, bit for bit. AdapterError unless names and shapes are the same."""
+def set_tensors(
+    network: TextNetwork, tensors: dict[str, mx.array], source: str, *, with_frozen: bool = False
+) -> None:
+    """The inverse of `adapter_tensors`, bit for bit. AdapterError unless names and shapes are the same.
+
+    with_frozen  of a full fine-tune, take arrays of the model that do not train here, too: earlier versions trained
+                 buffers. Only where the whole model is used: a run would not keep them in its folder
+    """
     wanted = adapter_tensors(network)
     problems = [f"  {name}: missing" for name in wanted if name not in tensors]
+    frozen = {} if adapted_layers(network) else _frozen_arrays(network, wanted)
+    if with_frozen:
+        wanted = wanted | {name: value for name, value in frozen.items() if name in tensors}
     for name, tensor in tensors.items():
         if name not in wanted:
-            problems.append(f"  {name}: not a tensor that trains here")
+            problems.append(
+                f"  {name}: {_EXPORT_FIRST if name in frozen else 'not a tensor that trains here'}"
+            )
         elif tensor.shape != wanted[name].shape:
             problems.append(
                 f"  {name}: is {tuple(tensor.shape)}, the model needs {tuple(wanted[name].shape)}"
@@ -245,6 +256,15 @@ def set_tensors(network: TextNetwork, tensors: dict[str, mx.array], source: str)
         layer.set_tensors({name: cast[f"{path}.{name}"] for name in layer.tensors()})
     if not layers:
         network.module.load_weights(list(cast.items()), strict=False)
+
+
+_EXPORT_FIRST = "does not train here; `lathe export` takes it, and a recipe takes the export as its model"
+
+
+def _frozen_arrays(network: TextNetwork, trained: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The model's other arrays: buffers, and layers that do not train."""
+    arrays = tree_flatten(network.module.parameters())
+    return {name: value for name, value in arrays if name not in trained}
 
 
 def embedding_names(network: TextNetwork) -> frozenset[str]:

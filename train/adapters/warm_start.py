@@ -6,17 +6,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from serve.adapters.manifest import (
-    CONFIG_FILE,
-    TENSORS_FILE,
-    check_whole,
-    content_hash,
-    read_config,
-    read_tensors,
-)
+from serve.adapters.manifest import TENSORS_FILE, check_whole, content_hash, read_tensors
 from serve.errors import AdapterError
 from serve.model.network import TextNetwork
 from train.adapters.adapt import Adapted, set_tensors
+from train.data.inherited import config_of
 
 
 def warm_start(path: Path, network: TextNetwork, adapted: Adapted) -> None:
@@ -25,9 +19,7 @@ def warm_start(path: Path, network: TextNetwork, adapted: Adapted) -> None:
     AdapterError where they are of another kind of fine-tune or do not fit.
     """
     if _is_adapter(path):
-        folder = _folder_of(path)
-        tensors = read_tensors(folder)
-        config = read_config(folder) if (folder / CONFIG_FILE).exists() else None
+        tensors, config = read_tensors(_folder_of(path)), config_of(path)
         if config and config.fine_tune_type != adapted.fine_tune_type:
             raise AdapterError(
                 f"resume_adapter_file: {path} is a {config.fine_tune_type} fine-tune, "
@@ -40,12 +32,10 @@ def warm_start(path: Path, network: TextNetwork, adapted: Adapted) -> None:
 
 def hash_of(path: Path) -> str:
     """The content hash of an adapter folder, as its manifest says, or of a file's tensors."""
-    folder = _folder_of(path)
-    if _is_adapter(path) and (folder / CONFIG_FILE).exists():
-        lineage = read_config(folder).lineage
-        if lineage is not None and lineage.content_hash:
-            return lineage.content_hash
-    return content_hash(load_tensors(folder / TENSORS_FILE if path.is_dir() else path))
+    config = config_of(path)
+    if config is not None and config.lineage is not None and config.lineage.content_hash:
+        return config.lineage.content_hash
+    return content_hash(load_tensors(path / TENSORS_FILE if path.is_dir() else path))
 
 
 def load_tensors(path: Path) -> dict[str, mx.array]:

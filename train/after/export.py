@@ -212,7 +212,7 @@ def _load_full(
     model = load(base) if has_weights else build_random(path, 0, name=base)
     _check_base(model, config, base, is_other_base_fine)
     train_all(model.network, num_layers=config.num_layers)
-    set_tensors(model.network, tensors, str(adapter))
+    set_tensors(model.network, tensors, str(adapter), with_frozen=True)
     return model
 
 

@@ -150,7 +150,7 @@ def _readers(own: Recipe | None, data: Path, model: LoadedModel) -> Iterator[Rec
         "val_set_size": 0,
     }
     ours = own.model_copy(update=sources)
-    if own.objective not in ("sft", "cpt"):
+    if not own.entry.is_supervised:
         kept = ("special_tokens_in_messages", "max_seq_length")
         yield plain.model_copy(update={name: getattr(own, name) for name in kept})
     yield ours
@@ -160,7 +160,7 @@ def _answered(
     rows: Sequence[TokenizedExample], model: LoadedModel, recipe: Recipe, stop_ids: tuple[int, ...]
 ) -> list[TokenizedExample]:
     """Prompts, each with the model's own greedy answer, which is what counts."""
-    longest = recipe.grpo.max_completion_length if recipe.grpo is not None else ANSWER_TOKENS
+    longest = recipe.answering.max_completion_length if recipe.answering is not None else ANSWER_TOKENS
     sampling = Sampling(max_tokens=min(longest, ANSWER_TOKENS), temperature=0.0)
     prompts = [Prompt(tuple(row.token_ids.tolist())) for row in rows]
     requests = [

@@ -31,17 +31,26 @@ LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0
 
 
 @dataclass(frozen=True)
+class Need:
+    """A column that rows of prompts must have, and who reads it: `the reward regex`."""
+
+    column: str
+    reader: str
+
+
+@dataclass(frozen=True)
 class Rules:
     """How rows of one source are read. A conversation must hold a turn of one of `roles`; none: any will do."""
 
     entry: DatasetSource
     objective: str = "sft"
     roles: tuple[str, ...] = ()
+    needs: tuple[Need, ...] = ()
 
     @classmethod
-    def of(cls, recipe: Recipe, entry: DatasetSource) -> Rules:
+    def of(cls, recipe: Recipe, entry: DatasetSource, needs: tuple[Need, ...] = ()) -> Rules:
         """The rules of a recipe for one of its sources."""
-        return cls(entry, recipe.objective, recipe.roles_to_train if recipe.mask_prompt else ())
+        return cls(entry, recipe.objective, recipe.roles_to_train if recipe.mask_prompt else (), needs)
 
 
 class _Row:
@@ -116,6 +125,8 @@ def parse_row(row: Any, rules: Rules, source: str, line: int) -> Example:
     _PARSERS[kind](taken)
     if kind != "text":
         _beside(taken)
+    if "fields" in taken.parts:
+        taken.problems += _missing(taken.parts["fields"], rules.needs)
     if not taken.problems:
         taken.problems += half_characters(taken.parts, row)
     if taken.problems:
@@ -129,7 +140,7 @@ def parse_row(row: Any, rules: Rules, source: str, line: int) -> Example:
 def recognise(row: Mapping[str, Any], rules: Rules) -> str | None:
     """The kind of a row by its keys; the objective's own kinds first, in their order. None: nothing fits."""
     present = list(_kinds(row, rules))
-    if "unpaired" in present and rules.objective in ("sft", "cpt"):
+    if "unpaired" in present and OBJECTIVES[rules.objective].is_supervised:
         return "unpaired"  # half of such answers are unwanted ones: not to be learned from by accident
     wanted = [kind for kind in OBJECTIVES[rules.objective].kinds if kind in present]
     others = [kind for kind in present if kind != "prompt"]  # such a row rather lacks its answer
@@ -162,7 +173,7 @@ def _kinds(row: Mapping[str, Any], rules: Rules) -> Iterator[str]:
     prompt, completion, chat = entry.prompt_feature, entry.completion_feature, entry.chat_feature
     if has(entry.chosen_feature) or has(entry.rejected_feature):
         yield "preference"
-    if (_is_label(label) or (label is not None and rules.objective == "kto")) and (
+    if (_is_label(label) or (label is not None and "unpaired" in OBJECTIVES[rules.objective].kinds)) and (
         has(completion) or has(chat) or has(CONVERSATIONS)
     ):
         yield "unpaired"
@@ -385,6 +396,12 @@ def _prompt(taken: _Row) -> None:
             [] if taken.problems else [f"{taken.entry.prompt_feature}: found nothing; expected text"]
         )
     taken.parts["fields"] = {str(k): v for k, v in taken.row.items() if k not in taken.used}
+
+
+def _missing(fields: Mapping[str, Any], needs: Sequence[Need]) -> Iterator[str]:
+    for need in needs:
+        if need.column not in fields:
+            yield f"no column {need.column}, which {need.reader} needs; found {', '.join(fields) or 'none'}"
 
 
 # Keys beside them that change what a row means

@@ -1,7 +1,7 @@
 """TokenRules: everything that a row's tokens and their mask depend on, besides the row and the tokenizer.
 
 What tokenizes is given these and no recipe, so that no key of the recipe that changes tokens can be left out of the
-cache's key. Reads the file of a chat template, and nothing else.
+cache's key. Reads the file of a chat template, and the manifest of an adapter to start from; nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from serve.adapters.manifest import Lineage
 from serve.errors import ConfigError
 from serve.model.template import ChatTemplate
 from serve.model.template_rules import TemplateRules
+from train.data.inherited import lineage_of_parent, with_parents
 from train.recipe.recipe import Recipe
 
 
@@ -66,10 +67,14 @@ class TokenRules:
 
 
 def template_rules(recipe: Recipe, today: date | None) -> TemplateRules:
-    """How a recipe's prompts are made; `today` as TemplateRules has it. ConfigError if its file cannot be read."""
-    return TemplateRules(
+    """How a recipe's prompts are made; `today` as TemplateRules has it. ConfigError if its file cannot be read.
+
+    Where the recipe is silent, a warm start goes on with the template of the adapter that it starts from.
+    """
+    own = TemplateRules(
         recipe.special_tokens_in_messages, _source(recipe.chat_template), recipe.chat_template_kwargs, today
     )
+    return with_parents(own, lineage_of_parent(recipe))
 
 
 def _source(file: str | None) -> str | None:

@@ -19,7 +19,7 @@ from train.data.duplicates import DuplicateReport, content_key, without_duplicat
 from train.data.duplicates import report as report_duplicates
 from train.data.example import Example
 from train.data.files import TABLES, Row, Split, rows_of, suffix_of
-from train.data.rows import Rules, parse_row, unusable
+from train.data.rows import Need, Rules, parse_row, unusable
 from train.recipe.recipe import DatasetSource, Recipe
 
 
@@ -34,33 +34,36 @@ class Corpus:
     """Split → what a person is told of its bad rows, where those are left out."""
 
 
-def read(recipe: Recipe, split: Split, bad: BadRows | None = None) -> list[Example]:
+def read(
+    recipe: Recipe, split: Split, bad: BadRows | None = None, needs: tuple[Need, ...] = ()
+) -> list[Example]:
     """The rows of a split, in the order written; sources follow each other.
 
     `valid` is the sources' own validation rows, or the share `val_set_size` takes from the training rows, or nothing.
-    bad  takes note of rows that cannot be used; None: the recipe's on_bad_row holds, without a word of those left out
+    bad    takes note of rows that cannot be used; None: as on_bad_row says, without a word of those left out
+    needs  columns without which a row cannot be used
     DataError for broken rows, for no training or test rows at all, and for validation rows given in two ways.
     """
     entries = recipe.sources()
     bad = bad or BadRows(recipe.on_bad_row)
     if split == "test":
-        test = [example for rows in _read_all(entries, "test", recipe, bad) for example in rows]
+        test = [example for rows in _read_all(entries, "test", recipe, bad, needs) for example in rows]
         if not test:
             raise DataError(
                 f"no test rows in {_names(entries)}; a folder's stand in test.jsonl, or name test_split"
             )
         return test
     if split == "valid" and not recipe.val_set_size:
-        return _own_validation(recipe, bad)
-    return getattr(read_corpus(recipe), split)
+        return _own_validation(recipe, bad, needs)
+    return getattr(read_corpus(recipe, needs), split)
 
 
-def read_corpus(recipe: Recipe) -> Corpus:
-    """Training and validation rows of a recipe that does not stream. Raises as `read`."""
+def read_corpus(recipe: Recipe, needs: tuple[Need, ...] = ()) -> Corpus:
+    """Training and validation rows of a recipe that does not stream. `needs` and what is raised as in `read`."""
     entries = recipe.sources()
     bad = {"train": BadRows(recipe.on_bad_row), "valid": BadRows(recipe.on_bad_row)}
-    valid = _own_validation(recipe, bad["valid"])
-    train = _read_all(entries, "train", recipe, bad["train"])
+    valid = _own_validation(recipe, bad["valid"], needs)
+    train = _read_all(entries, "train", recipe, bad["train"], needs)
     if not any(train):
         why = "\n".join(["", *bad["train"].lines("train")])
         raise DataError(f"no training rows in {_names(entries)}{why.rstrip()}")
@@ -123,9 +126,9 @@ def _endless(rules: Rules) -> Iterator[Example | DataError]:
             raise DataError(f"no training rows in {rules.entry.path}")
 
 
-def _own_validation(recipe: Recipe, bad: BadRows) -> list[Example]:
+def _own_validation(recipe: Recipe, bad: BadRows, needs: tuple[Need, ...] = ()) -> list[Example]:
     """Validation rows that the sources bring themselves."""
-    valid = [example for rows in _read_all(recipe.sources(), "valid", recipe, bad) for example in rows]
+    valid = [example for rows in _read_all(recipe.sources(), "valid", recipe, bad, needs) for example in rows]
     if valid and recipe.val_set_size:
         raise DataError(
             f"val_set_size is {recipe.val_set_size}, but {valid[0].source} holds validation rows already; keep one"
@@ -138,10 +141,10 @@ def _names(entries: Sequence[DatasetSource]) -> str:
 
 
 def _read_all(
-    entries: Sequence[DatasetSource], split: Split, recipe: Recipe, bad: BadRows
+    entries: Sequence[DatasetSource], split: Split, recipe: Recipe, bad: BadRows, needs: tuple[Need, ...]
 ) -> list[list[Example]]:
     """The Examples of each source. DataError for bad rows, where they are raised."""
-    sources = [list(bad.of_split(_examples(Rules.of(recipe, entry), split))) for entry in entries]
+    sources = [list(bad.of_split(_examples(Rules.of(recipe, entry, needs), split))) for entry in entries]
     bad.finish()
     return sources
 

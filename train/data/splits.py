@@ -16,6 +16,7 @@ from train.data.batches import WINDOW_BATCHES
 from train.data.duplicates import DuplicateReport, content_key, report
 from train.data.example import Example
 from train.data.prepared import prepare_rows
+from train.data.rows import Need
 from train.data.rules import TokenRules
 from train.data.sources import read, read_corpus, streamed_validation
 from train.data.stream import StreamedRows, is_streamed
@@ -50,9 +51,16 @@ class Splits:
 
 
 def read_splits(
-    recipe: Recipe, template: ChatTemplate, rules: TokenRules, console: Console | None = None
+    recipe: Recipe,
+    template: ChatTemplate,
+    rules: TokenRules,
+    console: Console | None = None,
+    needs: tuple[Need, ...] = (),
 ) -> Splits:
-    """The splits a recipe asks for; `console` shows progress. DataError as `sources.read` and `tokens.tokenize`."""
+    """The splits a recipe asks for; `console` shows progress. DataError as `sources.read` and `tokens.tokenize`.
+
+    needs  columns without which a row of prompts cannot be used
+    """
 
     def prepared(name: str, examples: list[Example], bad: Iterable[str]) -> Split:
         made = prepare_rows(name, examples, recipe, template, rules, console)
@@ -65,12 +73,12 @@ def read_splits(
         train, duplicates = _streamed(recipe, rules, held_out), report([], held_out)
         notes = tuple(bad_valid.lines("valid"))
     else:
-        corpus = read_corpus(recipe)
+        corpus = read_corpus(recipe, needs)
         train = prepared("train", corpus.train, corpus.notes["train"])
         held_out, duplicates, notes = corpus.valid, corpus.duplicates, corpus.notes["valid"]
     valid = prepared("valid", held_out, notes) if wants_valid and held_out else None
     bad_test = BadRows(recipe.on_bad_row)
-    test_rows = read(recipe, "test", bad_test) if recipe.test else []
+    test_rows = read(recipe, "test", bad_test, needs) if recipe.test else []
     test = prepared("test", test_rows, bad_test.lines("test")) if recipe.test else None
     return Splits(
         train=train,
@@ -100,4 +108,4 @@ def _streamed(recipe: Recipe, rules: TokenRules, held_out: Sequence[Example]) ->
 
 def rows_per_batch(recipe: Recipe) -> int:
     """Rows of data in a batch: fewer than `batch_size` where each is answered several times."""
-    return recipe.batch_size // (recipe.grpo.num_generations if recipe.grpo is not None else 1)
+    return recipe.batch_size // (recipe.answering.num_generations if recipe.answering is not None else 1)

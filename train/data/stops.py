@@ -10,6 +10,7 @@ from serve.errors import RequestError
 from serve.model.template import ChatTemplate
 from train.data.rules import TokenRules
 from train.data.tokens import TokenizedExample
+from train.recipe.objectives import OBJECTIVES
 
 PLAIN = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "a"})
 
@@ -17,10 +18,10 @@ PLAIN = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
 def stop_ids(rows: Sequence[TokenizedExample], template: ChatTemplate, rules: TokenRules) -> tuple[int, ...]:
     """Tokens that can end a turn and ended those of the rows, smallest first.
 
-    Where prompts are targets too, or nothing is a target (objective grpo), no mask tells where answers end. There it
-    is the token that ends a plain answer: if the rows teach it, or, under grpo, in any case.
+    Where prompts are targets too, or rows are prompts alone, no mask tells where answers end. There it is the token
+    that ends a plain answer: if the rows teach it, or, where rows are prompts, in any case.
     """
-    if rules.objective == "grpo":
+    if OBJECTIVES[rules.objective].asks:
         return _of_plain_answer(template)
     if not rules.mask_prompt:
         found = set(_of_plain_answer(template))

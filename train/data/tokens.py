@@ -17,6 +17,7 @@ from serve.model.texts import brings_beginning, brings_end, encode_text
 from train.data.example import Example, Message
 from train.data.messages import REASONING
 from train.data.rules import TokenRules
+from train.recipe.objectives import OBJECTIVES
 
 MAX_PROBLEMS = 20
 NOT_SUPERVISED = "nothing in it is supervised"
@@ -215,7 +216,7 @@ def _whole_rows(
         chosen, rejected = (_marked(sequence, example) for sequence in pair)
         row = TokenizedExample(chosen.token_ids, chosen.is_target, *_at(example), rejected=rejected)
         return [row], pair[0].variables
-    if rules.objective == "grpo":
+    if OBJECTIVES[rules.objective].asks:
         prompt = _prompt(example, template)
         is_target = np.zeros(len(prompt), bool)
         return [TokenizedExample(prompt, is_target, *_at(example), fields=example.fields)], {}

@@ -37,7 +37,6 @@ from train.foresee.memory import Cost, Operation, Value, cost_of
 from train.foresee.preflight import Preflight
 from train.loop.loss import CHUNK_LOGITS, MIN_CHUNK_ROWS
 from train.loop.optim import build_optimizer
-from train.recipe.objectives import OBJECTIVES
 from train.recipe.recipe import Recipe
 
 LOGITS_COPIES = 5
@@ -106,17 +105,17 @@ def workload_of(flight: Preflight) -> Workload:
     recipe, plan = flight.recipe, flight.plan
     is_stream = isinstance(flight.train.rows, StreamedRows)
     longest = recipe.max_seq_length if is_stream else max(flight.train.lengths)
-    if recipe.grpo is not None:
-        longest += recipe.grpo.max_completion_length
+    if recipe.answering is not None:
+        longest += recipe.answering.max_completion_length
     rows, tokens = rows_per_batch(recipe), int(padded_length(np.array(longest), PAD_TO))
     if isinstance(plan, PackedPlan):
         rows, tokens = (int(length) for length in flight.batch_at(0).tokens.shape)
-    splits_by = OBJECTIVES[recipe.objective].splits_by
+    splits_by = recipe.entry.splits_by
     rows *= 2 if splits_by == "pair" else 1
-    if recipe.grpo is not None:
+    if recipe.answering is not None:
         rows = recipe.batch_size
     mean_places = float(rows * tokens)
-    if not is_stream and not isinstance(plan, PackedPlan) and recipe.grpo is None:
+    if not is_stream and not isinstance(plan, PackedPlan) and recipe.answering is None:
         num_tokens = sum(len(part) for row in flight.train.rows for part in row.sequences)
         mean_places = num_tokens / (1 - plan.padding_share) / plan.batches_per_epoch
     in_parts = recipe.grad_accumulation_steps > 1
@@ -125,7 +124,9 @@ def workload_of(flight: Preflight) -> Workload:
         count = num_parts(rows, tokens - 1, recipe.micro_batch_tokens, are_pairs=are_pairs)
         unit = 2 if are_pairs else 1
         rows, in_parts = -(-rows // unit // count) * unit, in_parts or count > 1
-    valid_places = sum(batch.tokens.size for batch in flight.valid_batches()) if recipe.grpo is None else 0
+    valid_places = (
+        sum(batch.tokens.size for batch in flight.valid_batches()) if recipe.answering is None else 0
+    )
     num_validations = 1 + -(-flight.num_iterations // recipe.steps_per_eval) if valid_places else 0
     return Workload(rows, tokens, mean_places, flight.num_iterations, num_validations, valid_places, in_parts)
 
@@ -144,7 +145,7 @@ def show(flight: Preflight, console: Console) -> None:
             soft_wrap=True,
         )
         return
-    for line in lines(found, workload, has_rollouts=recipe.grpo is not None):
+    for line in lines(found, workload, has_rollouts=recipe.answering is not None):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     helps = advice(found, recipe)
     if helps:

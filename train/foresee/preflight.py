@@ -23,6 +23,7 @@ from serve.settings import dump
 from serve.tables import show as show_tables
 from train.data.batches import Batch, BatchPlan, Plan, collate, validation_rows
 from train.data.duplicates import DuplicateReport
+from train.data.inherited import Inherited, inherited, lineage_of_parent
 from train.data.packing import PackedPlan
 from train.data.rules import TokenRules
 from train.data.splits import Split, read_splits, rows_per_batch
@@ -64,6 +65,8 @@ class Preflight:
     """What is answered at each validation, for a person to read."""
     scorer: Scorer | None = None
     """What answers are worth, under objective grpo."""
+    inherited: Inherited = field(default_factory=Inherited)
+    """What the adapter that the run starts from brings besides weights."""
     ranks: Ranks = field(default_factory=Alone)
     """The processes of the run: a batch of the plan holds batch_size rows for each of them."""
 
@@ -88,8 +91,10 @@ class Preflight:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that the training rows teach to end an answer with; of a stream, its first rows."""
-        return stop_ids(list(self.train.rows), self.template, self.rules)
+        """Tokens that end an answer: those that the training rows teach (of a stream, its first rows), and those that
+        the adapter it starts from ended answers with."""
+        taught = stop_ids(list(self.train.rows), self.template, self.rules)
+        return tuple(sorted({*taught, *self.inherited.stop_ids}))
 
     def batch_at(self, iteration: int) -> Batch:
         """This process's share of the batch of any iteration, from its number alone."""
@@ -108,16 +113,9 @@ class Preflight:
         """This process's share of the fixed validation batches."""
         return self._fixed_batches(self.valid, self.recipe.val_batches)
 
-    def check_rewards(self) -> None:
-        """DataError naming the rows that lack a column some reward looks at."""
-        for split in (self.train, self.valid, self.test):
-            if split is not None and self.scorer is not None:
-                rows = ((f"{row.source}:{row.line}", row.fields or {}) for row in split.rows)
-                self.scorer.check_columns(list(rows))
-
     def rollouts(self, model: LoadedModel) -> Rollouts | None:
         """What makes the batches of objective grpo, from answers; None under others, whose batches are read."""
-        config = self.recipe.grpo
+        config = self.recipe.answering
         if config is None or self.scorer is None:
             return None
         return Rollouts(
@@ -169,7 +167,8 @@ def prepare(
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     rules = TokenRules.of_recipe(recipe, today or date.today())
     template = make_template(tokenizer, rules.template)
-    splits = read_splits(recipe, template, rules, console)
+    scorer = Scorer(recipe.answering.rewards) if recipe.answering is not None else None
+    splits = read_splits(recipe, template, rules, console, scorer.needs if scorer is not None else ())
     train, valid = splits.train, splits.valid
     if train.report.told:  # the run's other prompts, and serving, ask as the training rows do
         rules = rules.telling(train.report.told)
@@ -186,7 +185,7 @@ def prepare(
     ranks = ranks or Alone()
     plan = _plan(recipe, train, ranks.size)
     num_iterations = recipe.iters or plan.num_batches(recipe.epochs or 1.0)
-    flight = Preflight(
+    return Preflight(
         recipe=recipe,
         template=template,
         rules=rules,
@@ -197,11 +196,10 @@ def prepare(
         num_iterations=num_iterations,
         sample_prompts=_sample_prompts(recipe, template, valid),
         duplicates=splits.duplicates,
-        scorer=Scorer(recipe.grpo.rewards) if recipe.grpo is not None else None,
+        scorer=scorer,
+        inherited=inherited(recipe, lineage_of_parent(recipe), template),
         ranks=ranks,
     )
-    flight.check_rewards()
-    return flight
 
 
 def _sample_prompts(recipe: Recipe, template: ChatTemplate, valid: Split | None) -> tuple[SamplePrompt, ...]:
@@ -236,7 +234,9 @@ def show(preflight: Preflight, console: Console, *, with_recipe: bool = False) -
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in template_lines(split):
             console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    for line in _stop_lines(preflight):
+    for line in preflight.inherited.lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for line in (*preflight.inherited.warnings, *_stop_lines(preflight)):
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for line in duplicate_lines(preflight.duplicates):
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
@@ -273,11 +273,12 @@ def adam_lines(recipe: Recipe, num_steps: int) -> Iterator[str]:
 def _stop_lines(preflight: Preflight) -> Iterator[str]:
     """Where trained answers end at another token than the base's answers do, or at none."""
     tokenizer, recipe = preflight.template.tokenizer, preflight.recipe
-    new = [number for number in preflight.stop_ids if number not in tokenizer.eos_token_ids]
+    known = {*tokenizer.eos_token_ids, *preflight.inherited.stop_ids}
+    new = [number for number in preflight.stop_ids if number not in known]
     if new:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new)))
         yield f"answers end at {names}, which ends none of the base's: it is kept with the adapter as its stop id"
-    wants_end = recipe.train_on_eos != "none" and recipe.objective not in ("cpt", "grpo")
+    wants_end = recipe.train_on_eos != "none" and recipe.objective != "cpt" and not recipe.entry.asks
     if wants_end and not preflight.stop_ids and ENDLESS not in preflight.train.report.notes:
         yield "no token ends the answers that are trained: they will go on to max_tokens"
 

@@ -16,8 +16,7 @@ from serve.model.network import TextNetwork
 from train.loop.objective import Prepared
 from train.objectives.answers import answer_inputs, answer_logprobs
 from train.objectives.reference import Reference, base
-from train.recipe.objective_config import DPOConfig
-from train.recipe.objectives import OBJECTIVES
+from train.recipe.dpo import ENTRY, DPOConfig
 from train.recipe.recipe import Recipe
 
 
@@ -26,7 +25,7 @@ class DPO:
 
     name = "dpo"
     unit = "pair"
-    splits_by: Literal["row", "pair"] | None = OBJECTIVES["dpo"].splits_by
+    splits_by: Literal["row", "pair"] | None = ENTRY.splits_by
 
     def __init__(self, config: DPOConfig, reference: Reference = base) -> None:
         self.config = config
@@ -64,8 +63,8 @@ class DPO:
 
 def build(recipe: Recipe, reference: Reference) -> DPO:
     """The objective of a recipe."""
-    assert recipe.dpo is not None
-    return DPO(recipe.dpo, reference)
+    assert isinstance(recipe.block, DPOConfig)
+    return DPO(recipe.block, reference)
 
 
 def pair_losses(gains: mx.array, lengths: mx.array, config: DPOConfig) -> mx.array:

@@ -19,8 +19,7 @@ from train.loop.loss import find_targets, target_logprobs
 from train.loop.objective import Prepared
 from train.objectives.answers import sum_by_row
 from train.objectives.reference import Reference, base
-from train.recipe.objective_config import GRPOConfig
-from train.recipe.objectives import OBJECTIVES
+from train.recipe.grpo import ENTRY, GRPOConfig
 from train.recipe.recipe import Recipe
 
 SCORE = "score/"
@@ -31,7 +30,7 @@ class GRPO:
     """Objective grpo. A batch is B answers of one forward, and one more for the reference where beta is not 0."""
 
     name = "grpo"
-    splits_by: Literal["row", "pair"] | None = OBJECTIVES["grpo"].splits_by
+    splits_by: Literal["row", "pair"] | None = ENTRY.splits_by
 
     def __init__(self, config: GRPOConfig, reference: Reference = base) -> None:
         self.config = config
@@ -116,8 +115,8 @@ class GRPO:
 
 def build(recipe: Recipe, reference: Reference) -> GRPO:
     """The objective of a recipe."""
-    assert recipe.grpo is not None
-    return GRPO(recipe.grpo, reference)
+    assert isinstance(recipe.block, GRPOConfig)
+    return GRPO(recipe.block, reference)
 
 
 def kl_divergence(logprobs: mx.array, reference: mx.array) -> mx.array:

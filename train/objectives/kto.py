@@ -18,8 +18,7 @@ from train.data.batches import padded_length
 from train.loop.objective import Prepared
 from train.objectives.answers import answer_inputs, answer_logprobs
 from train.objectives.reference import Reference, base
-from train.recipe.objective_config import KTOConfig
-from train.recipe.objectives import OBJECTIVES
+from train.recipe.kto import ENTRY, KTOConfig
 from train.recipe.recipe import Recipe
 
 MISMATCHED = "mismatched_"
@@ -31,7 +30,7 @@ class KTO:
 
     name = "kto"
     unit = "row"
-    splits_by: Literal["row", "pair"] | None = OBJECTIVES["kto"].splits_by
+    splits_by: Literal["row", "pair"] | None = ENTRY.splits_by
 
     def __init__(self, config: KTOConfig, reference: Reference = base, *, max_length: int) -> None:
         self.config = config
@@ -90,8 +89,8 @@ class KTO:
 
 def build(recipe: Recipe, reference: Reference) -> KTO:
     """The objective of a recipe."""
-    assert recipe.kto is not None
-    return KTO(recipe.kto, reference, max_length=recipe.max_seq_length)
+    assert isinstance(recipe.block, KTOConfig)
+    return KTO(recipe.block, reference, max_length=recipe.max_seq_length)
 
 
 def row_losses(gains: mx.array, kl: mx.array, labels: mx.array, config: KTOConfig) -> mx.array:

@@ -21,8 +21,7 @@ from train.loop.objective import Prepared
 from train.objectives.answers import answer_inputs, sum_by_row
 from train.objectives.dpo import halves, pair_measures
 from train.objectives.reference import Reference
-from train.recipe.objective_config import ORPOConfig
-from train.recipe.objectives import OBJECTIVES
+from train.recipe.orpo import ENTRY, ORPOConfig
 from train.recipe.recipe import Recipe
 
 
@@ -31,7 +30,7 @@ class ORPO:
 
     name = "orpo"
     unit = "pair"
-    splits_by: Literal["row", "pair"] | None = OBJECTIVES["orpo"].splits_by
+    splits_by: Literal["row", "pair"] | None = ENTRY.splits_by
 
     def __init__(self, config: ORPOConfig) -> None:
         self.config = config
@@ -95,8 +94,8 @@ class ORPO:
 
 def build(recipe: Recipe, reference: Reference) -> ORPO:
     """The objective of a recipe."""
-    assert recipe.orpo is not None
-    return ORPO(recipe.orpo)
+    assert isinstance(recipe.block, ORPOConfig)
+    return ORPO(recipe.block)
 
 
 def log_odds_ratio(means: mx.array) -> mx.array:

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from serve.errors import ConfigError, DataError, TrainingError
-from train.recipe.objective_config import FunctionReward, JSONReward, RegexReward, Reward
+from serve.errors import ConfigError, TrainingError
+from train.data.rows import Need
+from train.recipe.grpo import FunctionReward, JSONReward, RegexReward, Reward
 
 GIVEN = ("completions", "prompts", "completion_ids")
 """What a reward function is given beside the rows' columns."""
-MAX_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,12 @@ class Scorer:
         self.weights = np.array([reward.weight for reward in rewards], np.float64)
         self.names = tuple(check.name for check in self._checks)
 
-    def check_columns(self, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        """DataError naming each row (`file:line`, its columns) that lacks a column some reward looks at."""
-        problems = []
-        for place, fields in rows:
-            for check in self._checks:
-                for missing in [column for column in check.columns if column not in fields]:
-                    columns = ", ".join(fields) or "none"
-                    problems.append(
-                        f"{place}: no column {missing}, which the reward {check.name} needs; found {columns}"
-                    )
-        if len(problems) > MAX_PROBLEMS:
-            problems = [*problems[:MAX_PROBLEMS], f"… and {len(problems) - MAX_PROBLEMS} more"]
-        if problems:
-            raise DataError("\n".join(problems))
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """The columns that some reward looks at, and cannot do without."""
+        return tuple(
+            Need(column, f"the reward {check.name}") for check in self._checks for column in check.columns
+        )
 
     def score(self, answers: Sequence[Answer]) -> np.ndarray:
         """[B, rewards] float64, unweighted; NaN where a reward has nothing to say about an answer.

@@ -28,7 +28,7 @@ from train.loop.distributed import Alone, Ranks
 from train.loop.step import Evaluation
 from train.objectives.grpo import summary_of_scores
 from train.objectives.rewards import Answer, Scorer
-from train.recipe.objective_config import GRPOConfig
+from train.recipe.grpo import GRPOConfig
 
 PAD_TO = 8
 UNBOUNDED_BYTES = 1 << 62

@@ -13,7 +13,7 @@ from serve.model.network import TextNetwork
 from train.loop.loss import find_targets, sum_loss, sum_loss_and_hits
 from train.loop.objective import Prepared
 from train.objectives.reference import Reference
-from train.recipe.objectives import OBJECTIVES
+from train.recipe import sft
 from train.recipe.recipe import Recipe
 
 TOKEN_ACCURACY = "mean_token_accuracy"
@@ -24,7 +24,7 @@ class SFT:
     """Cross entropy in nats, a mean over targets."""
 
     unit = "target"
-    splits_by: Literal["row", "pair"] | None = OBJECTIVES["sft"].splits_by
+    splits_by: Literal["row", "pair"] | None = sft.SFT.splits_by
 
     def __init__(self, name: str = "sft") -> None:
         self.name = name

@@ -1,42 +1,23 @@
-"""The objectives there are, one entry each: the kinds of rows it learns from, its block of the recipe, its measures.
+"""The objectives there are, a line each.
 
-A new one is an entry here, its block in `objective_config`, its file in train/objectives, and a line in `Recipe` and
-in train/objectives/build.py; a test holds the four together.
+A new one is its entry and knobs in a file of this folder, its loss in a file of train/objectives, and its line here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
 
-from train.recipe.kinds import SHAPES, Kind
-from train.recipe.objective_config import DPOConfig, GRPOConfig, KTOConfig, ObjectiveConfig, ORPOConfig
+from train.recipe import dpo, grpo, kto, orpo, sft
+from train.recipe.kinds import SHAPES
+from train.recipe.objective import ObjectiveEntry
 
-
-@dataclass(frozen=True)
-class ObjectiveEntry:
-    """What the rest of training knows of an objective."""
-
-    kinds: tuple[Kind, ...]
-    """Kinds of rows it can use, in the order in which `type: auto` looks; mlx-lm's where it has one."""
-    config: type[ObjectiveConfig] | None = None
-    """The block of its name in a recipe; None: it has no knobs."""
-    measures: tuple[str, ...] = ()
-    """Of its validations, those that tell which weights are best; more is better."""
-    splits_by: Literal["row", "pair"] | None = "row"
-    """What a forward may hold alone: a row; a pair, whose answers are two rows; None: only the whole batch."""
-
-
-ANSWERED: tuple[Kind, ...] = ("completion", "chat", "sharegpt", "text", "alpaca")
-PAIR_MEASURES = ("rewards/accuracies", "rewards/margins")
 OBJECTIVES: dict[str, ObjectiveEntry] = {
-    "sft": ObjectiveEntry(ANSWERED),
-    "cpt": ObjectiveEntry(ANSWERED),
-    "dpo": ObjectiveEntry(("preference",), DPOConfig, PAIR_MEASURES, "pair"),
-    "orpo": ObjectiveEntry(("preference",), ORPOConfig, PAIR_MEASURES, "pair"),
-    # One estimate of the divergence a batch.
-    "kto": ObjectiveEntry(("unpaired",), KTOConfig, ("rewards/margins",), None),
-    "grpo": ObjectiveEntry(("prompt",), GRPOConfig, ("reward",)),
+    "sft": sft.SFT,
+    "cpt": sft.CPT,
+    "dpo": dpo.ENTRY,
+    "orpo": orpo.ENTRY,
+    "kto": kto.ENTRY,
+    "grpo": grpo.ENTRY,
 }
 
 
@@ -48,3 +29,8 @@ def needed(objective: str) -> str:
 def objectives_of(kind: str) -> str:
     """`dpo or orpo`: the objectives that a kind of row is for."""
     return " or ".join(name for name, entry in OBJECTIVES.items() if kind in entry.kinds)
+
+
+def names_where(holds: Callable[[ObjectiveEntry], bool]) -> str:
+    """`sft and cpt`: the objectives for which something holds."""
+    return " and ".join(name for name, entry in OBJECTIVES.items() if holds(entry))

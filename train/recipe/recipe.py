@@ -13,23 +13,25 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from serve.model.quantization import Quantization
 from serve.settings import Problems, Strict, load_yaml
 from train.recipe.foreign import ALIASES, FOREIGN
+from train.recipe.grpo import GRPOConfig
 from train.recipe.kinds import Kind
-from train.recipe.objective_config import (
-    DPOConfig,
-    FunctionReward,
-    GRPOConfig,
-    KTOConfig,
-    ObjectiveConfig,
-    ORPOConfig,
-)
-from train.recipe.objectives import OBJECTIVES, needed
+from train.recipe.objective import ObjectiveConfig, ObjectiveEntry
+from train.recipe.objectives import OBJECTIVES, names_where, needed
 from train.recipe.optimizer_config import OptimizerConfig, Schedule
 
 LoRAKeys = tuple[str, ...] | Literal["all-linear"]
@@ -211,17 +213,8 @@ class Recipe(Strict):
     fine_tune_type: Literal["lora", "dora", "full"] = "lora"
     """`lora` trains low-rank updates beside frozen weights, `dora` also the length of each output's weights, `full`
     the weights of the last `num_layers` blocks themselves."""
-    objective: Literal["sft", "cpt", "dpo", "orpo", "kto", "grpo"] = "sft"
-    """What is learned: the answers of conversations (sft), whole documents (cpt), which of two answers is preferred
-    (dpo, orpo), which answers are wanted (kto), what a reward function favours (grpo)."""
-    dpo: DPOConfig | None = Field(default_factory=lambda seen: _block(seen, "dpo"))
-    """The knobs of objective dpo; only the chosen objective's block may be written. `batch_size` counts pairs."""
-    orpo: ORPOConfig | None = Field(default_factory=lambda seen: _block(seen, "orpo"))
-    """The knobs of objective orpo; `batch_size` counts pairs."""
-    kto: KTOConfig | None = Field(default_factory=lambda seen: _block(seen, "kto"))
-    """The knobs of objective kto."""
-    grpo: GRPOConfig | None = None
-    """The knobs of objective grpo, which has no rewards by itself; `batch_size` counts answers."""
+    objective: str = "sft"
+    """What is learned."""
     num_layers: int = Field(default=16, ge=-1)
     """The last this many blocks are trained; -1, or more than the model has, is all of them."""
     lora_parameters: LoRAParameters | None = Field(
@@ -276,19 +269,21 @@ class Recipe(Strict):
     """Which end-of-turn tokens are supervised under mask_prompt: each trained turn's, the last one's, none."""
     chat_template: str | None = None
     """A file with a Jinja chat template, in place of the tokenizer's own. It is kept in the adapter's manifest, goes
-    into exports, and serving renders this adapter's chats with it."""
+    into exports, and serving renders this adapter's chats with it. Nothing: that of the adapter in
+    `resume_adapter_file`, where it has one."""
     chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     """Variables that the chat template reads (`enable_thinking: false`). Kept with the adapter: serving sets them
-    too, where a request does not say otherwise."""
+    too, where a request does not say otherwise. What is not written here is as in `resume_adapter_file`."""
     special_tokens_in_messages: Literal["words", "control"] = "words"
     """What the text of a special token is inside a message: `words`, its characters, as in serving; `control`, the
     token. Text rows are not messages: there it is always the token. Serve with the same."""
 
     batch_size: int = Field(default=4, ge=1)
     """Rows of a batch."""
-    micro_batch_tokens: int = Field(default=2048, ge=0)
+    micro_batch_tokens: int = Field(default_factory=lambda seen: _micro_batch(seen.get("objective")), ge=0)
     """A batch of more positions, padding included, runs in parts of whole rows (or pairs), one after the other: the
-    same sums, at the memory of one part. 0: batches run whole, as all of kto do, whose KL term is the batch's."""
+    same sums, at the memory of one part; 2,048 if not written. 0: batches run whole, as all of kto do, whose KL
+    term is the batch's."""
     grad_accumulation_steps: int = Field(default=1, ge=1)
     """Batches whose gradients make one optimizer update."""
     epochs: float | None = Field(default=None, gt=0)
@@ -332,11 +327,9 @@ class Recipe(Strict):
     """Checkpoints kept; the best one is kept besides. Nothing: all."""
     load_best_model_at_end: bool = False
     """Publish the best adapter rather than the last one."""
-    metric_for_best_model: Literal[
-        "loss", "exact_match", "rewards/accuracies", "rewards/margins", "reward"
-    ] = "loss"
-    """What makes a validation the best: the lowest loss, or the highest of the others: `metric`'s share, the share
-    of pairs in the right order or their margin (dpo, orpo), the mean reward (grpo)."""
+    metric_for_best_model: str = "loss"
+    """What makes a validation the best: the lowest `loss`, or the highest of the others: `exact_match`, which is
+    `metric`'s, or a measure of the objective."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after this many validations that are not the best so far."""
     nonfinite_policy: Literal["stop", "skip", "rollback"] = "stop"
@@ -348,7 +341,8 @@ class Recipe(Strict):
     adapter_path: str = "adapters"
     """Folder the run writes."""
     resume_adapter_file: str | None = None
-    """Warm start: weights from an adapter file or folder, everything else from the beginning."""
+    """Warm start: weights from an adapter file or folder, everything else from the beginning. A folder's chat
+    template, its variables and stop ids go on to hold; a person is told where the recipe has others."""
     resume_from_checkpoint: str | None = None
     """Continue a run exactly: weights, optimizer, schedule, randomness and place in the data."""
 
@@ -383,9 +377,19 @@ class Recipe(Strict):
         return self
 
     @property
+    def entry(self) -> ObjectiveEntry:
+        """What there is to know of the chosen objective."""
+        return OBJECTIVES[self.objective]
+
+    @property
     def has_reference(self) -> bool:
         """True where the objective measures against the model that the run starts from."""
         return self.block is not None and self.block.has_reference
+
+    @property
+    def answering(self) -> GRPOConfig | None:
+        """How the model answers prompts, where it learns from its own answers."""
+        return self.block if isinstance(self.block, GRPOConfig) else None
 
     @property
     def block(self) -> ObjectiveConfig | None:
@@ -405,6 +409,48 @@ class Recipe(Strict):
         return (*hub, *self.datasets)
 
 
+def _micro_batch(objective: str | None) -> int:
+    entry = OBJECTIVES.get(objective or "")
+    return 0 if entry is not None and entry.splits_by is None else 2048
+
+
+def _default_block(objective: str) -> Callable[[dict[str, Any]], ObjectiveConfig | None]:
+    """What makes a block that was not written: the chosen objective's, where no knob of it lacks a default."""
+    config = OBJECTIVES[objective].config
+
+    def make(seen: dict[str, Any]) -> ObjectiveConfig | None:
+        return config() if config and not config.required() and seen.get("objective") == objective else None
+
+    return make
+
+
+def _with_objectives(base: type[Recipe]) -> type[Recipe]:
+    """The recipe with what the registry says: the objectives' names, their blocks, and what they measure."""
+    measures = dict.fromkeys(name for entry in OBJECTIVES.values() for name in entry.measures)
+    choices = {"objective": tuple(OBJECTIVES), "metric_for_best_model": ("loss", "exact_match", *measures)}
+    meanings = {name: base.model_fields[name].description or "" for name in choices}
+    meanings["objective"] += f" {'; '.join(f'{name}: {entry.learns}' for name, entry in OBJECTIVES.items())}."
+    fields: dict[str, Any] = {
+        name: (Literal[values], Field(default=base.model_fields[name].default, description=meanings[name]))
+        for name, values in choices.items()
+    }
+    for name, entry in OBJECTIVES.items():
+        if entry.config is not None:
+            meaning = f"The knobs of objective {name}; only the chosen objective's block may be written."
+            fields[name] = (
+                entry.config | None,
+                Field(default_factory=_default_block(name), description=meaning),
+            )
+    made: type[Recipe] = create_model(
+        base.__name__, __base__=base, __module__=__name__, __doc__=base.__doc__, **fields
+    )
+    return made
+
+
+if not TYPE_CHECKING:  # whose Recipe has `block` for all of them
+    Recipe = _with_objectives(Recipe)
+
+
 def _peak(schedule: Schedule | None) -> float | None:
     return schedule.arguments[0] if schedule is not None and schedule.arguments else None
 
@@ -418,9 +464,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     resolved["datasets"] = tuple(
         entry.model_copy(update={"path": _beside(folder, entry.path)}) for entry in recipe.datasets
     )
-    if recipe.grpo is not None:
-        rewards = tuple(_reward_beside(folder, reward) for reward in recipe.grpo.rewards)
-        resolved["grpo"] = recipe.grpo.model_copy(update={"rewards": rewards})
+    if recipe.block is not None:
+        resolved[recipe.objective] = recipe.block.beside(lambda place: _beside(folder, place) or place)
     return recipe.model_copy(update=resolved)
 
 
@@ -429,19 +474,6 @@ def _beside(folder: Path, value: str | None) -> str | None:
     if value is None or not (folder / value).exists():
         return value
     return os.path.normpath(folder / value)
-
-
-def _reward_beside(folder: Path, reward: Any) -> Any:
-    if not isinstance(reward, FunctionReward):
-        return reward
-    where, _, name = reward.name.rpartition(":")
-    return reward.model_copy(update={"name": f"{_beside(folder, where)}:{name}"})
-
-
-def _block(seen: dict[str, Any], objective: str) -> Any:
-    """The block of an objective that has no knob without a default."""
-    config = OBJECTIVES[objective].config
-    return config() if config and seen.get("objective") == objective else None
 
 
 # Knobs that must agree with each other.
@@ -479,7 +511,7 @@ def _row_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"datasets.{index}.type", reason
     if objective == "cpt" and recipe.mask_prompt:
         yield "mask_prompt", "objective cpt supervises every token; leave it out, or write objective: sft"
-    if objective not in ("sft", "cpt"):
+    if not recipe.entry.is_supervised:
         if not recipe.mask_prompt:
             yield "mask_prompt", f"objective {objective} weighs answers, never prompts; leave it out"
         if recipe.roles_to_train != ("assistant",):
@@ -502,8 +534,6 @@ def _stream_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "epochs", "a stream has no known end, so no epochs; write iters"
     if isinstance(recipe.val_set_size, float) and recipe.val_set_size:
         yield "val_set_size", "a share of a stream is not known; write a number of rows, its first ones"
-    if recipe.objective == "grpo":
-        yield "objective", "grpo comes back to its prompts by number, which a stream does not keep"
     if recipe.dataset_exact_deduplication:
         yield "dataset_exact_deduplication", "needs all rows at once; a stream has them one after the other"
     if recipe.sample_packing:
@@ -527,10 +557,11 @@ def _training_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "lora_parameters", "has no effect with fine_tune_type: full; leave it out"
     if recipe.init == "random" and recipe.fine_tune_type != "full":
         yield "init", "random weights want fine_tune_type: full; an adapter on them would learn nothing"
-    if recipe.sample_packing and recipe.objective not in ("sft", "cpt"):
+    if recipe.sample_packing and not recipe.entry.is_supervised:
+        packed = names_where(lambda entry: entry.is_supervised)
         yield (
             "sample_packing",
-            f"objective {recipe.objective} compares whole answers; packing is for sft and cpt",
+            f"objective {recipe.objective} compares whole answers; packing is for {packed}",
         )
     if recipe.num_layers == 0:
         yield "num_layers", "found 0, which trains nothing; -1 is all blocks"
@@ -552,7 +583,7 @@ def _training_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _objective_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
     objective, block = recipe.objective, recipe.block
-    entry = OBJECTIVES[objective]
+    entry = recipe.entry
     for name in OBJECTIVES:
         if name != objective and getattr(recipe, name, None) is not None:
             yield name, f"has no effect with objective: {objective}; write objective: {name}, or leave it out"
@@ -562,8 +593,10 @@ def _objective_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
             f"compares answers with right ones, which rows of {objective} do not say; look at "
             f"{' or '.join(entry.measures)}",
         )
-    if objective == "grpo" and block is None:
-        yield "grpo", "missing; objective grpo needs grpo: {rewards: [...]}, what an answer is worth"
+    if block is None and entry.config is not None:
+        missing = [(name, entry.config.model_fields[name].description) for name in entry.config.required()]
+        needs = "; ".join(f"{name}, {' '.join((meaning or '').split())}" for name, meaning in missing)
+        yield objective, f"missing; objective {objective} needs a block {objective} with {needs}"
     if block is None:
         return
     yield from block.problems(recipe)
@@ -579,7 +612,7 @@ def _keeping_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
     best_by = recipe.metric_for_best_model
     if best_by == "exact_match" and recipe.metric is None:
         yield "metric_for_best_model", "found exact_match, but the recipe has no metric"
-    if best_by not in ("loss", "exact_match") and best_by not in OBJECTIVES[recipe.objective].measures:
+    if best_by not in ("loss", "exact_match") and best_by not in recipe.entry.measures:
         yield "metric_for_best_model", f"found {best_by}, which objective {recipe.objective} does not measure"
     if recipe.resume_adapter_file and recipe.resume_from_checkpoint:
         yield "resume_adapter_file", "resume_from_checkpoint restores the weights too; keep one"

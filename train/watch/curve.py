@@ -27,10 +27,14 @@ TITLE_LETTERS = 80
 QUIET = "#6b6b6b"
 SMOOTH_FROM_POINTS = 60
 """From this many points on, what is measured in training is drawn faintly, with its running mean on top."""
+OPAQUE = 0.8
+"""Of a legend, which may lie over lines: its words can be read, and the lines still be seen."""
 MARKED_TO_POINTS = 40
 """Up to so many, each point of a curve is marked."""
 LOGARITHMIC_FROM_RATIO = 20
 """Of the largest to the smallest: the first steps, or a spike, would press the rest flat."""
+FEW_DECADES = 3
+"""Of a logarithmic axis, up to which 2 and 5 are written between the powers of ten."""
 FIRST_AFTER_S = 10.0
 """A run that is shorter is drawn once, at its end."""
 REST_FACTOR = 50
@@ -59,6 +63,11 @@ class History:
         """Of the validations after training began, the lowest loss; the first of equals."""
         trained = [point for point in self.valid_loss if point[0] > 0]
         return min(trained, key=lambda point: point[1], default=None)
+
+    def highest(self, name: str) -> tuple[int, float] | None:
+        """Of the validations after training began, the highest of a measure; the first of equals."""
+        trained = [point for point in self.valid.get(name, []) if point[0] > 0]
+        return max(trained, key=lambda point: point[1], default=None)
 
 
 class LearningCurve:
@@ -122,7 +131,7 @@ def figure_of(history: History, title: str, rates: Sequence[float] = ()) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    large, *small = panels_of(history.train, history.valid, rates)
+    large, *small = panels = panels_of(history.train, history.valid, rates)
     num_rows = -(-len(small) // SMALL_A_ROW)
     size = (WIDTH_INCHES, LARGE_INCHES + num_rows * SMALL_INCHES + 0.3)
     # The layout gives every label its room, however wide the numbers are.
@@ -139,6 +148,12 @@ def figure_of(history: History, title: str, rates: Sequence[float] = ()) -> Any:
         _draw(axes, panel, is_large=False)
         if row == num_rows - 1 or number + SMALL_A_ROW >= len(small):
             axes.set_xlabel("step", fontsize=8.5, color=QUIET)
+    # One range of steps, so that what happened at one time stands at one place in all panels.
+    steps = [step for panel in panels for line in panel.lines for step, _ in line.points]
+    first, last = min(steps), max(steps)
+    margin = 0.02 * (last - first) or 0.5
+    for axes in figure.axes:
+        axes.set_xlim(first - margin, last + margin)
     return figure
 
 
@@ -154,7 +169,8 @@ def _draw(axes: Any, panel: Panel, *, is_large: bool) -> None:
         axes.plot([step], [value], "*", color=color, markersize=11, markeredgecolor="white", label=label)
     _limit(axes, panel)
     if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(frameon=False, fontsize=8.5 if is_large else 7.5, loc="best")
+        size = 8.5 if is_large else 7.5
+        axes.legend(fontsize=size, loc="best", facecolor="white", edgecolor="none", framealpha=OPAQUE)
 
 
 def _draw_line(axes: Any, line: Line, *, is_large: bool) -> None:
@@ -183,20 +199,28 @@ def _draw_line(axes: Any, line: Line, *, is_large: bool) -> None:
 
 
 def _limit(axes: Any, panel: Panel) -> None:
-    from matplotlib.ticker import LogFormatter, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     values = [value for line in panel.lines for _, value in line.points]
     if panel.limits is not None:
         axes.set_ylim(*panel.limits)
     elif panel.may_be_logarithmic and min(values) > 0 and max(values) / min(values) > LOGARITHMIC_FROM_RATIO:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.8)))
-        return
+        axes.set_title(f"{panel.title}, on a logarithmic axis", fontsize=10, color=QUIET, loc="left")
+        if max(values) / min(values) < 10**FEW_DECADES:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     elif panel.from_zero and min(values) >= 0:
         axes.set_ylim(0, 1.08 * max(values) or 1)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
-    axes.yaxis.get_offset_text().set_fontsize(7)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: written(value)))
+
+
+def written(value: float) -> str:
+    """A number beside an axis, whole, with no power of ten above it: 0.25, 5e-4, 1.2e5."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.6g}"
+    digits, exponent = f"{value:.5e}".split("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def _plain(axes: Any) -> None:

@@ -25,6 +25,7 @@ DONE = {
 class Journal:
     """The observer of one Trainer. Decides nothing about when.
 
+    shown    what of a validation is told first: its loss, or a measure that the objective is judged by
     samples  answers of the weights as they are, for a person to read
     notes    what else a person should know since the last time they were asked for
     """
@@ -36,6 +37,7 @@ class Journal:
         progress: RunProgress,
         curve: LearningCurve,
         *,
+        shown: str = "loss",
         samples: Callable[[], Sequence[Sample]] = tuple,
         notes: Callable[[], Sequence[str]] = tuple,
     ) -> None:
@@ -43,6 +45,7 @@ class Journal:
         self.progress = progress
         self.curve = curve
         self._metrics = metrics
+        self._shown = shown
         self._samples = samples
         self._notes = notes
 
@@ -61,10 +64,11 @@ class Journal:
     def on_eval(self, step: int, evaluation: Evaluation, is_best: bool, seconds: float) -> None:
         """A validation loss, and what was measured beside it; samples; the learning curve."""
         best = " (best)" if is_best else ""
-        measures = "".join(f"  {name} {value:.4g}" for name, value in evaluation.measures.items())
-        self.progress.say(
-            f"step {step}: validation loss {evaluation.loss:.4f}{measures}{best}, {seconds:.1f} s"
-        )
+        others = dict(evaluation.measures)
+        shown = self._shown if self._shown in others else "loss"
+        value = others.pop(shown, evaluation.loss)
+        measures = "".join(f"  {name} {value:.4g}" for name, value in others.items())
+        self.progress.say(f"step {step}: validation {shown} {value:.4f}{measures}{best}, {seconds:.1f} s")
         self._metrics.write("valid", step, loss=evaluation.loss, seconds=seconds, **evaluation.measures)
         for number, sample in enumerate(self._samples()):
             self._show(step, number, sample)

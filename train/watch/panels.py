@@ -52,7 +52,8 @@ def panels_of(train: Curves, valid: Curves, rates: Sequence[float] = ()) -> list
 
 
 def _learned(train: Curves, valid: Curves) -> Iterator[Panel]:
-    """sft and cpt: loss and accuracy. dpo, orpo and kto: how far and how often the better answer is ahead, too."""
+    """sft and cpt: loss and accuracy. dpo, orpo and kto: how far and how often the better answer is ahead, too; orpo,
+    which has no reference, shows its two parts."""
     loss = _both("loss", train, valid)
     star = _best(valid.get("loss", ()), 1, "lowest validation loss")
     yield Panel("loss", loss, from_zero=True, may_be_logarithmic=True, star=star)
@@ -62,6 +63,9 @@ def _learned(train: Curves, valid: Curves) -> Iterator[Panel]:
     yield Panel("accuracy of validation", [*tokens, *answers], share)
     yield Panel("accuracy: the better answer ahead", _both("rewards/accuracies", train, valid), share)
     yield Panel("margin of rewards", _both("rewards/margins", train, valid))
+    # orpo's loss is the first of these, and what keeps the second from falling.
+    yield Panel("likelihood: loss of chosen answers", _both("nll_loss", train, valid), from_zero=True)
+    yield Panel("log odds of the better answer", _both("log_odds_chosen", train, valid))
     yield Panel("rewards", _pair("rewards", train))
     yield Panel("log-probabilities of answers", _pair("logps", train))
     yield Panel("KL from the reference", _both("kl", train, valid), from_zero=True)

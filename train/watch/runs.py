@@ -19,6 +19,7 @@ from serve.adapters.manifest import CONFIG_FILE, TENSORS_FILE, read_specs
 from serve.errors import AdapterError, NotFoundError
 from serve.tables import Table, numbers, words
 from train.loop import checkpoint
+from train.recipe.objectives import OBJECTIVES
 from train.watch import curve, metrics, record, summary
 from train.watch.progress import duration
 
@@ -39,7 +40,10 @@ class Run:
     problem: str = ""
     """Of a failed or broken one."""
     steps: int = 0
-    best_valid_loss: float | None = None
+    judged_by: str = "loss"
+    """What a person asks of its validations: the loss, or a measure of its objective (grpo: reward)."""
+    best_value: float | None = None
+    """Its best: the lowest loss, or the highest of a measure."""
     best_step: int | None = None
     metric: str | None = None
     metric_value: float | None = None
@@ -103,7 +107,9 @@ def describe(folder: Path) -> Run:
         at_s = row.get("time")
         if isinstance(at_s, int | float):
             first_s, last_s = first_s or at_s, at_s
-    best = history.best or (None, None)
+    entry = OBJECTIVES.get(_word(known.get("objective")))
+    judged_by = entry.shown if entry else "loss"
+    best = _best(history, judged_by, ended)
     points = [*history.train_loss, *history.valid_loss]
     status = "broken" if problems else _status(folder, ended, said)
     if status in summary.ENDED:
@@ -115,8 +121,9 @@ def describe(folder: Path) -> Run:
         status=status,
         problem="; ".join(problems) or str(known.get("error", "")) * (status == "failed"),
         steps=_number(ended.get("steps")) or max((step for step, _ in points), default=0),
-        best_valid_loss=_float(ended.get("best_valid_loss"), best[1]),
-        best_step=_number(ended.get("best_step")) or best[0],
+        judged_by=judged_by,
+        best_value=best[1],
+        best_step=best[0],
         metric=_word(ended.get("metric")) or None,
         metric_value=_float(ended.get("metric_after")),
         base_model=_word(known.get("base_model")),
@@ -131,6 +138,14 @@ def describe(folder: Path) -> Run:
         created=_word(known.get("created")),
         seconds=_float(ended.get("seconds"), last_s - first_s if last_s else None),
     )
+
+
+def _best(history: curve.History, judged_by: str, ended: dict[str, Any]) -> tuple[int | None, float | None]:
+    """(step, value) of the best validation. By loss, what the summary says holds: it may be by another measure."""
+    if judged_by != "loss":
+        return history.highest(judged_by) or (None, None)
+    step, value = history.best or (None, None)
+    return _number(ended.get("best_step")) or step, _float(ended.get("best_valid_loss"), value)
 
 
 def _json(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -190,17 +205,20 @@ def _float(value: Any, otherwise: float | None = None) -> float | None:
 def tables(runs: Sequence[Run]) -> Iterator[Table]:
     """For a terminal of 80 columns: how far and how good, then where from. Hashes are cut to eight letters."""
     has_metric = any(run.metric for run in runs)
-    measures = numbers("steps", "valid loss", *(["metric"] if has_metric else []))
+    has_measure = any(run.judged_by != "loss" for run in runs)
+    best = "best validation" if has_measure else "valid loss"
+    measures = numbers("steps", best, *(["metric"] if has_metric else []))
     results = Table("run", "status", *measures, "began", *numbers("time"))
     styles = {"failed": "red", "broken": "red", "running": "green", "interrupted": "yellow"}
     for run in runs:
-        loss = f"{run.best_valid_loss:.4f}" if run.best_valid_loss is not None else ""
-        at = f" @{run.best_step:,}" if run.best_step is not None and loss else ""
+        value = f"{run.best_value:.4f}" if run.best_value is not None else ""
+        at = f" @{run.best_step:,}" if run.best_step is not None and value else ""
+        name = f"{run.judged_by} " if has_measure and value else ""
         metric = f"{run.metric} {run.metric_value:.1%}" if run.metric and run.metric_value is not None else ""
         status = Text(run.status, style=styles.get(run.status, ""))
         time = duration(run.seconds) if run.seconds is not None else ""
         began = run.created[:16].replace("T", " ")
-        measured = (loss + at, metric) if has_metric else (loss + at,)
+        measured = (name + value + at, metric) if has_metric else (name + value + at,)
         results.add(Text(run.folder), status, f"{run.steps:,}", *measured, began, time)
     yield results
     origins = Table("run", words("trained"), words("base"), "data", words("began with"))

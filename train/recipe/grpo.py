@@ -1,103 +1,15 @@
-"""The part of a recipe that says what is learned from: one block an objective, in TRL's words and defaults."""
+"""What a recipe knows of objective grpo: its knobs, in TRL's words and defaults, its rewards, and its entry."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from serve.settings import Problems, Strict
-
-
-class ObjectiveConfig(Strict):
-    """A recipe's block of one objective."""
-
-    @property
-    def has_reference(self) -> bool:
-        """True where the objective measures against the model that the run starts from."""
-        return False
-
-    @property
-    def without_reference(self) -> str:
-        """How to do without one, where that is possible; for a message."""
-        return ""
-
-    def problems(self, recipe: Any) -> Iterator[tuple[str, str]]:
-        """(key, what is wrong) of the recipe's other keys, where they do not agree with this objective."""
-        yield from ()
-
-
-class DPOConfig(ObjectiveConfig):
-    """Pairs of answers, the chosen one pushed above the rejected one. Rafailov et al. 2023, arXiv 2305.18290."""
-
-    beta: float = Field(default=0.1, gt=0)
-    """How much a log-probability gained over the reference counts; larger stays nearer to the reference.
-    With ipo, the paper's τ."""
-    loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
-    """sigmoid: DPO, eq. 7. hinge: SLiC. ipo: Azar et al. 2023, eq. 17, by mean log-probabilities. robust: Chowdhury
-    et al. 2024, unbiased where `label_smoothing` of the pairs are the wrong way round."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of pairs taken to be the wrong way round; with sigmoid (conservative DPO) and robust."""
-    reference_free: bool = False
-    """Take the reference as equal for all answers, which leaves it out."""
-    rpo_alpha: float | None = Field(default=None, gt=0)
-    """Adds this times the chosen answer's mean negative log-likelihood (Pang et al. 2024, arXiv 2404.19733)."""
-
-    @property
-    def has_reference(self) -> bool:
-        return not self.reference_free
-
-    @property
-    def without_reference(self) -> str:
-        return ", objective orpo or dpo.reference_free: true"
-
-    @model_validator(mode="after")
-    def _smoothing_fits(self) -> DPOConfig:
-        if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
-            raise Problems(
-                [("label_smoothing", f"has no effect with {self.loss_type}; expected sigmoid or robust")]
-            )
-        if self.loss_type == "robust" and not self.label_smoothing:
-            raise Problems(
-                [("label_smoothing", "found 0, with which robust is sigmoid; say the share of wrong pairs")]
-            )
-        return self
-
-
-class ORPOConfig(ObjectiveConfig):
-    """Pairs of answers without a reference: likelihood and odds ratio. Hong et al. 2024, arXiv 2403.07691."""
-
-    beta: float = Field(default=0.1, gt=0)
-    """Weight of the odds-ratio term, the paper's λ."""
-    nll_over: Literal["sequence", "answer"] = "sequence"
-    """What the likelihood term counts of the chosen row: prompt and answer, as TRL, or the answer alone."""
-
-
-class KTOConfig(ObjectiveConfig):
-    """Single answers, each wanted or not. Ethayarajh et al. 2024, arXiv 2402.01306."""
-
-    beta: float = Field(default=0.1, gt=0)
-    """How much a log-probability gained over the reference counts; larger stays nearer to the reference."""
-    desirable_weight: float = Field(default=1.0, gt=0)
-    """Of the wanted answers' losses."""
-    undesirable_weight: float = Field(default=1.0, gt=0)
-    """Of the unwanted answers' losses. (Number · weight) should be within 1 to 4/3 of the other's, eq. 8."""
-
-    @property
-    def has_reference(self) -> bool:
-        return True
-
-    def problems(self, recipe: Any) -> Iterator[tuple[str, str]]:
-        """One estimate of the divergence a batch, from pairs of its rows."""
-        if recipe.micro_batch_tokens and "micro_batch_tokens" in recipe.model_fields_set:
-            yield (
-                "micro_batch_tokens",
-                "has no effect with objective: kto, whose KL term is one a batch; leave it out, or 0",
-            )
-        if recipe.batch_size == 1:
-            yield "batch_size", "found 1; kto estimates its KL term from pairs of rows: expected 2 or more"
+from serve.settings import Strict
+from train.recipe.objective import ObjectiveConfig, ObjectiveEntry
 
 
 def _is_pattern(value: Any) -> Any:
@@ -112,6 +24,10 @@ def _is_pattern(value: Any) -> Any:
 class _Reward(Strict):
     weight: float = 1.0
     """What this reward counts in the sum; negative punishes."""
+
+    def beside(self, locate: Callable[[str], str]) -> Self:
+        """The same, with the file it names as `locate` finds it."""
+        return self
 
 
 class FunctionReward(_Reward):
@@ -128,6 +44,10 @@ class FunctionReward(_Reward):
         if not where or not function.isidentifier():
             raise ValueError("expected package.module:function or path/to/file.py:function")
         return value
+
+    def beside(self, locate: Callable[[str], str]) -> Self:
+        where, _, function = self.name.rpartition(":")
+        return self.model_copy(update={"name": f"{locate(where)}:{function}"})
 
 
 class RegexReward(_Reward):
@@ -211,13 +131,18 @@ class GRPOConfig(ObjectiveConfig):
         return ", or grpo.beta: 0"
 
     def problems(self, recipe: Any) -> Iterator[tuple[str, str]]:
-        """A batch holds whole groups of answers."""
+        """A batch holds whole groups of answers, and its prompts are found again."""
+        if any(entry.streaming for entry in recipe.datasets):
+            yield "objective", "grpo comes back to its prompts by number, which a stream does not keep"
         if recipe.batch_size % self.num_generations:
             yield (
                 "batch_size",
                 f"found {recipe.batch_size}; it counts answers, {self.num_generations} to a prompt: expected a "
                 f"multiple of grpo.num_generations",
             )
+
+    def beside(self, locate: Callable[[str], str]) -> Self:
+        return self.model_copy(update={"rewards": tuple(each.beside(locate) for each in self.rewards)})
 
     @field_validator("epsilon", "epsilon_high", mode="before")
     @classmethod
@@ -235,3 +160,13 @@ class GRPOConfig(ObjectiveConfig):
                 "and could not be resumed exactly; expected 1"
             )
         return None
+
+
+ENTRY = ObjectiveEntry(
+    "what a reward function favours",
+    ("prompt",),
+    "train.objectives.grpo:build",
+    GRPOConfig,
+    ("reward",),
+    shown="reward",
+)
