@@ -394,6 +394,17 @@ def test_broken_arguments_stay_the_text_that_they_are(make_tokenizer):
     assert tokenizer.decode(list(ChatTemplate(tokenizer).render([message]))) == "{||"
 
 
+@pytest.mark.parametrize(
+    "arguments", [r'{"a": "\ud83d"}', r'{"\udc00": 1}', r'{"a": ["x", {"b": "\udfff"}]}']
+)
+def test_half_a_surrogate_pair_inside_a_calls_json_is_refused_by_name(arguments, make_tokenizer):
+    call = {"function": {"name": "f", "arguments": arguments}}
+    messages = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(RequestError, match="found half a surrogate pair") as caught:
+        ChatTemplate(make_tokenizer(JSON_CALLS)).render(messages)
+    assert caught.value.param == "messages.1.tool_calls.0.function.arguments"
+
+
 def test_values_nested_too_deeply_are_refused(make_tokenizer):
     deep: list = []
     for _ in range(100_000):

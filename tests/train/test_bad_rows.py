@@ -59,6 +59,12 @@ GOOD_AND_BAD: dict[str, tuple[str, dict, dict, str]] = {
     ),
     "prompt": ("grpo", {"prompt": "p"}, {"prompt": ""}, "prompt: found an empty string"),
     "not an object": ("sft", {"prompt": "p", "completion": "c"}, ["p", "c"], "expected an object"),
+    "half a character": (
+        "sft",
+        {"prompt": "p", "completion": "c"},
+        '{"prompt": "p", "completion": "\\ud83d"}',
+        r"completion: found half a surrogate pair (\ud83d)",
+    ),
     "not JSON": ("sft", {"prompt": "p", "completion": "c"}, "{", "JSON"),
 }
 
