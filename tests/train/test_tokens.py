@@ -459,7 +459,7 @@ def test_what_few_rows_were_told_is_not_what_serving_is_told(switch):
     thinking = [Example("f", n, messages=(ASK, {**SAY, "thinking": "<think>hm</think>"})) for n in (2, 3)]
     _, report = run([quiet, *thinking], opening(switch))
     assert report.told == {}
-    assert [where for where in told_lines(report).values()] == [(1, "f:1")]
+    assert list(told_lines(report).values()) == [(1, "f:1")]
     with pytest.raises(DataError, match=r"f:1: .*opens a thought \(<think>\)"):
         run([replace(quiet, variables={switch: True})], opening(switch))
     pair = Example("f", 4, messages=(ASK,), chosen=(SAY,), rejected=(thinking[0].messages[1],))
@@ -485,7 +485,7 @@ def test_variables_of_a_row_reach_the_template_whatever_is_learned_from_it():
         (row,), _ = run([Example("f", 1, **keys, variables={"mood": "(calm)"})], tokenizer, **knobs)
         for sequence in row.sequences:
             assert TOKENIZER.decode(sequence.token_ids.tolist()).startswith("(calm)<|im_start|>")
-    with pytest.raises(DataError, match="f:1: chat_template_kwargs: found in a row, .* no chat template"):
+    with pytest.raises(DataError, match=r"f:1: chat_template_kwargs: found in a row, .* no chat template"):
         run([Example("f", 1, prompt="hi", completion="yes", variables={"mood": "(calm)"})], BARE)
 
 
