@@ -597,3 +597,47 @@ def test_a_template_is_given_the_form_that_it_renders_right(make_tokenizer):
         True,
         False,
     )
+
+
+def calls_written(words: str, refuses: str = "false") -> str:
+    """ChatML that refuses some turns, and writes each call by the given words."""
+    return CHATML.replace(
+        "{{ m.content }}",
+        "{% if m.tool_calls %}{% if "
+        + refuses
+        + " %}{{ raise_exception('no') }}{% endif %}{% endif %}{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ " + words + " }}{% endfor %}",
+    )
+
+
+AS_OBJECT, AS_TEXT = "c.function.arguments | tojson", "c.function.arguments"
+FORMS = {  # template -> (arguments, content of a turn that only calls, whether calls are rendered)
+    "an object as JSON": (calls_written(AS_OBJECT), ("object", "empty", True)),
+    "printed as it is, which Python would print an object": (calls_written(AS_TEXT), ("text", "empty", True)),
+    "text alone": (calls_written(AS_TEXT + " + ''"), ("text", "empty", True)),
+    "no content beside calls": (calls_written(AS_OBJECT, "m.content is defined"), ("object", "absent", True)),
+    "text, and no content": (calls_written(AS_TEXT, "m.content is defined"), ("text", "absent", True)),
+    "JSON of JSON": (
+        calls_written(AS_OBJECT, "m.tool_calls[0].function.arguments is not string"),
+        ("object", "empty", False),
+    ),
+    "no call": (CHATML, ("object", "empty", False)),
+}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_calls_are_given_in_the_first_form_in_which_they_are_read_back(kind, make_tokenizer):
+    source, expected = FORMS[kind]
+    chat = ChatTemplate(make_tokenizer(source))
+    assert (chat.forms.arguments, chat.forms.no_content, chat.forms.renders_calls) == expected
+    if not chat.forms.renders_calls:
+        return
+    for arguments in ({"a": "é", "n": [1]}, '{"a": "é", "n": [1]}'):
+        for content in (None, ""):
+            call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+            turn = {"role": "assistant", "content": content, "tool_calls": [call]}
+            assert chat.write([TURNS[0], turn]).text.endswith(
+                'f{"a": "é", "n": [1]}<|im_end|>\n<|im_start|>assistant\n'
+            )
+            (sequence,) = chat.supervise([TURNS[0], turn])
+            assert supervised_text(chat.tokenizer, sequence) == ['f{"a": "é", "n": [1]}<|im_end|>']

@@ -460,6 +460,7 @@ def test_what_few_rows_were_told_is_not_what_serving_is_told(switch):
     _, report = run([quiet, *thinking], opening(switch))
     assert report.told == {}
     assert list(told_lines(report).values()) == [(1, "f:1")]
+    assert run([quiet, thinking[0]], opening(switch))[1].told == {}
     with pytest.raises(DataError, match=r"f:1: .*opens a thought \(<think>\)"):
         run([replace(quiet, variables={switch: True})], opening(switch))
     pair = Example("f", 4, messages=(ASK,), chosen=(SAY,), rejected=(thinking[0].messages[1],))
