@@ -7,6 +7,7 @@ foreign code. What has another form is refused by its name, `messages.3.content`
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 from serve.errors import RequestError
 from serve.model.renderer import Message
 from serve.model.words import Veil, spare_characters
+
+HALF = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair, which JSON can spell and no tokenizer reads."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,13 @@ def _plain_call(call: Any, name: str) -> dict[str, Any]:
         arguments = json.loads(function["arguments"] or "{}")
     except ValueError:
         return dict(call)
+    half = next((half for text in leaves(arguments) if (half := HALF.search(text))), None)
+    if half is not None:
+        here = f"{name}.function.arguments"
+        raise RequestError(
+            f"{here}: found half a surrogate pair ({ascii(half.group())[1:-1]}); expected whole characters",
+            here,
+        )
     return {**call, "function": {**function, "arguments": arguments}}
 
 

@@ -204,7 +204,7 @@ def test_without_an_end_token_the_newlines_after_a_turn_are_not_supervised(make_
     tokenizer = make_tokenizer(PLAIN)
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello you"}]
     (sequence,) = ChatTemplate(tokenizer).supervise(messages)
-    assert "".join(supervised_text(tokenizer, sequence)).rstrip("\n") == "Hello you"
+    assert supervised_text(tokenizer, sequence) == ["Hello you"]
 
 
 def test_what_a_template_marks_as_generated_is_what_is_supervised(make_tokenizer):
@@ -392,6 +392,17 @@ def test_broken_arguments_stay_the_text_that_they_are(make_tokenizer):
     tokenizer = make_tokenizer("{% for c in messages[0].tool_calls %}{{ c.function.arguments }}|{% endfor %}")
     message = {"role": "assistant", "content": None, "tool_calls": [CALL, {"function": {}}]}
     assert tokenizer.decode(list(ChatTemplate(tokenizer).render([message]))) == "{||"
+
+
+@pytest.mark.parametrize(
+    "arguments", [r'{"a": "\ud83d"}', r'{"\udc00": 1}', r'{"a": ["x", {"b": "\udfff"}]}']
+)
+def test_half_a_surrogate_pair_inside_a_calls_json_is_refused_by_name(arguments, make_tokenizer):
+    call = {"function": {"name": "f", "arguments": arguments}}
+    messages = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(RequestError, match="found half a surrogate pair") as caught:
+        ChatTemplate(make_tokenizer(JSON_CALLS)).render(messages)
+    assert caught.value.param == "messages.1.tool_calls.0.function.arguments"
 
 
 def test_values_nested_too_deeply_are_refused(make_tokenizer):
@@ -586,3 +597,47 @@ def test_a_template_is_given_the_form_that_it_renders_right(make_tokenizer):
         True,
         False,
     )
+
+
+def calls_written(words: str, refuses: str = "false") -> str:
+    """ChatML that refuses some turns, and writes each call by the given words."""
+    return CHATML.replace(
+        "{{ m.content }}",
+        "{% if m.tool_calls %}{% if "
+        + refuses
+        + " %}{{ raise_exception('no') }}{% endif %}{% endif %}{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ " + words + " }}{% endfor %}",
+    )
+
+
+AS_OBJECT, AS_TEXT = "c.function.arguments | tojson", "c.function.arguments"
+FORMS = {  # template -> (arguments, content of a turn that only calls, whether calls are rendered)
+    "an object as JSON": (calls_written(AS_OBJECT), ("object", "empty", True)),
+    "printed as it is, which Python would print an object": (calls_written(AS_TEXT), ("text", "empty", True)),
+    "text alone": (calls_written(AS_TEXT + " + ''"), ("text", "empty", True)),
+    "no content beside calls": (calls_written(AS_OBJECT, "m.content is defined"), ("object", "absent", True)),
+    "text, and no content": (calls_written(AS_TEXT, "m.content is defined"), ("text", "absent", True)),
+    "JSON of JSON": (
+        calls_written(AS_OBJECT, "m.tool_calls[0].function.arguments is not string"),
+        ("object", "empty", False),
+    ),
+    "no call": (CHATML, ("object", "empty", False)),
+}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_calls_are_given_in_the_first_form_in_which_they_are_read_back(kind, make_tokenizer):
+    source, expected = FORMS[kind]
+    chat = ChatTemplate(make_tokenizer(source))
+    assert (chat.forms.arguments, chat.forms.no_content, chat.forms.renders_calls) == expected
+    if not chat.forms.renders_calls:
+        return
+    for arguments in ({"a": "é", "n": [1]}, '{"a": "é", "n": [1]}'):
+        for content in (None, ""):
+            call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+            turn = {"role": "assistant", "content": content, "tool_calls": [call]}
+            assert chat.write([TURNS[0], turn]).text.endswith(
+                'f{"a": "é", "n": [1]}<|im_end|>\n<|im_start|>assistant\n'
+            )
+            (sequence,) = chat.supervise([TURNS[0], turn])
+            assert supervised_text(chat.tokenizer, sequence) == ['f{"a": "é", "n": [1]}<|im_end|>']

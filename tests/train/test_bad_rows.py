@@ -65,6 +65,12 @@ GOOD_AND_BAD: dict[str, tuple[str, dict, dict, str]] = {
         "no column team, which the reward regex needs; found colour",
     ),
     "not an object": ("sft", {"prompt": "p", "completion": "c"}, ["p", "c"], "expected an object"),
+    "half a character": (
+        "sft",
+        {"prompt": "p", "completion": "c"},
+        '{"prompt": "p", "completion": "\\ud83d"}',
+        r"completion: found half a surrogate pair (\ud83d)",
+    ),
     "not JSON": ("sft", {"prompt": "p", "completion": "c"}, "{", "JSON"),
 }
 
@@ -137,6 +143,32 @@ def test_a_stream_leaves_bad_rows_out_from_the_first_on(write, tmp_path):
     assert any("left out, not usable as it stands" in note for note in flight.take_notes())
 
 
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_bad_rows_of_the_other_splits_are_refused_or_left_out_too(split, write, tmp_path):
+    good, bad = {"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": ""}
+    (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (good, bad, good)))
+    keys = {"test": split == "test", "val_batches": 1}
+    with pytest.raises(DataError, match=rf"{split}\.jsonl:2: completion: found an empty string"):
+        prepare(write("sft", [good] * 3, **keys))
+    flight = prepare(write("sft", [good] * 3, on_bad_row="drop", **keys))
+    assert [row.line for row in getattr(flight, split).rows] == [1, 3]
+    console = Console(file=io.StringIO(), width=200)
+    show(flight, console)
+    assert f"{split}: 1 bad rows left out (on_bad_row: drop)" in console.file.getvalue().splitlines()
+
+
+def test_a_streams_first_rows_validate_without_the_bad_ones(write, tmp_path):
+    good, bad = {"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": ""}
+    source = [{"path": str(tmp_path / "train.jsonl"), "streaming": True}]
+    rows = [good, bad, *({**good, "prompt": f"{n}"} for n in range(6))]
+    keys = {"data": None, "datasets": source, "val_set_size": 3, "batch_size": 2}
+    with pytest.raises(DataError, match=r"train\.jsonl:2: completion: found an empty string"):
+        prepare(write("sft", rows, **keys))
+    flight = prepare(write("sft", rows, on_bad_row="drop", **keys))
+    assert [row.line for row in flight.valid.rows] == [1, 3]
+    assert "valid: 1 bad rows left out (on_bad_row: drop)" in flight.valid.notes
+
+
 def test_problems_are_raised_when_there_are_many_and_reasons_are_few_where_rows_are_left_out():
     raised = BadRows("raise")
     for line in range(MAX_PROBLEMS - 1):
@@ -207,15 +239,17 @@ def test_adam_without_bias_correction_and_warm_up_is_told_before_the_first_step(
     flight = prepare(write("sft", [{"prompt": "p", "completion": "c"}] * 8, **{"iters": 100, **keys}))
     console = Console(file=io.StringIO(), width=300)
     show(flight, console)
-    assert bool(re.search(ADAM, console.file.getvalue())) == is_told
+    shown = console.file.getvalue()
+    assert ("bias correction" in shown) == bool(re.search(ADAM, shown)) == is_told
 
 
-def test_the_number_told_is_what_mlx_does():
+@pytest.mark.parametrize("num_steps", [3, 40])
+def test_the_number_told_is_what_mlx_does(num_steps):
     weight, optimizer, sizes = {"w": mx.zeros((1,))}, optim.Adam(1.0), []
     optimizer.init(weight)
-    for _ in range(40):
+    for _ in range(num_steps):
         moved = optimizer.apply_gradients({"w": mx.ones((1,))}, weight)
         sizes.append(float(weight["w"][0] - moved["w"][0]))
         weight = moved
-    (line,) = adam_lines(Recipe.model_validate({"model": "m", "data": "d"}), 40)
+    (line,) = adam_lines(Recipe.model_validate({"model": "m", "data": "d"}), num_steps)
     assert f"up to {max(sizes):.1f} times learning_rate (step {1 + sizes.index(max(sizes))})" in line

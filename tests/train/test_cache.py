@@ -16,7 +16,7 @@ from train.data import cache, tokens
 from train.data.example import Example
 from train.data.prepared import prepare_rows
 from train.data.rules import TokenRules
-from train.data.tokens import tokenize
+from train.data.tokens import Outcome, tokenize
 from train.recipe.recipe import Recipe
 
 DAY = date(2026, 1, 1)
@@ -103,6 +103,29 @@ def test_cached_rows_and_their_report_are_those_of_tokenizing(kind, prepare, tok
     rows, report = tokenize(examples, ChatTemplate(tokenizer), rules)
     assert report == fresh.report
     assert [row.token_ids.tolist() for row in rows] == [row.token_ids.tolist() for row in fresh.rows]
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Outcome) if field.name != "problems"])
+def test_all_that_became_of_a_row_is_kept_but_problems_which_no_kept_row_has(name, tokenizer, tmp_path):
+    (example,) = chats(1)
+    rules = TokenRules.of_recipe(Recipe(model=MODEL, data="d"), DAY)
+    became = {
+        "rows": tokens.tokenize_row(example, ChatTemplate(tokenizer), rules).rows,
+        "num_truncated": 1,
+        "dropped": ("too long",),
+        "lost": ("tools",),
+        "notes": ("were changed",),
+        "told": {"thinking": False},
+    }
+    outcome = Outcome(**{name: became[name]})
+    cache.save(tmp_path / "kept", [Outcome(), outcome])
+    found = cache.load(tmp_path / "kept", [example, example])[1]
+    if name == "rows":
+        assert [row.token_ids.tolist() for row in found.rows] == [
+            row.token_ids.tolist() for row in outcome.rows
+        ]
+    else:
+        assert found == outcome != Outcome()
 
 
 def test_places_come_from_the_rows_at_hand_so_a_moved_file_is_still_known(prepare):

@@ -13,7 +13,7 @@ import pytest
 from serve.errors import ConfigError, DataError
 from train.data.rows import Rules, parse_row
 from train.data.sources import read
-from train.recipe.objectives import OBJECTIVES
+from train.recipe.objectives import OBJECTIVES, objectives_of
 from train.recipe.recipe import DatasetSource, Recipe, load_recipe
 
 ASK, SAY = {"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "It left."}
@@ -395,10 +395,19 @@ def test_a_system_beside_a_pair_or_a_prompt_is_before_its_prompt():
     assert ([turn["role"] for turn in prompt.messages], prompt.fields) == (["system", "user"], {"gold": "x"})
 
 
-def test_a_second_system_turn_of_other_words_is_refused():
-    row = {"messages": [{"role": "system", "content": "Be kind."}, HI, YES]}
+def test_turns_marked_as_context_stay_the_same_turns_after_a_system_before_them():
+    row = {"messages": [HI, {**YES, "train": False}, HI, YES]}
+    first, second = parse(row), parse({**row, "system": "Be kind."})
+    assert (first.untrained, second.untrained) == ((1,), (2,))
+    feedback = parse({"messages": [HI, YES, HI, YES], "label": True, "system": "Be kind."}, "kto")
+    assert feedback.untrained == (1, 2, 3)
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_second_system_turn_of_other_words_is_refused(role):
+    row = {"messages": [{"role": role, "content": "Be kind."}, HI, YES]}
     assert "other words in the conversation's own" in problem_of({**row, "system": "Be brief."})
-    assert turns(parse({**row, "system": "Be kind."})) == turns(parse(row))
+    assert turns(parse({**row, "system": " Be kind.\n"})) == turns(parse(row))
 
 
 def test_alpacas_history_is_the_turns_before_its_question():
@@ -406,16 +415,25 @@ def test_alpacas_history_is_the_turns_before_its_question():
     said = ["hi", "hello", "sure?", "quite", "and now?", "yes"]
     assert [words for _, words in turns(parse(row))] == said
     assert turns(parse({**row, "history": []})) == [("user", "and now?"), ("assistant", "yes")]
-    assert "history.0: found" in problem_of({**row, "history": [["hi"]]})
+    assert turns(parse({**row, "history": json.dumps(row["history"])})) == turns(parse(row))
+    for pair in (["hi"], ["hi", 3], ["hi", "hello", "and"], "hi"):
+        assert "history.1: found" in problem_of({**row, "history": [["hi", "hello"], pair]})
     assert "history: only rows of instruction" in problem_of({"messages": [HI, YES], "history": [["a", "b"]]})
 
 
+def test_alpacas_history_is_before_a_pairs_question_and_before_one_alone():
+    row = {"instruction": "and now?", "history": [["hi", "hello"]]}
+    pair = parse({**row, "chosen": "yes", "rejected": "no"}, "dpo")
+    assert [turn["content"] for turn in pair.messages] == ["hi", "hello", "and now?"]
+
+
 @pytest.mark.parametrize("name", ["images", "image", "videos", "video", "audios", "audio"])
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_rows_with_pictures_or_sound_are_refused_by_name(name, spelling):
-    assert f"{name}: found" in problem_of({**SPELLINGS[spelling], name: ["cat.png"]})
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_rows_with_pictures_or_sound_are_refused_by_name(name, kind):
+    row, objective = SAMPLES[kind], objectives_of(kind).split(" or ")[0]
+    assert f"{name}: found" in problem_of({**row, name: ["cat.png"]}, objective)
     for nothing in (None, [], ""):
-        assert turns(parse({**SPELLINGS[spelling], name: nothing})) == turns(parse(SPELLINGS[spelling]))
+        assert parse({**row, name: nothing}, objective) == parse(row, objective)
 
 
 def test_openais_earlier_names_of_tools_are_tools():
@@ -426,7 +444,9 @@ def test_openais_earlier_names_of_tools_are_tools():
     assert example.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
     assert [turn["role"] for turn in example.messages] == ["user", "assistant", "tool", "assistant"]
     assert "functions: found beside tools" in problem_of({**row, "functions": [{}], "tools": [{"name": "f"}]})
+    assert parse({**row, "functions": json.dumps([{"name": "f", "parameters": {}}])}).tools == example.tools
     assert "functions: found" in problem_of({**row, "functions": "f"})
+    assert "functions: found" in problem_of({**row, "functions": ["f"]})
 
 
 def test_variables_of_a_row_are_its_own():
@@ -434,10 +454,54 @@ def test_variables_of_a_row_are_its_own():
     assert "chat_template_kwargs: found" in problem_of({"messages": [HI, YES], "chat_template_kwargs": "a"})
 
 
+def calling(arguments: dict) -> dict:
+    return {**YES, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
+CALL = "messages.1.tool_calls.0.function.arguments"
+PLACES = {  # where it is named -> a row that says the given words there, some inside JSON text
+    "messages.1.content": lambda x: {"messages": [HI, {**YES, "content": x}]},
+    "messages.1.thinking": lambda x: {"messages": [HI, {**YES, "thinking": x}]},
+    "completion": lambda x: {"prompt": "hi", "completion": x},
+    "conversations.0.value": lambda x: {
+        "conversations": [{"from": "human", "value": x}, {"from": "gpt", "value": "yes"}]
+    },
+    "instruction": lambda x: {"instruction": x, "output": "yes"},
+    "history.0.0": lambda x: {"instruction": "hi", "output": "yes", "history": [[x, "a"]]},
+    "text": lambda x: {"text": x},
+    "system": lambda x: {"messages": [HI, YES], "system": x},
+    "chat_template_kwargs.a": lambda x: {"messages": [HI, YES], "chat_template_kwargs": {"a": x}},
+    "a key of chat_template_kwargs": lambda x: {"messages": [HI, YES], "chat_template_kwargs": {x: 1}},
+    f"{CALL}.a": lambda x: {"messages": [HI, calling({"a": x})]},
+    f"a key of {CALL}": lambda x: {"messages": [HI, calling({x: 1})]},
+    "tools.0.name": lambda x: {"messages": [HI, YES], "tools": [{"name": x}]},
+    "tools.1.name": lambda x: {"messages": [HI, YES], "tools": json.dumps([{"name": "f"}, {"name": x}])},
+    "messages.0.content": lambda x: {"messages": json.dumps([{**HI, "content": x}, YES])},
+    f"{CALL}.a.0": lambda x: {
+        "conversations": [
+            {"from": "human", "value": "hi"},
+            {"from": "function_call", "value": json.dumps({"name": "f", "arguments": {"a": [x]}})},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("shown", [r"\ud83d", r"\udbff", r"\udc00", r"\udfff"])
+@pytest.mark.parametrize("place", PLACES)
+def test_half_a_surrogate_pair_is_named_by_where_it_stands(place, shown):
+    half = json.loads(f'"{shown}"')
+    said = problem_of(PLACES[place](f"no {half}"))
+    assert (
+        said
+        == f"f:3: {place}: found half a surrogate pair ({shown}) at character 4; expected whole characters"
+    )
+    assert parse(PLACES[place]("no 🙂")).line == 3
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_half_a_surrogate_pair_is_named_with_its_key(spelling):
+def test_half_a_surrogate_pair_matters_only_in_what_is_used(spelling):
     row = json.loads(json.dumps(SPELLINGS[spelling]).replace('"yes"', '"no \\ud83d"'))
-    assert r"found half a surrogate pair (\ud83d) at character 4" in problem_of(row)
+    assert r"(\ud83d)" in problem_of(row)
     assert parse({**SPELLINGS[spelling], "note": "\ud83d"}) == parse(SPELLINGS[spelling])
 
 

@@ -334,6 +334,8 @@ def test_an_objective_is_one_entry_that_everything_else_agrees_with(adapted):
     best_by = set(get_args(Recipe.model_fields["metric_for_best_model"].annotation))
     for name, entry in registry.OBJECTIVES.items():
         assert (name in Recipe.model_fields) == (entry.config is not None)
+        if entry.config is not None:
+            assert entry.config in get_args(Recipe.model_fields[name].annotation)
         assert set(entry.measures) <= best_by
         assert entry.kinds
         assert entry.shown in ("loss", *entry.measures)

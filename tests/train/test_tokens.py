@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from serve.errors import DataError
@@ -406,6 +406,13 @@ def test_a_call_that_the_template_drops_is_a_problem_of_its_row_also_where_the_t
     assert report.lost == {"tool_calls": (1, "f:8")}
 
 
+def test_half_a_surrogate_pair_inside_a_calls_json_is_a_problem_of_its_row():
+    call = {"function": {"name": "f", "arguments": r'{"a": "\ud83d"}'}}
+    row = Example("f", 7, messages=(ASK, {**SAY, "tool_calls": [call]}))
+    with pytest.raises(DataError, match=r"f:7: messages\.1\.tool_calls\.0\.function\.arguments: found half"):
+        run([row])
+
+
 def test_variables_of_a_row_reach_the_template_and_unknown_ones_are_refused_by_name():
     tokenizer = make_tokenizer("{% if mood %}({{ mood }}){% endif %}" + CHATML)
     (row,), _ = run([Example("f", 1, messages=(ASK, SAY), variables={"mood": "calm"})], tokenizer)
@@ -414,23 +421,73 @@ def test_variables_of_a_row_reach_the_template_and_unknown_ones_are_refused_by_n
         run([Example("f", 2, messages=(ASK, SAY), variables={"mode": 1})], tokenizer)
 
 
-OPENS = CHATML.replace(
-    "<|im_start|>assistant\n{% endif %}",
-    "<|im_start|>assistant\n{{ '<think>' if enable_thinking is not defined or enable_thinking }}{% endif %}",
-)
+def opening(switch: str) -> TokenizerWrapper:
+    """A tokenizer that knows the marks of thoughts, and a prompt that opens one unless the variable says no."""
+    opens = "assistant\n{{ '<think>' if " + f"{switch} is not defined or {switch}" + " }}{% endif %}"
+    source = CHATML.replace("assistant\n{% endif %}", opens).replace(
+        "{{ m.content }}", "{{ m.thinking }}{{ m.content }}"
+    )
+    inner = make_tokenizer(source)._tokenizer
+    inner.add_tokens([AddedToken(mark, normalized=False) for mark in ("<think>", "</think>")])
+    return TokenizerWrapper(inner)
 
 
-def test_rows_without_thoughts_are_told_apart_where_the_prompt_opens_one():
-    tokenizer = make_tokenizer(OPENS.replace("{{ m.content }}", "{{ m.thinking }}{{ m.content }}"))
+def told_lines(report) -> dict[str, tuple[int, str]]:
+    return {note: where for note, where in report.notes.items() if note.startswith("rendered with ")}
+
+
+@pytest.mark.parametrize("switch", ["enable_thinking", "thinking"])
+def test_rows_without_thoughts_are_rendered_with_thinking_off_where_the_prompt_opens_one(switch):
+    tokenizer = opening(switch)
     template = ChatTemplate(tokenizer)
+    assert template.write([ASK]).text.endswith("<think>")
     quiet = [Example("f", n, messages=(ASK, SAY)) for n in (1, 2)]
-    asked = template.variables and {"enable_thinking": True}  # this tokenizer has no marks of thoughts
-    rows, report = run([replace(row, variables={}) for row in quiet], tokenizer)
-    assert [targets(row, tokenizer) for row in rows] == ["yes<|im_end|>"] * 2
-    served = template.render([ASK], variables=report.told)
-    assert all(tuple(row.token_ids[: len(served)]) == served for row in rows)
-    with pytest.raises(DataError, match=r"opens a thought \(<think>\)"):
-        run([replace(quiet[0], variables=asked)], tokenizer)
+    thinking = Example("f", 3, messages=(ASK, {**SAY, "thinking": "<think>hm</think>"}))
+    rows, report = run([*quiet, thinking], tokenizer)
+    assert [targets(row, tokenizer) for row in rows] == [*["yes<|im_end|>"] * 2, "hm</think>yes<|im_end|>"]
+    assert report.told == {switch: False}
+    (line,) = told_lines(report).items()
+    assert line == (f"rendered with {switch}: false, as only then prompt and answer agree", (2, "f:1"))
+    prompts = [template.render([ASK], variables={switch: is_on}) for is_on in (False, False, True)]
+    for row, prompt in zip(rows, prompts, strict=True):
+        assert tuple(row.token_ids[: len(prompt)]) == prompt
+
+
+@pytest.mark.parametrize("switch", ["enable_thinking", "thinking"])
+def test_what_few_rows_were_told_is_not_what_serving_is_told(switch):
+    quiet = Example("f", 1, messages=(ASK, SAY))
+    thinking = [Example("f", n, messages=(ASK, {**SAY, "thinking": "<think>hm</think>"})) for n in (2, 3)]
+    _, report = run([quiet, *thinking], opening(switch))
+    assert report.told == {}
+    assert list(told_lines(report).values()) == [(1, "f:1")]
+    assert run([quiet, thinking[0]], opening(switch))[1].told == {}
+    with pytest.raises(DataError, match=r"f:1: .*opens a thought \(<think>\)"):
+        run([replace(quiet, variables={switch: True})], opening(switch))
+    pair = Example("f", 4, messages=(ASK,), chosen=(SAY,), rejected=(thinking[0].messages[1],))
+    with pytest.raises(DataError, match="f:4: one answer has thoughts and the other has none"):
+        run([pair], opening(switch), objective="dpo")
+
+
+def test_variables_of_a_row_reach_the_template_whatever_is_learned_from_it():
+    tokenizer = make_tokenizer("{{ mood }}" + CHATML)
+    talk, pair = {"messages": (ASK, SAY)}, {"messages": (ASK,), "chosen": (SAY,), "rejected": (OTHER,)}
+    grpo = {"grpo": {"rewards": [{"kind": "regex", "pattern": "a"}]}, "batch_size": 8}
+    ways = [
+        (talk, {}),
+        (talk, {"mask_prompt": False}),
+        (talk, {"objective": "cpt"}),
+        ({**talk, "untrained": (1,)}, {"mask_prompt": False}),
+        (pair, {"objective": "dpo"}),
+        ({**talk, "label": True}, {"objective": "kto", "batch_size": 2}),
+        ({"prompt": "hi", "completion": "yes"}, {}),
+        ({"prompt": "hi", "fields": {}}, {"objective": "grpo", **grpo}),
+    ]
+    for keys, knobs in ways:
+        (row,), _ = run([Example("f", 1, **keys, variables={"mood": "(calm)"})], tokenizer, **knobs)
+        for sequence in row.sequences:
+            assert TOKENIZER.decode(sequence.token_ids.tolist()).startswith("(calm)<|im_start|>")
+    with pytest.raises(DataError, match=r"f:1: chat_template_kwargs: found in a row, .* no chat template"):
+        run([Example("f", 1, prompt="hi", completion="yes", variables={"mood": "(calm)"})], BARE)
 
 
 def test_answers_that_end_with_no_token_are_told_before_anything_is_learned():

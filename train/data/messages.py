@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from serve.model.messages import leaves
+from serve.model.messages import HALF, leaves
 from train.data.example import Message
 
 SHAREGPT_ROLES = {
@@ -28,8 +27,6 @@ SHAREGPT_ROLES = {
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of an assistant's turn that hold its thoughts; transformers gives a template each under the name it reads."""
 
-_HALF = re.compile("[\ud800-\udfff]")
-
 TRAINED = ("train", "training", "weight")
 """Keys that say whether a turn is learned from: axolotl's are true or false, OpenAI's is 0 or 1."""
 
@@ -41,25 +38,33 @@ def turns_of(value: Any) -> list[Any]:
 
 
 def half_characters(parts: Any, row: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each key of the row with half a surrogate pair in what is used of it, which no tokenizer reads."""
-    if not any(_HALF.search(text) for text in leaves(parts)):
-        return
-    for name, text in _named(row, ""):
-        half = _HALF.search(text)
+    """A line for each place of the row with half a surrogate pair, if what is used of it has one.
+
+    No tokenizer reads it. Where the row holds it in JSON text, it is named where that text is taken to.
+    """
+    if any(HALF.search(text) for text in leaves(parts)):
+        yield from list(_halves(row)) or _halves(parts)
+
+
+def _halves(value: Any) -> Iterator[str]:
+    for name, text in _named(value, ""):
+        half = HALF.search(text)
         if half is not None:
             yield (
-                f"{name}: found half a surrogate pair (\\u{ord(half.group()):04x}) at character {half.start() + 1}; "
-                "expected whole characters"
+                f"{name}: found half a surrogate pair ({ascii(half.group())[1:-1]}) at character "
+                f"{half.start() + 1}; expected whole characters"
             )
 
 
 def _named(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """(where it stands, text) of every text in a row."""
+    """(where it stands, text) of every text in a row; a key stands in its object."""
     if isinstance(value, str):
         yield name, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _named(item, f"{name}.{key}" if name else str(key))
+            yield f"a key of {name or 'the row'}", str(key)
+            here = ascii(str(key))[1:-1] if HALF.search(str(key)) else str(key)
+            yield from _named(item, f"{name}.{here}" if name else here)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             yield from _named(item, f"{name}.{index}")

@@ -123,6 +123,7 @@ def parse_row(row: Any, rules: Rules, source: str, line: int) -> Example:
         raise DataError(f"{place}: {unusable(row, rules)}")
     taken = _Row(row, rules)
     _PARSERS[kind](taken)
+    _media(taken)
     if kind != "text":
         _beside(taken)
     if "fields" in taken.parts:
@@ -409,6 +410,15 @@ def _missing(fields: Mapping[str, Any], needs: Sequence[Need]) -> Iterator[str]:
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
+def _media(taken: _Row) -> None:
+    for name in MEDIA:
+        if _is_there(taken.get(name)):
+            taken.problems.append(
+                f"{name}: found {kind_of(taken.row[name])}; training reads text alone, and answers may rest on it: "
+                f"take such rows out, or the key"
+            )
+
+
 def _beside(taken: _Row) -> None:
     _system(taken)
     _functions(taken)
@@ -417,12 +427,6 @@ def _beside(taken: _Row) -> None:
         taken.parts["variables"] = {name: value for name, value in variables.items() if value is not None}
     elif variables is not None:
         taken.problems.append(f"chat_template_kwargs: found {kind_of(variables)}; expected an object")
-    for name in MEDIA:
-        if _is_there(taken.get(name)):
-            taken.problems.append(
-                f"{name}: found {kind_of(taken.row[name])}; training reads text alone, and answers may rest on it: "
-                f"take such rows out, or the key"
-            )
     if _is_there(taken.row.get("history")) and "history" not in taken.used:
         taken.problems.append(
             "history: only rows of instruction and output have one; write its turns as messages"

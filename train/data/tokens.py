@@ -206,6 +206,10 @@ def _whole_rows(
     example: Example, template: ChatTemplate, rules: TokenRules
 ) -> tuple[list[TokenizedExample], Mapping[str, Any]]:
     """(the row's sequences, what the template was told for the last of them)."""
+    if example.variables and not template.exists:
+        raise RequestError(
+            "chat_template_kwargs: found in a row, and this model's tokenizer has no chat template"
+        )
     if example.chosen is not None and example.rejected is not None:
         answers = (example.chosen, example.rejected)
         pair = [_after_prompt(example, answer, template, rules) for answer in answers]
