@@ -21,7 +21,7 @@ def test_the_example_is_a_page():
     assert len(EXAMPLE.read_text().splitlines()) <= 66
 
 
-@pytest.mark.parametrize("clip", ["null", "0.5"])
+@pytest.mark.parametrize("clip", ["null", "0.5", "1000"])
 def test_the_example_has_the_losses_of_the_trainer(clip, tmp_path):
     spec = importlib.util.spec_from_file_location("plain_loop", EXAMPLE)
     example = importlib.util.module_from_spec(spec)
