@@ -6,6 +6,9 @@ Integers only: the scheduler plans with it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from serve.cache.precision import KvPrecision
 
 POSITION_BLOCK = 256
 MAX_POSITIONS = 2**31 - 1
@@ -23,6 +26,31 @@ def positions_capacity(extent: int) -> int:
         return -(-extent // POSITION_BLOCK) * POSITION_BLOCK
     block = 1 << ((extent - 1).bit_length() - 3)
     return -(-extent // block) * block
+
+
+
+class Bucket(NamedTuple):
+    """Rows that share buffers: one precision, one capacity of positions."""
+
+    precision: KvPrecision
+    """As `KvPrecision.at` gives it."""
+    num_positions: int
+    """A value of `bucket_positions`."""
+
+
+class Place(NamedTuple):
+    """Where a row of keys and values stands."""
+
+    bucket: Bucket
+    row: int
+
+
+class Move(NamedTuple):
+    """A row goes elsewhere with its first `num_positions` positions; in another precision, where the buckets' differ."""
+
+    source: Place
+    target: Place
+    num_positions: int
 
 
 @dataclass(frozen=True)
