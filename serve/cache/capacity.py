@@ -28,7 +28,6 @@ def positions_capacity(extent: int) -> int:
     return -(-extent // block) * block
 
 
-
 class Bucket(NamedTuple):
     """Rows that share buffers: one precision, one capacity of positions."""
 
@@ -46,7 +45,7 @@ class Place(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A row goes elsewhere with its first `num_positions` positions; in another precision, where the buckets' differ."""
+    """A row goes elsewhere with its first `num_positions` positions; quantized, where the bucket is."""
 
     source: Place
     target: Place

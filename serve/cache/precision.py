@@ -41,7 +41,10 @@ class KvPrecision:
             raise RequestError(
                 f"kv_group_size is {self.group_size}; expected one of {GROUP_SIZES}", "kv_group_size"
             )
-        for name, count in (("kv_quantize_after", self.start_after), ("kv_plain_layers", self.num_plain_layers)):
+        for name, count in (
+            ("kv_quantize_after", self.start_after),
+            ("kv_plain_layers", self.num_plain_layers),
+        ):
             if count < 0:
                 raise RequestError(f"{name} is {count}; expected 0 or more", name)
 
