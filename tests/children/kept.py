@@ -1,0 +1,65 @@
+"""A segment of keys and values without a model: each position's value tells all tokens up to it."""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from serve.cache.precision import PLAIN, KvPrecision
+
+
+def values_of(tokens: Sequence[int]) -> np.ndarray:
+    """[len(tokens)] uint32; the i-th depends on tokens [0, i], as a model's keys do."""
+    values = np.zeros(len(tokens), np.uint32)
+    checksum = 0
+    for number, token in enumerate(tokens):
+        checksum = zlib.crc32(array("i", [token]).tobytes(), checksum)
+        values[number] = checksum
+    return values
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What `Segment` is to the tree, with numbers for arrays."""
+
+    values: np.ndarray
+    precision: KvPrecision = PLAIN
+    has_window: bool = True
+    state: int | None = None
+    """The last position's value, where the state after it is kept."""
+    token_bytes: int = 4
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.values)
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.values) * self.token_bytes
+
+    @property
+    def has_state(self) -> bool:
+        return self.state is not None
+
+    def cut(self, at: int) -> tuple[Kept, Kept]:
+        assert 0 < at < self.num_tokens
+        first = Kept(self.values[:at], self.precision, self.has_window, None, self.token_bytes)
+        return first, Kept(self.values[at:], self.precision, self.has_window, self.state, self.token_bytes)
+
+
+def kept(
+    tokens: Sequence[int],
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    has_state: bool = True,
+    **options: object,
+) -> Kept:
+    """Positions [start, stop) of these tokens."""
+    values = values_of(tokens[: len(tokens) if stop is None else stop])
+    state = int(values[-1]) if has_state else None
+    return Kept(values[start:], state=state, **options)
