@@ -58,11 +58,12 @@ class Payload(Protocol):
 class Node:
     """Tokens [start, stop) behind its parent's."""
 
-    __slots__ = ("children", "is_gone", "kept", "num_pins", "parent", "start", "tokens")
+    __slots__ = ("children", "is_gone", "kept", "num_pins", "parent", "start", "stop", "tokens")
 
     def __init__(self, parent: Node | None, start: int, tokens: bytes) -> None:
         self.parent = parent
         self.start = start
+        self.stop = start + len(tokens) // TOKEN_BYTES
         self.tokens = tokens
         self.children: dict[bytes, Node] = {}
         """By the bytes of their first token."""
@@ -75,12 +76,7 @@ class Node:
     @property
     def num_tokens(self) -> int:
         """Its own, without its parents'."""
-        return len(self.tokens) // TOKEN_BYTES
-
-    @property
-    def stop(self) -> int:
-        """The position behind its last token."""
-        return self.start + self.num_tokens
+        return self.stop - self.start
 
     def path(self) -> Iterator[Node]:
         """This node and those before it, the root left out."""
@@ -166,7 +162,10 @@ class PrefixTree:
 
     def tier_for(self, node: Node, length: int, start_after: int) -> int | None:
         """Where a prefix of `length` tokens finds what it needs of this node; None if nowhere."""
-        return next((tier for tier in TIERS if self._serves(node, tier, length, start_after)), None)
+        for tier in TIERS:
+            if self._serves(node, tier, length, start_after):
+                return tier
+        return None
 
     def known(self, space: Space, tokens: Sequence[int], start_after: int = 0) -> int:
         """How many of these tokens need not be inserted for all of them to be restorable afterwards.
@@ -203,14 +202,15 @@ class PrefixTree:
     def _walk(self, space: Space, tokens: Sequence[int], limit: int) -> tuple[list[Node], int]:
         """The nodes that hold tokens [0, length), the last one perhaps more; and that length, at most `limit`."""
         path: list[Node] = []
-        position, limit = 0, min(limit, len(tokens))
+        text = _Text(tokens, limit)
+        position = 0
         node: Node | None = self._roots.get(space)
-        while node is not None and position < limit:
-            node = node.children.get(_encode(tokens, position, position + 1))
+        while node is not None and position < text.length:
+            node = node.children.get(text.part(position, position + 1))
             if node is None:
                 break
             path.append(node)
-            asked = _encode(tokens, position, min(node.stop, limit))
+            asked = text.part(position, min(node.stop, text.length))
             position += _common(node.tokens, asked)
             if position < node.stop:
                 break
@@ -258,9 +258,10 @@ class PrefixTree:
         """This node, and all before it, are used now."""
         for one in node.path():
             if one.num_pins == 0:
-                for tier in self.tiers_of(one):
-                    tier.order[one] = None
-                    tier.order.move_to_end(one)
+                for tier, kept in zip(self.tiers, one.kept, strict=True):
+                    if kept is not None:
+                        tier.order[one] = None
+                        tier.order.move_to_end(one)
 
     def tiers_of(self, node: Node) -> list[Tier]:
         """The tiers in which it keeps something."""
@@ -454,15 +455,30 @@ def _below(node: Node) -> Iterator[Node]:
         stack += one.children.values()
 
 
+class _Text:
+    """The first `limit` tokens as bytes, which compare at the speed of memory; made as far as they are asked for."""
+
+    def __init__(self, tokens: Sequence[int], limit: int) -> None:
+        self.length = min(limit, len(tokens))
+        self._tokens = tokens
+        self._bytes = b""
+
+    def part(self, start: int, stop: int) -> bytes:
+        """Tokens [start, stop)."""
+        if stop * TOKEN_BYTES > len(self._bytes):
+            reach = min(max(stop, 2 * len(self._bytes) // TOKEN_BYTES, 256), self.length)
+            self._bytes = _encode(self._tokens, 0, reach)
+        return self._bytes[start * TOKEN_BYTES : stop * TOKEN_BYTES]
+
+
 def _encode(tokens: Sequence[int], start: int, stop: int) -> bytes:
-    """Tokens [start, stop) as bytes, which compare at the speed of memory."""
     part = tokens[start:stop]
     return (part if isinstance(part, array) else array("i", part)).tobytes()
 
 
 def _common(one: bytes, other: bytes) -> int:
     """Tokens that both begin with."""
-    if one.startswith(other):
+    if one == other or one.startswith(other):
         return len(other) // TOKEN_BYTES
     low, high = 0, min(len(one), len(other)) // TOKEN_BYTES
     while low < high:

@@ -340,8 +340,8 @@ def test_a_hundred_thousand_tokens_may_be_one_chain():
     tree = PrefixTree()
     tokens = array("i", [random.randrange(100_000) for _ in range(100_000)])
     values = np.zeros(len(tokens), np.uint32)
-    for start in range(0, len(tokens), 50):
-        tree.insert(SPACE, tokens[: start + 50], start, Kept(values[start : start + 50]))
+    for start in range(0, len(tokens), 250):
+        tree.insert(SPACE, tokens[: start + 250], start, Kept(values[start : start + 250]))
     assert tree.find(SPACE, tokens, len(tokens)).num_tokens == len(tokens)
     assert tree.known(SPACE, tokens) == len(tokens)
     while tree.evict(MEMORY) is not None:
@@ -352,9 +352,9 @@ def test_a_hundred_thousand_tokens_may_be_one_chain():
 def test_ten_thousand_inserts_leave_right_accounts():
     rng = random.Random(0)
     tree = PrefixTree()
-    head = [rng.randrange(1000) for _ in range(500)]
+    head = [rng.randrange(1000) for _ in range(60)]
     for _ in range(10_000):
-        tokens = [*head[: rng.randrange(500)], *(rng.randrange(1000) for _ in range(20))]
+        tokens = [*head[: rng.randrange(60)], *(rng.randrange(1000) for _ in range(20))]
         known = tree.known(SPACE, tokens)
         if known < len(tokens):
             tree.insert(SPACE, tokens, known, Kept(np.zeros(len(tokens) - known, np.uint32)))
