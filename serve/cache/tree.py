@@ -44,15 +44,15 @@ class Payload(Protocol):
     @property
     def precision(self) -> KvPrecision: ...
     @property
-    def has_window(self) -> bool:
-        """The sliding windows' part is there."""
+    def num_window_tokens(self) -> int:
+        """So many of the last tokens have what sliding windows need; all where no layer has one."""
 
     @property
     def has_state(self) -> bool:
-        """The recurrent state after the last token is there."""
+        """The recurrent state after the last token is there, or none is needed."""
 
     def cut(self, at: int) -> tuple[Self, Self]:
-        """The first `at` tokens and the others; the state goes with those."""
+        """The first `at` tokens and the others; the state after the last goes with those."""
 
 
 class Node:
@@ -192,7 +192,8 @@ class PrefixTree:
         kept = node.kept[tier]
         if kept is None:
             return False
-        if self.window and node.stop > length - self.window and not kept.has_window:
+        is_seen = node.stop > length - self.window
+        if self.window and is_seen and _window_start(node, kept) > max(node.start, length - self.window):
             return False
         return length > start_after or kept.precision.is_plain
 
@@ -361,10 +362,11 @@ class PrefixTree:
         old = node.kept[tier]
         if old is None:
             return True
-        virtues = [
-            (payload.precision.is_plain, old.precision.is_plain),
-            (payload.has_window or not self.window, old.has_window or not self.window),
-        ]
+        start = max(node.start, stop - payload.num_tokens)
+        virtues = [(payload.precision.is_plain, old.precision.is_plain)]
+        if self.window:
+            new_start, old_start = stop - payload.num_window_tokens, _window_start(node, old)
+            virtues.append((end - max(new_start, start), end - max(old_start, start)))
         if self.has_state:
             virtues.append((payload.has_state and end == stop, old.has_state and end == node.stop))
         return all(new >= was for new, was in virtues) and any(new > was for new, was in virtues)
@@ -453,6 +455,11 @@ def _below(node: Node) -> Iterator[Node]:
         one = stack.pop()
         yield one
         stack += one.children.values()
+
+
+def _window_start(node: Node, kept: Any) -> int:
+    """From this position on a payload of all of the node's tokens has what sliding windows need."""
+    return node.stop - int(kept.num_window_tokens)
 
 
 class _Text:

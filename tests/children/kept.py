@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,7 +28,7 @@ class Kept:
 
     values: np.ndarray
     precision: KvPrecision = PLAIN
-    has_window: bool = True
+    num_window_tokens: int = 0
     state: int | None = None
     """The last position's value, where the state after it is kept."""
     token_bytes: int = 4
@@ -47,8 +47,11 @@ class Kept:
 
     def cut(self, at: int) -> tuple[Kept, Kept]:
         assert 0 < at < self.num_tokens
-        first = Kept(self.values[:at], self.precision, self.has_window, None, self.token_bytes)
-        return first, Kept(self.values[at:], self.precision, self.has_window, self.state, self.token_bytes)
+        behind = min(self.num_window_tokens, self.num_tokens - at)
+        first = replace(
+            self, values=self.values[:at], num_window_tokens=self.num_window_tokens - behind, state=None
+        )
+        return first, replace(self, values=self.values[at:], num_window_tokens=behind)
 
 
 def kept(
@@ -57,9 +60,12 @@ def kept(
     stop: int | None = None,
     *,
     has_state: bool = True,
+    num_window_tokens: int | None = None,
     **options: object,
 ) -> Kept:
     """Positions [start, stop) of these tokens."""
     values = values_of(tokens[: len(tokens) if stop is None else stop])
     state = int(values[-1]) if has_state else None
-    return Kept(values[start:], state=state, **options)
+    num_tokens = len(values) - start
+    windows = num_tokens if num_window_tokens is None else min(num_window_tokens, num_tokens)
+    return Kept(values[start:], state=state, num_window_tokens=windows, **options)

@@ -100,7 +100,7 @@ class Oracle:
             return
         for i in range(start, stop):
             virtues = self.positions.setdefault((space, *tokens[: i + 1]), set())
-            virtues |= {"window"} if payload.has_window else set()
+            virtues |= {"window"} if i >= stop - payload.num_window_tokens else set()
             virtues |= {"plain"} if payload.precision.is_plain else set()
         if payload.has_state:
             self.states.add((space, *tokens[:stop]))
@@ -133,7 +133,7 @@ def test_what_is_found_is_what_a_dict_of_all_prefixes_says(kind, seed):
     rng = random.Random(f"{kind} {seed}")
     options = dict(KINDS[kind])
     start_after = options.pop("start_after", 0)
-    tree, oracle = PrefixTree(**options), Oracle(tree_window := options.get("window", 0), kind == "states")
+    tree, oracle = PrefixTree(**options), Oracle(options.get("window", 0), kind == "states")
     spaces, earlier, hits = [SPACE, SPACE._replace(tenant="b")], [], 0
     for _ in range(200):
         tokens, space = random_tokens(rng, earlier), rng.choice(spaces)
@@ -150,7 +150,7 @@ def test_what_is_found_is_what_a_dict_of_all_prefixes_says(kind, seed):
                 tokens,
                 start,
                 has_state=kind != "states" or rng.random() < 0.5,
-                has_window=not tree_window or rng.random() < 0.6,
+                num_window_tokens=None if rng.random() < 0.6 else rng.randint(0, 8),
                 precision=EIGHT_BITS if kind == "quantized" and rng.random() < 0.5 else PLAIN,
             )
             tree.insert(space, tokens, start, payload)
@@ -183,7 +183,7 @@ def test_what_is_captured_from_where_it_is_not_known_makes_all_of_a_text_restora
                 tokens,
                 known,
                 has_state=is_good,
-                has_window=is_good,
+                num_window_tokens=None if is_good else number % 5,
                 precision=PLAIN if is_good or len(tokens) <= start_after else EIGHT_BITS,
             )
             tree.insert(SPACE, tokens, known, payload)
@@ -213,12 +213,15 @@ def test_windows_are_asked_for_as_far_as_they_reach():
     tree = PrefixTree(window=4)
     tokens = list(range(30))
     add(tree, tokens[:10])
-    add(tree, tokens[:20], 10, has_window=False)
+    add(tree, tokens[:20], 10, num_window_tokens=0)
     add(tree, tokens, 20)
     assert found(tree, tokens) == 30
     assert found(tree, tokens, 24) == 24
     assert found(tree, tokens, 23) == 10, "position 19 is in the window of a prefix of 23, and has none"
     assert found(tree, tokens, 7) == 7
+    add(tree, [*tokens[:7], *range(40, 60)], 7, num_window_tokens=4)
+    assert found(tree, [*tokens[:7], *range(40, 61)]) == 27
+    assert found(tree, [*tokens[:7], *range(40, 60)], 26) == 7
 
 
 def test_a_quantized_prefix_serves_no_row_that_would_still_be_plain():
@@ -309,7 +312,9 @@ def test_accounts_hold_whatever_happens_in_whatever_order(seed):
         action = rng.random()
         if action < 0.5:
             start = rng.randint(0, min(tree.known(space, tokens), len(tokens) - 1))
-            payload = kept(tokens, start, has_state=rng.random() < 0.8, has_window=rng.random() < 0.8)
+            payload = kept(
+                tokens, start, has_state=rng.random() < 0.8, num_window_tokens=rng.choice([None, 0, 2])
+            )
             tree.insert(space, tokens, start, payload, rng.choice([MEMORY, DISK]))
             earlier.append(tokens)
         elif action < 0.7:
