@@ -255,14 +255,28 @@ class PrefixTree:
         self.touch(node)
         return taken
 
-    def touch(self, node: Node) -> None:
+    def touch(self, node: Node, tiers: Sequence[int] = TIERS) -> None:
         """This node, and all before it, are used now."""
         for one in node.path():
             if one.num_pins == 0:
-                for tier, kept in zip(self.tiers, one.kept, strict=True):
-                    if kept is not None:
-                        tier.order[one] = None
-                        tier.order.move_to_end(one)
+                for tier in tiers:
+                    if one.kept[tier] is not None:
+                        self.tiers[tier].order[one] = None
+                        self.tiers[tier].order.move_to_end(one)
+
+    def would_serve_more(self, node: Node, tier: int, payload: Any) -> bool:
+        """Whether a payload of all of the node's tokens has what the one in this tier lacks."""
+        return self._is_better(node, tier, node.stop, payload, node.stop)
+
+    def text_of(self, node: Node) -> tuple[Space, bytes]:
+        """The node's space, and all tokens up to its end, as `array("i")` has them."""
+        parts = []
+        one = node
+        while one.parent is not None:
+            parts.append(one.tokens)
+            one = one.parent
+        assert isinstance(one, Root)
+        return one.space, b"".join(reversed(parts))
 
     def tiers_of(self, node: Node) -> list[Tier]:
         """The tiers in which it keeps something."""
@@ -300,13 +314,15 @@ class PrefixTree:
 
     # Leaving
 
+    def oldest(self, tier: int) -> Node | None:
+        """The least recently used unpinned node of a tier; None if there is none."""
+        return next(iter(self.tiers[tier].order), None)
+
     def evict(self, tier: int) -> Node | None:
-        """Forget the least recently used unpinned node of a tier; None if there is none."""
-        order = self.tiers[tier].order
-        if not order:
-            return None
-        node = next(iter(order))
-        self.forget(node, tier)
+        """Forget the oldest node of a tier, and return it."""
+        node = self.oldest(tier)
+        if node is not None:
+            self.forget(node, tier)
         return node
 
     def forget(self, node: Node, tier: int) -> None:
@@ -480,7 +496,7 @@ class _Text:
 
 def _encode(tokens: Sequence[int], start: int, stop: int) -> bytes:
     part = tokens[start:stop]
-    return (part if isinstance(part, array) else array("i", part)).tobytes()
+    return part.tobytes() if isinstance(part, array) else array("i", part).tobytes()
 
 
 def _common(one: bytes, other: bytes) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from serve.cache.disk import HostArray
 from serve.cache.precision import PLAIN, KvPrecision
 
 
@@ -52,6 +54,29 @@ class Kept:
             self, values=self.values[:at], num_window_tokens=self.num_window_tokens - behind, state=None
         )
         return first, replace(self, values=self.values[at:], num_window_tokens=behind)
+
+
+class KeptCodec:
+    """Its bytes."""
+
+    def dump(self, segment: Kept) -> tuple[dict[str, HostArray], dict[str, str]]:
+        arrays = {"values": HostArray("uint32", segment.values.shape, segment.values.tobytes())}
+        if segment.state is not None:
+            state = np.array([segment.state], np.uint32)
+            arrays["state"] = HostArray("uint32", (1,), state.tobytes())
+        meta = {"windows": str(segment.num_window_tokens), "token_bytes": str(segment.token_bytes)}
+        return arrays, {**meta, "precision": json.dumps(asdict(segment.precision))}
+
+    def load(self, arrays: Mapping[str, HostArray], meta: Mapping[str, str]) -> Kept:
+        assert arrays["values"].dtype == "uint32"
+        state = np.frombuffer(arrays["state"].data, np.uint32)[0] if "state" in arrays else None
+        return Kept(
+            np.frombuffer(arrays["values"].data, np.uint32),
+            KvPrecision(**json.loads(meta["precision"])),
+            int(meta["windows"]),
+            None if state is None else int(state),
+            int(meta["token_bytes"]),
+        )
 
 
 def kept(
