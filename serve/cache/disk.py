@@ -379,8 +379,7 @@ class Disk:
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._has_work() or self._is_closing)
-                if not self._has_work():
-                    return
+                is_last = not self._has_work()
                 removals, self._removals = self._removals, []
                 uses, self._uses = self._uses, {}
                 write = next((one for one in self._queue.values() if one is not None), None)
@@ -393,9 +392,12 @@ class Disk:
             with self._condition:
                 self._is_busy = False
                 self._condition.notify_all()
+            if is_last:
+                return
 
     def _has_work(self) -> bool:
-        return bool(self._removals or any(write is not None for write in self._queue.values()))
+        is_due = self._removals or len(self._uses) > MAX_PENDING
+        return bool(is_due or any(write is not None for write in self._queue.values()))
 
     def _try_write(self, write: _Write) -> None:
         num_bytes = self._guarded("write", lambda: self._write_file(write))
