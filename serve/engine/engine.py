@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from serve import device
 from serve.adapters.bank import Bank
 from serve.adapters.registry import Registry
+from serve.cache.precision import PLAIN, KvPrecision
 from serve.engine.finish import FinishRule
 from serve.engine.plan import Drawn, SequenceState
 from serve.engine.request import EngineStats, Event, Request
@@ -34,8 +36,18 @@ class EngineLimits:
     prefill_chunk_tokens: int = 256
     max_context: int | None = None
     """Tokens; None: what the model was made for."""
+    memory_budget_bytes: int | None = None
+    """Rows, prefixes and adapters together."""
     kv_budget_bytes: int | None = None
     """None: 0.6 of the memory that is free when the engine is made."""
+    prefix_cache_bytes: int | None = None
+    """None: what rows leave; 0: no prefixes are kept."""
+    prefix_cache_dir: Path | None = None
+    prefix_cache_disk_bytes: int | None = None
+    precision: KvPrecision = PLAIN
+    """Of rows whose request names none."""
+    ahead: bool | None = None
+    """Build a step before the one before it is read; None: where the backend is not cpu."""
     adapter_budget_bytes: int | None = None
     """None: 0.2 of the memory that is free when the engine is made."""
     max_adapters: int = 64

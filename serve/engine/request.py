@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from serve.adapters.version import AdapterVersion
+from serve.cache.precision import KvPrecision
 from serve.errors import LatheError, RequestError
 from serve.model.prompt import Prompt
 
@@ -74,6 +75,12 @@ class Request:
     """The text goes on from the prompt's (a completion), or is one of its own (a chat's answer)."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the answer, besides the base's own and the adapter's."""
+    precision: KvPrecision | None = None
+    """In what form its row keeps keys and values; None: the engine's default."""
+    tenant: str = ""
+    """Prefixes are shared inside a tenant alone."""
+    cache_salt: str = ""
+    """The same among those who send the same salt."""
 
     @property
     def all_stop_ids(self) -> tuple[int, ...]:
@@ -101,6 +108,8 @@ class Event:
     finish: FinishReason | None = None
     stop_reason: str | None = None
     """With finish == "stop": the stop string that ended it; None where the model did (vLLM's `stop_reason`)."""
+    num_cached_tokens: int = 0
+    """With the first token and with the last event: tokens of the prompt that a prefix gave, and nobody computed."""
     error: LatheError | None = None
     """Set with finish == "error"."""
 
