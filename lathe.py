@@ -478,13 +478,35 @@ def demo(
 
 
 @app.command()
-def doctor(json_file: JsonFile = None) -> None:
-    """Say what this machine is, how fast its matmul is, and what is missing."""
-    from serve.doctor import diagnose, show
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Try what combines for this model, a folder or a hub name, instead.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="With --model: this adapter folder, not random ones of every kind.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Say what this machine is, how fast its matmul is, and what is missing; or what combines for a model."""
+    if model is None:
+        from serve.doctor import diagnose, show
 
-    found = diagnose(EMBEDDED_MODEL)
-    show(found, _console())
-    _save_json(json_file, found.as_json())
+        if adapter is not None:
+            raise typer.BadParameter(
+                "an adapter is tried on a model: name it with --model", param_hint="--adapter"
+            )
+        found = diagnose(EMBEDDED_MODEL)
+        show(found, _console())
+        _save_json(json_file, found.as_json())
+        return
+    from serve.combinations import probe, table
+    from serve.tables import show as show_tables
+
+    _check_writable(json_file)
+    combined = probe(model, adapter)
+    drawn, notes = table(combined)
+    show_tables(_console(), drawn, *notes)
+    _save_json(json_file, combined.as_json())
 
 
 def _serve_config(

@@ -1,4 +1,4 @@
-"""GET /v1/cache/stats and POST /v1/cache/reset, at mlx-vlm's paths: what prefixes hold and gave, and how to drop them."""
+"""GET /v1/cache/stats and POST /v1/cache/reset, at mlx-vlm's paths: what prefixes hold and gave; dropping them."""
 
 from __future__ import annotations
 
