@@ -13,7 +13,7 @@ from serve.adapters.registry import Registry
 from serve.cache.precision import PLAIN, KvPrecision
 from serve.engine.finish import FinishRule
 from serve.engine.plan import Drawn, SequenceState
-from serve.engine.request import EngineStats, Event, Request
+from serve.engine.request import EngineStats, Event, MemoryUse, Request
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Budget, Scheduler
 from serve.errors import ConfigError, ContextLengthError, GenerationError, LatheError, RequestError
@@ -183,7 +183,11 @@ class Engine:
             num_generated_tokens=self._num_generated_tokens,
             num_steps=self._num_steps,
             num_preempted=self.scheduler.num_preempted,
-            kv_bytes=self._runner.rows.num_bytes,
+            memory=MemoryUse(
+                kv_bytes=self._runner.rows.num_bytes,
+                adapter_bytes=self.bank.num_bytes,
+                budget_bytes=self.scheduler.budget.max_bytes + self.registry.max_bytes,
+            ),
             num_finished=dict(self._num_finished),
         )
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from serve.adapters.version import AdapterVersion
 from serve.cache.precision import KvPrecision
+from serve.cache.stats import PrefixStats
 from serve.errors import LatheError, RequestError
 from serve.model.prompt import Prompt
 
@@ -115,6 +116,17 @@ class Event:
 
 
 @dataclass(frozen=True)
+class MemoryUse:
+    """Bytes now, and what they may be together."""
+
+    kv_bytes: int = 0
+    """Of rows: keys, values and recurrent state."""
+    prefix_bytes: int = 0
+    adapter_bytes: int = 0
+    budget_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """A snapshot for /metrics and /health. Counters grow for the life of the engine."""
 
@@ -126,6 +138,12 @@ class EngineStats:
     num_steps: int = 0
     num_preempted: int = 0
     """Times that a row was taken back into the queue."""
-    kv_bytes: int = 0
+    memory: MemoryUse = MemoryUse()
+    prefixes: PrefixStats = field(default_factory=PrefixStats)
     num_finished: Mapping[str, int] = field(default_factory=dict)
     """Ended requests by finish reason."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of rows: keys, values and recurrent state."""
+        return self.memory.kv_bytes
