@@ -87,7 +87,7 @@ def probe(model: str, adapter: Path | None = None) -> Combinations:
 
 def table(found: Combinations) -> tuple[Table, list[Text]]:
     """The pairs, and the reasons under their numbers."""
-    drawn = Table(found.model, *COLUMNS)
+    drawn = Table("", *COLUMNS, title=found.model)
     notes: list[str] = []
     for row, cells in itertools.groupby(found.cells, key=lambda cell: cell.row):
         drawn.add(Text(row, style="bold"), *(_mark(cell, notes) for cell in cells))
@@ -136,7 +136,10 @@ class _Pair:
         self.engine.add(self.engine.check(request))
         events: list[Event] = []
         while self.engine.has_work:
-            events += self.engine.step()
+            try:
+                events += self.engine.step()
+            except Exception as error:  # as in serving, it costs the rows and not the engine
+                events += self.engine.recover(error)
         for event in events:
             if event.error is not None:
                 raise event.error
@@ -231,7 +234,7 @@ class _Tried:
             for row, name in enumerate([BASE, *self.adapters]):
                 self.cells += self._row(engine, row, name, columns)
         finally:
-            engine.close()
+            pass
 
     def _row(self, engine: Engine, row: int, name: str, columns: Mapping[str, Trial]) -> Iterator[Cell]:
         path = self.adapters.get(name) if row else None
