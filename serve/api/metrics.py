@@ -163,4 +163,13 @@ def _prefixes(prefixes: PrefixStats) -> Iterator[Metric]:
     evicted.add_metric(["memory"], prefixes.num_evicted)
     evicted.add_metric(["disk"], prefixes.num_disk_evicted)
     yield evicted
+    yield GaugeMetricFamily(
+        "lathe_prefix_segments", "Pieces of prefixes, in either tier.", prefixes.num_segments
+    )
     yield GaugeMetricFamily("lathe_prefix_disk_bytes", "Prefixes on disk.", prefixes.disk_bytes)
+    yield CounterMetricFamily(
+        "lathe_prefix_disk_dropped", "Pieces that the disk had no time for.", prefixes.num_disk_dropped
+    )
+    yield CounterMetricFamily(
+        "lathe_prefix_disk_errors", "Files not written, not read, or not whole.", prefixes.num_disk_errors
+    )

@@ -24,3 +24,9 @@ class PrefixStats:
     num_disk_evicted: int = 0
     """Segments that left the disk for others."""
     disk_bytes: int = 0
+    num_segments: int = 0
+    """Pieces of text that are kept, in memory or on disk."""
+    num_disk_dropped: int = 0
+    """Segments that were not written, for the disk could not keep up."""
+    num_disk_errors: int = 0
+    """Files that could not be written or read, or were not whole."""
