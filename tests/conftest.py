@@ -6,10 +6,11 @@ import json
 import os
 import random
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -122,11 +123,19 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_model(folder: Path, config: dict, *, seed: int = 0, is_lively: bool = True) -> Path:
+def write_model(
+    folder: Path,
+    config: dict,
+    *,
+    seed: int = 0,
+    is_lively: bool = True,
+    louder: Mapping[str, float] = MappingProxyType({}),
+) -> Path:
     """A random model of an mlx-lm family as a Hugging Face folder.
 
     A plain random model repeats one token and so hides cache and mask faults; these scales make its greedy text
-    depend on every token before it (about 35 distinct tokens of 40).
+    depend on every token before it (about 35 distinct tokens of 40). `louder`: more of them, by a part of the
+    weight's name.
     """
     from mlx_lm.utils import _get_classes
 
@@ -134,10 +143,10 @@ def write_model(folder: Path, config: dict, *, seed: int = 0, is_lively: bool = 
     mx.random.seed(seed)
     module = model_class(args_class.from_dict(config))
     if is_lively:
-        louder = {"o_proj": 4, "down_proj": 4, "q_norm": 8, "embed_tokens": 8}  # attention and its MLP
-        louder |= {"in_proj": 4, "out_proj": 4, "w2": 4}  # recurrent layers
+        scales = {"o_proj": 4, "down_proj": 4, "q_norm": 8, "embed_tokens": 8}  # attention and its MLP
+        scales |= {"in_proj": 4, "out_proj": 4, "w2": 4, **louder}  # recurrent layers
         scaled = tree_map_with_path(
-            lambda path, w: w * next((k for part, k in louder.items() if part in path), 1),
+            lambda path, w: w * next((k for part, k in scales.items() if part in path), 1),
             module.parameters(),
         )
         module.update(scaled)
