@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from serve.adapters.version import AdapterVersion
+from serve.cache.precision import PLAIN, KvPrecision, precision
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.model.loading import load
@@ -112,6 +113,8 @@ class Setting:
     samplings: tuple[dict[str, Any], ...] = ({},)
     """The asked request draws by one of them."""
     place: Callable[[Talk, Request, Sequence[Request], random.Random], None] = alone
+    precisions: tuple[KvPrecision, ...] = (PLAIN,)
+    """Of the asked request one of them."""
     limits: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -125,10 +128,24 @@ def put(**changes: Any) -> Change:
     return change
 
 
+def forms(bits: float) -> tuple[KvPrecision, ...]:
+    """Keys and values of so many bits, by themselves and with each setting."""
+    each = ({}, {"group_size": 32}, {"start_after": 40}, {"num_plain_layers": 1}, {"value_bits": 8})
+    return tuple(precision(bits, **settings) for settings in each)
+
+
 DIMENSIONS: dict[str, dict[str, Change]] = {
     "asked": {kind: put(asked=kind) for kind in ADAPTERS},
     "beside": {f"by_{kind}": put(beside=kind) for kind in ADAPTERS},
-    "rows": {"plain": put(), "sliding": put(model="sliding"), "hybrid": put(model="hybrid")},
+    "rows": {
+        "plain": put(),
+        "q8": put(precisions=forms(8)),
+        "q4": put(precisions=forms(4)),
+        "sliding": put(model="sliding"),
+        "hybrid": put(model="hybrid"),
+        "sliding_q8": put(model="sliding", precisions=forms(8)),
+        "hybrid_q4": put(model="hybrid", precisions=forms(4)),
+    },
     "drawn": {"greedy": put(), "seeded": put(samplings=SEEDED)},
     "placement": {
         "alone": put(),
@@ -136,7 +153,9 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
         "late": put(place=late),
         "preempted": put(place=preempted, limits={"max_rows": 2}),
     },
+    "steps": {"in_turn": put(limits={"ahead": False}), "ahead": put(limits={"ahead": True})},
 }
+COMPANY_PRECISIONS = (PLAIN, PLAIN, *forms(8), *forms(4))
 CASES = list(product(*DIMENSIONS.values()))
 
 
@@ -200,18 +219,22 @@ class Scene:
         prompt: tuple[int, ...],
         max_tokens: int,
         samplings: Sequence[dict[str, Any]],
+        precisions: Sequence[KvPrecision],
     ) -> Request:
         """Of one of the two kinds ("asked" or "beside")."""
         settings = {"temperature": 0.0, **self.rng.choice(samplings)}
         self.source_of[id] = self.sources[name]
         sampling = Sampling(max_tokens=max_tokens, ignore_eos=True, seed=self.rng.getrandbits(40), **settings)
-        return Request(id, Prompt(prompt), sampling, adapter=version)
+        form = self.rng.choice(precisions)
+        return Request(id, Prompt(prompt), sampling, adapter=version, precision=form)
 
     def run(self) -> Talk:
         rng, setting = self.rng, self.setting
-        prompt = random_tokens(rng, rng.choice([1, 5, 30, 64, 65, 130]))
+        prompt = random_tokens(rng, rng.choice([1, 5, 30, 64, 65, 130, 240, 250]))
         engine, versions = self.open()
-        asked = self.request("asked", "asked", versions["asked"], prompt, NUM_TOKENS, setting.samplings)
+        asked = self.request(
+            "asked", "asked", versions["asked"], prompt, NUM_TOKENS, setting.samplings, setting.precisions
+        )
         company = [
             self.request(
                 f"{name}-{i}",
@@ -220,6 +243,7 @@ class Scene:
                 random_tokens(rng, rng.choice([1, 7, 33, 100])),
                 rng.randrange(3, 24),
                 ({}, *SEEDED),
+                COMPANY_PRECISIONS,
             )
             for i, name in enumerate(["beside", "asked", "beside", "asked", "beside", "beside", "asked"])
         ]
