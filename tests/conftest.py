@@ -336,8 +336,8 @@ class StoredCache(KVCache):
             vectors = vectors + self._nudge * size * mx.random.normal(vectors.shape)
         options = {"group_size": self._precision.group_size, "bits": int(bits)}
         packed, *scales = mx.quantize(vectors, **options)
-        scales = [scale.astype(mx.float16) for scale in scales]
-        return mx.dequantize(packed, *scales, **options, dtype=vectors.dtype)
+        scales = [scale.astype(mx.float16).astype(vectors.dtype) for scale in scales]
+        return mx.dequantize(packed, *scales, **options)
 
 
 def _logits(
