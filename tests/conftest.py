@@ -323,21 +323,33 @@ class StoredCache(KVCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         precision = self._precision
         if self.offset == precision.start_after and self.offset:  # from now on all that there is
-            self.keys = self._stored(self.keys, precision.key_bits)
-            self.values = self._stored(self.values, precision.value_bits)
+            self.keys = self._stored(self.keys, precision.key_bits, seed=0)
+            self.values = self._stored(self.values, precision.value_bits, seed=1)
         if self.offset >= precision.start_after:
-            keys = self._stored(keys, precision.key_bits)
-            values = self._stored(values, precision.value_bits)
+            keys = self._stored(keys, precision.key_bits, seed=0)
+            values = self._stored(values, precision.value_bits, seed=1)
         return super().update_and_fetch(keys, values)
 
-    def _stored(self, vectors: mx.array, bits: float) -> mx.array:
+    def _stored(self, vectors: mx.array, bits: float, *, seed: int) -> mx.array:
         if self._nudge:
             size = mx.abs(vectors).max(axis=-1, keepdims=True)
             vectors = vectors + self._nudge * size * mx.random.normal(vectors.shape)
+        if self._precision.scheme == "turbo":
+            return _by_turbo(vectors, int(bits), seed)
         options = {"group_size": self._precision.group_size, "bits": int(bits)}
         packed, *scales = mx.quantize(vectors, **options)
         scales = [scale.astype(mx.float16).astype(vectors.dtype) for scale in scales]
         return mx.dequantize(packed, *scales, **options)
+
+
+def _by_turbo(vectors: mx.array, bits: int, seed: int) -> mx.array:
+    """[..., D] as mlx-vlm's codec stores and reads it."""
+    from mlx_vlm.turboquant import _TurboQuantMSECodec
+
+    norms = mx.linalg.norm(vectors, axis=-1, keepdims=True)
+    codec = _TurboQuantMSECodec(vectors.shape[-1], bits, seed)
+    _, units = codec._quantize_unit_with_estimate(vectors / mx.maximum(norms, 1e-6))
+    return (norms.astype(mx.float16) * units).astype(vectors.dtype)
 
 
 def _logits(
@@ -383,7 +395,7 @@ def assert_drawn() -> Callable[[Request, Sequence[int], nn.Module], None]:
     """assert_drawn(request, token_ids, module): each token is what the module draws after all those before it.
 
     The oracle of every law about tokens: one forward of the family's own code over the whole text, with the request's
-    settings and precision. A near-tie may fall either way, since a row in company, in chunks or with its adapter beside it runs
-    products of other shapes. What two runs of the same shapes give is compared with ==.
+    settings and precision. A near-tie may fall either way, since a row in company, in chunks or with its adapter
+    beside it runs products of other shapes. What two runs of the same shapes give is compared with ==.
     """
     return _assert_drawn

@@ -141,6 +141,7 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
         "plain": put(),
         "q8": put(precisions=forms(8)),
         "q4": put(precisions=forms(4)),
+        "turbo": put(precisions=forms(3.5)),
         "sliding": put(model="sliding"),
         "hybrid": put(model="hybrid"),
         "sliding_q8": put(model="sliding", precisions=forms(8)),
@@ -155,7 +156,7 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
     },
     "steps": {"in_turn": put(limits={"ahead": False}), "ahead": put(limits={"ahead": True})},
 }
-COMPANY_PRECISIONS = (PLAIN, PLAIN, *forms(8), *forms(4))
+COMPANY_PRECISIONS = (PLAIN, PLAIN, *forms(8), *forms(4), *forms(3.5))
 CASES = list(product(*DIMENSIONS.values()))
 
 
