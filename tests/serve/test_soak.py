@@ -30,8 +30,8 @@ from serve.model.prompt import Prompt
 NUM_CLIENTS = 32
 NUM_SYSTEM_PROMPTS = 20
 MAX_CONTEXT = 700
-KV_BYTES = 6 << 20
-"""Three rows of 1,024 positions of the model without windows or state: rows are preempted, prefixes evicted."""
+KV_BYTES = 3 << 20
+"""A row and a half of 1,024 positions of the model without windows or state: rows are preempted."""
 MAX_GROWTH_BYTES = 64 << 20
 """What the process may gain between a fifth of the soak and its end. A row holds half a megabyte: one in fifty that is
 kept shows."""
@@ -101,7 +101,7 @@ class Soak:
         adapter = rng.choice([None, *registry.names()])
         version = registry.acquire(adapter) if adapter else None
         sampling = Sampling(
-            max_tokens=rng.choice([1, 4, 12, 12, 30, 90, 300]),
+            max_tokens=rng.choice([1, 4, 4, 12, 12, 12, 30, 30, 90, 300]),
             seed=rng.getrandbits(40),
             ignore_eos=True,
             **{"temperature": 0.0, **rng.choice(SAMPLINGS)},
@@ -111,7 +111,7 @@ class Soak:
             Prompt(self.prompt()),
             sampling,
             adapter=version,
-            group=rng.choice(["", "", "many"]),
+            group=rng.choice(["", "many"]),
             tenant=rng.choice(["", "a", "b"]),
             precision=rng.choice(PRECISIONS),
         )
@@ -199,7 +199,7 @@ def until_idle(worker: Worker) -> None:
 def test_after_a_soak_nothing_is_left_and_every_answer_was_right(name, total, lively, assert_drawn):
     model = load(str(lively.folder(name)), name="soak")
     limits = EngineLimits(
-        max_rows=16,
+        max_rows=6,
         max_context=MAX_CONTEXT,
         prefill_chunk_tokens=64,
         kv_budget_bytes=KV_BYTES,
@@ -231,6 +231,7 @@ def test_after_a_soak_nothing_is_left_and_every_answer_was_right(name, total, li
         engine.scheduler.check_integrity()
     finally:
         worker.stop()
+    print(stats.num_preempted, faults, Counter(a.final.finish for a in soak.answers if a.final), stats)
     assert stats.num_preempted > total // 100
     assert faults["failed"]
     ends = Counter(answer.final.finish for answer in soak.answers if answer.final is not None)
