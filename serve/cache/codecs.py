@@ -76,11 +76,15 @@ class AffineCodec:
         return packed, scales.astype(self.dtypes[1]), biases.astype(self.dtypes[1])
 
     def decode(self, parts: Parts) -> mx.array:
-        packed, *scales = parts
-        # In the scales' own precision the numbers would be rounded to it, and differ from those that
-        # `quantized_matmul` takes them for.
-        scales = [scale.astype(self.dtype) for scale in scales]
-        return mx.dequantize(packed, *scales, group_size=self.group_size, bits=self.bits)
+        packed, scales, biases = parts
+        # Given half precision, mlx would multiply in it.
+        return mx.dequantize(
+            packed,
+            scales.astype(self.dtype),
+            biases.astype(self.dtype),
+            group_size=self.group_size,
+            bits=self.bits,
+        )
 
 
 @dataclass(frozen=True)
