@@ -163,11 +163,22 @@ class Engine:
         """
         plan = self._planned()
         if not plan.is_empty:
+            self._start(plan)
+        is_last = plan.is_empty or not self.scheduler.has_work
+        events: list[Event] = []
+        while self._flights and (len(self._flights) > self._ahead or is_last):
+            events += self._land(self._flights.popleft())
+            is_last |= not self.scheduler.has_work
+        return events
+
+    def _start(self, plan: Plan) -> None:
+        self._num_steps += 1
+        try:
             self._flights.append(self._runner.start(plan))
-            self._num_steps += 1
-        if not self._flights or (len(self._flights) <= self._ahead and not plan.is_empty):
-            return []
-        return self._land(self._flights.popleft())
+        finally:
+            for restore in plan.restores:
+                assert self.prefixes is not None
+                self.prefixes.release(restore.prefix)
 
     def _planned(self) -> Plan:
         """The next step, and prefixes within what its rows leave them."""
