@@ -200,8 +200,10 @@ def cases_of_all_pairs(rng: random.Random) -> list[Case]:
     return cases
 
 
-SAMPLE = list(dict.fromkeys(cases_of_all_pairs(random.Random(0))))
-LARGE = sorted({a_case(rng) for rng in map(random.Random, range(NUM_LARGE))} - set(SAMPLE))
+SAMPLE = cases_of_all_pairs(random.Random(0))
+LARGE = [
+    case for case in dict.fromkeys(map(a_case, map(random.Random, range(NUM_LARGE)))) if case not in SAMPLE
+]
 
 
 def setting_of(case: tuple[str, ...]) -> Setting:
@@ -300,11 +302,18 @@ class Scene:
         rng, setting = self.rng, self.setting
         prompt = self.begin(random_tokens(rng, rng.choice([1, 5, 30, 64, 65, 130, 240, 250])))
         asked = self.request("asked", prompt, NUM_TOKENS, setting.samplings, (self.form,))
-        company = [
-            self.request(f"{name}-{i}", random_tokens(rng, rng.choice([1, 7, 33, 100])), rng.randrange(3, 24))
-            for i, name in enumerate(["beside", "asked", "beside", "asked", "beside", "beside", "asked"])
-        ]
+        names = ["beside", "asked", "beside", "asked", "beside", "beside", "asked"]
+        company = [self.companion(f"{name}-{number}", prompt) for number, name in enumerate(names)]
         setting.place(self.talk(), asked, company, rng)
+
+    def companion(self, id: str, prompt: tuple[int, ...]) -> Request:
+        """One of any length and form; half of them begin as the asked prompt does, and are stored as it is."""
+        rng = self.rng
+        is_akin = rng.random() < 0.5
+        head = prompt[: rng.randrange(len(prompt) + 1)] if is_akin else ()
+        tail = random_tokens(rng, rng.choice([1, 7, 33, 100]))
+        forms = (self.form,) if is_akin else COMPANY_PRECISIONS
+        return self.request(id, head + tail, rng.randrange(3, 24), precisions=forms)
 
     def check(self, assert_drawn: Callable[[Request, Sequence[int], nn.Module], None]) -> None:
         """Every answer that there was."""
@@ -315,15 +324,14 @@ class Scene:
                 assert_drawn(asked, talk.tokens[name], module)
 
     def check_hits(self) -> None:
-        """Without windows or state, what was computed before is not computed again; what must not be is."""
+        """Without recurrent state, what was computed before is not computed again; what must not be used is."""
         num_cached = self.talks[-1].num_cached["asked"]
         if self.setting.past == "none":
             assert num_cached == 0
         elif self.setting.past == "replaced" and self.setting.asked != "base":
-            assert num_cached < 3, (
-                "what the replaced adapter computed"
-            )  # company may begin with the same tokens
-        elif self.setting.model == "full" and self.form.start_after == 0:
+            is_alone = self.setting.place in (alone, preempted)
+            assert num_cached == 0 or not is_alone, "the replaced adapter computed it"
+        elif self.setting.model != "hybrid" and self.form.start_after == 0:
             assert num_cached >= self.num_shared
 
 
