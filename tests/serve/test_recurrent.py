@@ -8,6 +8,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import ChunkedKVCache, make_prompt_cache
 
+from serve.cache.capacity import Bucket
+from serve.cache.precision import PLAIN
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.errors import ConfigError, ModelError
@@ -118,7 +120,7 @@ def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
         any(sequence.request.id == "overflows" for sequence in engine.scheduler.running) or not has_overflowed
     ):
         engine.step()
-        held = [array for layer in engine._runner.rows.layers for array in layer.state]
+        held = engine._runner.rows.arrays()
         has_overflowed |= not all(mx.isfinite(array).all() for array in held)
     assert engine.stats().num_finished == {"error": 1}, "and its logits are not numbers"
     request = make_request("after", TEXTS[3], max_tokens=12)
@@ -161,7 +163,7 @@ def test_rows_with_different_adapters_match_running_each_merged_and_alone(
 def test_admission_counts_the_state_of_each_row(recurrent_folder, make_request):
     model = load(str(recurrent_folder("mamba2")))
     cost = Engine(model).scheduler.budget.row_cost
-    assert cost.position_bytes == 0
+    assert cost.row_bytes(Bucket(PLAIN, 256)) == 0
     assert cost.state_bytes > 0
     engine = Engine(model, EngineLimits(kv_budget_bytes=3 * cost.state_bytes - 1))
     for index in range(4):
@@ -169,7 +171,8 @@ def test_admission_counts_the_state_of_each_row(recurrent_folder, make_request):
     engine.step()
     engine.step()
     assert engine.stats().num_decoding == 2
-    assert engine.stats().kv_bytes == 2 * cost.state_bytes / 2, "a step holds the old states and the new ones"
+    assert engine.stats().kv_bytes == 2 * cost.state_bytes, "a step holds the old states and the new ones"
+    assert engine._runner.rows.num_bytes == cost.state_bytes
     with pytest.raises(ConfigError, match="keys, values and states"):
         Engine(model, EngineLimits(kv_budget_bytes=cost.state_bytes - 1))
 
@@ -193,7 +196,7 @@ def test_a_family_whose_rows_mix_is_refused_at_start(recurrent_folder):
         if cache[1] is not None:
             cache[1] = mx.broadcast_to(cache[1].mean(axis=0, keepdims=True), cache[1].shape)
 
-    with pytest.raises(ModelError, match="mamba2: its recurrent state cannot be batched: a row in company"):
+    with pytest.raises(ModelError, match="mamba2: its rows cannot be batched: a row in company"):
         Engine(broken(load(str(recurrent_folder("mamba2"))), mix))
 
 
@@ -203,7 +206,7 @@ def test_a_family_whose_state_grows_is_refused_at_start(recurrent_folder):
             cache[0] = mx.concatenate([cache[0], cache[0]], axis=1)
 
     with pytest.raises(
-        ModelError, match=r"mamba2: its recurrent state cannot be batched: state 0 .* must keep its shape"
+        ModelError, match=r"mamba2: its rows cannot be batched: state 0 .* must keep its shape"
     ):
         Engine(broken(load(str(recurrent_folder("mamba2"))), grow))
 
