@@ -11,8 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from serve.adapters.names import label_problem, name_problem
-from serve.cache.kv_settings import KvScheme, make_precision
-from serve.cache.precision import KvPrecision
+from serve.cache.precision import KvPrecision, KvScheme, precision
 from serve.errors import ConfigError, RequestError
 from serve.experiments.assignment import Experiment, Variant
 from serve.model.quantization import Quantization
@@ -170,23 +169,23 @@ class ServeConfig(Strict):
     @property
     def kv_precision(self) -> KvPrecision:
         """In what form rows keep their keys and values, unless a request says otherwise."""
-        return self.make_precision(self.kv_bits, self.kv_value_bits, self.kv_scheme)
+        return self.make_precision(self.kv_bits, value_bits=self.kv_value_bits, scheme=self.kv_scheme)
 
     def make_precision(
         self,
         kv_bits: float | None,
-        kv_value_bits: float | None,
-        kv_scheme: KvScheme | None,
         *,
+        value_bits: float | None,
+        scheme: KvScheme | None,
         group_size: int | None = None,
         start_after: int | None = None,
         num_plain_layers: int | None = None,
     ) -> KvPrecision:
         """What such bits mean here; what is left out is this configuration's. RequestError names the field."""
-        return make_precision(
+        return precision(
             kv_bits,
-            kv_value_bits,
-            kv_scheme,
+            value_bits=value_bits,
+            scheme=scheme,
             group_size=self.kv_group_size if group_size is None else group_size,
             start_after=self.kv_quantize_after if start_after is None else start_after,
             num_plain_layers=self.kv_plain_layers if num_plain_layers is None else num_plain_layers,
