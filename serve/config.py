@@ -106,7 +106,7 @@ class ServeConfig(Strict):
     prefix_cache_dir: Path | None = None
     """Folder where prefixes that leave memory are kept, across restarts too; nowhere, if left out."""
     prefix_cache_disk_gib: float | None = Field(None, gt=0)
-    """What that folder may hold, in GiB; 10, if left out."""
+    """What that folder may hold, in GiB; 16, if left out."""
     kv_bits: float | None = None
     """Bits of a stored key or value in full-attention layers: 2, 3, 4, 5, 6, 8, or with half a bit (3.5) TurboQuant.
     Left out, or 16: as the model computes them. A request's own kv_bits takes its place."""
