@@ -163,7 +163,8 @@ class Engine:
         """
         plan = self._planned()
         if not plan.is_empty:
-            self._start(plan)
+            self._flights.append(self._start(plan))
+            self._num_steps += 1
         is_last = plan.is_empty or not self.scheduler.has_work
         events: list[Event] = []
         while self._flights and (len(self._flights) > self._ahead or is_last):
@@ -171,10 +172,10 @@ class Engine:
             is_last |= not self.scheduler.has_work
         return events
 
-    def _start(self, plan: Plan) -> None:
-        self._num_steps += 1
+    def _start(self, plan: Plan) -> Flight:
+        """A step on its way. What it takes from prefixes is the graph's from then on, or nobody's."""
         try:
-            self._flights.append(self._runner.start(plan))
+            return self._runner.start(plan)
         finally:
             for restore in plan.restores:
                 assert self.prefixes is not None
