@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from serve import device
 from serve.adapters.manifest import AdapterConfig, write_adapter
 from serve.bench.prompts import WORDS, PromptMaker
 
@@ -33,6 +34,10 @@ class Size:
     head_dim: int
     vocabulary: int
     """Rows of embedding and head; those past the tokenizer's are never met in text."""
+
+    def position_bytes(self, dtype: mx.Dtype) -> int:
+        """Keys and values of one position, over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.size
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
@@ -64,8 +69,17 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-MAX_CONTEXT = 4096
+HEADER_TOKENS = 3
+"""What stands before a message's own words, and before an answer."""
+MESSAGE_TOKENS = HEADER_TOKENS + 2
+"""What stands around a message's words."""
+MAX_CONTEXT = 32768
 EOS_TOKEN_ID = 2
+
+
+def default_dtype() -> mx.Dtype:
+    """What servers compute in without being told: mlx's CPU backend is slow in half precision."""
+    return mx.float32 if device.backend() == "cpu" else mx.bfloat16
 
 
 def config_of(size: Size) -> dict[str, Any]:
@@ -87,6 +101,11 @@ def config_of(size: Size) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": EOS_TOKEN_ID,
     }
+
+
+def words_for(num_tokens: int) -> int:
+    """Words of a message that is a prompt of so many tokens by itself."""
+    return max(1, num_tokens - MESSAGE_TOKENS - HEADER_TOKENS)
 
 
 def write_model(folder: Path, dtype: mx.Dtype, size: Size = SMALLEST, seed: int = 0) -> None:
