@@ -398,6 +398,27 @@ def bench_compare(
     )
 
 
+@bench_app.command("step")
+def bench_step(
+    rows: Annotated[str, typer.Option(help="Numbers of rows, measured one after the other.")] = "16,64",
+    rounds: Annotated[int, typer.Option(min=1, help="Loop and engine take turns this many times.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Of each in a round.")] = 20,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure what a decode step takes over mlx-lm's bare loop, on a tiny model, and where its time goes."""
+    import tempfile
+
+    from serve.bench import step
+    from serve.tables import show
+
+    asked = step.Setting(_numbers(rows, "--rows"), rounds, steps)
+    _check_writable(json_file)
+    with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
+        results = step.run(asked, Path(temporary), progress)
+    show(_console(), step.table(results), step.parts_table(results))
+    _save_json(json_file, step.as_json(asked, results))
+
+
 @bench_app.command("cache")
 def bench_cache(
     parts: Annotated[str, typer.Option(help="Any of them.")] = "ragged,prefix,precision,throughput",
@@ -460,10 +481,11 @@ def bench_conversations(
     import tempfile
 
     from serve.bench import conversations as played
+    from serve.bench.scripts import Setting
     from serve.bench.standin import SIZES
     from serve.tables import show
 
-    asked = played.Setting(
+    asked = Setting(
         num_conversations=conversations,
         num_turns=turns,
         num_systems=systems,

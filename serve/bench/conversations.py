@@ -7,144 +7,28 @@ stretches. The servers take turns at each, the other one paused, so drift of the
 
 from __future__ import annotations
 
-import asyncio
-import random
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import httpx
 import mlx.core as mx
 
 from serve.bench import servers, standin
 from serve.bench.about import about
-from serve.bench.client import Answer, Ask, ask
+from serve.bench.player import Player, Turn
 from serve.bench.process import ServerProcess
-from serve.bench.prompts import PromptMaker
+from serve.bench.scripts import Script, Setting, num_positions, order_of, write_scripts
 from serve.bench.summary import Spread, spread
-from serve.errors import StoppedError
-from serve.remote import connect_async
+from serve.remote import connect
 from serve.tables import Table, numbers
 
 MAX_STRETCHES = 10
+MIN_TURNS_A_CLIENT = 5
+"""In a stretch: at its end some clients have nothing to do."""
 OURS, THEIRS = "lathe", "mlx_vlm.server"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What to play. A word is a token of the stand-in."""
-
-    num_conversations: int = 200
-    num_turns: int = 10
-    num_systems: int = 20
-    """System prompts; how often each is used falls as Zipf has it: the k-th 1/k as often as the first."""
-    system_words: int = 384
-    message_words: int = 32
-    max_tokens: int = 16
-    held_frac: float = 0.25
-    """The caches hold so much of what all conversations come to, a shared system prompt counted once."""
-    clients: int = 4
-    size: str = "29M"
-    """Of the random model: one of `standin.SIZES`."""
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Script:
-    """One conversation's own part: its system prompt and what the user says, turn by turn."""
-
-    system: str
-    messages: tuple[str, ...]
-
-
-def write_scripts(setting: Setting) -> list[Script]:
-    """The conversations; the same seed gives the same ones."""
-    maker, drawn = PromptMaker(setting.seed), random.Random(setting.seed)
-    systems = [maker.prompt(setting.system_words) for _ in range(setting.num_systems)]
-    weights = [1 / (rank + 1) for rank in range(setting.num_systems)]
-    chosen = drawn.choices(systems, weights, k=setting.num_conversations)
-    return [
-        Script(system, tuple(maker.prompt(setting.message_words) for _ in range(setting.num_turns)))
-        for system in chosen
-    ]
-
-
-def order_of(setting: Setting) -> list[int]:
-    """Whose turn it is, conversation by conversation: each next one drawn among those that are not over."""
-    order = [index for index in range(setting.num_conversations) for _ in range(setting.num_turns)]
-    random.Random(setting.seed + 1).shuffle(order)
-    return order
-
-
-def num_positions(setting: Setting, scripts: Sequence[Script]) -> int:
-    """Tokens of all conversations at their ends, each system prompt that is used counted once."""
-    systems = len({script.system for script in scripts}) * (setting.system_words + standin.MESSAGE_TOKENS)
-    turn = setting.message_words + setting.max_tokens + 2 * standin.MESSAGE_TOKENS
-    return systems + len(scripts) * setting.num_turns * turn
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One request of a conversation, as a server answered it."""
-
-    conversation: int
-    number: int
-    answer: Answer
-
-
-@dataclass
-class Player:
-    """One server's side of all conversations: what has been said so far, and how each turn went."""
-
-    label: str
-    server: ServerProcess
-    model: str
-    scripts: Sequence[Script]
-    max_tokens: int
-    turns: list[Turn] = field(default_factory=list)
-    said: dict[int, list[Mapping[str, str]]] = field(default_factory=dict)
-    """By conversation: its messages, the answers among them."""
-
-    def play(self, stretch: Sequence[int], clients: int) -> None:
-        """The next turn of each conversation in `stretch`, in this order, `clients` at a time.
-
-        StoppedError if all of them fail.
-        """
-        done = asyncio.run(self._play(stretch, clients))
-        if done and all(turn.answer.error is not None for turn in done):
-            raise StoppedError(f"{self.label}: all {len(done)} requests failed: {done[0].answer.error}")
-        self.turns += done
-
-    async def _play(self, stretch: Sequence[int], clients: int) -> list[Turn]:
-        limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-        locks = {index: asyncio.Lock() for index in stretch}
-        waiting = iter(stretch)
-        async with connect_async(self.server.url, None, limits) as http:
-            played = await asyncio.gather(*(self._client(http, waiting, locks) for _ in range(clients)))
-        return [turn for turns in played for turn in turns]
-
-    async def _client(
-        self, http: httpx.AsyncClient, waiting: Iterator[int], locks: Mapping[int, asyncio.Lock]
-    ) -> list[Turn]:
-        turns = []
-        for index in waiting:
-            # Locks are taken in the order in which they were asked for, so a conversation's turns keep theirs.
-            async with locks[index]:
-                turns.append(await self._turn(http, index))
-        return turns
-
-    async def _turn(self, http: httpx.AsyncClient, index: int) -> Turn:
-        script = self.scripts[index]
-        said = self.said.setdefault(index, [{"role": "system", "content": script.system}])
-        number = sum(message["role"] == "user" for message in said)
-        message = script.messages[number]
-        answer = await ask(http, Ask(self.model, message, self.max_tokens, history=tuple(said)))
-        said += [{"role": "user", "content": message}, {"role": "assistant", "content": answer.text}]
-        return Turn(index, number, answer)
 
 
 @dataclass(frozen=True)
@@ -164,6 +48,8 @@ class Result:
     ttft_s: Spread | None
     first_turns_ttft_s: Spread | None
     answers_per_s: float
+    cache_stats: Mapping[str, Any]
+    """As the server tells them at /v1/cache/stats, in its own words."""
 
 
 @dataclass(frozen=True)
@@ -188,63 +74,69 @@ def run(setting: Setting, folder: Path, progress: Callable[[str], None]) -> Outc
     scripts = write_scripts(setting)
     position_bytes = size.position_bytes(dtype)
     cache_bytes = int(setting.held_frac * num_positions(setting, scripts) * position_bytes)
+    started = {
+        OURS: servers.lathe(
+            model, folder / "lathe.log", settings={"prefix_cache_gib": repr(cache_bytes / 2**30)}
+        ),
+        THEIRS: servers.mlx_vlm(
+            model, folder / "mlx_vlm.server.log", cache_bytes=cache_bytes, position_bytes=position_bytes
+        ),
+    }
+    names = {OURS: model.name, THEIRS: str(model)}
     with ExitStack() as stack:
         players = []
-        for player in _players(model, folder, setting, scripts, cache_bytes, position_bytes):
-            progress(f"starting {player.label}")
-            stack.enter_context(player.server)
-            _warm_up(player)
-            player.server.pause()
-            players.append(player)
-        wall_s = _play(players, setting, progress)
-    results = [result_of(each.label, each.turns, scripts, wall_s[each.label]) for each in players]
+        for label, server in started.items():
+            progress(f"starting {label}")
+            stack.enter_context(server)
+            _warm_up(server.url, names[label])
+            server.pause()
+            players.append(Player(label, server.url, names[label], scripts, setting.max_tokens))
+        _play(players, started, setting, progress)
+        results = [_result(player, started[player.label], scripts) for player in players]
     return Outcome(results, cache_bytes, _ratios(players, results))
 
 
-def _players(
-    model: Path,
-    folder: Path,
+def _warm_up(url: str, model: str) -> None:
+    """A prompt that no conversation shares; the first forward of a process is a slow one."""
+    Player("warming up", url, model, [Script("warming up", ("hello there",))], 2).play([0], 1)
+
+
+def _play(
+    players: Sequence[Player],
+    started: Mapping[str, ServerProcess],
     setting: Setting,
-    scripts: Sequence[Script],
-    cache_bytes: int,
-    position_bytes: int,
-) -> list[Player]:
-    lathe = servers.lathe(
-        model, folder / "lathe.log", settings={"prefix_cache_gib": repr(cache_bytes / 2**30)}
-    )
-    other = servers.mlx_vlm(
-        model, folder / "mlx_vlm.server.log", cache_bytes=cache_bytes, position_bytes=position_bytes
-    )
-    return [
-        Player(OURS, lathe, model.name, scripts, setting.max_tokens),
-        Player(THEIRS, other, str(model), scripts, setting.max_tokens),
-    ]
-
-
-def _warm_up(player: Player) -> None:
-    """A prompt of its own, which no conversation shares; the first forward of a process is a slow one."""
-    script = Script("warming up", ("hello there",))
-    Player(player.label, player.server, player.model, [script], 2).play([0], 1)
-
-
-def _play(players: Sequence[Player], setting: Setting, progress: Callable[[str], None]) -> dict[str, float]:
-    """Label → seconds that its server played, all of its stretches together."""
+    progress: Callable[[str], None],
+) -> None:
+    """All turns with all players; their servers are paused before and after."""
     order = order_of(setting)
-    length = max(-(-len(order) // MAX_STRETCHES), 5 * setting.clients)
+    length = max(-(-len(order) // MAX_STRETCHES), MIN_TURNS_A_CLIENT * setting.clients)
     stretches = [order[start : start + length] for start in range(0, len(order), length)]
-    wall_s = dict.fromkeys((player.label for player in players), 0.0)
     for number, stretch in enumerate(stretches):
         for player in players if number % 2 == 0 else reversed(players):
             progress(f"stretch {number + 1} of {len(stretches)}: {len(stretch)} turns with {player.label}")
-            player.server.resume()
-            start_s = time.perf_counter()
+            started[player.label].resume()
             player.play(stretch, setting.clients)
-            wall_s[player.label] += time.perf_counter() - start_s
-            player.server.pause()
-    return wall_s
+            started[player.label].pause()
 
 
-def result_of(label: str, turns: Sequence[Turn], scripts: Sequence[Script], wall_s: float) -> Result:
+def _result(player: Player, server: ServerProcess, scripts: Sequence[Script]) -> Result:
+    """Its numbers, and what the server says of its cache in the end."""
+    server.resume()
+    with connect(player.url) as http:
+        said = http.get("/v1/cache/stats")
+    server.pause()
+    return result_of(
+        player.label, player.turns, scripts, player.wall_s, said.json() if said.is_success else {}
+    )
+
+
+def result_of(
+    label: str,
+    turns: Sequence[Turn],
+    scripts: Sequence[Script],
+    wall_s: float,
+    cache_stats: Mapping[str, Any],
+) -> Result:
     """The numbers of `turns`, in whatever order they ended."""
     good = [turn for turn in turns if turn.answer.error is None]
     asked = sum(turn.answer.num_prompt_tokens or 0 for turn in good)
@@ -262,6 +154,7 @@ def result_of(label: str, turns: Sequence[Turn], scripts: Sequence[Script], wall
         ttft_s=spread(turn.answer.first_s for turn in good),
         first_turns_ttft_s=spread(turn.answer.first_s for turn in good if turn.number == 0),
         answers_per_s=len(good) / wall_s,
+        cache_stats=cache_stats,
     )
 
 

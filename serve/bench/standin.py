@@ -63,6 +63,9 @@ SIZES: Mapping[str, Size] = {
 }
 """By what the name says: parameters of the small one; the layers of Qwen3-0.6B and Qwen3-1.7B. None ties its head."""
 
+TINY = Size(64, 2, 96, 4, 2, 16, 512)
+"""So small that a step's time is the host's."""
+
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 CHAT_TEMPLATE = (
@@ -111,7 +114,7 @@ def words_for(num_tokens: int) -> int:
 def write_model(folder: Path, dtype: mx.Dtype, size: Size = SMALLEST, seed: int = 0) -> None:
     """The model folder, as mlx-lm and mlx-vlm load it: config, weights, tokenizer with chat template."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(min(size.vocabulary, TOKENIZER_SIZE))
     config = config_of(size)
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": str(dtype).split(".")[-1]}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS_TOKEN_ID}))
@@ -151,13 +154,13 @@ def write_adapters(
     return paths
 
 
-def _tokenizer() -> Tokenizer:
-    """Byte-level BPE in which each of the benchmark's words is one token."""
+def _tokenizer(num_tokens: int) -> Tokenizer:
+    """Byte-level BPE in which each of the benchmark's words is one token, if there is room for them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=TOKENIZER_SIZE,
+        vocab_size=num_tokens,
         special_tokens=list(SPECIALS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
