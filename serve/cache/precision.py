@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,6 +11,8 @@ from serve.errors import RequestError
 Scheme = Literal["plain", "affine", "turbo"]
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+SCALE_BYTES = 2
+"""Scales and norms are stored in half precision, whatever the model computes in."""
 MIN_TURBO_BITS, MAX_TURBO_BITS = 1.0, 8.0
 
 
@@ -69,3 +72,55 @@ class KvPrecision:
 
 
 PLAIN = KvPrecision()
+
+
+def precision(
+    kv_bits: float | None,
+    *,
+    value_bits: float | None = None,
+    group_size: int = 64,
+    start_after: int = 0,
+    num_plain_layers: int = 0,
+) -> KvPrecision:
+    """The form that settings name: None or 16 bits are plain, whole bits affine, halves turbo.
+
+    Turbo bits stand for keys and values together, as mlx-vlm takes them: 3.5 is 3 for keys and 4 for values.
+    `value_bits` alone changes the values' bits; RequestError for what no scheme has.
+    """
+    if kv_bits is None or kv_bits == PLAIN.key_bits:
+        if value_bits is not None and value_bits != PLAIN.value_bits:
+            raise RequestError(
+                f"kv_value_bits is {value_bits:g} and kv_bits is not set; keys are quantized where values are",
+                "kv_value_bits",
+            )
+        return PLAIN
+    scheme: Scheme = "turbo" if kv_bits != round(kv_bits) else "affine"
+    key_bits: float = math.floor(kv_bits) if scheme == "turbo" else kv_bits
+    if value_bits is None:
+        value_bits = math.ceil(kv_bits)
+    return KvPrecision(
+        scheme,
+        key_bits,
+        value_bits,
+        group_size=group_size,
+        start_after=start_after,
+        num_plain_layers=num_plain_layers,
+    )
+
+
+def stored_bytes(precision: KvPrecision, bits: float, dim: int, itemsize: int) -> int:
+    """Bytes of one vector of `dim` numbers, `itemsize` bytes each as computed: one head's keys of one position."""
+    if precision.is_plain:
+        return dim * itemsize
+    if precision.scheme == "affine":
+        return dim * int(bits) // 8 + 2 * min(itemsize, SCALE_BYTES) * (dim // precision.group_size)
+    return sum(4 * -(-size * width // 32) + SCALE_BYTES for width, size in turbo_split(bits, dim))
+
+
+def turbo_split(bits: float, dim: int) -> list[tuple[int, int]]:
+    """(bits, channels) of each part of a vector: one where the bits are whole, else the many and the outliers."""
+    low, high = math.floor(bits), math.ceil(bits)
+    if low == high:
+        return [(low, dim)]
+    num_high = max(1, min(dim - 1, round((bits - low) * dim)))
+    return [(low, dim - num_high), (high, num_high)]
