@@ -190,7 +190,7 @@ def serving_comparison() -> Case:
 def step_bench() -> Case:
     clock = step.Clock(1234.5678, 987.6543)
     parts = {part: step.Clock(number + 0.1234, number + 0.05) for number, part in enumerate(step.PARTS)}
-    found = step.Result(1024, [clock], [step.Clock(98765.4321, 1000.5)], parts)
+    found = step.Result(1024, [clock], [step.Clock(98765.4321, 1000.5)], parts, parts)
     must = ["1024", "1234.57", "98765.43", "97530.86", "5.42", "12.85", "no", "0.123", "5.123", "15.740"]
     return lambda console: show(console, step.table([found]), step.parts_table([found])), must
 

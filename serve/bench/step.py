@@ -7,8 +7,8 @@ and start a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +19,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from serve.bench import standin
 from serve.bench.about import about
 from serve.bench.stopwatch import Lap, Moment, Stopwatch
-from serve.engine import runner
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.engine.sampler import Sampler
@@ -64,7 +63,9 @@ class Result:
     bare: list[Clock]
     engine: list[Clock]
     parts: dict[str, Clock] = field(default_factory=dict)
-    """Of one engine's step, measured by itself."""
+    """Of the engine's step, measured by itself."""
+    bare_parts: dict[str, Clock] = field(default_factory=dict)
+    """Of the bare loop's, which has two of them."""
 
     @property
     def asked_ms(self) -> float:
@@ -100,16 +101,18 @@ def as_json(setting: Setting, results: Sequence[Result]) -> dict[str, Any]:
 
 def _measure(num_rows: int, setting: Setting, model: Path, progress: Callable[[str], None]) -> Result:
     engine = _decoding_engine(num_rows, model)
-    bare = _bare_loop(num_rows, model)
+    bare = _BareLoop(num_rows, model)
     result = Result(num_rows, [], [])
     for number in range(setting.rounds + 1):
         progress(f"{num_rows} rows: round {number} of {setting.rounds}")
         steps = setting.steps_per_round if number else WARM_UP_STEPS
-        clocks = _clock(lambda: next(bare), steps), _clock(engine.step, steps)
+        clocks = _clock(bare.step, steps), _clock(engine.step, steps)
         if number:
             result.bare.append(clocks[0])
             result.engine.append(clocks[1])
-    result.parts.update(_parts(engine, setting.steps_per_round))
+    result.parts.update(_parts(lambda: engine.step(), _laps(engine), setting.steps_per_round))
+    laps = [Lap(bare, "build", "forward build"), Lap(bare, "evaluate", "eval")]
+    result.bare_parts.update(_parts(lambda: bare.step(), laps, setting.steps_per_round))
     assert engine.stats().num_decoding == num_rows, "a row has ended"
     return result
 
@@ -137,39 +140,49 @@ def _decoding_engine(num_rows: int, model: Path) -> Engine:
     return engine
 
 
-def _bare_loop(num_rows: int, model: Path) -> Iterator[None]:
+class _BareLoop:
     """A greedy step for all rows each time it is asked: the family's own code over its own cache."""
-    module = load(str(model)).network.module
-    cache, tokens = make_prompt_cache(module), mx.array(_prompts(num_rows))  # [B, T]
-    while True:
-        tokens = mx.argmax(module(tokens, cache=cache)[:, -1], axis=-1)[:, None]  # [B, 1]
-        mx.eval(tokens)
-        yield
+
+    def __init__(self, num_rows: int, model: Path) -> None:
+        self._module = load(str(model)).network.module
+        self._cache = make_prompt_cache(self._module)
+        self._tokens = mx.array(_prompts(num_rows))  # [B, T]
+
+    def step(self) -> None:
+        self.build()
+        self.evaluate()
+
+    def build(self) -> None:
+        logits = self._module(self._tokens, cache=self._cache)[:, -1]  # [B, V]
+        self._tokens = mx.argmax(logits, axis=-1)[:, None]  # [B, 1]
+
+    def evaluate(self) -> None:
+        mx.eval(self._tokens)
 
 
-def _parts(engine: Engine, count: int) -> dict[str, Clock]:
-    """What a step spends on each of PARTS."""
+def _parts(step: Callable[[], object], laps: Sequence[Lap], count: int) -> dict[str, Clock]:
+    """What a step spends on each of PARTS. `step` looks its calls up each time, so that it meets the timed ones."""
     stopwatch = Stopwatch()
-    with stopwatch.watching(_laps(engine)):
+    with stopwatch.watching(laps):
         for _ in range(count):
-            engine.step()
+            step()
     return {part: Clock.of(stopwatch.spent.get(part, Moment(0.0, 0.0)), count) for part in PARTS}
 
 
 def _laps(engine: Engine) -> list[Lap]:
     """The calls that a decode step is made of."""
-    network = engine.model.network
+    network, runner = engine.model.network, engine._runner
     return [
         Lap(engine, "step", "events"),
         Lap(engine.scheduler, "schedule", "schedule"),
         Lap(engine.scheduler, "commit", "schedule"),
-        Lap(engine._runner, "run", "arrays"),
+        Lap(runner, "start", "arrays"),
         Lap(network, "hidden", "forward build"),
         Lap(network, "logits", "forward build"),
         Lap(Sampler, "draw", "forward build"),
         Lap(Sampler, "is_sound", "forward build"),
-        Lap(mx, "eval", "eval"),
-        Lap(runner, "_read", "read"),
+        Lap(runner, "_evaluate", "eval"),
+        Lap(runner, "read", "read"),
     ]
 
 
@@ -188,13 +201,22 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def parts_table(results: Sequence[Result]) -> Table:
-    """Where an engine's step goes."""
-    headings = [heading for each in results for heading in (f"{each.num_rows} rows", "this thread's")]
-    drawn = Table("part", *numbers(*headings), title="Milliseconds of an engine's step")
-    for part in PARTS:
-        drawn.add(part, *(f"{ms:.3f}" for each in results for ms in astuple(each.parts[part])))
-    sums = (
-        sum(column) for each in results for column in zip(*map(astuple, each.parts.values()), strict=True)
+    """Where a step goes, the engine's and the bare loop's."""
+    headings = [
+        f"{each.num_rows} rows, {what}"
+        for each in results
+        for what in ("engine", "bare", "thread", "bare thread")
+    ]
+    drawn = Table(
+        "part", *numbers(*headings), title="Milliseconds of a step: by the wall, and of this thread alone"
     )
+    for part in PARTS:
+        drawn.add(part, *(f"{ms:.3f}" for each in results for ms in _cells(each, part)))
+    sums = (sum(_cells(each, part)[column] for part in PARTS) for each in results for column in range(4))
     drawn.add("all", *(f"{ms:.3f}" for ms in sums))
     return drawn
+
+
+def _cells(result: Result, part: str) -> list[float]:
+    ours, bare = result.parts[part], result.bare_parts[part]
+    return [ours.wall_ms, bare.wall_ms, ours.thread_ms, bare.thread_ms]
