@@ -44,7 +44,7 @@ def run(setting: Setting, model: Path, folder: Path, progress: Callable[[str], N
     speeds: dict[int, list[float]] = {length: [] for length in lengths}
     with servers.lathe(model, folder / "lathe-ragged.log") as server:
         for length in lengths:
-            speed_beside(server.url, asks(model.name, setting, length, maker, max_tokens=8))
+            answers_beside(server.url, asks(model.name, setting, length, maker, max_tokens=8))
         for number in range(setting.rounds):
             for length in lengths if number % 2 else reversed(lengths):
                 progress(
@@ -52,7 +52,7 @@ def run(setting: Setting, model: Path, folder: Path, progress: Callable[[str], N
                     f"{setting.short_tokens} tokens beside one of {length}"
                 )
                 asked = asks(model.name, setting, length, maker, max_tokens=setting.max_tokens)
-                speeds[length].append(speed_beside(server.url, asked))
+                speeds[length].append(speed_of(answers_beside(server.url, asked)))
     short, long = (speeds[length] for length in lengths)
     return [
         Finding(
@@ -73,9 +73,9 @@ def asks(model: str, setting: Setting, length: int, maker: PromptMaker, *, max_t
     return [companion, *short]
 
 
-def speed_beside(url: str, asked: Sequence[Ask]) -> float:
-    """Tokens a second of all but the first of `asked`, which runs all the while. Raises StoppedError if one fails."""
-    return speed_of(asyncio.run(_beside(url, asked[0], asked[1:])))
+def answers_beside(url: str, asked: Sequence[Ask]) -> list[Answer]:
+    """Those of all but the first of `asked`, which runs all the while. Raises StoppedError if that one has ended."""
+    return asyncio.run(_beside(url, asked[0], asked[1:]))
 
 
 async def _beside(url: str, companion: Ask, others: Sequence[Ask]) -> list[Answer]:

@@ -22,7 +22,7 @@ from serve.bench.player import Player, Turn
 from serve.bench.prefix import Times, findings_of
 from serve.bench.prompts import PromptMaker
 from serve.bench.ragged import Setting as RaggedSetting
-from serve.bench.ragged import asks, speed_beside, speed_of
+from serve.bench.ragged import answers_beside, asks, speed_of
 from serve.bench.scripts import Script, Setting, num_positions, order_of, write_scripts
 from serve.bench.step import PARTS
 from serve.bench.stopwatch import Lap, Stopwatch
@@ -167,11 +167,12 @@ def test_rows_are_measured_beside_one_that_never_ends(url):
     setting = RaggedSetting(num_rows=4, short_tokens=20, long_tokens=60)
     asked = asks("lively", setting, 60, PromptMaker(0), max_tokens=12)
     asked = [Ask(a.model, a.prompt[:200], a.max_tokens, extra={"ignore_eos": True}) for a in asked]
-    assert speed_beside(url, asked) > 0
+    answers = answers_beside(url, asked)
+    assert [(answer.error, answer.num_tokens) for answer in answers] == [(None, 12)] * 3
     with pytest.raises(StoppedError, match="ended too early"):
-        speed_beside(url, [Ask("lively", "short", 1), *asked[1:]])
+        answers_beside(url, [Ask("lively", "short", 1), *asked[1:]])
     with pytest.raises(StoppedError, match="nobody"):
-        speed_beside(url, [Ask("nobody", "short", 500), *asked[1:]])
+        answers_beside(url, [Ask("nobody", "short", 500), *asked[1:]])
 
 
 # What was asked of a ratio.
