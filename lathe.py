@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -164,12 +164,52 @@ def serve(
     adapter: Adapters = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    memory_budget_gib: Annotated[
+        float | None, typer.Option(help="Memory of keys, values, prefixes and adapters.")
+    ] = None,
+    prefix_cache_gib: Annotated[
+        float | None, typer.Option(help="Of it, at most so much for prefixes; 0 keeps none.")
+    ] = None,
+    prefix_cache_dir: Annotated[
+        Path | None, typer.Option(help="Where prefixes that leave memory are kept.")
+    ] = None,
+    prefix_cache_disk_gib: Annotated[float | None, typer.Option(help="What that folder may hold.")] = None,
+    kv_bits: Annotated[
+        float | None, typer.Option(help="Bits of stored keys and values: 8, 4, …; 3.5 is TurboQuant.")
+    ] = None,
+    kv_value_bits: Annotated[float | None, typer.Option(help="Bits of values, where others.")] = None,
+    kv_scheme: Annotated[str | None, typer.Option(help="affine or turbo; else by --kv-bits.")] = None,
+    kv_group_size: Annotated[
+        int | None, typer.Option(help="Channels that share a scale: 32, 64 or 128.")
+    ] = None,
+    kv_quantize_after: Annotated[
+        int | None, typer.Option(help="Rows of at most so many tokens stay plain.")
+    ] = None,
+    kv_plain_layers: Annotated[
+        int | None, typer.Option(help="So many of the last full-attention layers stay plain.")
+    ] = None,
+    one_step_ahead: Annotated[
+        str | None, typer.Option(help="on, off or auto: build a step before the last one is read.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Serve a model and any number of adapters over an OpenAI-compatible API."""
     from serve.api.server import run
 
-    run(_serve_config(model, adapter or [], host, port, overrides or []))
+    keys = {
+        "memory_budget_gib": memory_budget_gib,
+        "prefix_cache_gib": prefix_cache_gib,
+        "prefix_cache_dir": str(prefix_cache_dir.absolute()) if prefix_cache_dir else None,
+        "prefix_cache_disk_gib": prefix_cache_disk_gib,
+        "kv_bits": kv_bits,
+        "kv_value_bits": kv_value_bits,
+        "kv_scheme": kv_scheme,
+        "kv_group_size": kv_group_size,
+        "kv_quantize_after": kv_quantize_after,
+        "kv_plain_layers": kv_plain_layers,
+        "one_step_ahead": one_step_ahead,
+    }
+    run(_serve_config(model, adapter or [], host, port, [*_as_overrides(keys), *(overrides or [])]))
 
 
 @app.command()
@@ -543,13 +583,35 @@ def demo(
 
 
 @app.command()
-def doctor(json_file: JsonFile = None) -> None:
-    """Say what this machine is, how fast its matmul is, and what is missing."""
-    from serve.doctor import diagnose, show
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Try what combines for this model, a folder or a hub name, instead.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="With --model: this adapter folder, not random ones of every kind.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Say what this machine is, how fast its matmul is, and what is missing; or what combines for a model."""
+    if model is None:
+        from serve.doctor import diagnose, show
 
-    found = diagnose(EMBEDDED_MODEL)
-    show(found, _console())
-    _save_json(json_file, found.as_json())
+        if adapter is not None:
+            raise typer.BadParameter(
+                "an adapter is tried on a model: name it with --model", param_hint="--adapter"
+            )
+        found = diagnose(EMBEDDED_MODEL)
+        show(found, _console())
+        _save_json(json_file, found.as_json())
+        return
+    from serve.combinations import probe, table
+    from serve.tables import show as show_tables
+
+    _check_writable(json_file)
+    combined = probe(model, adapter)
+    drawn, notes = table(combined)
+    show_tables(_console(), drawn, *notes)
+    _save_json(json_file, combined.as_json())
 
 
 def _serve_config(
@@ -562,6 +624,13 @@ def _serve_config(
     if adapters:
         changes["adapters"] = [_adapter(words) for words in adapters]
     return load_config(model, overrides, **changes)
+
+
+def _as_overrides(keys: Mapping[str, float | str | None]) -> list[str]:
+    """The keys that were given, as --set takes them: part of the file before it is checked."""
+    import json
+
+    return [f"{key}={json.dumps(value)}" for key, value in keys.items() if value is not None]
 
 
 def _adapter(words: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 import lathe
-from serve import doctor
+from serve import combinations, doctor
 from serve.bench import compare as serve_compare
 from serve.bench import conversations, finding, step
 from serve.bench.scripts import Setting
@@ -154,6 +154,17 @@ def diagnosis() -> Case:
         "1.2.3",
     ]
     return lambda console: doctor.show(found, console), must
+
+
+def model_combinations() -> Case:
+    cells = [combinations.Cell("base", column, True) for column in combinations.COLUMNS]
+    cells += [
+        combinations.Cell(LONG, column, bool(i % 2), f"reason {i}: {LONGER}")
+        for i, column in enumerate(combinations.COLUMNS)
+    ]
+    drawn, notes = combinations.table(combinations.Combinations(f"hub/{LONG}", tuple(cells)))
+    must = [LONG, f"hub/{LONG}", "(1)", f"({len(combinations.COLUMNS)})", LONGER]
+    return lambda console: show(console, drawn, *notes), must
 
 
 def vars_of(device: Device) -> dict:
@@ -321,6 +332,7 @@ CASES = [
     experiment_runs,
     training_runs,
     diagnosis,
+    model_combinations,
     serving_bench,
     serving_comparison,
     step_bench,
@@ -473,6 +485,7 @@ def test_tables_are_drawn_by_the_one_helper_and_every_one_is_above():
     assert not [path for path in SOURCES if names_used(path) & drawing]
     users = {path.relative_to(ROOT).as_posix() for path in SOURCES if builds_a_table(path)}
     assert users == {
+        "serve/combinations.py",
         "serve/doctor.py",
         "serve/bench/compare.py",
         "serve/bench/conversations.py",

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from serve.cache.codecs import AffineCodec, Form, Parts
+from serve.cache.codecs import AffineCodec, Form, Parts, PlainCodec, TurnedCodec
 from serve.cache.spans import Run
 
 NAME = "scaled_dot_product_attention"
@@ -89,32 +89,73 @@ def attend(
     sinks: mx.array | None,
 ) -> mx.array:
     """Queries [b, H, T, D] of a run over what is stored, [b, K, extent, width] a part → [b, H, T, D]."""
-    keys, values = form.split(stored)
-    if isinstance(form.keys, AffineCodec) and queries.shape[2] <= FEW_TOKENS:
-        few = None if run.num_tokens == 1 and run.sees_all(window, capacity) else run.mask(window, capacity)
-        return _multiplied(queries, form, keys, values, scale=scale, mask=few, sinks=sinks)
+    num_tokens = queries.shape[2]
+    is_packed = isinstance(form.keys, AffineCodec) and num_tokens <= FEW_TOKENS
     mask: mx.array | str | None
-    if run.sees_all(window, capacity):
-        mask = None if run.num_tokens == 1 else "causal"
+    if run.sees_all(window, capacity) and (num_tokens == 1 or not is_packed):
+        mask = None if num_tokens == 1 else "causal"
     else:
         mask = run.mask(window, capacity)
-    return mx.fast.scaled_dot_product_attention(
-        queries, *form.decode(stored), scale=scale, mask=mask, sinks=sinks
+    if is_packed:
+        return _multiplied(queries, form, stored, scale=scale, mask=mask, sinks=sinks)
+    if isinstance(form.keys, PlainCodec):
+        return mx.fast.scaled_dot_product_attention(
+            queries, stored[0], stored[1], scale=scale, mask=mask, sinks=sinks
+        )
+    outputs = []
+    step = max(1, DECODED_NUMBERS // (stored[0].shape[1] * stored[0].shape[2] * queries.shape[3]))
+    for start in range(0, len(queries), step):
+        block = slice(start, start + step)
+        part = mask[block] if isinstance(mask, mx.array) else mask
+        outputs.append(
+            _decoded(
+                queries[block], form, [each[block] for each in stored], scale=scale, mask=part, sinks=sinks
+            )
+        )
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+
+def _decoded(
+    queries: mx.array,
+    form: Form,
+    stored: Parts,
+    *,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """Attention by the fused kernel, over keys and values that are decoded for it."""
+    if isinstance(form.keys, AffineCodec):
+        return mx.fast.scaled_dot_product_attention(
+            queries, *form.decode(stored), scale=scale, mask=mask, sinks=sinks
+        )
+    # Turned vectors have the angles they had, so neither keys nor values are turned back: their sum is.
+    keys, values = form.split(stored)
+    assert isinstance(form.keys, TurnedCodec)
+    assert isinstance(form.values, TurnedCodec)
+    out = mx.fast.scaled_dot_product_attention(
+        form.keys.turn(queries),
+        form.keys.decode_turned(keys),
+        form.values.decode_turned(values),
+        scale=scale,
+        mask=mask,
+        sinks=None if sinks is None else sinks.astype(mx.float32),
     )
+    return form.values.turn_back(out).astype(queries.dtype)
 
 
 def _multiplied(
     queries: mx.array,
     form: Form,
-    keys: Parts,
-    values: Parts,
+    stored: Parts,
     *,
     scale: float,
-    mask: mx.array | None,
+    mask: mx.array | str | None,
     sinks: mx.array | None,
 ) -> mx.array:
     """Attention by products with packed keys and values. Grouped queries are rows of one product, so nothing is
     broadcast and no mask can meet the wrong axis."""
+    keys, values = form.split(stored)
     rows, heads, num_tokens, _ = queries.shape
     kv_heads, extent = keys[0].shape[1], keys[0].shape[2]
     repeats = heads // kv_heads
@@ -130,7 +171,7 @@ def _multiplied(
         group_size=form.keys.group_size,
         bits=form.keys.bits,
     ).reshape(rows, kv_heads, repeats, num_tokens, extent)
-    if mask is not None:
+    if isinstance(mask, mx.array):
         scores = mx.where(mask[:, :, None], scores, mx.finfo(scores.dtype).min)
     if sinks is not None:
         column = mx.broadcast_to(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
@@ -30,6 +30,20 @@ class Codec(Protocol):
 
     def decode(self, parts: Parts) -> mx.array:
         """parts [..., T, width] → [..., T, D], in the model's dtype."""
+
+
+@runtime_checkable
+class TurnedCodec(Protocol):
+    """A codec that stores vectors turned, all by the same rotation: lengths and angles are as they were."""
+
+    def decode_turned(self, parts: Parts) -> mx.array:
+        """parts → [..., T, D] float32, turned."""
+
+    def turn(self, vectors: mx.array) -> mx.array:
+        """[..., D] → float32, turned."""
+
+    def turn_back(self, vectors: mx.array) -> mx.array:
+        """The inverse."""
 
 
 class PlainCodec:
@@ -106,4 +120,6 @@ def make_codec(
         return PlainCodec(dim, dtype)
     if precision.scheme == "affine":
         return AffineCodec(dim, dtype, int(bits), precision.group_size)
-    raise NotImplementedError
+    from serve.cache.turbo import TurboCodec  # and with it mlx-vlm, which takes a second to import
+
+    return TurboCodec(dim, dtype, bits, sizes, seed=seed)

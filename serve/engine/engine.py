@@ -144,9 +144,13 @@ class Engine:
         return self.scheduler.has_work or bool(self._flights)
 
     def max_context_at(self, precision: KvPrecision) -> int:
-        """Tokens of prompt and answer together that a row of this precision may have. Safe to call from any thread."""
+        """Tokens of prompt and answer together that a row of this precision may have. Safe to call from any thread.
+
+        RequestError where this model's keys and values cannot be stored so.
+        """
         found = self._max_contexts.get(precision)
         if found is None:
+            self._runner.rows.check(precision)
             budget, limits = self.scheduler.budget, self.limits
             found = min(
                 limits.max_context or self.model.max_context,

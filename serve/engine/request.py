@@ -139,7 +139,7 @@ class EngineStats:
     num_preempted: int = 0
     """Times that a row was taken back into the queue."""
     memory: MemoryUse = MemoryUse()
-    prefixes: PrefixStats = PrefixStats()
+    prefixes: PrefixStats = field(default_factory=PrefixStats)
     num_finished: Mapping[str, int] = field(default_factory=dict)
     """Ended requests by finish reason."""
 

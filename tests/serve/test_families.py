@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
-import pytest
-from mlx_lm.models.cache import make_prompt_cache
+import random
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
+from mlx_vlm import turboquant
+
+from serve.cache.capacity import Bucket, Move, Place
+from serve.cache.families import make_rows
+from serve.cache.precision import PLAIN, KvPrecision
+from serve.cache.spans import Span, SpanPart
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.errors import ModelError
@@ -200,6 +211,154 @@ RECURRENT = {
 TEXTS = ["hi", "the quick brown fox jumps over the lazy dog and on", "tickets"]
 
 
+class StoredKVCache(KVCache):
+    """mlx-lm's cache, whose keys and values come back as a precision stores them once it is longer than start_after.
+
+    The forms are mlx's own quantization and mlx-vlm's codecs, on all that there is at each call.
+    """
+
+    def __init__(self, precision: KvPrecision, sizes: tuple[np.ndarray, np.ndarray]) -> None:
+        super().__init__()
+        self._precision = precision
+        self._sizes = sizes
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        keys, values = super().update_and_fetch(keys, values)
+        precision = self._precision
+        if precision.at(self.offset).is_plain:
+            return keys, values
+        bits = (precision.key_bits, precision.value_bits)
+        return tuple(
+            self._stored(array, bits[index], self._sizes[index], index)
+            for index, array in enumerate((keys, values))
+        )
+
+    def _stored(self, array: mx.array, bits: float, sizes: np.ndarray, seed: int) -> mx.array:
+        if self._precision.scheme == "affine":
+            group = {"group_size": self._precision.group_size, "bits": int(bits)}
+            packed, scales, biases = mx.quantize(array, **group)
+            half = mx.float16 if array.dtype == mx.float32 else array.dtype
+            return mx.dequantize(packed, scales.astype(half), biases.astype(half), **group).astype(array.dtype)
+        # One token whose channels are as large as in the sample: the codec picks its outliers by it.
+        codec = turboquant._build_codec(mx.array(sizes)[None, None, None], bits, "mse", seed)
+        return codec.dequantize(codec.quantize(array)).astype(array.dtype)
+
+
+class RowBatch:
+    """Sequences in one BatchRows, placed as a scheduler would, beside each one's own cache of the family.
+
+    Buckets have 32, 64, 128 … positions, so that few tokens fill several.
+    """
+
+    def __init__(self, network: TextNetwork, chunk_tokens: int = 16) -> None:
+        self.network = network
+        self.rows = make_rows(network, prefill_chunk_tokens=chunk_tokens)
+        self.rows.prove()
+        self.is_recurrent = self.rows.cost.state_bytes > 0
+        self.tokens: dict[str, list[int]] = {}
+        self.places: dict[str, Place] = {}
+        self.state_rows: dict[str, int] = {}
+        self.precisions: dict[str, KvPrecision] = {}
+        self.lengths: dict[str, int] = {}
+
+    def add(self, name: str, tokens: Sequence[int], precision: KvPrecision = PLAIN) -> None:
+        """A sequence that holds nothing yet."""
+        self.tokens[name], self.precisions[name], self.lengths[name] = list(tokens), precision, 0
+
+    def drop(self, name: str) -> None:
+        """Its row is free."""
+        self.places.pop(name, None)
+        self.state_rows.pop(name, None)
+        del self.lengths[name]
+
+    def bucket(self, name: str, length: int) -> Bucket:
+        """Where a row of that length lives."""
+        return Bucket(self.precisions[name].at(length), 32 << max(0, (length - 1).bit_length() - 5))
+
+    def place(self, name: str, length: int) -> None:
+        """A row with room for `length` positions; what it holds moves there."""
+        bucket, old = self.bucket(name, length), self.places.get(name)
+        if name not in self.state_rows:
+            self.state_rows[name] = min(set(range(99)) - set(self.state_rows.values()))
+        if old is not None and old.bucket == bucket:
+            return
+        taken = {place.row for place in self.places.values() if place.bucket == bucket}
+        self.places[name] = Place(bucket, min(set(range(99)) - taken))
+        self._resize([old] if old is not None else [])
+        if old is not None and self.lengths[name]:
+            self.rows.move([Move(old, self.places[name], self.lengths[name])])
+
+    def swap(self, first: str, second: str) -> None:
+        """Two rows of one bucket change places, states too."""
+        a, b = self.places[first], self.places[second]
+        state_a, state_b = self.state_rows[first], self.state_rows[second]
+        self.rows.move(
+            [Move(a, b, self.lengths[first]), Move(b, a, self.lengths[second])],
+            [(state_a, state_b), (state_b, state_a)],
+        )
+        self.places[first], self.places[second] = b, a
+        self.state_rows[first], self.state_rows[second] = state_b, state_a
+
+    def run(self, chunks: Mapping[str, int]) -> dict[str, mx.array]:
+        """One forward of so many next tokens each; hidden states [D] of the last token of each."""
+        for name, count in chunks.items():
+            self.place(name, self.lengths[name] + count)
+        self._resize([])
+        order = sorted(chunks, key=lambda name: (repr(self.places[name].bucket), self.places[name].row))
+        width = max(chunks.values())
+        tokens = np.zeros((len(order), width), dtype=np.int32)
+        for index, name in enumerate(order):
+            start = self.lengths[name]
+            tokens[index, : chunks[name]] = self.tokens[name][start : start + chunks[name]]
+        parts = [
+            SpanPart(
+                bucket,
+                [self.places[name].row for name in names],
+                [self.lengths[name] for name in names],
+                [self.lengths[name] == 0 for name in names],
+            )
+            for bucket, names in (
+                (bucket, list(group)) for bucket, group in groupby(order, lambda name: self.places[name].bucket)
+            )
+        ]
+        self.rows.set_span(
+            Span(
+                parts,
+                width,
+                [self.state_rows[name] for name in order],
+                max(self.state_rows.values()) + 1,
+            )
+        )
+        hidden = self.network.hidden(mx.array(tokens), cache=self.rows.caches)
+        mx.eval(hidden, self.rows.arrays())
+        for name, count in chunks.items():
+            self.lengths[name] += count
+        return {name: hidden[index, chunks[name] - 1] for index, name in enumerate(order)}
+
+    def alone(self, tokens: Sequence[int], precision: KvPrecision = PLAIN) -> mx.array:
+        """[T, D]: the same tokens in the family's own cache, a token at a time where that tells."""
+        parts = iter(self.rows._layers)
+
+        def own(cache: Any) -> Any:
+            layer = next(parts)
+            if type(cache) is KVCache and not layer.shape.precision(precision).is_plain:
+                return StoredKVCache(precision, layer.sizes)
+            return cache
+
+        cache = [
+            CacheList(*map(own, each.caches)) if type(each) is CacheList else own(each)
+            for each in make_prompt_cache(self.network.module)
+        ]
+        hidden = [self.network.hidden(mx.array([[token]]), cache=cache)[0] for token in tokens]
+        return mx.concatenate(hidden)
+
+    def _resize(self, also: Sequence[Place]) -> None:
+        capacities: dict[Bucket, int] = {}
+        for bucket, row in [*self.places.values(), *also]:
+            capacities[bucket] = max(capacities.get(bucket, 0), row + 1)
+        self.rows.resize(capacities)
+
+
 @pytest.fixture(params=[*FAMILIES, *RECURRENT])
 def family(request, make_model):
     config = {"model_type": request.param, **COMMON, **(FAMILIES | RECURRENT)[request.param]}
@@ -228,3 +387,59 @@ def test_a_head_that_cannot_be_run_apart_is_noticed(model):
     model.network.module.__class__ = Shifted
     with pytest.raises(ModelError, match="cannot be run apart"):
         TextNetwork(model.network.module).check()
+
+
+def random_tokens(seed: int, count: int) -> list[int]:
+    """Ids of the random models' vocabulary."""
+    draw = random.Random(seed)
+    return [draw.randrange(3, 259) for _ in range(count)]
+
+
+def away(found: mx.array, expected: mx.array) -> float:
+    """How far hidden states are apart, as a share of their size."""
+    return (mx.linalg.norm(found - expected) / mx.linalg.norm(expected)).item()
+
+
+def run_randomly(batch: RowBatch, draw: random.Random) -> dict[str, list[tuple[int, mx.array]]]:
+    """All tokens of all sequences in chunks of random lengths, in random company, rows changing places.
+
+    (tokens so far, hidden states of the last) after each chunk, by sequence.
+    """
+    found: dict[str, list[tuple[int, mx.array]]] = {name: [] for name in batch.tokens}
+
+    def left(name: str) -> int:
+        precision, length = batch.precisions[name], batch.lengths[name]
+        rest = len(batch.tokens[name]) - length
+        plain = 0 if precision.is_plain else precision.start_after - length
+        return min(rest, plain) if plain > 0 else rest
+
+    while names := [name for name in batch.tokens if left(name)]:
+        chosen = draw.sample(names, draw.randint(1, len(names)))
+        if batch.is_recurrent:
+            chosen = [name for name in chosen if (batch.lengths[name] == 0) == (batch.lengths[chosen[0]] == 0)]
+        width = draw.choice([1, 1, 1, 5, 16])
+        counts = {name: min(draw.randint(1, width), left(name)) for name in chosen}
+        if batch.is_recurrent:
+            counts = dict.fromkeys(counts, min(counts.values()))
+        for name, hidden in batch.run(counts).items():
+            found[name].append((batch.lengths[name], hidden))
+        neighbours = [
+            (a, b)
+            for a in batch.places
+            for b in batch.places
+            if a < b and batch.places[a].bucket == batch.places[b].bucket
+        ]
+        if neighbours and draw.random() < 0.3:
+            batch.swap(*draw.choice(neighbours))
+    return found
+
+
+def test_rows_in_any_company_hold_what_the_family_s_own_cache_holds(family):
+    batch = RowBatch(family.network)
+    for index, length in enumerate((5, 40, 70, 33, 90, 12)):
+        batch.add(f"row{index}", random_tokens(index, length))
+    for name, steps in run_randomly(batch, random.Random(7)).items():
+        expected = batch.alone(batch.tokens[name])
+        for length, hidden in steps:
+            print(name, length, away(hidden, expected[length-1]))
+            assert away(hidden, expected[length - 1]) < 1e-3
