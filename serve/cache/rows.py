@@ -130,7 +130,7 @@ class BatchRows:
             copies = [layer.gather(sources) for layer in self._recurrent.values()]
             mx.eval(copies)
             for state_layer, copy in zip(self._recurrent.values(), copies, strict=True):
-                state_layer.scatter(targets, copy)
+                state_layer.scatter(targets, copy, 1 + max(target for _, target in state_moves))
             counts = [self._num_in_state.get(source, -1) for source, _ in state_moves]
             for (_, row), tokens in zip(state_moves, counts, strict=True):
                 self._num_in_state[row] = tokens

@@ -68,10 +68,13 @@ class StateRows(ArraysCache):
         """A copy of whole rows, lazily: what `scatter` puts elsewhere."""
         return [array[rows] for array in self.state]
 
-    def scatter(self, rows: mx.array, copies: Sequence[mx.array]) -> None:
-        """Overwrite whole rows with copies made before."""
-        for array, copy in zip(self.state, copies, strict=True):
-            array[rows] = copy
+    def scatter(self, rows: mx.array, copies: Sequence[mx.array], num_rows: int) -> None:
+        """Overwrite whole rows with copies made before. There are at least `num_rows` afterwards."""
+        held = [index for index, array in enumerate(self.cache) if array is not None]
+        for index, copy in zip(held, copies, strict=True):
+            buffer = _grown(self.cache[index], num_rows, copy)
+            buffer[rows] = copy
+            self.cache[index] = buffer
 
     def take(self, row: int) -> tuple[mx.array, ...]:
         """A copy of one row's arrays, lazily."""

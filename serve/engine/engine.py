@@ -214,6 +214,7 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan.is_empty:
             self._flights.append(self._runner.start(plan))
+            self._kv_bytes = self._runner.rows.num_bytes
             self._num_steps += 1
         if not self._flights or (len(self._flights) <= self._ahead and not plan.is_empty):
             return []

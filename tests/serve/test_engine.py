@@ -8,6 +8,8 @@ import mlx.core as mx
 import pytest
 
 from serve.api.logprobs import LogprobWriter
+from serve.cache.capacity import Bucket
+from serve.cache.precision import PLAIN
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.engine.request import Event, Request, Sampling, TokenLogprob
@@ -139,7 +141,7 @@ def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
     engine.add(make_request("overflows", "x" * 90, max_tokens=500, adapter=loud))
     for _ in range(3):
         engine.step()
-    held = [array for layer in engine._runner.rows.layers for array in layer.state]
+    held = engine._runner.rows.arrays()
     assert not all(mx.isfinite(array).all() for array in held), "the row must have overflowed"
     engine.cancel("overflows")
     engine.add(request)
@@ -170,8 +172,8 @@ def test_rows_preempted_for_memory_go_on_with_the_tokens_they_would_have_had(
     requests = [
         make_request(str(i), TEXTS[i % 3], max_tokens=560 + 9 * i, seed=i, **kinds[i % 3]) for i in range(6)
     ]
-    position_bytes = Engine(model).scheduler.budget.row_cost.position_bytes
-    engine = fresh_engine(kv_budget_bytes=4 * 512 * position_bytes)
+    row_bytes = Engine(model).scheduler.budget.row_cost.row_bytes(Bucket(PLAIN, 512))
+    engine = fresh_engine(kv_budget_bytes=4 * row_bytes)
     answers = generate(engine, requests)
     assert engine.stats().num_preempted > 1
     assert len({answer.token_ids for answer in answers}) == 6
@@ -180,23 +182,29 @@ def test_rows_preempted_for_memory_go_on_with_the_tokens_they_would_have_had(
         assert_drawn(request, answer.token_ids, model.network.module)
 
 
-def test_short_rows_after_a_long_one_do_not_each_keep_its_length(fresh_engine, make_request):
+def test_rows_cost_what_they_hold_beside_a_long_one_and_after_it(fresh_engine, make_request):
     engine = fresh_engine(max_rows=16)
-    position_bytes = engine.scheduler.budget.row_cost.position_bytes
-    engine.add(make_request("long", "x" * 900, max_tokens=8))
+    cost = engine.scheduler.budget.row_cost
+    short, long = (cost.row_bytes(Bucket(PLAIN, num_positions)) for num_positions in (256, 1024))
+    engine.add(make_request("long", "x" * 900, max_tokens=12))
     engine.add(make_request("stays", max_tokens=200))
-    for _ in range(16):
+    for _ in range(8):
         engine.step()
-    assert engine.stats().kv_bytes == 2 * 1024 * position_bytes
+    assert engine.stats().num_decoding == 2
+    assert engine.stats().kv_bytes == engine._runner.rows.num_bytes == short + long
+    for _ in range(8):
+        engine.step()
+    assert engine.stats().kv_bytes == engine._runner.rows.num_bytes == short
     for index in range(15):
         engine.add(make_request(f"short-{index}", max_tokens=30))
     for _ in range(8):
         engine.step()
     assert engine.stats().num_decoding == 16
-    assert engine.stats().kv_bytes == 16 * 256 * position_bytes
+    assert engine.stats().kv_bytes == engine._runner.rows.num_bytes == 16 * short
     engine.cancel("stays")
     for index in range(15):
         engine.cancel(f"short-{index}")
+    assert engine.stats().kv_bytes == engine._runner.rows.num_bytes == 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -8,6 +8,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import ChunkedKVCache, make_prompt_cache
 
+from serve.cache.capacity import Bucket
+from serve.cache.precision import PLAIN
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.errors import ConfigError, ModelError
@@ -118,7 +120,7 @@ def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
         any(sequence.request.id == "overflows" for sequence in engine.scheduler.running) or not has_overflowed
     ):
         engine.step()
-        held = [array for layer in engine._runner.rows.layers for array in layer.state]
+        held = engine._runner.rows.arrays()
         has_overflowed |= not all(mx.isfinite(array).all() for array in held)
     assert engine.stats().num_finished == {"error": 1}, "and its logits are not numbers"
     request = make_request("after", TEXTS[3], max_tokens=12)
@@ -161,7 +163,7 @@ def test_rows_with_different_adapters_match_running_each_merged_and_alone(
 def test_admission_counts_the_state_of_each_row(recurrent_folder, make_request):
     model = load(str(recurrent_folder("mamba2")))
     cost = Engine(model).scheduler.budget.row_cost
-    assert cost.position_bytes == 0
+    assert cost.row_bytes(Bucket(PLAIN, 256)) == 0
     assert cost.state_bytes > 0
     engine = Engine(model, EngineLimits(kv_budget_bytes=3 * cost.state_bytes - 1))
     for index in range(4):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from serve.cache.capacity import Bucket, Place, RowCost
+from serve.cache.capacity import Bucket, LayerShape, Place, RowCost
 from serve.cache.precision import PLAIN, KvPrecision
 from serve.engine.placement import least_bytes
 from serve.engine.plan import Capture, Chunk, Drawn, Plan, SequenceState
@@ -19,11 +19,16 @@ from serve.engine.request import Request, Sampling
 from serve.engine.scheduler import Budget, NoPrefixes, Scheduler
 from serve.model.prompt import Prompt
 
+def row_cost(position_bytes: int = 1, state_bytes: int = 0) -> RowCost:
+    layers = [LayerShape(num_heads=1, key_dim=position_bytes, value_dim=0, itemsize=1)] if position_bytes else []
+    return RowCost(layers, state_bytes)
+
+
 BUDGET = Budget(
     max_rows=4,
     prefill_chunk_tokens=32,
     max_bytes=4 * 512,
-    row_cost=RowCost(1),
+    row_cost=row_cost(),
 )
 
 
@@ -45,10 +50,6 @@ def run(scheduler: Scheduler) -> Plan:
     scheduler.remove([one for one in drawing if one.num_tokens >= one.max_total_tokens])
     scheduler.check_integrity()
     return plan
-
-
-def row_cost(position_bytes: int = 1, state_bytes: int = 0) -> RowCost:
-    return RowCost(position_bytes, state_bytes)
 
 
 def names(sequences) -> list[str]:
