@@ -242,3 +242,49 @@ def test_bench_step_measures_loop_and_engine_and_says_where_a_step_goes(run_benc
         assert all(part["wall_ms"] > 0 for part in each["parts"].values())
         assert f"{each['asked_ms']:.2f}" in printed
     assert all(part in printed for part in PARTS)
+
+
+# The commands that start servers.
+
+
+def test_bench_cache_measures_each_part_and_keeps_what_it_knows(run_bench, capsys):
+    numbers = run_bench(
+        "bench cache --rounds 2 --rows 3 --long-tokens 300 --prefix-tokens 256,300 --prefill-tokens 300"
+        " --clients 2 --max-tokens 24"
+    )
+    found = {each["what"]: each for each in numbers["findings"]}
+    assert len(found) == 1 + 4 + 4 + 1
+    assert all(ratio > 0 for each in found.values() for ratio in each["ratios"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(f"{each['median']:.3f}" in printed for each in found.values())
+    bits = {bits: found[f"bytes of a row of 300 tokens, {bits} bit over 16"] for bits in (8, 4)}
+    assert all(each["is_met"] for each in bits.values())
+    for bits, each in bits.items():
+        peak = found[f"peak memory of a prefill of 300 tokens, {bits} bit over plain"]["values"]
+        assert each["ratios"][0] == pytest.approx(
+            (bits + 0.5) / 16
+        )  # a scale and a bias of 16 bit for 64 numbers
+        assert 0 < peak[f"rows at {bits} bit MiB"][0] < peak["plain rows MiB"][0]
+
+
+def test_bench_cache_refuses_a_part_that_there_is_not(capsys):
+    with pytest.raises(SystemExit) as stop:
+        lathe.main(["bench", "cache", "--parts", "ragged,rugged"])
+    assert stop.value.code == 2
+    assert "rugged" in capsys.readouterr().err
+
+
+def test_bench_conversations_plays_the_same_turns_with_both_servers(run_bench, capsys):
+    numbers = run_bench(
+        "bench conversations --conversations 6 --turns 3 --systems 2 --system-tokens 96 --message-tokens 8"
+        " --max-tokens 6 --held 1 --clients 2"
+    )
+    printed = capsys.readouterr().out
+    for each in numbers["results"]:
+        assert (each["num_turns"], each["num_errors"]) == (18, 0)
+        assert 0.5 < each["hit_rate"] <= each["most_possible"] + 0.01 < 1
+        assert each["cache_stats"]["enabled"] is True
+        assert f"{each['hit_rate']:.1%}" in printed
+    assert set(numbers["ttft_ratios"]) == {"p50", "p95", "by turn"}
+    asked = [each["num_prompt_tokens"] for each in numbers["results"]]
+    assert asked[0] == pytest.approx(asked[1], rel=0.05)  # answers differ where a near-tie falls another way
