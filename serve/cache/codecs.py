@@ -77,8 +77,13 @@ class AffineCodec:
 
     def decode(self, parts: Parts) -> mx.array:
         packed, scales, biases = parts
+        # Given half precision, mlx would multiply in it.
         return mx.dequantize(
-            packed, scales, biases, group_size=self.group_size, bits=self.bits, dtype=self.dtype
+            packed,
+            scales.astype(self.dtype),
+            biases.astype(self.dtype),
+            group_size=self.group_size,
+            bits=self.bits,
         )
 
 

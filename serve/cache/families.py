@@ -126,12 +126,11 @@ def _prove(network: TextNetwork, rows: BatchRows) -> None:
     comes out differs by what their rows hold alone; each must be its own cache's.
     """
     with evaluating(network):
-        alone = mx.stack([_alone(network, index) for index in range(len(HISTORY_CHUNKS))])
         problems = []
         for is_dense, num_head_axes in MODES if rows.attending else MODES[:1]:
             for layer in rows.attending:
                 layer.is_dense, layer.num_head_axes = is_dense, num_head_axes
-            problem = _problem(network, rows, alone)
+            problem = _problem(network, rows)
             if problem is None:
                 return
             problems.append(problem)
@@ -140,7 +139,7 @@ def _prove(network: TextNetwork, rows: BatchRows) -> None:
     raise ModelError(f"{_family(network)}: its rows cannot be batched: {reason}")
 
 
-def _problem(network: TextNetwork, rows: BatchRows, alone: mx.array) -> tuple[str, bool] | None:
+def _problem(network: TextNetwork, rows: BatchRows) -> tuple[str, bool] | None:
     """What is wrong with the rows, and whether it is about numbers."""
     try:
         found = _in_company(network, rows)
@@ -148,6 +147,7 @@ def _problem(network: TextNetwork, rows: BatchRows, alone: mx.array) -> tuple[st
         return str(error), False
     finally:
         rows.clear()
+    alone = mx.stack([_alone(network, index) for index in range(len(HISTORY_CHUNKS))])
     share = MAX_ERROR_SHARE if alone.dtype == mx.float32 else MAX_ERROR_SHARE_HALF
     apart = min(_size(alone[a] - alone[b]) for a, b in combinations(range(len(HISTORY_CHUNKS)), 2))
     allowed = share * apart + 8 * mx.finfo(alone.dtype).eps * _size(alone)

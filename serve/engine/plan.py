@@ -141,8 +141,8 @@ class Plan:
     """So many of the chunks, the first, have one token."""
     captures: tuple[Capture, ...] = ()
     composition: int = 0
-    """Changes whenever the sequences of the one-token chunks, their order or their places do. Two plans in a row with
-    the same one run the same rows, one token later."""
+    """Changes whenever the sequences of the one-token chunks, their order or their places do, and with the number of
+    rows where those keep state. Two plans in a row with the same one run the same rows, one token later."""
     num_state_rows: int = 0
     """Rows that have a sequence, whether this step runs them or not."""
     num_bytes: int = 0

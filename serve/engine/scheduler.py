@@ -95,7 +95,7 @@ class Scheduler:
         self._num_plans = 0
         self._composition = 0
         self._last_plan: Plan | None = None
-        self._last_singles: list[tuple[SequenceState, object]] = []
+        self._last_singles: list[object] = []
         self._num_repeats_left = 0  # steps for which nobody reaches the end of its row or answer
         self._may_admit = False  # somebody came or went since the queue was last looked at
         self._is_moved = False  # some sequence joined, left or began to decode since rows were last placed
@@ -201,7 +201,7 @@ class Scheduler:
             chunks=tuple(chunks),
             num_single=arrangement.num_single,
             captures=captures,
-            composition=self._composition_of(chunks[: arrangement.num_single]),
+            composition=self._composition_of(chunks[: arrangement.num_single], len(order)),
             num_state_rows=len(order),
             num_bytes=arrangement.num_bytes,
             num_prefilled=sum(chunk.num_tokens for chunk in prefill),
@@ -457,8 +457,10 @@ class Scheduler:
         """Whether it runs beside decoding rows. A recurrent row that begins may not: they have states, it has none."""
         return chunk.num_tokens == 1 and not (chunk.begins and self.budget.is_recurrent)
 
-    def _composition_of(self, singles: Sequence[Chunk]) -> int:
-        now: list[tuple[SequenceState, object]] = [(one.sequence, one.sequence.place) for one in singles]
+    def _composition_of(self, singles: Sequence[Chunk], num_rows: int) -> int:
+        now: list[object] = [(one.sequence, one.sequence.place) for one in singles]
+        if self.budget.is_recurrent:
+            now.append(num_rows)
         if now != self._last_singles:
             self._last_singles = now
             self._composition += 1

@@ -192,7 +192,7 @@ def test_rows_cost_what_they_hold_beside_a_long_one_and_after_it(fresh_engine, m
         engine.step()
     assert engine.stats().num_decoding == 2
     assert engine.stats().kv_bytes == engine._runner.rows.num_bytes == short + long
-    for _ in range(8):
+    for _ in range(12):
         engine.step()
     assert engine.stats().kv_bytes == engine._runner.rows.num_bytes == short
     for index in range(15):

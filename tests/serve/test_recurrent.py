@@ -195,7 +195,7 @@ def test_a_family_whose_rows_mix_is_refused_at_start(recurrent_folder):
         if cache[1] is not None:
             cache[1] = mx.broadcast_to(cache[1].mean(axis=0, keepdims=True), cache[1].shape)
 
-    with pytest.raises(ModelError, match="mamba2: its recurrent state cannot be batched: a row in company"):
+    with pytest.raises(ModelError, match="mamba2: its rows cannot be batched: a row in company"):
         Engine(broken(load(str(recurrent_folder("mamba2"))), mix))
 
 
@@ -205,7 +205,7 @@ def test_a_family_whose_state_grows_is_refused_at_start(recurrent_folder):
             cache[0] = mx.concatenate([cache[0], cache[0]], axis=1)
 
     with pytest.raises(
-        ModelError, match=r"mamba2: its recurrent state cannot be batched: state 0 .* must keep its shape"
+        ModelError, match=r"mamba2: its rows cannot be batched: state 0 .* must keep its shape"
     ):
         Engine(broken(load(str(recurrent_folder("mamba2"))), grow))
 

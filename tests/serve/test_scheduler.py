@@ -227,6 +227,7 @@ class Machine:
         if self.last is not None and self.last.composition == plan.composition:
             before = [(c.sequence, c.stop) for c in self.last.chunks[: self.last.num_single]]
             assert before == [(c.sequence, c.start) for c in plan.chunks[: plan.num_single]]
+            assert not cost.state_bytes or self.last.num_state_rows == plan.num_state_rows
         self.last = plan
 
 
