@@ -7,7 +7,7 @@ keys and values, the prefix cache and the order of steps. Nothing is known by a 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from rich.text import Text
 
 from serve.adapters.manifest import AdapterConfig, FineTuneType, write_adapter
 from serve.adapters.version import AdapterVersion
+from serve.cache.capacity import Bucket, positions_capacity
 from serve.cache.kv_settings import make_precision
 from serve.cache.precision import GROUP_SIZES, PLAIN, KvPrecision
 from serve.engine.engine import Engine, EngineLimits
@@ -34,17 +35,19 @@ from serve.tables import Table
 BASE = "base"
 BITS: Mapping[str, float] = {"plain": 16, "8 bit": 8, "4 bit": 4, "TurboQuant 3.5": 3.5}
 MEMORY, DISK, AHEAD = "prefix in memory", "prefix on disk", "one step ahead"
-COLUMNS = (*BITS, MEMORY, DISK, AHEAD)
+TOGETHER = "beside all others"
+COLUMNS = (*BITS, TOGETHER, MEMORY, DISK, AHEAD)
 RANK = 2
 SHARE_OF_A_LAYER = 0.1
 """How large a random update is beside what its layer gives."""
 PROMPT_TOKENS, ANSWER_TOKENS = 40, 6
+BUCKET = positions_capacity(PROMPT_TOKENS + ANSWER_TOKENS)
 CHUNK_TOKENS = 16
 """Of a prompt in a step, so that a prompt takes several."""
 LARGEST_ID = 1000
 """Prompts are made of ids below it, or below the vocabulary's end."""
-MAX_DIFFERENCE = 0.05
-"""Between log-probabilities of one token after one text: rounding, not another past."""
+MAX_DIFFERENCE, MAX_DIFFERENCE_HALF = 0.05, 0.5
+"""Between log-probabilities of one token after one text, in single and in half precision: rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -123,31 +126,48 @@ class _Pair:
     column: str
     earlier: dict[str, _Answer]
 
-    def ask(self, prompt: int, precision: KvPrecision = PLAIN, salt: str = "") -> _Answer:
-        """The greedy answer to the row's `prompt`-th prompt. LatheError where there is none."""
-        request = Request(
-            id="trial",
+    def request(self, prompt: int, precision: KvPrecision = PLAIN, salt: str = "") -> Request:
+        """The row's `prompt`-th prompt, to be answered greedily."""
+        return Request(
+            id=f"{self.row} {self.column}",
             prompt=Prompt(_prompt(self.engine.model.network, 10 * self.row + prompt)),
             sampling=Sampling(max_tokens=ANSWER_TOKENS, temperature=0, ignore_eos=True, num_logprobs=0),
             adapter=self.version,
             precision=precision,
             cache_salt=salt,
         )
-        self.engine.add(self.engine.check(request))
-        events: list[Event] = []
-        while self.engine.has_work:
-            try:
-                events += self.engine.step()
-            except Exception as error:  # as in serving, it costs the rows and not the engine
-                events += self.engine.recover(error)
-        for event in events:
-            if event.error is not None:
-                raise event.error
-        return _Answer(
-            tuple(token for event in events for token in event.token_ids),
-            tuple(entry.logprob for event in events for entry in event.logprobs),
-            max(event.num_cached_tokens for event in events),
-        )
+
+    def ask(self, prompt: int, precision: KvPrecision = PLAIN, salt: str = "") -> _Answer:
+        """Its answer, alone. LatheError where there is none."""
+        (found,) = _run(self.engine, [self.request(prompt, precision, salt)])
+        if isinstance(found, LatheError):
+            raise found
+        return found
+
+
+def _run(engine: Engine, requests: Sequence[Request]) -> list[_Answer | LatheError]:
+    """All of them at once; each one's answer, or why there is none. RequestError for one that cannot be asked."""
+    events: dict[str, list[Event]] = {request.id: [] for request in requests}
+    for request in [engine.check(request) for request in requests]:
+        engine.add(request)
+    while engine.has_work:
+        try:
+            new = engine.step()
+        except Exception as error:  # as in serving, it costs the rows and not the engine
+            new = engine.recover(error)
+        for event in new:
+            events[event.request_id].append(event)
+    return [_joined(each) for each in events.values()]
+
+
+def _joined(events: Sequence[Event]) -> _Answer | LatheError:
+    if events[-1].error is not None:
+        return events[-1].error
+    return _Answer(
+        tuple(token for event in events for token in event.token_ids),
+        tuple(entry.logprob for event in events for entry in event.logprobs),
+        max(event.num_cached_tokens for event in events),
+    )
 
 
 Trial = Callable[[_Pair], str]
@@ -156,22 +176,33 @@ Trial = Callable[[_Pair], str]
 
 def _answers(pair: _Pair) -> str:
     """In some form of keys and values, with the first group size that fits."""
-    bits, problem = BITS[pair.column], None
-    for group_size in sorted(GROUP_SIZES, key=lambda size: size != PLAIN.group_size):
+    precision = _fitting(pair.engine, BITS[pair.column])
+    pair.earlier[pair.column] = pair.ask(0, precision, salt=pair.column)
+    row_bytes = pair.engine.scheduler.budget.row_cost.row_bytes
+    is_same = row_bytes(Bucket(precision, BUCKET)) == row_bytes(Bucket(PLAIN, BUCKET))
+    if is_same and not precision.is_plain:
+        return "it has no full attention, so nothing is quantized"
+    return "" if precision.group_size == PLAIN.group_size else f"with kv_group_size {precision.group_size}"
+
+
+def _fitting(engine: Engine, bits: float) -> KvPrecision:
+    """With the default group size, or the first that divides the model's channels. RequestError where none does."""
+    others = (size for size in GROUP_SIZES if size != PLAIN.group_size)
+    problem: RequestError | None = None
+    for group_size in (PLAIN.group_size, *others):
+        precision = make_precision(bits, group_size=group_size)
         try:
-            answer = pair.ask(0, make_precision(bits, group_size=group_size), salt=pair.column)
+            engine.max_context_at(precision)
+            return precision
         except RequestError as error:
             problem = problem or error
-            continue
-        pair.earlier[pair.column] = answer
-        return "" if group_size == PLAIN.group_size else f"with kv_group_size {group_size}"
     assert problem is not None
     raise problem
 
 
 def _restores(pair: _Pair) -> str:
     pair.earlier[pair.column] = pair.ask(1)
-    _check_is_restored(pair.ask(1), pair.earlier[pair.column])
+    _check_is_restored(pair, pair.ask(1), pair.earlier[pair.column])
     return ""
 
 
@@ -179,7 +210,7 @@ def _finds_on_disk(pair: _Pair) -> str:
     """What an engine before this one kept."""
     if MEMORY not in pair.earlier:
         raise GenerationError("no prefix was kept in memory, from where the disk gets them")
-    _check_is_restored(pair.ask(1), pair.earlier[MEMORY])
+    _check_is_restored(pair, pair.ask(1), pair.earlier[MEMORY])
     return ""
 
 
@@ -187,22 +218,24 @@ def _answers_as_before(pair: _Pair) -> str:
     """As an engine that reads each token before it goes on."""
     if "plain" not in pair.earlier:
         raise GenerationError("it answers in no order of steps")
-    _check_is_same(pair.ask(0, salt=pair.column), pair.earlier["plain"])
+    _check_is_same(pair, pair.ask(0, salt=pair.column), pair.earlier["plain"])
     return ""
 
 
-def _check_is_restored(warm: _Answer, cold: _Answer) -> None:
+def _check_is_restored(pair: _Pair, warm: _Answer, cold: _Answer) -> None:
     if warm.num_cached_tokens == 0:
         raise GenerationError("no prefix was found again")
-    _check_is_same(warm, cold)
+    _check_is_same(pair, warm, cold)
 
 
-def _check_is_same(found: _Answer, expected: _Answer) -> None:
+def _check_is_same(pair: _Pair, found: _Answer, expected: _Answer) -> None:
     """Token for token up to a near-tie, behind which the texts are two."""
+    is_single = pair.engine.model.network.parameters_dtype() == mx.float32
+    allowed = MAX_DIFFERENCE if is_single else MAX_DIFFERENCE_HALF
     for index, (one, other) in enumerate(zip(found.logprobs, expected.logprobs, strict=True)):
-        if not abs(one - other) <= MAX_DIFFERENCE:  # NaN is not
+        if not abs(one - other) <= allowed:  # NaN is not
             raise GenerationError(
-                f"token {index} has log-probability {one:.4f}, and {other:.4f} where it is computed anew"
+                f"token {index} has log-probability {one:.4f}, and {other:.4f} where it is computed anew and alone"
             )
         if found.token_ids[index] != expected.token_ids[index]:
             return
@@ -218,37 +251,70 @@ class _Tried:
         self._model = model
         self._folder = folder
         self._earlier: dict[str, dict[str, _Answer]] = {}
+        self._refused: dict[str, str] = {}
 
     def run(self, columns: Mapping[str, Trial], *, ahead: bool) -> None:
         """Try these columns on every row, in an engine of their own."""
         limits = EngineLimits(
-            max_rows=4,
-            prefill_chunk_tokens=CHUNK_TOKENS,
-            prefix_cache_dir=self._folder / "prefixes",
-            ahead=ahead,
+            prefill_chunk_tokens=CHUNK_TOKENS, prefix_cache_dir=self._folder / "prefixes", ahead=ahead
         )
         engine = Engine(load(self._model), limits)
         if not self.adapters:
             self.adapters = write_adapters(engine.model.network, self._folder)
+        versions: dict[str, AdapterVersion | None] = {}
         try:
-            for row, name in enumerate([BASE, *self.adapters]):
-                self.cells += self._row(engine, row, name, columns)
+            for name in [BASE, *self.adapters]:
+                self.cells += self._row(engine, name, columns, versions)
+            if not ahead:
+                self.cells += self._together(engine, versions)
         finally:
-            pass
+            engine.close()
 
-    def _row(self, engine: Engine, row: int, name: str, columns: Mapping[str, Trial]) -> Iterator[Cell]:
-        path = self.adapters.get(name) if row else None
+    def _row(
+        self,
+        engine: Engine,
+        name: str,
+        columns: Mapping[str, Trial],
+        versions: dict[str, AdapterVersion | None],
+    ) -> Iterator[Cell]:
         try:
-            version = engine.registry.load(name, path) if path is not None else None
+            versions[name] = engine.registry.load(name, self.adapters[name]) if name != BASE else None
         except LatheError as error:
+            self._refused[name] = str(error)
             yield from (Cell(name, column, False, str(error)) for column in columns)
             return
         for column, trial in columns.items():
-            pair = _Pair(engine, version, row, column, self._earlier.setdefault(name, {}))
             try:
-                yield Cell(name, column, True, trial(pair))
+                yield Cell(name, column, True, trial(self._pair(engine, name, column, versions)))
             except LatheError as error:
                 yield Cell(name, column, False, str(error))
+
+    def _together(self, engine: Engine, versions: Mapping[str, AdapterVersion | None]) -> Iterator[Cell]:
+        """Every row in every form that it takes alone, all in one batch."""
+        pairs = [
+            self._pair(engine, name, column, versions)
+            for name in versions
+            for column in BITS
+            if column in self._earlier[name]
+        ]
+        requests = [pair.request(0, _fitting(engine, BITS[pair.column]), salt=TOGETHER) for pair in pairs]
+        problems = dict(self._refused)
+        for pair, found in zip(pairs, _run(engine, requests), strict=True):
+            name = [BASE, *self.adapters][pair.row]
+            try:
+                if isinstance(found, LatheError):
+                    raise found
+                _check_is_same(pair, found, pair.earlier[pair.column])
+            except LatheError as error:
+                problems.setdefault(name, f"{pair.column}: {error}")
+        for name in [BASE, *self.adapters]:
+            yield Cell(name, TOGETHER, name not in problems, problems.get(name, ""))
+
+    def _pair(
+        self, engine: Engine, name: str, column: str, versions: Mapping[str, AdapterVersion | None]
+    ) -> _Pair:
+        row = [BASE, *self.adapters].index(name)
+        return _Pair(engine, versions[name], row, column, self._earlier.setdefault(name, {}))
 
 
 def _prompt(network: TextNetwork, seed: int) -> tuple[int, ...]:
@@ -265,7 +331,7 @@ def write_adapters(network: TextNetwork, folder: Path) -> dict[str, Path]:
     kinds: dict[str, tuple[FineTuneType, Mapping[str, nn.Module]]] = {
         "LoRA": ("lora", _ends(network, linears)),
         "DoRA": ("dora", _ends(network, linears)),
-        "LoRA on experts": ("lora", _ends(network, experts)),
+        "experts": ("lora", _ends(network, experts)),
     }
     made: dict[str, Path] = {}
     for number, (name, (kind, modules)) in enumerate(kinds.items()):
