@@ -82,6 +82,7 @@ class Runtime:
     def close(self) -> None:
         """Stop the engine's thread, whose open requests end with an error, and finish writing."""
         self.worker.stop()
+        self.engine.close()
         if self.recorder is not None:
             self.recorder.close()
 

@@ -21,7 +21,7 @@ class SegmentCodec:
     def dump(self, segment: Segment) -> tuple[dict[str, HostArray], dict[str, str]]:
         """No array is computed: those of a segment are evaluated, and lie row after row."""
         arrays = {
-            name: HostArray(str(array.dtype).removeprefix("mlx.core."), tuple(array.shape), memoryview(array))
+            name: HostArray(str(array.dtype).removeprefix("mlx.core."), tuple(array.shape), array)
             for name, array in segment.arrays().items()
         }
         return arrays, segment.meta()

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import replace
 
 from serve import device
 from serve.adapters.bank import Bank
 from serve.adapters.registry import Registry
-from serve.cache.precision import PLAIN, KvPrecision
+from serve.cache.precision import KvPrecision
+from serve.cache.stats import PrefixStats
 from serve.engine.finish import FinishRule
-from serve.engine.plan import Drawn, SequenceState
+from serve.engine.limits import EngineLimits as EngineLimits
+from serve.engine.limits import MemoryBudget
+from serve.engine.plan import Drawn, Plan, SequenceState
+from serve.engine.prefixes import SequencePrefixes
 from serve.engine.request import EngineStats, Event, MemoryUse, Request
-from serve.engine.runner import Flight, Runner
+from serve.engine.runner import Captured, Flight, Runner
 from serve.engine.scheduler import Budget, Scheduler
 from serve.errors import ConfigError, ContextLengthError, GenerationError, LatheError, RequestError
 from serve.model.loading import LoadedModel
@@ -22,63 +26,6 @@ from serve.model.template_rules import TemplateRules
 from serve.model.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
-
-SHARE_OF_FREE_MEMORY = 0.8
-KV_SHARE = 0.75
-"""Of the memory budget; the rest is for adapters."""
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """Bounds of one engine."""
-
-    max_rows: int = 64
-    max_waiting: int = 256
-    prefill_chunk_tokens: int = 256
-    max_context: int | None = None
-    """Tokens; None: what the model was made for."""
-    memory_budget_bytes: int | None = None
-    """Rows, prefixes and adapters together. None: what the other two allow; 0.8 of the memory that is free when the
-    engine is made, where they say nothing."""
-    kv_budget_bytes: int | None = None
-    """Rows and prefixes. None: three quarters of the memory budget."""
-    prefix_cache_bytes: int | None = None
-    """None: what rows leave; 0: no prefixes are kept."""
-    prefix_cache_dir: Path | None = None
-    prefix_cache_disk_bytes: int | None = None
-    precision: KvPrecision = PLAIN
-    """Of rows whose request names none."""
-    ahead: bool | None = None
-    """Build a step before the one before it is read; None: where the backend is not cpu."""
-    adapter_budget_bytes: int | None = None
-    """None: a quarter of the memory budget."""
-    max_adapters: int = 64
-    max_rank: int = 256
-    allow_other_base: bool = False
-    """Load adapters whose manifest names other base weights, or another tokenizer."""
-
-
-@dataclass(frozen=True)
-class MemoryBudget:
-    """Who may take how many bytes. Rows come first, and prefixes have what rows leave."""
-
-    total: int
-    kv: int
-    """Rows and prefixes."""
-    adapters: int
-
-    @classmethod
-    def of(cls, limits: EngineLimits) -> MemoryBudget:
-        """As the limits say, or in shares of what is free now."""
-        total = limits.memory_budget_bytes
-        free = total if total is not None else int(device.free_memory_bytes() * SHARE_OF_FREE_MEMORY)
-        kv = limits.kv_budget_bytes if limits.kv_budget_bytes is not None else int(free * KV_SHARE)
-        adapters = limits.adapter_budget_bytes or int(free * (1 - KV_SHARE))
-        return cls(total if total is not None else kv + adapters, kv, adapters)
-
-    def max_row_bytes(self, adapter_bytes: int) -> int:
-        """What rows may take beside adapters of that size."""
-        return max(min(self.kv, self.total - adapter_bytes), 0)
 
 
 class Engine:
@@ -112,14 +59,16 @@ class Engine:
         self._runner = Runner(
             model.network, self.bank, prefill_chunk_tokens=limits.prefill_chunk_tokens, ahead=self._ahead
         )
-        self.scheduler = Scheduler(
-            Budget(
-                max_rows=limits.max_rows,
-                prefill_chunk_tokens=limits.prefill_chunk_tokens,
-                max_bytes=self.memory.max_row_bytes(self.memory.adapters),
-                row_cost=self._runner.rows.cost,
-            )
+        cost = self._runner.rows.cost
+        budget = Budget(
+            max_rows=limits.max_rows,
+            prefill_chunk_tokens=limits.prefill_chunk_tokens,
+            max_bytes=self.memory.max_row_bytes(self.memory.adapters),
+            row_cost=cost,
         )
+        self.prefixes = SequencePrefixes.make(limits, self.memory.kv, model, cost)
+        """None where the limits want none."""
+        self.scheduler = Scheduler(budget, self.prefixes)
         self._max_contexts: dict[KvPrecision, int] = {}
         self.max_context = self.max_context_at(limits.precision)
         """Tokens of prompt and answer together: what model, limits and memory allow one row."""
@@ -132,6 +81,7 @@ class Engine:
         self._by_id: dict[str, SequenceState] = {}
         self._flights: deque[Flight] = deque()  # steps that have been started and not read
         self._eos = frozenset(model.tokenizer.eos_token_ids)
+        self._num_bank_changes = -1
         self._kv_bytes = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
@@ -161,8 +111,9 @@ class Engine:
         return found
 
     def check(self, request: Request) -> Request:
-        """The request as it will run: with a precision, and `max_tokens` what the context leaves, or less. Safe to call
-        from any thread.
+        """The request as it will run: with a precision, and `max_tokens` what the context leaves, or less.
+
+        Safe to call from any thread.
 
         The one admission check, for every caller. RequestError for an empty prompt or ids that are not in the
         vocabulary, ContextLengthError where the prompt leaves no room for an answer.
@@ -210,29 +161,43 @@ class Engine:
         before. What goes wrong with one row ends that row, by an error event. Only a forward that fails raises; then
         `recover` says whose it was.
         """
-        self.scheduler.max_bytes = self.memory.max_row_bytes(self.bank.num_bytes)
-        plan = self.scheduler.schedule()
+        plan = self._planned()
         if not plan.is_empty:
             self._flights.append(self._runner.start(plan))
-            self._kv_bytes = self._runner.rows.num_bytes
             self._num_steps += 1
         if not self._flights or (len(self._flights) <= self._ahead and not plan.is_empty):
             return []
         return self._land(self._flights.popleft())
 
+    def _planned(self) -> Plan:
+        """The next step, and prefixes within what its rows leave them."""
+        if self._num_bank_changes != self.bank.num_changes:
+            self._num_bank_changes = self.bank.num_changes
+            self.scheduler.max_bytes = self.memory.max_row_bytes(self.bank.num_bytes)
+        allowed = self.scheduler.max_bytes
+        plan = self.scheduler.schedule()
+        self._kv_bytes = plan.num_bytes
+        if self.prefixes is not None:
+            self.prefixes.bound(allowed - plan.num_bytes)
+        return plan
+
     def _land(self, flight: Flight) -> list[Event]:
         """The events of a step that was started."""
         drawn = self._runner.read(flight)
         self.scheduler.commit(flight.plan, drawn)
-        if flight.plan.num_prefilled:
-            self._num_prompt_tokens += flight.plan.num_prefilled
+        self._num_prompt_tokens += flight.plan.num_prefilled
+        if flight.captured:
+            unsound = {one.sequence for one in drawn if not one.is_sound}
+            self._keep(each for each in flight.captured if each.capture.sequence not in unsound)
         # A step ahead, a row may have run a token too many: its sequence has ended meanwhile.
         alive = self._by_id
         events = [self._event(one) for one in drawn if alive.get(one.sequence.request.id) is one.sequence]
         ended = [event for event in events if event.finish is not None]
         if ended:
             self._forget([alive[event.request_id] for event in ended if event.finish != "error"])
-            self._forget([alive[event.request_id] for event in ended if event.finish == "error"], is_sound=False)
+            self._forget(
+                [alive[event.request_id] for event in ended if event.finish == "error"], is_sound=False
+            )
         return events
 
     def recover(self, error: BaseException) -> list[Event]:
@@ -261,11 +226,28 @@ class Engine:
             num_preempted=self.scheduler.num_preempted,
             memory=MemoryUse(
                 kv_bytes=self._kv_bytes,
+                prefix_bytes=self.prefixes.num_bytes if self.prefixes else 0,
                 adapter_bytes=self.bank.num_bytes,
                 budget_bytes=self.memory.total,
             ),
+            prefixes=self.prefixes.stats if self.prefixes else PrefixStats(),
             num_finished=dict(self._num_finished),
         )
+
+    @property
+    def has_prefixes(self) -> bool:
+        """Whether there is a prefix cache."""
+        return self.prefixes is not None
+
+    def forget_prefixes(self, tenant: str | None = None) -> None:
+        """Drop a tenant's prefixes, in memory and on disk; everybody's, where none is named."""
+        if self.prefixes is not None:
+            self.prefixes.cache.clear(tenant)
+
+    def close(self) -> None:
+        """Write what waits for the disk, and let go of its folder. No step follows."""
+        if self.prefixes is not None:
+            self.prefixes.cache.close()
 
     def _event(self, drawn: Drawn) -> Event:
         sequence, token_ids, logprobs, is_sound = drawn
@@ -308,8 +290,22 @@ class Engine:
         for sequence in sequences:
             self._drop(sequence)
         if not self.scheduler.has_work:
-            self._runner.clear()
-            self._kv_bytes = 0
+            self._clear_rows()
+
+    def _clear_rows(self) -> None:
+        """Nobody needs a row now: prefixes take what was in them, and the memory."""
+        captured = self._runner.capture(self.scheduler.take_departures())
+        if self._flights:  # what they are copied from is being computed, and may fail
+            self._flights[-1].captured += captured
+        else:
+            self._keep(captured)
+        self._runner.clear()
+        self._kv_bytes = 0
+
+    def _keep(self, captured: Iterable[Captured]) -> None:
+        for each in captured:
+            assert self.prefixes is not None
+            self.prefixes.keep(each)
 
     def _drop(self, sequence: SequenceState) -> None:
         del self._by_id[sequence.request.id]

@@ -39,6 +39,8 @@ class SequenceState:
     """Steps that run it and are not committed."""
     num_restored_tokens: int | None = None
     """Found in the prefix cache when it first began; None until then."""
+    has_looked: bool = False
+    """The prefix cache was asked for it."""
     generated: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:

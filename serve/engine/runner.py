@@ -82,13 +82,14 @@ class Runner:
         self._unread: Flight | None = None  # the last one, while nobody has read it
 
     def start(self, plan: Plan) -> Flight:
-        """One step: rows to their places, one-token chunks, the others, draw. Lazily built, evaluated once at its end.
+        """One step: rows to their places, one-token chunks, the others, draw. Evaluated once, at its end.
 
         Feeds on the tokens of the step before it, read or not.
         """
+        captured = self.capture(plan.departures)
         self._place(plan)
         hidden, chunks = self._hidden(plan)
-        captured = self.capture(plan.captures)
+        captured += self.capture(plan.captures)
         flight = Flight(plan, [chunk.sequence for chunk in chunks], captured=captured)
         if hidden is not None:
             self._draw(flight, hidden, chunks)
@@ -173,7 +174,9 @@ class Runner:
         """[B, 1]: known ones, or what the step before this one draws."""
         flight = self._unread
         if flight is None or flight.drawn is None:
-            tokens = np.fromiter((chunk.sequence.token(chunk.start) for chunk in chunks), np.int32, len(chunks))
+            tokens = np.fromiter(
+                (chunk.sequence.token(chunk.start) for chunk in chunks), np.int32, len(chunks)
+            )
             return mx.array(tokens[:, None])
         drawn = flight.drawn.astype(mx.int32)
         if flight.plan.composition == plan.composition and len(flight.sequences) == len(chunks):
@@ -222,7 +225,11 @@ class Runner:
 
 
 def _choose(
-    hidden: mx.array, chunks: Sequence[Chunk], columns: Sequence[int], parts: list[mx.array], drawing: list[Chunk]
+    hidden: mx.array,
+    chunks: Sequence[Chunk],
+    columns: Sequence[int],
+    parts: list[mx.array],
+    drawing: list[Chunk],
 ) -> None:
     """Add [B', 1, D], the states that lead to a token, and their chunks."""
     chosen = [(index, column) for index, column in enumerate(columns) if chunks[index].draws]

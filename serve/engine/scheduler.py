@@ -18,7 +18,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Protocol
 
@@ -235,7 +235,7 @@ class Scheduler:
         return departures
 
     def abandon(self) -> list[SequenceState]:
-        """A step has failed: everybody who had a row, or was to have a token of it, is out. What waits is as before."""
+        """A step has failed: whoever had a row, or was to have a token of it, is out. The queue is as before."""
         lost = [*self.running, *self.ending]
         self.remove(lost, is_sound=False)
         self._departures.clear()
@@ -253,7 +253,9 @@ class Scheduler:
         assert self.prefilling == sorted(self.prefilling, key=_by_arrival), "prompts are out of order"
         places = [sequence.place for sequence in running if sequence.place is not None]
         assert len(set(places)) == len(places), "two sequences share a row"
-        assert all(place.row < self._capacities[place.bucket] for place in places), "a row is outside its buffer"
+        assert all(place.row < self._capacities[place.bucket] for place in places), (
+            "a row is outside its buffer"
+        )
         for sequence in (*self.waiting, *self.ending):
             assert sequence.place is None, "a sequence that does not run keeps a row"
         for sequence in self.waiting:
@@ -264,7 +266,9 @@ class Scheduler:
             wanted = sequence.num_tokens - 1 + sequence.num_in_flight
             assert sequence.num_planned_tokens == wanted, "a decoding row misses a token"
         for sequence in running:
-            assert sequence.num_cached_tokens <= sequence.num_planned_tokens, "more is written than was planned"
+            assert sequence.num_cached_tokens <= sequence.num_planned_tokens, (
+                "more is written than was planned"
+            )
             if sequence.place is not None:
                 held = sequence.place.bucket.num_positions
                 assert sequence.num_planned_tokens <= held, "a sequence has outgrown its row"
@@ -319,7 +323,7 @@ class Scheduler:
     # Admission
 
     def _admit(self) -> None:
-        # Claims only grow while nobody comes, goes or moves to another bucket: what does not fit now waits until then.
+        # Claims only grow while nobody comes, goes or changes buckets: what does not fit now waits until then.
         self._may_admit = False
         while self.waiting:
             held = Counter(sequence.group for sequence in self.running)
@@ -410,7 +414,7 @@ class Scheduler:
     # Prefill
 
     def _prefill_chunks(self) -> tuple[list[Restore], list[Chunk]]:
-        """Chunks of this step, and the prefixes that go before them. Rows are padded to the longest, and padding counts.
+        """Chunks of this step, and the prefixes before them. Rows are padded to the longest, and padding counts.
 
         A prefix is looked for when its row's turn has come, so that it may be what a neighbour has just computed.
         In one step all chunks of recurrent rows have one length, and either all of them begin a sequence or none
@@ -423,8 +427,13 @@ class Scheduler:
         chunks: list[Chunk] = []
         padded: list[Chunk] = []  # those of the second forward
         for sequence in order:
+            width = max((one.num_tokens for one in padded), default=0)
+            if width * (len(padded) + 1) > self.budget.prefill_chunk_tokens:
+                break
             prefix = self._prefixes.find(sequence) if sequence.num_planned_tokens == 0 else None
-            chunk = self._next_chunk(sequence, prefix.num_tokens if prefix else sequence.num_planned_tokens, padded)
+            chunk = self._next_chunk(
+                sequence, prefix.num_tokens if prefix else sequence.num_planned_tokens, padded
+            )
             if chunk is None:
                 if prefix is not None:
                     self._prefixes.release(prefix)
@@ -454,7 +463,7 @@ class Scheduler:
         return chunk if width * (len(padded) + 1) <= self.budget.prefill_chunk_tokens else None
 
     def _is_single(self, chunk: Chunk) -> bool:
-        """Whether it runs beside decoding rows. A recurrent row that begins may not: they have states, it has none."""
+        """Whether it runs beside decoding rows. A recurrent row that begins may not, for it has no state yet."""
         return chunk.num_tokens == 1 and not (chunk.begins and self.budget.is_recurrent)
 
     def _composition_of(self, singles: Sequence[Chunk], num_rows: int) -> int:

@@ -320,7 +320,8 @@ class RowBatch:
                 [self.lengths[name] == 0 for name in names],
             )
             for bucket, names in (
-                (bucket, list(group)) for bucket, group in groupby(order, lambda name: self.places[name].bucket)
+                (bucket, list(group))
+                for bucket, group in groupby(order, lambda name: self.places[name].bucket)
             )
         ]
         self.rows.set_span(
@@ -423,7 +424,9 @@ def run_randomly(batch: RowBatch, draw: random.Random) -> dict[str, list[tuple[i
     while names := [name for name in batch.tokens if left(name)]:
         chosen = draw.sample(names, draw.randint(1, len(names)))
         if batch.is_recurrent:
-            chosen = [name for name in chosen if (batch.lengths[name] == 0) == (batch.lengths[chosen[0]] == 0)]
+            chosen = [
+                name for name in chosen if (batch.lengths[name] == 0) == (batch.lengths[chosen[0]] == 0)
+            ]
         width = draw.choice([1, 1, 1, 5, 16])
         counts = {name: min(draw.randint(1, width), left(name)) for name in chosen}
         if batch.is_recurrent:
@@ -494,7 +497,9 @@ def test_rows_take_the_bytes_that_are_counted(family):
     held = {bucket: 0 for bucket, _ in batch.places.values()}
     for bucket, row in batch.places.values():
         held[bucket] = max(held[bucket], row + 1)
-    assert batch.rows.num_bytes - states == sum(count * cost.row_bytes(bucket) for bucket, count in held.items())
+    assert batch.rows.num_bytes - states == sum(
+        count * cost.row_bytes(bucket) for bucket, count in held.items()
+    )
     assert (len({cost.row_bytes(bucket) for bucket in held}) > 1) == is_quantizable(batch)
 
 

@@ -1,4 +1,4 @@
-"""Rows for everybody: whatever comes, goes and grows, rows are compact, moves are right and bytes are what there is."""
+"""Rows for everybody: whatever comes, goes and grows, rows are compact, moves are right, bytes are exact."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def test_rows_are_compact_and_nobodys_are_lost_whatever_comes_and_goes(wanted, m
     for everybody in wanted:
         # A row that held something holds it still; one that comes anew holds nothing.
         tenants = [
-            Tenant(key, bucket, is_single, held if key in places else 0, places.get(key), state_rows.get(key, -1))
+            Tenant(
+                key, bucket, is_single, held if key in places else 0, places.get(key), state_rows.get(key, -1)
+            )
             for key, (bucket, is_single, held) in everybody.items()
         ]
         before = dict(places)
@@ -93,7 +95,9 @@ def test_rows_are_compact_and_nobodys_are_lost_whatever_comes_and_goes(wanted, m
             rows.rows[place] = rows.states[state_rows[tenant.key]] = tenant.key
         for bucket, capacity in rows.capacities.items():
             inside = [key for key, place in places.items() if place.bucket == bucket]
-            assert [places[key].row for key in inside] == list(range(len(inside))), "rows are compact, singles first"
+            assert [places[key].row for key in inside] == list(range(len(inside))), (
+                "rows are compact, singles first"
+            )
             assert len(inside) <= capacity <= max(3 * len(inside), rows_capacity(len(inside)))
         assert set(rows.capacities) == {tenant.bucket for tenant in tenants}
         assert arrangement.num_bytes == rows.num_bytes + len(tenants) * cost.state_bytes
@@ -121,5 +125,7 @@ def test_a_bucket_grows_by_quarters_and_keeps_its_rows_until_a_third_is_in_use()
 
     assert [capacity_for(count) for count in range(1, 21)] == [rows_capacity(count) for count in range(1, 21)]
     most = rows_capacity(20)
-    assert [capacity_for(count) for count in range(19, 0, -1) if 3 * count > most] == [most] * (19 - most // 3)
+    assert [capacity_for(count) for count in range(19, 0, -1) if 3 * count > most] == [most] * (
+        19 - most // 3
+    )
     assert capacity_for(most // 3) == rows_capacity(most // 3)

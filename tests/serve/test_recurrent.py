@@ -171,7 +171,8 @@ def test_admission_counts_the_state_of_each_row(recurrent_folder, make_request):
     engine.step()
     engine.step()
     assert engine.stats().num_decoding == 2
-    assert engine.stats().kv_bytes == 2 * cost.state_bytes / 2, "a step holds the old states and the new ones"
+    assert engine.stats().kv_bytes == 2 * cost.state_bytes, "a step holds the old states and the new ones"
+    assert engine._runner.rows.num_bytes == cost.state_bytes
     with pytest.raises(ConfigError, match="keys, values and states"):
         Engine(model, EngineLimits(kv_budget_bytes=cost.state_bytes - 1))
 

@@ -19,8 +19,11 @@ from serve.engine.request import Request, Sampling
 from serve.engine.scheduler import Budget, NoPrefixes, Scheduler
 from serve.model.prompt import Prompt
 
+
 def row_cost(position_bytes: int = 1, state_bytes: int = 0) -> RowCost:
-    layers = [LayerShape(num_heads=1, key_dim=position_bytes, value_dim=0, itemsize=1)] if position_bytes else []
+    layers = (
+        [LayerShape(num_heads=1, key_dim=position_bytes, value_dim=0, itemsize=1)] if position_bytes else []
+    )
     return RowCost(layers, state_bytes)
 
 
@@ -99,7 +102,9 @@ class Tree:
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
 
 
 def _next_token(tokens: Sequence[int]) -> int:
@@ -289,7 +294,11 @@ def test_whatever_comes_and_goes_every_answer_is_what_its_own_tokens_lead_to(mac
     precisions = {
         "plain": [PLAIN],
         "quantized": [KvPrecision("affine", 8, 8)],
-        "mixed": [PLAIN, KvPrecision("affine", 4, 4, start_after=40), KvPrecision("affine", 8, 8, start_after=300)],
+        "mixed": [
+            PLAIN,
+            KvPrecision("affine", 4, 4, start_after=40),
+            KvPrecision("affine", 8, 8, start_after=300),
+        ],
         "recurrent": [PLAIN],
     }[kind]
     for step in range(600):
