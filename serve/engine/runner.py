@@ -177,7 +177,8 @@ class Runner:
         tokens = mx.array([[token or 0] for token in known], dtype=mx.int32)
         if None not in known:
             return tokens
-        assert last is not None and last.drawn is not None, "somebody is to draw what is not known"
+        assert last is not None, "nobody is to draw what is not known"
+        assert last.drawn is not None
         index_of = {sequence: index for index, sequence in enumerate(last.sequences)}
         indices = [
             0 if token is not None else index_of[c.sequence] for token, c in zip(known, chunks, strict=True)
