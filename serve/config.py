@@ -11,8 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from serve.adapters.names import label_problem, name_problem
-from serve.cache.kv_settings import KvScheme, make_precision
-from serve.cache.precision import KvPrecision
+from serve.cache.precision import KvPrecision, KvScheme, precision
 from serve.errors import ConfigError, RequestError
 from serve.experiments.assignment import Experiment, Variant
 from serve.model.quantization import Quantization
@@ -107,7 +106,7 @@ class ServeConfig(Strict):
     prefix_cache_dir: Path | None = None
     """Folder where prefixes that leave memory are kept, across restarts too; nowhere, if left out."""
     prefix_cache_disk_gib: float | None = Field(None, gt=0)
-    """What that folder may hold, in GiB; 10, if left out."""
+    """What that folder may hold, in GiB; 16, if left out."""
     kv_bits: float | None = None
     """Bits of a stored key or value in full-attention layers: 2, 3, 4, 5, 6, 8, or with half a bit (3.5) TurboQuant.
     Left out, or 16: as the model computes them. A request's own kv_bits takes its place."""
@@ -170,23 +169,23 @@ class ServeConfig(Strict):
     @property
     def kv_precision(self) -> KvPrecision:
         """In what form rows keep their keys and values, unless a request says otherwise."""
-        return self.make_precision(self.kv_bits, self.kv_value_bits, self.kv_scheme)
+        return self.make_precision(self.kv_bits, value_bits=self.kv_value_bits, scheme=self.kv_scheme)
 
     def make_precision(
         self,
         kv_bits: float | None,
-        kv_value_bits: float | None,
-        kv_scheme: KvScheme | None,
         *,
+        value_bits: float | None,
+        scheme: KvScheme | None,
         group_size: int | None = None,
         start_after: int | None = None,
         num_plain_layers: int | None = None,
     ) -> KvPrecision:
         """What such bits mean here; what is left out is this configuration's. RequestError names the field."""
-        return make_precision(
+        return precision(
             kv_bits,
-            kv_value_bits,
-            kv_scheme,
+            value_bits=value_bits,
+            scheme=scheme,
             group_size=self.kv_group_size if group_size is None else group_size,
             start_after=self.kv_quantize_after if start_after is None else start_after,
             num_plain_layers=self.kv_plain_layers if num_plain_layers is None else num_plain_layers,

@@ -163,11 +163,23 @@ class Engine:
         """
         plan = self._planned()
         if not plan.is_empty:
-            self._flights.append(self._runner.start(plan))
+            self._flights.append(self._start(plan))
             self._num_steps += 1
-        if not self._flights or (len(self._flights) <= self._ahead and not plan.is_empty):
-            return []
-        return self._land(self._flights.popleft())
+        is_last = plan.is_empty or not self.scheduler.has_work
+        events: list[Event] = []
+        while self._flights and (len(self._flights) > self._ahead or is_last):
+            events += self._land(self._flights.popleft())
+            is_last |= not self.scheduler.has_work
+        return events
+
+    def _start(self, plan: Plan) -> Flight:
+        """A step on its way. What it takes from prefixes is the graph's from then on, or nobody's."""
+        try:
+            return self._runner.start(plan)
+        finally:
+            for restore in plan.restores:
+                assert self.prefixes is not None
+                self.prefixes.release(restore.prefix)
 
     def _planned(self) -> Plan:
         """The next step, and prefixes within what its rows leave them."""
