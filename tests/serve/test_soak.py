@@ -79,7 +79,12 @@ class Soak:
         self.rng = random.Random(seed)
         self.prompts = [self.random_tokens(self.rng.choice([40, 90, 200])) for _ in range(NUM_SYSTEM_PROMPTS)]
         self.past: deque[tuple[int, ...]] = deque(maxlen=40)
-        self.source_of: dict[str, tuple[str, int]] = {}
+        self.sources = {
+            str(lively.adapter(name, kind, number).resolve()): (kind, number)
+            for kind in KINDS
+            for number in range(2)
+        }
+        """Kind and number of an adapter by its folder."""
         self.answers: list[Answer] = []
         self.numbers = itertools.count()
         self.swap_lock = asyncio.Lock()
@@ -116,7 +121,7 @@ class Soak:
             tenant=rng.choice(["", "a", "b"]),
             precision=rng.choice(PRECISIONS),
         )
-        answer = Answer(request, self.source_of[version.id] if version else ("base", 0), [])
+        answer = Answer(request, self.sources[version.path] if version else ("base", 0), [])
         self.answers.append(answer)
         return answer
 
@@ -129,8 +134,7 @@ class Soak:
                 registry.unload(kind)
                 return
             folder = self.lively.adapter(self.name, kind, number)
-            version = await asyncio.to_thread(registry.load, kind, folder, replace=True)
-            self.source_of[version.id] = (kind, number)
+            await asyncio.to_thread(registry.load, kind, folder, replace=True)
 
     async def ask(self, answer: Answer) -> None:
         """Reads to the end, or leaves: by cancelling, by a listener that fails, by a loop that is gone."""
