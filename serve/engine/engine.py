@@ -75,7 +75,7 @@ class Engine:
         if self.max_context < 2:
             raise ConfigError(
                 f"{self.scheduler.budget.max_bytes} bytes for keys, values and states do not hold one row of two "
-                f"tokens; raise kv_budget_gib"
+                f"tokens; raise memory_budget_gib or kv_budget_gib"
             )
         self._rules: dict[str, FinishRule] = {}
         self._by_id: dict[str, SequenceState] = {}
