@@ -126,10 +126,10 @@ class _Pair:
     earlier: dict[str, _Answer]
 
     def request(self, prompt: int, form: KvPrecision = PLAIN, salt: str = "") -> Request:
-        """The row's `prompt`-th prompt, to be answered greedily."""
+        """The `prompt`-th prompt, the same for every row, to be answered greedily."""
         return Request(
             id=f"{self.row} {self.column}",
-            prompt=Prompt(_prompt(self.engine.model.network, 10 * self.row + prompt)),
+            prompt=Prompt(_prompt(self.engine.model.network, prompt)),
             sampling=Sampling(max_tokens=ANSWER_TOKENS, temperature=0, ignore_eos=True, num_logprobs=0),
             adapter=self.version,
             precision=form,
@@ -200,8 +200,10 @@ def _fitting(engine: Engine, bits: float) -> KvPrecision:
 
 
 def _restores(pair: _Pair) -> str:
-    pair.earlier[pair.column] = pair.ask(1)
-    _check_is_restored(pair, pair.ask(1), pair.earlier[pair.column])
+    cold = pair.earlier[pair.column] = pair.ask(1)
+    if cold.num_cached_tokens:
+        raise GenerationError("it found another's prefix")
+    _check_is_restored(pair, pair.ask(1), cold)
     return ""
 
 
@@ -209,7 +211,10 @@ def _finds_on_disk(pair: _Pair) -> str:
     """What an engine before this one kept."""
     if MEMORY not in pair.earlier:
         raise GenerationError("no prefix was kept in memory, from where the disk gets them")
+    before = pair.engine.stats().prefixes.num_disk_hit_tokens
     _check_is_restored(pair, pair.ask(1), pair.earlier[MEMORY])
+    if pair.engine.stats().prefixes.num_disk_hit_tokens == before:
+        raise GenerationError("its prefix was not read from disk")
     return ""
 
 

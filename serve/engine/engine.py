@@ -165,9 +165,12 @@ class Engine:
         if not plan.is_empty:
             self._flights.append(self._start(plan))
             self._num_steps += 1
-        if not self._flights or (len(self._flights) <= self._ahead and not plan.is_empty):
-            return []
-        return self._land(self._flights.popleft())
+        is_last = plan.is_empty or not self.scheduler.has_work
+        events: list[Event] = []
+        while self._flights and (len(self._flights) > self._ahead or is_last):
+            events += self._land(self._flights.popleft())
+            is_last |= not self.scheduler.has_work
+        return events
 
     def _start(self, plan: Plan) -> Flight:
         """A step on its way. What it takes from prefixes is the graph's from then on, or nobody's."""

@@ -33,8 +33,8 @@ MAX_CONTEXT = 700
 KV_BYTES = 3 << 20
 """A row and a half of 1,024 positions of the model without windows or state: rows are preempted."""
 MAX_GROWTH_BYTES = 64 << 20
-"""What the process may gain between a fifth of the soak and its end. A row holds half a megabyte: one in fifty that is
-kept shows."""
+"""What the process may gain between a fifth of the soak and its end. A row holds half a megabyte: one
+in fifty that is kept shows."""
 SAMPLINGS = ({}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.7}, {"temperature": 1.2, "top_k": 9})
 PRECISIONS = (PLAIN, PLAIN, precision(8), precision(4), precision(8, start_after=100), precision(3.5))
 KINDS = ("lora", "dora", "experts")
@@ -231,7 +231,6 @@ def test_after_a_soak_nothing_is_left_and_every_answer_was_right(name, total, li
         engine.scheduler.check_integrity()
     finally:
         worker.stop()
-    print(stats.num_preempted, faults, Counter(a.final.finish for a in soak.answers if a.final), stats)
     assert stats.num_preempted > total // 100
     assert faults["failed"]
     ends = Counter(answer.final.finish for answer in soak.answers if answer.final is not None)
