@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import ipaddress
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from serve.adapters.names import label_problem, name_problem
-from serve.errors import ConfigError
+from serve.cache.precision import KvPrecision, KvScheme, precision
+from serve.errors import ConfigError, RequestError
 from serve.experiments.assignment import Experiment, Variant
 from serve.model.quantization import Quantization
 from serve.settings import Problems, Strict, load_yaml
 
 SQLITE_PREFIX = "sqlite:///"
+ELSEWHERE = {
+    "quantized_kv_start": "write kv_quantize_after",
+    "kv_quant_scheme": "write kv_scheme, affine for uniform and turbo for turboquant",
+}
+"""mlx-lm's and mlx-vlm's names, and what to write instead."""
 
 
 class AdapterConfig(Strict):
@@ -86,11 +92,38 @@ class ServeConfig(Strict):
     """Prompt tokens computed between two decode steps: the longest a running stream is held up."""
     max_context: int | None = Field(None, ge=1)
     """Tokens of prompt and answer together; what the model was made for, if left out."""
+    memory_budget_gib: float | None = Field(None, gt=0)
+    """Memory for keys and values, recurrent state, prefixes and adapters together, in GiB; 0.8 of what is free at
+    start, if left out. The model's own weights are not in it."""
     kv_budget_gib: float | None = Field(None, gt=0)
-    """Memory for keys, values and recurrent state, in GiB; 0.6 of what is free at start, if left out."""
+    """Of it, at most so much for keys, values, recurrent state and prefixes, in GiB; three quarters, if left out."""
     adapter_budget_gib: float | None = Field(None, gt=0)
-    """Memory for adapters, in GiB, with the copies made while one is loaded; 0.2 of what is free at start, if left
-    out. A load that needs more answers 507."""
+    """Of it, at most so much for adapters, in GiB, with the copies made while one is loaded; a quarter, if left out.
+    A load that needs more answers 507."""
+    prefix_cache_gib: float | None = Field(None, ge=0)
+    """Of the keys' and values' memory, at most so much for prefixes of earlier prompts and answers, in GiB: all that
+    the running rows leave, if left out; 0 keeps none."""
+    prefix_cache_dir: Path | None = None
+    """Folder where prefixes that leave memory are kept, across restarts too; nowhere, if left out."""
+    prefix_cache_disk_gib: float | None = Field(None, gt=0)
+    """What that folder may hold, in GiB; 16, if left out."""
+    kv_bits: float | None = None
+    """Bits of a stored key or value in full-attention layers: 2, 3, 4, 5, 6, 8, or with half a bit (3.5) TurboQuant.
+    Left out, or 16: as the model computes them. A request's own kv_bits takes its place."""
+    kv_value_bits: float | None = None
+    """Bits of values, where not those of keys."""
+    kv_scheme: KvScheme | None = None
+    """How they are packed: affine (a scale and a bias a group), or turbo (TurboQuant, 1 to 8 bits); by kv_bits, if
+    left out."""
+    kv_group_size: Literal[32, 64, 128] = 64
+    """Channels that share a scale (affine)."""
+    kv_quantize_after: int = Field(0, ge=0)
+    """A row of at most so many tokens stays plain; once it is longer, all of it is quantized."""
+    kv_plain_layers: int = Field(0, ge=0)
+    """So many of the last full-attention layers stay plain."""
+    one_step_ahead: Literal["auto", "on", "off"] = "auto"
+    """Build a step before the tokens of the one before it are read, so that the device does not wait for Python;
+    auto: everywhere but on CPU."""
     max_adapters: int = Field(64, ge=1)
     """Adapters that can be asked for at once. A version that was replaced while requests hold it counts no more."""
     max_rank: int = Field(256, ge=1)
@@ -134,42 +167,90 @@ class ServeConfig(Strict):
             return False
 
     @property
-    def kv_budget_bytes(self) -> int | None:
-        """kv_budget_gib in bytes."""
-        return None if self.kv_budget_gib is None else int(self.kv_budget_gib * 2**30)
+    def kv_precision(self) -> KvPrecision:
+        """In what form rows keep their keys and values, unless a request says otherwise."""
+        return self.make_precision(self.kv_bits, value_bits=self.kv_value_bits, scheme=self.kv_scheme)
 
-    @property
-    def adapter_budget_bytes(self) -> int | None:
-        """adapter_budget_gib in bytes."""
-        return None if self.adapter_budget_gib is None else int(self.adapter_budget_gib * 2**30)
+    def make_precision(
+        self,
+        kv_bits: float | None,
+        *,
+        value_bits: float | None,
+        scheme: KvScheme | None,
+        group_size: int | None = None,
+        start_after: int | None = None,
+        num_plain_layers: int | None = None,
+    ) -> KvPrecision:
+        """What such bits mean here; what is left out is this configuration's. RequestError names the field."""
+        return precision(
+            kv_bits,
+            value_bits=value_bits,
+            scheme=scheme,
+            group_size=self.kv_group_size if group_size is None else group_size,
+            start_after=self.kv_quantize_after if start_after is None else start_after,
+            num_plain_layers=self.kv_plain_layers if num_plain_layers is None else num_plain_layers,
+        )
 
     @model_validator(mode="after")
-    def _names_are_distinct(self) -> ServeConfig:
-        problems = list(self._name_problems())
-        for index, experiment in enumerate(self.experiments):
-            arms = Counter(variant.name for variant in experiment.build().variants)
-            problems += [
-                (f"experiments.{index}.variants", f"two variants are called {name!r}; give each its own name")
-                for name, count in arms.items()
-                if count > 1
-            ]
-            problems += [
-                (
-                    f"experiments.{index}.variants.{i}.model",
-                    f"found the experiment {v.model!r}; expected a model",
-                )
-                for i, v in enumerate(experiment.variants)
-                if v.model in {e.name for e in self.experiments}
-            ]
-            problems += [
-                (f"experiments.{index}.variants.{i}.{key}", f"found {label!a:.80}; {expected}")
-                for i, v in enumerate(experiment.variants)
-                for key, label in (("model", v.model), ("name", v.name))
-                if label is not None and (expected := label_problem(label))
-            ]
+    def _fits_together(self) -> ServeConfig:
+        problems = [
+            *self._name_problems(),
+            *self._experiment_problems(),
+            *self._memory_problems(),
+            *self._precision_problems(),
+        ]
         if problems:
             raise Problems(problems)
         return self
+
+    def _memory_problems(self) -> Iterator[tuple[str, str]]:
+        """Parts that are larger than the whole, and bounds of what is not there."""
+        for key, whole_key in (
+            ("kv_budget_gib", "memory_budget_gib"),
+            ("adapter_budget_gib", "memory_budget_gib"),
+            ("prefix_cache_gib", "memory_budget_gib"),
+            ("prefix_cache_gib", "kv_budget_gib"),
+        ):
+            part, whole = getattr(self, key), getattr(self, whole_key)
+            if part is not None and whole is not None and part > whole:
+                yield key, f"found {part:g}, which is a part of {whole_key}; expected at most {whole:g}"
+        if self.prefix_cache_dir is not None and self.prefix_cache_gib == 0:
+            yield (
+                "prefix_cache_dir",
+                "prefixes reach the disk from memory, and prefix_cache_gib is 0; leave one of them out",
+            )
+        if self.prefix_cache_disk_gib is not None and self.prefix_cache_dir is None:
+            yield (
+                "prefix_cache_disk_gib",
+                "found a bound of a folder, but no prefix_cache_dir; write that too",
+            )
+
+    def _precision_problems(self) -> Iterator[tuple[str, str]]:
+        try:
+            self.kv_precision  # noqa: B018
+        except RequestError as error:
+            yield error.param or "kv_bits", str(error)
+
+    def _experiment_problems(self) -> Iterator[tuple[str, str]]:
+        """Arms of one name, arms that are experiments, names that reports and headers cannot say."""
+        for index, experiment in enumerate(self.experiments):
+            arms = Counter(variant.name for variant in experiment.build().variants)
+            for name, count in arms.items():
+                if count > 1:
+                    yield (
+                        f"experiments.{index}.variants",
+                        f"two variants are called {name!r}; give each its own name",
+                    )
+            for i, v in enumerate(experiment.variants):
+                if v.model in {e.name for e in self.experiments}:
+                    yield (
+                        f"experiments.{index}.variants.{i}.model",
+                        f"found the experiment {v.model!r}; expected a model",
+                    )
+            for i, v in enumerate(experiment.variants):
+                for key, label in (("model", v.model), ("name", v.name)):
+                    if label is not None and (expected := label_problem(label)):
+                        yield f"experiments.{index}.variants.{i}.{key}", f"found {label!a:.80}; {expected}"
 
     def _name_problems(self) -> list[tuple[str, str]]:
         """Public names share one space: the base's, the adapters' and the experiments'."""
@@ -198,9 +279,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **changes: Any)
     Relative paths in the file resolve against the file's folder. Raises ConfigError that lists all problems.
     """
     if str(path).endswith((".yaml", ".yml")):
-        config = _resolve_paths(load_yaml(Path(path), ServeConfig, overrides), Path(path).absolute().parent)
+        config = load_yaml(Path(path), ServeConfig, overrides, foreign=ELSEWHERE)
+        config = _resolve_paths(config, Path(path).absolute().parent)
     else:
-        config = load_yaml("\n", ServeConfig, [*overrides, f"model={_quoted(str(path))}"])
+        written = [*overrides, f"model={_quoted(str(path))}"]
+        config = load_yaml("\n", ServeConfig, written, foreign=ELSEWHERE)
     changed = {key: value for key, value in changes.items() if value is not None}
     if not changed:
         return config
@@ -238,6 +321,8 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
     }
     if config.allowed_adapter_roots is not None:
         changes["allowed_adapter_roots"] = tuple(_under(folder, r) for r in config.allowed_adapter_roots)
+    if config.prefix_cache_dir is not None:
+        changes["prefix_cache_dir"] = _under(folder, config.prefix_cache_dir)
     model = Path(config.model).expanduser()
     if config.model.startswith((".", "~")) or (folder / model).is_dir():
         changes["model"] = str(_under(folder, model))

@@ -19,6 +19,9 @@ from serve.model.loading import LoadedModel, load
 from serve.model.template import ChatTemplate
 from serve.model.template_rules import TemplateRules, make_template
 
+AHEAD: Mapping[str, bool | None] = {"auto": None, "on": True, "off": False}
+"""What one_step_ahead means to the engine."""
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -79,6 +82,7 @@ class Runtime:
     def close(self) -> None:
         """Stop the engine's thread, whose open requests end with an error, and finish writing."""
         self.worker.stop()
+        self.engine.close()
         if self.recorder is not None:
             self.recorder.close()
 
@@ -89,9 +93,19 @@ def _limits(config: ServeConfig) -> EngineLimits:
         max_waiting=config.max_waiting,
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         max_context=config.max_context,
-        kv_budget_bytes=config.kv_budget_bytes,
-        adapter_budget_bytes=config.adapter_budget_bytes,
+        memory_budget_bytes=_bytes(config.memory_budget_gib),
+        kv_budget_bytes=_bytes(config.kv_budget_gib),
+        adapter_budget_bytes=_bytes(config.adapter_budget_gib),
+        prefix_cache_bytes=_bytes(config.prefix_cache_gib),
+        prefix_cache_dir=config.prefix_cache_dir,
+        prefix_cache_disk_bytes=_bytes(config.prefix_cache_disk_gib),
+        precision=config.kv_precision,
+        ahead=AHEAD[config.one_step_ahead],
         max_adapters=config.max_adapters,
         max_rank=config.max_rank,
         allow_other_base=config.allow_other_base,
     )
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * 2**30)

@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 import lathe
+from serve.config import ServeConfig, load_config
 from serve.experiments.assignment import Experiment, Variant
 from serve.experiments.store import Exposure, Store
 
@@ -31,6 +32,9 @@ COMMANDS = (
     "bench",
     "bench serve",
     "bench compare",
+    "bench step",
+    "bench cache",
+    "bench conversations",
     "bench train",
     "demo",
     "doctor",
@@ -90,6 +94,24 @@ def test_the_list_of_commands_here_is_complete():
     assert named | {"ab", "bench"} == set(COMMANDS)
 
 
+def test_the_flags_of_serve_are_keys_of_its_configuration():
+    flags = {each.name: each for each in typer.main.get_command(lathe.app).commands["serve"].params}
+    flags = {name: each for name, each in flags.items() if name not in ("model", "adapter", "overrides")}
+    assert set(flags) <= set(ServeConfig.model_fields)
+    memory = [
+        name for name in ServeConfig.model_fields if name.startswith(("memory_", "prefix_", "kv_", "one_"))
+    ]
+    assert set(memory) - set(flags) == {"kv_budget_gib"}
+    readme = (ROOT / "README.md").read_text()
+    example = load_config(ROOT / "configs" / "memory.yaml").model_fields_set
+    for name in (*memory, "adapter_budget_gib"):
+        assert f"`{name}`" in readme
+        assert name in example
+    for name, flag in flags.items():
+        assert flag.opts == [f"--{name.replace('_', '-')}"]
+        assert flag.default is None, "what is not given is the file's"
+
+
 BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\niters: many\n"
 
 
@@ -102,6 +124,14 @@ BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\nite
         ("serve {tmp}/no-such-model", ("no-such-model",)),
         ("serve {tmp}/missing.yaml", ("missing.yaml",)),
         ("serve {tmp}/no-such-model --adapter nameless", ("NAME=PATH",)),
+        (
+            "serve {tmp}/no-such-model --kv-bits 7 --prefix-cache-disk-gib 1",
+            ("kv_bits is 7", "prefix_cache_dir"),
+        ),
+        ("serve {tmp}/no-such-model --kv-bits 3.5 --prefix-cache-dir p", ("no-such-model", "no model")),
+        ("serve {tmp}/no-such-model --one-step-ahead maybe", ("one_step_ahead", "maybe")),
+        ("doctor --adapter {tmp}", ("--model",)),
+        ("doctor --model {tmp}/no-such-model", ("no-such-model",)),
         ("chat --url http://127.0.0.1:1", ("http://127.0.0.1:1", "lathe serve")),
         ("chat", ("--url",)),
         ("chat {tmp}/no-such-model", ("no-such-model",)),

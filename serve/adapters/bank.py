@@ -94,6 +94,8 @@ class Bank:
 
     def __init__(self, network: TextNetwork) -> None:
         self.rows = RowSlots()
+        self.num_changes = 0
+        """Grows whenever `num_bytes` may be another: for the thread that owns the bank."""
         self.bytes_at_once = BYTES_AT_ONCE
         """Copied between two steps, in install or tidy: the longest a running stream is held up. One layer more at
         most."""
@@ -165,6 +167,7 @@ class Bank:
     def install(self, slot: int, updates: Mapping[str, LowRank]) -> None:
         """Write updates of an adapter. A MoE block's come together. Evaluates before it returns."""
         assert slot >= 1, "slot 0 is the base"
+        self.num_changes += 1
         self._slots.add(slot)
         self._wrap_new(updates)
         for group in {self._groups[path]: None for path in updates}:
@@ -184,6 +187,7 @@ class Bank:
 
         Returns whether there is more to do.
         """
+        self.num_changes += 1
         if self.tidy_is_due:
             self.rows.forget()
         while self._leaving:

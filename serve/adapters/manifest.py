@@ -174,6 +174,13 @@ def content_hash(tensors: dict[str, mx.array]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def effect_hash(tensors_hash: str, config: AdapterConfig) -> str:
+    """`sha256:…` over the tensors' hash and whatever the config says of them; where they came from does not count."""
+    settings = config_json(dataclasses.replace(config, lineage=None))
+    text = json.dumps([tensors_hash, settings], sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
 def write_adapter(folder: Path, tensors: dict[str, mx.array], config: AdapterConfig) -> AdapterConfig:
     """Write both files; what was in the folder stays whole until both new ones are safely on disk.
 

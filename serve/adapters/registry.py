@@ -110,6 +110,7 @@ class Registry:
                 str(folder),
                 notes,
                 stop_ids=config.lineage.stop_ids if config.lineage else (),
+                effect_hash=manifest.effect_hash(content_hash, config),
                 template=template,
             )
             self._install(version, updates)

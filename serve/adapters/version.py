@@ -23,6 +23,8 @@ class AdapterVersion:
     """What whoever loaded it should know."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end its answers, besides the base's own."""
+    effect_hash: str = ""
+    """Of its tensors and of all that says what they do (kind, scale): two versions with one compute the same."""
     template: ChatTemplate | None = field(default=None, compare=False, repr=False)
     """Its own chat template, or the base's with variables of its own; None: the base's."""
 

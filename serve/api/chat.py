@@ -15,6 +15,7 @@ from serve.api.schemas import ChatBody
 from serve.api.services import Services, ServicesDep
 from serve.api.streaming import EVENT_STREAM, Answer, Responder
 from serve.api.targets import Target, held_target
+from serve.api.tenant import TenantDep
 from serve.engine.request import Event, TokenLogprob
 from serve.errors import RequestError
 from serve.model.template import ChatTemplate
@@ -67,7 +68,9 @@ def _delta(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = 
 
 
 @router.post("/v1/chat/completions", responses=EVENT_STREAM)
-async def create_chat_completion(body: ChatBody, http: Request, services: ServicesDep) -> Response:
+async def create_chat_completion(
+    body: ChatBody, http: Request, services: ServicesDep, tenant: TenantDep
+) -> Response:
     """OpenAI's chat completions; vLLM's `top_k`, `min_p`, `ignore_eos` and `chat_template_kwargs` beside them."""
     id = new_id("chatcmpl")
     runtime = services.runtime
@@ -83,9 +86,16 @@ async def create_chat_completion(body: ChatBody, http: Request, services: Servic
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=bool(body.continue_final_message),
         )
-        continues = bool(body.continue_final_message)
-        requests = build_requests(services, id, body, [prompt], target, continues_prompt=continues)
-        generation = Generation(services, id, "chat", target, requests)
+        requests = build_requests(
+            services,
+            id,
+            body,
+            [prompt],
+            target,
+            tenant=tenant,
+            continues_prompt=bool(body.continue_final_message),
+        )
+        generation = Generation(services, id, "chat", target, requests, body.n or 1)
     format = ChatFormat(logprob_writers(services, requests))
     keep_alive_s = runtime.config.stream_keep_alive_s
     responder = Responder(generation, format, len(prompt), http.receive, keep_alive_s)

@@ -14,6 +14,7 @@ from serve.api.schemas import CompletionBody
 from serve.api.services import Services, ServicesDep
 from serve.api.streaming import EVENT_STREAM, Answer, Responder
 from serve.api.targets import held_target
+from serve.api.tenant import TenantDep
 from serve.engine.request import Event, FinishReason, TokenLogprob
 
 router = APIRouter(route_class=JsonRoute)
@@ -55,13 +56,15 @@ class CompletionFormat:
 
 
 @router.post("/v1/completions", responses=EVENT_STREAM)
-async def create_completion(body: CompletionBody, http: Request, services: ServicesDep) -> Response:
+async def create_completion(
+    body: CompletionBody, http: Request, services: ServicesDep, tenant: TenantDep
+) -> Response:
     """OpenAI's completions, with prompts as text or token ids; vLLM's `top_k`, `min_p`, `ignore_eos` beside them."""
     id = new_id("cmpl")
     with held_target(services.runtime, body.model, body.user or id) as target:
         prompts = await services.tokenize(lambda: [_encode(services, prompt) for prompt in body.prompts])
-        requests = build_requests(services, id, body, prompts, target, continues_prompt=True)
-        generation = Generation(services, id, "completions", target, requests)
+        requests = build_requests(services, id, body, prompts, target, tenant=tenant, continues_prompt=True)
+        generation = Generation(services, id, "completions", target, requests, body.n or 1)
     format = CompletionFormat(logprob_writers(services, requests))
     keep_alive_s = services.runtime.config.stream_keep_alive_s
     responder = Responder(generation, format, sum(map(len, prompts)), http.receive, keep_alive_s)

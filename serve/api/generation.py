@@ -27,13 +27,21 @@ class Generation:
     """
 
     def __init__(
-        self, services: Services, id: str, endpoint: str, target: Target, requests: Sequence[Request]
+        self,
+        services: Services,
+        id: str,
+        endpoint: str,
+        target: Target,
+        requests: Sequence[Request],
+        num_choices: int,
     ) -> None:
         """Submits all rows or none. RequestError, OverloadedError, StoppedError."""
         self.id = id
         self.created = int(time.time())
         self.target = target
         self.num_answer_tokens = 0
+        self._num_choices = num_choices
+        self._num_cached_tokens: dict[int, int] = {}  # by row
         self._services = services
         self._endpoint = endpoint
         self._started_s = time.perf_counter()
@@ -56,10 +64,18 @@ class Generation:
         """True when every row has had its final event."""
         return not self._open
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompts that were not computed, as far as is known. A prompt counts once, as its first choice
+        found the cache: the other choices share what that one computes."""
+        return sum(self._num_cached_tokens.get(row, 0) for row in range(0, self._num_rows, self._num_choices))
+
     async def next(self) -> tuple[int, Event]:
         """The next event of any row, with the row's index. StoppedError or OverloadedError if the engine ended it."""
         index, event = await self._events.get()
         self.num_answer_tokens += len(event.token_ids)
+        if event.num_cached_tokens:
+            self._num_cached_tokens[index] = event.num_cached_tokens
         if event.finish in ("error", "cancelled"):
             self._finish = "error"
             del self._open[index]
@@ -148,12 +164,15 @@ def build_requests(
     prompts: Sequence[tuple[int, ...]],
     target: Target,
     *,
+    tenant: str,
     continues_prompt: bool,
 ) -> list[Request]:
     """One engine request per prompt and choice, all of one group; choice i draws with seed + i.
 
-    continues_prompt  as Request has it
+    tenant, continues_prompt  as Request has them
+    RequestError names the field that cannot be served.
     """
+    precision = body.precision(services.runtime.config)
     num_choices = body.n or 1
     seed = body.seed if body.seed is not None else secrets.randbits(32)
     return [
@@ -164,6 +183,9 @@ def build_requests(
             adapter=target.version,
             group=id,
             continues_prompt=continues_prompt,
+            precision=precision,
+            tenant=tenant,
+            cache_salt=body.cache_salt or "",
         )
         for p, prompt in enumerate(prompts)
         for choice in range(num_choices)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.cache.stats import PrefixStats
+from serve.engine.request import MemoryUse
 from serve.runtime import Runtime
 
 TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -112,11 +114,10 @@ class _EngineCollector(Collector):
         rows.add_metric(["prefilling"], stats.num_prefilling)
         rows.add_metric(["waiting"], stats.num_waiting)
         yield rows
-        yield GaugeMetricFamily("lathe_kv_bytes", "Memory of keys and values.", stats.kv_bytes)
+        yield from _memory(stats.memory)
+        yield from _prefixes(stats.prefixes)
         versions = len(self._runtime.registry.versions())
         yield GaugeMetricFamily("lathe_adapter_versions", "Adapter versions in memory.", versions)
-        num_bytes = self._runtime.engine.bank.num_bytes
-        yield GaugeMetricFamily("lathe_adapter_bytes", "Memory of adapters.", num_bytes)
         is_up = float(self._runtime.worker.failure is None)
         yield GaugeMetricFamily("lathe_engine_up", "0 once a step has failed.", is_up)
         yield CounterMetricFamily("lathe_steps", "Engine steps.", stats.num_steps)
@@ -132,3 +133,43 @@ class _EngineCollector(Collector):
         recorder = self._runtime.recorder
         lost = recorder.num_failed_writes if recorder else 0
         yield CounterMetricFamily("lathe_exposures_lost", "Exposures the store did not take.", lost)
+
+
+def _memory(memory: MemoryUse) -> Iterator[Metric]:
+    for name, meaning, num_bytes in (
+        ("lathe_kv_bytes", "Memory of keys, values and recurrent state of rows.", memory.kv_bytes),
+        ("lathe_prefix_bytes", "Memory of prefixes.", memory.prefix_bytes),
+        ("lathe_adapter_bytes", "Memory of adapters.", memory.adapter_bytes),
+        ("lathe_memory_budget_bytes", "What these three may be together.", memory.budget_bytes),
+    ):
+        yield GaugeMetricFamily(name, meaning, num_bytes)
+
+
+def _prefixes(prefixes: PrefixStats) -> Iterator[Metric]:
+    for name, meaning, count in (
+        ("lathe_prefix_queries", "Requests that looked for a prefix.", prefixes.num_queries),
+        ("lathe_prefix_hits", "Requests that found one.", prefixes.num_hits),
+        ("lathe_prefix_query_tokens", "Tokens that they could have found.", prefixes.num_query_tokens),
+    ):
+        yield CounterMetricFamily(name, meaning, count)
+    from_disk = prefixes.num_disk_hit_tokens
+    found = CounterMetricFamily("lathe_prefix_hit_tokens", "Tokens found, and not computed.", labels=["tier"])
+    found.add_metric(["memory"], prefixes.num_hit_tokens - from_disk)
+    found.add_metric(["disk"], from_disk)
+    yield found
+    evicted = CounterMetricFamily(
+        "lathe_prefix_evicted", "Pieces of prefixes that left for others.", labels=["tier"]
+    )
+    evicted.add_metric(["memory"], prefixes.num_evicted)
+    evicted.add_metric(["disk"], prefixes.num_disk_evicted)
+    yield evicted
+    yield GaugeMetricFamily(
+        "lathe_prefix_segments", "Pieces of prefixes, in either tier.", prefixes.num_segments
+    )
+    yield GaugeMetricFamily("lathe_prefix_disk_bytes", "Prefixes on disk.", prefixes.disk_bytes)
+    yield CounterMetricFamily(
+        "lathe_prefix_disk_dropped", "Pieces that the disk had no time for.", prefixes.num_disk_dropped
+    )
+    yield CounterMetricFamily(
+        "lathe_prefix_disk_errors", "Files not written, not read, or not whole.", prefixes.num_disk_errors
+    )

@@ -11,12 +11,16 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from serve.cache.precision import PLAIN, KvPrecision, KvScheme
+from serve.config import ServeConfig
 from serve.errors import RequestError
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_UNKNOWN = 16
 MAX_NAME_CHARS = 80
+MAX_SALT_CHARS = 1024
+"""vLLM's bound."""
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Label = Annotated[str, Field(pattern=r"^[^\x00]*$")]
@@ -103,6 +107,14 @@ class StreamOptions(Body):
         return self
 
 
+_SCHEMES: Mapping[str, KvScheme] = {"uniform": "affine", "turboquant": "turbo"}
+"""mlx-vlm's words and ours."""
+_BESIDE_KV_BITS = (
+    *("kv_value_bits", "kv_scheme", "kv_quant_scheme", "kv_group_size"),
+    *("kv_quantize_after", "quantized_kv_start", "kv_plain_layers"),
+)
+
+
 class GenerationBody(Body):
     """What chat and plain completions share. Null means left out, as everywhere in OpenAI's API."""
 
@@ -134,6 +146,19 @@ class GenerationBody(Body):
     user: Label | None = None
     """The unit of an experiment: the same user meets the same variant. Without effect on other models."""
     ignore_eos: bool | None = None
+    kv_bits: float | None = None
+    """Bits of this request's stored keys and values, in place of the server's; 16: unquantized."""
+    kv_value_bits: float | None = None
+    kv_scheme: KvScheme | None = None
+    kv_quant_scheme: Literal["uniform", "turboquant"] | None = None
+    """mlx-vlm's words for kv_scheme."""
+    kv_group_size: int | None = None
+    kv_quantize_after: int | None = Field(None, ge=0)
+    quantized_kv_start: int | None = Field(None, ge=0)
+    """mlx-lm's name for kv_quantize_after."""
+    kv_plain_layers: int | None = Field(None, ge=0)
+    cache_salt: str | None = Field(None, min_length=1, max_length=MAX_SALT_CHARS)
+    """vLLM's: prefixes are shared with requests of the same salt alone."""
 
     @field_validator("stop")
     @classmethod
@@ -150,6 +175,42 @@ class GenerationBody(Body):
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options: accepted with stream: true only", "stream_options")
         return self
+
+    @model_validator(mode="after")
+    def _kv_fields_agree(self) -> GenerationBody:
+        for name, other, both in (
+            ("quantized_kv_start", "kv_quantize_after", {self.quantized_kv_start, self.kv_quantize_after}),
+            ("kv_quant_scheme", "kv_scheme", {_SCHEMES.get(self.kv_quant_scheme or ""), self.kv_scheme}),
+        ):
+            if len(both - {None}) > 1:
+                raise RequestError(
+                    f"{name}: found {getattr(self, name)}, but {other} is {getattr(self, other)}; "
+                    "they mean the same, send one",
+                    name,
+                )
+        if self.kv_bits is None or self.kv_bits == PLAIN.key_bits:
+            for name in _BESIDE_KV_BITS:
+                if getattr(self, name) is not None:
+                    raise RequestError(f"{name}: accepted beside a kv_bits that quantizes only", name)
+        return self
+
+    def precision(self, config: ServeConfig) -> KvPrecision | None:
+        """What the kv fields mean on such a server; None where they are left out. RequestError names the field."""
+        if self.kv_bits is None:
+            return None
+        scheme = self.kv_scheme or _SCHEMES.get(self.kv_quant_scheme or "")
+        start_after = self.kv_quantize_after
+        precision = config.make_precision(
+            self.kv_bits,
+            value_bits=self.kv_value_bits,
+            scheme=scheme,
+            group_size=self.kv_group_size,
+            start_after=self.quantized_kv_start if start_after is None else start_after,
+            num_plain_layers=self.kv_plain_layers,
+        )
+        if precision.scheme == "turbo" and self.kv_group_size is not None:
+            raise RequestError("kv_group_size: TurboQuant has no groups; leave it out", "kv_group_size")
+        return precision
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -157,11 +157,12 @@ class Responder:
             "model": generation.target.asked,
         }
 
-    def _usage(self, num_answer_tokens: int) -> dict[str, int]:
+    def _usage(self, num_answer_tokens: int) -> dict[str, Any]:
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_answer_tokens,
             "total_tokens": self.num_prompt_tokens + num_answer_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.generation.num_cached_tokens},
         }
 
 

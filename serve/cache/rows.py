@@ -1,239 +1,245 @@
-"""KV memory of a batch: fixed rows with their own lengths, so that joining, leaving and trimming copy nothing.
+"""KV memory of a batch: rows in buckets, so that each costs what it holds and nobody pays for the longest.
 
-Row r holds positions [0, length_r); what lies beyond is finite garbage that the mask hides and the next write
-replaces. Lengths live with the scheduler; a forward is told where it writes by a `Span`. The layer objects keep the
-duck-typed contract of mlx-lm's models (`update_and_fetch`, `offset`, `make_mask`, `state`).
+A bucket is buffers [C, H, P, ·] of C rows with room for P positions in one precision. A row holds positions
+[0, length) of its bucket's P; what lies beyond is finite garbage that the mask hides and the next write replaces,
+for whatever puts a row in its place overwrites all of it. Lengths and places live with the scheduler; a forward is
+told where it writes by a `Span`, and attention runs bucket by bucket (`serve/cache/attention.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from serve.cache.capacity import positions_capacity, rows_capacity
+from serve.cache.capacity import Bucket, Move, Place, RowCost
+from serve.cache.layers import Groups, LayerRows, Stretch
+from serve.cache.precision import GROUP_SIZES, PLAIN, KvPrecision
+from serve.cache.segment import Segment, total_tokens
+from serve.cache.spans import Span, SpanPart
+from serve.cache.states import StateRows
+from serve.errors import RequestError
+
+__all__ = ["BatchRows", "Span", "SpanPart"]
+
+BYTES_AT_ONCE = 64 << 20
+"""Copies that moving rows holds beside the buffers, or those of one layer."""
 
 
-class Span:
-    """Where one forward reads and writes: rows, the positions of its tokens, and how far it looks back.
+class BatchRows:
+    """All layers' rows. Made by `serve.cache.families.make_rows`.
 
-    rows       row indices in the buffers, B of them
-    starts     [B] first position written, one a row
-    num_tokens T, tokens a row in this forward (right padding included)
-    num_rows   rows in use, whether this forward runs them or not: all are below it
-    new_rows   those of `rows` whose sequence begins here
-    longest    positions of the longest row in use, this forward's writes included
+    caches  what the family's code is given as its cache: one object a layer, rows or several rows in a CacheList
+    cost    what a row takes
     """
 
     def __init__(
         self,
-        rows: Sequence[int],
-        starts: Sequence[int],
-        num_tokens: int,
-        *,
-        num_rows: int,
-        new_rows: Sequence[int] = (),
-        longest: int = 0,
+        caches: Sequence[Any],
+        layers: Sequence[LayerRows | StateRows],
+        cost: RowCost,
+        prove: Callable[[BatchRows], None],
     ) -> None:
-        self.rows = list(rows)
-        self.num_tokens = num_tokens
-        self.num_rows = num_rows
-        self.new_ranges = _ranges(new_rows)
-        self.is_first = len(new_rows) == len(self.rows)
-        """Every row of this forward begins."""
-        self.extent = max(starts) + num_tokens
-        self.longest = max(longest, self.extent)
-        self.offset = mx.array(np.asarray(starts, dtype=np.int32))  # [B]
-        self.positions = self.offset[:, None] + mx.arange(num_tokens, dtype=mx.int32)[None]  # [B, T]
-        self._row_index = mx.array(np.asarray(self.rows, dtype=np.int32))
-        self._masks: dict[int | None, mx.array] = {}
-        first = self.rows[0]
-        self.slice = slice(first, first + len(self.rows)) if self._is_range() else None
-        self.is_everything = self.slice == slice(0, num_rows)
-        """This forward runs every row in use."""
-
-    def mask(self, window: int | None) -> mx.array:
-        """[B, 1, T, extent] bool: a token sees positions up to its own, at most `window` of them."""
-        if window not in self._masks:
-            keys = mx.arange(self.extent, dtype=mx.int32)[None, None]  # [1, 1, extent]
-            queries = self.positions[:, :, None]  # [B, T, 1]
-            mask = keys <= queries
-            if window is not None:
-                mask = mask & (keys > queries - window)
-            self._masks[window] = mask[:, None]
-        return self._masks[window]
-
-    def write(self, buffer: mx.array, values: mx.array) -> None:
-        """buffer [C, H, P, D], values [B, H, T, D]."""
-        heads = mx.arange(values.shape[1], dtype=mx.int32)
-        buffer[self._row_index[:, None, None], heads[None, :, None], self.positions[:, None, :]] = values
-
-    def read(self, buffer: mx.array) -> mx.array:
-        """[B, H, extent, D]: a view where the rows are neighbours, which decoding rows always are."""
-        if self.slice is not None:
-            return buffer[self.slice, :, : self.extent]
-        return buffer[:, :, : self.extent][self._row_index]
-
-    def read_rows(self, buffer: mx.array) -> mx.array:
-        """buffer [C, ...] → [B, ...], the rows' own."""
-        if self.slice is None:
-            return buffer[self._row_index]
-        return buffer if len(self.rows) == buffer.shape[0] else buffer[self.slice]
-
-    def write_rows(self, buffer: mx.array, values: mx.array) -> None:
-        """buffer [C, ...], values [B, ...]: whole rows."""
-        buffer[self.slice if self.slice is not None else self._row_index] = values
-
-    def _is_range(self) -> bool:
-        first = self.rows[0]
-        return self.rows == list(range(first, first + len(self.rows)))
-
-
-def _ranges(rows: Sequence[int]) -> list[slice]:
-    """Neighbours together: a slice is written several times faster than the same rows by index."""
-    ranges: list[slice] = []
-    for row in sorted(rows):
-        if ranges and ranges[-1].stop == row:
-            ranges[-1] = slice(ranges[-1].start, row + 1)
-        else:
-            ranges.append(slice(row, row + 1))
-    return ranges
-
-
-class LayerRows:
-    """One layer's keys and values, [C, H, P, D] each; C and P grow on demand."""
-
-    def __init__(self, window: int | None = None) -> None:
-        self._window = window
-        self.num_head_axes = 1
-        """Axes the family's scores have between rows and tokens: 2 where grouped heads stand apart (gemma2)."""
-        self._buffers: list[mx.array] = []
-        self.span: Span | None = None
-
-    @property
-    def offset(self) -> mx.array:
-        """[B] position of the first token of the coming forward, one a row: what rotary embeddings take."""
-        assert self.span is not None
-        return self.span.offset
-
-    @property
-    def state(self) -> list[mx.array]:
-        """The arrays to evaluate with a step."""
-        return self._buffers
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory held."""
-        return sum(buffer.nbytes for buffer in self._buffers)
-
-    def make_mask(
-        self, num_tokens: int, return_array: bool = False, window_size: int | None = None
-    ) -> mx.array:
-        """The span's mask; `window_size` as the model asks for it."""
-        assert self.span is not None
-        mask = self.span.mask(window_size if window_size is not None else self._window)
-        return mask if self.num_head_axes == 1 else mask[:, None]
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """keys, values [B, H, T, D] are written; returns all of the rows' [B, H, extent, D]."""
-        span = self.span
-        assert span is not None
-        self._reserve(keys, values, span)
-        for rows in span.new_ranges:
-            # A masked position still counts 0 · value, so what the row's last sequence left must be finite.
-            for buffer in self._buffers:
-                buffer[rows] = 0
-        span.write(self._buffers[0], keys)
-        span.write(self._buffers[1], values)
-        return span.read(self._buffers[0]), span.read(self._buffers[1])
-
-    def gather(self, rows: mx.array) -> list[mx.array]:
-        """A copy of whole rows, lazily: what `scatter` puts elsewhere."""
-        return [buffer[rows] for buffer in self._buffers]
-
-    def scatter(self, rows: mx.array, copies: Sequence[mx.array]) -> None:
-        """Overwrite whole rows with copies made before."""
-        for buffer, copy in zip(self._buffers, copies, strict=True):
-            buffer[rows] = copy
-
-    def clear(self) -> None:
-        """Give the memory back."""
-        self._buffers = []
-
-    def _reserve(self, keys: mx.array, values: mx.array, span: Span) -> None:
-        """Room for the span's writes. Where that copies, rows and positions that are not in use are left out, so that
-        many short rows do not each keep the length of a long one that has gone."""
-        num_rows, extent = rows_capacity(max(span.rows) + 1), positions_capacity(span.extent)
-        if not self._buffers:
-            shapes = [(num_rows, part.shape[1], extent, part.shape[3]) for part in (keys, values)]
-            self._buffers = [
-                mx.zeros(shape, part.dtype) for shape, part in zip(shapes, (keys, values), strict=True)
-            ]
-            return
-        rows, _, positions, _ = self._buffers[0].shape
-        if num_rows <= rows and extent <= positions:
-            return
-        rows = min(rows, rows_capacity(span.num_rows))
-        positions = min(positions, positions_capacity(span.longest))
-        widths = [(0, max(num_rows - rows, 0)), (0, 0), (0, max(extent - positions, 0)), (0, 0)]
-        self._buffers = [mx.pad(buffer[:rows, :, :positions], widths) for buffer in self._buffers]
-
-
-class Rows(Protocol):
-    """What all kinds of rows do: LayerRows (keys and values) and StateRows (recurrent state)."""
-
-    span: Span | None
-
-    @property
-    def state(self) -> list[mx.array]: ...
-    @property
-    def num_bytes(self) -> int: ...
-    def gather(self, rows: mx.array) -> list[mx.array]: ...
-    def scatter(self, rows: mx.array, copies: Sequence[mx.array]) -> None: ...
-    def clear(self) -> None: ...
-
-
-class BatchRows:
-    """All layers' rows. `move` is how rows stay compact when one leaves.
-
-    caches  what the family's code is given as its cache: one object a layer, rows or several rows in a CacheList
-    layers  the rows in them
-    """
-
-    def __init__(self, caches: Sequence[Any], layers: Sequence[Rows]) -> None:
         self.caches = list(caches)
-        self.layers = list(layers)
+        self.cost = cost
+        self._layers = list(layers)
+        self._attending: dict[int, LayerRows] = {
+            index: layer
+            for index, layer in enumerate(layers)
+            if isinstance(layer, LayerRows) and layer.is_used
+        }
+        self._recurrent: dict[int, StateRows] = {
+            index: layer for index, layer in enumerate(layers) if isinstance(layer, StateRows)
+        }
+        self._prove = prove
+        self._num_written: dict[Bucket, np.ndarray] = {}
+        """By bucket: behind the last position that each row was given, padding included."""
+        self._num_in_state: dict[int, int] = {}
+        """By row of state: tokens it has taken in."""
+
+    @property
+    def attending(self) -> list[LayerRows]:
+        """The layers that keep keys and values."""
+        return list(self._attending.values())
 
     @property
     def num_bytes(self) -> int:
         """Memory held by all layers."""
-        return sum(layer.num_bytes for layer in self.layers)
+        return sum(array.nbytes for array in self.arrays())
 
-    def arrays(self) -> list[list[mx.array]]:
+    def prove(self) -> None:
+        """Raise ModelError unless rows in company are what the family's own cache is. Leaves the rows empty.
+
+        It also finds out whether the family's code takes held rows or needs plain arrays.
+        """
+        self._prove(self)
+
+    def check(self, precision: KvPrecision) -> None:
+        """RequestError where this model's keys and values cannot be stored so, with what would do."""
+        for layer in self._attending.values():
+            held = layer.shape.precision(precision)
+            for name, dim in (("keys", layer.shape.key_dim), ("values", layer.shape.value_dim)):
+                if held.scheme == "affine" and dim % held.group_size:
+                    fitting = [size for size in GROUP_SIZES if dim % size == 0]
+                    raise RequestError(
+                        f"kv_group_size is {held.group_size}, which does not divide the {dim} channels of this "
+                        f"model's {name}; "
+                        + (
+                            f"expected one of {fitting}"
+                            if fitting
+                            else "they can be quantized by turbo bits alone, such as 3.5"
+                        ),
+                        "kv_group_size",
+                    )
+
+    def arrays(self) -> list[mx.array]:
         """All layers' arrays: what to evaluate with a step."""
-        return [layer.state for layer in self.layers]
+        return [array for layer in self._layers for array in layer.state]
+
+    def resize(self, capacities: Mapping[Bucket, int]) -> None:
+        """Exact row counts; a bucket left out gives its memory back."""
+        for layer in self._attending.values():
+            layer.resize(capacities)
+        kept = {bucket: count for bucket, count in capacities.items() if count}
+        old = self._num_written
+        self._num_written = {bucket: np.zeros(count, dtype=np.int64) for bucket, count in kept.items()}
+        for bucket, written in self._num_written.items():
+            if bucket in old:
+                count = min(len(written), len(old[bucket]))
+                written[:count] = old[bucket][:count]
+
+    def move(self, moves: Sequence[Move], state_moves: Sequence[tuple[int, int]] = ()) -> None:
+        """Copy rows, all at once: every source is read before any target is written.
+
+        state_moves  (from, to) rows of recurrent state
+        """
+        if moves:
+            groups: dict[tuple[Bucket, Bucket], list[Move]] = {}
+            for move in moves:
+                groups.setdefault((move.source.bucket, move.target.bucket), []).append(move)
+            _move_layers(self.attending, groups)
+            written = [self._num_written[move.source.bucket][move.source.row] for move in moves]
+            for move, count in zip(moves, written, strict=True):
+                self._num_written[move.target.bucket][move.target.row] = count
+        if state_moves and self._recurrent:
+            sources, targets = (
+                mx.array(np.asarray(rows, dtype=np.int32)) for rows in zip(*state_moves, strict=True)
+            )
+            copies = [layer.gather(sources) for layer in self._recurrent.values()]
+            mx.eval(copies)
+            for state_layer, copy in zip(self._recurrent.values(), copies, strict=True):
+                state_layer.scatter(targets, copy, 1 + max(target for _, target in state_moves))
+            counts = [self._num_in_state.get(source, -1) for source, _ in state_moves]
+            for (_, row), tokens in zip(state_moves, counts, strict=True):
+                self._num_in_state[row] = tokens
 
     def set_span(self, span: Span) -> None:
         """The coming forward reads and writes there."""
-        for layer in self.layers:
+        for layer in self._layers:
             layer.span = span
+        for run in span.runs:
+            self._num_written[run.bucket][run.rows] = run.starts + span.num_tokens
+        if self._recurrent:
+            stops = (span.starts + span.num_tokens).tolist()
+            self._num_in_state.update(zip(span.state_rows, stops, strict=True))
 
-    def move(self, moves: Sequence[tuple[int, int]]) -> None:
-        """Copy rows (from, to), all at once: every source is read before any target is written."""
-        if not moves:
-            return
-        sources = mx.array(np.asarray([source for source, _ in moves], dtype=np.int32))
-        targets = mx.array(np.asarray([target for _, target in moves], dtype=np.int32))
-        copies = [layer.gather(sources) for layer in self.layers]
-        # The copies must exist before the writes: a pending gather would keep the buffer from being donated
-        # and each write would copy all of it.
-        mx.eval(copies)
-        for layer, copy in zip(self.layers, copies, strict=True):
-            layer.scatter(targets, copy)
+    def take(self, place: Place, state_row: int, start: int, stop: int) -> Segment:
+        """Positions [start, stop) of a row, as they are stored, and the state behind them if the row holds no more.
+
+        The copies are under way when it returns: the next forward may be built.
+        """
+        full, window = {}, {}
+        first = start
+        for index, layer in self._attending.items():
+            if layer.shape.window is None:
+                full[index] = layer.take(place, start, stop)
+            else:
+                capacity = layer.stores[place.bucket].capacity
+                oldest = int(self._num_written[place.bucket][place.row]) - capacity
+                first = max(first, min(oldest, stop))
+        if first < stop:
+            for index, layer in self._attending.items():
+                if layer.shape.window is not None:
+                    window[index] = layer.take(place, first, stop)
+        has_state = self._num_in_state.get(state_row) == stop
+        state = {index: states.take(state_row) for index, states in self._recurrent.items() if has_state}
+        has_windows = any(layer.shape.window is not None for layer in self._attending.values())
+        segment = Segment(
+            place.bucket.precision,
+            stop - start,
+            full,
+            window,
+            state,
+            num_window_tokens=stop - first if has_windows else stop - start,
+            keeps_state=bool(self._recurrent),
+        )
+        # A copy that is still pending when the row is written next would keep its buffer from being donated.
+        mx.async_eval(list(segment.arrays().values()))
+        return segment
+
+    def put(self, place: Place, state_row: int, segments: Sequence[Segment], num_positions: int) -> None:
+        """A new row that holds [0, num_positions) of the segments, which follow each other; all else is zeros.
+
+        Plain segments become what the bucket is. Where the last of them is cut short, no layer may keep state.
+        """
+        length = total_tokens(segments)
+        assert num_positions <= min(length, place.bucket.num_positions), "more positions than there are"
+        for index, layer in self._attending.items():
+            window = layer.shape.window
+            stretches: list[Stretch] = []
+            start = 0
+            for segment in segments:
+                stop = min(start + segment.num_tokens, num_positions)
+                held = (segment.full if window is None else segment.window).get(index)
+                first = start if window is None else start + segment.num_tokens - segment.num_window_tokens
+                if held is not None and first < stop:
+                    precision = segment.precision if window is None else PLAIN
+                    stretches.append((first, precision, tuple(part[:, : stop - first] for part in held)))
+                start += segment.num_tokens
+            _check_window(stretches, num_positions, window)
+            layer.put(place, stretches)
+        self._num_written[place.bucket][place.row] = num_positions
+        if self._recurrent:
+            assert num_positions == length, "the state behind a segment's middle is not known"
+            assert segments[-1].has_state, "the state behind the last position is not known"
+            for index, states in self._recurrent.items():
+                states.put(state_row, segments[-1].state[index])
+            self._num_in_state[state_row] = num_positions
 
     def clear(self) -> None:
         """Give all memory back; no row may be in use."""
-        for layer in self.layers:
-            layer.clear()
+        for layer in self._attending.values():
+            layer.resize({})
+        for state_layer in self._recurrent.values():
+            state_layer.clear()
+        self._num_written, self._num_in_state = {}, {}
+
+
+def _check_window(stretches: Sequence[Stretch], num_positions: int, window: int | None) -> None:
+    """What the next token looks back on must be there."""
+    first = num_positions
+    for start, _, parts in reversed(stretches):
+        if start + parts[0].shape[1] < first:
+            break
+        first = start
+    needed = 0 if window is None else max(0, num_positions - window + 1)
+    assert first <= needed, f"keys from {needed} on are needed and those from {first} on are there"
+
+
+def _move_layers(layers: Sequence[LayerRows], groups: Groups) -> None:
+    pending: list[tuple[LayerRows, list[list[mx.array]]]] = []
+    num_bytes = 0
+    for layer in layers:
+        copies = layer.gather(groups)
+        pending.append((layer, copies))
+        num_bytes += sum(copy.nbytes for parts in copies for copy in parts)
+        if num_bytes < BYTES_AT_ONCE and layer is not layers[-1]:
+            continue
+        # The copies must exist before the writes: a pending gather would keep the buffer from being donated
+        # and each write would copy all of it.
+        mx.eval([copies for _, copies in pending])
+        for moved, copies in pending:
+            moved.scatter(groups, copies)
+        pending, num_bytes = [], 0

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
-from serve.cache.rows import Span
+from serve.cache.spans import Span
 from serve.errors import ModelError
 
 
@@ -35,15 +35,14 @@ class StateRows(ArraysCache):
         assert span is not None
         if buffer is None or span.is_first:
             return None
-        return span.read_rows(buffer)
+        return span.read_states(buffer)
 
     def __setitem__(self, index: int, value: mx.array) -> None:
         span, buffer = self.span, self.cache[index]
         assert span is not None
         if span.is_everything and span.num_tokens == 1:
-            self.cache[index] = (
-                value  # decode alone: the new state takes the old one's place, nothing is copied
-            )
+            # Decode alone: the new state takes the old one's place, nothing is copied.
+            self.cache[index] = value
             return
         if buffer is not None:
             _check_same(index, buffer, value)
@@ -51,12 +50,8 @@ class StateRows(ArraysCache):
             # Families hand over a view of all their tokens; its few rows must not keep the rest in memory.
             self.cache[index] = mx.contiguous(value)
             return
-        if buffer is None:
-            buffer = mx.zeros((span.num_rows, *value.shape[1:]), value.dtype)
-        elif buffer.shape[0] < span.num_rows:
-            more = mx.zeros((span.num_rows - buffer.shape[0], *value.shape[1:]), value.dtype)
-            buffer = mx.concatenate([buffer, more])
-        span.write_rows(buffer, value)
+        buffer = _grown(buffer, span.num_state_rows, value)
+        span.write_states(buffer, value)
         self.cache[index] = buffer
 
     @property
@@ -73,14 +68,37 @@ class StateRows(ArraysCache):
         """A copy of whole rows, lazily: what `scatter` puts elsewhere."""
         return [array[rows] for array in self.state]
 
-    def scatter(self, rows: mx.array, copies: Sequence[mx.array]) -> None:
-        """Overwrite whole rows with copies made before."""
-        for array, copy in zip(self.state, copies, strict=True):
-            array[rows] = copy
+    def scatter(self, rows: mx.array, copies: Sequence[mx.array], num_rows: int) -> None:
+        """Overwrite whole rows with copies made before. There are at least `num_rows` afterwards."""
+        held = [index for index, array in enumerate(self.cache) if array is not None]
+        for index, copy in zip(held, copies, strict=True):
+            buffer = _grown(self.cache[index], num_rows, copy)
+            buffer[rows] = copy
+            self.cache[index] = buffer
+
+    def take(self, row: int) -> tuple[mx.array, ...]:
+        """A copy of one row's arrays, lazily."""
+        return tuple(array[mx.array([row])][0] for array in self.state)
+
+    def put(self, row: int, arrays: Sequence[mx.array]) -> None:
+        """Overwrite one row."""
+        for index, array in enumerate(arrays):
+            buffer = _grown(self.cache[index], row + 1, array[None])
+            buffer[row] = array
+            self.cache[index] = buffer
 
     def clear(self) -> None:
         """Give the memory back."""
         self.cache = [None] * len(self.cache)
+
+
+def _grown(buffer: mx.array | None, num_rows: int, value: mx.array) -> mx.array:
+    """A buffer of `num_rows` rows or more, each as one of `value`."""
+    missing = num_rows - (0 if buffer is None else buffer.shape[0])
+    if buffer is not None and missing <= 0:
+        return buffer
+    more = mx.zeros((missing, *value.shape[1:]), value.dtype)
+    return more if buffer is None else mx.concatenate([buffer, more])
 
 
 def _check_same(index: int, buffer: mx.array, value: mx.array) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from dataclasses import dataclass, replace
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import replace
 
 from serve import device
 from serve.adapters.bank import Bank
 from serve.adapters.registry import Registry
+from serve.cache.precision import KvPrecision
+from serve.cache.stats import PrefixStats
 from serve.engine.finish import FinishRule
-from serve.engine.plan import Drawn, SequenceState
-from serve.engine.request import EngineStats, Event, Request
-from serve.engine.runner import Runner
+from serve.engine.limits import EngineLimits as EngineLimits
+from serve.engine.limits import MemoryBudget
+from serve.engine.plan import Drawn, Plan, SequenceState
+from serve.engine.prefixes import SequencePrefixes
+from serve.engine.request import EngineStats, Event, MemoryUse, Request
+from serve.engine.runner import Captured, Flight, Runner
 from serve.engine.scheduler import Budget, Scheduler
 from serve.errors import ConfigError, ContextLengthError, GenerationError, LatheError, RequestError
 from serve.model.loading import LoadedModel
@@ -20,28 +26,6 @@ from serve.model.template_rules import TemplateRules
 from serve.model.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
-
-KV_SHARE_OF_FREE_MEMORY = 0.6
-ADAPTER_SHARE_OF_FREE_MEMORY = 0.2
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """Bounds of one engine."""
-
-    max_rows: int = 64
-    max_waiting: int = 256
-    prefill_chunk_tokens: int = 256
-    max_context: int | None = None
-    """Tokens; None: what the model was made for."""
-    kv_budget_bytes: int | None = None
-    """None: 0.6 of the memory that is free when the engine is made."""
-    adapter_budget_bytes: int | None = None
-    """None: 0.2 of the memory that is free when the engine is made."""
-    max_adapters: int = 64
-    max_rank: int = 256
-    allow_other_base: bool = False
-    """Load adapters whose manifest names other base weights, or another tokenizer."""
 
 
 class Engine:
@@ -56,34 +40,49 @@ class Engine:
         """`rules`: of chat templates, the base's and those that adapters bring."""
         self.model = model
         self.limits = limits
+        self.memory = MemoryBudget.of(limits)
         self.bank = Bank(model.network)
         self.registry = Registry(
             model,
             self.bank,
-            max_bytes=limits.adapter_budget_bytes
-            or int(device.free_memory_bytes() * ADAPTER_SHARE_OF_FREE_MEMORY),
+            max_bytes=self.memory.adapters,
             max_adapters=limits.max_adapters,
             max_rank=limits.max_rank,
             allow_other_base=limits.allow_other_base,
             rules=rules,
         )
-        if device.backend() != "cpu":
+        on_cpu = device.backend() == "cpu"
+        if not on_cpu:
             self.bank.warm_up(limits.prefill_chunk_tokens)
         self.token_bytes = TokenBytes(model.tokenizer)
-        self._runner = Runner(model.network, self.bank)
-        self.scheduler = Scheduler(self._budget(limits))
-        self.max_context = min(
-            limits.max_context or model.max_context, model.max_context, self.scheduler.budget.max_positions
+        self._ahead = limits.ahead if limits.ahead is not None else not on_cpu
+        self._runner = Runner(
+            model.network, self.bank, prefill_chunk_tokens=limits.prefill_chunk_tokens, ahead=self._ahead
         )
+        cost = self._runner.rows.cost
+        budget = Budget(
+            max_rows=limits.max_rows,
+            prefill_chunk_tokens=limits.prefill_chunk_tokens,
+            max_bytes=self.memory.max_row_bytes(self.memory.adapters),
+            row_cost=cost,
+        )
+        self.prefixes = SequencePrefixes.make(limits, self.memory.kv, model, cost)
+        """None where the limits want none."""
+        self.scheduler = Scheduler(budget, self.prefixes)
+        self._max_contexts: dict[KvPrecision, int] = {}
+        self.max_context = self.max_context_at(limits.precision)
         """Tokens of prompt and answer together: what model, limits and memory allow one row."""
         if self.max_context < 2:
             raise ConfigError(
                 f"{self.scheduler.budget.max_bytes} bytes for keys, values and states do not hold one row of two "
-                f"tokens; raise kv_budget_gib"
+                f"tokens; raise memory_budget_gib or kv_budget_gib"
             )
         self._rules: dict[str, FinishRule] = {}
         self._by_id: dict[str, SequenceState] = {}
+        self._flights: deque[Flight] = deque()  # steps that have been started and not read
         self._eos = frozenset(model.tokenizer.eos_token_ids)
+        self._num_bank_changes = -1
+        self._kv_bytes = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
@@ -91,11 +90,30 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True while any request waits or runs."""
-        return self.scheduler.has_work
+        """True while any request waits or runs, or a step is to be read."""
+        return self.scheduler.has_work or bool(self._flights)
+
+    def max_context_at(self, precision: KvPrecision) -> int:
+        """Tokens of prompt and answer together that a row of this precision may have. Safe to call from any thread.
+
+        RequestError where this model's keys and values cannot be stored so.
+        """
+        found = self._max_contexts.get(precision)
+        if found is None:
+            self._runner.rows.check(precision)
+            budget, limits = self.scheduler.budget, self.limits
+            found = min(
+                limits.max_context or self.model.max_context,
+                self.model.max_context,
+                budget.row_cost.max_positions(budget.max_bytes, precision),
+            )
+            self._max_contexts[precision] = found
+        return found
 
     def check(self, request: Request) -> Request:
-        """The request as it will run: `max_tokens` is what the context leaves, or less. Safe to call from any thread.
+        """The request as it will run: with a precision, and `max_tokens` what the context leaves, or less.
+
+        Safe to call from any thread.
 
         The one admission check, for every caller. RequestError for an empty prompt or ids that are not in the
         vocabulary, ContextLengthError where the prompt leaves no room for an answer.
@@ -109,13 +127,15 @@ class Engine:
             raise RequestError(
                 f"prompt: token id {outside} is not in this model's vocabulary of {vocabulary}", "prompt"
             )
-        remaining = self.max_context - len(prompt)
+        precision = request.precision or self.limits.precision
+        max_context = self.max_context_at(precision)
+        remaining = max_context - len(prompt)
         if remaining < 1:
-            raise ContextLengthError(context_message(self.max_context, len(prompt)), "prompt")
+            raise ContextLengthError(context_message(max_context, len(prompt)), "prompt")
         wanted = remaining if sampling.max_tokens is None else min(sampling.max_tokens, remaining)
-        if wanted == sampling.max_tokens:
-            return request
-        return replace(request, sampling=replace(sampling, max_tokens=wanted))
+        if wanted != sampling.max_tokens:
+            sampling = replace(sampling, max_tokens=wanted)
+        return replace(request, sampling=sampling, precision=precision)
 
     def add(self, request: Request) -> None:
         """Queue a request that `check` has returned."""
@@ -132,21 +152,64 @@ class Engine:
             return None
         self._forget([sequence])
         self._num_finished["cancelled"] += 1
-        return Event(request_id, finish="cancelled")
+        return Event(request_id, finish="cancelled", num_cached_tokens=sequence.num_restored_tokens or 0)
 
     def step(self) -> list[Event]:
-        """One forward for every running row. Returns what is new, in row order.
+        """One forward for every running row. Returns what is new, in the order of the batch.
 
-        What goes wrong with one row ends that row, by an error event. Only a forward that fails raises; then
+        One step ahead, the step that is started here is read by the next call, and what is returned is of the one
+        before. What goes wrong with one row ends that row, by an error event. Only a forward that fails raises; then
         `recover` says whose it was.
         """
+        plan = self._planned()
+        if not plan.is_empty:
+            self._flights.append(self._start(plan))
+            self._num_steps += 1
+        is_last = plan.is_empty or not self.scheduler.has_work
+        events: list[Event] = []
+        while self._flights and (len(self._flights) > self._ahead or is_last):
+            events += self._land(self._flights.popleft())
+            is_last |= not self.scheduler.has_work
+        return events
+
+    def _start(self, plan: Plan) -> Flight:
+        """A step on its way. What it takes from prefixes is the graph's from then on, or nobody's."""
+        try:
+            return self._runner.start(plan)
+        finally:
+            for restore in plan.restores:
+                assert self.prefixes is not None
+                self.prefixes.release(restore.prefix)
+
+    def _planned(self) -> Plan:
+        """The next step, and prefixes within what its rows leave them."""
+        if self._num_bank_changes != self.bank.num_changes:
+            self._num_bank_changes = self.bank.num_changes
+            self.scheduler.max_bytes = self.memory.max_row_bytes(self.bank.num_bytes)
+        allowed = self.scheduler.max_bytes
         plan = self.scheduler.schedule()
-        drawn = self._runner.run(plan)
-        self.scheduler.commit(plan, drawn)
-        self._num_steps += 1
-        self._num_prompt_tokens += sum(chunk.stop - chunk.start for chunk in plan.prefill)
-        events = [self._event(one) for one in drawn]
-        self._forget([self._by_id[event.request_id] for event in events if event.finish is not None])
+        self._kv_bytes = plan.num_bytes
+        if self.prefixes is not None:
+            self.prefixes.bound(allowed - plan.num_bytes)
+        return plan
+
+    def _land(self, flight: Flight) -> list[Event]:
+        """The events of a step that was started."""
+        drawn = self._runner.read(flight)
+        self.scheduler.commit(flight.plan, drawn)
+        self._num_prompt_tokens += flight.plan.num_prefilled
+        if flight.captured:
+            unsound = {one.sequence for one in drawn if not one.is_sound}
+            self._keep(each for each in flight.captured if each.capture.sequence not in unsound)
+        # A step ahead, a row may have run a token too many: its sequence has ended meanwhile.
+        alive = self._by_id
+        events = [self._event(one) for one in drawn if alive.get(one.sequence.request.id) is one.sequence]
+        ended = [event for event in events if event.finish is not None]
+        if ended:
+            self._forget([alive[event.request_id] for event in ended if event.finish != "error"])
+            self._forget(
+                [alive[event.request_id] for event in ended if event.finish == "error"], is_sound=False
+            )
         return events
 
     def recover(self, error: BaseException) -> list[Event]:
@@ -155,11 +218,13 @@ class Engine:
         Returns their final events. Requests that still wait for a row are untouched.
         """
         failure = GenerationError(f"a step of the engine has failed: {error!r}")
-        running = self.scheduler.running
-        events = [self._ended(sequence.request.id, failure) for sequence in running]
-        self._forget(running)
+        self._flights.clear()
+        lost = self.scheduler.abandon()
+        for sequence in lost:
+            self._drop(sequence)
         self._runner.reset()
-        return events
+        self._kv_bytes = 0
+        return [self._ended(sequence, failure) for sequence in lost]
 
     def stats(self) -> EngineStats:
         """A snapshot; counters are of the engine's life."""
@@ -171,56 +236,92 @@ class Engine:
             num_generated_tokens=self._num_generated_tokens,
             num_steps=self._num_steps,
             num_preempted=self.scheduler.num_preempted,
-            kv_bytes=self._runner.rows.num_bytes,
+            memory=MemoryUse(
+                kv_bytes=self._kv_bytes,
+                prefix_bytes=self.prefixes.num_bytes if self.prefixes else 0,
+                adapter_bytes=self.bank.num_bytes,
+                budget_bytes=self.memory.total,
+            ),
+            prefixes=self.prefixes.stats if self.prefixes else PrefixStats(),
             num_finished=dict(self._num_finished),
         )
 
+    @property
+    def has_prefixes(self) -> bool:
+        """Whether there is a prefix cache."""
+        return self.prefixes is not None
+
+    def forget_prefixes(self, tenant: str | None = None) -> None:
+        """Drop a tenant's prefixes, in memory and on disk; everybody's, where none is named."""
+        if self.prefixes is not None:
+            self.prefixes.cache.clear(tenant)
+
+    def close(self) -> None:
+        """Write what waits for the disk, and let go of its folder. No step follows."""
+        if self.prefixes is not None:
+            self.prefixes.cache.close()
+
     def _event(self, drawn: Drawn) -> Event:
-        request = drawn.sequence.request
-        if not drawn.is_sound:
+        sequence, token_ids, logprobs, is_sound = drawn
+        request = sequence.request
+        if not is_sound:
             whose = f"adapter {request.adapter.id!r}" if request.adapter else f"model {self.model.name!r}"
             return self._ended(
-                request.id, GenerationError(f"{whose} gave logits that are not numbers; nothing can be drawn")
+                sequence, GenerationError(f"{whose} gave logits that are not numbers; nothing can be drawn")
             )
         try:
-            step = self._rules[request.id].push(drawn.token_ids)
+            step = self._rules[request.id].push(token_ids)
         except Exception as error:  # one row's text is one row's trouble, whatever it is
             logger.exception("the text of request %s cannot be read", request.id)
-            return self._ended(request.id, GenerationError(f"the answer's text cannot be read: {error!r}"))
+            return self._ended(sequence, GenerationError(f"the answer's text cannot be read: {error!r}"))
         self._num_generated_tokens += step.num_tokens
         if step.finish is not None:
             self._num_finished[step.finish] += 1
+        is_told = step.finish is not None or len(sequence.generated) == len(token_ids)
         return Event(
             request.id,
-            text=step.text,
-            token_ids=drawn.token_ids[: step.num_tokens],
-            logprobs=drawn.logprobs[: step.num_tokens],
-            finish=step.finish,
-            stop_reason=step.stop_reason,
+            step.text,
+            token_ids[: step.num_tokens],
+            logprobs[: step.num_tokens],
+            step.finish,
+            step.stop_reason,
+            num_cached_tokens=(sequence.num_restored_tokens or 0) if is_told else 0,
         )
 
-    def _ended(self, request_id: str, error: LatheError) -> Event:
+    def _ended(self, sequence: SequenceState, error: LatheError) -> Event:
         self._num_finished["error"] += 1
-        return Event(request_id, finish="error", error=error)
-
-    def _forget(self, sequences: list[SequenceState]) -> None:
-        self.scheduler.remove(sequences)
-        for sequence in sequences:
-            del self._by_id[sequence.request.id]
-            del self._rules[sequence.request.id]
-        if not self.scheduler.has_work:
-            self._runner.rows.clear()
-
-    def _budget(self, limits: EngineLimits) -> Budget:
-        kv_bytes = limits.kv_budget_bytes
-        if kv_bytes is None:
-            kv_bytes = int(device.free_memory_bytes() * KV_SHARE_OF_FREE_MEMORY)
-        return Budget(
-            max_rows=limits.max_rows,
-            prefill_chunk_tokens=limits.prefill_chunk_tokens,
-            max_bytes=kv_bytes,
-            row_cost=self._runner.probe(),
+        return Event(
+            sequence.request.id,
+            finish="error",
+            error=error,
+            num_cached_tokens=sequence.num_restored_tokens or 0,
         )
+
+    def _forget(self, sequences: list[SequenceState], *, is_sound: bool = True) -> None:
+        self.scheduler.remove(sequences, is_sound=is_sound)
+        for sequence in sequences:
+            self._drop(sequence)
+        if not self.scheduler.has_work:
+            self._clear_rows()
+
+    def _clear_rows(self) -> None:
+        """Nobody needs a row now: prefixes take what was in them, and the memory."""
+        captured = self._runner.capture(self.scheduler.take_departures())
+        if self._flights:  # what they are copied from is being computed, and may fail
+            self._flights[-1].captured += captured
+        else:
+            self._keep(captured)
+        self._runner.clear()
+        self._kv_bytes = 0
+
+    def _keep(self, captured: Iterable[Captured]) -> None:
+        for each in captured:
+            assert self.prefixes is not None
+            self.prefixes.keep(each)
+
+    def _drop(self, sequence: SequenceState) -> None:
+        del self._by_id[sequence.request.id]
+        del self._rules[sequence.request.id]
 
 
 def context_message(max_context: int, num_prompt_tokens: int) -> str:

@@ -1,15 +1,20 @@
 """What the next forward runs, in words: sequences, rows and token ranges; and what it gave. No arrays.
 
-Rows of the batch are compact: decoding rows are [0, num_decoding), prefilling rows follow.
+Every part of a step is a Chunk: decode, prefill, and what follows a restored prefix. Chunks of one token come first,
+in one forward, ordered by bucket and row, so that those of one bucket are its rows [0, n); the others are a second.
 
-    row      0 … num_decoding-1 | num_decoding … num_rows-1
-             decode, one token  | prefill, a chunk each
+    chunks   0 … num_single-1            | num_single …
+             one token each, one forward | a second forward, padded to its longest chunk
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
+from serve.cache.capacity import Bucket, Move, Place
+from serve.cache.precision import PLAIN, KvPrecision
 from serve.engine.request import Request, TokenLogprob
 
 
@@ -17,26 +22,40 @@ from serve.engine.request import Request, TokenLogprob
 class SequenceState:
     """One request on its way. The scheduler alone changes it.
 
-    KV positions [0, num_cached_tokens) are written; `generated` holds the tokens drawn so far. What is to be
-    computed before the next token is drawn is `num_tokens`: the prompt, and after a preemption the answer so far too.
+    Positions of its row: [0, num_cached_tokens) are written, and [num_cached_tokens, num_planned_tokens) are by the
+    steps in flight. `generated` holds the tokens drawn and read so far. What is to be computed before the next token
+    is drawn is `num_tokens`: the prompt, and after a preemption the answer so far too.
     """
 
     request: Request
     arrival: int = -1
     """Its number in the order of arrival."""
-    row: int = -1
+    place: Place | None = None
+    """Its row of keys and values; None while it waits."""
+    state_row: int = -1
     num_cached_tokens: int = 0
+    num_planned_tokens: int = 0
+    num_in_flight: int = 0
+    """Steps that run it and are not committed."""
+    num_restored_tokens: int | None = None
+    """Found in the prefix cache when it first began; None until then."""
+    has_looked: bool = False
+    """The prefix cache was asked for it."""
     generated: list[int] = field(default_factory=list)
 
-    @property
-    def group(self) -> str:
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.request.prompt.token_ids)
+        max_tokens = self.request.sampling.max_tokens
+        assert max_tokens is not None, "set by Engine.check"
+        self.max_total_tokens = self.num_prompt_tokens + max_tokens
+        """Tokens of prompt and answer at most. The last one is never written."""
+        self.group = self.request.group or self.request.id
         """Whose it is."""
-        return self.request.group or self.request.id
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Length of the prompt."""
-        return len(self.request.prompt.token_ids)
+        self.slot = self.request.adapter.slot if self.request.adapter is not None else 0
+        """Its adapter's place in the bank; 0 is the base."""
+        self.precision = self.request.precision or PLAIN
+        self.final_precision = self.precision.at(self.precision.start_after + 1)
+        """Of its row once that is longer than `start_after`."""
 
     @property
     def num_tokens(self) -> int:
@@ -44,15 +63,9 @@ class SequenceState:
         return self.num_prompt_tokens + len(self.generated)
 
     @property
-    def max_total_tokens(self) -> int:
-        """KV positions the sequence may come to need."""
-        assert self.request.sampling.max_tokens is not None, "set by Engine.check"
-        return self.num_prompt_tokens + self.request.sampling.max_tokens
-
-    @property
-    def slot(self) -> int:
-        """Its adapter's place in the bank; 0 is the base."""
-        return self.request.adapter.slot if self.request.adapter is not None else 0
+    def is_spent(self) -> bool:
+        """Its last token is drawn, or a step in flight draws it."""
+        return self.num_planned_tokens >= self.max_total_tokens - 1
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens [start, stop) of prompt and answer."""
@@ -60,44 +73,92 @@ class SequenceState:
         after = self.generated[max(start - len(prompt), 0) : max(stop - len(prompt), 0)]
         return [*prompt[start:stop], *after]
 
+    def token(self, position: int) -> int:
+        """The token there, of prompt or answer."""
+        number = position - self.num_prompt_tokens
+        return self.generated[number] if number >= 0 else self.request.prompt.token_ids[position]
 
-@dataclass(frozen=True)
-class PrefillChunk:
-    """Tokens [start, stop) of one sequence; the last chunk ends in a drawn token."""
+    def precision_at(self, num_tokens: int) -> KvPrecision:
+        """What a row of so many tokens is stored in."""
+        return PLAIN if num_tokens <= self.precision.start_after else self.final_precision
+
+
+class Chunk(NamedTuple):
+    """Tokens [start, stop) of one sequence run, and its row holds `stop` positions then."""
 
     sequence: SequenceState
     start: int
     stop: int
+    begins: bool
+    """The row holds nothing yet, whatever its last sequence left there."""
+    draws: bool
+    """All tokens that there are have been computed after it, so the next one is drawn."""
 
     @property
-    def is_last(self) -> bool:
-        """True when all tokens that there are have been computed after this chunk."""
-        return self.stop == self.sequence.num_tokens
+    def num_tokens(self) -> int:
+        """How many run."""
+        return self.stop - self.start
+
+
+class Found(Protocol):
+    """A prefix that a row can be given. Whoever asked for it releases it."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def segments(self) -> Sequence[Any]: ...
+
+
+class Restore(NamedTuple):
+    """The row of `sequence` is to hold the prefix, and nothing behind it."""
+
+    sequence: SequenceState
+    prefix: Found
+
+
+class Capture(NamedTuple):
+    """Positions [start, stop) of a row are to be copied for the prefix cache; the row holds `stop` of them."""
+
+    sequence: SequenceState
+    place: Place
+    state_row: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One step. `moves` come first: rows to copy (from, to), all read before any is written."""
+    """One step, in the order of its fields: copies of rows that leave, buffers' sizes, moves, restores, forwards,
+    copies of what prompts have computed."""
 
-    moves: tuple[tuple[int, int], ...]
-    prefill: tuple[PrefillChunk, ...]
-    decode: tuple[SequenceState, ...]
-    """In row order."""
-    composition: int
-    """Changes whenever the decoding rows or their order do; arrays made for one value serve until the next."""
-    num_rows: int
-    """All rows that hold positions after this step are below it, those included that it does not run."""
-    num_positions: int
-    """Positions of the longest of them."""
+    departures: tuple[Capture, ...] = ()
+    """Of rows whose sequences ended or were preempted, where they stood before this plan."""
+    capacities: Mapping[Bucket, int] = field(default_factory=dict)
+    """Rows of each bucket; those left out have none."""
+    moves: tuple[Move, ...] = ()
+    state_moves: tuple[tuple[int, int], ...] = ()
+    restores: tuple[Restore, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+    num_single: int = 0
+    """So many of the chunks, the first, have one token."""
+    captures: tuple[Capture, ...] = ()
+    composition: int = 0
+    """Changes whenever the sequences of the one-token chunks, their order or their places do, and with the number of
+    rows where those keep state. Two plans in a row with the same one run the same rows, one token later."""
+    num_state_rows: int = 0
+    """Rows that have a sequence, whether this step runs them or not."""
+    num_bytes: int = 0
+    """Of all rows while this plan is the last."""
+    num_prefilled: int = 0
+    """Tokens of prompts, and of answers that are computed anew."""
 
     @property
     def is_empty(self) -> bool:
-        """Nothing to run."""
-        return not self.prefill and not self.decode
+        """Nothing to run, and nothing to copy."""
+        return not self.chunks and not self.departures
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """What a step gave one sequence: its next tokens, or that its logits were not numbers."""
 
     sequence: SequenceState

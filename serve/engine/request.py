@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from serve.adapters.version import AdapterVersion
+from serve.cache.precision import KvPrecision
+from serve.cache.stats import PrefixStats
 from serve.errors import LatheError, RequestError
 from serve.model.prompt import Prompt
 
@@ -74,6 +76,12 @@ class Request:
     """The text goes on from the prompt's (a completion), or is one of its own (a chat's answer)."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the answer, besides the base's own and the adapter's."""
+    precision: KvPrecision | None = None
+    """In what form its row keeps keys and values; None: the engine's default."""
+    tenant: str = ""
+    """Prefixes are shared inside a tenant alone."""
+    cache_salt: str = ""
+    """The same among those who send the same salt."""
 
     @property
     def all_stop_ids(self) -> tuple[int, ...]:
@@ -90,8 +98,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """News of one request. Text pieces concatenate to the whole answer; exactly one event has `finish`."""
 
     request_id: str
@@ -101,8 +108,21 @@ class Event:
     finish: FinishReason | None = None
     stop_reason: str | None = None
     """With finish == "stop": the stop string that ended it; None where the model did (vLLM's `stop_reason`)."""
+    num_cached_tokens: int = 0
+    """With the first token and with the last event: tokens of the prompt that a prefix gave, and nobody computed."""
     error: LatheError | None = None
     """Set with finish == "error"."""
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes now, and what they may be together."""
+
+    kv_bytes: int = 0
+    """Of rows: keys, values and recurrent state."""
+    prefix_bytes: int = 0
+    adapter_bytes: int = 0
+    budget_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,6 +137,12 @@ class EngineStats:
     num_steps: int = 0
     num_preempted: int = 0
     """Times that a row was taken back into the queue."""
-    kv_bytes: int = 0
+    memory: MemoryUse = MemoryUse()
+    prefixes: PrefixStats = field(default_factory=PrefixStats)
     num_finished: Mapping[str, int] = field(default_factory=dict)
     """Ended requests by finish reason."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of rows: keys, values and recurrent state."""
+        return self.memory.kv_bytes

@@ -1,17 +1,25 @@
-"""A Plan in, drawn tokens out. The one file that builds a step's arrays, and the one place that evaluates them."""
+"""A Plan in, drawn tokens out. The one file that builds a step's arrays, and the one place that evaluates them.
+
+A step is started, and read later: the next one may be started in between, and then feeds on tokens that nobody has
+read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from serve.adapters.bank import Bank
-from serve.cache.capacity import RowCost
-from serve.cache.rows import Span
-from serve.engine import probe
-from serve.engine.plan import Drawn, Plan, SequenceState
+from serve.cache.capacity import Bucket
+from serve.cache.families import make_rows
+from serve.cache.segment import Segment
+from serve.cache.spans import Span, SpanPart
+from serve.engine.plan import Capture, Chunk, Drawn, Plan, SequenceState
 from serve.engine.request import TokenLogprob
 from serve.engine.sampler import Logprobs, Sampler
 from serve.model.network import TextNetwork
@@ -19,128 +27,244 @@ from serve.model.network import TextNetwork
 PAD_TOKEN = 0
 
 
-class Runner:
-    """Owns the rows; drives network and bank. Every method runs on the thread that owns the arrays."""
+class Captured(NamedTuple):
+    """A copy of what a row held."""
 
-    def __init__(self, network: TextNetwork, bank: Bank) -> None:
+    capture: Capture
+    segment: Segment
+
+
+@dataclass
+class Flight:
+    """A step that has been started. Its arrays may not be computed yet."""
+
+    plan: Plan
+    sequences: list[SequenceState]
+    """[B] those that draw a token, in the order of the batch."""
+    drawn: mx.array | None = None
+    """[B] token ids."""
+    is_sound: mx.array | None = None
+    logprobs: Logprobs | None = None
+    captured: list[Captured] = field(default_factory=list)
+
+    def arrays(self) -> list[mx.array]:
+        """What is read of it."""
+        parts = [array for array in (self.drawn, self.is_sound) if array is not None]
+        return [*parts, *(self.logprobs.arrays() if self.logprobs else [])]
+
+
+class Decoding(NamedTuple):
+    """What serves for as long as a composition does."""
+
+    composition: int
+    span: Span
+    slots: list[int]
+    sampler: Sampler
+
+
+class Runner:
+    """Owns the rows; drives network and bank. Every method runs on the thread that owns the arrays.
+
+    ahead  a step goes on while the thread does, until it is read
+    """
+
+    def __init__(
+        self, network: TextNetwork, bank: Bank, *, prefill_chunk_tokens: int, ahead: bool = False
+    ) -> None:
+        """Raises ModelError where a family's rows cannot be what its own cache is."""
         self._network = network
         self._bank = bank
-        self.rows = probe.make_rows(network)
-        self._decode_arrays: tuple[int, list[int], Sampler] | None = None
+        self._evaluate = mx.async_eval if ahead else mx.eval
+        self.rows = make_rows(network, prefill_chunk_tokens=prefill_chunk_tokens)
+        self.rows.prove()
+        self._capacities: Mapping[Bucket, int] = {}
+        self._decoding: Decoding | None = None
+        self._last: Flight | None = None  # what was started last, read or not
 
-    def probe(self) -> RowCost:
-        """What a row costs. ModelError where a family's rows cannot be what its own cache is."""
-        cost = probe.measure(self._network, self.rows)
-        if cost.state_bytes:
-            probe.prove(self._network, self.rows)
-        return cost
+    def start(self, plan: Plan) -> Flight:
+        """One step: rows to their places, one-token chunks, the others, draw. Evaluated once, at its end.
 
-    def run(self, plan: Plan) -> list[Drawn]:
-        """One step: move rows, decode, prefill, draw. Lazily built, evaluated once at its end.
-
-        One entry for each row whose tokens are all computed; a row whose logits are not numbers is told, and the
-        others are as they would have been without it.
+        Feeds on the tokens of the step before it, read or not.
         """
-        self.rows.move(plan.moves)
-        hidden, sequences = self._hidden(plan)
-        if not sequences:
-            # The rows are named because a prompt's middle chunk leads to no token.
-            mx.eval(self.rows.arrays())
-            return []
-        sampler = self._sampler(plan, sequences)
-        self._bank.rows.set(_slots(sequences))
-        logits = self._network.logits(hidden)[:, 0]  # [B, V]
-        drawn = sampler.draw(logits, [len(sequence.generated) for sequence in sequences])  # [B]
-        is_sound = sampler.is_sound(logits, drawn)  # [B]
-        logprobs = sampler.logprobs(logits, drawn)
-        # The step's one evaluation.
-        mx.eval(drawn, is_sound, logprobs.arrays() if logprobs else [], self.rows.arrays())
-        return _read(sequences, drawn, is_sound, logprobs)
+        captured = self.capture(plan.departures)
+        self._place(plan)
+        hidden, chunks = self._hidden(plan)
+        captured += self.capture(plan.captures)
+        flight = Flight(plan, [chunk.sequence for chunk in chunks], captured=captured)
+        if hidden is not None:
+            self._draw(flight, hidden, chunks)
+        # The step's one evaluation. The rows are named because a prompt's middle chunk leads to no token.
+        self._evaluate(flight.arrays(), self.rows.arrays())
+        self._last = flight
+        return flight
+
+    def read(self, flight: Flight) -> list[Drawn]:
+        """What a started step has drawn: one entry for each row whose tokens are all computed.
+
+        A row whose logits are not numbers is told, and the others are as they would have been without it.
+        """
+        return [] if flight.drawn is None else _read(flight)
+
+    def capture(self, captures: Sequence[Capture]) -> list[Captured]:
+        """Copies of rows as they are now; what is started afterwards does not change them."""
+        return [
+            Captured(each, self.rows.take(each.place, each.state_row, each.start, each.stop))
+            for each in captures
+        ]
+
+    def clear(self) -> None:
+        """Give the rows' memory back; none is in use."""
+        self.rows.clear()
+        self._capacities = {}
+        self._decoding = None
 
     def reset(self) -> None:
         """Forget all rows, whatever state a failed step left them in."""
-        self.rows.clear()
+        self.clear()
         self._bank.rows.set([])
-        self._decode_arrays = None
+        self._last = None
 
-    def _hidden(self, plan: Plan) -> tuple[mx.array, list[SequenceState]]:
-        """Final hidden states [B, 1, D] of every row that draws a token, and whose they are."""
+    def _place(self, plan: Plan) -> None:
+        """Grow buffers, move rows, shrink buffers, and fill rows from prefixes."""
+        before, after = self._capacities, plan.capacities
+        if after is before:
+            return
+        self._capacities = after
+        wide = {bucket: max(before.get(bucket, 0), after.get(bucket, 0)) for bucket in {**before, **after}}
+        if wide != before:
+            self.rows.resize(wide)
+        if plan.moves or plan.state_moves:
+            self.rows.move(plan.moves, plan.state_moves)
+        if wide != after:
+            self.rows.resize(after)
+        for sequence, prefix in plan.restores:
+            assert sequence.place is not None
+            self.rows.put(sequence.place, sequence.state_row, prefix.segments, prefix.num_tokens)
+
+    def _hidden(self, plan: Plan) -> tuple[mx.array | None, list[Chunk]]:
+        """Final hidden states [B, 1, D] of every row that draws a token, and their chunks."""
+        singles, others = plan.chunks[: plan.num_single], plan.chunks[plan.num_single :]
         parts: list[mx.array] = []
-        sequences = list(plan.decode)
-        if plan.decode:
-            parts.append(self._decode(plan))
-        if plan.prefill:
-            hidden, finished = self._prefill(plan)
-            if finished:
-                parts.append(hidden)
-                sequences.extend(finished)
+        drawing: list[Chunk] = []
+        if singles:
+            hidden = self._single(plan, singles)  # [B, 1, D]
+            _choose(hidden, singles, [0] * len(singles), parts, drawing)
+        if others:
+            hidden = self._padded(plan, others)  # [B, T, D]
+            _choose(hidden, others, [chunk.num_tokens - 1 for chunk in others], parts, drawing)
         if not parts:
-            return mx.zeros((0, 1, 1)), []
-        return (parts[0] if len(parts) == 1 else mx.concatenate(parts)), sequences
+            return None, []
+        return (parts[0] if len(parts) == 1 else mx.concatenate(parts)), drawing
 
-    def _decode(self, plan: Plan) -> mx.array:
-        tokens = np.fromiter((s.generated[-1] for s in plan.decode), np.int32, len(plan.decode))
-        starts = [s.num_cached_tokens for s in plan.decode]
-        rows = [s.row for s in plan.decode]
-        span = Span(rows, starts, 1, num_rows=plan.num_rows, longest=plan.num_positions)
-        return self._forward(mx.array(tokens[:, None]), span, self._cached(plan)[0])
+    def _single(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
+        decoding = self._decoding
+        if decoding is not None and decoding.composition == plan.composition:
+            self._decoding = decoding._replace(span=decoding.span.next())
+        else:
+            settings = [chunk.sequence.request.sampling for chunk in chunks]
+            span = _span(chunks, 1, plan.num_state_rows)
+            self._decoding = Decoding(plan.composition, span, _slots(chunks), Sampler(settings))
+        return self._forward(self._single_tokens(plan, chunks), self._decoding.span, self._decoding.slots)
 
-    def _prefill(self, plan: Plan) -> tuple[mx.array, list[SequenceState]]:
-        chunks = plan.prefill
-        width = max(chunk.stop - chunk.start for chunk in chunks)
+    def _single_tokens(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
+        """[B, 1]: known ones, or what the step before this one draws."""
+        last, count = self._last, len(chunks)
+        if last is not None and last.drawn is not None and last.plan.composition == plan.composition:
+            of_singles = last.sequences[:count]
+            if len(of_singles) == count and of_singles[-1] is chunks[-1].sequence:
+                return last.drawn[:count, None]
+        known = [c.sequence.token(c.start) if c.start < c.sequence.num_tokens else None for c in chunks]
+        tokens = mx.array([[token or 0] for token in known], dtype=mx.int32)
+        if None not in known:
+            return tokens
+        assert last is not None, "nobody is to draw what is not known"
+        assert last.drawn is not None
+        index_of = {sequence: index for index, sequence in enumerate(last.sequences)}
+        indices = [
+            0 if token is not None else index_of[c.sequence] for token, c in zip(known, chunks, strict=True)
+        ]
+        is_known = mx.array([[token is not None] for token in known])
+        return mx.where(is_known, tokens, last.drawn[mx.array(indices)][:, None].astype(mx.int32))
+
+    def _padded(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
+        width = max(chunk.num_tokens for chunk in chunks)
         tokens = np.full((len(chunks), width), PAD_TOKEN, dtype=np.int32)
         for index, chunk in enumerate(chunks):
-            tokens[index, : chunk.stop - chunk.start] = chunk.sequence.tokens(chunk.start, chunk.stop)
-        sequences = [chunk.sequence for chunk in chunks]
-        span = Span(
-            [sequence.row for sequence in sequences],
-            [chunk.start for chunk in chunks],
-            width,
-            num_rows=plan.num_rows,
-            new_rows=[chunk.sequence.row for chunk in chunks if chunk.start == 0],
-            longest=plan.num_positions,
-        )
-        hidden = self._forward(mx.array(tokens), span, _slots(sequences))  # [B, T, D]
-        last = [(index, c.stop - c.start - 1) for index, c in enumerate(chunks) if c.is_last]
-        if not last:
-            return hidden, []
-        indices, columns = (mx.array(np.asarray(part, dtype=np.int32)) for part in zip(*last, strict=True))
-        return hidden[indices, columns][:, None], [chunks[index].sequence for index, _ in last]
+            tokens[index, : chunk.num_tokens] = chunk.sequence.tokens(chunk.start, chunk.stop)
+        return self._forward(mx.array(tokens), _span(chunks, width, plan.num_state_rows), _slots(chunks))
 
     def _forward(self, tokens: mx.array, span: Span, slots: Sequence[int]) -> mx.array:
         self.rows.set_span(span)
         self._bank.rows.set(slots)
         return self._network.hidden(tokens, cache=self.rows.caches)
 
-    def _cached(self, plan: Plan) -> tuple[list[int], Sampler]:
-        """Slots and settings of the decoding rows: arrays that live as long as the composition does."""
-        if self._decode_arrays is None or self._decode_arrays[0] != plan.composition:
-            settings = [sequence.request.sampling for sequence in plan.decode]
-            self._decode_arrays = (plan.composition, _slots(plan.decode), Sampler(settings))
-        return self._decode_arrays[1], self._decode_arrays[2]
+    def _draw(self, flight: Flight, hidden: mx.array, chunks: Sequence[Chunk]) -> None:
+        slots, sampler = self._settings(flight.plan, chunks)
+        self._bank.rows.set(slots)
+        logits = self._network.logits(hidden)[:, 0]  # [B, V]
+        counters = [] if sampler.is_greedy else [c.stop - c.sequence.num_prompt_tokens for c in chunks]
+        flight.drawn = sampler.draw(logits, counters)  # [B]
+        flight.is_sound = sampler.is_sound(logits, flight.drawn)  # [B]
+        flight.logprobs = sampler.logprobs(logits, flight.drawn)
 
-    def _sampler(self, plan: Plan, sequences: Sequence[SequenceState]) -> Sampler:
-        if len(sequences) == len(plan.decode):
-            return self._cached(plan)[1]
-        return Sampler([sequence.request.sampling for sequence in sequences])
+    def _settings(self, plan: Plan, chunks: Sequence[Chunk]) -> tuple[list[int], Sampler]:
+        """Slots and settings of the rows that draw; most often all one-token rows and no others."""
+        singles = plan.chunks[: plan.num_single]
+        if self._decoding is not None and len(chunks) == len(singles) and chunks[-1] is singles[-1]:
+            return self._decoding.slots, self._decoding.sampler
+        return _slots(chunks), Sampler([chunk.sequence.request.sampling for chunk in chunks])
 
 
-def _slots(sequences: Sequence[SequenceState]) -> list[int]:
+def _choose(
+    hidden: mx.array,
+    chunks: Sequence[Chunk],
+    columns: Sequence[int],
+    parts: list[mx.array],
+    drawing: list[Chunk],
+) -> None:
+    """Add [B', 1, D], the states that lead to a token, and their chunks."""
+    chosen = [(index, column) for index, column in enumerate(columns) if chunks[index].draws]
+    if len(chosen) == len(chunks) and hidden.shape[1] == 1:
+        parts.append(hidden)
+        drawing += chunks
+    elif chosen:
+        indices, at = (mx.array(np.asarray(part, dtype=np.int32)) for part in zip(*chosen, strict=True))
+        parts.append(hidden[indices, at][:, None])
+        drawing += [chunks[index] for index, _ in chosen]
+
+
+def _span(chunks: Sequence[Chunk], num_tokens: int, num_state_rows: int) -> Span:
+    parts = []
+    for bucket, group in groupby(chunks, key=_bucket):
+        inside = list(group)
+        rows = [chunk.sequence.place.row for chunk in inside if chunk.sequence.place]
+        parts.append(SpanPart(bucket, rows, [c.start for c in inside], [c.begins for c in inside]))
+    return Span(parts, num_tokens, [chunk.sequence.state_row for chunk in chunks], num_state_rows)
+
+
+def _bucket(chunk: Chunk) -> Bucket:
+    assert chunk.sequence.place is not None
+    return chunk.sequence.place.bucket
+
+
+def _slots(chunks: Sequence[Chunk]) -> list[int]:
     """Each row's slot; the bank keeps the arrays it makes of them."""
-    return [sequence.slot for sequence in sequences]
+    return [chunk.sequence.slot for chunk in chunks]
 
 
-def _read(
-    sequences: Sequence[SequenceState], drawn: mx.array, is_sound: mx.array, logprobs: Logprobs | None
-) -> list[Drawn]:
-    details = {} if logprobs is None else _details(sequences, logprobs)
-    token_ids: list[int] = np.asarray(drawn).tolist()
-    sound: list[bool] = np.asarray(is_sound).tolist()
+def _read(flight: Flight) -> list[Drawn]:
+    details = {} if flight.logprobs is None else _details(flight.sequences, flight.logprobs)
+    token_ids: list[int] = np.asarray(flight.drawn).tolist()
+    sound: list[bool] = np.asarray(flight.is_sound).tolist()
+    if not details and all(sound):
+        return [
+            Drawn(sequence, (token,)) for sequence, token in zip(flight.sequences, token_ids, strict=True)
+        ]
     return [
         Drawn(sequence, (token_id,), _entries(token_id, details.get(index)))
         if sound[index]
         else Drawn(sequence, (), is_sound=False)
-        for index, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True))
+        for index, (sequence, token_id) in enumerate(zip(flight.sequences, token_ids, strict=True))
     ]
 
 

@@ -4,10 +4,13 @@ Rows are shared out between groups (the rows of one HTTP request are one group):
 oldest of the group that holds fewest rows, and where there is no room for it, a group that holds at least two rows
 more gives its youngest back. Nobody else overtakes it, so nobody starves.
 A row claims memory for what it holds and ANSWER_HEADROOM_TOKENS more. When rows outgrow the budget, the youngest is
-preempted: it goes back into the queue, keeps its arrival, and computes prompt and answer so far anew.
+preempted: it goes back into the queue, keeps its arrival, and goes on from what the prefix cache has kept of it.
 Prompts are computed in chunks of at most `prefill_chunk_tokens` a step, beside one decode token for every running
 row. Steps take turns: one begins with the oldest prompt, the next with the group that has had least computed, so
 short prompts pass long ones, and long ones have every second step.
+
+A step may be planned before the one in flight is read: plans rest on `num_planned_tokens`, which `schedule` moves,
+and `commit` follows with what was drawn. A sequence that turns out to have ended has run a token too many.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
+from typing import Protocol
 
-from serve.cache.capacity import RowCost
-from serve.engine.plan import Drawn, Plan, PrefillChunk, SequenceState
+from serve.cache.capacity import Bucket, RowCost, positions_capacity
+from serve.engine.placement import Arrangement, Tenant, arrange, least_bytes
+from serve.engine.plan import Capture, Chunk, Drawn, Found, Plan, Restore, SequenceState
 
 ANSWER_HEADROOM_TOKENS = 256
 """Positions beyond its present ones that a row claims: a row that asks for 32,000 tokens keeps nobody out."""
@@ -42,27 +47,56 @@ class Budget:
         """Rows keep a state that takes in every token of a forward, padding too."""
         return self.row_cost.state_bytes > 0
 
-    @property
-    def max_positions(self) -> int:
-        """The longest that one row alone may become, 0 if none may be."""
-        return self.row_cost.max_positions(self.max_bytes)
+
+class Prefixes(Protocol):
+    """What the scheduler asks of a prefix cache."""
+
+    def find(self, sequence: SequenceState) -> Found | None:
+        """The longest prefix of its tokens, but for the last, that a row can be given; kept until released."""
+
+    def release(self, prefix: Found) -> None:
+        """A prefix will not be asked for again."""
+
+    def num_known(self, sequence: SequenceState, stop: int) -> int:
+        """How many of its first `stop` tokens need no capture."""
+
+
+class NoPrefixes:
+    """A cache that never hits."""
+
+    def find(self, sequence: SequenceState) -> Found | None:
+        """Nothing."""
+        return None
+
+    def release(self, prefix: Found) -> None:
+        """Nothing was found."""
+
+    def num_known(self, sequence: SequenceState, stop: int) -> int:
+        """No token is worth keeping."""
+        return stop
 
 
 class Scheduler:
     """Owns every SequenceState from `add` to `remove`."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, prefixes: Prefixes | None = None) -> None:
         self.budget = budget
         self.waiting: list[SequenceState] = []  # in order of arrival
-        self.prefilling: list[SequenceState] = []  # in order of arrival; rows [num_decoding, num_rows)
-        self.decoding: list[SequenceState] = []  # in row order; rows [0, num_decoding)
+        self.prefilling: list[SequenceState] = []  # in order of arrival
+        self.decoding: list[SequenceState] = []  # the order of the last plan's chunks, then who came since
+        self.ending: list[SequenceState] = []  # without a row; the step in flight draws their last token
         self.num_preempted = 0
-        self._rows_at_last_plan: dict[SequenceState, int] = {}
+        self._prefixes = prefixes or NoPrefixes()
+        self._max_bytes = budget.max_bytes
+        self._capacities: dict[Bucket, int] = {}
+        self._departures: list[Capture] = []  # copies of rows that are free since the last plan
         self._num_prefilled: Counter[str] = Counter()  # tokens by group, while it has any sequence
         self._num_arrived = 0
         self._num_plans = 0
         self._composition = 0
         self._last_plan: Plan | None = None
+        self._last_singles: list[object] = []
+        self._num_repeats_left = 0  # steps for which nobody reaches the end of its row or answer
         self._may_admit = False  # somebody came or went since the queue was last looked at
         self._is_moved = False  # some sequence joined, left or began to decode since rows were last placed
 
@@ -76,8 +110,18 @@ class Scheduler:
         """Every sequence that has a row."""
         return [*self.decoding, *self.prefilling]
 
+    @property
+    def max_bytes(self) -> int:
+        """What rows may take now: at most the budget's, less while others need it. A row alone is never too large."""
+        return self._max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, value: int) -> None:
+        self._may_admit |= value > self._max_bytes
+        self._max_bytes = value
+
     def add(self, sequence: SequenceState) -> None:
-        """Queue a sequence that one row can hold: at most `budget.max_positions` in all."""
+        """Queue a sequence that one row can hold."""
         sequence.arrival = self._num_arrived
         self._num_arrived += 1
         self.waiting.append(sequence)
@@ -86,101 +130,207 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step. Admits what fits, gives every running sequence its row, and says which rows move."""
         self._num_plans += 1
-        self._last_plan = self._same_again() or self._new_plan()
-        return self._last_plan
+        plan = self._same_again() or self._new_plan()
+        for chunk in plan.chunks:
+            chunk.sequence.num_planned_tokens = chunk.stop
+            chunk.sequence.num_in_flight += 1
+        self._last_plan = plan
+        return plan
 
     def _same_again(self) -> Plan | None:
         """The last plan a token later, where nothing else has changed: most steps. None where it would not do."""
         last = self._last_plan
-        if last is None or last.prefill or last.moves or self.prefilling or self._is_moved or self._may_admit:
+        if last is None or self.prefilling or self._is_moved or self._may_admit or self._num_repeats_left < 1:
             return None
-        num_positions = last.num_positions + 1
-        if self.budget.row_cost.batch_bytes(last.num_rows, num_positions) > self.budget.max_bytes:
+        if last.num_bytes > self._max_bytes and len(self.decoding) > 1:
             return None
-        return replace(last, num_positions=num_positions)
+        self._num_repeats_left -= 1
+        return Plan(
+            capacities=last.capacities,
+            chunks=tuple([Chunk(one, stop, stop + 1, False, True) for one, _, stop, _, _ in last.chunks]),
+            num_single=last.num_single,
+            composition=last.composition,
+            num_state_rows=last.num_state_rows,
+            num_bytes=last.num_bytes,
+        )
 
     def _new_plan(self) -> Plan:
+        self._retire_spent()
         self._preempt_for_memory()
         self._admit()
-        chunks = self._prefill_chunks()
-        moves = self._place_rows()
-        in_use = {*self.decoding, *(chunk.sequence for chunk in chunks)}
-        in_use |= {sequence for sequence in self.prefilling if sequence.num_cached_tokens}
-        lengths = [sequence.num_cached_tokens + 1 for sequence in in_use]
-        lengths += [chunk.stop for chunk in chunks]
+        while True:
+            restores, prefill = self._prefill_chunks()
+            arrangement = self._arranged(prefill)
+            if arrangement.num_bytes <= self._max_bytes or len(arrangement.places) < 2:
+                break
+            self._release(restores)
+            self._preempt([max(self.running, key=_by_arrival)])
+        return self._take_effect(restores, prefill, arrangement)
+
+    def _take_effect(
+        self, restores: list[Restore], prefill: list[Chunk], arrangement: Arrangement[SequenceState]
+    ) -> Plan:
+        is_changed = arrangement.capacities != self._capacities or bool(arrangement.moves)
+        self._capacities = dict(arrangement.capacities)
+        for state_row, (sequence, place) in enumerate(arrangement.places.items()):
+            sequence.place, sequence.state_row = place, state_row
+        of = {chunk.sequence: chunk for chunk in prefill}
+        order = list(arrangement.places)
+        chunks = [of.get(sequence) or _decode(sequence) for sequence in order[: arrangement.num_single]]
+        chunks += [of[sequence] for sequence in order[arrangement.num_single :] if sequence in of]
+        for chunk in prefill:
+            if chunk.sequence.num_restored_tokens is None:
+                chunk.sequence.num_restored_tokens = chunk.start
+        captures = tuple(capture for chunk in prefill for capture in self._capture_of(chunk))
+        for chunk in prefill:
+            self._num_prefilled[chunk.sequence.group] += chunk.num_tokens
+            if chunk.draws:
+                self.prefilling.remove(chunk.sequence)
+        self.decoding = [chunk.sequence for chunk in chunks if chunk.draws]
+        self._num_repeats_left = min(map(_repeats_left, chunks), default=0)
+        # Who runs two tokens or more stands behind those that run one, and begins to decode with the next plan.
+        self._is_moved = any(chunk.draws for chunk in chunks[arrangement.num_single :])
+        self._may_admit |= is_changed
+        departures, self._departures = tuple(self._departures), []
         return Plan(
-            moves=moves,
-            prefill=tuple(chunks),
-            decode=tuple(self.decoding),
-            composition=self._composition,
-            num_rows=max((sequence.row + 1 for sequence in in_use), default=0),
-            num_positions=max(lengths, default=0),
+            departures=departures,
+            capacities=arrangement.capacities,
+            moves=arrangement.moves,
+            state_moves=arrangement.state_moves,
+            restores=tuple(restores),
+            chunks=tuple(chunks),
+            num_single=arrangement.num_single,
+            captures=captures,
+            composition=self._composition_of(chunks[: arrangement.num_single], len(order)),
+            num_state_rows=len(order),
+            num_bytes=arrangement.num_bytes,
+            num_prefilled=sum(chunk.num_tokens for chunk in prefill),
         )
 
     def commit(self, plan: Plan, drawn: Iterable[Drawn]) -> None:
-        """The plan has run: its tokens are in the cache, and sequences that are all computed decode from now on."""
-        for sequence in plan.decode:
-            sequence.num_cached_tokens += 1
-        for chunk in plan.prefill:
-            sequence = chunk.sequence
-            sequence.num_cached_tokens = chunk.stop
-            self._num_prefilled[sequence.group] += chunk.stop - chunk.start
-            if chunk.is_last:
-                self.prefilling.remove(sequence)
-                self.decoding.append(sequence)
-                self._composition += 1
-                self._is_moved = True
+        """The plan has run: its tokens are in the rows, and those drawn are the sequences'."""
+        for sequence, _, stop, _, _ in plan.chunks:
+            sequence.num_in_flight -= 1
+            if sequence.place is not None:
+                sequence.num_cached_tokens = stop
         for one in drawn:
             one.sequence.generated += one.token_ids
 
-    def remove(self, sequences: Collection[SequenceState]) -> None:
-        """Take sequences out, wherever they are; their rows are free."""
+    def remove(self, sequences: Collection[SequenceState], *, is_sound: bool = True) -> None:
+        """Take sequences out, wherever they are; their rows are free, and captured first if they are sound."""
         gone = set(sequences)
         if not gone:
             return
         self.waiting = [sequence for sequence in self.waiting if sequence not in gone]
-        self._take_rows(gone)
-        self._may_admit = True
+        self.ending = [sequence for sequence in self.ending if sequence not in gone]
+        self._free(gone, is_sound)
         groups = {sequence.group for sequence in (*self.waiting, *self.running)}
         for sequence in gone:
             if sequence.group not in groups:
                 self._num_prefilled.pop(sequence.group, None)
 
+    def take_departures(self) -> tuple[Capture, ...]:
+        """Captures that wait for the next plan, where there may be none."""
+        departures, self._departures = tuple(self._departures), []
+        return departures
+
+    def abandon(self) -> list[SequenceState]:
+        """A step has failed: whoever had a row, or was to have a token of it, is out. The queue is as before."""
+        lost = [*self.running, *self.ending]
+        self.remove(lost, is_sound=False)
+        self._departures.clear()
+        for sequence in self.waiting:
+            sequence.num_in_flight = 0
+        return lost
+
     def check_integrity(self) -> None:
         """What holds between two steps: every sequence is in one list, rows are compact, lengths and memory agree."""
         running = self.running
-        everyone = [*running, *self.waiting]
+        everyone = [*running, *self.waiting, *self.ending]
         assert len(set(everyone)) == len(everyone), "a sequence is in two lists"
         assert len(running) <= self.budget.max_rows, "more rows than allowed"
         assert self.waiting == sorted(self.waiting, key=_by_arrival), "the queue is out of order"
         assert self.prefilling == sorted(self.prefilling, key=_by_arrival), "prompts are out of order"
-        rows = self._rows_at_last_plan
-        assert set(rows) <= set(running), "a sequence that does not run keeps a row"
-        assert len(set(rows.values())) == len(rows), "two sequences share a row"
-        assert all(sequence.row == row for sequence, row in rows.items()), "a sequence does not know its row"
+        places = [sequence.place for sequence in running if sequence.place is not None]
+        assert len(set(places)) == len(places), "two sequences share a row"
+        assert all(place.row < self._capacities[place.bucket] for place in places), (
+            "a row is outside its buffer"
+        )
+        for sequence in (*self.waiting, *self.ending):
+            assert sequence.place is None, "a sequence that does not run keeps a row"
         for sequence in self.waiting:
-            assert sequence.num_cached_tokens == 0, "a waiting sequence holds positions"
+            assert sequence.num_planned_tokens == 0, "a waiting sequence holds positions"
         for sequence in self.prefilling:
-            assert sequence.num_cached_tokens < sequence.num_tokens, "nothing is left to prefill"
+            assert sequence.num_planned_tokens < sequence.num_tokens, "nothing is left to prefill"
         for sequence in self.decoding:
-            assert sequence.num_cached_tokens == sequence.num_tokens - 1, "a decoding row misses a token"
-        if len(running) > 1:
-            longest = max(sequence.num_cached_tokens for sequence in running)
-            held = self.budget.row_cost.batch_bytes(len(running), longest)
-            assert held <= self.budget.max_bytes, "the rows are larger than their budget"
+            wanted = sequence.num_tokens - 1 + sequence.num_in_flight
+            assert sequence.num_planned_tokens == wanted, "a decoding row misses a token"
+        for sequence in running:
+            assert sequence.num_cached_tokens <= sequence.num_planned_tokens, (
+                "more is written than was planned"
+            )
+            if sequence.place is not None:
+                held = sequence.place.bucket.num_positions
+                assert sequence.num_planned_tokens <= held, "a sequence has outgrown its row"
+        if self._last_plan is not None and len(running) > 1:
+            assert self._last_plan.num_bytes <= self._max_bytes, "the rows are larger than their budget"
         assert set(self._num_prefilled) <= {sequence.group for sequence in everyone}, (
             "a group outlived its end"
         )
 
+    # Memory
+
+    def _bucket(self, sequence: SequenceState, num_held: int, length: int) -> Bucket:
+        """Where a row of `num_held` positions stands that runs another token, and that is to become `length` long."""
+        precision, start_after = sequence.precision_at(num_held + 1), sequence.precision.start_after
+        if precision is not sequence.final_precision:
+            length = min(length, start_after)
+        return Bucket(precision, positions_capacity(length))
+
+    def _present(self, sequence: SequenceState) -> Bucket:
+        held = sequence.num_planned_tokens
+        return self._bucket(sequence, held, max(sequence.num_tokens, held + 1))
+
+    def _claim(self, sequence: SequenceState) -> Bucket:
+        length = min(sequence.num_tokens + ANSWER_HEADROOM_TOKENS, sequence.max_total_tokens)
+        return self._bucket(sequence, length - 1, length)
+
+    def _fits(self, sequences: Sequence[SequenceState]) -> bool:
+        if len(sequences) > self.budget.max_rows:
+            return False
+        if len(sequences) == 1:
+            return True
+        # Claims may lie in more buckets than rows do, and so be rounded less.
+        return all(
+            least_bytes(map(bucket, sequences), self.budget.row_cost) <= self._max_bytes
+            for bucket in (self._claim, self._present)
+        )
+
+    def _arranged(self, prefill: Sequence[Chunk]) -> Arrangement[SequenceState]:
+        """Rows for everybody who runs."""
+        of = {chunk.sequence: chunk for chunk in prefill}
+        tenants = [
+            Tenant(s, self._present(s), True, s.num_planned_tokens, s.place, s.state_row)
+            for s in self.decoding
+        ]
+        for s in self.prefilling:
+            chunk = of.get(s)
+            bucket = self._bucket(s, chunk.start, s.num_tokens) if chunk else self._present(s)
+            is_single = chunk is not None and self._is_single(chunk)
+            tenants.append(Tenant(s, bucket, is_single, s.num_planned_tokens, s.place, s.state_row))
+        return arrange(tenants, self._capacities, self._max_bytes, self.budget.row_cost)
+
     # Admission
 
     def _admit(self) -> None:
-        self._may_admit = (
-            False  # claims only grow, so what does not fit now waits until somebody comes or goes
-        )
+        # Claims only grow while nobody comes, goes or changes buckets: what does not fit now waits until then.
+        self._may_admit = False
         while self.waiting:
             held = Counter(sequence.group for sequence in self.running)
             first = min(self.waiting, key=lambda sequence: (held[sequence.group], sequence.arrival))
+            if first.num_in_flight:  # preempted a moment ago: its next token is not known yet
+                self._may_admit = True
+                return
             victims = self._victims_for(first, held)
             if victims is None:
                 return
@@ -203,104 +353,144 @@ class Scheduler:
             held[group] -= 1
         return victims
 
-    def _fits(self, sequences: Sequence[SequenceState]) -> bool:
-        if len(sequences) > self.budget.max_rows:
-            return False
-        if len(sequences) == 1:
-            return True
-        claims = [
-            min(sequence.num_tokens + ANSWER_HEADROOM_TOKENS, sequence.max_total_tokens)
-            for sequence in sequences
-        ]
-        return self.budget.row_cost.batch_bytes(len(sequences), max(claims)) <= self.budget.max_bytes
-
     def _preempt_for_memory(self) -> None:
         """Take the youngest back until the others' next tokens fit."""
         while len(running := self.running) > 1:
-            longest = max(self._next_length(sequence) for sequence in running)
-            if self.budget.row_cost.batch_bytes(len(running), longest) <= self.budget.max_bytes:
+            if least_bytes(map(self._present, running), self.budget.row_cost) <= self._max_bytes:
                 return
             self._preempt([max(running, key=_by_arrival)])
 
-    def _next_length(self, sequence: SequenceState) -> int:
-        chunk = self.budget.prefill_chunk_tokens
-        return min(
-            sequence.num_cached_tokens + chunk, max(sequence.num_tokens, sequence.num_cached_tokens + 1)
-        )
-
     def _preempt(self, sequences: Collection[SequenceState]) -> None:
-        self._take_rows(set(sequences))
+        self._free(set(sequences), is_sound=True)
         for sequence in sequences:
             self.num_preempted += 1
-            self._may_admit = True
-            sequence.num_cached_tokens = 0
+            sequence.num_cached_tokens = sequence.num_planned_tokens = 0
             insort(self.waiting, sequence, key=_by_arrival)
 
-    def _take_rows(self, gone: Collection[SequenceState]) -> None:
+    def _retire_spent(self) -> None:
+        """Rows whose last token is in flight are free: it is never written."""
+        spent = [sequence for sequence in self.decoding if sequence.is_spent]
+        if spent:
+            self._free(set(spent), is_sound=True)
+            self.ending += spent
+
+    def _free(self, gone: Collection[SequenceState], is_sound: bool) -> None:
         if not gone:
             return
+        for sequence in gone:
+            if is_sound and sequence.place is not None:
+                self._departures += self._departure(sequence)
+            sequence.place, sequence.state_row = None, -1
         self.prefilling = [sequence for sequence in self.prefilling if sequence not in gone]
         self.decoding = [sequence for sequence in self.decoding if sequence not in gone]
-        for sequence in gone:
-            self._rows_at_last_plan.pop(sequence, None)
-            sequence.row = -1
-        self._composition += 1
-        self._is_moved = True
+        if not self.running:
+            self._capacities = {}
+        self._may_admit = self._is_moved = True
+
+    # Prefixes
+
+    def _capture_of(self, chunk: Chunk) -> list[Capture]:
+        """What a chunk of a prompt adds to the prefix cache, if that has all that comes before."""
+        sequence = chunk.sequence
+        known = self._prefixes.num_known(sequence, chunk.stop)
+        if not chunk.start <= known < chunk.stop:
+            return []
+        assert sequence.place is not None
+        return [Capture(sequence, sequence.place, sequence.state_row, known, chunk.stop)]
+
+    def _departure(self, sequence: SequenceState) -> list[Capture]:
+        """What a row that is given up holds and the prefix cache does not."""
+        stop = sequence.num_planned_tokens
+        known = self._prefixes.num_known(sequence, stop) if stop else 0
+        if known >= stop:
+            return []
+        assert sequence.place is not None
+        return [Capture(sequence, sequence.place, sequence.state_row, known, stop)]
+
+    def _release(self, restores: Iterable[Restore]) -> None:
+        for restore in restores:
+            self._prefixes.release(restore.prefix)
 
     # Prefill
 
-    def _prefill_chunks(self) -> list[PrefillChunk]:
-        """Chunks of this step. Rows are padded to the longest, and padding counts.
+    def _prefill_chunks(self) -> tuple[list[Restore], list[Chunk]]:
+        """Chunks of this step, and the prefixes before them. Rows are padded to the longest, and padding counts.
 
+        A prefix is looked for when its row's turn has come, so that it may be what a neighbour has just computed.
         In one step all chunks of recurrent rows have one length, and either all of them begin a sequence or none
         does: nothing may be padded there, and a row that begins has no state yet.
         """
         order = self.prefilling
         if self._num_plans % 2:
             order = sorted(order, key=lambda sequence: self._num_prefilled[sequence.group])
-        chunks: list[PrefillChunk] = []
+        restores: list[Restore] = []
+        chunks: list[Chunk] = []
+        padded: list[Chunk] = []  # those of the second forward
         for sequence in order:
-            if not self._add_chunk(chunks, sequence):
+            width = max((one.num_tokens for one in padded), default=0)
+            if width * (len(padded) + 1) > self.budget.prefill_chunk_tokens:
                 break
-        return chunks
+            prefix = self._prefixes.find(sequence) if sequence.num_planned_tokens == 0 else None
+            chunk = self._next_chunk(
+                sequence, prefix.num_tokens if prefix else sequence.num_planned_tokens, padded
+            )
+            if chunk is None:
+                if prefix is not None:
+                    self._prefixes.release(prefix)
+                break
+            if prefix is not None:
+                restores.append(Restore(sequence, prefix))
+            chunks.append(chunk)
+            if not self._is_single(chunk):
+                padded.append(chunk)
+        return restores, chunks
 
-    def _add_chunk(self, chunks: list[PrefillChunk], sequence: SequenceState) -> bool:
-        start = sequence.num_cached_tokens
+    def _next_chunk(self, sequence: SequenceState, start: int, padded: Sequence[Chunk]) -> Chunk | None:
         wanted = min(sequence.num_tokens - start, self.budget.prefill_chunk_tokens)
-        if chunks and self.budget.is_recurrent:
-            first = chunks[0]
-            if wanted < first.stop - first.start or (start == 0) != (first.start == 0):
-                return False
-            wanted = first.stop - first.start
-        width = max(wanted, *(chunk.stop - chunk.start for chunk in chunks), 0)
-        if chunks and width * (len(chunks) + 1) > self.budget.prefill_chunk_tokens:
-            return False
-        chunks.append(PrefillChunk(sequence, start, start + wanted))
-        return True
+        until_quantized = sequence.precision.start_after - start
+        if until_quantized > 0:
+            wanted = min(wanted, until_quantized)
+        chunk = _chunk(sequence, start, wanted)
+        if not padded or self._is_single(chunk):
+            return chunk
+        width = max(wanted, *(one.num_tokens for one in padded))
+        if self.budget.is_recurrent:
+            first = padded[0]
+            if wanted < first.num_tokens or chunk.begins != first.begins:
+                return None
+            width = first.num_tokens
+            chunk = _chunk(sequence, start, width)
+        return chunk if width * (len(padded) + 1) <= self.budget.prefill_chunk_tokens else None
 
-    # Rows
+    def _is_single(self, chunk: Chunk) -> bool:
+        """Whether it runs beside decoding rows. A recurrent row that begins may not, for it has no state yet."""
+        return chunk.num_tokens == 1 and not (chunk.begins and self.budget.is_recurrent)
 
-    def _place_rows(self) -> tuple[tuple[int, int], ...]:
-        """Compact rows with as few copies as can be: who already stands in the right part stays."""
-        if not self._is_moved:
-            return ()
-        self._is_moved = False
-        num_decoding = len(self.decoding)
-        num_rows = num_decoding + len(self.prefilling)
-        old = self._rows_at_last_plan
-        new: dict[SequenceState, int] = {}
-        for part, low, high in ((self.decoding, 0, num_decoding), (self.prefilling, num_decoding, num_rows)):
-            stays = {sequence: old[sequence] for sequence in part if low <= old.get(sequence, -1) < high}
-            free = iter(sorted(set(range(low, high)) - set(stays.values())))
-            # What holds positions goes first, so that it never moves beyond the rows that there is memory for.
-            for sequence in sorted(part, key=lambda sequence: sequence.num_cached_tokens == 0):
-                new[sequence] = stays[sequence] if sequence in stays else next(free)
-        # A sequence that holds nothing yet has nothing to copy.
-        moves = tuple(
-            (old[s], row) for s, row in new.items() if s in old and old[s] != row and s.num_cached_tokens
-        )
-        for sequence, row in new.items():
-            sequence.row = row
-        self.decoding.sort(key=lambda sequence: sequence.row)
-        self._rows_at_last_plan = new
-        return moves
+    def _composition_of(self, singles: Sequence[Chunk], num_rows: int) -> int:
+        now: list[object] = [(one.sequence, one.sequence.place) for one in singles]
+        if self.budget.is_recurrent:
+            now.append(num_rows)
+        if now != self._last_singles:
+            self._last_singles = now
+            self._composition += 1
+        return self._composition
+
+
+def _decode(sequence: SequenceState) -> Chunk:
+    start = sequence.num_planned_tokens
+    return Chunk(sequence, start, start + 1, begins=False, draws=True)
+
+
+def _repeats_left(chunk: Chunk) -> int:
+    """Steps of one token after this chunk's in which its row is not outgrown, and the answer not at its length."""
+    sequence, stop = chunk.sequence, chunk.stop
+    assert sequence.place is not None
+    end = sequence.place.bucket.num_positions
+    if stop <= sequence.precision.start_after:
+        end = min(end, sequence.precision.start_after)
+    return min(end, sequence.max_total_tokens - 1) - stop
+
+
+def _chunk(sequence: SequenceState, start: int, num_tokens: int) -> Chunk:
+    stop = start + num_tokens
+    return Chunk(sequence, start, stop, begins=start == 0, draws=stop == sequence.num_tokens)

@@ -1,10 +1,12 @@
-"""The oracle: one request at a time, in mlx-lm's own loop over the family's own cache."""
+"""The oracle: one request at a time, over the family's own code and cache; and models lively enough to tell."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import serve as serve  # before mlx: it brings a real BLAS
@@ -13,9 +15,61 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from serve.adapters.lora import LoRALinear
-from serve.adapters.manifest import read_config, read_tensors
+from serve.adapters.manifest import AdapterConfig, read_config, read_tensors, write_adapter
+from serve.engine.engine import Engine, EngineLimits
 from serve.model.loading import load
+from serve.model.weights import dense_weight, expert_modules, linear_modules, linear_shape
+
+COMMON = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 259,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+QWEN3_MOE = {
+    "intermediate_size": 96,
+    "moe_intermediate_size": 48,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+}
+LIVELY = {
+    "full": {**COMMON, **QWEN3_MOE, "model_type": "qwen3_moe"},
+    "sliding": {
+        **COMMON,
+        "model_type": "gpt_oss",
+        "intermediate_size": 48,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "hybrid": {
+        **COMMON,
+        **QWEN3_MOE,
+        "model_type": "qwen3_next",
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "shared_expert_intermediate_size": 32,
+        "partial_rotary_factor": 0.5,
+        "full_attention_interval": 2,
+    },
+}
+"""Mixtures of experts with full attention, with windows (and sinks) beside it, with recurrent state beside it."""
+LOUDER = {"sliding": {"q_proj": 8}}
+KINDS = ("lora", "dora", "experts")
+SCALE = 2.0
 
 
 def _greedy(module: nn.Module, prompt: Sequence[int], num_tokens: int) -> tuple[int, ...]:
@@ -28,16 +82,96 @@ def _greedy(module: nn.Module, prompt: Sequence[int], num_tokens: int) -> tuple[
 
 
 def _merged(model_folder: Path, adapter_folder: Path) -> nn.Module:
+    """The definition, in numpy: W + s·BA; of DoRA each row made as long as m says."""
     module = load(str(model_folder)).network.module
     config, tensors = read_config(adapter_folder), read_tensors(adapter_folder)
-    for path in {key.rpartition(".")[0] for key in tensors}:
-        parent = module
-        *parts, name = path.split(".")
-        for part in parts:
-            parent = parent[int(part)] if part.isdigit() else parent[part]
-        a, b = tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"]
-        parent[name] = LoRALinear(parent[name], a, b, config.scale).fuse()
+    layers = {**linear_modules(module), **expert_modules(module)}
+    wide = {name: np.array(value.astype(mx.float32), np.float64) for name, value in tensors.items()}
+    for path in {name.rpartition(".")[0] for name in tensors}:
+        a, b = wide[f"{path}.lora_a"], wide[f"{path}.lora_b"]
+        old = dense_weight(layers[path])
+        weight = np.array(old.astype(mx.float32), np.float64)
+        weight = weight + config.scale * (b @ a if a.ndim == 3 else (a @ b).T)
+        if f"{path}.m" in wide:
+            weight *= (wide[f"{path}.m"] / np.linalg.norm(weight, axis=1))[:, None]
+        module.load_weights([(f"{path}.weight", mx.array(weight).astype(old.dtype))], strict=False)
     return module
+
+
+def _layers_of(kind: str, module: nn.Module) -> dict[str, nn.Module]:
+    """What an adapter of this kind touches: attention, of DoRA the head too; or the experts and their routers."""
+    linears = linear_modules(module)
+    if kind == "experts":
+        routers = {path: each for path, each in linears.items() if path.endswith(("mlp.gate", "mlp.router"))}
+        return {**expert_modules(module), **routers}
+    heads = ("lm_head",) if kind == "dora" else ()
+    return {path: each for path, each in linears.items() if "attn." in path or path in heads}
+
+
+def _tensors(
+    path: str, layer: nn.Module, kind: str, rank: int, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    inputs, outputs = linear_shape(layer)
+    experts = layer.weight.shape[:-2]
+    a = (*experts, rank, inputs) if experts else (inputs, rank)
+    b = (*experts, outputs, rank) if experts else (rank, outputs)
+    size = 0.15 if experts else 0.2
+    tensors = {f"{path}.lora_a": rng.normal(size=a) * size, f"{path}.lora_b": rng.normal(size=b) * size}
+    if kind == "dora":
+        lengths = np.linalg.norm(np.array(dense_weight(layer).astype(mx.float32)), axis=1)
+        tensors[f"{path}.m"] = lengths * rng.uniform(0.7, 1.5, outputs)
+    return tensors
+
+
+class Lively:
+    """Lively models and their adapters, each made once: folders, and the base with an adapter fused."""
+
+    def __init__(self, make_model: Callable[..., Path], root: Path) -> None:
+        self._root = root
+        self.folder = cache(lambda name: make_model(f"law-{name}", LIVELY[name], louder=LOUDER.get(name, {})))
+        """folder(name of LIVELY) → a model."""
+        self.module = cache(self._module)
+        """module(name, kind, number) → the whole model, that adapter fused into its weights (kind "base": none)."""
+
+    def adapter(self, name: str, kind: str, number: int = 0) -> Path:
+        """The folder of a random adapter of that model; another number is another adapter, of another rank."""
+        folder = self._root / f"{name}-{kind}-{number}"
+        if not folder.exists():
+            rank = 2 + KINDS.index(kind) + 3 * number
+            rng = np.random.default_rng([number, KINDS.index(kind)])
+            layers = _layers_of(kind, load(str(self.folder(name))).network.module)
+            tensors = {
+                key: mx.array(value, dtype=mx.float32)
+                for path, layer in layers.items()
+                for key, value in _tensors(path, layer, kind, rank, rng).items()
+            }
+            keys = tuple(dict.fromkeys(path.split(".", 3)[-1] for path in layers))
+            tuner = "dora" if kind == "dora" else "lora"
+            write_adapter(folder, tensors, AdapterConfig(tuner, -1, rank, SCALE, keys=keys))
+        return folder
+
+    def _module(self, name: str, kind: str, number: int = 0) -> nn.Module:
+        if kind == "base":
+            return load(str(self.folder(name))).network.module
+        return _merged(self.folder(name), self.adapter(name, kind, number))
+
+
+@pytest.fixture(scope="session")
+def lively(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Lively:
+    """Models of full attention, windows and recurrent state, with experts, and adapters of every kind for each."""
+    return Lively(make_model, tmp_path_factory.mktemp("lively-adapters"))
+
+
+@pytest.fixture(params=[False, True], ids=["in step", "one ahead"])
+def ahead(request: pytest.FixtureRequest) -> bool:
+    """Whether an engine builds a step before it has read the one before."""
+    return bool(request.param)
+
+
+@pytest.fixture
+def make_engine(ahead: bool) -> Callable[..., Engine]:
+    """make_engine(model, **limits) → an engine over the model, in step and one step ahead."""
+    return lambda model, **limits: Engine(model, EngineLimits(ahead=ahead, **limits))
 
 
 @pytest.fixture(scope="session")

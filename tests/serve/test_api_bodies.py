@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 import socket
 from collections.abc import Iterator
 from itertools import chain
@@ -40,6 +39,15 @@ SHARED = {
     "stream": False,
     "user": "maria",
     "ignore_eos": True,
+    "kv_bits": 8,
+    "kv_value_bits": 4,
+    "kv_scheme": "affine",
+    "kv_quant_scheme": "uniform",
+    "kv_group_size": 32,
+    "kv_quantize_after": 3,
+    "quantized_kv_start": 3,
+    "kv_plain_layers": 1,
+    "cache_salt": "pepper",
 }
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
 CHAT = {
@@ -95,10 +103,10 @@ Place = tuple[str | int, ...]
 
 
 @pytest.fixture(scope="module")
-def folder(model_folder, tmp_path_factory):
-    """The lively model with a template that reads all there is."""
-    folder = tmp_path_factory.mktemp("models") / "reads-all"
-    shutil.copytree(model_folder, folder)
+def folder(model_folder, make_model):
+    """A lively model with heads wide enough to quantize, and a template that reads all there is."""
+    config = json.loads((model_folder / "config.json").read_text())
+    folder = make_model("reads-all", {**config, "head_dim": 32})
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 

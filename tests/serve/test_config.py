@@ -1,9 +1,12 @@
 """The serving configuration: what is refused and by what name, and where its paths lead."""
 
+import json
 from pathlib import Path
 
 import pytest
+from mlx_vlm.turboquant import resolve_kv_bits, turboquant_enabled
 
+from serve.cache.precision import PLAIN, KvPrecision
 from serve.config import ServeConfig, load_config
 from serve.errors import ConfigError
 from serve.settings import dump, load_yaml
@@ -92,6 +95,89 @@ def test_what_cannot_work_is_refused_by_its_key(change, told):
     assert change[0] in EXPERIMENT
     with pytest.raises(ConfigError, match=told):
         load_yaml(EXPERIMENT.replace(*change), ServeConfig)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (
+            {"memory_budget_gib": 1, "kv_budget_gib": 2},
+            "kv_budget_gib: found 2, which is a part of memory_bud",
+        ),
+        ({"memory_budget_gib": 1, "adapter_budget_gib": 2}, "adapter_budget_gib: found 2.* at most 1"),
+        ({"memory_budget_gib": 1, "prefix_cache_gib": 2}, "prefix_cache_gib: found 2"),
+        ({"kv_budget_gib": 1, "prefix_cache_gib": 1.5}, "prefix_cache_gib: found 1.5.*kv_budget_gib.*most 1"),
+        ({"prefix_cache_gib": 0, "prefix_cache_dir": "p"}, "prefix_cache_dir: .*prefix_cache_gib is 0"),
+        ({"prefix_cache_disk_gib": 1}, "prefix_cache_disk_gib: .*no prefix_cache_dir"),
+        ({"memory_budget_gib": 0}, "memory_budget_gib"),
+        ({"prefix_cache_gib": -1}, "prefix_cache_gib"),
+        ({"prefix_cache_dir": "p", "prefix_cache_disk_gib": 0}, "prefix_cache_disk_gib"),
+        ({"kv_bits": 7}, "kv_bits is 7"),
+        ({"kv_bits": 0}, "kv_bits is 0"),
+        ({"kv_bits": 3.7}, "kv_bits is 3.7; expected a multiple of 0.5"),
+        ({"kv_bits": 9.5}, "kv_bits is 9.5"),
+        ({"kv_bits": 3.5, "kv_scheme": "affine"}, "kv_bits is 3.5"),
+        ({"kv_bits": 16, "kv_scheme": "turbo"}, "kv_scheme is turbo, and kv_bits does not say"),
+        ({"kv_value_bits": 4}, "kv_value_bits is 4"),
+        ({"kv_bits": 8, "kv_value_bits": 7}, "kv_value_bits is 7"),
+        ({"kv_bits": 8, "kv_scheme": "uniform"}, "kv_scheme"),
+        ({"kv_group_size": 48}, "kv_group_size"),
+        ({"kv_quantize_after": -1}, "kv_quantize_after"),
+        ({"kv_plain_layers": 1.5}, "kv_plain_layers"),
+        ({"one_step_ahead": True}, "one_step_ahead"),
+        ({"quantized_kv_start": 5}, "quantized_kv_start: unknown key; write kv_quantize_after"),
+    ],
+)
+def test_budgets_that_cannot_be_and_bits_that_nothing_has_are_refused_by_their_key(keys, told, tmp_path):
+    written = [f"{key}: {json.dumps(value)}" for key, value in keys.items()]
+    file = tmp_path / "c.yaml"
+    for lines, overrides in ((written, []), ([], [line.replace(": ", "=") for line in written])):
+        file.write_text("\n".join(["model: m", *lines]))
+        with pytest.raises(ConfigError, match=told):
+            load_config(file, overrides)
+
+
+def test_all_that_is_wrong_is_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load_yaml("model: m\nkv_bits: 7\nprefix_cache_disk_gib: 1\nname: a@b\n", ServeConfig)
+    for key in ("kv_bits", "prefix_cache_disk_gib", "name"):
+        assert f": {key}: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, PLAIN),
+        ({"kv_bits": 16}, PLAIN),
+        ({"kv_group_size": 32, "kv_quantize_after": 5}, PLAIN),
+        ({"kv_bits": 8}, KvPrecision("affine", 8, 8)),
+        ({"kv_bits": 8, "kv_value_bits": 4}, KvPrecision("affine", 8, 4)),
+        ({"kv_bits": 3.5}, KvPrecision("turbo", 3, 4)),
+        ({"kv_bits": 4, "kv_scheme": "turbo"}, KvPrecision("turbo", 4, 4)),
+        ({"kv_bits": 3.5, "kv_value_bits": 3}, KvPrecision("turbo", 3, 3)),
+        (
+            {"kv_bits": 4, "kv_group_size": 32, "kv_quantize_after": 500, "kv_plain_layers": 2},
+            KvPrecision("affine", 4, 4, 32, 500, 2),
+        ),
+    ],
+)
+def test_bits_mean_one_precision(keys, expected):
+    assert ServeConfig(model="m", **keys).kv_precision == expected
+
+
+def test_turboquants_bits_are_split_as_mlx_vlm_splits_them():
+    for half in range(2, 17):
+        bits = half / 2
+        found = ServeConfig(model="m", kv_bits=bits, kv_scheme="turbo").kv_precision
+        assert (found.key_bits, found.value_bits) == resolve_kv_bits(bits)[1:]
+        if turboquant_enabled(bits):
+            assert ServeConfig(model="m", kv_bits=bits).kv_precision == found
+
+
+def test_a_folder_of_prefixes_is_relative_to_its_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\nprefix_cache_dir: prefixes\nprefix_cache_disk_gib: 2\n")
+    assert load_config(file).prefix_cache_dir == tmp_path / "prefixes"
 
 
 @pytest.mark.parametrize(

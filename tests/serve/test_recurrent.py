@@ -8,6 +8,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import ChunkedKVCache, make_prompt_cache
 
+from serve.cache.capacity import Bucket
+from serve.cache.precision import PLAIN
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.errors import ConfigError, ModelError
@@ -49,22 +51,22 @@ def run_steps(engine: Engine, num_steps: int) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 7, 64])
 def test_rows_in_company_are_what_the_whole_model_draws_alone(
-    fresh, chunk_tokens, make_request, assert_drawn
+    fresh, chunk_tokens, make_request, assert_drawn, make_engine
 ):
     model = fresh()
     texts = TEXTS if chunk_tokens > 2 else [text[:9] for text in TEXTS]
     requests = [make_request(str(i), text, max_tokens=12) for i, text in enumerate(texts)]
-    answers = generate(Engine(model, EngineLimits(prefill_chunk_tokens=chunk_tokens)), requests)
+    answers = generate(make_engine(model, prefill_chunk_tokens=chunk_tokens), requests)
     assert len({answer.token_ids for answer in answers}) == len(answers), "the reference must be lively"
     for request, answer in zip(requests, answers, strict=True):
         assert len(answer.token_ids) == 12
         assert_drawn(request, answer.token_ids, model.network.module)
 
 
-def test_logprobs_are_those_of_the_whole_model(fresh, make_request):
+def test_logprobs_are_those_of_the_whole_model(fresh, make_request, make_engine):
     model = fresh()
     requests = [make_request(str(i), text, max_tokens=8, num_logprobs=0) for i, text in enumerate(TEXTS)]
-    answers = generate(Engine(model, EngineLimits(prefill_chunk_tokens=64)), requests)
+    answers = generate(make_engine(model, prefill_chunk_tokens=64), requests)
     for request, answer in zip(requests, answers, strict=True):
         prompt = request.prompt.token_ids
         logits = model.network.module(
@@ -79,18 +81,20 @@ def test_logprobs_are_those_of_the_whole_model(fresh, make_request):
         assert found == pytest.approx(expected[:, 0].tolist(), abs=2e-4)
 
 
-def test_rows_that_join_and_leave_do_not_disturb_the_others(fresh, make_request, assert_drawn):
+def test_rows_that_join_and_leave_do_not_disturb_the_others(fresh, make_request, assert_drawn, make_engine):
     model = fresh()
     requests = [make_request(str(i), TEXTS[i % 6], max_tokens=3 + 5 * (i % 4)) for i in range(12)]
-    answers = generate(Engine(model, EngineLimits(max_rows=3, prefill_chunk_tokens=16)), requests)
+    answers = generate(make_engine(model, max_rows=3, prefill_chunk_tokens=16), requests)
     for request, answer in zip(requests, answers, strict=True):
         assert len(answer.token_ids) == request.sampling.max_tokens
         assert_drawn(request, answer.token_ids, model.network.module)
 
 
-def test_a_row_taken_over_in_mid_prompt_or_mid_answer_shows_no_trace(fresh, make_request, assert_drawn):
+def test_a_row_taken_over_in_mid_prompt_or_mid_answer_shows_no_trace(
+    fresh, make_request, assert_drawn, make_engine
+):
     model = fresh()
-    engine = Engine(model, EngineLimits(max_rows=3, prefill_chunk_tokens=8))
+    engine = make_engine(model, max_rows=3, prefill_chunk_tokens=8)
     engine.add(make_request("stays", "Hello there", max_tokens=500))  # so the rows are never given back
     engine.add(make_request("answers", "x", max_tokens=500))
     engine.add(make_request("reads", "y" * 60, max_tokens=500))
@@ -106,9 +110,9 @@ def test_a_row_taken_over_in_mid_prompt_or_mid_answer_shows_no_trace(fresh, make
 
 
 def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
-    fresh, family, recurrent_folder, make_adapter_of, make_request, assert_drawn
+    fresh, family, recurrent_folder, make_adapter_of, make_request, assert_drawn, make_engine
 ):
-    engine = Engine(fresh(), EngineLimits(prefill_chunk_tokens=16))
+    engine = make_engine(fresh(), prefill_chunk_tokens=16)
     loud = make_adapter_of(recurrent_folder(family), 1, keys=INSIDE[family], size=1e30)
     version = engine.registry.load("loud", loud)
     engine.add(make_request("stays", "z" * 150, max_tokens=500))
@@ -118,7 +122,7 @@ def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
         any(sequence.request.id == "overflows" for sequence in engine.scheduler.running) or not has_overflowed
     ):
         engine.step()
-        held = [array for layer in engine._runner.rows.layers for array in layer.state]
+        held = engine._runner.rows.arrays()
         has_overflowed |= not all(mx.isfinite(array).all() for array in held)
     assert engine.stats().num_finished == {"error": 1}, "and its logits are not numbers"
     request = make_request("after", TEXTS[3], max_tokens=12)
@@ -129,22 +133,24 @@ def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}])
-def test_a_seed_draws_what_it_should_alone_and_in_company(fresh, make_request, settings, assert_drawn):
+def test_a_seed_draws_what_it_should_alone_and_in_company(
+    fresh, make_request, settings, assert_drawn, make_engine
+):
     model = fresh()
     requests = [make_request(str(i), text, max_tokens=12, seed=i, **settings) for i, text in enumerate(TEXTS)]
-    together = generate(Engine(model, EngineLimits(prefill_chunk_tokens=64)), requests)
-    engine = Engine(model)
+    together = generate(make_engine(model, prefill_chunk_tokens=64), requests)
+    engine = make_engine(model)
     for request, answer in zip(requests, together, strict=True):
         for found in (answer, generate(engine, [request])[0]):
             assert_drawn(request, found.token_ids, model.network.module)
 
 
 def test_rows_with_different_adapters_match_running_each_merged_and_alone(
-    fresh, family, recurrent_folder, make_adapter_of, make_request, merged, assert_drawn
+    fresh, family, recurrent_folder, make_adapter_of, make_request, merged, assert_drawn, make_engine
 ):
     base = recurrent_folder(family)
     folders = [make_adapter_of(base, seed, rank=3 + seed, keys=INSIDE[family]) for seed in (1, 2)]
-    engine = Engine(fresh(), EngineLimits(prefill_chunk_tokens=16))
+    engine = make_engine(fresh(), prefill_chunk_tokens=16)
     versions = [None, *(engine.registry.load(f"a{i}", folder) for i, folder in enumerate(folders))]
     modules = [fresh().network.module, *(merged(base, folder) for folder in folders)]
     requests = [
@@ -161,7 +167,7 @@ def test_rows_with_different_adapters_match_running_each_merged_and_alone(
 def test_admission_counts_the_state_of_each_row(recurrent_folder, make_request):
     model = load(str(recurrent_folder("mamba2")))
     cost = Engine(model).scheduler.budget.row_cost
-    assert cost.position_bytes == 0
+    assert cost.row_bytes(Bucket(PLAIN, 256)) == 0
     assert cost.state_bytes > 0
     engine = Engine(model, EngineLimits(kv_budget_bytes=3 * cost.state_bytes - 1))
     for index in range(4):
@@ -169,7 +175,8 @@ def test_admission_counts_the_state_of_each_row(recurrent_folder, make_request):
     engine.step()
     engine.step()
     assert engine.stats().num_decoding == 2
-    assert engine.stats().kv_bytes == 2 * cost.state_bytes / 2, "a step holds the old states and the new ones"
+    assert engine.stats().kv_bytes == 2 * cost.state_bytes, "a step holds the old states and the new ones"
+    assert engine._runner.rows.num_bytes == cost.state_bytes
     with pytest.raises(ConfigError, match="keys, values and states"):
         Engine(model, EngineLimits(kv_budget_bytes=cost.state_bytes - 1))
 
@@ -193,7 +200,7 @@ def test_a_family_whose_rows_mix_is_refused_at_start(recurrent_folder):
         if cache[1] is not None:
             cache[1] = mx.broadcast_to(cache[1].mean(axis=0, keepdims=True), cache[1].shape)
 
-    with pytest.raises(ModelError, match="mamba2: its recurrent state cannot be batched: a row in company"):
+    with pytest.raises(ModelError, match="mamba2: its rows cannot be batched: a row in company"):
         Engine(broken(load(str(recurrent_folder("mamba2"))), mix))
 
 
@@ -203,7 +210,7 @@ def test_a_family_whose_state_grows_is_refused_at_start(recurrent_folder):
             cache[0] = mx.concatenate([cache[0], cache[0]], axis=1)
 
     with pytest.raises(
-        ModelError, match=r"mamba2: its recurrent state cannot be batched: state 0 .* must keep its shape"
+        ModelError, match=r"mamba2: its rows cannot be batched: state 0 .* must keep its shape"
     ):
         Engine(broken(load(str(recurrent_folder("mamba2"))), grow))
 

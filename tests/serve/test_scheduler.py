@@ -5,20 +5,33 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections import Counter
-from dataclasses import replace
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-from serve.cache.capacity import RowCost
-from serve.engine.plan import Drawn, Plan, SequenceState
+import pytest
+
+from serve.cache.capacity import Bucket, LayerShape, Place, RowCost
+from serve.cache.precision import PLAIN, KvPrecision
+from serve.engine.placement import least_bytes
+from serve.engine.plan import Capture, Chunk, Drawn, Plan, SequenceState
 from serve.engine.request import Request, Sampling
-from serve.engine.scheduler import Budget, Scheduler
+from serve.engine.scheduler import Budget, NoPrefixes, Scheduler
 from serve.model.prompt import Prompt
+
+
+def row_cost(position_bytes: int = 1, state_bytes: int = 0) -> RowCost:
+    layers = (
+        [LayerShape(num_heads=1, key_dim=position_bytes, value_dim=0, itemsize=1)] if position_bytes else []
+    )
+    return RowCost(layers, state_bytes)
+
 
 BUDGET = Budget(
     max_rows=4,
     prefill_chunk_tokens=32,
     max_bytes=4 * 512,
-    row_cost=RowCost(position_bytes=1),
+    row_cost=row_cost(),
 )
 
 
@@ -34,7 +47,7 @@ def sequence(name: str, num_prompt_tokens: int = 8, max_tokens: int = 8, *, grou
 def run(scheduler: Scheduler) -> Plan:
     """One step as the engine makes it: every row that draws gets a token, and one that has all of them leaves."""
     plan = scheduler.schedule()
-    drawing = [*plan.decode, *(chunk.sequence for chunk in plan.prefill if chunk.is_last)]
+    drawing = [chunk.sequence for chunk in plan.chunks if chunk.draws]
     scheduler.commit(plan, [Drawn(one, (7,)) for one in drawing])
     scheduler.check_integrity()
     scheduler.remove([one for one in drawing if one.num_tokens >= one.max_total_tokens])
@@ -44,6 +57,189 @@ def run(scheduler: Scheduler) -> Plan:
 
 def names(sequences) -> list[str]:
     return [s.request.id for s in sequences]
+
+
+def decode(plan: Plan) -> list[SequenceState]:
+    """Rows that run one token beside each other."""
+    return [chunk.sequence for chunk in plan.chunks[: plan.num_single]]
+
+
+def prefill(plan: Plan) -> list[Chunk]:
+    """Chunks of the second forward."""
+    return list(plan.chunks[plan.num_single :])
+
+
+@dataclass
+class Prefix:
+    """What a tree would give."""
+
+    segments: list[tuple[int, ...]]
+    num_tokens: int
+
+
+@dataclass
+class Tree:
+    """A prefix cache that holds whole token lists."""
+
+    held: set[tuple[int, ...]] = field(default_factory=set)
+    num_pinned: int = 0
+
+    def find(self, sequence: SequenceState) -> Prefix | None:
+        tokens = tuple(sequence.tokens(0, sequence.num_tokens))
+        longest = max((_common(tokens[:-1], one) for one in self.held), default=0)
+        if longest == 0:
+            return None
+        self.num_pinned += 1
+        return Prefix([tokens[:longest]], longest)
+
+    def release(self, prefix: Prefix) -> None:
+        self.num_pinned -= 1
+
+    def num_known(self, sequence: SequenceState, stop: int) -> int:
+        tokens = tuple(sequence.tokens(0, stop))
+        assert len(tokens) == stop, "a token that is not known yet"
+        return max((_common(tokens, one) for one in self.held), default=0)
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
+
+
+def _next_token(tokens: Sequence[int]) -> int:
+    """The model: a token that all those before it lead to."""
+    return hash(tuple(tokens)) % 1000
+
+
+class Machine:
+    """An engine without arrays: rows hold the tokens themselves, and states all tokens that went into them."""
+
+    def __init__(self, bounds: Budget, *, ahead: bool = False, has_prefixes: bool = False) -> None:
+        self.tree = Tree() if has_prefixes else None
+        self.scheduler = Scheduler(bounds, self.tree or NoPrefixes())
+        self.ahead = ahead
+        self.rows: dict[Place, list[int]] = {}
+        self.states: dict[int, list[int]] = {}
+        self.capacities: dict[Bucket, int] = {}
+        self.flights: deque[tuple[Plan, dict[SequenceState, int]]] = deque()
+        self.alive: list[SequenceState] = []
+        self.answers: list[tuple[Request, list[int]]] = []
+        self.num_restored = 0
+        self.last: Plan | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self.flights)
+
+    def alone(self, request: Request) -> list[int]:
+        tokens = list(request.prompt.token_ids)
+        for _ in range(request.sampling.max_tokens):
+            tokens.append(_next_token(tokens))
+            if tokens[-1] % 50 == 0:
+                break
+        return tokens[len(request.prompt.token_ids) :]
+
+    def add(self, request: Request) -> None:
+        self.alive.append(SequenceState(request))
+        self.scheduler.add(self.alive[-1])
+
+    def cancel(self, sequences: list[SequenceState]) -> None:
+        self.alive = [one for one in self.alive if one not in sequences]
+        self.scheduler.remove(sequences)
+        self.scheduler.check_integrity()
+
+    def step(self) -> None:
+        plan = self.scheduler.schedule()
+        if not plan.is_empty:
+            self.flights.append((plan, self.start(plan)))
+        if len(self.flights) > self.ahead or (self.flights and plan.is_empty):
+            self.read()
+        self.scheduler.check_integrity()
+
+    def read(self) -> None:
+        plan, drawn = self.flights.popleft()
+        self.scheduler.commit(plan, [Drawn(sequence, (token,)) for sequence, token in drawn.items()])
+        gone = []
+        for sequence in drawn:
+            is_over = sequence.num_tokens >= sequence.max_total_tokens or drawn[sequence] % 50 == 0
+            if sequence in self.alive and is_over:
+                self.answers.append((sequence.request, list(sequence.generated)))
+                gone.append(sequence)
+        self.cancel(gone)
+
+    def start(self, plan: Plan) -> dict[SequenceState, int]:
+        for capture in plan.departures:
+            self.capture(capture)
+        self.move(plan)
+        for sequence, prefix in plan.restores:
+            self.num_restored += 1
+            self.rows[sequence.place] = list(prefix.segments[0])
+            self.states[sequence.state_row] = list(prefix.segments[0])
+            self.tree.release(prefix)
+        drawn = {chunk.sequence: self.run(chunk) for chunk in plan.chunks}
+        for capture in plan.captures:
+            self.capture(capture)
+        self.check(plan)
+        return {chunk.sequence: drawn[chunk.sequence] for chunk in plan.chunks if chunk.draws}
+
+    def move(self, plan: Plan) -> None:
+        copies = {move.target: self.rows[move.source] for move in plan.moves}
+        assert all(len(self.rows[move.source]) == move.num_positions for move in plan.moves)
+        self.rows |= {place: list(tokens) for place, tokens in copies.items()}
+        self.states |= {target: self.states[source] for source, target in plan.state_moves}
+        self.capacities = dict(plan.capacities)
+        self.rows = {p: tokens for p, tokens in self.rows.items() if p.row < self.capacities.get(p.bucket, 0)}
+
+    def run(self, chunk: Chunk) -> int:
+        sequence, place = chunk.sequence, chunk.sequence.place
+        assert chunk.begins == (chunk.start == 0)
+        if chunk.begins:
+            self.rows[place] = []
+            self.states[sequence.state_row] = []
+        tokens = sequence.tokens(chunk.start, chunk.stop)
+        if not tokens:  # drawn by the step in flight
+            tokens = [self.flights[-1][1][sequence]]
+        assert len(tokens) == chunk.num_tokens
+        row = self.rows[place]
+        assert len(row) == chunk.start, "a row does not hold what comes before its chunk"
+        row += tokens
+        assert len(row) <= place.bucket.num_positions, "a row is longer than its bucket"
+        assert place.bucket.precision == sequence.precision.at(len(row)), "a row is in another precision"
+        if self.scheduler.budget.is_recurrent:
+            self.states[sequence.state_row] = [*self.states[sequence.state_row], *tokens]
+            assert self.states[sequence.state_row] == row, "a state is another row's"
+        return _next_token(row)
+
+    def capture(self, capture: Capture) -> None:
+        held = self.rows[capture.place]
+        assert len(held) == capture.stop
+        assert held == capture.sequence.tokens(0, capture.stop)
+        self.tree.held.add(tuple(held))
+
+    def check(self, plan: Plan) -> None:
+        cost = self.scheduler.budget.row_cost
+        singles = [chunk.sequence for chunk in plan.chunks[: plan.num_single]]
+        for bucket in {sequence.place.bucket for sequence in singles}:
+            rows = [sequence.place.row for sequence in singles if sequence.place.bucket == bucket]
+            assert rows == list(range(len(rows))), "the one-token rows of a bucket are its first"
+        assert [sequence.state_row for sequence in singles] == list(range(len(singles)))
+        assert all(chunk.num_tokens == 1 for chunk in plan.chunks[: plan.num_single])
+        num_rows = len(self.scheduler.running)
+        held = sum(count * cost.row_bytes(bucket) for bucket, count in self.capacities.items())
+        assert plan.num_bytes == held + plan.num_state_rows * cost.state_bytes
+        assert plan.num_bytes <= self.scheduler.max_bytes or num_rows <= 1
+        if self.last is not None and self.last.composition == plan.composition:
+            before = [(c.sequence, c.stop) for c in self.last.chunks[: self.last.num_single]]
+            assert before == [(c.sequence, c.start) for c in plan.chunks[: plan.num_single]]
+            assert not cost.state_bytes or self.last.num_state_rows == plan.num_state_rows
+        self.last = plan
+
+
+@pytest.fixture
+def machine() -> Callable[..., Machine]:
+    """machine(bounds, ahead=False, has_prefixes=False) → a scheduler and something that does what it says."""
+    return Machine
 
 
 def test_the_scheduler_imports_no_mlx():
@@ -59,18 +255,18 @@ def test_a_long_prompt_is_computed_in_chunks_beside_a_running_row():
     widths = []
     for _ in range(4):
         plan = run(scheduler)
-        assert names(plan.decode) == ["short"]
-        widths += [chunk.stop - chunk.start for chunk in plan.prefill]
+        assert names(decode(plan)) == ["short"]
+        widths += [chunk.stop - chunk.start for chunk in prefill(plan)]
     assert widths == [32, 32, 32, 4]
-    assert names(run(scheduler).decode) == ["short", "long"]
+    assert names(decode(run(scheduler))) == ["short", "long"]
 
 
 def test_short_prompts_share_a_prefill_and_padding_counts_against_its_budget():
     scheduler = Scheduler(BUDGET)
     for name, length in (("a", 10), ("b", 10), ("c", 16), ("d", 3)):
         scheduler.add(sequence(name, length))
-    assert names(c.sequence for c in run(scheduler).prefill) == ["a", "b"]  # 3 x 16 would be 48 > 32
-    assert names(c.sequence for c in run(scheduler).prefill) == ["c", "d"]
+    assert names(c.sequence for c in prefill(run(scheduler))) == ["a", "b"]  # 3 x 16 would be 48 > 32
+    assert names(c.sequence for c in prefill(run(scheduler))) == ["c", "d"]
 
 
 def test_nobody_overtakes_the_first_in_the_queue_when_it_does_not_fit():
@@ -80,50 +276,59 @@ def test_nobody_overtakes_the_first_in_the_queue_when_it_does_not_fit():
     scheduler.add(sequence("big", 300, max_tokens=8))  # 2 rows x 512 positions: does not fit beside the other
     scheduler.add(sequence("small", max_tokens=8))  # 2 rows x 256 would
     for _ in range(99):
-        assert names(c.sequence for c in run(scheduler).prefill) == []
+        assert names(c.sequence for c in prefill(run(scheduler))) == []
         assert names(scheduler.waiting) == ["big", "small"]
-    assert names(c.sequence for c in run(scheduler).prefill) == ["big"]
+    assert names(c.sequence for c in prefill(run(scheduler))) == ["big"]
 
 
-def test_rows_stay_compact_with_decoding_rows_first_whatever_leaves():
-    rng = random.Random(0)
-    scheduler = Scheduler(budget(max_rows=7, max_bytes=8 * 256))
-    contents: dict[int, str] = {}  # what a cache would hold at each row
-    num_rows = 0  # rows that a cache would have memory for
-    for step in range(800):
-        if not scheduler.has_work:
-            num_rows = 0  # an idle engine gives its memory back
-        if (rng.random() < 0.3 or not scheduler.has_work) and step % 100 < 50:
-            lengths = rng.choice([(10, 30), (90, 400), (300, 200)])
-            scheduler.add(
-                sequence(f"s{step}", rng.randint(1, lengths[0]), lengths[1], group=rng.choice("abc"))
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "quantized", "mixed", "recurrent"])
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_comes_and_goes_every_answer_is_what_its_own_tokens_lead_to(machine, kind, ahead, seed):
+    rng = random.Random(seed)
+    state_bytes = 50 if kind == "recurrent" else 0
+    bounds = budget(
+        max_rows=7, max_bytes=rng.choice([6, 8, 40]) * 256, row_cost=row_cost(state_bytes=state_bytes)
+    )
+    run = machine(bounds, ahead=ahead, has_prefixes=seed % 2 == 1)
+    precisions = {
+        "plain": [PLAIN],
+        "quantized": [KvPrecision("affine", 8, 8)],
+        "mixed": [
+            PLAIN,
+            KvPrecision("affine", 4, 4, start_after=40),
+            KvPrecision("affine", 8, 8, start_after=300),
+        ],
+        "recurrent": [PLAIN],
+    }[kind]
+    for step in range(600):
+        if (rng.random() < 0.3 or not run.has_work) and step % 100 < 50:
+            longest, answer = rng.choice([(10, 30), (90, 400), (300, 200)])
+            length = rng.randint(1, longest)
+            first = rng.choice([0, 0, 1000 * step])  # many begin with the same tokens
+            run.add(
+                Request(
+                    f"s{step}",
+                    Prompt(tuple(range(first, first + length))),
+                    Sampling(max_tokens=rng.randint(1, answer)),
+                    group=rng.choice("abc"),
+                    precision=rng.choice(precisions),
+                )
             )
-        plan = scheduler.schedule()
-        assert all(target < num_rows for _, target in plan.moves), (
-            "a move beyond the rows there is memory for"
-        )
-        copies = {target: contents[source] for source, target in plan.moves}
-        contents.update(copies)
-        for chunk in plan.prefill:
-            if chunk.start == 0:
-                contents[chunk.sequence.row] = chunk.sequence.request.id
-        for running in (*plan.decode, *(c.sequence for c in plan.prefill)):
-            assert contents[running.row] == running.request.id, "a row lost its keys and values"
-        assert [s.row for s in plan.decode] == list(range(len(plan.decode)))
-        drawing = [*plan.decode, *(c.sequence for c in plan.prefill if c.is_last)]
-        scheduler.commit(plan, [Drawn(one, (7,)) for one in drawing])
-        scheduler.check_integrity()
-        in_use = [s for s in scheduler.running if s.num_cached_tokens]
-        assert all(s.row < plan.num_rows for s in in_use)
-        assert max((s.num_cached_tokens for s in in_use), default=0) <= plan.num_positions
-        num_rows = max(num_rows, plan.num_rows)
-        scheduler.remove([s for s in scheduler.running if rng.random() < 0.03])
-    assert scheduler.num_preempted > 2
+        run.step()
+        run.cancel([one for one in run.alive if rng.random() < 0.01])
+    while run.has_work:
+        run.step()
+    assert len(run.answers) > 30
+    for request, answer in run.answers:
+        assert answer == run.alone(request)
+    assert run.scheduler.num_preempted > 0 or bounds.max_bytes > 8 * 256
+    assert bool(run.num_restored) == (seed % 2 == 1)
 
 
 def test_recurrent_rows_of_one_step_take_equally_many_tokens_and_begin_together():
     rng = random.Random(1)
-    cost = RowCost(position_bytes=0, state_bytes=100)
+    cost = row_cost(0, state_bytes=100)
     scheduler = Scheduler(budget(max_bytes=400, row_cost=cost))
     added, began, widths = [], [], []
     for step in range(600):
@@ -131,14 +336,15 @@ def test_recurrent_rows_of_one_step_take_equally_many_tokens_and_begin_together(
             scheduler.add(sequence(f"s{step}", rng.choice([1, 2, 9, 10, 40, 100]), 5))
             added.append(f"s{step}")
         plan = run(scheduler)
-        assert len({chunk.stop - chunk.start for chunk in plan.prefill}) <= 1
-        assert len({chunk.start == 0 for chunk in plan.prefill}) <= 1
-        began += [chunk.sequence.request.id for chunk in plan.prefill if chunk.start == 0]
-        widths.append(len(plan.prefill))
-        if plan.prefill:
-            first = plan.prefill[0]
-            wanted = min(first.sequence.num_prompt_tokens - first.start, 32)
-            assert first.stop - first.start == wanted, "the first in line takes a whole chunk"
+        chunks = prefill(plan)
+        assert len({chunk.num_tokens for chunk in chunks}) <= 1
+        assert len({chunk.begins for chunk in chunks}) <= 1
+        assert not any(chunk.begins for chunk in plan.chunks[: plan.num_single])
+        began += [chunk.sequence.request.id for chunk in chunks if chunk.begins]
+        widths.append(len(chunks))
+        if chunks:
+            wanted = [min(one.sequence.num_prompt_tokens - one.start, 32) for one in chunks]
+            assert chunks[0].num_tokens in wanted, "the first in line takes a whole chunk"
         scheduler.remove([s for s in scheduler.decoding if rng.random() < 0.3])
     assert sorted(began, key=added.index) == added[: len(began)], "nobody is left behind"
     assert len(added) - len(began) <= 6 + 4
@@ -146,12 +352,12 @@ def test_recurrent_rows_of_one_step_take_equally_many_tokens_and_begin_together(
 
 
 def test_states_are_counted_by_rows_in_use():
-    cost = RowCost(position_bytes=1, state_bytes=100)
-    assert cost.batch_bytes(3, 10) == 4 * 256 + 3 * 100
+    cost = row_cost(state_bytes=100)
+    assert least_bytes([Bucket(PLAIN, 256)] * 3, cost) == 4 * 256 + 3 * 100
     scheduler = Scheduler(budget(max_bytes=2 * 256 + 200, row_cost=cost))
     for name in "abc":
         scheduler.add(sequence(name))
-    assert names(c.sequence for c in run(scheduler).prefill) == ["a", "b"]
+    assert names(c.sequence for c in prefill(run(scheduler))) == ["a", "b"]
     assert names(scheduler.waiting) == ["c"]
 
 
@@ -216,7 +422,7 @@ def test_a_preempted_sequence_keeps_its_tokens_and_computes_them_anew():
     assert "old" not in names(scheduler.running), "both never fit again"
     while young not in scheduler.decoding:
         plan = run(scheduler)
-        assert all(chunk.stop <= young.num_prompt_tokens + len(generated) for chunk in plan.prefill)
+        assert all(chunk.stop <= young.num_prompt_tokens + len(generated) for chunk in prefill(plan))
     assert young.generated[: len(generated)] == generated
     assert len(young.generated) == len(generated) + 1
 
@@ -244,11 +450,3 @@ def test_short_prompts_pass_a_long_one_and_do_not_starve_it():
         waits.append(steps - began)
         assert steps <= 210, "the long one has every second step"
     assert max(waits) <= 3, "a short prompt waits for a chunk or two, not for a long prompt"
-
-
-def test_a_budget_says_how_long_one_row_may_become():
-    for max_bytes in (0, 255, 256, 1000, 2**20, 2**40):
-        longest = budget(max_bytes=max_bytes).max_positions
-        cost = BUDGET.row_cost
-        assert longest == 0 or cost.batch_bytes(1, longest) <= max_bytes
-        assert longest >= 2**31 - 1 or cost.batch_bytes(1, longest + 1) > max_bytes

@@ -1,0 +1,35 @@
+"""GET /v1/cache/stats and POST /v1/cache/reset, at mlx-vlm's paths: what prefixes hold and gave; dropping them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.concurrency import run_in_threadpool
+
+from serve.api.services import ServicesDep
+from serve.api.tenant import TenantDep
+from serve.errors import ForbiddenError
+
+router = APIRouter()
+
+
+@router.get("/v1/cache/stats")
+async def cache_stats(services: ServicesDep) -> dict[str, Any]:
+    """Bytes now and counts since the start, of the whole server."""
+    stats = services.runtime.worker.stats()
+    return {"enabled": services.runtime.engine.has_prefixes, **asdict(stats.memory), **asdict(stats.prefixes)}
+
+
+@router.post("/v1/cache/reset")
+async def reset_cache(services: ServicesDep, tenant: TenantDep) -> dict[str, Any]:
+    """Forget the prefixes of the tenant that a header names, in memory and on disk; all of them, where none does."""
+    runtime = services.runtime
+    if not tenant and not runtime.config.is_loopback:
+        raise ForbiddenError(
+            f"this server listens on {runtime.config.host}, where nobody may drop what others keep; "
+            "name your tenant with X-Tenant"
+        )
+    await run_in_threadpool(runtime.worker.call, lambda: runtime.engine.forget_prefixes(tenant or None))
+    return {"status": "cleared", "tenant": tenant or None}

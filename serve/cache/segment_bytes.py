@@ -1,0 +1,38 @@
+"""A segment's arrays as bytes for a file, and back, bit for bit; whatever they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from serve.cache.disk import DTYPES, HostArray
+from serve.cache.segment import Segment
+
+MLX_TYPES = {name: getattr(mx, name) for name in DTYPES.values()}
+NUMPY_TYPES = {mx.bfloat16: np.uint16}
+"""What carries the bits of a type that numpy lacks."""
+
+
+class SegmentCodec:
+    """What `Disk` is given for segments of keys and values."""
+
+    def dump(self, segment: Segment) -> tuple[dict[str, HostArray], dict[str, str]]:
+        """No array is computed: those of a segment are evaluated, and lie row after row."""
+        arrays = {
+            name: HostArray(str(array.dtype).removeprefix("mlx.core."), tuple(array.shape), array)
+            for name, array in segment.arrays().items()
+        }
+        return arrays, segment.meta()
+
+    def load(self, arrays: Mapping[str, HostArray], meta: Mapping[str, str]) -> Segment:
+        """The arrays are copies, made on the caller's thread."""
+        return Segment.from_arrays({name: _array(array) for name, array in arrays.items()}, meta)
+
+
+def _array(array: HostArray) -> mx.array:
+    dtype = MLX_TYPES[array.dtype]
+    plain = NUMPY_TYPES.get(dtype) or np.dtype(array.dtype)
+    values = np.frombuffer(array.data, plain).reshape(array.shape)
+    return mx.array(values).view(dtype)

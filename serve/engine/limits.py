@@ -1,0 +1,66 @@
+"""How much one engine may take: rows, tokens, and bytes shared out between rows, prefixes and adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from serve import device
+from serve.cache.precision import PLAIN, KvPrecision
+
+SHARE_OF_FREE_MEMORY = 0.8
+KV_SHARE = 0.75
+"""Of the memory budget; the rest is for adapters."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """Bounds of one engine."""
+
+    max_rows: int = 64
+    max_waiting: int = 256
+    prefill_chunk_tokens: int = 256
+    max_context: int | None = None
+    """Tokens; None: what the model was made for."""
+    memory_budget_bytes: int | None = None
+    """Rows, prefixes and adapters together. None: what the other two allow; 0.8 of the memory that is free when the
+    engine is made, where they say nothing."""
+    kv_budget_bytes: int | None = None
+    """Rows and prefixes. None: three quarters of the memory budget."""
+    prefix_cache_bytes: int | None = None
+    """None: what rows leave; 0: no prefixes are kept."""
+    prefix_cache_dir: Path | None = None
+    prefix_cache_disk_bytes: int | None = None
+    precision: KvPrecision = PLAIN
+    """Of rows whose request names none."""
+    ahead: bool | None = None
+    """Build a step before the one before it is read; None: where the backend is not cpu."""
+    adapter_budget_bytes: int | None = None
+    """None: a quarter of the memory budget."""
+    max_adapters: int = 64
+    max_rank: int = 256
+    allow_other_base: bool = False
+    """Load adapters whose manifest names other base weights, or another tokenizer."""
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Who may take how many bytes. Rows come first, and prefixes have what rows leave."""
+
+    total: int
+    kv: int
+    """Rows and prefixes."""
+    adapters: int
+
+    @classmethod
+    def of(cls, limits: EngineLimits) -> MemoryBudget:
+        """As the limits say, or in shares of what is free now."""
+        total = limits.memory_budget_bytes
+        free = total if total is not None else int(device.free_memory_bytes() * SHARE_OF_FREE_MEMORY)
+        kv = limits.kv_budget_bytes if limits.kv_budget_bytes is not None else int(free * KV_SHARE)
+        adapters = limits.adapter_budget_bytes or int(free * (1 - KV_SHARE))
+        return cls(total if total is not None else kv + adapters, kv, adapters)
+
+    def max_row_bytes(self, adapter_bytes: int) -> int:
+        """What rows may take beside adapters of that size."""
+        return max(min(self.kv, self.total - adapter_bytes), 0)
