@@ -8,6 +8,7 @@ told where it writes by a `Span`, and attention runs bucket by bucket (`serve/ca
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from serve.cache.capacity import Bucket, Move, Place, RowCost
+from serve.cache.codecs import outliers
 from serve.cache.layers import Groups, LayerRows, Stretch
 from serve.cache.precision import GROUP_SIZES, PLAIN, KvPrecision
 from serve.cache.segment import Segment, total_tokens
@@ -68,6 +70,15 @@ class BatchRows:
     def num_bytes(self) -> int:
         """Memory held by all layers."""
         return sum(array.nbytes for array in self.arrays())
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells apart rows whose half bits go to other channels: one's stored forms are nonsense to the other."""
+        digest = hashlib.sha256()
+        for layer in self._attending.values():
+            for sizes in layer.sizes or ():
+                digest.update(outliers(sizes).tobytes())
+        return digest.hexdigest()
 
     def prove(self) -> None:
         """Raise ModelError unless rows in company are what the family's own cache is. Leaves the rows empty.
@@ -137,9 +148,13 @@ class BatchRows:
 
     def set_span(self, span: Span) -> None:
         """The coming forward reads and writes there."""
+        assert span.num_tokens <= self.cost.prefill_chunk_tokens, (
+            "a chunk is longer than windows have room for"
+        )
         for layer in self._layers:
             layer.span = span
         for run in span.runs:
+            assert run.last < run.bucket.num_positions, "a row has outgrown its bucket"
             self._num_written[run.bucket][run.rows] = run.starts + span.num_tokens
         if self._recurrent:
             stops = (span.starts + span.num_tokens).tolist()
