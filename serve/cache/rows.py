@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import mlx.core as mx
@@ -88,7 +89,12 @@ class BatchRows:
         self._prove(self)
 
     def check(self, precision: KvPrecision) -> None:
-        """RequestError where this model's keys and values cannot be stored so, with what would do."""
+        """RequestError where this model's keys and values cannot be stored so, with what would do.
+
+        From any thread; the first turbo precision imports mlx-vlm here, which takes seconds, and not in a step.
+        """
+        if precision.scheme == "turbo":
+            import_module("serve.cache.turbo")
         for layer in self._attending.values():
             held = layer.shape.precision(precision)
             for name, dim in (("keys", layer.shape.key_dim), ("values", layer.shape.value_dim)):
