@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from serve.cache.capacity import Bucket, Move, Place, RowCost
+from serve.cache.capacity import MAX_POSITIONS, Bucket, Move, Place, RowCost
 from serve.cache.codecs import outliers
 from serve.cache.layers import Groups, LayerRows, Stretch
 from serve.cache.precision import GROUP_SIZES, PLAIN, KvPrecision
@@ -57,6 +57,10 @@ class BatchRows:
             index: layer for index, layer in enumerate(layers) if isinstance(layer, StateRows)
         }
         self._prove = prove
+        self._chunk_tokens = cost.prefill_chunk_tokens
+        self._ring = min(
+            (layer.ring for layer in self.attending if layer.ring is not None), default=MAX_POSITIONS
+        )
         self._num_written: dict[Bucket, np.ndarray] = {}
         """By bucket: behind the last position that each row was given, padding included."""
         self._num_in_state: dict[int, int] = {}
@@ -154,13 +158,13 @@ class BatchRows:
 
     def set_span(self, span: Span) -> None:
         """The coming forward reads and writes there."""
-        assert span.num_tokens <= self.cost.prefill_chunk_tokens, (
-            "a chunk is longer than windows have room for"
-        )
         for layer in self._layers:
             layer.span = span
         for run in span.runs:
             assert run.last < run.bucket.num_positions, "a row has outgrown its bucket"
+            assert span.num_tokens <= self._chunk_tokens or run.last + span.num_tokens <= self._ring, (
+                "a chunk is longer than a window's buffer has room for beside the window"
+            )
             self._num_written[run.bucket][run.rows] = run.starts + span.num_tokens
         if self._recurrent:
             stops = (span.starts + span.num_tokens).tolist()
