@@ -438,6 +438,111 @@ def bench_compare(
     )
 
 
+@bench_app.command("step")
+def bench_step(
+    rows: Annotated[str, typer.Option(help="Numbers of rows, measured one after the other.")] = "16,64",
+    rounds: Annotated[int, typer.Option(min=1, help="Loop and engine take turns this many times.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Of each in a round.")] = 20,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure what a decode step takes over mlx-lm's bare loop, on a tiny model, and where its time goes."""
+    import tempfile
+
+    from serve.bench import step
+    from serve.tables import show
+
+    asked = step.Setting(_numbers(rows, "--rows"), rounds, steps)
+    _check_writable(json_file)
+    with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
+        results = step.run(asked, Path(temporary), progress)
+    show(_console(), step.table(results), step.parts_table(results))
+    _save_json(json_file, step.as_json(asked, results))
+
+
+@bench_app.command("cache")
+def bench_cache(
+    parts: Annotated[str, typer.Option(help="Any of them.")] = "ragged,prefix,precision,throughput",
+    rounds: Annotated[int, typer.Option(min=1, help="What is compared takes turns this many times.")] = 1,
+    rows: Annotated[int, typer.Option(min=2, help="ragged: rows in the batch.")] = 16,
+    long_tokens: Annotated[int, typer.Option(min=64, help="ragged: the long row's prompt.")] = 2000,
+    prefix_tokens: Annotated[str, typer.Option(help="prefix: lengths of documents.")] = "2048,8192",
+    prefill_tokens: Annotated[int, typer.Option(min=64, help="precision: the prompt's length.")] = 4096,
+    clients: Annotated[int, typer.Option(min=1, help="throughput: clients.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=8, help="ragged and throughput: of each answer.")] = 64,
+    size: Annotated[str, typer.Option(help="Parameters of the random model: 29M, 0.6B or 1.7B.")] = "29M",
+    folder: Annotated[Path | None, typer.Option(help="Keep model, prefixes and server logs here.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure rows of mixed lengths, prefixes in memory and on disk, quantized KV, and what the cache costs."""
+    import tempfile
+
+    from serve.bench import cache, finding, precision, prefix, ragged, throughput
+    from serve.bench.standin import SIZES
+    from serve.tables import show
+
+    asked = cache.Setting(
+        parts=tuple(_one_of(part, cache.PARTS, "--parts") for part in _words(parts) or [parts]),
+        size=_one_of(size, tuple(SIZES), "--size"),
+        ragged=ragged.Setting(num_rows=rows, long_tokens=long_tokens, max_tokens=max_tokens, rounds=rounds),
+        prefix=prefix.Setting(_numbers(prefix_tokens, "--prefix-tokens"), rounds),
+        precision=precision.Setting(prefill_tokens),
+        throughput=throughput.Setting(clients, max_tokens=max_tokens, rounds=rounds),
+    )
+    _check_writable(json_file)
+
+    def keep(so_far: list[finding.Finding]) -> None:
+        _save_json(json_file, cache.as_json(asked, so_far))
+
+    with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
+        findings = cache.run(asked, folder or Path(temporary), progress, keep)
+    title = f"Median of {rounds} round(s), and extremes"
+    show(_console(), finding.table(title, findings), *_dim(finding.notes(findings)))
+
+
+@bench_app.command("conversations")
+def bench_conversations(
+    conversations: Annotated[int, typer.Option(min=1)] = 24,
+    turns: Annotated[int, typer.Option(min=1, help="Of each conversation.")] = 5,
+    systems: Annotated[
+        int, typer.Option(min=1, help="System prompts, shared as Zipf has it: the k-th 1/k as often.")
+    ] = 5,
+    system_tokens: Annotated[int, typer.Option(min=1)] = 384,
+    message_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 16,
+    held: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Share of the conversations that the caches hold.")
+    ] = 0.25,
+    clients: Annotated[int, typer.Option(min=1)] = 4,
+    size: Annotated[str, typer.Option(help="Parameters of the random model: 29M, 0.6B or 1.7B.")] = "29M",
+    folder: Annotated[Path | None, typer.Option(help="Keep model and server logs here.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the prefix caches of Lathe and mlx_vlm.server on chats that share system prompts, in turns."""
+    import tempfile
+
+    from serve.bench import conversations as played
+    from serve.bench.scripts import Setting
+    from serve.bench.standin import SIZES
+    from serve.tables import show
+
+    asked = Setting(
+        num_conversations=conversations,
+        num_turns=turns,
+        num_systems=systems,
+        system_words=system_tokens,
+        message_words=message_tokens,
+        max_tokens=max_tokens,
+        held_frac=held,
+        clients=clients,
+        size=_one_of(size, tuple(SIZES), "--size"),
+    )
+    _check_writable(json_file)
+    with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
+        outcome = played.run(asked, folder or Path(temporary), progress)
+    show(_console(), played.table(outcome, asked), *_dim(played.notes(outcome)))
+    _save_json(json_file, outcome.as_json(asked))
+
+
 @bench_app.command("train")
 def bench_train(
     iters: Annotated[int, typer.Option(help="Batches; one pass over as many times --batch-size chats.")] = 12,

@@ -21,8 +21,7 @@ from rich.text import Text
 from serve.adapters.manifest import AdapterConfig, FineTuneType, write_adapter
 from serve.adapters.version import AdapterVersion
 from serve.cache.capacity import Bucket, positions_capacity
-from serve.cache.kv_settings import make_precision
-from serve.cache.precision import GROUP_SIZES, PLAIN, KvPrecision
+from serve.cache.precision import GROUP_SIZES, PLAIN, KvPrecision, precision
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Event, Request, Sampling
 from serve.errors import GenerationError, LatheError, RequestError
@@ -126,20 +125,20 @@ class _Pair:
     column: str
     earlier: dict[str, _Answer]
 
-    def request(self, prompt: int, precision: KvPrecision = PLAIN, salt: str = "") -> Request:
-        """The row's `prompt`-th prompt, to be answered greedily."""
+    def request(self, prompt: int, form: KvPrecision = PLAIN, salt: str = "") -> Request:
+        """The `prompt`-th prompt, the same for every row, to be answered greedily."""
         return Request(
             id=f"{self.row} {self.column}",
-            prompt=Prompt(_prompt(self.engine.model.network, 10 * self.row + prompt)),
+            prompt=Prompt(_prompt(self.engine.model.network, prompt)),
             sampling=Sampling(max_tokens=ANSWER_TOKENS, temperature=0, ignore_eos=True, num_logprobs=0),
             adapter=self.version,
-            precision=precision,
+            precision=form,
             cache_salt=salt,
         )
 
-    def ask(self, prompt: int, precision: KvPrecision = PLAIN, salt: str = "") -> _Answer:
+    def ask(self, prompt: int, form: KvPrecision = PLAIN, salt: str = "") -> _Answer:
         """Its answer, alone. LatheError where there is none."""
-        (found,) = _run(self.engine, [self.request(prompt, precision, salt)])
+        (found,) = _run(self.engine, [self.request(prompt, form, salt)])
         if isinstance(found, LatheError):
             raise found
         return found
@@ -176,13 +175,13 @@ Trial = Callable[[_Pair], str]
 
 def _answers(pair: _Pair) -> str:
     """In some form of keys and values, with the first group size that fits."""
-    precision = _fitting(pair.engine, BITS[pair.column])
-    pair.earlier[pair.column] = pair.ask(0, precision, salt=pair.column)
+    form = _fitting(pair.engine, BITS[pair.column])
+    pair.earlier[pair.column] = pair.ask(0, form, salt=pair.column)
     row_bytes = pair.engine.scheduler.budget.row_cost.row_bytes
-    is_same = row_bytes(Bucket(precision, BUCKET)) == row_bytes(Bucket(PLAIN, BUCKET))
-    if is_same and not precision.is_plain:
+    is_same = row_bytes(Bucket(form, BUCKET)) == row_bytes(Bucket(PLAIN, BUCKET))
+    if is_same and not form.is_plain:
         return "it has no full attention, so nothing is quantized"
-    return "" if precision.group_size == PLAIN.group_size else f"with kv_group_size {precision.group_size}"
+    return "" if form.group_size == PLAIN.group_size else f"with kv_group_size {form.group_size}"
 
 
 def _fitting(engine: Engine, bits: float) -> KvPrecision:
@@ -190,10 +189,10 @@ def _fitting(engine: Engine, bits: float) -> KvPrecision:
     others = (size for size in GROUP_SIZES if size != PLAIN.group_size)
     problem: RequestError | None = None
     for group_size in (PLAIN.group_size, *others):
-        precision = make_precision(bits, group_size=group_size)
+        form = precision(bits, group_size=group_size)
         try:
-            engine.max_context_at(precision)
-            return precision
+            engine.max_context_at(form)
+            return form
         except RequestError as error:
             problem = problem or error
     assert problem is not None
@@ -201,8 +200,10 @@ def _fitting(engine: Engine, bits: float) -> KvPrecision:
 
 
 def _restores(pair: _Pair) -> str:
-    pair.earlier[pair.column] = pair.ask(1)
-    _check_is_restored(pair, pair.ask(1), pair.earlier[pair.column])
+    cold = pair.earlier[pair.column] = pair.ask(1)
+    if cold.num_cached_tokens:
+        raise GenerationError("it found another's prefix")
+    _check_is_restored(pair, pair.ask(1), cold)
     return ""
 
 
@@ -210,7 +211,10 @@ def _finds_on_disk(pair: _Pair) -> str:
     """What an engine before this one kept."""
     if MEMORY not in pair.earlier:
         raise GenerationError("no prefix was kept in memory, from where the disk gets them")
+    before = pair.engine.stats().prefixes.num_disk_hit_tokens
     _check_is_restored(pair, pair.ask(1), pair.earlier[MEMORY])
+    if pair.engine.stats().prefixes.num_disk_hit_tokens == before:
+        raise GenerationError("its prefix was not read from disk")
     return ""
 
 

@@ -11,8 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from serve.adapters.names import label_problem, name_problem
-from serve.cache.kv_settings import KvScheme, make_precision
-from serve.cache.precision import KvPrecision
+from serve.cache.precision import KvPrecision, KvScheme, precision
 from serve.errors import ConfigError, RequestError
 from serve.experiments.assignment import Experiment, Variant
 from serve.model.quantization import Quantization
@@ -107,7 +106,7 @@ class ServeConfig(Strict):
     prefix_cache_dir: Path | None = None
     """Folder where prefixes that leave memory are kept, across restarts too; nowhere, if left out."""
     prefix_cache_disk_gib: float | None = Field(None, gt=0)
-    """What that folder may hold, in GiB; 10, if left out."""
+    """What that folder may hold, in GiB; 16, if left out."""
     kv_bits: float | None = None
     """Bits of a stored key or value in full-attention layers: 2, 3, 4, 5, 6, 8, or with half a bit (3.5) TurboQuant.
     Left out, or 16: as the model computes them. A request's own kv_bits takes its place."""
@@ -170,23 +169,23 @@ class ServeConfig(Strict):
     @property
     def kv_precision(self) -> KvPrecision:
         """In what form rows keep their keys and values, unless a request says otherwise."""
-        return self.make_precision(self.kv_bits, self.kv_value_bits, self.kv_scheme)
+        return self.make_precision(self.kv_bits, value_bits=self.kv_value_bits, scheme=self.kv_scheme)
 
     def make_precision(
         self,
         kv_bits: float | None,
-        kv_value_bits: float | None,
-        kv_scheme: KvScheme | None,
         *,
+        value_bits: float | None,
+        scheme: KvScheme | None,
         group_size: int | None = None,
         start_after: int | None = None,
         num_plain_layers: int | None = None,
     ) -> KvPrecision:
         """What such bits mean here; what is left out is this configuration's. RequestError names the field."""
-        return make_precision(
+        return precision(
             kv_bits,
-            kv_value_bits,
-            kv_scheme,
+            value_bits=value_bits,
+            scheme=scheme,
             group_size=self.kv_group_size if group_size is None else group_size,
             start_after=self.kv_quantize_after if start_after is None else start_after,
             num_plain_layers=self.kv_plain_layers if num_plain_layers is None else num_plain_layers,
@@ -206,21 +205,15 @@ class ServeConfig(Strict):
 
     def _memory_problems(self) -> Iterator[tuple[str, str]]:
         """Parts that are larger than the whole, and bounds of what is not there."""
-        memory, kv, adapters = self.memory_budget_gib, self.kv_budget_gib, self.adapter_budget_gib
-        for key, part, whole_key, whole in (
-            ("kv_budget_gib", kv, "memory_budget_gib", memory),
-            ("adapter_budget_gib", adapters, "memory_budget_gib", memory),
-            ("prefix_cache_gib", self.prefix_cache_gib, "memory_budget_gib", memory),
-            ("prefix_cache_gib", self.prefix_cache_gib, "kv_budget_gib", kv),
+        for key, whole_key in (
+            ("kv_budget_gib", "memory_budget_gib"),
+            ("adapter_budget_gib", "memory_budget_gib"),
+            ("prefix_cache_gib", "memory_budget_gib"),
+            ("prefix_cache_gib", "kv_budget_gib"),
         ):
+            part, whole = getattr(self, key), getattr(self, whole_key)
             if part is not None and whole is not None and part > whole:
                 yield key, f"found {part:g}, which is a part of {whole_key}; expected at most {whole:g}"
-        if memory and kv and adapters and max(kv, adapters) <= memory < kv + adapters:
-            yield (
-                "memory_budget_gib",
-                f"found {memory:g}; expected at least {kv + adapters:g}, which kv_budget_gib and "
-                "adapter_budget_gib are together",
-            )
         if self.prefix_cache_dir is not None and self.prefix_cache_gib == 0:
             yield (
                 "prefix_cache_dir",

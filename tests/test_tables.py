@@ -17,6 +17,8 @@ from rich.text import Text
 import lathe
 from serve import combinations, doctor
 from serve.bench import compare as serve_compare
+from serve.bench import conversations, finding, step
+from serve.bench.scripts import Setting
 from serve.bench.summary import Spread, Summary
 from serve.bench.summary import table as summary_table
 from serve.device import Device
@@ -196,6 +198,40 @@ def serving_comparison() -> Case:
     return lambda console: show(console, serve_compare.table(outcome)), must
 
 
+def step_bench() -> Case:
+    clock = step.Clock(1234.5678, 987.6543)
+    parts = {part: step.Clock(number + 0.1234, number + 0.05) for number, part in enumerate(step.PARTS)}
+    found = step.Result(1024, [clock], [step.Clock(98765.4321, 1000.5)], parts, parts)
+    must = ["1024", "1234.57", "98765.43", "97530.86", "5.42", "12.85", "no", "0.123", "5.123", "15.740"]
+    return lambda console: show(console, step.table([found]), step.parts_table([found])), must
+
+
+def cache_bench() -> Case:
+    found = finding.Finding(LONG, (1234.5678, 0.001, 98765.4321), 0.0667, "at most")
+    must = [LONG, "1234.568", "0.001", "98765.432", "0.0667", "no"]
+    return lambda console: show(console, finding.table(f"title {LONGER}", [found])), must
+
+
+def conversations_bench() -> Case:
+    slow = Spread(1.0, 1.276, 123.456, 200.0)
+    given = dict.fromkeys((each.name for each in fields(conversations.Result)), 0.0)
+    given |= {"label": f"lathe-{LONG}", "num_turns": 9_876_543, "num_errors": 1_234_567, "hit_rate": 0.9876}
+    given |= {"most_possible": 0.9987, "ttft_s": slow, "first_turns_ttft_s": slow, "answers_per_s": 1234.5}
+    outcome = conversations.Outcome([conversations.Result(**given)], 1234 * 2**20, {})
+    must = [
+        f"lathe-{LONG}",
+        "98.8%",
+        "99.9%",
+        "1,276",
+        "123,456",
+        "1234.50",
+        "1,234,567",
+        "9,876,543",
+        "1,234",
+    ]
+    return lambda console: show(console, conversations.table(outcome, Setting())), must
+
+
 def training_bench() -> Case:
     kinds = {each.name: each for each in fields(train_compare.Outcome)}
     loop = train_compare.Summary(**{**dict.fromkeys((f.name for f in fields(train_compare.Summary)), 0), **{
@@ -299,6 +335,9 @@ CASES = [
     model_combinations,
     serving_bench,
     serving_comparison,
+    step_bench,
+    cache_bench,
+    conversations_bench,
     training_bench,
     rows_of_splits,
     sources_of_a_split,
@@ -449,6 +488,9 @@ def test_tables_are_drawn_by_the_one_helper_and_every_one_is_above():
         "serve/combinations.py",
         "serve/doctor.py",
         "serve/bench/compare.py",
+        "serve/bench/conversations.py",
+        "serve/bench/finding.py",
+        "serve/bench/step.py",
         "serve/bench/summary.py",
         "serve/experiments/report.py",
         "train/bench/compare.py",

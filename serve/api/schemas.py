@@ -11,8 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from serve.cache.kv_settings import PLAIN_BITS, KvScheme
-from serve.cache.precision import KvPrecision
+from serve.cache.precision import PLAIN, KvPrecision, KvScheme
 from serve.config import ServeConfig
 from serve.errors import RequestError
 
@@ -189,7 +188,7 @@ class GenerationBody(Body):
                     "they mean the same, send one",
                     name,
                 )
-        if self.kv_bits is None or self.kv_bits == PLAIN_BITS:
+        if self.kv_bits is None or self.kv_bits == PLAIN.key_bits:
             for name in _BESIDE_KV_BITS:
                 if getattr(self, name) is not None:
                     raise RequestError(f"{name}: accepted beside a kv_bits that quantizes only", name)
@@ -203,8 +202,8 @@ class GenerationBody(Body):
         start_after = self.kv_quantize_after
         precision = config.make_precision(
             self.kv_bits,
-            self.kv_value_bits,
-            scheme,
+            value_bits=self.kv_value_bits,
+            scheme=scheme,
             group_size=self.kv_group_size,
             start_after=self.quantized_kv_start if start_after is None else start_after,
             num_plain_layers=self.kv_plain_layers,

@@ -5,6 +5,7 @@ It knows HTTP and the streaming format, and nothing of what serves: any server i
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -29,12 +30,14 @@ class Ask:
     endpoint: Endpoint = "chat"
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Fields added to the body as they are, for servers that know more than OpenAI's."""
+    history: tuple[Mapping[str, str], ...] = ()
+    """Messages of the chat before `prompt`: role and content."""
 
     def body(self) -> dict[str, Any]:
         """The JSON that is sent."""
         text: dict[str, Any] = {"prompt": self.prompt}
         if self.endpoint == "chat":
-            text = {"messages": [{"role": "user", "content": self.prompt}]}
+            text = {"messages": [*self.history, {"role": "user", "content": self.prompt}]}
         return {
             "model": self.model,
             **text,
@@ -62,6 +65,10 @@ class Answer:
     text: str
     finish: str | None
     error: str | None = None
+    num_cached_tokens: int | None = None
+    """Of the prompt, those that a prefix cache had, as the server counts them; None if it does not say."""
+    arrivals_s: tuple[float, ...] = ()
+    """When each piece of text came, by `time.perf_counter`."""
 
     @property
     def tpot_s(self) -> float | None:
@@ -71,9 +78,19 @@ class Answer:
         return (self.last_s - self.first_s) / (self.num_tokens - 1)
 
 
-async def ask(http: httpx.AsyncClient, request: Ask) -> Answer:
-    """Send `request` and read its stream to the end. A failure is an Answer with `error`, not an exception."""
-    reading = _Reading(request.model)
+async def ask(http: httpx.AsyncClient, request: Ask, begun: asyncio.Event | None = None) -> Answer:
+    """Send `request` and read its stream to the end. A failure is an Answer with `error`, not an exception.
+
+    begun  set once the answer's first text is there, or once there will be none
+    """
+    reading = _Reading(request.model, begun)
+    try:
+        return await _read(http, request, reading)
+    finally:
+        reading.tell()
+
+
+async def _read(http: httpx.AsyncClient, request: Ask, reading: _Reading) -> Answer:
     try:
         async with http.stream("POST", PATHS[request.endpoint], json=request.body()) as response:
             if response.status_code != 200:
@@ -89,12 +106,14 @@ async def ask(http: httpx.AsyncClient, request: Ask) -> Answer:
 class _Reading:
     """What is known of a stream so far."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, begun: asyncio.Event | None) -> None:
         self.model = model
+        self.begun = begun
         self.start_s = time.perf_counter()
         self.first_s: float | None = None
         self.last_s: float | None = None
         self.pieces: list[str] = []
+        self.arrivals_s: list[float] = []
         self.usage: Mapping[str, Any] | None = None
         self.finish: str | None = None
         self.error: str | None = None
@@ -107,24 +126,33 @@ class _Reading:
             self.finish = choice.get("finish_reason") or self.finish
             piece = _text_of(choice)
             if piece:
-                self.last_s = time.perf_counter() - self.start_s
+                self.arrivals_s.append(time.perf_counter())
+                self.last_s = self.arrivals_s[-1] - self.start_s
                 self.first_s = self.last_s if self.first_s is None else self.first_s
                 self.pieces.append(piece)
+                self.tell()
+
+    def tell(self) -> None:
+        if self.begun is not None:
+            self.begun.set()
 
     def answer(self, error: str | None) -> Answer:
         if error is None and self.finish is None:
             error = "the stream ended without a finish_reason"
-        counted = (self.usage or {}).get("completion_tokens")
+        usage = self.usage or {}
+        counted = usage.get("completion_tokens")
         return Answer(
             model=self.model,
             first_s=self.first_s,
             last_s=self.last_s,
-            num_prompt_tokens=(self.usage or {}).get("prompt_tokens"),
+            num_prompt_tokens=usage.get("prompt_tokens"),
             num_tokens=len(self.pieces) if counted is None else int(counted),
             counted_by="chunks" if counted is None else "usage",
             text="".join(self.pieces),
             finish=self.finish,
             error=error,
+            num_cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+            arrivals_s=tuple(self.arrivals_s),
         )
 
 

@@ -7,19 +7,17 @@ meets all alike, and ratios are taken within a round.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import mlx.core as mx
 
-from serve import device
-from serve.bench import standin
+from serve.bench import servers, standin
+from serve.bench.about import about
 from serve.bench.load import Round
 from serve.bench.process import ServerProcess
 from serve.bench.summary import Summary, summarize
@@ -28,8 +26,6 @@ from serve.errors import StoppedError
 from serve.tables import Table, numbers
 
 NUM_ADAPTERS = 8
-PYTHON = (sys.executable, "-P", "-m")
-"""-P: a folder named `serve` or `train` where the user stands is not imported."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +72,8 @@ class Outcome:
     """Fraction of Lathe's base answers that another server gave too, word for word."""
 
     def as_json(self, comparison: Comparison) -> dict[str, Any]:
-        packages = ("mlx", "mlx-lm", "mlx-vlm", "mlx-lathe")
         return {
-            "machine": asdict(device.describe()),
-            "versions": {name: metadata.version(name) for name in packages},
+            **about(),
             "settings": asdict(comparison),
             "results": [each.as_json() for each in self.summaries],
             "ratios": [asdict(each) for each in self.ratios],
@@ -99,7 +93,7 @@ def run(
     """
     progress("writing a random model and 8 adapters")
     model, adapters, size = folder / "model", folder / "adapters", standin.SIZES[comparison.size]
-    standin.write_model(model, mx.float32 if device.backend() == "cpu" else mx.bfloat16, size)
+    standin.write_model(model, standin.default_dtype(), size)
     paths = standin.write_adapters(adapters, NUM_ADAPTERS, size)
     mx.clear_cache()
     with ExitStack() as stack:
@@ -121,33 +115,20 @@ def _start(
     stack: ExitStack,
     progress: Callable[[str], None],
 ) -> list[Contestant]:
-    options = [word for name, path in adapters.items() for word in ("--adapter", f"{name}={path}")]
-    address = ["--host", "127.0.0.1", "--port", "{port}"]
-    commands = {
-        "lathe": ["lathe", "serve", str(model), *options, *address],
-        "mlx_lm.server": ["mlx_lm", "server", "--model", str(model), "--log-level", "WARNING", *address],
-        "mlx_vlm.server": ["mlx_vlm.server", "--model", str(model), *address],
+    named = {
+        "lathe": servers.lathe(model, folder / "lathe.log", adapters=adapters),
+        "mlx_lm.server": servers.mlx_lm(model, folder / "mlx_lm.server.log"),
+        "mlx_vlm.server": servers.mlx_vlm(model, folder / "mlx_vlm.server.log"),
     }
-    servers = {}
-    for name, words in commands.items():
+    for name, server in named.items():
         progress(f"starting {name}")
-        server = ServerProcess(name, [*PYTHON, *words], folder / f"{name}.log", _environment(name))
-        servers[name] = stack.enter_context(server)
+        stack.enter_context(server)
     return [
-        Contestant("lathe", servers["lathe"], (model.name,)),
-        Contestant("mlx_lm.server", servers["mlx_lm.server"], ("default_model",)),
-        Contestant("mlx_vlm.server", servers["mlx_vlm.server"], (str(model),)),
-        Contestant(f"lathe, {len(adapters)} adapters", servers["lathe"], tuple(adapters)),
+        Contestant("lathe", named["lathe"], (model.name,)),
+        Contestant("mlx_lm.server", named["mlx_lm.server"], ("default_model",)),
+        Contestant("mlx_vlm.server", named["mlx_vlm.server"], (str(model),)),
+        Contestant(f"lathe, {len(adapters)} adapters", named["lathe"], tuple(adapters)),
     ]
-
-
-def _environment(name: str) -> dict[str, str]:
-    """The same BLAS for all: Lathe loads it itself, the others have it loaded for them."""
-    library = device.find_openblas() if device.needs_openblas() else None
-    if library is None:
-        return {}
-    preload = {} if name == "lathe" else {"LD_PRELOAD": str(library)}
-    return {"MLX_DISABLE_COMPILE": "1", **preload}
 
 
 def _measure(

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from serve import device
 from serve.adapters.manifest import AdapterConfig, write_adapter
 from serve.bench.prompts import WORDS, PromptMaker
 
@@ -33,6 +34,10 @@ class Size:
     head_dim: int
     vocabulary: int
     """Rows of embedding and head; those past the tokenizer's are never met in text."""
+
+    def position_bytes(self, dtype: mx.Dtype) -> int:
+        """Keys and values of one position, over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.size
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
@@ -58,14 +63,26 @@ SIZES: Mapping[str, Size] = {
 }
 """By what the name says: parameters of the small one; the layers of Qwen3-0.6B and Qwen3-1.7B. None ties its head."""
 
+TINY = Size(64, 2, 96, 4, 2, 16, 512)
+"""So small that a step's time is the host's."""
+
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-MAX_CONTEXT = 4096
+HEADER_TOKENS = 3
+"""What stands before a message's own words, and before an answer."""
+MESSAGE_TOKENS = HEADER_TOKENS + 2
+"""What stands around a message's words."""
+MAX_CONTEXT = 32768
 EOS_TOKEN_ID = 2
+
+
+def default_dtype() -> mx.Dtype:
+    """What servers compute in without being told: mlx's CPU backend is slow in half precision."""
+    return mx.float32 if device.backend() == "cpu" else mx.bfloat16
 
 
 def config_of(size: Size) -> dict[str, Any]:
@@ -89,10 +106,15 @@ def config_of(size: Size) -> dict[str, Any]:
     }
 
 
+def words_for(num_tokens: int) -> int:
+    """Words of a message that is a prompt of so many tokens by itself."""
+    return max(1, num_tokens - MESSAGE_TOKENS - HEADER_TOKENS)
+
+
 def write_model(folder: Path, dtype: mx.Dtype, size: Size = SMALLEST, seed: int = 0) -> None:
     """The model folder, as mlx-lm and mlx-vlm load it: config, weights, tokenizer with chat template."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(min(size.vocabulary, TOKENIZER_SIZE))
     config = config_of(size)
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": str(dtype).split(".")[-1]}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS_TOKEN_ID}))
@@ -132,13 +154,13 @@ def write_adapters(
     return paths
 
 
-def _tokenizer() -> Tokenizer:
-    """Byte-level BPE in which each of the benchmark's words is one token."""
+def _tokenizer(num_tokens: int) -> Tokenizer:
+    """Byte-level BPE in which each of the benchmark's words is one token, if there is room for them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=TOKENIZER_SIZE,
+        vocab_size=num_tokens,
         special_tokens=list(SPECIALS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

@@ -70,9 +70,9 @@ def summarize(label: str, rounds: Sequence[Round]) -> Summary:
         tokens_per_s=num_tokens / wall_s,
         tokens_per_s_by_round=tuple(each.tokens_per_s for each in rounds),
         requests_per_s=len(good) / wall_s,
-        ttft_s=_spread(answer.first_s for answer in good),
-        tpot_s=_spread(answer.tpot_s for answer in good),
-        latency_s=_spread(answer.last_s for answer in good),
+        ttft_s=spread(answer.first_s for answer in good),
+        tpot_s=spread(answer.tpot_s for answer in good),
+        latency_s=spread(answer.last_s for answer in good),
         prompt_tokens_mean=float(np.mean(prompts)) if prompts else None,
         answer_tokens=dict(sorted(Counter(answer.num_tokens for answer in good).items())),
         counted_by=tuple(sorted({answer.counted_by for answer in good})),
@@ -80,7 +80,8 @@ def summarize(label: str, rounds: Sequence[Round]) -> Summary:
     )
 
 
-def _spread(values: Iterable[float | None]) -> Spread | None:
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Of those that are there; None where none is."""
     known = np.array([value for value in values if value is not None])
     if not known.size:
         return None

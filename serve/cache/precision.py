@@ -9,11 +9,15 @@ from typing import Literal
 from serve.errors import RequestError
 
 Scheme = Literal["plain", "affine", "turbo"]
+KvScheme = Literal["affine", "turbo"]
+"""What a configuration or a request may ask for; plain is 16 bits."""
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 SCALE_BYTES = 2
 """Scales and norms are stored in half precision, whatever the model computes in."""
 MIN_TURBO_BITS, MAX_TURBO_BITS = 1.0, 8.0
+LONGEST = 2**31 - 1
+"""No row is longer: who waits for more tokens than that never quantizes."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,8 @@ class KvPrecision:
         for name, bits in (("kv_bits", self.key_bits), ("kv_value_bits", self.value_bits)):
             if self.scheme == "affine" and bits not in AFFINE_BITS:
                 raise RequestError(f"{name} is {bits}; expected one of {AFFINE_BITS}", name)
-            is_turbo = MIN_TURBO_BITS <= bits <= MAX_TURBO_BITS and 2 * bits == round(2 * bits)
-            if self.scheme == "turbo" and not is_turbo:
-                raise RequestError(f"{name} is {bits}; expected a multiple of 0.5 from 1 to 8", name)
+            if self.scheme == "turbo":
+                _check_turbo_bits(name, bits)
         if self.group_size not in GROUP_SIZES:
             raise RequestError(
                 f"kv_group_size is {self.group_size}; expected one of {GROUP_SIZES}", "kv_group_size"
@@ -78,34 +81,41 @@ def precision(
     kv_bits: float | None,
     *,
     value_bits: float | None = None,
+    scheme: KvScheme | None = None,
     group_size: int = 64,
     start_after: int = 0,
     num_plain_layers: int = 0,
 ) -> KvPrecision:
-    """The form that settings name: None or 16 bits are plain, whole bits affine, halves turbo.
+    """The form that a configuration or a request names: None or 16 bits are plain, whole bits affine, halves turbo.
 
     Turbo bits stand for keys and values together, as mlx-vlm takes them: 3.5 is 3 for keys and 4 for values.
-    `value_bits` alone changes the values' bits; RequestError for what no scheme has.
+    `value_bits` changes the values' bits, `scheme` makes whole bits turbo. RequestError names the field at fault.
     """
     if kv_bits is None or kv_bits == PLAIN.key_bits:
-        if value_bits is not None and value_bits != PLAIN.value_bits:
-            raise RequestError(
-                f"kv_value_bits is {value_bits:g} and kv_bits is not set; keys are quantized where values are",
-                "kv_value_bits",
-            )
+        for name, value in (("kv_value_bits", value_bits), ("kv_scheme", scheme)):
+            if value is not None:
+                raise RequestError(
+                    f"{name} is {value}, and kv_bits does not say that anything is quantized", name
+                )
         return PLAIN
-    scheme: Scheme = "turbo" if kv_bits != round(kv_bits) else "affine"
-    key_bits: float = math.floor(kv_bits) if scheme == "turbo" else kv_bits
-    if value_bits is None:
-        value_bits = math.ceil(kv_bits)
+    scheme = scheme or ("turbo" if kv_bits != math.floor(kv_bits) else "affine")
+    key_bits, whole_bits = kv_bits, kv_bits
+    if scheme == "turbo":
+        _check_turbo_bits("kv_bits", kv_bits)
+        key_bits, whole_bits = math.floor(kv_bits), math.ceil(kv_bits)
     return KvPrecision(
         scheme,
         key_bits,
-        value_bits,
+        whole_bits if value_bits is None else value_bits,
         group_size=group_size,
-        start_after=start_after,
+        start_after=min(start_after, LONGEST),
         num_plain_layers=num_plain_layers,
     )
+
+
+def _check_turbo_bits(name: str, bits: float) -> None:
+    if not (MIN_TURBO_BITS <= bits <= MAX_TURBO_BITS and 2 * bits == math.floor(2 * bits)):
+        raise RequestError(f"{name} is {bits}; expected a multiple of 0.5 from 1 to 8", name)
 
 
 def stored_bytes(precision: KvPrecision, bits: float, dim: int, itemsize: int) -> int:

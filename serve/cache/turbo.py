@@ -59,10 +59,10 @@ class TurboCodec:
             numbers = part.astype(mx.float32)
             norms = mx.linalg.norm(numbers, axis=-1, keepdims=True)
             turned = codec._rotate_forward(numbers / mx.maximum(norms, EPS))
-            codes = mx.zeros(turned.shape, dtype=mx.uint32)
-            for bound in range(codec._midpoints.shape[0]):
-                codes = codes + (turned > codec._midpoints[bound])
-            parts += (norms.astype(mx.float16), pack(codes, codec.bits))
+            parts += (
+                norms.astype(mx.float16),
+                pack(_codes(turned, codec._midpoints, codec.bits), codec.bits),
+            )
         return tuple(parts)
 
     def decode(self, parts: Parts) -> mx.array:
@@ -96,6 +96,15 @@ class TurboCodec:
         if self._order is None:
             return [vectors]
         return list(mx.split(mx.take(vectors, self._order, axis=-1), self._bounds, axis=-1))
+
+
+def _codes(turned: mx.array, bounds: mx.array, bits: int) -> mx.array:
+    """How many of the 2**bits - 1 ascending bounds each number is above, uint32, by halving."""
+    codes = mx.zeros(turned.shape, dtype=mx.uint32)
+    for bit in reversed(range(bits)):
+        above = turned > mx.take(bounds, codes + ((1 << bit) - 1))
+        codes = codes + (above.astype(mx.uint32) << bit)
+    return codes
 
 
 def _joined(parts: list[mx.array]) -> mx.array:

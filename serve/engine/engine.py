@@ -75,7 +75,7 @@ class Engine:
         if self.max_context < 2:
             raise ConfigError(
                 f"{self.scheduler.budget.max_bytes} bytes for keys, values and states do not hold one row of two "
-                f"tokens; raise kv_budget_gib"
+                f"tokens; raise memory_budget_gib or kv_budget_gib"
             )
         self._rules: dict[str, FinishRule] = {}
         self._by_id: dict[str, SequenceState] = {}
@@ -163,11 +163,23 @@ class Engine:
         """
         plan = self._planned()
         if not plan.is_empty:
-            self._flights.append(self._runner.start(plan))
+            self._flights.append(self._start(plan))
             self._num_steps += 1
-        if not self._flights or (len(self._flights) <= self._ahead and not plan.is_empty):
-            return []
-        return self._land(self._flights.popleft())
+        is_last = plan.is_empty or not self.scheduler.has_work
+        events: list[Event] = []
+        while self._flights and (len(self._flights) > self._ahead or is_last):
+            events += self._land(self._flights.popleft())
+            is_last |= not self.scheduler.has_work
+        return events
+
+    def _start(self, plan: Plan) -> Flight:
+        """A step on its way. What it takes from prefixes is the graph's from then on, or nobody's."""
+        try:
+            return self._runner.start(plan)
+        finally:
+            for restore in plan.restores:
+                assert self.prefixes is not None
+                self.prefixes.release(restore.prefix)
 
     def _planned(self) -> Plan:
         """The next step, and prefixes within what its rows leave them."""
@@ -265,15 +277,15 @@ class Engine:
         self._num_generated_tokens += step.num_tokens
         if step.finish is not None:
             self._num_finished[step.finish] += 1
-        is_first = len(sequence.generated) == len(token_ids)
+        is_told = step.finish is not None or len(sequence.generated) == len(token_ids)
         return Event(
             request.id,
-            text=step.text,
-            token_ids=token_ids[: step.num_tokens],
-            logprobs=logprobs[: step.num_tokens],
-            finish=step.finish,
-            stop_reason=step.stop_reason,
-            num_cached_tokens=(sequence.num_restored_tokens or 0) if is_first or step.finish else 0,
+            step.text,
+            token_ids[: step.num_tokens],
+            logprobs[: step.num_tokens],
+            step.finish,
+            step.stop_reason,
+            num_cached_tokens=(sequence.num_restored_tokens or 0) if is_told else 0,
         )
 
     def _ended(self, sequence: SequenceState, error: LatheError) -> Event:

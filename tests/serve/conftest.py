@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from serve.adapters.manifest import AdapterConfig, read_config, read_tensors, write_adapter
+from serve.engine.engine import Engine, EngineLimits
 from serve.model.loading import load
 from serve.model.weights import dense_weight, expert_modules, linear_modules, linear_shape
 
@@ -159,6 +160,18 @@ class Lively:
 def lively(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Lively:
     """Models of full attention, windows and recurrent state, with experts, and adapters of every kind for each."""
     return Lively(make_model, tmp_path_factory.mktemp("lively-adapters"))
+
+
+@pytest.fixture(params=[False, True], ids=["in step", "one ahead"])
+def ahead(request: pytest.FixtureRequest) -> bool:
+    """Whether an engine builds a step before it has read the one before."""
+    return bool(request.param)
+
+
+@pytest.fixture
+def make_engine(ahead: bool) -> Callable[..., Engine]:
+    """make_engine(model, **limits) → an engine over the model, in step and one step ahead."""
+    return lambda model, **limits: Engine(model, EngineLimits(ahead=ahead, **limits))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """Memory and prefixes over HTTP: bits a request, tenants and salts, cached tokens in usage, stats and reset."""
 
 import itertools
+import json
 import re
+import socket
 import time
 
 import httpx
@@ -12,7 +14,7 @@ from serve.api.schemas import ChatBody, CompletionBody, GenerationBody
 from serve.api.server import serving
 from serve.cache.precision import PLAIN, KvPrecision
 from serve.config import ServeConfig
-from serve.errors import RequestError
+from serve.errors import LatheError, RequestError
 from serve.runtime import Runtime
 
 PROMPT = "a system prompt that everybody shares, long enough to be worth keeping. " * 4
@@ -184,6 +186,35 @@ def test_two_headers_that_name_two_tenants_are_400(http):
         assert "send one tenant" in answer.json()["error"]["message"]
         same = http.post("/v1/completions", json=fields, headers=[(first, "a"), (second, "a")])
         assert same.status_code == 200
+
+
+def test_a_request_is_served_as_by_a_server_whose_default_it_asks_for(client, model_folder):
+    """Alone on the same shapes, so text for text."""
+    asked = {"headers": {"X-Tenant": "of-precisions"}, "max_tokens": 24, "logprobs": 0}
+    runtime = Runtime.start(
+        ServeConfig(model=str(model_folder), name="lively", prefill_chunk_tokens=64, kv_bits=3.5)
+    )
+    with serving(runtime) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x") as other:
+        plain = [complete(client, **asked), complete(other, **asked, kv_bits=16)]
+        small = [complete(client, **asked, kv_bits=3.5), complete(other, **asked)]
+    runtime.close()
+    for one, two in (plain, small):
+        assert one.choices[0].text == two.choices[0].text
+        assert one.choices[0].logprobs.token_logprobs == two.choices[0].logprobs.token_logprobs
+        assert len(set(one.choices[0].text)) > 8
+    assert plain[0].choices[0].logprobs.token_logprobs != small[0].choices[0].logprobs.token_logprobs
+
+
+def test_bits_that_a_models_heads_cannot_have_are_400_and_say_what_would_do(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, kv_bits=8)
+    assert caught.value.body["param"] == "kv_group_size"
+    assert "does not divide the 16 channels" in caught.value.body["message"]
+
+
+def test_a_server_refuses_such_bits_at_start(model_folder):
+    with pytest.raises(LatheError, match="kv_group_size is 128, which does not divide"):
+        Runtime.start(ServeConfig(model=str(model_folder), name="lively", kv_bits=4, kv_group_size=128))
 
 
 # Prefixes
@@ -375,16 +406,23 @@ def wait_for(fact, timeout_s: float = 60) -> bool:
 
 
 def test_a_client_that_left_finds_its_prompt_when_it_comes_back(runtime, http, client, tenant):
-    for num_tokens, is_answered in ((900, True), (901, False)):
-        fields = {"model": "lively", "prompt": "y" * num_tokens, "max_tokens": 100, "ignore_eos": True}
-        before = runtime.worker.stats().num_prompt_tokens
-        with http.stream(
-            "POST", "/v1/completions", json={**fields, "stream": True}, headers=tenant
-        ) as answer:
-            lines = answer.iter_lines()
-            if is_answered:
-                next(lines)
-        assert wait_for(lambda: not runtime.engine.has_work)
-        assert runtime.worker.stats().num_prompt_tokens > before
-        again = complete(client, "y" * num_tokens, headers=tenant, max_tokens=1)
-        assert cached(again.usage) >= num_tokens - 1
+    fields = {"model": "lively", "prompt": "y" * 900, "max_tokens": 100, "ignore_eos": True, "stream": True}
+    with http.stream("POST", "/v1/completions", json=fields, headers=tenant) as answer:
+        lines = answer.iter_lines()  # dropping it would close the connection
+        next(lines)
+    assert wait_for(lambda: not runtime.engine.has_work)
+    assert cached(complete(client, "y" * 900, headers=tenant, max_tokens=1).usage) == 899
+
+
+def test_a_client_that_left_in_the_middle_of_its_prompt_finds_what_was_computed(
+    runtime, http, client, tenant
+):
+    before = runtime.worker.stats().num_prompt_tokens
+    content = json.dumps({"model": "lively", "prompt": "w" * 900, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-tenant: {tenant['X-Tenant']}\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    with socket.create_connection((http.base_url.host, http.base_url.port)) as leaver:
+        leaver.sendall(head.encode() + content)
+        assert wait_for(lambda: runtime.worker.stats().num_prompt_tokens >= before + 64)
+    assert wait_for(lambda: not runtime.engine.has_work)
+    assert cached(complete(client, "w" * 900, headers=tenant, max_tokens=1).usage) >= 64

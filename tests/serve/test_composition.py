@@ -2,8 +2,8 @@
 its tokens are those of that request alone on the merged model, with keys and values of the same precision.
 
 `DIMENSIONS` is what combines. A case is one value of each, and its name seeds everything else in it, so a case that
-fails is run again by its name. A sample that holds every pair of values runs always, all of them under `-m large`.
-A new dimension, or a new value, is one line.
+fails is run again by its name. Cases in which every two values come together run always, thousands more under
+`-m large`. A new dimension, or a new value, is one line.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import pytest
 
 from serve.adapters.version import AdapterVersion
@@ -39,6 +40,8 @@ class Talk:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.tokens: dict[str, list[int]] = {}
+        self.num_cached: dict[str, int] = {}
+        """Tokens of the prompt that came from a prefix."""
         self.asked: dict[str, Request] = {}
 
     def add(self, *requests: Request) -> None:
@@ -50,6 +53,7 @@ class Talk:
         for event in self.engine.step():
             assert event.error is None, event.error
             self.tokens[event.request_id] += event.token_ids
+            self.num_cached.setdefault(event.request_id, event.num_cached_tokens)
         self.engine.scheduler.check_integrity()
 
     def until(self, is_so: Callable[[], bool]) -> None:
@@ -113,6 +117,9 @@ class Setting:
     samplings: tuple[dict[str, Any], ...] = ({},)
     """The asked request draws by one of them."""
     place: Callable[[Talk, Request, Sequence[Request], random.Random], None] = alone
+    past: str = "none"
+    """What was asked before: nothing; or what the request shares tokens with, in the same engine ("memory"), in one
+    before it ("disk"), or of the adapter that its own has replaced in place ("replaced")."""
     precisions: tuple[KvPrecision, ...] = (PLAIN,)
     """Of the asked request one of them."""
     limits: Mapping[str, Any] = field(default_factory=dict)
@@ -147,6 +154,12 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
         "sliding_q8": put(model="sliding", precisions=forms(8)),
         "hybrid_q4": put(model="hybrid", precisions=forms(4)),
     },
+    "prefix": {
+        "cold": put(limits={"prefix_cache_bytes": 0}),
+        "warm": put(past="memory"),
+        "restarted": put(past="disk", limits={"prefix_cache_disk_bytes": 1 << 28}),
+        "replaced": put(past="replaced"),
+    },
     "drawn": {"greedy": put(), "seeded": put(samplings=SEEDED)},
     "placement": {
         "alone": put(),
@@ -157,27 +170,40 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
     "steps": {"in_turn": put(limits={"ahead": False}), "ahead": put(limits={"ahead": True})},
 }
 COMPANY_PRECISIONS = (PLAIN, PLAIN, *forms(8), *forms(4), *forms(3.5))
-CASES = list(product(*DIMENSIONS.values()))
+NUM_LARGE = 3000
+
+Case = tuple[str, ...]
 
 
-def pairs_of(case: tuple[str, ...]) -> set[tuple[int, str, int, str]]:
+def a_case(rng: random.Random) -> Case:
+    return tuple(rng.choice(list(values)) for values in DIMENSIONS.values())
+
+
+def pairs_of(case: Case) -> set[tuple[int, str, int, str]]:
     """Each two of its values, with their dimensions."""
     return {(i, a, j, b) for (i, a), (j, b) in combinations(enumerate(case), 2)}
 
 
-def sample_of(cases: Sequence[tuple[str, ...]], rng: random.Random) -> list[tuple[str, ...]]:
-    """Few cases in which every pair of values comes together: of some random ones always that with most new pairs."""
-    missing = set().union(*map(pairs_of, cases))
-    sample = []
+def cases_of_all_pairs(rng: random.Random) -> list[Case]:
+    """Few cases in which every two values come together: of some random ones always that with most new pairs."""
+    missing = {
+        (i, a, j, b)
+        for (i, first), (j, second) in combinations(enumerate(DIMENSIONS.values()), 2)
+        for a, b in product(first, second)
+    }
+    cases = []
     while missing:
-        best = max(rng.sample(cases, min(60, len(cases))), key=lambda case: len(pairs_of(case) & missing))
+        best = max((a_case(rng) for _ in range(40)), key=lambda case: len(pairs_of(case) & missing))
         if pairs_of(best) & missing:
-            sample.append(best)
+            cases.append(best)
             missing -= pairs_of(best)
-    return sample
+    return cases
 
 
-SAMPLE = set(sample_of(CASES, random.Random(0)))
+SAMPLE = cases_of_all_pairs(random.Random(0))
+LARGE = [
+    case for case in dict.fromkeys(map(a_case, map(random.Random, range(NUM_LARGE)))) if case not in SAMPLE
+]
 
 
 def setting_of(case: tuple[str, ...]) -> Setting:
@@ -194,88 +220,144 @@ def random_tokens(rng: random.Random, count: int) -> tuple[int, ...]:
 class Scene:
     """A case, about to run: an engine with the adapters of both kinds, and requests."""
 
-    def __init__(self, setting: Setting, rng: random.Random, lively: Any) -> None:
+    def __init__(self, setting: Setting, rng: random.Random, lively: Any, folder: Path) -> None:
         self.setting, self.rng, self.lively = setting, rng, lively
-        self.sources = {"asked": (setting.asked, 0), "beside": (setting.beside, 1)}
-        """Kind and number of the adapters."""
         limits = {"max_rows": 8, "prefill_chunk_tokens": rng.choice([16, 64, 256]), **setting.limits}
+        if setting.past == "disk":
+            limits["prefix_cache_dir"] = folder
         self.limits = EngineLimits(**limits)
+        self.form = rng.choice(setting.precisions)
+        self.talks: list[Talk] = []
         self.source_of: dict[str, tuple[str, int]] = {}
+        """Kind and number of each request's adapter."""
+        self.num_shared = 0
+        """Tokens of the asked prompt that were computed before, for the same adapter."""
 
-    def open(self) -> tuple[Engine, dict[str, AdapterVersion | None]]:
-        engine = Engine(load(str(self.lively.folder(self.setting.model)), name="law"), self.limits)
-        versions = {
-            name: None
-            if kind == "base"
-            else engine.registry.load(name, self.lively.adapter(self.setting.model, kind, number))
-            for name, (kind, number) in self.sources.items()
-        }
-        return engine, versions
+    def open(self, *, asked: int = 0) -> None:
+        """Another engine. `asked`: which adapter the asked request's is, for now."""
+        self.engine = Engine(load(str(self.lively.folder(self.setting.model)), name="law"), self.limits)
+        self.versions: dict[str, AdapterVersion | None] = {}
+        self.sources: dict[str, tuple[str, int]] = {}
+        self.load("asked", self.setting.asked, asked)
+        self.load("beside", self.setting.beside, 1)
+        self.talk()
+
+    def load(self, name: str, kind: str, number: int) -> None:
+        """An adapter under a name, or the base; in place of what the name stood for."""
+        folder = None if kind == "base" else self.lively.adapter(self.setting.model, kind, number)
+        self.versions[name] = folder and self.engine.registry.load(name, folder, replace=True)
+        self.sources[name] = (kind, number)
+
+    def talk(self) -> Talk:
+        self.talks.append(Talk(self.engine))
+        return self.talks[-1]
 
     def request(
         self,
         id: str,
-        name: str,
-        version: AdapterVersion | None,
         prompt: tuple[int, ...],
         max_tokens: int,
-        samplings: Sequence[dict[str, Any]],
-        precisions: Sequence[KvPrecision],
+        samplings: Sequence[dict[str, Any]] = ({}, *SEEDED),
+        precisions: Sequence[KvPrecision] = COMPANY_PRECISIONS,
     ) -> Request:
-        """Of one of the two kinds ("asked" or "beside")."""
-        settings = {"temperature": 0.0, **self.rng.choice(samplings)}
+        """`id` begins with whose adapter it is for: "asked" or "beside"."""
+        name, rng = id.partition("-")[0], self.rng
         self.source_of[id] = self.sources[name]
-        sampling = Sampling(max_tokens=max_tokens, ignore_eos=True, seed=self.rng.getrandbits(40), **settings)
-        form = self.rng.choice(precisions)
-        return Request(id, Prompt(prompt), sampling, adapter=version, precision=form)
+        settings = {"temperature": 0.0, "ignore_eos": True, **rng.choice(samplings)}
+        sampling = Sampling(max_tokens=max_tokens, seed=rng.getrandbits(40), **settings)
+        precision = rng.choice(precisions)
+        return Request(id, Prompt(prompt), sampling, adapter=self.versions[name], precision=precision)
 
-    def run(self) -> Talk:
+    def remember(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """Ask before what shares tokens with `prompt`, of both adapters. Returns the prompt to ask."""
+        rng, talk, form = self.rng, self.talks[-1], (self.form,)
+        talk.add(self.request("beside-before", prompt, 3, precisions=form))
+        talk.finish()
+        cut = rng.randrange(len(prompt)) if rng.random() < 0.3 else len(prompt)
+        earlier = prompt[:cut] + random_tokens(rng, rng.randrange(20) if cut else 5)
+        talk.add(self.request("asked-before", earlier, rng.randrange(1, 12), precisions=form))
+        talk.finish()
+        self.num_shared = min(cut, len(prompt) - 1)
+        if cut == len(earlier) and rng.random() < 0.5:  # a conversation goes on
+            history = (*earlier, *talk.tokens["asked-before"])
+            self.num_shared = len(history) - 1  # the last token was drawn and never computed
+            return history + random_tokens(rng, rng.randrange(1, 20))
+        return prompt
+
+    def begin(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """What was before the case itself. Returns the prompt to ask."""
+        past = self.setting.past
+        self.open(asked=2 if past == "replaced" else 0)
+        if past != "none":
+            prompt = self.remember(prompt)
+        if past == "disk":
+            self.engine.close()
+            self.open()
+        if past == "replaced" and self.setting.asked != "base":
+            self.load("asked", self.setting.asked, 0)
+            self.num_shared = 0
+        return prompt
+
+    def run(self) -> None:
         rng, setting = self.rng, self.setting
-        prompt = random_tokens(rng, rng.choice([1, 5, 30, 64, 65, 130, 240, 250]))
-        engine, versions = self.open()
-        asked = self.request(
-            "asked", "asked", versions["asked"], prompt, NUM_TOKENS, setting.samplings, setting.precisions
-        )
-        company = [
-            self.request(
-                f"{name}-{i}",
-                name,
-                versions[name],
-                random_tokens(rng, rng.choice([1, 7, 33, 100])),
-                rng.randrange(3, 24),
-                ({}, *SEEDED),
-                COMPANY_PRECISIONS,
-            )
-            for i, name in enumerate(["beside", "asked", "beside", "asked", "beside", "beside", "asked"])
-        ]
-        talk = Talk(engine)
-        setting.place(talk, asked, company, rng)
-        return talk
+        prompt = self.begin(random_tokens(rng, rng.choice([1, 5, 30, 64, 65, 130, 240, 250])))
+        asked = self.request("asked", prompt, NUM_TOKENS, setting.samplings, (self.form,))
+        names = ["beside", "asked", "beside", "asked", "beside", "beside", "asked"]
+        company = [self.companion(f"{name}-{number}", prompt) for number, name in enumerate(names)]
+        setting.place(self.talk(), asked, company, rng)
 
+    def companion(self, id: str, prompt: tuple[int, ...]) -> Request:
+        """One of any length and form; half of them begin as the asked prompt does, and are stored as it is."""
+        rng = self.rng
+        is_akin = rng.random() < 0.5
+        head = prompt[: rng.randrange(len(prompt) + 1)] if is_akin else ()
+        tail = random_tokens(rng, rng.choice([1, 7, 33, 100]))
+        forms = (self.form,) if is_akin else COMPANY_PRECISIONS
+        return self.request(id, head + tail, rng.randrange(3, 24), precisions=forms)
 
-def again(case: Sequence[str], request: pytest.FixtureRequest) -> str:
-    path = Path(request.node.path).relative_to(request.config.rootpath)
-    return f"rerun alone: pytest {path} -m 'large or not large' -k {'-'.join(case)}"
+    def check(self, assert_drawn: Callable[[Request, Sequence[int], nn.Module], None]) -> None:
+        """Every answer that there was."""
+        for talk in self.talks:
+            for name, asked in talk.asked.items():
+                assert len(talk.tokens[name]) == asked.sampling.max_tokens
+                module = self.lively.module(self.setting.model, *self.source_of[name])
+                assert_drawn(asked, talk.tokens[name], module)
+
+    def check_hits(self) -> None:
+        """Without recurrent state, what was computed before is not computed again; what must not be used is."""
+        num_cached = self.talks[-1].num_cached["asked"]
+        if self.setting.past == "none":
+            assert num_cached == 0
+        elif self.setting.past == "replaced" and self.setting.asked != "base":
+            is_alone = self.setting.place in (alone, preempted)
+            assert num_cached == 0 or not is_alone, "the replaced adapter computed it"
+        elif self.setting.model != "hybrid" and self.form.start_after == 0:
+            assert num_cached >= self.num_shared
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id="-".join(case), marks=() if case in SAMPLE else pytest.mark.large)
-        for case in CASES
+        *(pytest.param(case, id="-".join(case)) for case in SAMPLE),
+        *(pytest.param(case, id="-".join(case), marks=pytest.mark.large) for case in LARGE),
     ],
 )
-def test_a_request_draws_what_it_draws_alone_on_the_merged_model(case, lively, assert_drawn, request):
-    scene = Scene(setting_of(case), random.Random("-".join(case)), lively)
-    talk = scene.run()
-    for name, asked in talk.asked.items():
-        tokens = talk.tokens[name]
-        assert len(tokens) == asked.sampling.max_tokens, again(case, request)
-        module = lively.module(scene.setting.model, *scene.source_of[name])
-        try:
-            assert_drawn(asked, tokens, module)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{again(case, request)}") from None
+def test_a_request_draws_what_it_draws_alone_on_the_merged_model(case, lively, assert_drawn, tmp_path):
+    name = "-".join(case)
+    scene = Scene(setting_of(case), random.Random(name), lively, tmp_path)
+    try:
+        scene.run()
+        scene.check(assert_drawn)
+        scene.check_hits()
+    except Exception as error:
+        error.add_note(
+            f"again: pytest tests/serve/test_composition.py -m 'large or not large' -k {name}\n"
+            f"{scene.form.label}, {scene.limits.prefill_chunk_tokens} tokens a chunk, asked in this order: "
+            + ", ".join(
+                f"{id} ({len(r.prompt.token_ids)} tokens)" for t in scene.talks for id, r in t.asked.items()
+            )
+        )
+        raise
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

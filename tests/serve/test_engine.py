@@ -10,7 +10,6 @@ import pytest
 from serve.api.logprobs import LogprobWriter
 from serve.cache.capacity import Bucket
 from serve.cache.precision import PLAIN
-from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.engine.request import Event, Request, Sampling, TokenLogprob
 from serve.engine.sampler import Sampler
@@ -30,7 +29,7 @@ TEXTS = [
 
 
 def test_the_oracle_takes_the_plain_loop_and_nothing_else(
-    model, make_request, greedy_by_mlx_lm, assert_drawn
+    model, make_request, greedy_by_mlx_lm, assert_drawn, make_engine
 ):
     module = model.network.module
     for text in TEXTS:
@@ -42,15 +41,15 @@ def test_the_oracle_takes_the_plain_loop_and_nothing_else(
             with pytest.raises(AssertionError, match=f"token {number} is"):
                 assert_drawn(request, other, module)
     hot = make_request("r", "hello", temperature=1.0, seed=3)
-    drawn = generate(Engine(model), [hot])[0].token_ids
+    drawn = generate(make_engine(model), [hot])[0].token_ids
     assert_drawn(hot, drawn, module)
     with pytest.raises(AssertionError):
         assert_drawn(make_request("r", "hello", temperature=1.0, seed=4), drawn, module)
 
 
-def test_rows_in_company_are_what_the_whole_model_draws_alone(model, make_request, assert_drawn):
+def test_rows_in_company_are_what_the_whole_model_draws_alone(model, make_request, assert_drawn, make_engine):
     requests = [make_request(str(i), text) for i, text in enumerate(TEXTS)]
-    answers = generate(Engine(model, EngineLimits(prefill_chunk_tokens=64)), requests)
+    answers = generate(make_engine(model, prefill_chunk_tokens=64), requests)
     for request, answer in zip(requests, answers, strict=True):
         assert len(set(answer.token_ids)) > 10, "the reference must be lively"
         assert len(answer.token_ids) == 24
@@ -58,10 +57,10 @@ def test_rows_in_company_are_what_the_whole_model_draws_alone(model, make_reques
 
 
 def test_rows_with_different_adapters_match_running_each_merged_and_alone(
-    model, model_folder, make_adapter, make_request, merged, assert_drawn
+    model, model_folder, make_adapter, make_request, merged, assert_drawn, make_engine
 ):
     folders = [make_adapter(1), make_adapter(2, rank=7, keys=["self_attn.q_proj", "mlp.up_proj"]), None]
-    engine = Engine(model)
+    engine = make_engine(model)
     versions = [engine.registry.load(f"a{i}", folder) if folder else None for i, folder in enumerate(folders)]
     requests = [
         make_request(f"{i}-{text}", text, adapter=version)
@@ -80,19 +79,19 @@ def test_rows_with_different_adapters_match_running_each_merged_and_alone(
     "settings", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}]
 )
 def test_a_seed_draws_what_it_should_in_a_batch_of_one_and_of_many(
-    model, make_request, settings, assert_drawn
+    model, make_request, settings, assert_drawn, make_engine
 ):
     requests = [make_request(str(i), text, seed=i, **settings) for i, text in enumerate(TEXTS)]
-    together = generate(Engine(model), requests)
-    alone = [generate(Engine(model), [request])[0] for request in requests]
+    together = generate(make_engine(model), requests)
+    alone = [generate(make_engine(model), [request])[0] for request in requests]
     for request, *answers in zip(requests, together, alone, strict=True):
         for answer in answers:
             assert_drawn(request, answer.token_ids, model.network.module)
     assert len({answer.token_ids for answer in alone}) == len(TEXTS)
 
 
-def test_a_seed_repeats_and_another_seed_differs(model, make_request):
-    engine = Engine(model)
+def test_a_seed_repeats_and_another_seed_differs(model, make_request, make_engine):
+    engine = make_engine(model)
     first, again, other = (
         generate(engine, [make_request("r", temperature=1.0, seed=seed)])[0].token_ids for seed in (7, 7, 8)
     )
@@ -100,27 +99,31 @@ def test_a_seed_repeats_and_another_seed_differs(model, make_request):
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 1024])
-def test_prefill_chunk_size_does_not_change_the_tokens(model, make_request, chunk_tokens, assert_drawn):
+def test_prefill_chunk_size_does_not_change_the_tokens(
+    model, make_request, chunk_tokens, assert_drawn, make_engine
+):
     requests = [make_request(str(i), text) for i, text in enumerate(TEXTS)]
-    answers = generate(Engine(model, EngineLimits(prefill_chunk_tokens=chunk_tokens)), requests)
+    answers = generate(make_engine(model, prefill_chunk_tokens=chunk_tokens), requests)
     for request, answer in zip(requests, answers, strict=True):
         assert_drawn(request, answer.token_ids, model.network.module)
 
 
-def test_rows_that_join_and_leave_do_not_disturb_the_others(model, make_request, assert_drawn):
+def test_rows_that_join_and_leave_do_not_disturb_the_others(model, make_request, assert_drawn, make_engine):
     requests = [make_request(str(i), TEXTS[i % 6], max_tokens=5 + 11 * (i % 4), seed=i) for i in range(14)]
-    answers = generate(Engine(model, EngineLimits(max_rows=3)), requests)
+    answers = generate(make_engine(model, max_rows=3), requests)
     for request, answer in zip(requests, answers, strict=True):
         assert (len(answer.token_ids), answer.finish) == (request.sampling.max_tokens, "length")
         assert_drawn(request, answer.token_ids, model.network.module)
 
 
-def test_cancelling_a_row_frees_it_and_leaves_the_rest_alone(model, make_request, assert_drawn):
-    engine = Engine(model)
+def test_cancelling_a_row_frees_it_and_leaves_the_rest_alone(
+    model, make_request, assert_drawn, make_engine, ahead
+):
+    engine = make_engine(model)
     engine.add(make_request("goes", max_tokens=500))
     engine.add(make_request("stays", "Hello there"))
     tokens = []
-    for step in range(24):
+    for step in range(24 + ahead):
         tokens += [t for event in engine.step() if event.request_id == "stays" for t in event.token_ids]
         if step == 5:
             assert engine.cancel("goes").finish == "cancelled"
@@ -132,10 +135,10 @@ def test_cancelling_a_row_frees_it_and_leaves_the_rest_alone(model, make_request
 
 
 def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
-    model, model_folder, make_adapter, make_request, assert_drawn
+    model, model_folder, make_adapter, make_request, assert_drawn, make_engine, ahead
 ):
     request = make_request("after", "Hello there")
-    engine = Engine(model)
+    engine = make_engine(model)
     loud = engine.registry.load("loud", make_adapter(1, size=1e30))
     engine.add(make_request("stays", "z" * 100, max_tokens=500))
     engine.add(make_request("overflows", "x" * 90, max_tokens=500, adapter=loud))
@@ -145,14 +148,14 @@ def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
     assert not all(mx.isfinite(array).all() for array in held), "the row must have overflowed"
     engine.cancel("overflows")
     engine.add(request)
-    events = [event for _ in range(24) for event in engine.step() if event.request_id == "after"]
+    events = [event for _ in range(24 + ahead) for event in engine.step() if event.request_id == "after"]
     tokens = [token for event in events for token in event.token_ids]
     assert len(tokens) == 24
     assert_drawn(request, tokens, load(str(model_folder)).network.module)
 
 
-def test_the_end_token_stops_a_row_and_is_counted_but_not_shown(model, make_request):
-    eos, engine = model.tokenizer.eos_token_id, Engine(model)
+def test_the_end_token_stops_a_row_and_is_counted_but_not_shown(model, make_request, make_engine):
+    eos, engine = model.tokenizer.eos_token_id, make_engine(model)
     requests = [make_request(str(seed), temperature=1.5, seed=seed, max_tokens=600) for seed in range(8)]
     free, request = next(
         (answer, request)
@@ -166,14 +169,14 @@ def test_the_end_token_stops_a_row_and_is_counted_but_not_shown(model, make_requ
 
 
 def test_rows_preempted_for_memory_go_on_with_the_tokens_they_would_have_had(
-    model, fresh_engine, make_request, assert_drawn
+    model, fresh_engine, make_request, assert_drawn, make_engine, ahead
 ):
     kinds = [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.7}]
     requests = [
         make_request(str(i), TEXTS[i % 3], max_tokens=560 + 9 * i, seed=i, **kinds[i % 3]) for i in range(6)
     ]
-    row_bytes = Engine(model).scheduler.budget.row_cost.row_bytes(Bucket(PLAIN, 512))
-    engine = fresh_engine(kv_budget_bytes=4 * row_bytes)
+    row_bytes = make_engine(model).scheduler.budget.row_cost.row_bytes(Bucket(PLAIN, 512))
+    engine = fresh_engine(ahead=ahead, kv_budget_bytes=4 * row_bytes)
     answers = generate(engine, requests)
     assert engine.stats().num_preempted > 1
     assert len({answer.token_ids for answer in answers}) == 6
@@ -182,8 +185,8 @@ def test_rows_preempted_for_memory_go_on_with_the_tokens_they_would_have_had(
         assert_drawn(request, answer.token_ids, model.network.module)
 
 
-def test_rows_cost_what_they_hold_beside_a_long_one_and_after_it(fresh_engine, make_request):
-    engine = fresh_engine(max_rows=16)
+def test_rows_cost_what_they_hold_beside_a_long_one_and_after_it(fresh_engine, make_request, ahead):
+    engine = fresh_engine(ahead=ahead, max_rows=16)
     cost = engine.scheduler.budget.row_cost
     short, long = (cost.row_bytes(Bucket(PLAIN, num_positions)) for num_positions in (256, 1024))
     engine.add(make_request("long", "x" * 900, max_tokens=12))
@@ -210,11 +213,11 @@ def test_rows_cost_what_they_hold_beside_a_long_one_and_after_it(fresh_engine, m
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("size", [1e25, 1e19])
 def test_a_row_whose_logits_are_not_numbers_ends_by_name_and_its_neighbours_are_bitwise_untouched(
-    fresh_engine, make_adapter, make_request, temperature, size
+    fresh_engine, make_adapter, make_request, temperature, size, ahead
 ):
     def run(adapter_size: float) -> list[Event]:
         """The row `bad` among others; where its logits are numbers, it is cancelled when it would have ended."""
-        engine = fresh_engine()
+        engine = fresh_engine(ahead=ahead)
         adapter = engine.registry.load("loud", make_adapter(1, size=adapter_size))
         others = [make_request(str(i), TEXTS[i], num_logprobs=2, temperature=temperature) for i in range(3)]
         bad = make_request("bad", adapter=adapter, temperature=temperature, num_logprobs=5)
@@ -252,9 +255,9 @@ def test_a_token_that_cannot_come_is_minus_infinity_and_no_fault(model):
     assert written.completion([entry])["token_logprobs"] == [-9999.0]
 
 
-def test_what_one_row_raises_ends_that_row_and_no_other(model, make_request, assert_drawn):
+def test_what_one_row_raises_ends_that_row_and_no_other(model, make_request, assert_drawn, make_engine):
     others = [make_request(str(i), TEXTS[i]) for i in range(3)]
-    engine = Engine(model)
+    engine = make_engine(model)
     for request in (*others, make_request("torn")):
         engine.add(request)
     engine._rules["torn"]._ends = None  # whatever goes wrong in there
@@ -268,9 +271,9 @@ def test_what_one_row_raises_ends_that_row_and_no_other(model, make_request, ass
 
 @pytest.mark.parametrize("ignore_eos", [True, False])
 def test_a_stop_string_that_is_a_special_token_stops_at_that_token_and_is_told(
-    model, make_request, ignore_eos
+    model, make_request, ignore_eos, make_engine
 ):
-    engine = Engine(model)
+    engine = make_engine(model)
     options = {"temperature": 1.5, "max_tokens": 600, "ignore_eos": ignore_eos, "stop": ("<|im_start|>",)}
     start = model.tokenizer.convert_tokens_to_ids("<|im_start|>")
     answers = generate(engine, [make_request(str(seed), seed=seed, **options) for seed in range(12)])
@@ -282,8 +285,8 @@ def test_a_stop_string_that_is_a_special_token_stops_at_that_token_and_is_told(
     assert {(answer.finish, answer.stop_reason) for answer in ended if not ignore_eos} <= {("stop", None)}
 
 
-def test_the_stop_string_that_matched_is_told(model, make_request):
-    engine = Engine(model)
+def test_the_stop_string_that_matched_is_told(model, make_request, make_engine):
+    engine = make_engine(model)
     whole = generate(engine, [make_request("r", max_tokens=30)])[0]
     wanted = whole.text[10:13]
     answer = generate(engine, [make_request("r", max_tokens=30, stop=("no such text", wanted))])[0]
@@ -292,8 +295,8 @@ def test_the_stop_string_that_matched_is_told(model, make_request):
 
 
 @pytest.mark.parametrize("max_tokens", [None, 32_000])
-def test_an_answer_as_long_as_the_context_is_cut_there(model, make_request, max_tokens):
-    engine = Engine(model, EngineLimits(max_context=64))
+def test_an_answer_as_long_as_the_context_is_cut_there(model, make_request, max_tokens, make_engine):
+    engine = make_engine(model, max_context=64)
     answer = generate(engine, [make_request("r", "hello", max_tokens=max_tokens)])[0]
     assert (len(answer.token_ids), answer.finish) == (59, "length")
     with pytest.raises(ContextLengthError, match="maximum context length is 64 tokens"):
@@ -305,8 +308,8 @@ def test_an_answer_as_long_as_the_context_is_cut_there(model, make_request, max_
     ("ids", "told"),
     [((), "empty"), ((5, 259), "259 is not"), ((-1, 5), "-1 is not"), ((2**40,), "not in this")],
 )
-def test_a_prompt_that_no_array_holds_is_refused_before_it_is_queued(model, ids, told):
-    engine = Engine(model)
+def test_a_prompt_that_no_array_holds_is_refused_before_it_is_queued(model, ids, told, make_engine):
+    engine = make_engine(model)
     with pytest.raises(RequestError, match=told):
         engine.check(Request("r", Prompt(ids), Sampling(4)))
 
@@ -350,18 +353,18 @@ def test_sampling_refuses_what_says_nothing(changes):
         {"num_logprobs": 10_000},
     ],
 )
-def test_the_edges_of_every_number_give_an_answer(model, make_request, changes, assert_drawn):
+def test_the_edges_of_every_number_give_an_answer(model, make_request, changes, assert_drawn, make_engine):
     other = make_request("other", TEXTS[1], temperature=1.0, seed=3)
     options = {"temperature": 1.0, "max_tokens": 3, **changes}
     request = make_request("edge", "x" * 1018 if "max_tokens" in changes else "hello", **options)
-    answers = generate(Engine(model), [request, other])
+    answers = generate(make_engine(model), [request, other])
     assert answers[0].finish == "length"
     assert_drawn(other, answers[1].token_ids, model.network.module)
 
 
-def test_logprobs_are_those_of_the_whole_model(model, make_request):
+def test_logprobs_are_those_of_the_whole_model(model, make_request, make_engine):
     request = make_request("r", num_logprobs=3)
-    answer = generate(Engine(model), [make_request("other", "zzz"), request])[1]
+    answer = generate(make_engine(model), [make_request("other", "zzz"), request])[1]
     tokens = mx.array([[*request.prompt.token_ids, *answer.token_ids]])
     logits = model.network.module(tokens)[0, len(request.prompt.token_ids) - 1 : -1]
     expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

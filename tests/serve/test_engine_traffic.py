@@ -96,7 +96,10 @@ def check_traffic(make_request, merged, assert_drawn):
 def _check_traffic(make_request, merged, assert_drawn, seed: int, model_folder, folders) -> None:
     rng = random.Random(seed)
     limits = EngineLimits(
-        max_rows=rng.choice([1, 3, 8]), prefill_chunk_tokens=rng.choice([5, 32, 256]), max_adapters=24
+        max_rows=rng.choice([1, 3, 8]),
+        prefill_chunk_tokens=rng.choice([5, 32, 256]),
+        max_adapters=24,
+        ahead=seed % 2 == 1,
     )
     engine = Engine(load(str(model_folder), name="lively"), limits)
     answers = run_traffic(engine, rng, [str(folder) for folder in folders], make_request)

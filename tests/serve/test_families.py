@@ -528,3 +528,29 @@ def test_a_row_restored_from_segments_goes_on_as_the_one_that_was_never_taken(fa
         again.lengths[name] = 21
     for name, hidden in again.run(dict.fromkeys(again.tokens, 2)).items():
         assert mx.array_equal(hidden, undisturbed[name]), name
+
+
+@pytest.mark.parametrize("window", [5, 16, 40])
+@pytest.mark.parametrize("chunk_tokens", [1, 9, 25, 64])
+def test_a_sliding_window_keeps_the_window_and_no_more(make_model, window, chunk_tokens):
+    config = {"model_type": "gemma3_text", **COMMON, **FAMILIES["gemma3_text"], "sliding_window": window}
+    model = load(str(make_model(f"window-{window}", config)))
+    batch = RowBatch(model.network, chunk_tokens)
+    for index, length in enumerate((150, 6, 260)):
+        batch.add(f"row{index}", random_tokens(index, length))
+    draw = random.Random(window + chunk_tokens)
+    while names := [name for name, tokens in batch.tokens.items() if batch.lengths[name] < len(tokens)]:
+        counts = {}
+        for name in draw.sample(names, draw.randint(1, len(names))):
+            left = len(batch.tokens[name]) - batch.lengths[name]
+            counts[name] = min(left, draw.choice([1, chunk_tokens, draw.randint(1, chunk_tokens)]))
+        for name, hidden in batch.run(counts).items():
+            length = batch.lengths[name]
+            if length % 10 < 2 or length == len(batch.tokens[name]):
+                expected = batch.alone(batch.tokens[name][:length])[-1]
+                assert away(hidden, expected) < 1e-4
+    windowed = [layer for layer in batch.rows.attending if layer.shape.window is not None]
+    assert {store.capacity for layer in windowed for store in layer.stores.values()} <= {
+        32,
+        -(-(window + chunk_tokens - 1) // 64) * 64,
+    }

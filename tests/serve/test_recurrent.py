@@ -51,22 +51,22 @@ def run_steps(engine: Engine, num_steps: int) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 7, 64])
 def test_rows_in_company_are_what_the_whole_model_draws_alone(
-    fresh, chunk_tokens, make_request, assert_drawn
+    fresh, chunk_tokens, make_request, assert_drawn, make_engine
 ):
     model = fresh()
     texts = TEXTS if chunk_tokens > 2 else [text[:9] for text in TEXTS]
     requests = [make_request(str(i), text, max_tokens=12) for i, text in enumerate(texts)]
-    answers = generate(Engine(model, EngineLimits(prefill_chunk_tokens=chunk_tokens)), requests)
+    answers = generate(make_engine(model, prefill_chunk_tokens=chunk_tokens), requests)
     assert len({answer.token_ids for answer in answers}) == len(answers), "the reference must be lively"
     for request, answer in zip(requests, answers, strict=True):
         assert len(answer.token_ids) == 12
         assert_drawn(request, answer.token_ids, model.network.module)
 
 
-def test_logprobs_are_those_of_the_whole_model(fresh, make_request):
+def test_logprobs_are_those_of_the_whole_model(fresh, make_request, make_engine):
     model = fresh()
     requests = [make_request(str(i), text, max_tokens=8, num_logprobs=0) for i, text in enumerate(TEXTS)]
-    answers = generate(Engine(model, EngineLimits(prefill_chunk_tokens=64)), requests)
+    answers = generate(make_engine(model, prefill_chunk_tokens=64), requests)
     for request, answer in zip(requests, answers, strict=True):
         prompt = request.prompt.token_ids
         logits = model.network.module(
@@ -81,18 +81,20 @@ def test_logprobs_are_those_of_the_whole_model(fresh, make_request):
         assert found == pytest.approx(expected[:, 0].tolist(), abs=2e-4)
 
 
-def test_rows_that_join_and_leave_do_not_disturb_the_others(fresh, make_request, assert_drawn):
+def test_rows_that_join_and_leave_do_not_disturb_the_others(fresh, make_request, assert_drawn, make_engine):
     model = fresh()
     requests = [make_request(str(i), TEXTS[i % 6], max_tokens=3 + 5 * (i % 4)) for i in range(12)]
-    answers = generate(Engine(model, EngineLimits(max_rows=3, prefill_chunk_tokens=16)), requests)
+    answers = generate(make_engine(model, max_rows=3, prefill_chunk_tokens=16), requests)
     for request, answer in zip(requests, answers, strict=True):
         assert len(answer.token_ids) == request.sampling.max_tokens
         assert_drawn(request, answer.token_ids, model.network.module)
 
 
-def test_a_row_taken_over_in_mid_prompt_or_mid_answer_shows_no_trace(fresh, make_request, assert_drawn):
+def test_a_row_taken_over_in_mid_prompt_or_mid_answer_shows_no_trace(
+    fresh, make_request, assert_drawn, make_engine
+):
     model = fresh()
-    engine = Engine(model, EngineLimits(max_rows=3, prefill_chunk_tokens=8))
+    engine = make_engine(model, max_rows=3, prefill_chunk_tokens=8)
     engine.add(make_request("stays", "Hello there", max_tokens=500))  # so the rows are never given back
     engine.add(make_request("answers", "x", max_tokens=500))
     engine.add(make_request("reads", "y" * 60, max_tokens=500))
@@ -108,9 +110,9 @@ def test_a_row_taken_over_in_mid_prompt_or_mid_answer_shows_no_trace(fresh, make
 
 
 def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
-    fresh, family, recurrent_folder, make_adapter_of, make_request, assert_drawn
+    fresh, family, recurrent_folder, make_adapter_of, make_request, assert_drawn, make_engine
 ):
-    engine = Engine(fresh(), EngineLimits(prefill_chunk_tokens=16))
+    engine = make_engine(fresh(), prefill_chunk_tokens=16)
     loud = make_adapter_of(recurrent_folder(family), 1, keys=INSIDE[family], size=1e30)
     version = engine.registry.load("loud", loud)
     engine.add(make_request("stays", "z" * 150, max_tokens=500))
@@ -131,22 +133,24 @@ def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}])
-def test_a_seed_draws_what_it_should_alone_and_in_company(fresh, make_request, settings, assert_drawn):
+def test_a_seed_draws_what_it_should_alone_and_in_company(
+    fresh, make_request, settings, assert_drawn, make_engine
+):
     model = fresh()
     requests = [make_request(str(i), text, max_tokens=12, seed=i, **settings) for i, text in enumerate(TEXTS)]
-    together = generate(Engine(model, EngineLimits(prefill_chunk_tokens=64)), requests)
-    engine = Engine(model)
+    together = generate(make_engine(model, prefill_chunk_tokens=64), requests)
+    engine = make_engine(model)
     for request, answer in zip(requests, together, strict=True):
         for found in (answer, generate(engine, [request])[0]):
             assert_drawn(request, found.token_ids, model.network.module)
 
 
 def test_rows_with_different_adapters_match_running_each_merged_and_alone(
-    fresh, family, recurrent_folder, make_adapter_of, make_request, merged, assert_drawn
+    fresh, family, recurrent_folder, make_adapter_of, make_request, merged, assert_drawn, make_engine
 ):
     base = recurrent_folder(family)
     folders = [make_adapter_of(base, seed, rank=3 + seed, keys=INSIDE[family]) for seed in (1, 2)]
-    engine = Engine(fresh(), EngineLimits(prefill_chunk_tokens=16))
+    engine = make_engine(fresh(), prefill_chunk_tokens=16)
     versions = [None, *(engine.registry.load(f"a{i}", folder) for i, folder in enumerate(folders))]
     modules = [fresh().network.module, *(merged(base, folder) for folder in folders)]
     requests = [

@@ -7,15 +7,14 @@ import threading
 
 import pytest
 
-from serve.engine.engine import Engine, EngineLimits
 from serve.engine.worker import Worker
 from serve.errors import ContextLengthError, OverloadedError, StoppedError
 from serve.model.loading import load
 
 
 @pytest.fixture
-def worker(model):
-    worker = Worker(Engine(model, EngineLimits(max_rows=4, max_waiting=4)))
+def worker(model, make_engine):
+    worker = Worker(make_engine(model, max_rows=4, max_waiting=4))
     worker.start()
     yield worker
     worker.stop()
@@ -186,8 +185,8 @@ def test_a_listener_that_raises_ends_its_own_request_alone(worker, model, make_r
     assert worker.failure is None
 
 
-def test_stopping_ends_open_requests_and_later_ones_are_refused(model, make_request):
-    worker = Worker(Engine(model))
+def test_stopping_ends_open_requests_and_later_ones_are_refused(model, make_engine, make_request):
+    worker = Worker(make_engine(model))
     worker.start()
     sink: queue.SimpleQueue = queue.SimpleQueue()
     worker.submit(make_request("r", max_tokens=900), sink.put)
