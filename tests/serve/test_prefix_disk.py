@@ -438,6 +438,10 @@ def test_a_text_is_found_to_the_token_when_its_file_was_cut_by_others(tmp_path):
         assert restored(cache, [*tokens[:10], 99, 5])[0] == 11
         assert restored(cache, [*tokens[:15], 55])[0] == 15
         cache.check_integrity()
-        cache.clear()
+    torn = max(tmp_path.glob("kv-*"), key=lambda path: path.stat().st_size)
+    torn.write_bytes(torn.read_bytes()[:-1] + b"\x99")
+    with opened(tmp_path) as cache:
+        assert restored(cache, tokens) == (0, 0)
+        assert cache.stats().num_disk_errors == 1, "all its nodes go at once"
         settled(cache)
         assert files(tmp_path) == {}
