@@ -90,8 +90,8 @@ def test_system_prompts_are_shared_as_zipf_has_it():
     scripts = write_scripts(Setting(num_conversations=5000, num_turns=1, num_systems=5))
     systems = [script.system for script in scripts]
     counts = sorted((systems.count(each) for each in set(systems)), reverse=True)
-    for rank, count in enumerate(counts):
-        assert count * (rank + 1) == pytest.approx(counts[0], rel=0.15)
+    for rank, used in enumerate(counts):
+        assert used * (rank + 1) == pytest.approx(counts[0], rel=0.15)
 
 
 def test_positions_are_those_that_the_standins_tokenizer_counts(tmp_path):
