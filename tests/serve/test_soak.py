@@ -32,6 +32,7 @@ NUM_SYSTEM_PROMPTS = 20
 MAX_CONTEXT = 700
 KV_BYTES = 3 << 20
 """A row and a half of 1,024 positions of the model without windows or state: rows are preempted."""
+DISK_BYTES = 4 << 20
 MAX_GROWTH_BYTES = 64 << 20
 """What the process may gain between a fifth of the soak and its end. A row holds half a megabyte: one
 in fifty that is kept shows."""
@@ -78,7 +79,12 @@ class Soak:
         self.rng = random.Random(seed)
         self.prompts = [self.random_tokens(self.rng.choice([40, 90, 200])) for _ in range(NUM_SYSTEM_PROMPTS)]
         self.past: deque[tuple[int, ...]] = deque(maxlen=40)
-        self.source_of: dict[str, tuple[str, int]] = {}
+        self.sources = {
+            str(lively.adapter(name, kind, number).resolve()): (kind, number)
+            for kind in KINDS
+            for number in range(2)
+        }
+        """Kind and number of an adapter by its folder."""
         self.answers: list[Answer] = []
         self.numbers = itertools.count()
         self.swap_lock = asyncio.Lock()
@@ -115,7 +121,7 @@ class Soak:
             tenant=rng.choice(["", "a", "b"]),
             precision=rng.choice(PRECISIONS),
         )
-        answer = Answer(request, self.source_of[version.id] if version else ("base", 0), [])
+        answer = Answer(request, self.sources[version.path] if version else ("base", 0), [])
         self.answers.append(answer)
         return answer
 
@@ -128,8 +134,7 @@ class Soak:
                 registry.unload(kind)
                 return
             folder = self.lively.adapter(self.name, kind, number)
-            version = await asyncio.to_thread(registry.load, kind, folder, replace=True)
-            self.source_of[version.id] = (kind, number)
+            await asyncio.to_thread(registry.load, kind, folder, replace=True)
 
     async def ask(self, answer: Answer) -> None:
         """Reads to the end, or leaves: by cancelling, by a listener that fails, by a loop that is gone."""
@@ -196,13 +201,15 @@ def until_idle(worker: Worker) -> None:
         pytest.param("hybrid", 3000, marks=pytest.mark.large),
     ],
 )
-def test_after_a_soak_nothing_is_left_and_every_answer_was_right(name, total, lively, assert_drawn):
+def test_after_a_soak_nothing_is_left_and_every_answer_was_right(name, total, lively, assert_drawn, tmp_path):
     model = load(str(lively.folder(name)), name="soak")
     limits = EngineLimits(
         max_rows=6,
         max_context=MAX_CONTEXT,
         prefill_chunk_tokens=64,
         kv_budget_bytes=KV_BYTES,
+        prefix_cache_dir=tmp_path,
+        prefix_cache_disk_bytes=DISK_BYTES,
         max_adapters=8,
         ahead=True,
     )
@@ -221,16 +228,23 @@ def test_after_a_soak_nothing_is_left_and_every_answer_was_right(name, total, li
         growth = resident_bytes(worker) - before
         for each in engine.registry.names():
             engine.registry.unload(each)
-        worker.call(lambda: None)
+        worker.call(engine.prefixes.cache.check_integrity)
+        num_files_bytes = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+        assert 0 < num_files_bytes <= DISK_BYTES
+        worker.call(engine.forget_prefixes)
         stats = worker.stats()
         assert (stats.num_decoding, stats.num_prefilling, stats.num_waiting) == (0, 0, 0)
         assert stats.memory.kv_bytes == 0, "rows are left"
         assert stats.memory.adapter_bytes == 0, "adapters are left"
+        assert (stats.memory.prefix_bytes, stats.prefixes.num_segments) == (0, 0), "a prefix is pinned"
         assert engine.registry.versions() == [], "a pin is left"
         engine.registry.check_integrity()
         engine.scheduler.check_integrity()
     finally:
         worker.stop()
+        engine.close()
+    assert not list(tmp_path.glob("*.safetensors")), "what is forgotten is on disk"
+    assert stats.prefixes.num_hit_tokens
     assert stats.num_preempted > total // 100
     assert faults["failed"]
     ends = Counter(answer.final.finish for answer in soak.answers if answer.final is not None)
