@@ -205,21 +205,15 @@ class ServeConfig(Strict):
 
     def _memory_problems(self) -> Iterator[tuple[str, str]]:
         """Parts that are larger than the whole, and bounds of what is not there."""
-        memory, kv, adapters = self.memory_budget_gib, self.kv_budget_gib, self.adapter_budget_gib
-        for key, part, whole_key, whole in (
-            ("kv_budget_gib", kv, "memory_budget_gib", memory),
-            ("adapter_budget_gib", adapters, "memory_budget_gib", memory),
-            ("prefix_cache_gib", self.prefix_cache_gib, "memory_budget_gib", memory),
-            ("prefix_cache_gib", self.prefix_cache_gib, "kv_budget_gib", kv),
+        for key, whole_key in (
+            ("kv_budget_gib", "memory_budget_gib"),
+            ("adapter_budget_gib", "memory_budget_gib"),
+            ("prefix_cache_gib", "memory_budget_gib"),
+            ("prefix_cache_gib", "kv_budget_gib"),
         ):
+            part, whole = getattr(self, key), getattr(self, whole_key)
             if part is not None and whole is not None and part > whole:
                 yield key, f"found {part:g}, which is a part of {whole_key}; expected at most {whole:g}"
-        if memory and kv and adapters and max(kv, adapters) <= memory < kv + adapters:
-            yield (
-                "memory_budget_gib",
-                f"found {memory:g}; expected at least {kv + adapters:g}, which kv_budget_gib and "
-                "adapter_budget_gib are together",
-            )
         if self.prefix_cache_dir is not None and self.prefix_cache_gib == 0:
             yield (
                 "prefix_cache_dir",

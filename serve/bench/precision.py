@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,12 @@ from typing import Any
 from serve.bench.finding import Finding
 from serve.bench.precision_child import Measured
 from serve.bench.servers import PYTHON
+from serve.cache.capacity import Bucket, positions_capacity
+from serve.cache.families import make_rows
+from serve.cache.precision import PLAIN, KvPrecision
+from serve.engine.engine import EngineLimits
 from serve.errors import StoppedError
+from serve.model.loading import load
 
 ASKED_BYTES: Mapping[int, float] = {8: 0.55, 4: 0.30}
 """Bits → share of 16-bit bytes."""
@@ -32,25 +37,32 @@ class Setting:
 
 
 def run(setting: Setting, model: Path, progress: Callable[[str], None]) -> list[Finding]:
-    """A process for each precision and question."""
-    plain_row = _child(model, "bfloat16", {}, setting, is_prefilled=False).row_bytes
-    rows, plain = {}, []
+    """Bytes are counted here, and each prompt is computed in a process of its own."""
+    progress("bytes of rows")
+    forms = {bits: KvPrecision(**_affine(bits)) for bits in ASKED_BYTES}
+    plain_row, *rows = _row_bytes(model, [PLAIN, *forms.values()], setting.num_prompt_tokens)
+    plain: list[Measured] = []
     peaks: dict[int, list[Measured]] = {bits: [] for bits in ASKED_BYTES}
-    for bits in ASKED_BYTES:
-        progress(f"bytes of {bits}-bit keys and values")
-        rows[bits] = _child(model, "bfloat16", _affine(bits), setting, is_prefilled=False).row_bytes
     for number in range(setting.rounds):
         progress(f"round {number + 1} of {setting.rounds}: {setting.num_prompt_tokens} tokens, plain")
-        plain.append(_child(model, None, {}, setting, is_prefilled=True))
+        plain.append(_child(model, {}, setting))
         for bits, measured in peaks.items():
             progress(
                 f"round {number + 1} of {setting.rounds}: {setting.num_prompt_tokens} tokens, {bits} bit"
             )
-            measured.append(_child(model, None, _affine(bits), setting, is_prefilled=True))
+            measured.append(_child(model, _affine(bits), setting))
     return [
-        *(_bytes_finding(bits, row, plain_row, setting) for bits, row in rows.items()),
+        *(_bytes_finding(bits, row, plain_row, setting) for bits, row in zip(forms, rows, strict=True)),
         *(_peak_finding(bits, measured, plain, setting) for bits, measured in peaks.items()),
     ]
+
+
+def _row_bytes(model: Path, precisions: Sequence[KvPrecision], num_tokens: int) -> list[int]:
+    """Of a row of so many tokens in each, as the rows count them where the model computes in 16 bit."""
+    network = load(str(model), dtype="bfloat16").network
+    cost = make_rows(network, prefill_chunk_tokens=EngineLimits().prefill_chunk_tokens).cost
+    positions = positions_capacity(num_tokens)
+    return [cost.row_bytes(Bucket(form.at(num_tokens), positions)) for form in precisions]
 
 
 def _bytes_finding(bits: int, row: int, plain: int, setting: Setting) -> Finding:
@@ -89,17 +101,9 @@ def _affine(bits: int) -> dict[str, Any]:
     return {"scheme": "affine", "key_bits": bits, "value_bits": bits}
 
 
-def _child(
-    model: Path, dtype: str | None, precision: Mapping[str, Any], setting: Setting, *, is_prefilled: bool
-) -> Measured:
+def _child(model: Path, precision: Mapping[str, Any], setting: Setting) -> Measured:
     """Raises StoppedError with the end of what it said, if it fails."""
-    asked = {
-        "model": str(model),
-        "dtype": dtype,
-        "precision": precision,
-        "num_row_tokens": setting.num_prompt_tokens,
-        "num_prompt_tokens": setting.num_prompt_tokens if is_prefilled else 0,
-    }
+    asked = {"model": str(model), "precision": precision, "num_tokens": setting.num_prompt_tokens}
     words = [*PYTHON, "serve.bench.precision_child", json.dumps(asked)]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,6 +1,6 @@
-"""What rows of one precision cost, measured in a process of its own, since a process has one peak.
+"""What a prompt takes whose row has one precision, measured in a process of its own, since a process has one peak.
 
-    python -m serve.bench.precision_child '{"model": …, "dtype": …, "precision": {…}, "num_prompt_tokens": …}'
+    python -m serve.bench.precision_child '{"model": …, "precision": {…}, "num_tokens": …}'
 
 Prints one line of JSON: Measured.
 """
@@ -18,13 +18,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from serve.cache.capacity import Bucket, positions_capacity
 from serve.cache.precision import KvPrecision
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.model.loading import load
 from serve.model.prompt import Prompt
 
+KV_BYTES = 8 << 30
+"""What rows may take: the same on every machine, and more than they need."""
 PEAK = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
 
 
@@ -32,10 +33,8 @@ PEAK = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
 class Measured:
     """Bytes."""
 
-    row_bytes: int
-    """Of a row of so many tokens, as the engine counts it."""
     held_bytes: int
-    """What the rows held when the prompt had been computed; 0 without one."""
+    """What the rows held when the prompt had been computed."""
     prefill_peak_bytes: int
     """The most that all arrays took while the prompt was computed, over what they took before."""
     resident_peak_bytes: int
@@ -43,23 +42,17 @@ class Measured:
     prefill_s: float
 
 
-def measure(
-    model: str, dtype: str | None, precision: Mapping[str, Any], num_row_tokens: int, num_prompt_tokens: int
-) -> Measured:
-    """Load `model` and compute one prompt of `num_prompt_tokens`, or none."""
+def measure(model: str, precision: Mapping[str, Any], num_tokens: int) -> Measured:
+    """Load `model` and compute one prompt of `num_tokens`."""
     form = KvPrecision(**precision)
-    engine = Engine(
-        load(model, dtype=dtype), EngineLimits(precision=form, prefix_cache_bytes=0, kv_budget_bytes=8 << 30)
-    )
-    bucket = Bucket(form.at(num_row_tokens), positions_capacity(num_row_tokens))
-    row_bytes = engine.scheduler.budget.row_cost.row_bytes(bucket)
+    limits = EngineLimits(precision=form, prefix_cache_bytes=0, kv_budget_bytes=KV_BYTES)
+    engine = Engine(load(model), limits)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     start_s = time.perf_counter()
-    held = _prefill(engine, num_prompt_tokens) if num_prompt_tokens else 0
+    held = _prefill(engine, num_tokens)
     return Measured(
-        row_bytes=row_bytes,
         held_bytes=held,
         prefill_peak_bytes=max(0, mx.get_peak_memory() - before),
         resident_peak_bytes=_resident_peak(),

@@ -59,7 +59,10 @@ class TurboCodec:
             numbers = part.astype(mx.float32)
             norms = mx.linalg.norm(numbers, axis=-1, keepdims=True)
             turned = codec._rotate_forward(numbers / mx.maximum(norms, EPS))
-            parts += (norms.astype(mx.float16), pack(_codes(turned, codec._midpoints, codec.bits), codec.bits))
+            parts += (
+                norms.astype(mx.float16),
+                pack(_codes(turned, codec._midpoints, codec.bits), codec.bits),
+            )
         return tuple(parts)
 
     def decode(self, parts: Parts) -> mx.array:

@@ -75,7 +75,7 @@ class Engine:
         if self.max_context < 2:
             raise ConfigError(
                 f"{self.scheduler.budget.max_bytes} bytes for keys, values and states do not hold one row of two "
-                f"tokens; raise kv_budget_gib"
+                f"tokens; raise memory_budget_gib or kv_budget_gib"
             )
         self._rules: dict[str, FinishRule] = {}
         self._by_id: dict[str, SequenceState] = {}
@@ -277,15 +277,15 @@ class Engine:
         self._num_generated_tokens += step.num_tokens
         if step.finish is not None:
             self._num_finished[step.finish] += 1
-        is_first = len(sequence.generated) == len(token_ids)
+        is_told = step.finish is not None or len(sequence.generated) == len(token_ids)
         return Event(
             request.id,
-            text=step.text,
-            token_ids=token_ids[: step.num_tokens],
-            logprobs=logprobs[: step.num_tokens],
-            finish=step.finish,
-            stop_reason=step.stop_reason,
-            num_cached_tokens=(sequence.num_restored_tokens or 0) if is_first or step.finish else 0,
+            step.text,
+            token_ids[: step.num_tokens],
+            logprobs[: step.num_tokens],
+            step.finish,
+            step.stop_reason,
+            num_cached_tokens=(sequence.num_restored_tokens or 0) if is_told else 0,
         )
 
     def _ended(self, sequence: SequenceState, error: LatheError) -> Event:

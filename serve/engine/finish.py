@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from serve.engine.request import FinishReason, Request
 from serve.engine.text import TextStream
 from serve.model.token_bytes import TokenBytes
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What some tokens made of an answer."""
 
     text: str
@@ -44,17 +43,17 @@ class FinishRule:
 
     def push(self, token_ids: Sequence[int]) -> Step:
         """The text that these tokens make final, and whether the answer ends among them."""
-        pieces: list[str] = []
+        text, stream = "", self._text
         for count, token_id in enumerate(token_ids, start=1):
             self._remaining -= 1
             if token_id in self._ends:
-                pieces.append(self._text.finish())
-                return Step("".join(pieces), count, "stop", self._text.matched or self._ends[token_id])
-            pieces.append(self._text.push(token_id))
+                text += stream.finish()
+                return Step(text, count, "stop", stream.matched or self._ends[token_id])
+            text += stream.push(token_id)
             if self._remaining == 0:
-                pieces.append(self._text.finish())
-            if self._text.is_stopped:
-                return Step("".join(pieces), count, "stop", self._text.matched)
+                text += stream.finish()
+            if stream.matched is not None:
+                return Step(text, count, "stop", stream.matched)
             if self._remaining == 0:
-                return Step("".join(pieces), count, "length")
-        return Step("".join(pieces), len(token_ids))
+                return Step(text, count, "length")
+        return Step(text, len(token_ids))

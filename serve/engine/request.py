@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from serve.adapters.version import AdapterVersion
 from serve.cache.precision import KvPrecision
@@ -98,8 +98,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """News of one request. Text pieces concatenate to the whole answer; exactly one event has `finish`."""
 
     request_id: str

@@ -79,7 +79,7 @@ class Runner:
         self.rows.prove()
         self._capacities: Mapping[Bucket, int] = {}
         self._decoding: Decoding | None = None
-        self._unread: Flight | None = None  # the last one, while nobody has read it
+        self._last: Flight | None = None  # what was started last, read or not
 
     def start(self, plan: Plan) -> Flight:
         """One step: rows to their places, one-token chunks, the others, draw. Evaluated once, at its end.
@@ -95,7 +95,7 @@ class Runner:
             self._draw(flight, hidden, chunks)
         # The step's one evaluation. The rows are named because a prompt's middle chunk leads to no token.
         self._evaluate(flight.arrays(), self.rows.arrays())
-        self._unread = flight
+        self._last = flight
         return flight
 
     def read(self, flight: Flight) -> list[Drawn]:
@@ -103,11 +103,7 @@ class Runner:
 
         A row whose logits are not numbers is told, and the others are as they would have been without it.
         """
-        if self._unread is flight:
-            self._unread = None
-        if flight.drawn is None:
-            return []
-        return _read(flight)
+        return [] if flight.drawn is None else _read(flight)
 
     def capture(self, captures: Sequence[Capture]) -> list[Captured]:
         """Copies of rows as they are now; what is started afterwards does not change them."""
@@ -126,7 +122,7 @@ class Runner:
         """Forget all rows, whatever state a failed step left them in."""
         self.clear()
         self._bank.rows.set([])
-        self._unread = None
+        self._last = None
 
     def _place(self, plan: Plan) -> None:
         """Grow buffers, move rows, shrink buffers, and fill rows from prefixes."""
@@ -172,28 +168,23 @@ class Runner:
 
     def _single_tokens(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
         """[B, 1]: known ones, or what the step before this one draws."""
-        flight = self._unread
-        if flight is None or flight.drawn is None:
-            tokens = np.fromiter(
-                (chunk.sequence.token(chunk.start) for chunk in chunks), np.int32, len(chunks)
-            )
-            return mx.array(tokens[:, None])
-        drawn = flight.drawn.astype(mx.int32)
-        if flight.plan.composition == plan.composition and len(flight.sequences) == len(chunks):
-            return drawn[:, None]
-        index_of = {sequence: index for index, sequence in enumerate(flight.sequences)}
-        # Known tokens stand behind the drawn ones.
-        known: list[int] = []
-        places: list[int] = []
-        for chunk in chunks:
-            if chunk.start < chunk.sequence.num_tokens:
-                places.append(len(index_of) + len(known))
-                known.append(chunk.sequence.token(chunk.start))
-            else:
-                places.append(index_of[chunk.sequence])
-        if known:
-            drawn = mx.concatenate([drawn, mx.array(known, dtype=mx.int32)])
-        return drawn[mx.array(places, dtype=mx.int32)][:, None]
+        last, count = self._last, len(chunks)
+        if last is not None and last.drawn is not None and last.plan.composition == plan.composition:
+            of_singles = last.sequences[:count]
+            if len(of_singles) == count and of_singles[-1] is chunks[-1].sequence:
+                return last.drawn[:count, None]
+        known = [c.sequence.token(c.start) if c.start < c.sequence.num_tokens else None for c in chunks]
+        tokens = mx.array([[token or 0] for token in known], dtype=mx.int32)
+        if None not in known:
+            return tokens
+        assert last is not None, "nobody is to draw what is not known"
+        assert last.drawn is not None
+        index_of = {sequence: index for index, sequence in enumerate(last.sequences)}
+        indices = [
+            0 if token is not None else index_of[c.sequence] for token, c in zip(known, chunks, strict=True)
+        ]
+        is_known = mx.array([[token is not None] for token in known])
+        return mx.where(is_known, tokens, last.drawn[mx.array(indices)][:, None].astype(mx.int32))
 
     def _padded(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
         width = max(chunk.num_tokens for chunk in chunks)
@@ -211,7 +202,7 @@ class Runner:
         slots, sampler = self._settings(flight.plan, chunks)
         self._bank.rows.set(slots)
         logits = self._network.logits(hidden)[:, 0]  # [B, V]
-        counters = [chunk.stop - chunk.sequence.num_prompt_tokens for chunk in chunks]
+        counters = [] if sampler.is_greedy else [c.stop - c.sequence.num_prompt_tokens for c in chunks]
         flight.drawn = sampler.draw(logits, counters)  # [B]
         flight.is_sound = sampler.is_sound(logits, flight.drawn)  # [B]
         flight.logprobs = sampler.logprobs(logits, flight.drawn)
@@ -265,6 +256,10 @@ def _read(flight: Flight) -> list[Drawn]:
     details = {} if flight.logprobs is None else _details(flight.sequences, flight.logprobs)
     token_ids: list[int] = np.asarray(flight.drawn).tolist()
     sound: list[bool] = np.asarray(flight.is_sound).tolist()
+    if not details and all(sound):
+        return [
+            Drawn(sequence, (token,)) for sequence, token in zip(flight.sequences, token_ids, strict=True)
+        ]
     return [
         Drawn(sequence, (token_id,), _entries(token_id, details.get(index)))
         if sound[index]

@@ -55,9 +55,14 @@ class Sampler:
         self._asking = tuple(i for i, row in enumerate(rows) if row.num_logprobs is not None)
         self._num_top = max((row.num_logprobs or 0 for row in rows), default=0)
 
+    @property
+    def is_greedy(self) -> bool:
+        """No row draws at random: `draw` looks at no counter."""
+        return not self._plain and not self._filtered
+
     def draw(self, logits: mx.array, counters: Sequence[int]) -> mx.array:
         """logits [B, V]; counters: how many tokens each row has drawn so far. Returns [B] token ids, lazily."""
-        if not self._plain and not self._filtered:
+        if self.is_greedy:
             return mx.argmax(logits, axis=-1)
         keys = mx.array(_keys(self._seed, counters))  # [B, 2]
         uniform = _uniform(keys)  # [B]
@@ -72,9 +77,10 @@ class Sampler:
 
     def is_sound(self, logits: mx.array, drawn: mx.array) -> mx.array:
         """[B] bool: a row's logits hold neither NaN nor +inf, and what was drawn has a probability."""
-        total = logits.astype(mx.float32).sum(axis=-1)  # NaN and +inf stay; −inf is a token that cannot come
-        of_drawn = mx.take_along_axis(logits, drawn[:, None].astype(mx.int32), axis=-1)[:, 0]
-        return (total < mx.inf) & mx.isfinite(of_drawn)
+        total = logits.astype(mx.float32).sum(axis=-1, keepdims=True)  # [B, 1]
+        of_drawn = mx.take_along_axis(logits, drawn[:, None], axis=-1)  # [B, 1]
+        # NaN and +inf stay in the sum; −inf is a token that cannot come, and −inf − −inf is NaN where it was drawn.
+        return (total - of_drawn < mx.inf)[:, 0]
 
     def logprobs(self, logits: mx.array, drawn: mx.array) -> Logprobs | None:
         """Log-probabilities of the rows that asked for them, at temperature 1 and before any filter, in nats."""

@@ -31,6 +31,7 @@ class TextDecoder:
             self._utf8.decode(b"".join(tokens[token_id] for token_id in follows[-MAX_TAIL:]))
             self._begun, flags = self._utf8.getstate()
             self._utf8.setstate((self._begun, flags))
+        self._is_whole = not self._begun  # no character is half there
         self.num_chars = 0
         """Characters that are final."""
 
@@ -48,12 +49,18 @@ class TextDecoder:
 
     def push(self, token_id: int) -> str:
         """The text that this token makes final; often a word, sometimes nothing."""
-        own = self._tokens.first(token_id) if self._is_start else self._tokens[token_id]
         if self._is_start:
+            own = self._tokens.first(token_id)
             self._is_start = self._tokens.is_silent(token_id)
-        if own:
-            self._begun = b""
-        text = self._utf8.decode(own)
+        else:
+            own = self._tokens[token_id]
+        if self._is_whole and own.isascii():
+            text = str(own, "ascii")
+        else:
+            if own:
+                self._begun = b""
+            text = self._utf8.decode(own)
+            self._is_whole = not self._utf8.getstate()[0]
         self.num_chars += len(text)
         return text
 
@@ -83,7 +90,8 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that this token makes final; often a word, sometimes nothing."""
-        return self._release(self._decoder.push(token_id))
+        piece = self._decoder.push(token_id)
+        return self._release(piece) if self._stop else piece
 
     def finish(self) -> str:
         """What was held back, when the answer ends for another reason than a stop string."""

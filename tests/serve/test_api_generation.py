@@ -47,6 +47,11 @@ def text_of(chunks) -> str:
     return "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
 
 
+def counts(usage) -> dict:
+    """Tokens, but not how many of them were found in the cache."""
+    return usage.model_dump(exclude={"prompt_tokens_details"})
+
+
 def refused(client_call) -> dict:
     with pytest.raises(openai.APIStatusError) as caught:
         client_call()
@@ -71,7 +76,7 @@ def test_completions_stream_what_they_answer_whole(client):
     whole = client.completions.create(**fields)
     chunks = list(client.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
-    assert chunks[-1].usage == whole.usage
+    assert counts(chunks[-1].usage) == counts(whole.usage)
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(PROMPT), 16)
 
 
@@ -119,7 +124,7 @@ def test_text_ends_before_a_stop_string_streaming_or_not(client):
 def test_a_stream_ends_with_true_usage_if_asked(client):
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].choices == []
-    assert chunks[-1].usage == chat(client).usage
+    assert counts(chunks[-1].usage) == counts(chat(client).usage)
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert chunks[-1].usage.completion_tokens == 24
 

@@ -183,7 +183,7 @@ def test_a_failed_step_ends_its_streams_and_a_second_in_a_row_turns_health_to_50
 
 
 def _break(runtime: Runtime) -> None:
-    runtime.engine._runner.run = None
+    runtime.engine._runner.start = None
 
 
 def test_metrics_count_requests_tokens_and_latencies_by_model(start, make_adapter):

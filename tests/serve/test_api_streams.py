@@ -188,4 +188,4 @@ def test_a_failure_before_the_first_token_keeps_its_status(start):
 
 
 def _break(runtime: Runtime) -> None:
-    runtime.engine._runner.run = None
+    runtime.engine._runner.start = None
