@@ -219,10 +219,11 @@ def test_after_a_soak_nothing_is_left_and_every_answer_was_right(name, total, li
     worker.start()
     try:
         soak = Soak(worker, name, lively, seed=total)
-        asyncio.run(soak.run(total // 5))
-        until_idle(worker)
-        before = resident_bytes(worker)
-        asyncio.run(soak.run(total))
+        with asyncio.Runner() as runner:
+            runner.run(soak.run(total // 5))
+            until_idle(worker)
+            before = resident_bytes(worker)
+            runner.run(soak.run(total))
         until_idle(worker)
         assert worker.failure is None
         growth = resident_bytes(worker) - before
