@@ -25,6 +25,8 @@ from serve.engine.request import Request, Sampling
 from serve.model.loading import load
 from serve.model.prompt import Prompt
 
+pytestmark = pytest.mark.long
+
 SPECIAL_TOKENS, VOCABULARY = 3, 259
 NUM_TOKENS = 20
 """Of the answer that is asked for; the others' differ."""
