@@ -189,18 +189,19 @@ def test_the_same_prompt_again_leaves_its_last_token_to_run(lively, assert_drawn
                 assert_drawn(answer.request, answer.tokens, lively.module(name, "base"))
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in_turn", "ahead"])
 @pytest.mark.parametrize("name", MODELS)
 def test_an_answer_that_comes_back_as_history_is_found_to_its_last_forwarded_token(
-    lively, assert_drawn, name
+    lively, assert_drawn, name, ahead
 ):
-    """Also where it ended by an end token, which is drawn and never an input."""
-    with talking(lively, name) as talk:
+    """Also where it ended by an end token: that is drawn and never an input, but for a step ahead."""
+    with talking(lively, name, ahead=ahead) as talk:
         free = talk.again(text("history", 40), max_tokens=30)
         end = {"stop_ids": (free.tokens[20],), "sampling": Sampling(max_tokens=30, temperature=0.0)}
         ended = talk.again(text("history", 40), tenant="t", **end)
         assert len(ended.tokens) < 30, "it ended by a token"
         found = talk.again((*ended.text, *text("next", 10)), tenant="t")
-        assert found.num_cached == len(ended.text) - 1
+        assert found.num_cached == len(ended.text) - (not ahead)
         assert_drawn(found.request, found.tokens, lively.module(name, "base"))
 
 
@@ -259,6 +260,25 @@ def test_who_leaves_early_leaves_what_was_computed(lively, assert_drawn, name):
         warm = talk.again((*request.prompt.token_ids, 77))
         assert warm.num_cached >= reach(name, 100)
         assert_drawn(warm.request, warm.tokens, lively.module(name, "base"))
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in_turn", "ahead"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_is_found_while_the_row_that_computed_it_still_runs(lively, assert_drawn, name, ahead):
+    """Every chunk of it, though a step ahead the chunk before is not read yet."""
+    with talking(lively, name, ahead=ahead) as talk:
+        first = talk.request(text("shared", 150), max_tokens=60)
+        second = talk.request((*text("shared", 150), 7))
+        answers = {request.id: Answer(request, []) for request in (first, second)}
+        talk.engine.add(talk.engine.check(first))
+        while len(answers[first.id].tokens) < 5:
+            talk.step(answers)
+        talk.engine.add(talk.engine.check(second))
+        while talk.engine.has_work:
+            talk.step(answers)
+    assert answers[second.id].num_cached == 150
+    for answer in answers.values():
+        assert_drawn(answer.request, answer.tokens, lively.module(name, "base"))
 
 
 def test_an_idle_engine_keeps_prefixes_and_no_rows(lively):
