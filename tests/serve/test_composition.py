@@ -25,6 +25,8 @@ from serve.engine.request import Request, Sampling
 from serve.model.loading import load
 from serve.model.prompt import Prompt
 
+pytestmark = pytest.mark.long
+
 SPECIAL_TOKENS, VOCABULARY = 3, 259
 NUM_TOKENS = 20
 """Of the answer that is asked for; the others' differ."""
@@ -120,6 +122,8 @@ class Setting:
     past: str = "none"
     """What was asked before: nothing; or what the request shares tokens with, in the same engine ("memory"), in one
     before it ("disk"), or of the adapter that its own has replaced in place ("replaced")."""
+    tenant: str = ""
+    """Who asks; what was before was of nobody in particular."""
     precisions: tuple[KvPrecision, ...] = (PLAIN,)
     """Of the asked request one of them."""
     limits: Mapping[str, Any] = field(default_factory=dict)
@@ -159,6 +163,7 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
         "warm": put(past="memory"),
         "restarted": put(past="disk", limits={"prefix_cache_disk_bytes": 1 << 28}),
         "replaced": put(past="replaced"),
+        "stranger": put(past="memory", tenant="another"),
     },
     "drawn": {"greedy": put(), "seeded": put(samplings=SEEDED)},
     "placement": {
@@ -304,6 +309,7 @@ class Scene:
         asked = self.request("asked", prompt, NUM_TOKENS, setting.samplings, (self.form,))
         names = ["beside", "asked", "beside", "asked", "beside", "beside", "asked"]
         company = [self.companion(f"{name}-{number}", prompt) for number, name in enumerate(names)]
+        asked = replace(asked, tenant=setting.tenant)
         setting.place(self.talk(), asked, company, rng)
 
     def companion(self, id: str, prompt: tuple[int, ...]) -> Request:
@@ -325,13 +331,13 @@ class Scene:
 
     def check_hits(self) -> None:
         """Without recurrent state, what was computed before is not computed again; what must not be used is."""
-        num_cached = self.talks[-1].num_cached["asked"]
-        if self.setting.past == "none":
+        num_cached, setting = self.talks[-1].num_cached["asked"], self.setting
+        if setting.past == "none" or setting.tenant:
             assert num_cached == 0
-        elif self.setting.past == "replaced" and self.setting.asked != "base":
-            is_alone = self.setting.place in (alone, preempted)
+        elif setting.past == "replaced" and setting.asked != "base":
+            is_alone = setting.place in (alone, preempted)
             assert num_cached == 0 or not is_alone, "the replaced adapter computed it"
-        elif self.setting.model != "hybrid" and self.form.start_after == 0:
+        elif setting.model != "hybrid" and self.form.start_after == 0:
             assert num_cached >= self.num_shared
 
 

@@ -406,6 +406,23 @@ def test_a_disk_that_cannot_keep_up_loses_the_oldest_and_is_within_memorys_bound
     assert files(tmp_path) == index(tmp_path)
 
 
+def test_what_the_disk_was_too_slow_for_is_written_when_it_leaves_memory(tmp_path):
+    codec = SlowCodec()
+    cache = PrefixCache(max_bytes=ROOMY, disk=Disk(tmp_path, ROOMY, "base", codec))
+    texts = [[number, *range(39)] for number in range(MAX_PENDING + 50)]
+    for tokens in texts:
+        add(cache, tokens)
+    codec.gate.set()
+    settled(cache)
+    num_dropped = cache.stats().num_disk_dropped
+    assert num_dropped >= 49
+    cache.shrink(cache.num_bytes - 8 * 160)
+    settled(cache)
+    assert len(files(tmp_path)) > len(texts) - num_dropped
+    assert restored(cache, texts[1]) == (40, 40)
+    cache.close()
+
+
 def test_a_text_that_is_being_written_is_found_without_a_file(tmp_path):
     codec = SlowCodec()
     cache = PrefixCache(max_bytes=ROOMY, disk=Disk(tmp_path, ROOMY, "base", codec))
@@ -438,6 +455,10 @@ def test_a_text_is_found_to_the_token_when_its_file_was_cut_by_others(tmp_path):
         assert restored(cache, [*tokens[:10], 99, 5])[0] == 11
         assert restored(cache, [*tokens[:15], 55])[0] == 15
         cache.check_integrity()
-        cache.clear()
+    torn = max(tmp_path.glob("kv-*"), key=lambda path: path.stat().st_size)
+    torn.write_bytes(torn.read_bytes()[:-1] + b"\x99")
+    with opened(tmp_path) as cache:
+        assert restored(cache, tokens) == (0, 0)
+        assert cache.stats().num_disk_errors == 1, "all its nodes go at once"
         settled(cache)
         assert files(tmp_path) == {}

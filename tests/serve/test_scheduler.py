@@ -205,6 +205,7 @@ class Machine:
         assert len(row) == chunk.start, "a row does not hold what comes before its chunk"
         row += tokens
         assert len(row) <= place.bucket.num_positions, "a row is longer than its bucket"
+        assert len(row) < sequence.max_total_tokens, "the last token is never written"
         assert place.bucket.precision == sequence.precision.at(len(row)), "a row is in another precision"
         if self.scheduler.budget.is_recurrent:
             self.states[sequence.state_row] = [*self.states[sequence.state_row], *tokens]

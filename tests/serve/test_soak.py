@@ -27,7 +27,7 @@ from serve.errors import GenerationError
 from serve.model.loading import LoadedModel, load
 from serve.model.prompt import Prompt
 
-NUM_CLIENTS = 32
+NUM_CLIENTS = 12
 NUM_SYSTEM_PROMPTS = 20
 MAX_CONTEXT = 700
 KV_BYTES = 3 << 20
@@ -50,7 +50,7 @@ def failing_now_and_then(model: LoadedModel, rng: random.Random) -> Counter[str]
         def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
             number = next(forwards)
             if number >= due[0]:
-                due[0] = number + rng.randrange(60, 600)
+                due[0] = number + rng.randrange(150, 900)
                 count["failed"] += 1
                 raise RuntimeError("an injected fault")
             return super().__call__(*args, **kwargs)
@@ -219,10 +219,11 @@ def test_after_a_soak_nothing_is_left_and_every_answer_was_right(name, total, li
     worker.start()
     try:
         soak = Soak(worker, name, lively, seed=total)
-        asyncio.run(soak.run(total // 5))
-        until_idle(worker)
-        before = resident_bytes(worker)
-        asyncio.run(soak.run(total))
+        with asyncio.Runner() as runner:
+            runner.run(soak.run(total // 5))
+            until_idle(worker)
+            before = resident_bytes(worker)
+            runner.run(soak.run(total))
         until_idle(worker)
         assert worker.failure is None
         growth = resident_bytes(worker) - before
@@ -245,7 +246,7 @@ def test_after_a_soak_nothing_is_left_and_every_answer_was_right(name, total, li
         engine.close()
     assert not list(tmp_path.glob("*.safetensors")), "what is forgotten is on disk"
     assert stats.prefixes.num_hit_tokens
-    assert stats.num_preempted > total // 100
+    assert stats.num_preempted > total // 100, stats
     assert faults["failed"]
     ends = Counter(answer.final.finish for answer in soak.answers if answer.final is not None)
     assert ends["length"] > total // 2
