@@ -243,7 +243,7 @@ class Scheduler:
         self.remove(lost, is_sound=False)
         self._departures.clear()
         for sequence in self.waiting:
-            sequence.num_in_flight = 0
+            sequence.num_in_flight = sequence.num_captured_tokens = 0
         return lost
 
     def check_integrity(self) -> None:
