@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import logging
 import queue
 import random
 from collections import Counter, deque
@@ -27,11 +28,11 @@ from serve.errors import GenerationError
 from serve.model.loading import LoadedModel, load
 from serve.model.prompt import Prompt
 
-NUM_CLIENTS = 12
+NUM_CLIENTS = 24
 NUM_SYSTEM_PROMPTS = 20
 MAX_CONTEXT = 700
-KV_BYTES = 3 << 20
-"""A row and a half of 1,024 positions of the model without windows or state: rows are preempted."""
+KV_BYTES = 4 << 20
+"""Two rows of 1,024 positions of the model without windows or state: rows are preempted."""
 DISK_BYTES = 4 << 20
 MAX_GROWTH_BYTES = 64 << 20
 """What the process may gain between a fifth of the soak and its end. A row holds half a megabyte: one
@@ -201,10 +202,14 @@ def until_idle(worker: Worker) -> None:
         pytest.param("hybrid", 3000, marks=pytest.mark.large),
     ],
 )
-def test_after_a_soak_nothing_is_left_and_every_answer_was_right(name, total, lively, assert_drawn, tmp_path):
+def test_after_a_soak_nothing_is_left_and_every_answer_was_right(
+    name, total, lively, assert_drawn, tmp_path, caplog
+):
+    # What pytest keeps of a log holds the frames of a failed step, and their arrays.
+    caplog.set_level(logging.CRITICAL, logger="serve.engine.worker")
     model = load(str(lively.folder(name)), name="soak")
     limits = EngineLimits(
-        max_rows=6,
+        max_rows=12,
         max_context=MAX_CONTEXT,
         prefill_chunk_tokens=64,
         kv_budget_bytes=KV_BYTES,
