@@ -171,7 +171,7 @@ def serve(
         float | None, typer.Option(help="Of it, at most so much for prefixes; 0 keeps none.")
     ] = None,
     prefix_cache_dir: Annotated[
-        Path | None, typer.Option(help="Where prefixes that leave memory are kept.")
+        Path | None, typer.Option(help="A folder that keeps prefixes across restarts.")
     ] = None,
     prefix_cache_disk_gib: Annotated[float | None, typer.Option(help="What that folder may hold.")] = None,
     kv_bits: Annotated[

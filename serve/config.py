@@ -104,7 +104,8 @@ class ServeConfig(Strict):
     """Of the keys' and values' memory, at most so much for prefixes of earlier prompts and answers, in GiB: all that
     the running rows leave, if left out; 0 keeps none."""
     prefix_cache_dir: Path | None = None
-    """Folder where prefixes that leave memory are kept, across restarts too; nowhere, if left out."""
+    """Folder that keeps prefixes too, for when they have left memory, and across restarts; none, if left out. One
+    server at a time has it, and what another base has left there is removed."""
     prefix_cache_disk_gib: float | None = Field(None, gt=0)
     """What that folder may hold, in GiB; 16, if left out."""
     kv_bits: float | None = None

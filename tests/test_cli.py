@@ -205,6 +205,18 @@ def test_doctor_measures_the_machine_and_writes_every_number(tmp_path):
         assert shown in done.stdout
 
 
+def test_doctor_says_what_combines_for_a_model(tmp_path):
+    done = run_lathe("doctor", "--model", "data/tickets", "--json", str(tmp_path / "c.json"))
+    assert done.returncode == 0, done.stderr
+    cells = json.loads((tmp_path / "c.json").read_text())["cells"]
+    assert {cell["row"] for cell in cells} == {"base", "LoRA", "DoRA"}
+    assert [cell for cell in cells if not cell["is_possible"]] == []
+    lines = done.stdout.splitlines()
+    assert [line.split().count("yes") for line in lines if line.startswith(("base", "LoRA", "DoRA"))] == [
+        8
+    ] * 3
+
+
 def test_a_json_file_that_cannot_be_written_is_a_foreseen_failure(tmp_path):
     (tmp_path / "file").write_text("")
     done = run_lathe("doctor", "--json", str(tmp_path / "file" / "doctor.json"))

@@ -42,9 +42,13 @@ class Moment(NamedTuple):
 
 
 class Stopwatch:
-    """`spent`: on each part so far."""
+    """`spent`: on each part so far.
 
-    def __init__(self) -> None:
+    now  what time it is
+    """
+
+    def __init__(self, now: Callable[[], Moment] = Moment.now) -> None:
+        self._now = now
         self.spent: dict[str, Moment] = {}
         self._open: list[str] = []
         self._since = Moment(0.0, 0.0)
@@ -82,7 +86,7 @@ class Stopwatch:
 
     def _switch(self) -> None:
         """What has passed belongs to the innermost open part."""
-        now = Moment.now()
+        now = self._now()
         if self._open:
             part = self._open[-1]
             self.spent[part] = self.spent.get(part, Moment(0.0, 0.0)).plus(now.since(self._since))

@@ -87,6 +87,7 @@ def attend(
     scale: float,
     window: int | None,
     sinks: mx.array | None,
+    decoded_numbers: int = DECODED_NUMBERS,
 ) -> mx.array:
     """Queries [b, H, T, D] of a run over what is stored, [b, K, extent, width] a part → [b, H, T, D]."""
     num_tokens = queries.shape[2]
@@ -103,7 +104,7 @@ def attend(
             queries, stored[0], stored[1], scale=scale, mask=mask, sinks=sinks
         )
     outputs = []
-    step = max(1, DECODED_NUMBERS // (stored[0].shape[1] * stored[0].shape[2] * queries.shape[3]))
+    step = max(1, decoded_numbers // (stored[0].shape[1] * stored[0].shape[2] * queries.shape[3]))
     for start in range(0, len(queries), step):
         block = slice(start, start + step)
         part = mask[block] if isinstance(mask, mx.array) else mask

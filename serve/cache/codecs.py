@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import mlx.core as mx
 import numpy as np
 
-from serve.cache.precision import SCALE_BYTES, KvPrecision
+from serve.cache.precision import SCALE_BYTES, KvPrecision, turbo_split
 
 Parts = Sequence[mx.array]
 
@@ -115,6 +115,12 @@ class Form:
         """All parts → keys and values."""
         keys, values = self.split(parts)
         return self.keys.decode(keys), self.values.decode(values)
+
+
+def outliers(sizes: np.ndarray) -> np.ndarray:
+    """[D] mean sizes of channels → the larger half of them, in order: those that half a bit goes to."""
+    (_, (_, number)) = turbo_split(1.5, len(sizes))
+    return np.sort(np.argsort(sizes, kind="stable")[-number:]).astype(np.int32)
 
 
 def make_codec(

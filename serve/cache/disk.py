@@ -101,6 +101,8 @@ class StoredFile:
         self.used_at = used_at
         self.payload: Any = None
         """The segment, until it is written."""
+        self.payload_bytes = 0
+        """Memory that it holds."""
         self.num_parts = 0
         """Stretches of it in the tree."""
         self.node: Any = None
@@ -236,7 +238,7 @@ class Disk:
             num_bytes,
             used_at=time.time(),
         )
-        file.payload = segment
+        file.payload, file.payload_bytes = segment, segment.num_bytes
         before = self._digest(space, tokens[: start * TOKEN_BYTES])
         write = _Write(file, json.dumps(space), before, tokens[start * TOKEN_BYTES :], segment)
         self.num_bytes += num_bytes
@@ -264,10 +266,7 @@ class Disk:
             data = _read_whole(self.folder / file.name, file.num_bytes)
             if zlib.crc32(data) != file.checksum:
                 raise ValueError("its checksum is another")
-            arrays, meta = _parse(data)
-            if meta.get("fingerprint") != self._fingerprint or meta.get("key") != file.key:
-                raise ValueError("it is another segment's")
-            return self._codec.load(arrays, meta)
+            return self._codec.load(*_parse(data))
         except (OSError, ValueError, LookupError, TypeError) as error:
             self._tell("read", f"{self.folder / file.name} cannot be read, and is computed anew: {error}")
             return None
@@ -458,10 +457,10 @@ class Disk:
 
     def _drop_oldest(self) -> None:
         writes = [write for write in self._queue.values() if write is not None]
-        num_bytes = sum(write.segment.num_bytes for write in writes)
+        num_bytes = sum(write.file.payload_bytes for write in writes)
         while len(writes) > 1 and (len(writes) > MAX_PENDING or num_bytes > MAX_PENDING_BYTES):
             write = writes.pop(0)
-            num_bytes -= write.segment.num_bytes
+            num_bytes -= write.file.payload_bytes
             del self._queue[write.file]
             self.num_dropped += 1
             self._outcomes.put((write.file, None))

@@ -64,7 +64,7 @@ class PrefixCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory held by segments, those included that wait to be written."""
+        """Memory held by segments, those included that wait to be written. Any thread may ask."""
         return self._tree.tiers[MEMORY].num_bytes + self._num_leaving_bytes()
 
     def match(
@@ -274,7 +274,8 @@ class PrefixCache:
         """Segments that wait for the disk, and are in memory for nothing else."""
         if self._disk is None or not self._disk.waiting:
             return 0
-        return sum(file.payload.num_bytes for file in self._disk.waiting if _is_leaving(file))
+        # Copied at once: whoever asks for numbers may be another thread.
+        return sum(file.payload_bytes for file in list(self._disk.waiting) if _is_leaving(file))
 
     def _fit_disk(self, num_bytes: int) -> None:
         """Room on disk for so many bytes more."""

@@ -8,13 +8,16 @@ told where it writes by a `Span`, and attention runs bucket by bucket (`serve/ca
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from serve.cache.capacity import Bucket, Move, Place, RowCost
+from serve.cache.capacity import MAX_POSITIONS, Bucket, Move, Place, RowCost
+from serve.cache.codecs import outliers
 from serve.cache.layers import Groups, LayerRows, Stretch
 from serve.cache.precision import GROUP_SIZES, PLAIN, KvPrecision
 from serve.cache.segment import Segment, total_tokens
@@ -54,6 +57,10 @@ class BatchRows:
             index: layer for index, layer in enumerate(layers) if isinstance(layer, StateRows)
         }
         self._prove = prove
+        self._chunk_tokens = cost.prefill_chunk_tokens
+        self._ring = min(
+            (layer.ring for layer in self.attending if layer.ring is not None), default=MAX_POSITIONS
+        )
         self._num_written: dict[Bucket, np.ndarray] = {}
         """By bucket: behind the last position that each row was given, padding included."""
         self._num_in_state: dict[int, int] = {}
@@ -69,6 +76,15 @@ class BatchRows:
         """Memory held by all layers."""
         return sum(array.nbytes for array in self.arrays())
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells apart rows whose half bits go to other channels: one's stored forms are nonsense to the other."""
+        digest = hashlib.sha256()
+        for layer in self._attending.values():
+            for sizes in layer.sizes or ():
+                digest.update(outliers(sizes).tobytes())
+        return digest.hexdigest()
+
     def prove(self) -> None:
         """Raise ModelError unless rows in company are what the family's own cache is. Leaves the rows empty.
 
@@ -77,7 +93,12 @@ class BatchRows:
         self._prove(self)
 
     def check(self, precision: KvPrecision) -> None:
-        """RequestError where this model's keys and values cannot be stored so, with what would do."""
+        """RequestError where this model's keys and values cannot be stored so, with what would do.
+
+        From any thread; the first turbo precision imports mlx-vlm here, which takes seconds, and not in a step.
+        """
+        if precision.scheme == "turbo":
+            import_module("serve.cache.turbo")
         for layer in self._attending.values():
             held = layer.shape.precision(precision)
             for name, dim in (("keys", layer.shape.key_dim), ("values", layer.shape.value_dim)):
@@ -140,6 +161,10 @@ class BatchRows:
         for layer in self._layers:
             layer.span = span
         for run in span.runs:
+            assert run.last < run.bucket.num_positions, "a row has outgrown its bucket"
+            assert span.num_tokens <= self._chunk_tokens or run.last + span.num_tokens <= self._ring, (
+                "a chunk is longer than a window's buffer has room for beside the window"
+            )
             self._num_written[run.bucket][run.rows] = run.starts + span.num_tokens
         if self._recurrent:
             stops = (span.starts + span.num_tokens).tolist()

@@ -7,14 +7,18 @@ attention happens between turned vectors, so that nothing that is stored need be
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 import numpy as np
 from mlx_vlm import turboquant
 
-from serve.cache.codecs import Parts
+from serve.cache.codecs import Parts, outliers
 from serve.cache.precision import turbo_split
 
 EPS = 1e-6
+NUMBERS_AT_ONCE = 1 << 20
+"""So many numbers are unpacked at once."""
 SEED_STEP = 97
 """Between the parts of a vector, as in mlx-vlm."""
 
@@ -29,15 +33,15 @@ class TurboCodec:
         self, dim: int, dtype: mx.Dtype, bits: float, sizes: np.ndarray | None = None, *, seed: int = 0
     ) -> None:
         self.dtype = dtype
+        self._dim = dim
         split = turbo_split(bits, dim)
         self._order: mx.array | None = None
         self._inverse: mx.array | None = None
         if len(split) > 1:
             assert sizes is not None, "half bits need a sample"
-            order = np.argsort(sizes, kind="stable").astype(np.int32)
-            low, high = np.sort(order[: split[0][1]]), np.sort(order[split[0][1] :])
-            self._order = mx.array(np.concatenate([low, high]))
-            self._inverse = mx.array(np.argsort(np.concatenate([low, high])).astype(np.int32))
+            high = outliers(sizes)
+            order = np.concatenate([np.setdiff1d(np.arange(dim, dtype=np.int32), high), high])
+            self._order, self._inverse = mx.array(order), mx.array(np.argsort(order).astype(np.int32))
         self._codecs = [
             turboquant._TurboQuantMSECodec(size, width, seed + SEED_STEP * number)
             for number, (width, size) in enumerate(split)
@@ -71,6 +75,19 @@ class TurboCodec:
 
     def decode_turned(self, parts: Parts) -> mx.array:
         """→ [..., T, D] float32 in turned channels: what `turn` makes of queries meets what this makes of keys."""
+        num_vectors = parts[0].size
+        tokens = parts[0].shape[-2]
+        step = max(1, NUMBERS_AT_ONCE * tokens // (num_vectors * self._dim))
+        if step >= tokens:
+            return self._decode_turned(parts)
+        # One after the other: what unpacking takes beside the result is as much again several times.
+        stretches = [
+            self._decode_turned([part[..., start : start + step, :] for part in parts])
+            for start in range(0, tokens, step)
+        ]
+        return mx.concatenate(stretches, axis=-2)
+
+    def _decode_turned(self, parts: Parts) -> mx.array:
         return _joined(
             [
                 mx.take(codec.codebook, unpack(words, codec.bits, codec.dim), axis=0)
@@ -127,15 +144,19 @@ def pack(codes: mx.array, bits: int) -> mx.array:
 
 def unpack(words: mx.array, bits: int, dim: int) -> mx.array:
     """The inverse of `pack`: [..., W] → [..., dim] uint32."""
+    *shape, width = words.shape
     if 32 % bits == 0:
-        shifts = mx.arange(32 // bits, dtype=mx.uint32) * bits
-        codes = (words[..., None] >> shifts).reshape(*words.shape[:-1], -1)[..., :dim]
-    else:
-        first = np.arange(dim) * bits
-        at, shift = first // 32, first % 32
-        low = mx.take(words, mx.array(at), axis=-1) >> mx.array(shift.astype(np.uint32))
-        # The rest of a code that lies across two words; the others shift theirs out of what the mask keeps.
-        rest = np.where(shift + bits > 32, 32 - shift, bits)
-        after = mx.take(words, mx.array(np.minimum(at + 1, words.shape[-1] - 1)), axis=-1)
-        codes = low | (after << mx.array(rest.astype(np.uint32)))
-    return codes & ((1 << bits) - 1)
+        codes = words[..., None] >> (mx.arange(32 // bits, dtype=mx.uint32) * bits)
+        return (codes.reshape(*shape, -1) & ((1 << bits) - 1))[..., :dim]
+    # Every `period` words the codes begin at a word's first bit again. One may lie across two words, so each word
+    # is read with the next one above it.
+    period = bits // math.gcd(bits, 32)
+    words = mx.pad(words, [(0, 0)] * len(shape) + [(0, -width % period + 1)])
+    both = words[..., :-1].astype(mx.uint64) | (words[..., 1:].astype(mx.uint64) << 32)
+    both = both.reshape(*shape, -1, period, 1)
+    begun = [range(-(-32 * word // bits) * bits - 32 * word, 32, bits) for word in range(period)]
+    codes = mx.concatenate(
+        [both[..., word, :] >> mx.array(list(first), dtype=mx.uint64) for word, first in enumerate(begun)],
+        axis=-1,
+    )
+    return (codes.astype(mx.uint32) & ((1 << bits) - 1)).reshape(*shape, -1)[..., :dim]

@@ -181,11 +181,18 @@ class Engine:
                 assert self.prefixes is not None
                 self.prefixes.release(restore.prefix)
 
+    def make_room(self) -> None:
+        """Where adapters have come or gone, prefixes and coming rows have what these leave. Between two steps."""
+        if self._num_bank_changes == self.bank.num_changes:
+            return
+        self._num_bank_changes = self.bank.num_changes
+        self.scheduler.max_bytes = self.memory.max_row_bytes(self.bank.num_bytes)
+        if self.prefixes is not None:
+            self.prefixes.bound(self.scheduler.max_bytes - self._kv_bytes)
+
     def _planned(self) -> Plan:
         """The next step, and prefixes within what its rows leave them."""
-        if self._num_bank_changes != self.bank.num_changes:
-            self._num_bank_changes = self.bank.num_changes
-            self.scheduler.max_bytes = self.memory.max_row_bytes(self.bank.num_bytes)
+        self.make_room()
         allowed = self.scheduler.max_bytes
         plan = self.scheduler.schedule()
         self._kv_bytes = plan.num_bytes

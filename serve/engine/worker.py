@@ -99,7 +99,7 @@ class Worker:
         if self.failure is not None or not self._thread.is_alive():
             raise self._stopped()
         done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._commands.put(lambda: done.put(_outcome(function)))
+        self._commands.put(lambda: done.put(self._outcome(function)))
         while True:
             try:
                 outcome = done.get(timeout=1.0)
@@ -180,6 +180,15 @@ class Worker:
     def _end_all(self, reason: LatheError) -> None:
         self._deliver([Event(request_id, finish="error", error=reason) for request_id in self._open])
 
+    def _outcome(self, function: Callable[[], None]) -> BaseException | None:
+        """What a caller's function raised, if anything. Room for what it took is made before it ends."""
+        try:
+            function()
+            self.engine.make_room()
+        except Exception as error:  # handed to the caller's thread
+            return error
+        return None
+
     def _do_commands(self, *, wait: bool) -> None:
         if wait:
             self._commands.get()()
@@ -244,11 +253,3 @@ class Worker:
 def _put_all(batch: list[tuple[Sink, Event]]) -> None:
     for sink, event in batch:
         sink(event)
-
-
-def _outcome(function: Callable[[], None]) -> BaseException | None:
-    try:
-        function()
-    except Exception as error:  # handed to the caller's thread
-        return error
-    return None

@@ -426,3 +426,38 @@ def test_a_client_that_left_in_the_middle_of_its_prompt_finds_what_was_computed(
         assert wait_for(lambda: runtime.worker.stats().num_prompt_tokens >= before + 64)
     assert wait_for(lambda: not runtime.engine.has_work)
     assert cached(complete(client, "w" * 900, headers=tenant, max_tokens=1).usage) >= 64
+
+
+def test_one_budget_holds_whatever_comes_while_nothing_runs(model_folder, make_adapter):
+    budget_gib = 4 / 1024
+    runtime = Runtime.start(
+        ServeConfig(
+            model=str(model_folder),
+            name="lively",
+            memory_budget_gib=budget_gib,
+            kv_budget_gib=budget_gib,
+            adapter_budget_gib=3 / 1024,
+        )
+    )
+    with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
+
+        def used() -> dict[str, int]:
+            stats = http.get("/v1/cache/stats").json()
+            assert stats["budget_bytes"] == 4 * 2**20
+            assert stats["kv_bytes"] + stats["prefix_bytes"] + stats["adapter_bytes"] <= 4 * 2**20
+            return stats
+
+        for number in range(40):
+            fields = {"model": "lively", "prompt": f"{number} " * 60, "max_tokens": 3}
+            assert http.post("/v1/completions", json=fields).status_code == 200
+            full = used()
+        assert full["prefix_bytes"] > 3 * 2**20, "prefixes have what nobody else needs"
+        statuses = []
+        for seed in range(4):
+            path = str(make_adapter(seed, rank=64))
+            answer = http.post("/v1/load_lora_adapter", json={"lora_name": f"a{seed}", "lora_path": path})
+            statuses.append(answer.status_code)
+            assert wait_for(lambda: used()["num_evicted"] > 0)
+        assert set(statuses) == {200, 507}
+        assert used()["prefix_bytes"] < full["prefix_bytes"] - 2**20
+    runtime.close()

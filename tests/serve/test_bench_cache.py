@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from itertools import count
 
 import pytest
 
@@ -25,7 +26,7 @@ from serve.bench.ragged import Setting as RaggedSetting
 from serve.bench.ragged import answers_beside, asks, speed_of
 from serve.bench.scripts import Script, Setting, num_positions, order_of, write_scripts
 from serve.bench.step import PARTS
-from serve.bench.stopwatch import Lap, Stopwatch
+from serve.bench.stopwatch import Lap, Moment, Stopwatch
 from serve.config import ServeConfig
 from serve.errors import StoppedError
 from serve.runtime import Runtime
@@ -89,8 +90,8 @@ def test_system_prompts_are_shared_as_zipf_has_it():
     scripts = write_scripts(Setting(num_conversations=5000, num_turns=1, num_systems=5))
     systems = [script.system for script in scripts]
     counts = sorted((systems.count(each) for each in set(systems)), reverse=True)
-    for rank, count in enumerate(counts):
-        assert count * (rank + 1) == pytest.approx(counts[0], rel=0.15)
+    for rank, used in enumerate(counts):
+        assert used * (rank + 1) == pytest.approx(counts[0], rel=0.15)
 
 
 def test_positions_are_those_that_the_standins_tokenizer_counts(tmp_path):
@@ -215,16 +216,16 @@ def test_a_stopwatch_gives_each_moment_to_the_innermost_call_and_leaves_no_trace
         def fail(self) -> None:
             raise LookupError
 
-    root, leaf, watch = Root(), module.leaf, Stopwatch()
+    ticks = count(1.0)
+    root, leaf, watch = Root(), module.leaf, Stopwatch(lambda: Moment(next(ticks), 0.0))
     laps = [Lap(root, "call", "outer"), Lap(root, "fail", "outer"), Lap(module, "leaf", "inner")]
     with watch.watching(laps):
         assert root.call() == 2 * sum(range(1000))
-        inner, outer = watch.spent["inner"], watch.spent["outer"]
-        assert min(inner.wall_s, outer.wall_s, inner.thread_s, outer.thread_s) > 0
+        # Six looks at the clock, when a call begins or ends: outer, inner twice, outer.
+        assert watch.spent == {"outer": Moment(3.0, 0.0), "inner": Moment(2.0, 0.0)}
         with pytest.raises(LookupError):
             root.fail()
-        assert watch.spent["inner"] == inner
-        assert watch.spent["outer"].wall_s > outer.wall_s
+        assert watch.spent == {"outer": Moment(4.0, 0.0), "inner": Moment(2.0, 0.0)}
     assert not vars(root)
     assert module.leaf is leaf
     with pytest.raises(AttributeError), watch.watching([*laps, Lap(root, "nowhere", "x")]):

@@ -530,6 +530,24 @@ def test_a_row_restored_from_segments_goes_on_as_the_one_that_was_never_taken(fa
         assert mx.array_equal(hidden, undisturbed[name]), name
 
 
+def test_families_whose_code_looks_into_keys_get_plain_arrays_and_no_others_do(family):
+    rows = make_rows(family.network, prefill_chunk_tokens=16)
+    rows.prove()
+    is_dense = {layer.is_dense for layer in rows.attending}
+    assert is_dense <= {family.name in {"gemma2", "kimi_linear"}}
+
+
+def test_a_family_whose_rows_see_each_other_is_refused_at_start(model):
+    class Mixing(type(model.network.backbone)):
+        def __call__(self, inputs, cache=None, input_embeddings=None):
+            hidden = super().__call__(inputs, cache, input_embeddings)
+            return hidden + hidden.mean(axis=0, keepdims=True)
+
+    model.network.backbone.__class__ = Mixing
+    with pytest.raises(ModelError, match="qwen3: its rows cannot be batched: a row in company comes out"):
+        make_rows(model.network, prefill_chunk_tokens=16).prove()
+
+
 @pytest.mark.parametrize("window", [5, 16, 40])
 @pytest.mark.parametrize("chunk_tokens", [1, 9, 25, 64])
 def test_a_sliding_window_keeps_the_window_and_no_more(make_model, window, chunk_tokens):

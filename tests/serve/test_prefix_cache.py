@@ -113,9 +113,13 @@ def test_what_rows_leave_is_the_bound_and_what_is_pinned_leaves_when_it_is_relea
     cache.shrink(10_000)
     add(cache, tokens)
     assert cache.num_bytes == 80
-    cache.shrink(80)
+    for number in range(100, 130):
+        add(cache, [number, *range(20)])
+    assert cache.num_bytes <= 1000, "its own bound holds, however much rows leave"
+    cache.shrink(100)
     cache.check_integrity()
-    assert restored(cache, tokens) == 20
+    assert restored(cache, [129, *range(20)]) == 21
+    assert restored(cache, [128, *range(20)]) == 0
 
 
 def test_a_match_is_given_back_once():

@@ -128,6 +128,22 @@ def test_windows_states_and_precisions_come_back_as_they_were(tmp_path):
         cache.release(match)
 
 
+def test_a_beginning_that_leaves_the_disk_to_make_room_takes_along_what_stood_on_it(tmp_path):
+    tokens = list(range(60))
+    with opened(tmp_path, disk_bytes=17_000) as cache:
+        add(cache, tokens[:50])
+        settled(cache)
+        cache.shrink(0)
+        cache.shrink(ROOMY)
+        assert cache.known(SPACE, tokens) == 50
+        add(cache, tokens)  # 17,000 bytes do not hold its reserve beside the first one's file
+        cache.check_integrity()
+        assert restored(cache, tokens) == (0, 0)
+        settled(cache)
+        assert files(tmp_path) == {}
+        assert cache.num_bytes == 0
+
+
 def test_what_leaves_memory_is_read_from_disk(tmp_path):
     texts = [[number, *range(30)] for number in range(20)]
     with opened(tmp_path, max_bytes=31 * 4 * 3) as cache:
@@ -155,12 +171,12 @@ def test_the_disk_stays_within_its_bound_and_keeps_what_was_used_last(tmp_path):
         assert cache.stats().num_disk_evicted > 10
     assert files(tmp_path) == index(tmp_path)
     with opened(tmp_path, disk_bytes=bound) as cache:
-        assert restored(cache, texts[0]) == restored(cache, texts[-1]) == (51, 51)
+        assert restored(cache, texts[-1]) == restored(cache, texts[0]) == (51, 51)
         assert restored(cache, texts[1]) == (0, 0)
     with opened(tmp_path, disk_bytes=1000) as cache:
         settled(cache)
         assert sum(files(tmp_path).values()) <= 1000, "a smaller bound holds from the start"
-        assert restored(cache, texts[-1])[0] == 51, "used last"
+        assert restored(cache, texts[0])[0] == 51, "used last, though written first"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -406,6 +422,23 @@ def test_a_disk_that_cannot_keep_up_loses_the_oldest_and_is_within_memorys_bound
     assert files(tmp_path) == index(tmp_path)
 
 
+def test_what_the_disk_was_too_slow_for_is_written_when_it_leaves_memory(tmp_path):
+    codec = SlowCodec()
+    cache = PrefixCache(max_bytes=ROOMY, disk=Disk(tmp_path, ROOMY, "base", codec))
+    texts = [[number, *range(39)] for number in range(MAX_PENDING + 50)]
+    for tokens in texts:
+        add(cache, tokens)
+    codec.gate.set()
+    settled(cache)
+    num_dropped = cache.stats().num_disk_dropped
+    assert num_dropped >= 49
+    cache.shrink(cache.num_bytes - 8 * 160)
+    settled(cache)
+    assert len(files(tmp_path)) > len(texts) - num_dropped
+    assert restored(cache, texts[1]) == (40, 40)
+    cache.close()
+
+
 def test_a_text_that_is_being_written_is_found_without_a_file(tmp_path):
     codec = SlowCodec()
     cache = PrefixCache(max_bytes=ROOMY, disk=Disk(tmp_path, ROOMY, "base", codec))
@@ -438,6 +471,10 @@ def test_a_text_is_found_to_the_token_when_its_file_was_cut_by_others(tmp_path):
         assert restored(cache, [*tokens[:10], 99, 5])[0] == 11
         assert restored(cache, [*tokens[:15], 55])[0] == 15
         cache.check_integrity()
-        cache.clear()
+    torn = max(tmp_path.glob("kv-*"), key=lambda path: path.stat().st_size)
+    torn.write_bytes(torn.read_bytes()[:-1] + b"\x99")
+    with opened(tmp_path) as cache:
+        assert restored(cache, tokens) == (0, 0)
+        assert cache.stats().num_disk_errors == 1, "all its nodes go at once"
         settled(cache)
         assert files(tmp_path) == {}

@@ -9,18 +9,21 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from serve.adapters.version import AdapterVersion
+from serve.cache.capacity import Bucket
 from serve.cache.precision import PLAIN, KvPrecision, precision
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.model.loading import load
 from serve.model.prompt import Prompt
 
+pytestmark = pytest.mark.long
 FORMS = {
     "plain": PLAIN,
     "q8": precision(8),
@@ -29,6 +32,15 @@ FORMS = {
 }
 MODELS = ("full", "sliding", "hybrid")
 CHUNK = 32
+
+
+def some_of(*dimensions: Sequence[Any]) -> list[Any]:
+    """All combinations for parametrize: every third runs always, the others under `-m large`."""
+    combinations = list(product(*dimensions))
+    return [
+        pytest.param(*each, marks=() if number % 3 == 0 else pytest.mark.large)
+        for number, each in enumerate(combinations)
+    ]
 
 
 @dataclass
@@ -113,8 +125,7 @@ def reach(name: str, num_tokens: int, form: KvPrecision = PLAIN) -> int:
     return start + (num_tokens - start) // CHUNK * CHUNK
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "form"), some_of(MODELS, FORMS))
 def test_warm_is_cold_for_the_base_its_adapters_and_one_replaced_in_place_also_after_a_restart(
     lively, assert_drawn, tmp_path, name, form
 ):
@@ -147,9 +158,7 @@ def test_warm_is_cold_for_the_base_its_adapters_and_one_replaced_in_place_also_a
         assert_drawn(answer.request, answer.tokens, lively.module(name, kind, number))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("ahead", [False, True], ids=["in_turn", "ahead"])
+@pytest.mark.parametrize(("name", "form", "ahead"), some_of(MODELS, FORMS, [True, False]))
 def test_batches_of_mixed_lengths_leave_no_padding_in_what_they_keep(lively, assert_drawn, name, form, ahead):
     """Eight texts that part at random, asked together; then longer ones, in another order and company."""
     rng = random.Random(f"{name} {form}")
@@ -180,18 +189,19 @@ def test_the_same_prompt_again_leaves_its_last_token_to_run(lively, assert_drawn
                 assert_drawn(answer.request, answer.tokens, lively.module(name, "base"))
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in_turn", "ahead"])
 @pytest.mark.parametrize("name", MODELS)
 def test_an_answer_that_comes_back_as_history_is_found_to_its_last_forwarded_token(
-    lively, assert_drawn, name
+    lively, assert_drawn, name, ahead
 ):
-    """Also where it ended by an end token, which is drawn and never an input."""
-    with talking(lively, name) as talk:
+    """Also where it ended by an end token: that is drawn and never an input, but for a step ahead."""
+    with talking(lively, name, ahead=ahead) as talk:
         free = talk.again(text("history", 40), max_tokens=30)
         end = {"stop_ids": (free.tokens[20],), "sampling": Sampling(max_tokens=30, temperature=0.0)}
         ended = talk.again(text("history", 40), tenant="t", **end)
         assert len(ended.tokens) < 30, "it ended by a token"
         found = talk.again((*ended.text, *text("next", 10)), tenant="t")
-        assert found.num_cached == len(ended.text) - 1
+        assert found.num_cached == len(ended.text) - (not ahead)
         assert_drawn(found.request, found.tokens, lively.module(name, "base"))
 
 
@@ -213,8 +223,7 @@ def test_tenants_and_salts_share_nothing_in_either_tier(lively, assert_drawn, tm
     assert cached == [0] * 5 + [79] * 5
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "form"), some_of(MODELS, FORMS))
 def test_a_row_that_was_preempted_goes_on_from_what_was_kept_of_it(lively, assert_drawn, name, form):
     """Two rows of one group and room for two: a third request takes the younger one's row."""
     with talking(lively, name, FORMS[form], max_rows=2) as talk:
@@ -253,6 +262,25 @@ def test_who_leaves_early_leaves_what_was_computed(lively, assert_drawn, name):
         assert_drawn(warm.request, warm.tokens, lively.module(name, "base"))
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in_turn", "ahead"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_is_found_while_the_row_that_computed_it_still_runs(lively, assert_drawn, name, ahead):
+    """Every chunk of it, though a step ahead the chunk before is not read yet."""
+    with talking(lively, name, ahead=ahead) as talk:
+        first = talk.request(text("shared", 150), max_tokens=60)
+        second = talk.request((*text("shared", 150), 7))
+        answers = {request.id: Answer(request, []) for request in (first, second)}
+        talk.engine.add(talk.engine.check(first))
+        while len(answers[first.id].tokens) < 5:
+            talk.step(answers)
+        talk.engine.add(talk.engine.check(second))
+        while talk.engine.has_work:
+            talk.step(answers)
+    assert answers[second.id].num_cached == 150
+    for answer in answers.values():
+        assert_drawn(answer.request, answer.tokens, lively.module(name, "base"))
+
+
 def test_an_idle_engine_keeps_prefixes_and_no_rows(lively):
     with talking(lively, "full") as talk:
         talk.again(text(0, 100))
@@ -267,7 +295,7 @@ def test_rows_and_prefixes_stay_within_one_budget_and_rows_come_first(lively, as
     rng = random.Random(0)
     with talking(lively, "full") as talk:
         cost = talk.engine.scheduler.budget.row_cost
-        row = cost.row_bytes(next(iter([_bucket(512)])))
+        row = cost.row_bytes(Bucket(PLAIN, 512))
     with talking(lively, "full", kv_budget_bytes=2 * row + cost.state_bytes) as talk:
         prompts = [text(i % 5, rng.randrange(60, 300)) for i in range(12)]
         answers = {}
@@ -282,12 +310,6 @@ def test_rows_and_prefixes_stay_within_one_budget_and_rows_come_first(lively, as
         assert talk.engine.stats().prefixes.num_evicted > 0
     for answer in answers.values():
         assert_drawn(answer.request, answer.tokens, lively.module("full", "base"))
-
-
-def _bucket(num_positions: int) -> Any:
-    from serve.cache.capacity import Bucket
-
-    return Bucket(PLAIN, num_positions)
 
 
 def test_two_precisions_of_one_text_share_nothing(lively, assert_drawn):
@@ -331,8 +353,7 @@ def test_files_torn_while_it_runs_cost_time_and_no_token(lively, assert_drawn, t
         assert stats.num_disk_errors > 0
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("name", "seed"), some_of(MODELS, range(4)))
 def test_conversations_in_too_little_memory_are_right_whatever_was_evicted(
     lively, assert_drawn, tmp_path, name, seed
 ):
@@ -351,7 +372,7 @@ def test_conversations_in_too_little_memory_are_right_whatever_was_evicted(
         }
         for _ in range(12)
     ]
-    with talking(lively, name, ahead=bool(seed), **limits) as talk:
+    with talking(lively, name, ahead=bool(seed % 2), **limits) as talk:
         answers = []
         for _ in range(4):
             rng.shuffle(talks)

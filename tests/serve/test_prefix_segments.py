@@ -110,6 +110,7 @@ def test_parts_of_segments_are_those_of_the_whole(tmp_path, form):
             if known < len(tokens):
                 made = segment(tokens, known, mx.bfloat16, FORMS[form], keeps_state=False)
                 cache.insert(space, tokens, known, made)
+            assert disk.flush()
             match = cache.match(space, [*tokens, 5], len(tokens))
             if match is not None:
                 num_disk_tokens += match.num_disk_tokens
@@ -123,6 +124,7 @@ def test_parts_of_segments_are_those_of_the_whole(tmp_path, form):
                     assert (ours.view(mx.uint8) == theirs.view(mx.uint8)).all()
                 cache.release(match)
             cache.check_integrity()
+            cache.shrink(100_000)
             assert cache.num_bytes <= 100_000
         cache.close()
     assert num_disk_tokens > 100
