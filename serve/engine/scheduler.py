@@ -243,7 +243,7 @@ class Scheduler:
         self.remove(lost, is_sound=False)
         self._departures.clear()
         for sequence in self.waiting:
-            sequence.num_in_flight = 0
+            sequence.num_in_flight = sequence.num_captured_tokens = 0
         return lost
 
     def check_integrity(self) -> None:
@@ -396,7 +396,9 @@ class Scheduler:
         """What a chunk of a prompt adds to the prefix cache, if that has all that comes before."""
         sequence = chunk.sequence
         known = self._prefixes.num_known(sequence, chunk.stop)
-        if sequence.num_captured_tokens == chunk.start:  # the chunk before is in flight, and so is its capture
+        if (
+            sequence.num_captured_tokens == chunk.start
+        ):  # the chunk before is in flight, and so is its capture
             known = max(known, chunk.start)
         if not chunk.start <= known < chunk.stop:
             return []

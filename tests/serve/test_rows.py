@@ -224,33 +224,59 @@ def test_the_span_a_token_later_is_the_span_that_would_be_made_anew(network, pre
 @pytest.mark.parametrize("way", ["begins", "moves", "put", "grows"])
 def test_nothing_of_a_poisoned_row_reaches_who_comes_after_it(network, precision, way):
     rows, bucket = proven(network), Bucket(precision, 64)
-    rows.resize({bucket: 2})
-    forward(network, rows, one_span(bucket, [0, 0], 20))
-    segment = rows.take(Place(bucket, 0), 0, 0, 20)
+    rows.resize({bucket: 3})
+    mx.random.seed(0)
+    prompt, longer = mx.random.randint(3, 259, (1, 20)), mx.random.randint(3, 259, (1, 30))
+
+    def run(row: int, start: int, tokens: mx.array) -> None:
+        rows.set_span(Span([SpanPart(bucket, [row], [start], [start == 0])], tokens.shape[1]))
+        mx.eval(network.hidden(tokens, cache=rows.caches), rows.arrays())
+
+    run(1, 0, prompt)
+    run(2, 0, longer)
+    segment = rows.take(Place(bucket, 1), 1, 0, 20)
     for layer in rows.attending:
-        for store in layer.stores.values():
-            for part in store.parts:
-                if mx.issubdtype(part.dtype, mx.floating):
-                    part[1] = float("nan")
-    expected = forward(network, rows, Span([SpanPart(bucket, [0], [20], [False])], 3), seed=5)
+        for part in layer.stores[bucket].parts:
+            if mx.issubdtype(part.dtype, mx.floating):
+                part[0] = float("nan")
     if way == "begins":
-        span = Span([SpanPart(bucket, [1], [0], [True])], 20)
-        forward(network, rows, span)
-        mx.random.seed(0)
-        first = mx.random.randint(3, 259, (2, 20))[:1]  # as row 0 began
-        rows.set_span(span)
-        mx.eval(network.hidden(first, cache=rows.caches), rows.arrays())
-    elif way == "moves":
-        rows.move([Move(Place(bucket, 0), Place(bucket, 1), 20)])
+        run(0, 0, prompt)
     elif way == "put":
-        rows.put(Place(bucket, 1), 1, [segment], 20)
+        rows.put(Place(bucket, 0), 0, [segment], 20)
     else:
-        rows.resize({bucket: 1})
+        if way == "grows":  # a row that was given back and comes again
+            rows.move([Move(Place(bucket, 1), Place(bucket, 0), 20)])
+            rows.resize({bucket: 1})
+            rows.resize({bucket: 3})
+            run(2, 0, longer)
+            rows.move([Move(Place(bucket, 0), Place(bucket, 1), 20)])
+        rows.move([Move(Place(bucket, 1), Place(bucket, 0), 20)])
+    # The third row is longer, so that what stands behind the others is read with it.
+    rows.set_span(one_span(bucket, [20, 20, 30]))
+    hidden = network.hidden(mx.array([[7], [7], [9]]), cache=rows.caches)
+    assert mx.all(mx.isfinite(hidden))
+    assert mx.allclose(hidden[0], hidden[1], atol=1e-4)
+
+
+def test_a_short_row_beside_one_that_has_gone_round_sees_only_what_it_holds(network):
+    bucket = Bucket(PLAIN, 256)  # longer than the ring of the window
+    mx.random.seed(1)
+    short, long = mx.random.randint(3, 259, (1, 6)), mx.random.randint(3, 259, (1, 160))
+    found = []
+    for with_company in (False, True):
+        rows = proven(network)
         rows.resize({bucket: 2})
-        rows.move([Move(Place(bucket, 0), Place(bucket, 1), 20)])
-    found = forward(network, rows, Span([SpanPart(bucket, [1], [20], [False])], 3), seed=5)
-    assert mx.all(mx.isfinite(found))
-    assert mx.allclose(found, expected, atol=1e-4)
+        for row, tokens in enumerate([short, long][: 1 + with_company]):
+            for start in range(0, tokens.shape[1], 32):
+                chunk = tokens[:, start : start + 32]
+                rows.set_span(Span([SpanPart(bucket, [row], [start], [start == 0])], chunk.shape[1]))
+                mx.eval(network.hidden(chunk, cache=rows.caches), rows.arrays())
+        for layer in rows.attending:
+            for part in layer.stores[bucket].parts:
+                part[0, :, 6:] = 50  # what must not be seen would be heard
+        rows.set_span(one_span(bucket, [6, 160][: 1 + with_company]))
+        found.append(network.hidden(mx.array([[5], [8]])[: 1 + with_company], cache=rows.caches)[0])
+    assert mx.allclose(*found, atol=1e-4)
 
 
 def test_a_window_is_taken_as_far_as_it_is_still_there(network):
