@@ -267,8 +267,7 @@ class LayerRows:
             if form is not store.form:
                 keys, values = form.decode(parts)
                 parts = store.form.encode(keys, values)
-            skipped = max(0, parts[0].shape[1] - store.capacity)
-            done, length = skipped, parts[0].shape[1]
+            done, length = 0, parts[0].shape[1]
             while done < length:
                 at = (start + done) % store.capacity
                 count = min(length - done, store.capacity - at)

@@ -515,6 +515,9 @@ def test_a_row_restored_from_segments_goes_on_as_the_one_that_was_never_taken(fa
             segments[name].append(
                 batch.rows.take(place, batch.state_rows[name], held[name], batch.lengths[name])
             )
+    for name, place in batch.places.items():
+        earlier = batch.rows.take(place, batch.state_rows[name], 0, 20)
+        assert earlier.has_state == (not batch.is_recurrent), "the state has gone on"
     undisturbed = batch.run(dict.fromkeys(batch.tokens, 2))
 
     again = RowBatch(family.network)
