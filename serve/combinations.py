@@ -79,7 +79,8 @@ def probe(model: str, adapter: Path | None = None) -> Combinations:
     LatheError where there is no such model or adapter, or where the base cannot be served at all.
     """
     with TemporaryDirectory(prefix="lathe-doctor-") as folder:
-        tried = _Tried(model, Path(folder), {} if adapter is None else {adapter.name: adapter})
+        named = {} if adapter is None else {f"{adapter.resolve().name} (adapter)": adapter}
+        tried = _Tried(model, Path(folder), named)
         tried.run({**dict.fromkeys(BITS, _answers), MEMORY: _restores}, ahead=False)
         tried.run({DISK: _finds_on_disk, AHEAD: _answers_as_before}, ahead=True)
     rows = [BASE, *tried.adapters]
@@ -282,7 +283,8 @@ class _Tried:
         versions: dict[str, AdapterVersion | None],
     ) -> Iterator[Cell]:
         try:
-            versions[name] = engine.registry.load(name, self.adapters[name]) if name != BASE else None
+            path = self.adapters.get(name)
+            versions[name] = engine.registry.load(f"trial-{len(versions)}", path) if path else None
         except LatheError as error:
             self._refused[name] = str(error)
             yield from (Cell(name, column, False, str(error)) for column in columns)

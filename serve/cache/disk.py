@@ -266,10 +266,7 @@ class Disk:
             data = _read_whole(self.folder / file.name, file.num_bytes)
             if zlib.crc32(data) != file.checksum:
                 raise ValueError("its checksum is another")
-            arrays, meta = _parse(data)
-            if meta.get("fingerprint") != self._fingerprint or meta.get("key") != file.key:
-                raise ValueError("it is another segment's")
-            return self._codec.load(arrays, meta)
+            return self._codec.load(*_parse(data))
         except (OSError, ValueError, LookupError, TypeError) as error:
             self._tell("read", f"{self.folder / file.name} cannot be read, and is computed anew: {error}")
             return None

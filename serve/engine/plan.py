@@ -37,6 +37,8 @@ class SequenceState:
     num_planned_tokens: int = 0
     num_in_flight: int = 0
     """Steps that run it and are not committed."""
+    num_captured_tokens: int = 0
+    """Where the capture of a step in flight ends; 0 if there is none. The prefix cache has not got it yet."""
     num_restored_tokens: int | None = None
     """Found in the prefix cache when it first began; None until then."""
     has_looked: bool = False

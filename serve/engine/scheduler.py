@@ -213,6 +213,9 @@ class Scheduler:
             sequence.num_in_flight -= 1
             if sequence.place is not None:
                 sequence.num_cached_tokens = stop
+        for capture in plan.captures:
+            if capture.sequence.num_captured_tokens == capture.stop:
+                capture.sequence.num_captured_tokens = 0
         for one in drawn:
             one.sequence.generated += one.token_ids
 
@@ -240,7 +243,7 @@ class Scheduler:
         self.remove(lost, is_sound=False)
         self._departures.clear()
         for sequence in self.waiting:
-            sequence.num_in_flight = 0
+            sequence.num_in_flight = sequence.num_captured_tokens = 0
         return lost
 
     def check_integrity(self) -> None:
@@ -393,9 +396,14 @@ class Scheduler:
         """What a chunk of a prompt adds to the prefix cache, if that has all that comes before."""
         sequence = chunk.sequence
         known = self._prefixes.num_known(sequence, chunk.stop)
+        if (
+            sequence.num_captured_tokens == chunk.start
+        ):  # the chunk before is in flight, and so is its capture
+            known = max(known, chunk.start)
         if not chunk.start <= known < chunk.stop:
             return []
         assert sequence.place is not None
+        sequence.num_captured_tokens = chunk.stop
         return [Capture(sequence, sequence.place, sequence.state_row, known, chunk.stop)]
 
     def _departure(self, sequence: SequenceState) -> list[Capture]:

@@ -43,7 +43,7 @@ def test_every_adapter_kind_combines_with_everything_on_a_model_of_experts(make_
 def test_heads_too_narrow_for_a_group_are_told_and_the_rest_combines(model_folder, make_adapter):
     folder = make_adapter(1)
     found = by_pair(probe(str(model_folder), folder))
-    assert {row for row, _ in found} == {BASE, folder.name}
+    assert {row for row, _ in found} == {BASE, f"{folder.name} (adapter)"}
     for (_, column), cell in found.items():
         assert cell.is_possible == (column not in ("8 bit", "4 bit"))
         if not cell.is_possible:
@@ -62,12 +62,12 @@ def test_recurrent_families_keep_prefixes_and_say_what_is_not_quantized(recurren
 
 def test_an_adapter_that_does_not_fit_says_so_in_every_column(model_folder, make_adapter, tmp_path):
     tensors, config = read_tensors(make_adapter(1)), read_config(make_adapter(1))
-    bad = tmp_path / "bad"
+    bad = tmp_path / "base"
     write_adapter(bad, {f"nowhere.{name}": value for name, value in tensors.items()}, config)
     found = by_pair(probe(str(model_folder), bad))
     for column in COLUMNS:
-        assert not found["bad", column].is_possible
-        assert "nowhere" in found["bad", column].note
+        assert not found["base (adapter)", column].is_possible
+        assert "nowhere" in found["base (adapter)", column].note
     assert found[BASE, TOGETHER].is_possible
 
 

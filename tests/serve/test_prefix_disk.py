@@ -128,6 +128,35 @@ def test_windows_states_and_precisions_come_back_as_they_were(tmp_path):
         cache.release(match)
 
 
+def test_the_middle_of_a_file_has_no_state(tmp_path):
+    tokens = list(range(20))
+    for length in (20, None):
+        with opened(tmp_path, has_state=True) as cache:
+            if length:
+                add(cache, tokens)
+            else:
+                add(cache, [*tokens[:10], 99], has_state=False)
+                assert cache.known(SPACE, [*tokens[:10], 99]) == 10, "it cuts the file at 10"
+                assert restored(cache, tokens, 19) == (0, 0)
+                assert restored(cache, tokens) == (20, 20)
+
+
+def test_a_beginning_that_leaves_the_disk_to_make_room_takes_along_what_stood_on_it(tmp_path):
+    tokens = list(range(60))
+    with opened(tmp_path, disk_bytes=17_000) as cache:
+        add(cache, tokens[:50])
+        settled(cache)
+        cache.shrink(0)
+        cache.shrink(ROOMY)
+        assert cache.known(SPACE, tokens) == 50
+        add(cache, tokens)  # 17,000 bytes do not hold its reserve beside the first one's file
+        cache.check_integrity()
+        assert restored(cache, tokens) == (0, 0)
+        settled(cache)
+        assert files(tmp_path) == {}
+        assert cache.num_bytes == 0
+
+
 def test_what_leaves_memory_is_read_from_disk(tmp_path):
     texts = [[number, *range(30)] for number in range(20)]
     with opened(tmp_path, max_bytes=31 * 4 * 3) as cache:
@@ -155,12 +184,12 @@ def test_the_disk_stays_within_its_bound_and_keeps_what_was_used_last(tmp_path):
         assert cache.stats().num_disk_evicted > 10
     assert files(tmp_path) == index(tmp_path)
     with opened(tmp_path, disk_bytes=bound) as cache:
-        assert restored(cache, texts[0]) == restored(cache, texts[-1]) == (51, 51)
+        assert restored(cache, texts[-1]) == restored(cache, texts[0]) == (51, 51)
         assert restored(cache, texts[1]) == (0, 0)
     with opened(tmp_path, disk_bytes=1000) as cache:
         settled(cache)
         assert sum(files(tmp_path).values()) <= 1000, "a smaller bound holds from the start"
-        assert restored(cache, texts[-1])[0] == 51, "used last"
+        assert restored(cache, texts[0])[0] == 51, "used last, though written first"
 
 
 @pytest.mark.parametrize("seed", range(3))

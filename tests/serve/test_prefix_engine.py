@@ -189,18 +189,19 @@ def test_the_same_prompt_again_leaves_its_last_token_to_run(lively, assert_drawn
                 assert_drawn(answer.request, answer.tokens, lively.module(name, "base"))
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in_turn", "ahead"])
 @pytest.mark.parametrize("name", MODELS)
 def test_an_answer_that_comes_back_as_history_is_found_to_its_last_forwarded_token(
-    lively, assert_drawn, name
+    lively, assert_drawn, name, ahead
 ):
-    """Also where it ended by an end token, which is drawn and never an input."""
-    with talking(lively, name) as talk:
+    """Also where it ended by an end token: that is drawn and never an input, but for a step ahead."""
+    with talking(lively, name, ahead=ahead) as talk:
         free = talk.again(text("history", 40), max_tokens=30)
         end = {"stop_ids": (free.tokens[20],), "sampling": Sampling(max_tokens=30, temperature=0.0)}
         ended = talk.again(text("history", 40), tenant="t", **end)
         assert len(ended.tokens) < 30, "it ended by a token"
         found = talk.again((*ended.text, *text("next", 10)), tenant="t")
-        assert found.num_cached == len(ended.text) - 1
+        assert found.num_cached == len(ended.text) - (not ahead)
         assert_drawn(found.request, found.tokens, lively.module(name, "base"))
 
 
@@ -261,6 +262,25 @@ def test_who_leaves_early_leaves_what_was_computed(lively, assert_drawn, name):
         assert_drawn(warm.request, warm.tokens, lively.module(name, "base"))
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in_turn", "ahead"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_is_found_while_the_row_that_computed_it_still_runs(lively, assert_drawn, name, ahead):
+    """Every chunk of it, though a step ahead the chunk before is not read yet."""
+    with talking(lively, name, ahead=ahead) as talk:
+        first = talk.request(text("shared", 150), max_tokens=60)
+        second = talk.request((*text("shared", 150), 7))
+        answers = {request.id: Answer(request, []) for request in (first, second)}
+        talk.engine.add(talk.engine.check(first))
+        while len(answers[first.id].tokens) < 5:
+            talk.step(answers)
+        talk.engine.add(talk.engine.check(second))
+        while talk.engine.has_work:
+            talk.step(answers)
+    assert answers[second.id].num_cached == 150
+    for answer in answers.values():
+        assert_drawn(answer.request, answer.tokens, lively.module(name, "base"))
+
+
 def test_an_idle_engine_keeps_prefixes_and_no_rows(lively):
     with talking(lively, "full") as talk:
         talk.again(text(0, 100))
@@ -314,6 +334,35 @@ def test_a_prefix_shorter_than_where_quantizing_starts_is_plain(lively, assert_d
         assert longer.num_cached >= reach(name, 150)
         for answer in (long, short, again, longer):
             assert_drawn(answer.request, answer.tokens, lively.module(name, "base"))
+
+
+def test_a_row_that_is_kept_quantized_from_its_first_token_on_serves_no_shorter_one(lively, assert_drawn):
+    """What was kept of its plain beginning is forgotten while it runs, so that it is kept anew when it ends."""
+    with talking(lively, "full", precision(4, start_after=64)) as talk:
+        request = talk.request(text("long", 100), max_tokens=20)
+        answers = {request.id: Answer(request, [])}
+        talk.engine.add(talk.engine.check(request))
+        while len(answers[request.id].tokens) < 5:
+            talk.step(answers)
+        talk.engine.forget_prefixes()
+        while talk.engine.has_work:
+            talk.step(answers)
+        short = talk.again((*text("long", 100)[:40], 5))
+        longer = talk.again((*text("long", 100), 9))
+        assert (short.num_cached, longer.num_cached) == (0, 100)
+        for answer in (short, longer):
+            assert_drawn(answer.request, answer.tokens, lively.module("full", "base"))
+
+
+def test_the_middle_of_a_long_answer_is_no_prefix_where_windows_have_moved_on(lively, assert_drawn):
+    """Windows of 16 in rings of 64: of an answer of 150 tokens the first 90 can be gone through, not ended in."""
+    with talking(lively, "sliding") as talk:
+        long = talk.again(text("windows", 40), max_tokens=150)
+        ended = talk.again((*long.text, 7))
+        inside = talk.again((*long.text[:100], 7))
+        assert (ended.num_cached, inside.num_cached) == (189, 40)
+        for answer in (long, ended, inside):
+            assert_drawn(answer.request, answer.tokens, lively.module("sliding", "base"))
 
 
 def test_files_torn_while_it_runs_cost_time_and_no_token(lively, assert_drawn, tmp_path):

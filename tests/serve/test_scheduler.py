@@ -205,6 +205,7 @@ class Machine:
         assert len(row) == chunk.start, "a row does not hold what comes before its chunk"
         row += tokens
         assert len(row) <= place.bucket.num_positions, "a row is longer than its bucket"
+        assert len(row) < sequence.max_total_tokens, "the last token is never written"
         assert place.bucket.precision == sequence.precision.at(len(row)), "a row is in another precision"
         if self.scheduler.budget.is_recurrent:
             self.states[sequence.state_row] = [*self.states[sequence.state_row], *tokens]
@@ -324,6 +325,29 @@ def test_whatever_comes_and_goes_every_answer_is_what_its_own_tokens_lead_to(mac
         assert answer == run.alone(request)
     assert run.scheduler.num_preempted > 0 or bounds.max_bytes > 8 * 256
     assert bool(run.num_restored) == (seed % 2 == 1)
+
+
+def test_a_prefix_whose_precision_takes_more_room_than_there_is_waits(machine):
+    rng = random.Random(8)  # a found prefix puts its row where the others leave no room for it
+    run = machine(budget(max_rows=7, max_bytes=rng.choice([8, 12, 16, 24]) * 256), has_prefixes=True)
+    precisions = [
+        KvPrecision("affine", 4, 4, start_after=40),
+        KvPrecision("affine", 8, 8, start_after=300),
+        PLAIN,
+    ]
+    for step in range(500):
+        if rng.random() < 0.4 and len(run.scheduler.waiting) < 6:
+            prompt = Prompt(tuple(range(rng.randint(1, rng.choice([50, 330, 500])))))
+            sampling = Sampling(max_tokens=rng.randint(1, 200))
+            run.add(
+                Request(
+                    f"s{step}", prompt, sampling, group=rng.choice("abc"), precision=rng.choice(precisions)
+                )
+            )
+        run.step()
+    assert len(run.answers) > 30
+    for request, answer in run.answers:
+        assert answer == run.alone(request)
 
 
 def test_recurrent_rows_of_one_step_take_equally_many_tokens_and_begin_together():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import logging
 import queue
 import random
 from collections import Counter, deque
@@ -33,9 +34,10 @@ MAX_CONTEXT = 700
 KV_BYTES = 3 << 20
 """A row and a half of 1,024 positions of the model without windows or state: rows are preempted."""
 DISK_BYTES = 4 << 20
+MAX_ARRAY_GROWTH_BYTES = 256 << 10
+"""Of all arrays, between a fifth of the soak and its end, when all is forgotten: half a row, or codebooks."""
 MAX_GROWTH_BYTES = 64 << 20
-"""What the process may gain between a fifth of the soak and its end. A row holds half a megabyte: one
-in fifty that is kept shows."""
+"""Of the process."""
 SAMPLINGS = ({}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.7}, {"temperature": 1.2, "top_k": 9})
 PRECISIONS = (PLAIN, PLAIN, precision(8), precision(4), precision(8, start_after=100), precision(3.5))
 KINDS = ("lora", "dora", "experts")
@@ -78,7 +80,7 @@ class Soak:
         self.worker, self.name, self.lively = worker, name, lively
         self.rng = random.Random(seed)
         self.prompts = [self.random_tokens(self.rng.choice([40, 90, 200])) for _ in range(NUM_SYSTEM_PROMPTS)]
-        self.past: deque[tuple[int, ...]] = deque(maxlen=40)
+        self.past: deque[Answer] = deque(maxlen=40)
         self.sources = {
             str(lively.adapter(name, kind, number).resolve()): (kind, number)
             for kind in KINDS
@@ -92,19 +94,22 @@ class Soak:
     def random_tokens(self, count: int) -> tuple[int, ...]:
         return tuple(self.rng.randrange(3, 259) for _ in range(count))
 
-    def prompt(self) -> tuple[int, ...]:
+    def prompt(self, earlier: Answer | None) -> tuple[int, ...]:
         rng, tail = self.rng, self.random_tokens(self.rng.choice([1, 3, 20, 70, 250]))
-        kind = rng.random()
-        if kind < 0.4:
+        if earlier is not None:
+            return (*earlier.request.prompt.token_ids, *earlier.tokens, *tail)[: MAX_CONTEXT - 100]
+        if rng.random() < 0.6:
             return self.prompts[min(int(rng.paretovariate(1)) - 1, NUM_SYSTEM_PROMPTS - 1)] + tail
-        if kind < 0.7 and self.past:
-            return (*rng.choice(self.past), *tail)[: MAX_CONTEXT - 100]
         return tail
 
     def answer(self) -> Answer:
-        """A request, about to be asked."""
+        """A request, about to be asked: the next turn of a conversation, or the first of one."""
         rng, registry = self.rng, self.worker.engine.registry
+        earlier = rng.choice(self.past) if self.past and rng.random() < 0.4 else None
         adapter = rng.choice([None, *registry.names()])
+        if earlier is not None:
+            before = earlier.request.adapter.name if earlier.request.adapter else None
+            adapter = before if before in registry.names() else None
         version = registry.acquire(adapter) if adapter else None
         sampling = Sampling(
             max_tokens=rng.choice([1, 4, 4, 12, 12, 12, 30, 30, 90, 300]),
@@ -114,12 +119,12 @@ class Soak:
         )
         request = Request(
             str(next(self.numbers)),
-            Prompt(self.prompt()),
+            Prompt(self.prompt(earlier)),
             sampling,
             adapter=version,
             group=rng.choice(["", "many"]),
-            tenant=rng.choice(["", "a", "b"]),
-            precision=rng.choice(PRECISIONS),
+            tenant=earlier.request.tenant if earlier else rng.choice(["", "a", "b"]),
+            precision=earlier.request.precision if earlier else rng.choice(PRECISIONS),
         )
         answer = Answer(request, self.sources[version.path] if version else ("base", 0), [])
         self.answers.append(answer)
@@ -167,11 +172,11 @@ class Soak:
             if manner > 0.85 and number == patience:
                 self.worker.cancel(answer.request.id)
         if event.finish == "length":
-            self.past.append((*answer.request.prompt.token_ids, *answer.tokens))
+            self.past.append(answer)
 
     async def client(self, total: int) -> None:
         while len(self.answers) < total:
-            if self.rng.random() < 0.05:
+            if self.rng.random() < 0.1:
                 await self.swap()
             await self.ask(self.answer())
 
@@ -180,16 +185,29 @@ class Soak:
         await asyncio.gather(*(self.client(total) for _ in range(NUM_CLIENTS)))
 
 
-def resident_bytes(worker: Worker) -> int:
-    """What the process holds when nothing runs."""
-    worker.call(mx.clear_cache)
-    gc.collect()
-    return psutil.Process().memory_info().rss
+@dataclass
+class Held:
+    """What a process holds when nothing runs and all is forgotten."""
+
+    array_bytes: int
+    resident_bytes: int
 
 
 def until_idle(worker: Worker) -> None:
     while worker.engine.has_work:  # whoever left is cancelled between two steps
         worker.call(lambda: None)
+
+
+def held_after_all(worker: Worker) -> Held:
+    """Wait until nothing runs, forget everything, and look."""
+    engine = worker.engine
+    until_idle(worker)
+    for name in engine.registry.names():
+        engine.registry.unload(name)
+    worker.call(engine.forget_prefixes)
+    worker.call(mx.clear_cache)
+    gc.collect()
+    return Held(mx.get_active_memory(), psutil.Process().memory_info().rss)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +219,11 @@ def until_idle(worker: Worker) -> None:
         pytest.param("hybrid", 3000, marks=pytest.mark.large),
     ],
 )
-def test_after_a_soak_nothing_is_left_and_every_answer_was_right(name, total, lively, assert_drawn, tmp_path):
+def test_after_a_soak_nothing_is_left_and_every_answer_was_right(
+    name, total, lively, assert_drawn, tmp_path, caplog
+):
+    # What pytest keeps of a log holds the frames of a failed step, and their arrays.
+    caplog.set_level(logging.CRITICAL, logger="serve.engine.worker")
     model = load(str(lively.folder(name)), name="soak")
     limits = EngineLimits(
         max_rows=6,
@@ -221,18 +243,14 @@ def test_after_a_soak_nothing_is_left_and_every_answer_was_right(name, total, li
         soak = Soak(worker, name, lively, seed=total)
         with asyncio.Runner() as runner:
             runner.run(soak.run(total // 5))
-            until_idle(worker)
-            before = resident_bytes(worker)
+            before = held_after_all(worker)
             runner.run(soak.run(total))
         until_idle(worker)
         assert worker.failure is None
-        growth = resident_bytes(worker) - before
-        for each in engine.registry.names():
-            engine.registry.unload(each)
         worker.call(engine.prefixes.cache.check_integrity)
         num_files_bytes = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
         assert 0 < num_files_bytes <= DISK_BYTES
-        worker.call(engine.forget_prefixes)
+        after = held_after_all(worker)
         stats = worker.stats()
         assert (stats.num_decoding, stats.num_prefilling, stats.num_waiting) == (0, 0, 0)
         assert stats.memory.kv_bytes == 0, "rows are left"
@@ -245,8 +263,7 @@ def test_after_a_soak_nothing_is_left_and_every_answer_was_right(name, total, li
         worker.stop()
         engine.close()
     assert not list(tmp_path.glob("*.safetensors")), "what is forgotten is on disk"
-    assert stats.prefixes.num_hit_tokens
-    assert stats.num_preempted > total // 100, stats
+    assert total < 1000 or (stats.prefixes.num_hit_tokens and stats.num_preempted > total // 100), stats
     assert faults["failed"]
     ends = Counter(answer.final.finish for answer in soak.answers if answer.final is not None)
     assert ends["length"] > total // 2
@@ -254,6 +271,8 @@ def test_after_a_soak_nothing_is_left_and_every_answer_was_right(name, total, li
     assert ends["error"]
     for answer in soak.answers:
         check(answer, lively.module(name, *answer.source), assert_drawn)
+    assert after.array_bytes - before.array_bytes < MAX_ARRAY_GROWTH_BYTES, "arrays are left"
+    growth = after.resident_bytes - before.resident_bytes
     assert growth < MAX_GROWTH_BYTES or total < 1000, f"{growth >> 20} MiB more than after a fifth"
 
 

@@ -114,6 +114,10 @@ def a_generation(rng: random.Random, storm: Storm) -> tuple[str, dict]:
     body |= rng.choice(
         [{}, {}, {"n": 3}, {"n": 30}, {"stop": ["<|im_end|>", "ab"]}, {"top_p": 0.5, "top_k": 9}]
     )
+    body |= rng.choice(
+        [{}, {}, {"kv_bits": 3.5}, {"kv_bits": 4, "kv_scheme": "turbo", "kv_quantize_after": 20}]
+    )
+    body |= rng.choice([{}, {}, {"cache_salt": "pepper"}])
     if rng.random() < 0.5:
         body |= rng.choice([{}, {"logprobs": True, "top_logprobs": 3}])
         return "/v1/chat/completions", {**body, "messages": [{"role": "user", "content": text}]}
