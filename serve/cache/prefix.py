@@ -95,6 +95,10 @@ class PrefixCache:
         """
         return self._tree.known(space, tokens, start_after(space))
 
+    def num_shared(self, space: Space, tokens: Sequence[int], limit: int) -> int:
+        """How many of the first `limit` tokens another text began with, though it cannot be restored there."""
+        return self._tree.num_shared(space, tokens, limit)
+
     def insert(self, space: Space, tokens: Sequence[int], start: int, segment: Any) -> None:
         """Keep positions [start, start + segment.num_tokens) of these tokens. The segment is the cache's from now on.
 

@@ -160,6 +160,10 @@ class PrefixTree:
             return None
         return Found([node for node in path if node.start < length], length)
 
+    def num_shared(self, space: Space, tokens: Sequence[int], limit: int) -> int:
+        """How many of the first `limit` tokens another text began with, restorable there or not."""
+        return self._walk(space, tokens, limit)[1]
+
     def tier_for(self, node: Node, length: int, start_after: int) -> int | None:
         """Where a prefix of `length` tokens finds what it needs of this node; None if nowhere."""
         for tier in TIERS:

@@ -66,7 +66,7 @@ class Engine:
             max_bytes=self.memory.max_row_bytes(self.memory.adapters),
             row_cost=cost,
         )
-        self.prefixes = SequencePrefixes.make(limits, self.memory.kv, model, cost)
+        self.prefixes = SequencePrefixes.make(limits, self.memory.kv, model, self._runner.rows)
         """None where the limits want none."""
         self.scheduler = Scheduler(budget, self.prefixes)
         self._max_contexts: dict[KvPrecision, int] = {}

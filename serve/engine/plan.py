@@ -41,6 +41,8 @@ class SequenceState:
     """Where the capture of a step in flight ends; 0 if there is none. The prefix cache has not got it yet."""
     num_restored_tokens: int | None = None
     """Found in the prefix cache when it first began; None until then."""
+    num_shared_tokens: int = 0
+    """Where it parts from another text that was computed, and its recurrent state is kept for whoever comes next."""
     has_looked: bool = False
     """The prefix cache was asked for it."""
     generated: list[int] = field(default_factory=list)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 
-from serve.cache.capacity import RowCost
 from serve.cache.disk import Disk
 from serve.cache.prefix import Match, PrefixCache, Space
+from serve.cache.rows import BatchRows
 from serve.cache.segment_bytes import SegmentCodec
 from serve.cache.stats import PrefixStats
 from serve.engine.limits import EngineLimits
@@ -24,20 +24,21 @@ DISK_BYTES = 16 << 30
 class SequencePrefixes:
     """The prefix cache as scheduler and engine ask it. Lives on the engine's thread; `stats` may be asked by any."""
 
-    def __init__(self, cache: PrefixCache, base: str) -> None:
-        """`base` tells bases apart, and how they are computed."""
+    def __init__(self, cache: PrefixCache, base: str, *, has_state: bool = False) -> None:
+        """`base` tells bases apart, and how they are computed. `has_state`: layers keep recurrent state."""
         self.cache = cache
+        self._has_state = has_state
         self._base = base
         self._bound = cache.max_bytes
 
     @classmethod
     def make(
-        cls, limits: EngineLimits, max_bytes: int, model: LoadedModel, cost: RowCost
+        cls, limits: EngineLimits, max_bytes: int, model: LoadedModel, rows: BatchRows
     ) -> SequencePrefixes | None:
         """What the limits ask for; None where they want none. ConfigError where the folder cannot be used."""
         if limits.prefix_cache_bytes == 0:
             return None
-        base = _identity(model)
+        base = _identity(model, rows)
         disk = None
         if limits.prefix_cache_dir is not None:
             disk = Disk(
@@ -45,11 +46,11 @@ class SequencePrefixes:
             )
         cache = PrefixCache(
             max_bytes=min(limits.prefix_cache_bytes or max_bytes, max_bytes),
-            window=max((layer.window or 0 for layer in cost.layers), default=0),
-            has_state=cost.state_bytes > 0,
+            window=max((layer.window or 0 for layer in rows.cost.layers), default=0),
+            has_state=rows.cost.state_bytes > 0,
             disk=disk,
         )
-        return cls(cache, base)
+        return cls(cache, base, has_state=rows.cost.state_bytes > 0)
 
     @property
     def num_bytes(self) -> int:
@@ -65,8 +66,10 @@ class SequencePrefixes:
         """The longest prefix that the row can be given, but for the last token, which must run to draw the next."""
         is_first = not sequence.has_looked
         sequence.has_looked = True
-        tokens = sequence.tokens(0, sequence.num_tokens)
-        return self.cache.match(self._space(sequence), tokens, len(tokens) - 1, is_first=is_first)
+        tokens, space = sequence.tokens(0, sequence.num_tokens), self._space(sequence)
+        if self._has_state:
+            sequence.num_shared_tokens = self.cache.num_shared(space, tokens, len(tokens) - 1)
+        return self.cache.match(space, tokens, len(tokens) - 1, is_first=is_first)
 
     def release(self, prefix: Found) -> None:
         """It is in its row, or will not be."""
@@ -100,8 +103,13 @@ class SequencePrefixes:
         )
 
 
-def _identity(model: LoadedModel) -> str:
-    """Weights, and the precision they are computed in: another one's keys and values are other numbers."""
+def _identity(model: LoadedModel, rows: BatchRows) -> str:
+    """Weights, and what keys and values are computed and stored in: another one's are other numbers."""
     is_packed = any(isinstance(layer, QUANTIZED) for _, layer in model.network.module.named_modules())
-    words = (model.fingerprint, str(model.network.parameters_dtype()), "packed" if is_packed else "")
+    words = (
+        model.fingerprint,
+        str(model.network.parameters_dtype()),
+        "packed" if is_packed else "",
+        rows.fingerprint,
+    )
     return hashlib.sha256("|".join(words).encode()).hexdigest()

@@ -455,9 +455,9 @@ class Scheduler:
 
     def _next_chunk(self, sequence: SequenceState, start: int, padded: Sequence[Chunk]) -> Chunk | None:
         wanted = min(sequence.num_tokens - start, self.budget.prefill_chunk_tokens)
-        until_quantized = sequence.precision.start_after - start
-        if until_quantized > 0:
-            wanted = min(wanted, until_quantized)
+        for end in (sequence.precision.start_after, sequence.num_shared_tokens):
+            if start < end:
+                wanted = min(wanted, end - start)
         chunk = _chunk(sequence, start, wanted)
         if not padded or self._is_single(chunk):
             return chunk

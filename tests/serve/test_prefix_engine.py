@@ -205,6 +205,16 @@ def test_an_answer_that_comes_back_as_history_is_found_to_its_last_forwarded_tok
         assert_drawn(found.request, found.tokens, lively.module(name, "base"))
 
 
+def test_recurrent_texts_that_share_a_beginning_share_its_state_from_the_third_on(lively, assert_drawn):
+    """The second finds where it parts from the first, inside a chunk, and leaves a state there."""
+    with talking(lively, "hybrid") as talk:
+        shared = text("shared", CHUNK + 11)
+        answers = [talk.ask(talk.request((*shared, *text(name, 20))))[0] for name in "abc"]
+        assert [answer.num_cached for answer in answers] == [0, CHUNK, len(shared)]
+        for answer in answers:
+            assert_drawn(answer.request, answer.tokens, lively.module("hybrid", "base"))
+
+
 @pytest.mark.parametrize("tier", ["memory", "disk"])
 def test_tenants_and_salts_share_nothing_in_either_tier(lively, assert_drawn, tmp_path, tier):
     prompt = text("secret", 80)
