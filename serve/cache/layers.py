@@ -75,12 +75,9 @@ class Store:
     def _scatter(self, run: Run, encoded: Sequence[mx.array]) -> None:
         index = run.index(self.num_heads, self.capacity)
         for number, (part, new) in enumerate(zip(self.parts, encoded, strict=True)):
-            shape = part.shape
-            flat = part.reshape(-1, shape[-1])
-            # The one reference left is `flat`, so that the write goes into the buffer itself.
-            self.parts[number] = part = flat
+            flat = part.reshape(-1, part.shape[-1])
             flat[index] = new
-            self.parts[number] = flat.reshape(shape)
+            self.parts[number] = flat.reshape(part.shape)
 
     def read(self, run: Run) -> list[mx.array]:
         """Views of the run's rows, [b, H, extent, width] a part."""
@@ -270,8 +267,7 @@ class LayerRows:
             if form is not store.form:
                 keys, values = form.decode(parts)
                 parts = store.form.encode(keys, values)
-            skipped = max(0, parts[0].shape[1] - store.capacity)
-            done, length = skipped, parts[0].shape[1]
+            done, length = 0, parts[0].shape[1]
             while done < length:
                 at = (start + done) % store.capacity
                 count = min(length - done, store.capacity - at)

@@ -396,7 +396,9 @@ class Scheduler:
         """What a chunk of a prompt adds to the prefix cache, if that has all that comes before."""
         sequence = chunk.sequence
         known = self._prefixes.num_known(sequence, chunk.stop)
-        if sequence.num_captured_tokens == chunk.start:  # the chunk before is in flight, and so is its capture
+        if (
+            sequence.num_captured_tokens == chunk.start
+        ):  # the chunk before is in flight, and so is its capture
             known = max(known, chunk.start)
         if not chunk.start <= known < chunk.stop:
             return []

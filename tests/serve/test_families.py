@@ -18,6 +18,7 @@ from serve.cache.families import make_rows
 from serve.cache.precision import PLAIN, KvPrecision
 from serve.cache.segment import Segment
 from serve.cache.spans import Span, SpanPart
+from serve.combinations import probe
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.errors import ModelError
@@ -514,6 +515,9 @@ def test_a_row_restored_from_segments_goes_on_as_the_one_that_was_never_taken(fa
             segments[name].append(
                 batch.rows.take(place, batch.state_rows[name], held[name], batch.lengths[name])
             )
+    for name, place in batch.places.items():
+        earlier = batch.rows.take(place, batch.state_rows[name], 0, 20)
+        assert earlier.has_state == (not batch.is_recurrent), "the state has gone on"
     undisturbed = batch.run(dict.fromkeys(batch.tokens, 2))
 
     again = RowBatch(family.network)
@@ -572,3 +576,12 @@ def test_a_sliding_window_keeps_the_window_and_no_more(make_model, window, chunk
         32,
         -(-(window + chunk_tokens - 1) // 64) * 64,
     }
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT])
+def test_everything_combines_for_every_family(make_model, family):
+    config = {"model_type": family, **COMMON, **(FAMILIES | RECURRENT)[family]}
+    found = probe(str(make_model(f"combining-{family}", config)))
+    assert {cell.row for cell in found.cells} >= {"base", "LoRA", "DoRA"}
+    assert [cell for cell in found.cells if not cell.is_possible] == []

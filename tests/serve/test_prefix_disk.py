@@ -128,6 +128,19 @@ def test_windows_states_and_precisions_come_back_as_they_were(tmp_path):
         cache.release(match)
 
 
+def test_the_middle_of_a_file_has_no_state(tmp_path):
+    tokens = list(range(20))
+    for length in (20, None):
+        with opened(tmp_path, has_state=True) as cache:
+            if length:
+                add(cache, tokens)
+            else:
+                add(cache, [*tokens[:10], 99], has_state=False)
+                assert cache.known(SPACE, [*tokens[:10], 99]) == 10, "it cuts the file at 10"
+                assert restored(cache, tokens, 19) == (0, 0)
+                assert restored(cache, tokens) == (20, 20)
+
+
 def test_a_beginning_that_leaves_the_disk_to_make_room_takes_along_what_stood_on_it(tmp_path):
     tokens = list(range(60))
     with opened(tmp_path, disk_bytes=17_000) as cache:

@@ -336,6 +336,35 @@ def test_a_prefix_shorter_than_where_quantizing_starts_is_plain(lively, assert_d
             assert_drawn(answer.request, answer.tokens, lively.module(name, "base"))
 
 
+def test_a_row_that_is_kept_quantized_from_its_first_token_on_serves_no_shorter_one(lively, assert_drawn):
+    """What was kept of its plain beginning is forgotten while it runs, so that it is kept anew when it ends."""
+    with talking(lively, "full", precision(4, start_after=64)) as talk:
+        request = talk.request(text("long", 100), max_tokens=20)
+        answers = {request.id: Answer(request, [])}
+        talk.engine.add(talk.engine.check(request))
+        while len(answers[request.id].tokens) < 5:
+            talk.step(answers)
+        talk.engine.forget_prefixes()
+        while talk.engine.has_work:
+            talk.step(answers)
+        short = talk.again((*text("long", 100)[:40], 5))
+        longer = talk.again((*text("long", 100), 9))
+        assert (short.num_cached, longer.num_cached) == (0, 100)
+        for answer in (short, longer):
+            assert_drawn(answer.request, answer.tokens, lively.module("full", "base"))
+
+
+def test_the_middle_of_a_long_answer_is_no_prefix_where_windows_have_moved_on(lively, assert_drawn):
+    """Windows of 16 in rings of 64: of an answer of 150 tokens the first 90 can be gone through, not ended in."""
+    with talking(lively, "sliding") as talk:
+        long = talk.again(text("windows", 40), max_tokens=150)
+        ended = talk.again((*long.text, 7))
+        inside = talk.again((*long.text[:100], 7))
+        assert (ended.num_cached, inside.num_cached) == (189, 40)
+        for answer in (long, ended, inside):
+            assert_drawn(answer.request, answer.tokens, lively.module("sliding", "base"))
+
+
 def test_files_torn_while_it_runs_cost_time_and_no_token(lively, assert_drawn, tmp_path):
     limits = {"prefix_cache_dir": tmp_path, "prefix_cache_disk_bytes": 1 << 30}
     prompts = [text(i, 100) for i in range(4)]
