@@ -364,6 +364,8 @@ def test_a_request_draws_what_it_draws_alone_on_the_merged_model(case, lively, a
             )
         )
         raise
+    finally:
+        scene.engine.close()
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
