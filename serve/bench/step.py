@@ -201,22 +201,11 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def parts_table(results: Sequence[Result]) -> Table:
-    """Where a step goes, the engine's and the bare loop's."""
-    headings = [
-        f"{each.num_rows} rows, {what}"
-        for each in results
-        for what in ("engine", "bare", "thread", "bare thread")
-    ]
-    drawn = Table(
-        "part", *numbers(*headings), title="Milliseconds of a step: by the wall, and of this thread alone"
-    )
-    for part in PARTS:
-        drawn.add(part, *(f"{ms:.3f}" for each in results for ms in _cells(each, part)))
-    sums = (sum(_cells(each, part)[column] for part in PARTS) for each in results for column in range(4))
-    drawn.add("all", *(f"{ms:.3f}" for ms in sums))
+    """Where a step goes, the engine's and the bare loop's: by the wall, and of this thread on a processor."""
+    drawn = Table("rows", "loop", "clock", *numbers(*PARTS, "all"), title="Milliseconds of a step")
+    for each in results:
+        for loop, parts in (("engine", each.parts), ("bare", each.bare_parts)):
+            for clock in ("wall", "thread"):
+                cells = [getattr(parts[part], f"{clock}_ms") for part in PARTS]
+                drawn.add(str(each.num_rows), loop, clock, *(f"{ms:.3f}" for ms in (*cells, sum(cells))))
     return drawn
-
-
-def _cells(result: Result, part: str) -> list[float]:
-    ours, bare = result.parts[part], result.bare_parts[part]
-    return [ours.wall_ms, bare.wall_ms, ours.thread_ms, bare.thread_ms]
