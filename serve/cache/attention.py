@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from serve.cache.codecs import AffineCodec, Form, Parts, PlainCodec, TurnedCodec
+from serve import device
+from serve.cache.codecs import AffineCodec, Codec, Form, Parts, PlainCodec, TurnedCodec
 from serve.cache.spans import Run
 
 NAME = "scaled_dot_product_attention"
@@ -99,6 +100,8 @@ def attend(
         mask = run.mask(window, capacity)
     if is_packed:
         return _multiplied(queries, form, stored, scale=scale, mask=mask, sinks=sinks)
+    if isinstance(form.keys, PlainCodec) and num_tokens == 1 and not _has_fused_kernel():
+        return _multiplied(queries, form, stored, scale=scale, mask=mask, sinks=sinks)
     if isinstance(form.keys, PlainCodec):
         return mx.fast.scaled_dot_product_attention(
             queries, stored[0], stored[1], scale=scale, mask=mask, sinks=sinks
@@ -114,6 +117,12 @@ def attend(
             )
         )
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+
+@cache
+def _has_fused_kernel() -> bool:
+    """MLX's own attention takes grouped queries apart on CPU and reads keys and values once for each."""
+    return device.backend() != "cpu"
 
 
 def _decoded(
@@ -154,24 +163,15 @@ def _multiplied(
     mask: mx.array | str | None,
     sinks: mx.array | None,
 ) -> mx.array:
-    """Attention by products with packed keys and values. Grouped queries are rows of one product, so nothing is
-    broadcast and no mask can meet the wrong axis."""
+    """Attention by products with keys and values as they are stored. Grouped queries are rows of one product, so
+    nothing is broadcast or read twice, and no mask can meet the wrong axis."""
     keys, values = form.split(stored)
     rows, heads, num_tokens, _ = queries.shape
     kv_heads, extent = keys[0].shape[1], keys[0].shape[2]
     repeats = heads // kv_heads
     folded = (queries * scale).reshape(rows, kv_heads, repeats * num_tokens, -1)
-    assert isinstance(form.keys, AffineCodec)
-    assert isinstance(form.values, AffineCodec)
-    scores = mx.quantized_matmul(
-        folded,
-        keys[0],
-        keys[1],
-        keys[2],
-        transpose=True,
-        group_size=form.keys.group_size,
-        bits=form.keys.bits,
-    ).reshape(rows, kv_heads, repeats, num_tokens, extent)
+    scores = _product(folded, form.keys, keys, transpose=True)
+    scores = scores.reshape(rows, kv_heads, repeats, num_tokens, extent)
     if isinstance(mask, mx.array):
         scores = mx.where(mask[:, :, None], scores, mx.finfo(scores.dtype).min)
     if sinks is not None:
@@ -181,13 +181,21 @@ def _multiplied(
         weights = mx.softmax(mx.concatenate([column, scores], axis=-1), axis=-1, precise=True)[..., 1:]
     else:
         weights = mx.softmax(scores, axis=-1, precise=True)
-    out = mx.quantized_matmul(
-        weights.reshape(rows, kv_heads, repeats * num_tokens, extent),
-        values[0],
-        values[1],
-        values[2],
-        transpose=False,
-        group_size=form.values.group_size,
-        bits=form.values.bits,
-    )
+    weights = weights.reshape(rows, kv_heads, repeats * num_tokens, extent)
+    out = _product(weights, form.values, values, transpose=False)
     return out.reshape(rows, heads, num_tokens, -1)
+
+
+def _product(left: mx.array, codec: Codec, parts: Parts, *, transpose: bool) -> mx.array:
+    """left @ what is stored, or its transpose."""
+    if isinstance(codec, AffineCodec):
+        return mx.quantized_matmul(
+            left,
+            parts[0],
+            parts[1],
+            parts[2],
+            transpose=transpose,
+            group_size=codec.group_size,
+            bits=codec.bits,
+        )
+    return left @ (parts[0].swapaxes(-1, -2) if transpose else parts[0])
