@@ -86,7 +86,7 @@ async def create_chat_completion(
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=bool(body.continue_final_message),
         )
-        requests = build_requests(
+        requests = await build_requests(
             services,
             id,
             body,

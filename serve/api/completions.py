@@ -63,7 +63,9 @@ async def create_completion(
     id = new_id("cmpl")
     with held_target(services.runtime, body.model, body.user or id) as target:
         prompts = await services.tokenize(lambda: [_encode(services, prompt) for prompt in body.prompts])
-        requests = build_requests(services, id, body, prompts, target, tenant=tenant, continues_prompt=True)
+        requests = await build_requests(
+            services, id, body, prompts, target, tenant=tenant, continues_prompt=True
+        )
         generation = Generation(services, id, "completions", target, requests, body.n or 1)
     format = CompletionFormat(logprob_writers(services, requests))
     keep_alive_s = services.runtime.config.stream_keep_alive_s

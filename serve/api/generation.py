@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 
+import anyio.to_thread
+
 from serve.api.logprobs import LogprobWriter
 from serve.api.schemas import GenerationBody
 from serve.api.services import Services
@@ -157,7 +159,7 @@ class Generation:
             )
 
 
-def build_requests(
+async def build_requests(
     services: Services,
     id: str,
     body: GenerationBody,
@@ -173,6 +175,9 @@ def build_requests(
     RequestError names the field that cannot be served.
     """
     precision = body.precision(services.runtime.config)
+    if precision is not None:
+        # The first of a scheme imports what it needs, which takes seconds: not on the loop that serves everyone.
+        await anyio.to_thread.run_sync(services.runtime.engine.max_context_at, precision)
     num_choices = body.n or 1
     seed = body.seed if body.seed is not None else secrets.randbits(32)
     return [

@@ -4,7 +4,10 @@ import itertools
 import json
 import re
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -461,3 +464,16 @@ def test_one_budget_holds_whatever_comes_while_nothing_runs(model_folder, make_a
         assert set(statuses) == {200, 507}
         assert used()["prefix_bytes"] < full["prefix_bytes"] - 2**20
     runtime.close()
+
+
+def test_what_a_scheme_needs_is_not_imported_on_the_loop_that_serves_everyone(model_folder):
+    """mlx-vlm takes seconds to import, at the first request for TurboQuant."""
+    child = Path(__file__).parents[1] / "children" / "turbo_import.py"
+    said = subprocess.run(
+        [sys.executable, str(child), str(model_folder)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert said.stdout.split()[-2:] == ["200", "False"]
