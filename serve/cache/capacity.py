@@ -16,6 +16,8 @@ from serve.cache.precision import PLAIN, KvPrecision, stored_bytes
 MIN_POSITIONS = 256
 FINE_POSITIONS = 2048
 """Above it, capacities grow by quarters of a power of two instead of doubling."""
+MAX_REMEMBERED = 4096
+"""Results kept by precision: clients choose those, so there is no end of them."""
 MAX_POSITIONS = 2**31 - 1
 """What a position's int32 can hold."""
 
@@ -108,13 +110,17 @@ class RowCost:
 
     def row_bytes(self, bucket: Bucket) -> int:
         """Keys and values of one row of the bucket, whether it is used or not."""
-        if bucket not in self._bytes:
-            self._bytes[bucket] = sum(
+        found = self._bytes.get(bucket)
+        if found is None:
+            found = sum(
                 layer.position_bytes(bucket.precision)
                 * layer.capacity(bucket.num_positions, ring_capacity(layer.window, self.prefill_chunk_tokens))
                 for layer in self.layers
             )
-        return self._bytes[bucket]
+            if len(self._bytes) >= MAX_REMEMBERED:
+                self._bytes.clear()
+            self._bytes[bucket] = found
+        return found
 
     def max_positions(self, max_bytes: int, precision: KvPrecision = PLAIN) -> int:
         """The longest row that has room in `max_bytes` by itself; 0 if none has."""

@@ -6,6 +6,7 @@ Owned by `serve.cache.rows.BatchRows`, which tells it where rows stand.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +22,10 @@ Groups = Mapping[tuple[Bucket, Bucket], Sequence[Move]]
 """Moves by where they come from and where they go."""
 Stretch = tuple[int, KvPrecision, tuple[mx.array, ...]]
 """Positions of a row as they are stored: the first of them, their precision, parts [H, T, width]."""
+
+
+MAX_FORMS = 16
+"""Forms that a layer keeps at hand; those of rows in use stay whatever their number."""
 
 
 class Store:
@@ -200,8 +205,11 @@ class LayerRows:
 
     def form(self, precision: KvPrecision) -> Form:
         """How rows of that precision are stored here."""
-        precision = self.shape.precision(precision)
+        precision = replace(self.shape.precision(precision), num_plain_layers=0)
         if precision not in self._forms:
+            if len(self._forms) >= MAX_FORMS:
+                used = [store.form for store in self.stores.values()]
+                self._forms = {key: form for key, form in self._forms.items() if form in used}
             key_sizes, value_sizes = (None, None) if self.sizes is None else self.sizes
             self._forms[precision] = Form(
                 make_codec(precision, precision.key_bits, self.shape.key_dim, self._dtype, key_sizes, seed=0),

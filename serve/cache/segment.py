@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 import mlx.core as mx
 
-from serve.cache.precision import PLAIN, KvPrecision
+from serve.cache.precision import KvPrecision
 
 Layers = Mapping[int, tuple[mx.array, ...]]
 """Arrays by number of the layer."""
@@ -131,16 +131,11 @@ def _slice(layers: Layers, start: int, stop: int) -> Layers:
     """Copies of positions [start, stop)."""
     if stop <= start:
         return {}
-    return {layer: tuple(_copy(part[:, start:stop]) for part in parts) for layer, parts in layers.items()}
-
-
-def _copy(view: mx.array) -> mx.array:
-    return mx.contiguous(view)
+    return {
+        layer: tuple(mx.contiguous(part[:, start:stop]) for part in parts) for layer, parts in layers.items()
+    }
 
 
 def total_tokens(segments: Sequence[Segment]) -> int:
     """Tokens of segments that follow each other."""
     return sum(segment.num_tokens for segment in segments)
-
-
-__all__ = ["PLAIN", "Segment", "total_tokens"]

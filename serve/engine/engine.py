@@ -10,6 +10,7 @@ from dataclasses import replace
 from serve import device
 from serve.adapters.bank import Bank
 from serve.adapters.registry import Registry
+from serve.cache.capacity import MAX_REMEMBERED
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import PrefixStats
 from serve.engine.finish import FinishRule
@@ -107,6 +108,8 @@ class Engine:
                 self.model.max_context,
                 budget.row_cost.max_positions(budget.max_bytes, precision),
             )
+            if len(self._max_contexts) >= MAX_REMEMBERED:
+                self._max_contexts.clear()
             self._max_contexts[precision] = found
         return found
 

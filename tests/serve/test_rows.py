@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Iterator
+
 import pytest
 
 import serve as serve  # before mlx: it brings a real BLAS
@@ -362,3 +365,27 @@ def test_a_row_that_outgrows_its_bucket_is_noticed_before_it_writes(network):
 def test_cost_of_nothing_is_nothing():
     assert RowCost().row_bytes(Bucket(PLAIN, 256)) == 0
     assert RowCost().max_positions(0) > 10**9
+
+
+def made_up(number: int) -> Iterator[KvPrecision]:
+    """Precisions that no two requests share: clients may name any."""
+    for index in range(number):
+        yield KvPrecision("affine", 8, 4, 32, start_after=3 * index, num_plain_layers=index)
+
+
+def test_precisions_that_clients_make_up_are_not_remembered_for_ever(network):
+    rows = make_rows(network, prefill_chunk_tokens=16)
+
+    def ask(number: int) -> int:
+        for form in made_up(number):
+            rows.cost.max_positions(1 << 30, form)
+            rows.resize({Bucket(form.at(2**30), 256): 1})
+        rows.clear()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        first, second = ask(500), ask(1000)
+    finally:
+        tracemalloc.stop()
+    assert second - first < 1 << 20
