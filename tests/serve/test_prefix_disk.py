@@ -257,7 +257,7 @@ def test_kill_9_at_any_file_operation_leaves_what_is_right(tmp_path):
             assert sum(files(tmp_path).values()) <= prefix_writer.MAX_DISK_BYTES
             found += prefix_writer.check(cache, Space("base", "", "plain"))
             assert cache.stats().num_disk_errors == 0
-    assert found > 1000
+    assert found > 5000
 
 
 def test_torn_and_foreign_files_are_skipped_and_removed_while_it_runs(tmp_path, caplog):
