@@ -2,7 +2,7 @@
 
 A file is named by its content: base, space, all tokens up to the segment's end. A thread of its own writes, and no
 step waits for it; what it cannot write, or not fast enough, is lost to the disk and to nothing else. The index is
-loaded when the folder is opened; files that it does not know, and rows whose file is not whole, are removed.
+loaded when the folder is opened; files that it does not know, and records whose file is not whole, are removed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,15 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
-from safetensors import SafetensorError, TensorSpec, serialize
 
+from serve.cache.disk_index import FORMAT, Index, Record
 from serve.cache.precision import KvPrecision
+from serve.cache.segment_file import HostArray, from_bytes, read_whole, to_bytes
 from serve.cache.tree import TOKEN_BYTES, Space
 from serve.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "1"
-"""Another one's files are removed. Changes with what is in a file, or what it means."""
 NAME = re.compile(r"kv-[0-9a-f]{40}\.safetensors(\.new)?")
 INDEX, LOCK = "index.sqlite", "lock"
 MAX_PENDING_BYTES = 256 << 20
@@ -44,25 +43,6 @@ MAX_PENDING = 256
 CLOSE_TIMEOUT_S = 30.0
 HEADER_BYTES = 16 << 10
 """More than a file has beside its arrays; what it really has is counted when it is written."""
-DTYPES = {
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "F32": "float32",
-    "U8": "uint8",
-    "U32": "uint32",
-    "I32": "int32",
-}
-"""Names in a file, and those that its writer takes."""
-
-
-class HostArray(NamedTuple):
-    """An array's bytes, as they are in memory: row after row."""
-
-    dtype: str
-    """One of DTYPES' values."""
-    shape: tuple[int, ...]
-    data: Any
-    """A buffer."""
 
 
 class Codec(Protocol):
@@ -200,7 +180,7 @@ class Disk:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = _lock(folder)
-            self._index = _Index(folder / INDEX, fingerprint)
+            self._index = Index(folder / INDEX, fingerprint)
             self._found = self._take_stock()
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"prefix_cache_dir {folder} cannot be used: {error}") from error
@@ -263,10 +243,10 @@ class Disk:
         if file.payload is not None:
             return file.payload
         try:
-            data = _read_whole(self.folder / file.name, file.num_bytes)
+            data = read_whole(self.folder / file.name, file.num_bytes)
             if zlib.crc32(data) != file.checksum:
                 raise ValueError("its checksum is another")
-            return self._codec.load(*_parse(data))
+            return self._codec.load(*from_bytes(data))
         except (OSError, ValueError, LookupError, TypeError) as error:
             self._tell("read", f"{self.folder / file.name} cannot be read, and is computed anew: {error}")
             return None
@@ -321,43 +301,43 @@ class Disk:
 
     # At the start
 
-    def _take_stock(self) -> list[_Row]:
-        """Rows whose files are there; all else of ours is removed."""
-        rows = {f"kv-{row.key}.safetensors": row for row in self._index.rows()}
+    def _take_stock(self) -> list[Record]:
+        """Records whose files are there; all else of ours is removed."""
+        records = {f"kv-{record.key}.safetensors": record for record in self._index.records()}
         there = {entry.name: entry for entry in os.scandir(self.folder) if NAME.fullmatch(entry.name)}
         whole = {
             name
-            for name, row in rows.items()
-            if name in there and there[name].stat().st_size == row.num_bytes
+            for name, record in records.items()
+            if name in there and there[name].stat().st_size == record.num_bytes
         }
-        self._index.delete([row.key for name, row in rows.items() if name not in whole])
+        self._index.delete([record.key for name, record in records.items() if name not in whole])
         for name in there.keys() - whole:
             (self.folder / name).unlink()
-        return [rows[name] for name in whole]
+        return [records[name] for name in whole]
 
-    def _texts(self, rows: list[_Row]) -> Iterator[tuple[Space, bytes, StoredFile]]:
-        """Rows with the tokens before them, which are another row's, or the first of them."""
+    def _texts(self, records: list[Record]) -> Iterator[tuple[Space, bytes, StoredFile]]:
+        """Records with the tokens before them, which are another's, or the first of them."""
         starts: dict[str, set[int]] = {}
-        behind: dict[bytes, list[_Row]] = {}
-        for row in rows:
-            starts.setdefault(row.space, set()).add(row.start)
-            if row.start > 0:
-                behind.setdefault(row.digest, []).append(row)
+        behind: dict[bytes, list[Record]] = {}
+        for record in records:
+            starts.setdefault(record.space, set()).add(record.start)
+            if record.start > 0:
+                behind.setdefault(record.digest, []).append(record)
         ordered = {space: sorted(each) for space, each in starts.items()}
-        stack = [(row, b"") for row in rows if row.start == 0]
+        stack = [(record, b"") for record in records if record.start == 0]
         while stack:
-            row, before = stack.pop()
-            tokens, space = before + row.tokens, _space(row.space)
-            first = bisect_right(ordered[row.space], row.start)
-            last = bisect_right(ordered[row.space], len(tokens) // TOKEN_BYTES)
-            ends = ordered[row.space][first:last]
+            record, before = stack.pop()
+            tokens, space = before + record.tokens, _space(record.space)
+            first = bisect_right(ordered[record.space], record.start)
+            last = bisect_right(ordered[record.space], len(tokens) // TOKEN_BYTES)
+            ends = ordered[record.space][first:last]
             for end, digest in zip(ends, self._digests(space, tokens, ends), strict=True):
                 stack += [(child, tokens[: end * TOKEN_BYTES]) for child in behind.pop(digest, ())]
-            file = row.file()
+            file = _file(record)
             self.num_bytes += file.num_bytes
             yield space, tokens, file
         with self._condition:
-            self._removals += [row.key for orphans in behind.values() for row in orphans]
+            self._removals += [record.key for orphans in behind.values() for record in orphans]
             self._condition.notify_all()
 
     def _digest(self, space: Space, tokens: bytes) -> bytes:
@@ -416,7 +396,7 @@ class Disk:
             "space": write.space,
             "tokens": " ".join(map(str, np.frombuffer(write.tokens, np.int32))),
         }
-        data = _serialize(arrays, meta)
+        data = to_bytes(arrays, meta)
         path = self.folder / file.name
         new = path.with_name(f"{file.name}.new")
         try:
@@ -426,7 +406,7 @@ class Disk:
                 os.fsync(stream.fileno())
             os.replace(new, path)
             file.checksum = zlib.crc32(data)
-            self._index.add(write, len(data))
+            self._index.add(_record(write, len(data)))
         except BaseException:
             for left in (new, path):
                 with contextlib.suppress(OSError):
@@ -435,7 +415,7 @@ class Disk:
         return len(data)
 
     def _clean(self, removals: list[str], uses: Mapping[str, float]) -> None:
-        # The row first: a file without a row is removed at the next start, and a row without a file is found then.
+        # The record first: a file without one is removed at the next start, and one without a file is found then.
         self._index.touch(uses)
         self._index.delete(removals)
         for key in removals:
@@ -466,114 +446,36 @@ class Disk:
             self._outcomes.put((write.file, None))
 
 
-class _Row(NamedTuple):
-    """A row of the index."""
-
-    key: str
-    space: str
-    digest: bytes
-    start: int
-    tokens: bytes
-    num_window_tokens: int
-    has_state: int
-    precision: str
-    num_bytes: int
-    checksum: int
-    used_at: float
-
-    def file(self) -> StoredFile:
-        """As it is in the folder."""
-        return StoredFile(
-            self.key,
-            self.start,
-            len(self.tokens) // TOKEN_BYTES,
-            self.num_window_tokens,
-            bool(self.has_state),
-            KvPrecision(**json.loads(self.precision)),
-            self.num_bytes,
-            self.checksum,
-            self.used_at,
-        )
+def _record(write: _Write, num_bytes: int) -> Record:
+    file = write.file
+    return Record(
+        file.key,
+        write.space,
+        write.digest,
+        file.start,
+        write.tokens,
+        file.num_window_tokens,
+        int(file.has_state),
+        json.dumps(asdict(file.precision)),
+        num_bytes,
+        file.checksum,
+        file.used_at,
+    )
 
 
-class _Index:
-    """What is in the folder. One that cannot be read, or is another format's or base's, begins anew."""
-
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self._path = path
-        try:
-            self._open()
-            said = dict(self._connection.execute("SELECT name, value FROM facts"))
-            problems = self._connection.execute("PRAGMA quick_check").fetchall()
-        except sqlite3.DatabaseError as error:
-            said, problems = {}, [error]
-        facts = {"format": FORMAT, "fingerprint": fingerprint}
-        if said != facts:
-            if said or problems not in ([], [("ok",)]):
-                logger.warning("%s is another base's or not whole; its prefixes are removed", path)
-            self._start_anew(facts)
-
-    def rows(self) -> list[_Row]:
-        """All that can be read."""
-        return [_Row(*values) for values in self._connection.execute("SELECT * FROM segments")]
-
-    def add(self, write: _Write, num_bytes: int) -> None:
-        """A file is there."""
-        file = write.file
-        values = _Row(
-            file.key,
-            write.space,
-            write.digest,
-            file.start,
-            write.tokens,
-            file.num_window_tokens,
-            int(file.has_state),
-            json.dumps(asdict(file.precision)),
-            num_bytes,
-            file.checksum,
-            file.used_at,
-        )
-        marks = ", ".join("?" * len(values))
-        with self._connection:
-            self._connection.execute(f"INSERT OR REPLACE INTO segments VALUES ({marks})", values)
-
-    def delete(self, keys: list[str]) -> None:
-        """Files that are to go."""
-        if keys:
-            with self._connection:
-                self._connection.executemany("DELETE FROM segments WHERE key = ?", [(key,) for key in keys])
-
-    def touch(self, uses: Mapping[str, float]) -> None:
-        """Times of last uses, by key."""
-        if uses:
-            values = [(used_at, key) for key, used_at in uses.items()]
-            with self._connection:
-                self._connection.executemany("UPDATE segments SET used_at = ? WHERE key = ?", values)
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._connection.close()
-
-    def _open(self) -> None:
-        self._connection = sqlite3.connect(self._path, check_same_thread=False)
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = NORMAL")
-        self._connection.execute("PRAGMA journal_size_limit = 1048576")
-        with self._connection:
-            self._connection.execute("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT)")
-
-    def _start_anew(self, facts: Mapping[str, str]) -> None:
-        self._connection.close()
-        for suffix in ("", "-wal", "-shm"):
-            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
-        self._open()
-        with self._connection:
-            self._connection.execute(
-                "CREATE TABLE segments (key TEXT PRIMARY KEY, space TEXT, digest BLOB, start INTEGER, tokens BLOB, "
-                "num_window_tokens INTEGER, has_state INTEGER, precision TEXT, num_bytes INTEGER, checksum INTEGER, "
-                "used_at REAL)"
-            )
-            self._connection.executemany("INSERT INTO facts VALUES (?, ?)", list(facts.items()))
+def _file(record: Record) -> StoredFile:
+    """As it is in the folder."""
+    return StoredFile(
+        record.key,
+        record.start,
+        len(record.tokens) // TOKEN_BYTES,
+        record.num_window_tokens,
+        bool(record.has_state),
+        KvPrecision(**json.loads(record.precision)),
+        record.num_bytes,
+        record.checksum,
+        record.used_at,
+    )
 
 
 def _lock(folder: Path) -> IO[str]:
@@ -597,49 +499,3 @@ def _lock(folder: Path) -> IO[str]:
 def _space(said: str) -> Space:
     values = json.loads(said)
     return Space._make([*values[:-1], tuple(values[-1])])
-
-
-def _serialize(arrays: Mapping[str, HostArray], meta: Mapping[str, str]) -> bytes:
-    """A safetensors file."""
-    buffers = {name: np.frombuffer(array.data, np.uint8) for name, array in arrays.items()}
-    specs = {
-        name: TensorSpec(
-            dtype=array.dtype,
-            shape=array.shape,
-            data_ptr=buffers[name].ctypes.data,
-            data_len=buffers[name].nbytes,
-        )
-        for name, array in arrays.items()
-    }
-    try:
-        return bytes(serialize(specs, metadata=dict(meta)))
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-
-
-def _parse(data: bytearray) -> tuple[dict[str, HostArray], dict[str, str]]:
-    """What `_serialize` was given; nothing is copied."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    meta = header.pop("__metadata__", {})
-    body = memoryview(data)[8 + size :]
-    arrays = {
-        name: HostArray(DTYPES[said["dtype"]], tuple(said["shape"]), body[slice(*said["data_offsets"])])
-        for name, said in header.items()
-    }
-    return arrays, meta
-
-
-def _read_whole(path: Path, num_bytes: int) -> bytearray:
-    data = bytearray(num_bytes)
-    with path.open("rb", buffering=0) as stream:
-        length = os.fstat(stream.fileno()).st_size
-        if length != num_bytes:
-            raise ValueError(f"it has {length} bytes, expected {num_bytes}")
-        view, position = memoryview(data), 0
-        while position < num_bytes:
-            count = stream.readinto(view[position:])
-            if not count:
-                raise ValueError(f"it ends after {position} of {num_bytes} bytes")
-            position += count
-    return data

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-from serve.cache.disk import DTYPES, HostArray
 from serve.cache.segment import Segment
+from serve.cache.segment_file import DTYPES, HostArray
 
 MLX_TYPES = {name: getattr(mx, name) for name in DTYPES.values()}
 NUMPY_TYPES = {mx.bfloat16: np.uint16}

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from serve.cache.disk import HostArray
 from serve.cache.precision import PLAIN, KvPrecision
+from serve.cache.segment_file import HostArray
 
 
 def values_of(tokens: Sequence[int]) -> np.ndarray:
