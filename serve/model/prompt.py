@@ -1,23 +1,94 @@
-"""A prompt as the engine takes it: token ids, and the media they refer to. No text and no template here."""
+"""A prompt as the engine takes it: token ids, the media that fill their placeholders, and where its tokens stand.
+
+Plain host data: no text, no template, no array of the device. Token ids are expanded already: a picture that the
+tower turns into n vectors has n placeholders among them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import hashlib
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+MediaKind = Literal["image", "video", "audio"]
+
+KEY_BYTES = 8
+"""Of one token's key."""
+_SIGN = 0x80
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Media:
-    """One picture of a prompt, still encoded. `sha256` is of `data`; caches are keyed by it."""
+    """What a tower encodes in one call: a picture, a few frames of a clip, a stretch of sound.
 
-    kind: Literal["image"]
-    data: bytes
-    sha256: str
+    key          sha256, in hex, of the decoded content and of all settings it was processed with: equal keys have
+                 equal features, whatever file or address they came from
+    positions    [n] int32, ascending: where its placeholders stand among the prompt's tokens
+    inputs       what the family's `get_input_embeddings` takes besides ids, by name, of this piece alone
+    num_patches  what encoding costs, in the tower's own tokens
+    """
+
+    kind: MediaKind
+    key: str
+    positions: np.ndarray
+    inputs: Mapping[str, np.ndarray] = field(repr=False)
+    num_patches: int
+
+    @property
+    def start(self) -> int:
+        """Position of its first placeholder."""
+        return int(self.positions[0])
+
+    @property
+    def stop(self) -> int:
+        """Behind its last placeholder."""
+        return int(self.positions[-1]) + 1
 
 
-@dataclass(frozen=True)
+class Rope(NamedTuple):
+    """Where tokens stand for families that turn keys by several positions (M-RoPE).
+
+    positions  [3, L] int32: temporal, height and width
+    delta      a token at index i ≥ L of the sequence stands at i + delta, in all three
+    """
+
+    positions: np.ndarray
+    delta: int
+
+
+@dataclass(frozen=True, eq=False)
 class Prompt:
-    """What a forward starts from. `token_ids` already hold the placeholders that `media` fill."""
+    """What a forward starts from.
+
+    media   in the order of their first placeholders; no placeholder belongs to two
+    rope    None: token i stands at i
+    blocks  ranges [a, b) of tokens that see one another, whatever their order; they do not overlap. What is computed,
+            kept or restored never ends inside one
+    """
 
     token_ids: tuple[int, ...]
     media: tuple[Media, ...] = ()
+    rope: Rope | None = None
+    blocks: tuple[tuple[int, int], ...] = ()
+
+    @cached_property
+    def keys(self) -> array[int]:
+        """By which a prefix knows the tokens: their ids; at placeholders negative numbers that follow from the media's
+        key and the placeholder's number in it, 63 bits each."""
+        keys = array("q", self.token_ids)
+        for media in self.media:
+            size = KEY_BYTES * len(media.positions)
+            stream = bytearray(hashlib.shake_256(media.key.encode()).digest(size))
+            stream[KEY_BYTES - 1 :: KEY_BYTES] = bytes(
+                byte | _SIGN for byte in stream[KEY_BYTES - 1 :: KEY_BYTES]
+            )
+            for position, key in zip(
+                media.positions.tolist(), np.frombuffer(stream, dtype="<i8").tolist(), strict=True
+            ):
+                keys[position] = key
+        return keys
