@@ -1,7 +1,7 @@
 """What rows a family needs: a network in; its rows, what they cost, and proof that they hold its past, out.
 
-Families are told apart by what they do, not by name: by the cache that mlx-lm makes for them, by what stands in it
-after a few tokens, and by comparing a small batch with it.
+Families are told apart by what they do, not by name: by the cache that their own code makes for them, by what
+stands in it after a few tokens, and by comparing a small batch with it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import CacheList
 
 from serve.cache.attention import install
 from serve.cache.capacity import Bucket, LayerShape, Move, Place, RowCost, ring_capacity
@@ -22,7 +22,8 @@ from serve.cache.rows import BatchRows
 from serve.cache.spans import Span, SpanPart
 from serve.cache.states import StateRows
 from serve.errors import ModelError
-from serve.model.network import TextNetwork, evaluating
+from serve.model.network import Network, evaluating
+from serve.model.past import is_full, is_list, is_state, is_window, parts_of, window_of
 
 SAMPLE_TOKENS = 48
 """Tokens that shapes, and the sizes of channels, are measured on."""
@@ -39,12 +40,12 @@ MODES = ((False, 1), (True, 1), (True, 2))
 """What the layers of a family may need, best first: (plain arrays, axes of its scores before the tokens)."""
 
 
-def make_rows(network: TextNetwork, *, prefill_chunk_tokens: int) -> BatchRows:
+def make_rows(network: Network, *, prefill_chunk_tokens: int) -> BatchRows:
     """Empty rows for every layer, by what the family's own cache is and what it holds after a few tokens.
 
     Raises ModelError where a layer's past cannot be held as rows, with the reason. `prove` must follow.
     """
-    own = make_prompt_cache(network.module)
+    own = network.make_cache()
     for index, cache in enumerate(own):
         if not _can_be_rows(cache):
             raise ModelError(
@@ -54,24 +55,21 @@ def make_rows(network: TextNetwork, *, prefill_chunk_tokens: int) -> BatchRows:
     with evaluating(network):
         mx.eval(network.hidden(mx.array([_sample(network.vocab_size)]), cache=own))
     install(network.module)
-    parts = [part for cache in own for part in _parts(cache)]
-    num_full = sum(type(part) is KVCache and not part.empty() for part in parts)
+    parts = [part for cache in own for part in parts_of(cache)]
+    num_full = sum(is_full(part) and not part.empty() for part in parts)
     layers: list[LayerRows | StateRows] = []
     depth = num_full
     for part in parts:
-        if type(part) is ArraysCache:
+        if is_state(part):
             layers.append(StateRows(len(part.cache)))
             continue
-        depth -= type(part) is KVCache and not part.empty()
+        depth -= is_full(part) and not part.empty()
         layers.append(_layer_rows(part, depth, prefill_chunk_tokens))
     rows = iter(layers)
     caches = [
-        CacheList(*(next(rows) for _ in cache.caches)) if type(cache) is CacheList else next(rows)
-        for cache in own
+        CacheList(*(next(rows) for _ in cache.caches)) if is_list(cache) else next(rows) for cache in own
     ]
-    states = [
-        array for part in parts if type(part) is ArraysCache for array in part.cache if array is not None
-    ]
+    states = [array for part in parts if is_state(part) for array in part.cache if array is not None]
     cost = RowCost(
         tuple(layer.shape for layer in layers if isinstance(layer, LayerRows) and layer.is_used),
         state_bytes=2 * sum(array.nbytes for array in states),
@@ -81,23 +79,17 @@ def make_rows(network: TextNetwork, *, prefill_chunk_tokens: int) -> BatchRows:
 
 
 def _can_be_rows(cache: Any) -> bool:
-    if type(cache) is RotatingKVCache:
-        return bool(cache.keep == 0)
     # Key-value caches alone in a list are those of sparse attention, whose choice of keys a short proof cannot reach.
-    if type(cache) is CacheList and any(type(part) is ArraysCache for part in cache.caches):
-        return all(_can_be_rows(part) for part in cache.caches)
-    return type(cache) in (KVCache, ArraysCache)
-
-
-def _parts(cache: Any) -> Sequence[Any]:
-    return cache.caches if type(cache) is CacheList else [cache]
+    if is_list(cache) and any(is_state(part) for part in parts_of(cache)):
+        return all(_can_be_rows(part) for part in parts_of(cache))
+    return is_full(cache) or is_window(cache) or is_state(cache)
 
 
 def _layer_rows(cache: Any, depth: int, prefill_chunk_tokens: int) -> LayerRows:
     if cache.empty():
         return LayerRows(None)
     keys, values = cache.keys[..., : cache.offset, :], cache.values[..., : cache.offset, :]
-    window = cache.max_size if type(cache) is RotatingKVCache else None
+    window = window_of(cache)
     shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype.size, window, depth)
     sizes = tuple(np.asarray(mx.abs(part.astype(mx.float32)).mean(axis=(0, 1, 2))) for part in (keys, values))
     return LayerRows(
@@ -118,7 +110,7 @@ def _sample(vocab_size: int) -> list[int]:
 # Proof
 
 
-def _prove(network: TextNetwork, rows: BatchRows) -> None:
+def _prove(network: Network, rows: BatchRows) -> None:
     """Raise ModelError unless rows equal the family's own cache. Leaves the rows empty.
 
     Three histories run in one batch as requests do: beginning together and later, in two buckets, in chunks and one
@@ -139,7 +131,7 @@ def _prove(network: TextNetwork, rows: BatchRows) -> None:
     raise ModelError(f"{_family(network)}: its rows cannot be batched: {reason}")
 
 
-def _problem(network: TextNetwork, rows: BatchRows) -> tuple[str, bool] | None:
+def _problem(network: Network, rows: BatchRows) -> tuple[str, bool] | None:
     """What is wrong with the rows, and whether it is about numbers."""
     try:
         found = _in_company(network, rows)
@@ -160,7 +152,7 @@ def _problem(network: TextNetwork, rows: BatchRows) -> tuple[str, bool] | None:
     ), True
 
 
-def _in_company(network: TextNetwork, rows: BatchRows) -> mx.array:
+def _in_company(network: Network, rows: BatchRows) -> mx.array:
     """[3, D]: the last hidden states of the histories, from one batch."""
     first, second, third = (_tokens(index) for index in range(len(HISTORY_CHUNKS)))
     short, long = Bucket(PLAIN, 16), Bucket(PLAIN, 24)
@@ -194,7 +186,7 @@ Parts = Sequence[tuple[Bucket, list[int], list[int]]]
 
 
 def _runner(
-    network: TextNetwork, rows: BatchRows
+    network: Network, rows: BatchRows
 ) -> Callable[[Parts, list[list[int]], list[int], int], mx.array]:
     def run(parts: Parts, tokens: list[list[int]], state_rows: list[int], num_state_rows: int) -> mx.array:
         return _forward(network, rows, _span(parts, len(tokens[0]), state_rows, num_state_rows), tokens)
@@ -214,16 +206,16 @@ def _span(parts: Parts, num_tokens: int, state_rows: list[int], num_state_rows: 
     )
 
 
-def _forward(network: TextNetwork, rows: BatchRows, span: Span, tokens: list[list[int]]) -> mx.array:
+def _forward(network: Network, rows: BatchRows, span: Span, tokens: list[list[int]]) -> mx.array:
     rows.set_span(span)
     hidden = network.hidden(mx.array(tokens), cache=rows.caches)
     mx.eval(hidden, rows.arrays())
     return hidden
 
 
-def _alone(network: TextNetwork, index: int) -> mx.array:
+def _alone(network: Network, index: int) -> mx.array:
     """[D]: the last hidden state of one history, from the family's own cache, in the same chunks."""
-    cache = make_prompt_cache(network.module)
+    cache = network.make_cache()
     tokens = mx.array([[*_tokens(index), *SHARED_TOKENS]])
     start = 0
     for width in (*HISTORY_CHUNKS[index], *(1 for _ in SHARED_TOKENS)):
@@ -241,5 +233,5 @@ def _size(values: mx.array) -> float:
     return float(np.sqrt(np.mean(np.square(np.asarray(values.astype(mx.float32))))))
 
 
-def _family(network: TextNetwork) -> str:
+def _family(network: Network) -> str:
     return type(network.module).__module__
