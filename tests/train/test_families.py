@@ -316,7 +316,9 @@ def test_every_family(column, family, trained_of):
 
 def table() -> Iterator[str]:
     """The lines of the table, each cell proven now."""
-    spec = importlib.util.spec_from_file_location("conftest", Path(__file__).parents[1] / "conftest.py")
+    tests = Path(__file__).parents[1]
+    sys.path.append(str(tests / "support"))
+    spec = importlib.util.spec_from_file_location("conftest", tests / "conftest.py")
     assert spec is not None
     assert spec.loader is not None
     conftest = importlib.util.module_from_spec(spec)
