@@ -18,7 +18,7 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.adapters.base import load_base
 from train.adapters.build import build_adapted
 from train.foresee.preflight import prepare
@@ -26,7 +26,7 @@ from train.loop.build import optimizer_of
 from train.recipe.recipe import Recipe, load_recipe
 
 
-def mean_loss(network: TextNetwork, tokens: mx.array, is_target: mx.array) -> mx.array:
+def mean_loss(network: Network, tokens: mx.array, is_target: mx.array) -> mx.array:
     """Negative log-likelihood of a batch's targets, in nats each: tokens, is_target [B, T]. A scalar."""
     logits = network.module(tokens[:, :-1]).astype(
         mx.float32

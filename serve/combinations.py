@@ -26,7 +26,7 @@ from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Event, Request, Sampling
 from serve.errors import GenerationError, LatheError, RequestError
 from serve.model.loading import load
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from serve.model.prompt import Prompt
 from serve.model.weights import expert_modules, linear_modules, linear_shape, squared_row_norms
 from serve.tables import Table
@@ -323,7 +323,7 @@ class _Tried:
         return _Pair(engine, versions[name], row, column, self._earlier.setdefault(name, {}))
 
 
-def _prompt(network: TextNetwork, seed: int) -> tuple[int, ...]:
+def _prompt(network: Network, seed: int) -> tuple[int, ...]:
     highest = min(network.vocab_size, LARGEST_ID)
     return tuple(np.random.default_rng(seed).integers(0, highest, PROMPT_TOKENS).tolist())
 
@@ -331,7 +331,7 @@ def _prompt(network: TextNetwork, seed: int) -> tuple[int, ...]:
 # Random adapters
 
 
-def write_adapters(network: TextNetwork, folder: Path) -> dict[str, Path]:
+def write_adapters(network: Network, folder: Path) -> dict[str, Path]:
     """One of each kind that the network takes: kind -> folder. Small, on its first and its last layers."""
     linears, experts = linear_modules(network.module), expert_modules(network.module)
     kinds: dict[str, tuple[FineTuneType, Mapping[str, nn.Module]]] = {
@@ -364,7 +364,7 @@ def _update(path: str, module: nn.Module, kind: FineTuneType, key: mx.array) -> 
     return tensors
 
 
-def _ends(network: TextNetwork, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _ends(network: Network, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Those of the first and the last layer that has any."""
     owned = [
         {path: module for path, module in modules.items() if any(module is part for part in layer.modules())}

@@ -27,6 +27,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from vlm_families import Reference, write_random_lora, write_vlm
 
 from serve.adapters.manifest import AdapterConfig, write_adapter
 from serve.cache.precision import PLAIN, KvPrecision
@@ -219,6 +220,40 @@ def recurrent_folder(make_model: Callable[..., Path]) -> Callable[[str], Path]:
         return folders[name]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def vlm_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """vlm_folder(family) → folder of a lively random model of one of VLM_FAMILIES, made once."""
+    root = tmp_path_factory.mktemp("vlm")
+    return cache(lambda family: write_vlm(family, root / family))
+
+
+@pytest.fixture(scope="session")
+def vlm_reference(vlm_folder: Callable[[str], Path]) -> Callable[..., Reference]:
+    """vlm_reference(family, adapter=None) → mlx-vlm's own code over that model, the adapter's folder merged into it.
+
+    The plain one is shared, and holds the model as mlx-vlm loads it: nobody wraps its layers.
+    """
+    plain = cache(lambda family: Reference(vlm_folder(family)))
+    return lambda family, adapter=None: Reference(vlm_folder(family), adapter) if adapter else plain(family)
+
+
+@pytest.fixture(scope="session")
+def make_vlm_adapter(
+    vlm_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """make_vlm_adapter(family, seed, **as write_random_lora) → folder of a random adapter of that model."""
+    root = tmp_path_factory.mktemp("vlm-adapters")
+
+    def make(family: str, seed: int, **options: object) -> Path:
+        name = "-".join([family, str(seed), *(f"{key}={value}" for key, value in sorted(options.items()))])
+        folder = root / name.replace("/", "_")
+        if not folder.exists():
+            write_random_lora(vlm_folder(family), folder, seed=seed, **options)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

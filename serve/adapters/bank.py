@@ -19,7 +19,7 @@ from serve.adapters.fit import LowRank, Size
 from serve.adapters.lora import LANES, banked_delta, gathered_update
 from serve.adapters.slots import RowSlots
 from serve.adapters.stack import Group, Stack
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from serve.model.weights import expert_modules, linear_modules, linear_shape
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class BankedExperts(Banked):
 class Bank:
     """All adapter weights on the device. A module is wrapped at first use, and its stack is as large as is needed."""
 
-    def __init__(self, network: TextNetwork) -> None:
+    def __init__(self, network: Network) -> None:
         self.rows = RowSlots()
         self.num_changes = 0
         """Grows whenever `num_bytes` may be another: for the thread that owns the bank."""

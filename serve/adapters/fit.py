@@ -12,7 +12,7 @@ import numpy as np
 from serve.adapters.dora import adapted_norms
 from serve.adapters.manifest import AdapterConfig, TensorSpec
 from serve.errors import AdapterError
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from serve.model.weights import (
     EXPERTS,
     expert_modules,
@@ -61,7 +61,7 @@ def check_fit(
     name: str,
     specs: Mapping[str, TensorSpec],
     config: AdapterConfig,
-    network: TextNetwork,
+    network: Network,
     *,
     max_rank: int,
 ) -> dict[str, Size]:
@@ -95,7 +95,7 @@ def fit(
     name: str,
     tensors: Mapping[str, mx.array],
     config: AdapterConfig,
-    network: TextNetwork,
+    network: Network,
     *,
     squared_norms: dict[str, mx.array] | None = None,
 ) -> dict[str, LowRank]:
@@ -122,7 +122,7 @@ def fit(
     return updates
 
 
-def _modules(network: TextNetwork) -> dict[str, nn.Module]:
+def _modules(network: Network) -> dict[str, nn.Module]:
     return {**linear_modules(network.module), **expert_modules(network.module)}
 
 

@@ -22,7 +22,7 @@ from serve.cache.rows import BatchRows
 from serve.cache.spans import Span, SpanPart
 from serve.cache.states import StateRows
 from serve.errors import ModelError
-from serve.model.network import TextNetwork, evaluating
+from serve.model.network import Network, evaluating
 
 SAMPLE_TOKENS = 48
 """Tokens that shapes, and the sizes of channels, are measured on."""
@@ -39,7 +39,7 @@ MODES = ((False, 1), (True, 1), (True, 2))
 """What the layers of a family may need, best first: (plain arrays, axes of its scores before the tokens)."""
 
 
-def make_rows(network: TextNetwork, *, prefill_chunk_tokens: int) -> BatchRows:
+def make_rows(network: Network, *, prefill_chunk_tokens: int) -> BatchRows:
     """Empty rows for every layer, by what the family's own cache is and what it holds after a few tokens.
 
     Raises ModelError where a layer's past cannot be held as rows, with the reason. `prove` must follow.
@@ -118,7 +118,7 @@ def _sample(vocab_size: int) -> list[int]:
 # Proof
 
 
-def _prove(network: TextNetwork, rows: BatchRows) -> None:
+def _prove(network: Network, rows: BatchRows) -> None:
     """Raise ModelError unless rows equal the family's own cache. Leaves the rows empty.
 
     Three histories run in one batch as requests do: beginning together and later, in two buckets, in chunks and one
@@ -139,7 +139,7 @@ def _prove(network: TextNetwork, rows: BatchRows) -> None:
     raise ModelError(f"{_family(network)}: its rows cannot be batched: {reason}")
 
 
-def _problem(network: TextNetwork, rows: BatchRows) -> tuple[str, bool] | None:
+def _problem(network: Network, rows: BatchRows) -> tuple[str, bool] | None:
     """What is wrong with the rows, and whether it is about numbers."""
     try:
         found = _in_company(network, rows)
@@ -160,7 +160,7 @@ def _problem(network: TextNetwork, rows: BatchRows) -> tuple[str, bool] | None:
     ), True
 
 
-def _in_company(network: TextNetwork, rows: BatchRows) -> mx.array:
+def _in_company(network: Network, rows: BatchRows) -> mx.array:
     """[3, D]: the last hidden states of the histories, from one batch."""
     first, second, third = (_tokens(index) for index in range(len(HISTORY_CHUNKS)))
     short, long = Bucket(PLAIN, 16), Bucket(PLAIN, 24)
@@ -194,7 +194,7 @@ Parts = Sequence[tuple[Bucket, list[int], list[int]]]
 
 
 def _runner(
-    network: TextNetwork, rows: BatchRows
+    network: Network, rows: BatchRows
 ) -> Callable[[Parts, list[list[int]], list[int], int], mx.array]:
     def run(parts: Parts, tokens: list[list[int]], state_rows: list[int], num_state_rows: int) -> mx.array:
         return _forward(network, rows, _span(parts, len(tokens[0]), state_rows, num_state_rows), tokens)
@@ -214,14 +214,14 @@ def _span(parts: Parts, num_tokens: int, state_rows: list[int], num_state_rows: 
     )
 
 
-def _forward(network: TextNetwork, rows: BatchRows, span: Span, tokens: list[list[int]]) -> mx.array:
+def _forward(network: Network, rows: BatchRows, span: Span, tokens: list[list[int]]) -> mx.array:
     rows.set_span(span)
     hidden = network.hidden(mx.array(tokens), cache=rows.caches)
     mx.eval(hidden, rows.arrays())
     return hidden
 
 
-def _alone(network: TextNetwork, index: int) -> mx.array:
+def _alone(network: Network, index: int) -> mx.array:
     """[D]: the last hidden state of one history, from the family's own cache, in the same chunks."""
     cache = make_prompt_cache(network.module)
     tokens = mx.array([[*_tokens(index), *SHARED_TOKENS]])
@@ -241,5 +241,5 @@ def _size(values: mx.array) -> float:
     return float(np.sqrt(np.mean(np.square(np.asarray(values.astype(mx.float32))))))
 
 
-def _family(network: TextNetwork) -> str:
+def _family(network: Network) -> str:
     return type(network.module).__module__

@@ -22,7 +22,7 @@ from serve.cache.spans import Span, SpanPart
 from serve.engine.plan import Capture, Chunk, Drawn, Plan, SequenceState
 from serve.engine.request import TokenLogprob
 from serve.engine.sampler import Logprobs, Sampler
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 
 PAD_TOKEN = 0
 
@@ -69,7 +69,7 @@ class Runner:
     """
 
     def __init__(
-        self, network: TextNetwork, bank: Bank, *, prefill_chunk_tokens: int, ahead: bool = False
+        self, network: Network, bank: Bank, *, prefill_chunk_tokens: int, ahead: bool = False
     ) -> None:
         """Raises ModelError where a family's rows cannot be what its own cache is."""
         self._network = network

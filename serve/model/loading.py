@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import load as mlx_lm_load_tokenizer
 
 from serve import device
 from serve.errors import ModelError, NotFoundError
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from serve.model.quantization import Quantization
 from serve.model.weights import QUANTIZED
 from serve.model.weights import dequantize as dequantize_all
@@ -36,7 +36,7 @@ class LoadedModel:
 
     name: str
     path: Path
-    network: TextNetwork
+    network: Network
     tokenizer: TokenizerWrapper
     config: dict[str, Any]
     fingerprint: str
@@ -151,7 +151,7 @@ def _finish(
 ) -> LoadedModel:
     module.eval()
     mx.eval(module.parameters())
-    network = TextNetwork(module)
+    network = Network(module)
     network.check()
     tokenizer = load_tokenizer(str(path), config=config, trust_remote_code=trust_remote_code)
     return LoadedModel(

@@ -1,4 +1,4 @@
-"""A text model as two steps: tokens → hidden states → logits.
+"""A language model, alone or with eyes, as two steps: tokens → hidden states → logits.
 
 mlx-lm's models do both in one call; training wants logits only where a label stands and serving only where a
 token is drawn, so the head (tied or not, with its soft cap and scale) must run by itself.
@@ -33,7 +33,7 @@ class _Passthrough:
         return getattr(self._backbone, name)
 
 
-class TextNetwork:
+class Network:
     """An mlx-lm model, split at its head.
 
     The split calls the family's own code with the backbone replaced by the identity, so nothing of the head is
@@ -121,7 +121,7 @@ class TextNetwork:
 
 
 @contextmanager
-def evaluating(network: TextNetwork) -> Iterator[None]:
+def evaluating(network: Network) -> Iterator[None]:
     """Inside, no dropout, which would also move the random state; afterwards the mode is what it was."""
     was_training = network.module.training
     network.module.eval()

@@ -15,7 +15,7 @@ import numpy as np
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from serve.errors import ModelError
-from serve.model.network import TextNetwork, evaluating
+from serve.model.network import Network, evaluating
 
 PROBE_ROWS = 11
 """No family has 11 heads, so a mask of the wrong rank cannot broadcast by accident."""
@@ -86,7 +86,7 @@ class PackedParts:
         return []
 
 
-def packed_cache(network: TextNetwork, segments: mx.array) -> list[Any]:
+def packed_cache(network: Network, segments: mx.array) -> list[Any]:
     """What `network.hidden(tokens, cache=…)` takes to run packed rows.
 
     segments  [B, T] int32, the document a token belongs to, contiguous within its row; -1 is padding
@@ -95,7 +95,7 @@ def packed_cache(network: TextNetwork, segments: mx.array) -> list[Any]:
     return _cache(network, segments, mask_axes(network), 0)
 
 
-def mask_axes(network: TextNetwork) -> int:
+def mask_axes(network: Network) -> int:
     """Axes the family's scores have between rows and tokens: 1, or 2 where grouped heads stand apart (gemma2).
 
     Found once a network by building a forward, which is never evaluated. ModelError if neither fits.
@@ -118,7 +118,7 @@ def mask_axes(network: TextNetwork) -> int:
     return network.num_head_axes
 
 
-def packing_problem(network: TextNetwork, num_positions: int = PROBE_POSITIONS) -> str | None:
+def packing_problem(network: Network, num_positions: int = PROBE_POSITIONS) -> str | None:
     """Why rows of several documents would not give each document what it gets alone; None if they do.
 
     Nothing is known of families: a few tokens run packed and alone, and far from and at the beginning of a row.
@@ -135,7 +135,7 @@ def packing_problem(network: TextNetwork, num_positions: int = PROBE_POSITIONS) 
             return f"its code needs more of a cache than keys, values and a mask: {error}"
 
 
-def _found_unequal(network: TextNetwork, documents: list[np.ndarray], num_positions: int) -> str | None:
+def _found_unequal(network: Network, documents: list[np.ndarray], num_positions: int) -> str | None:
     alone = [network.hidden(mx.array(document[None]))[0] for document in documents]  # [T, D] each
     shift = max(num_positions - max(PROBE_LENGTHS), 1)
     for offset in (max(PROBE_LENGTHS), shift):
@@ -157,7 +157,7 @@ def _found_unequal(network: TextNetwork, documents: list[np.ndarray], num_positi
     return None
 
 
-def _hidden_at(network: TextNetwork, document: np.ndarray, offset: int) -> mx.array:
+def _hidden_at(network: Network, document: np.ndarray, offset: int) -> mx.array:
     segments = mx.zeros((1, len(document)), dtype=mx.int32)
     cache = _cache(network, segments, mask_axes(network), offset)
     return network.hidden(mx.array(document[None]), cache=cache)[0]
@@ -182,7 +182,7 @@ def _tolerance(dtype: mx.Dtype, position: int) -> float:
     return (2e-3 if dtype == mx.float32 else 5e-2) + position * 2.0**-22
 
 
-def _cache(network: TextNetwork, segments: mx.array, num_head_axes: int, offset: int) -> list[Any]:
+def _cache(network: Network, segments: mx.array, num_head_axes: int, offset: int) -> list[Any]:
     stored = _stateful_layer(network)
     if stored is not None:
         raise ModelError(f"{_family(network)}: {stored}")
@@ -194,7 +194,7 @@ def _cache(network: TextNetwork, segments: mx.array, num_head_axes: int, offset:
     return layers
 
 
-def _stateful_layer(network: TextNetwork) -> str | None:
+def _stateful_layer(network: Network) -> str | None:
     """The first layer whose past is more than keys and values, in words."""
     for index, own in enumerate(make_prompt_cache(network.module)):
         for part in _parts(own):
@@ -218,11 +218,11 @@ def _window(part: object) -> int | None:
     return part.max_size if isinstance(part, RotatingKVCache) else None
 
 
-def _probe_documents(network: TextNetwork) -> list[np.ndarray]:
+def _probe_documents(network: Network) -> list[np.ndarray]:
     num_tokens = network.vocab_size or network.module(mx.zeros((1, 2), dtype=mx.int32)).shape[-1]
     rng = np.random.default_rng(0)
     return [rng.integers(0, num_tokens, length) for length in PROBE_LENGTHS]
 
 
-def _family(network: TextNetwork) -> str:
+def _family(network: Network) -> str:
     return type(network.module).__module__

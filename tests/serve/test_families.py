@@ -23,7 +23,7 @@ from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.errors import ModelError
 from serve.model.loading import load
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 
 COMMON = {
     "hidden_size": 128,
@@ -253,7 +253,7 @@ class RowBatch:
     Buckets have 32, 64, 128 … positions, so that few tokens fill several.
     """
 
-    def __init__(self, network: TextNetwork, chunk_tokens: int = 16) -> None:
+    def __init__(self, network: Network, chunk_tokens: int = 16) -> None:
         self.network = network
         self.rows = make_rows(network, prefill_chunk_tokens=chunk_tokens)
         self.rows.prove()
@@ -395,7 +395,7 @@ def test_a_head_that_cannot_be_run_apart_is_noticed(model):
 
     model.network.module.__class__ = Shifted
     with pytest.raises(ModelError, match="cannot be run apart"):
-        TextNetwork(model.network.module).check()
+        Network(model.network.module).check()
 
 
 def random_tokens(seed: int, count: int) -> list[int]:

@@ -29,7 +29,7 @@ from serve.cache.spans import Span, SpanPart
 from serve.device import backend
 from serve.errors import RequestError
 from serve.model.loading import load
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 
 GEMMA = {
     "model_type": "gemma3_text",
@@ -56,7 +56,7 @@ FORMS = {
 
 
 @pytest.fixture(scope="module")
-def network(make_model) -> TextNetwork:
+def network(make_model) -> Network:
     """A windowed layer and one that sees everything."""
     return load(str(make_model("rows-gemma", GEMMA)), name="gemma").network
 
@@ -66,7 +66,7 @@ def precision(request) -> KvPrecision:
     return FORMS[request.param]
 
 
-def proven(network: TextNetwork) -> BatchRows:
+def proven(network: Network) -> BatchRows:
     """Empty rows."""
     rows = make_rows(network, prefill_chunk_tokens=32)
     rows.prove()
@@ -74,7 +74,7 @@ def proven(network: TextNetwork) -> BatchRows:
     return rows
 
 
-def forward(network: TextNetwork, rows: BatchRows, span: Span, seed: int = 0) -> mx.array:
+def forward(network: Network, rows: BatchRows, span: Span, seed: int = 0) -> mx.array:
     """Hidden states of random tokens, evaluated."""
     mx.random.seed(seed)
     shape = (span.num_rows, span.num_tokens)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm.utils import _get_classes
 
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.data.batches import Batch
 
 VOCAB = 96
@@ -58,25 +58,25 @@ def tiny_config(family: str) -> dict:
 
 
 @pytest.fixture
-def build_network() -> Callable[..., TextNetwork]:
+def build_network() -> Callable[..., Network]:
     """config of an mlx-lm family, seed → a random float32 network; nothing of it is on disk."""
 
-    def build(config: dict, seed: int = 0) -> TextNetwork:
+    def build(config: dict, seed: int = 0) -> Network:
         model_class, args_class = _get_classes(config)
         mx.random.seed(seed)
         module = model_class(args_class.from_dict(config))
         module.set_dtype(mx.float32)
         mx.eval(module.parameters())
-        return TextNetwork(module)
+        return Network(module)
 
     return build
 
 
 @pytest.fixture
-def tiny_network(build_network: Callable[..., TextNetwork]) -> Callable[..., TextNetwork]:
+def tiny_network(build_network: Callable[..., Network]) -> Callable[..., Network]:
     """family, seed, **changes to its config → a random float32 network; weights large enough to be lively."""
 
-    def build(family: str = "qwen3", seed: int = 0, **changes: object) -> TextNetwork:
+    def build(family: str = "qwen3", seed: int = 0, **changes: object) -> Network:
         return build_network({**tiny_config(family), **changes}, seed)
 
     return build

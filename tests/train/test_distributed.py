@@ -232,7 +232,7 @@ import numpy as np
 from dataclasses import replace
 from mlx_lm.models import qwen3
 from serve.errors import ConfigError, TrainingError
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.data.batches import Batch
 from train.loop.distributed import check_same, join, losses_named, share, sum_named
 from train.recipe.orpo import ORPOConfig
@@ -275,7 +275,7 @@ CONFIG = dict(model_type="qwen3", hidden_size=32, num_hidden_layers=1, intermedi
 
 def stepper(group):
     mx.random.seed(0)
-    network = TextNetwork(qwen3.Model(qwen3.ModelArgs.from_dict(CONFIG)))
+    network = Network(qwen3.Model(qwen3.ModelArgs.from_dict(CONFIG)))
     mx.eval(network.module.parameters())
     return Stepper(network, optim.SGD(learning_rate=0.1), ORPO(ORPOConfig()), ranks=group)
 

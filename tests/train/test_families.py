@@ -29,7 +29,7 @@ from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.engine.request import Request, Sampling
 from serve.model.loading import load
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from serve.model.packed import packing_problem
 from serve.model.prompt import Prompt
 from train.adapters.adapt import Adapted, AdapterSettings, adapter_tensors, add_lora, checkpointed_layers
@@ -154,7 +154,7 @@ class Trained:
     family: str
     base: Path
     folder: Path
-    network: TextNetwork
+    network: Network
     adapted: Adapted
     losses: list[float]
     start: dict[str, mx.array]
@@ -263,7 +263,7 @@ def the_loss_is_the_whole_models(trained: Trained) -> str:
     return "equal"
 
 
-def gradients(network: TextNetwork, batches: list[Batch]) -> dict[str, mx.array]:
+def gradients(network: Network, batches: list[Batch]) -> dict[str, mx.array]:
     """Of the mean over the targets of all batches; under "loss", that mean."""
     prepared = [SFT().prepare(batch) for batch in batches]
     total = sum(part.num_units for part in prepared)
@@ -316,7 +316,9 @@ def test_every_family(column, family, trained_of):
 
 def table() -> Iterator[str]:
     """The lines of the table, each cell proven now."""
-    spec = importlib.util.spec_from_file_location("conftest", Path(__file__).parents[1] / "conftest.py")
+    tests = Path(__file__).parents[1]
+    sys.path.append(str(tests / "support"))
+    spec = importlib.util.spec_from_file_location("conftest", tests / "conftest.py")
     assert spec is not None
     assert spec.loader is not None
     conftest = importlib.util.module_from_spec(spec)

@@ -13,7 +13,7 @@ import pytest
 from serve.errors import ConfigError, DataError
 from train.data.rows import Rules, parse_row
 from train.data.sources import read
-from train.recipe.objectives import OBJECTIVES, objectives_of
+from train.recipe.objectives import OBJECTIVES
 from train.recipe.recipe import DatasetSource, Recipe, load_recipe
 
 ASK, SAY = {"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "It left."}
@@ -425,15 +425,6 @@ def test_alpacas_history_is_before_a_pairs_question_and_before_one_alone():
     row = {"instruction": "and now?", "history": [["hi", "hello"]]}
     pair = parse({**row, "chosen": "yes", "rejected": "no"}, "dpo")
     assert [turn["content"] for turn in pair.messages] == ["hi", "hello", "and now?"]
-
-
-@pytest.mark.parametrize("name", ["images", "image", "videos", "video", "audios", "audio"])
-@pytest.mark.parametrize("kind", SAMPLES)
-def test_rows_with_pictures_or_sound_are_refused_by_name(name, kind):
-    row, objective = SAMPLES[kind], objectives_of(kind).split(" or ")[0]
-    assert f"{name}: found" in problem_of({**row, name: ["cat.png"]}, objective)
-    for nothing in (None, [], ""):
-        assert parse({**row, name: nothing}, objective) == parse(row, objective)
 
 
 def test_openais_earlier_names_of_tools_are_tools():

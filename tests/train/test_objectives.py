@@ -24,7 +24,7 @@ from rich.console import Console
 
 from serve import device
 from serve.adapters.manifest import read_tensors
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.adapters.adapt import AdapterSettings, adapters_off, add_lora
 from train.data.batches import Batch
 from train.loop.objective import Objective
@@ -65,10 +65,10 @@ def grpo_config(**knobs: object) -> GRPOConfig:
 
 
 @pytest.fixture
-def adapted(tiny_network) -> Callable[..., TextNetwork]:
+def adapted(tiny_network) -> Callable[..., Network]:
     """adapted(is_fresh=False, dropout=0.0) → a tiny network with LoRA on it; B is random unless it is fresh."""
 
-    def build(*, is_fresh: bool = False, dropout: float = 0.0) -> TextNetwork:
+    def build(*, is_fresh: bool = False, dropout: float = 0.0) -> Network:
         network = tiny_network()
         mx.random.seed(1)
         add_lora(network, AdapterSettings(rank=4, scale=4.0, dropout=dropout))
@@ -86,19 +86,19 @@ def adapted(tiny_network) -> Callable[..., TextNetwork]:
     return build
 
 
-def frozen_of(network: TextNetwork) -> dict[str, np.ndarray]:
+def frozen_of(network: Network) -> dict[str, np.ndarray]:
     trains = dict(tree_flatten(network.module.trainable_parameters()))
     return {n: np.array(v) for n, v in tree_flatten(network.module.parameters()) if n not in trains}
 
 
-def token_logprobs(network: TextNetwork, tokens: np.ndarray, temperature: float = 1.0) -> mx.array:
+def token_logprobs(network: Network, tokens: np.ndarray, temperature: float = 1.0) -> mx.array:
     """[B, T] → [B, T - 1], the plain way: the whole model, all logits."""
     logits = network.module(mx.array(tokens[:, :-1])).astype(mx.float32) / temperature
     normal = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     return mx.take_along_axis(normal, mx.array(tokens[:, 1:, None]), axis=-1)[..., 0]
 
 
-def base_logprobs(network: TextNetwork, tokens: np.ndarray, temperature: float = 1.0) -> object:
+def base_logprobs(network: Network, tokens: np.ndarray, temperature: float = 1.0) -> object:
     with adapters_off(network):
         return torch.from_numpy(np.array(token_logprobs(network, tokens, temperature)))
 
@@ -107,18 +107,18 @@ def mask_of(batch: Batch) -> object:
     return torch.from_numpy(batch.is_target[:, 1:].astype(np.float32))
 
 
-def gradients_of(network: TextNetwork, loss: Callable[[], mx.array]) -> dict[str, np.ndarray]:
+def gradients_of(network: Network, loss: Callable[[], mx.array]) -> dict[str, np.ndarray]:
     _, gradients = nn.value_and_grad(network.module, loss)()
     return {name: np.array(value) for name, value in tree_flatten(gradients)}
 
 
-def our_loss(objective: Objective, network: TextNetwork, batch: Batch) -> mx.array:
+def our_loss(objective: Objective, network: Network, batch: Batch) -> mx.array:
     prepared = objective.prepare(batch, pad=True)
     return objective.loss(network, prepared.arrays(prepared.num_units))[0]
 
 
 def assert_agrees(
-    objective: Objective, network: TextNetwork, batch: Batch, oracle: Callable, temperature: float = 1.0
+    objective: Objective, network: Network, batch: Batch, oracle: Callable, temperature: float = 1.0
 ) -> None:
     """Our loss is the oracle's, and its gradient what autograd says flows into each token's log-probability."""
 

@@ -1,6 +1,6 @@
 """What of a model trains: adapter layers put in place of linear ones, or the weights themselves.
 
-A TextNetwork goes in and is changed in place; out comes what trains, by name. Knows no data and no optimizer.
+A Network goes in and is changed in place; out comes what trains, by name. Knows no data and no optimizer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from serve.adapters.dora import DoRALinear
 from serve.adapters.experts import LoRAExperts
 from serve.adapters.lora import LEAVES, AdaptedLayer, LoRALinear
 from serve.errors import AdapterError, ConfigError
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from serve.model.weights import EXPERTS, QUANTIZED, linear_shape
 from train.adapters.buffers import freeze_buffers
 from train.adapters.keys import HEADS, Layout, choose, last_layers, layout_of
@@ -67,7 +67,7 @@ class AdapterSettings:
 
 
 def add_lora(
-    network: TextNetwork,
+    network: Network,
     settings: AdapterSettings,
     *,
     is_restored: bool = False,
@@ -150,13 +150,13 @@ def _without_experts(chosen: set[str], keys: Sequence[str] | str | None, layout:
     )
 
 
-def adapted_layers(network: TextNetwork) -> dict[str, AdaptedLayer]:
+def adapted_layers(network: Network) -> dict[str, AdaptedLayer]:
     """Every layer with an adapter, by its path in the mlx-lm model."""
     return {path: m for path, m in network.module.named_modules() if isinstance(m, AdaptedLayer)}
 
 
 @contextmanager
-def adapters_off(network: TextNetwork) -> Iterator[None]:
+def adapters_off(network: Network) -> Iterator[None]:
     """Inside, every adapted layer is its base layer: the reference model, without a second copy of it.
 
     ConfigError where the weights themselves train: their former values are gone.
@@ -177,7 +177,7 @@ def adapters_off(network: TextNetwork) -> Iterator[None]:
             layer.is_on = was_on
 
 
-def train_all(network: TextNetwork, *, num_layers: int = -1, is_sketch: bool = False) -> Adapted:
+def train_all(network: Network, *, num_layers: int = -1, is_sketch: bool = False) -> Adapted:
     """Make the weights themselves train: all of them (-1), or those of the last `num_layers` blocks.
 
     What a family means as buffers does not train, see `buffers`; a sketch, which has no weights, is not looked at.
@@ -210,12 +210,12 @@ def _listed(paths: Sequence[str]) -> str:
     return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
 
 
-def trainable_tensors(network: TextNetwork) -> dict[str, mx.array]:
+def trainable_tensors(network: Network) -> dict[str, mx.array]:
     """What the optimizer moves: trainable tensors by their path in the mlx-lm model."""
     return dict(tree_flatten(network.module.trainable_parameters()))
 
 
-def adapter_tensors(network: TextNetwork) -> dict[str, mx.array]:
+def adapter_tensors(network: Network) -> dict[str, mx.array]:
     """What an adapter folder holds: of each adapted layer its tensors, else what trains."""
     layers = adapted_layers(network)
     if not layers:
@@ -226,7 +226,7 @@ def adapter_tensors(network: TextNetwork) -> dict[str, mx.array]:
 
 
 def set_tensors(
-    network: TextNetwork, tensors: dict[str, mx.array], source: str, *, with_frozen: bool = False
+    network: Network, tensors: dict[str, mx.array], source: str, *, with_frozen: bool = False
 ) -> None:
     """The inverse of `adapter_tensors`, bit for bit. AdapterError unless names and shapes are the same.
 
@@ -261,13 +261,13 @@ def set_tensors(
 _EXPORT_FIRST = "does not train here; `lathe export` takes it, and a recipe takes the export as its model"
 
 
-def _frozen_arrays(network: TextNetwork, trained: Mapping[str, mx.array]) -> dict[str, mx.array]:
+def _frozen_arrays(network: Network, trained: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """The model's other arrays: buffers, and layers that do not train."""
     arrays = tree_flatten(network.module.parameters())
     return {name: value for name, value in arrays if name not in trained}
 
 
-def embedding_names(network: TextNetwork) -> frozenset[str]:
+def embedding_names(network: Network) -> frozenset[str]:
     """Parameters of embeddings and of the head: Muon leaves them to AdamW."""
     named = network.module.named_modules()
     paths = [p for p, m in named if isinstance(m, nn.Embedding) or p.rsplit(".", 1)[-1] in HEADS]
@@ -275,7 +275,7 @@ def embedding_names(network: TextNetwork) -> frozenset[str]:
 
 
 @contextmanager
-def checkpointed_layers(network: TextNetwork) -> Iterator[None]:
+def checkpointed_layers(network: Network) -> Iterator[None]:
     """Inside, each layer recomputes its activations in the backward pass (gradient checkpointing).
 
     Each layer *instance* gets a subclass of its class; the class itself is never touched, so other models in the
@@ -306,7 +306,7 @@ def _recomputing(call: Callable) -> Callable:
 
 
 def _adapted(
-    network: TextNetwork,
+    network: Network,
     kind: FineTuneType,
     num_layers: int,
     keys: tuple[str, ...],

@@ -10,13 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from serve.model.weights import EXPERTS
 
 PROBE_TOKENS = 24
 
 
-def freeze_buffers(network: TextNetwork) -> tuple[str, ...]:
+def freeze_buffers(network: Network) -> tuple[str, ...]:
     """Freeze the buffers among what trains. Returns their paths.
 
     Looked for among arrays that the family's own modules hold by themselves: those of linear layers, embeddings,
@@ -49,7 +49,7 @@ def freeze_buffers(network: TextNetwork) -> tuple[str, ...]:
     return tuple(sorted(_joined(path, name) for _, path, name in buffers))
 
 
-def _gradients(network: TextNetwork, candidates: list[tuple[nn.Module, str, str]]) -> dict[str, mx.array]:
+def _gradients(network: Network, candidates: list[tuple[nn.Module, str, str]]) -> dict[str, mx.array]:
     """Of the squared logits of random tokens, by path, for the candidates alone."""
     tokens = mx.random.randint(0, network.vocab_size or 2, (1, PROBE_TOKENS), key=mx.random.key(0))
     arrays = {_joined(path, name): child[name] for child, path, name in candidates}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.adapters.adapt import Adapted, AdapterSettings, add_lora, train_all
 from train.adapters.warm_start import warm_start
 from train.recipe.recipe import Recipe
 
 
 def build_adapted(
-    recipe: Recipe, network: TextNetwork, *, is_restored: bool = False, is_sketch: bool = False
+    recipe: Recipe, network: Network, *, is_restored: bool = False, is_sketch: bool = False
 ) -> Adapted:
     """Change the network into one that trains as the recipe says, from `resume_adapter_file` where there is one.
 

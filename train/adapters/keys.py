@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import mlx.nn as nn
 
 from serve.errors import ConfigError
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from serve.model.weights import LINEAR, expert_modules, linear_modules
 
 ALL_LINEAR = "all-linear"
@@ -35,7 +35,7 @@ class Layout:
         return self.linear | self.experts | self.heads
 
 
-def layout_of(network: TextNetwork, num_layers: int) -> Layout:
+def layout_of(network: Network, num_layers: int) -> Layout:
     """The modules of the last `num_layers` blocks (-1: all), and the head."""
     layout = Layout(last_layers(network.layers, num_layers))
     for layer in layout.layers:

@@ -8,12 +8,12 @@ import mlx.core as mx
 
 from serve.adapters.manifest import TENSORS_FILE, check_whole, content_hash, read_tensors
 from serve.errors import AdapterError
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.adapters.adapt import Adapted, set_tensors
 from train.data.inherited import config_of
 
 
-def warm_start(path: Path, network: TextNetwork, adapted: Adapted) -> None:
+def warm_start(path: Path, network: Network, adapted: Adapted) -> None:
     """Put the weights of an adapter's folder or file in place; the rest of the run starts afresh.
 
     AdapterError where they are of another kind of fine-tune or do not fit.

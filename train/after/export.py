@@ -25,7 +25,7 @@ from serve.adapters.manifest import AdapterConfig, check_whole, read_config, rea
 from serve.errors import AdapterError, ConfigError, StorageError
 from serve.model.loading import DTYPES, LoadedModel, build_random, cast, load, resolve
 from serve.model.loading import read_config as read_model_config
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from serve.model.quantization import Quantization
 from serve.model.weights import dequantize as dequantize_all
 from serve.tables import Table, show, words
@@ -226,7 +226,7 @@ def _check_base(model: LoadedModel, config: AdapterConfig, base: str, is_other_b
     )
 
 
-def fuse(network: TextNetwork) -> None:
+def fuse(network: Network) -> None:
     """Fold every adapted layer into a plain one, and dequantize the rest, in place."""
     fused = [(path, layer.fuse()) for path, layer in adapted_layers(network).items()]
     network.module.update_modules(tree_unflatten(fused))

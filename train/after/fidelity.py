@@ -17,7 +17,7 @@ from serve.engine.generate import generate
 from serve.engine.request import Request, Sampling
 from serve.errors import DataError
 from serve.model.loading import LoadedModel
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from serve.model.prompt import Prompt
 from serve.model.template_rules import make_template
 from train.data.batches import Batch, collate, validation_rows
@@ -177,7 +177,7 @@ def _with_answer(row: TokenizedExample, answer: np.ndarray) -> TokenizedExample:
     return dataclasses.replace(row, token_ids=token_ids, is_target=is_target)
 
 
-def compare(reference: TextNetwork, exported: TextNetwork, batches: Sequence[Batch]) -> dict[str, Any]:
+def compare(reference: Network, exported: Network, batches: Sequence[Batch]) -> dict[str, Any]:
     """Agreement at the targets: what the two networks would say there. DataError where there is no target."""
     same, divergences = 0, []
     for batch in batches:
@@ -198,7 +198,7 @@ def compare(reference: TextNetwork, exported: TextNetwork, batches: Sequence[Bat
     }
 
 
-def log_probabilities(network: TextNetwork, tokens: mx.array, positions: mx.array) -> mx.array:
+def log_probabilities(network: Network, tokens: mx.array, positions: mx.array) -> mx.array:
     """[N, V] float32, normalised."""
     logits = target_logits(network, tokens, positions).astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.data.media import MediaRef
 
 Message = Mapping[str, Any]
 
@@ -35,6 +38,8 @@ class Example:
     """What the chat template is told for this row (`chat_template_kwargs`)."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns, for a reward to look at."""
+    media: tuple[MediaRef, ...] = ()
+    """What stands at the media parts (`{"type": "image"}`) of `messages`, in their order; not opened."""
 
     @property
     def place(self) -> str:

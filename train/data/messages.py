@@ -8,6 +8,7 @@ from typing import Any
 
 from serve.model.messages import HALF, leaves
 from train.data.example import Message
+from train.data.media import PARTS
 
 SHAREGPT_ROLES = {
     "system": "system",
@@ -145,8 +146,8 @@ def _message_problems(message: Any) -> Iterator[str]:
     calls = message.get("tool_calls") or message.get("function_call")
     if isinstance(content, (list, tuple)):
         for index, part in enumerate(content):
-            if not _is_text_part(part):
-                yield f".content.{index}: found {kind_of(part)}; expected {{type: text, text: …}}"
+            if not (_is_text_part(part) or _is_media_part(part)):
+                yield f".content.{index}: found {kind_of(part)}; expected {{type: text, text: …}} or a picture's part"
     elif not isinstance(content, str) and not (content is None and (calls or _reasoning(message))):
         yield f".content: found {kind_of(content)}; expected a string"
     called = message.get("tool_calls")
@@ -179,6 +180,10 @@ def _reasoning(message: Message) -> str | None:
 
 def _is_text_part(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _is_media_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in PARTS
 
 
 def _is_list_of_objects(value: Any) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from serve.errors import DataError
 from train.data.example import Example, Message
+from train.data.media import COLUMNS, PARTS, Gatherer
 from train.data.messages import (
     half_characters,
     kind_of,
@@ -46,6 +48,12 @@ class Rules:
     objective: str = "sft"
     roles: tuple[str, ...] = ()
     needs: tuple[Need, ...] = ()
+
+    def root(self, source: str) -> Path:
+        """Where relative paths of media begin."""
+        if self.entry.media_root is not None:
+            return Path(self.entry.media_root).absolute()
+        return Path(source).absolute().parent if Path(source).is_file() else Path.cwd()
 
     @classmethod
     def of(cls, recipe: Recipe, entry: DatasetSource, needs: tuple[Need, ...] = ()) -> Rules:
@@ -118,12 +126,13 @@ def parse_row(row: Any, rules: Rules, source: str, line: int) -> Example:
     place = f"{source}:{line}"
     if not isinstance(row, Mapping):
         raise DataError(f"{place}: found {kind_of(row)}; expected an object with keys")
+    row = _with_question(row, rules)
     kind = rules.entry.type if rules.entry.type != "auto" else recognise(row, rules)
     if kind not in OBJECTIVES[rules.objective].kinds:
         raise DataError(f"{place}: {unusable(row, rules)}")
     taken = _Row(row, rules)
     _PARSERS[kind](taken)
-    _media(taken)
+    _media(taken, rules.root(source)) if _has_media(row, taken) else None
     if kind != "text":
         _beside(taken)
     if "fields" in taken.parts:
@@ -151,6 +160,7 @@ def recognise(row: Mapping[str, Any], rules: Rules) -> str | None:
 def unusable(row: Mapping[str, Any], rules: Rules) -> str | None:
     """Why no row with these keys can be used, or None."""
     entry, objective = rules.entry, rules.objective
+    row = _with_question(row, rules)
     found = ", ".join(map(str, row)) or "nothing"
     kind = entry.type if entry.type != "auto" else recognise(row, rules)
     if kind is None:
@@ -407,16 +417,51 @@ def _missing(fields: Mapping[str, Any], needs: Sequence[Need]) -> Iterator[str]:
 
 # Keys beside them that change what a row means
 
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+def _has_media(row: Mapping[str, Any], taken: _Row) -> bool:
+    """Whether a row names a picture, a clip or a sound anywhere."""
+    said = [taken.parts.get(name) or () for name in ("messages", "chosen", "rejected")]
+    return any(_is_there(row.get(name)) for name in COLUMNS) or any(
+        _media_parts(turn) for turns in said for turn in turns
+    )
 
 
-def _media(taken: _Row) -> None:
-    for name in MEDIA:
-        if _is_there(taken.get(name)):
-            taken.problems.append(
-                f"{name}: found {kind_of(taken.row[name])}; training reads text alone, and answers may rest on it: "
-                f"take such rows out, or the key"
-            )
+def _media(taken: _Row, root: Path) -> None:
+    """Take the row's media: where they stand in the prompt, and what they are, in that order."""
+    taken.used.update(COLUMNS)
+    if "text" in taken.parts:
+        name = next((name for name in COLUMNS if _is_there(taken.row.get(name))), "")
+        taken.problems.append(
+            f"{name}: found {kind_of(taken.row[name])} beside a text, which has no place for it; write messages"
+        )
+        return
+    for name in ("chosen", "rejected"):
+        if any(_media_parts(turn) for turn in taken.parts.get(name) or ()):
+            taken.problems.append(f"{name}: found a picture or sound in an answer; answers are words")
+    gatherer = Gatherer(taken.row, root)
+    messages, found = gatherer.take(_conversation_of(taken), taken.chat_key())
+    gatherer.finish()
+    taken.parts["messages"], taken.parts["media"] = messages, found
+    taken.problems += gatherer.problems
+    taken.problems += [problem for ref in found for problem in ref.missing()]
+
+
+def _media_parts(turn: Message) -> list[Any]:
+    content = turn.get("content")
+    return (
+        [part for part in content if part.get("type") in PARTS] if isinstance(content, (list, tuple)) else []
+    )
+
+
+def _with_question(row: Mapping[str, Any], rules: Rules) -> Mapping[str, Any]:
+    """mlx-vlm's `question` and `answer` beside pictures, by the names of a prompt and its completion."""
+    words, entry = ("question", "answer"), rules.entry
+    if not any(_is_there(row.get(name)) for name in COLUMNS) or recognise(row, rules) is not None:
+        return row
+    if not all(isinstance(row.get(name), str) for name in words):
+        return row
+    others = {name: value for name, value in row.items() if name not in words}
+    return {**others, entry.prompt_feature: row["question"], entry.completion_feature: row["answer"]}
 
 
 def _beside(taken: _Row) -> None:

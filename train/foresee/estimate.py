@@ -27,7 +27,7 @@ from serve import device
 from serve.adapters.experts import LoRAExperts
 from serve.errors import AdapterError, ConfigError, ModelError
 from serve.model.loading import DTYPES, cast, read_config, resolve
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.adapters.build import build_adapted
 from train.data.batches import num_parts, padded_length
 from train.data.packing import PackedPlan
@@ -198,7 +198,7 @@ def estimate(recipe: Recipe, workload: Workload) -> Estimate:
     )
 
 
-def _unweighted(recipe: Recipe) -> TextNetwork:
+def _unweighted(recipe: Recipe) -> Network:
     """The network as it will train, its arrays never evaluated."""
     config = read_config(resolve(recipe.model))
     model_class, args_class = mlx_lm_utils._get_classes(config)
@@ -213,7 +213,7 @@ def _unweighted(recipe: Recipe) -> TextNetwork:
         nn.quantize(
             module, class_predicate=lambda _, layer: _fits(layer, known.get("group_size", 64)), **known
         )
-    network = TextNetwork(module)
+    network = Network(module)
     build_adapted(recipe, network, is_sketch=True)
     module.train()
     return network
@@ -328,7 +328,7 @@ def _value(name: str, shape: Sequence[int], dtype: mx.Dtype) -> Value:
     return Value(name, tuple(shape), math.prod(shape) * dtype.size)
 
 
-def step_cost(network: TextNetwork, num_rows: int, num_tokens: int, *, recompute: bool) -> Cost:
+def step_cost(network: Network, num_rows: int, num_tokens: int, *, recompute: bool) -> Cost:
     """Forward and backward of the layers on a batch [num_rows, num_tokens], without the head.
 
     recompute  gradient checkpointing: of the layers only their inputs stay, beside one layer's activations
@@ -365,7 +365,7 @@ def step_cost(network: TextNetwork, num_rows: int, num_tokens: int, *, recompute
     return Cost(kept + at_work, cost.flops * 4 / 3, cost.traffic_bytes * 4 / 3, at_work)
 
 
-def _width(network: TextNetwork) -> int:
+def _width(network: Network) -> int:
     """D, by tracing: the width of the hidden states."""
     width: list[int] = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.optimizers as mlx_optim
 
 from serve import device
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.adapters.adapt import embedding_names
 from train.loop.optim import build_optimizer, schedule_of
 from train.loop.step import StepSettings
@@ -13,7 +13,7 @@ from train.loop.trainer import LoopSettings
 from train.recipe.recipe import Recipe
 
 
-def optimizer_of(recipe: Recipe, network: TextNetwork, num_steps: int) -> mlx_optim.Optimizer:
+def optimizer_of(recipe: Recipe, network: Network, num_steps: int) -> mlx_optim.Optimizer:
     """The optimizer with its schedule over `num_steps` updates."""
     return build_optimizer(
         recipe.optimizer,

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.optimizers as mlx_optim
 
 from serve.adapters.manifest import AdapterConfig, Lineage, write_adapter
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.adapters.adapt import Adapted, adapter_tensors, set_tensors
 from train.loop import checkpoint
 from train.loop.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ class Keeper:
     def __init__(
         self,
         recipe: Recipe,
-        network: TextNetwork,
+        network: Network,
         adapted: Adapted,
         optimizer: mlx_optim.Optimizer,
         lineage: Lineage,
@@ -131,7 +131,7 @@ class Keeper:
         )
 
 
-def restore(saved: Checkpoint, network: TextNetwork, optimizer: mlx_optim.Optimizer) -> None:
+def restore(saved: Checkpoint, network: Network, optimizer: mlx_optim.Optimizer) -> None:
     """Put a checkpoint's weights and optimizer state in place. AdapterError or TrainingError if they do not fit."""
     set_tensors(network, saved.tensors, str(saved.folder))
     checkpoint.restore_optimizer(optimizer, saved.optimizer)

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 
 CHUNK_LOGITS = 1 << 22
 """Logits of one chunk: 16 MiB in float32. MLX allocates some ten operations ahead of the one that runs."""
@@ -72,7 +72,7 @@ def chunk_rows(vocab_size: int) -> int:
     return max(CHUNK_LOGITS // max(vocab_size, 1), MIN_CHUNK_ROWS)
 
 
-def hidden_states(network: TextNetwork, tokens: mx.array, segments: mx.array | None = None) -> mx.array:
+def hidden_states(network: Network, tokens: mx.array, segments: mx.array | None = None) -> mx.array:
     """Hidden states before the head: tokens [B, T] → [B, T, D].
 
     segments  [B, T] int32, the document each token of a packed row belongs to; None: one document a row
@@ -85,7 +85,7 @@ def hidden_states(network: TextNetwork, tokens: mx.array, segments: mx.array | N
 
 
 def hidden_at(
-    network: TextNetwork, tokens: mx.array, positions: mx.array, segments: mx.array | None = None
+    network: Network, tokens: mx.array, positions: mx.array, segments: mx.array | None = None
 ) -> mx.array:
     """Hidden states at flat positions: tokens [B, T], positions [N] → [N, D]."""
     hidden = hidden_states(network, tokens, segments)
@@ -93,14 +93,14 @@ def hidden_at(
 
 
 def target_logits(
-    network: TextNetwork, tokens: mx.array, positions: mx.array, segments: mx.array | None = None
+    network: Network, tokens: mx.array, positions: mx.array, segments: mx.array | None = None
 ) -> mx.array:
     """Logits at flat positions: tokens [B, T], positions [N] → [N, V], all at once."""
     return network.logits(hidden_at(network, tokens, positions, segments))
 
 
 def target_logprobs(
-    network: TextNetwork,
+    network: Network,
     tokens: mx.array,
     positions: mx.array,
     token_ids: mx.array,
@@ -129,7 +129,7 @@ def target_logprobs(
 
 
 def sum_loss(
-    network: TextNetwork,
+    network: Network,
     tokens: mx.array,
     positions: mx.array,
     token_ids: mx.array,
@@ -158,7 +158,7 @@ def sum_loss(
 
 
 def sum_loss_and_hits(
-    network: TextNetwork,
+    network: Network,
     tokens: mx.array,
     positions: mx.array,
     token_ids: mx.array,
@@ -204,7 +204,7 @@ _HIDDEN = "hidden"
 
 
 def _sum_with_gradient(
-    network: TextNetwork, hidden: mx.array, token_ids: mx.array, weights: mx.array, size: int
+    network: Network, hidden: mx.array, token_ids: mx.array, weights: mx.array, size: int
 ) -> mx.array:
     """The sum, built so that differentiating it yields the gradients computed here.
 
@@ -241,7 +241,7 @@ def _dot(left: mx.array, right: mx.array) -> mx.array:
 
 
 def _cross_entropy(
-    network: TextNetwork, leaves: dict[str, mx.array], token_ids: mx.array, temperature: float = 1.0
+    network: Network, leaves: dict[str, mx.array], token_ids: mx.array, temperature: float = 1.0
 ) -> mx.array:
     """[n] float32 of n hidden states, with the head's trained parameters as given among the leaves."""
     head = [(name, value) for name, value in leaves.items() if name != _HIDDEN]
@@ -254,7 +254,7 @@ def _cross_entropy(
     return cross_entropy(logits, token_ids)  # type: ignore[return-value]
 
 
-def _head_parameters(network: TextNetwork) -> dict[str, mx.array]:
+def _head_parameters(network: Network) -> dict[str, mx.array]:
     """Trainable parameters outside the layers, by path: what the head may use (a tied embedding too)."""
     inside = {id(leaf) for layer in network.layers for _, leaf in tree_flatten(layer.trainable_parameters())}
     outside = tree_flatten(network.module.trainable_parameters())

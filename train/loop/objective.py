@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import mlx.core as mx
 import numpy as np
 
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Objective(Protocol):
         ...
 
     def loss(
-        self, network: TextNetwork, inputs: dict[str, mx.array], *, trains: bool = True
+        self, network: Network, inputs: dict[str, mx.array], *, trains: bool = True
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """(Σ weight · loss over units; measures, each Σ weight · value over units). Scalars, float32.
 

@@ -20,7 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from serve.errors import TrainingError
-from serve.model.network import TextNetwork, evaluating
+from serve.model.network import Network, evaluating
 from train.adapters.adapt import checkpointed_layers
 from train.data.batches import num_parts
 from train.loop.distributed import Alone, Ranks, part_of, sum_named
@@ -108,7 +108,7 @@ class Stepper:
 
     def __init__(
         self,
-        network: TextNetwork,
+        network: Network,
         optimizer: mlx_optim.Optimizer,
         objective: Objective,
         settings: StepSettings = StepSettings(),
@@ -253,7 +253,7 @@ def gradient_norm(gradients: dict) -> mx.array:
 
 
 def mean_loss(
-    network: TextNetwork,
+    network: Network,
     batches: Iterable[Batch],
     objective: Objective,
     ranks: Ranks | None = None,

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import mlx.optimizers as mlx_optim
 
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.loop import checkpoint
 from train.loop.distributed import Ranks
 from train.loop.step import Evaluation
@@ -75,7 +75,7 @@ class Together:
         return measured
 
 
-def spread(ranks: Ranks, network: TextNetwork, optimizer: mlx_optim.Optimizer) -> None:
+def spread(ranks: Ranks, network: Network, optimizer: mlx_optim.Optimizer) -> None:
     """Give every process rank 0's weights and optimizer state."""
     if ranks.size == 1:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.loop.loss import find_targets, target_logprobs
 
 
@@ -29,7 +29,7 @@ def answer_inputs(tokens: np.ndarray, is_target: np.ndarray, *, pad: bool) -> di
     }
 
 
-def answer_logprobs(network: TextNetwork, inputs: dict[str, mx.array]) -> mx.array:
+def answer_logprobs(network: Network, inputs: dict[str, mx.array]) -> mx.array:
     """log p(answer | what stands before it), summed over the answer's tokens, in nats: [B] float32."""
     logprobs = target_logprobs(network, inputs["tokens"], inputs["positions"], inputs["token_ids"])  # [N]
     return sum_by_row(logprobs * inputs["is_real"], inputs["rows"], len(inputs["tokens"]))

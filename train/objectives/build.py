@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.loop.objective import Objective
 from train.objectives.reference import Reference, base, start_of
 from train.recipe.objectives import OBJECTIVES
@@ -15,7 +15,7 @@ Builder = Callable[[Recipe, Reference], Objective]
 """(recipe, what the objective measures against, where it does) → the objective with the recipe's knobs."""
 
 
-def build_objective(recipe: Recipe, network: TextNetwork) -> Objective:
+def build_objective(recipe: Recipe, network: Network) -> Objective:
     """The objective of a run.
 
     network  with the weights the run starts from, before a checkpoint's are put in: where `resume_adapter_file`

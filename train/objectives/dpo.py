@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.loop.objective import Prepared
 from train.objectives.answers import answer_inputs, answer_logprobs
 from train.objectives.reference import Reference, base
@@ -38,7 +38,7 @@ class DPO:
         return Prepared({**inputs, "weights": np.ones(num_pairs, np.float32)}, num_pairs)
 
     def loss(
-        self, network: TextNetwork, inputs: dict[str, mx.array], *, trains: bool = True
+        self, network: Network, inputs: dict[str, mx.array], *, trains: bool = True
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """Sum of the pairs' losses by weight, and TRL's measures, summed alike."""
         logprobs = answer_logprobs(network, inputs)  # [2n]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.loop.loss import find_targets, target_logprobs
 from train.loop.objective import Prepared
 from train.objectives.answers import sum_by_row
@@ -76,7 +76,7 @@ class GRPO:
         )
 
     def loss(
-        self, network: TextNetwork, inputs: dict[str, mx.array], *, trains: bool = True
+        self, network: Network, inputs: dict[str, mx.array], *, trains: bool = True
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """Sum of the targets' losses by weight, and what `summarize` makes measures of."""
         logprobs = self._logprobs(network, inputs)
@@ -96,7 +96,7 @@ class GRPO:
             sums["counted"] = counted.sum()
         return (losses * weights).sum(), sums
 
-    def _logprobs(self, network: TextNetwork, inputs: dict[str, mx.array]) -> mx.array:
+    def _logprobs(self, network: Network, inputs: dict[str, mx.array]) -> mx.array:
         return target_logprobs(
             network,
             inputs["tokens"],

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.data.batches import padded_length
 from train.loop.objective import Prepared
 from train.objectives.answers import answer_inputs, answer_logprobs
@@ -50,7 +50,7 @@ class KTO:
         return Prepared(inputs, num_rows)
 
     def loss(
-        self, network: TextNetwork, inputs: dict[str, mx.array], *, trains: bool = True
+        self, network: Network, inputs: dict[str, mx.array], *, trains: bool = True
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """Sum of the rows' losses by weight, and TRL's measures, summed alike."""
         others = {

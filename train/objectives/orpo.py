@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.loop.loss import target_logprobs
 from train.loop.objective import Prepared
 from train.objectives.answers import answer_inputs, sum_by_row
@@ -64,7 +64,7 @@ class ORPO:
         )
 
     def loss(
-        self, network: TextNetwork, inputs: dict[str, mx.array], *, trains: bool = True
+        self, network: Network, inputs: dict[str, mx.array], *, trains: bool = True
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """Sum of the pairs' losses by weight, and TRL's measures, summed alike."""
         rows, weights, num_rows = inputs["rows"], inputs["weights"], len(inputs["tokens"])

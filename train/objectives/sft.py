@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from serve.model.network import TextNetwork
+from serve.model.network import Network
 from train.loop.loss import find_targets, sum_loss, sum_loss_and_hits
 from train.loop.objective import Prepared
 from train.objectives.reference import Reference
@@ -43,7 +43,7 @@ class SFT:
         return Prepared(inputs, targets.num_targets)
 
     def loss(
-        self, network: TextNetwork, inputs: dict[str, mx.array], *, trains: bool = True
+        self, network: Network, inputs: dict[str, mx.array], *, trains: bool = True
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """Σ weight · −log p(target). Measured where nothing trains: the targets that are the likeliest token.
 

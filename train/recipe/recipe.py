@@ -109,6 +109,8 @@ class DatasetSource(Strict):
     chosen_feature: str = "chosen"
     rejected_feature: str = "rejected"
     label_feature: str = "label"
+    media_root: str | None = None
+    """Where relative paths of pictures, clips and sounds begin. Nothing: in the folder of the rows' file."""
 
 
 class HubDataset(Strict):
@@ -462,7 +464,10 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     names = ("model", "data", "chat_template", "resume_adapter_file", "resume_from_checkpoint")
     resolved: dict[str, Any] = {name: _beside(folder, getattr(recipe, name)) for name in names}
     resolved["datasets"] = tuple(
-        entry.model_copy(update={"path": _beside(folder, entry.path)}) for entry in recipe.datasets
+        entry.model_copy(
+            update={"path": _beside(folder, entry.path), "media_root": _beside(folder, entry.media_root)}
+        )
+        for entry in recipe.datasets
     )
     if recipe.block is not None:
         resolved[recipe.objective] = recipe.block.beside(lambda place: _beside(folder, place) or place)
