@@ -78,8 +78,8 @@ class Prompt:
 
     @cached_property
     def keys(self) -> array[int]:
-        """By which a prefix knows the tokens: their ids; at placeholders negative numbers that follow from the media's
-        key and the placeholder's number in it, 63 bits each."""
+        """By which a prefix knows the tokens: their ids; at placeholders negative numbers that follow from the
+        media's key and the placeholder's number in it, 63 bits each."""
         keys = array("q", self.token_ids)
         for media in self.media:
             size = KEY_BYTES * len(media.positions)
