@@ -21,7 +21,6 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import serve as serve  # before mlx: it brings a real BLAS
 
 import mlx.core as mx  # isort: skip
-import mlx.nn as nn
 import numpy as np
 
 from serve.cache.capacity import Bucket
@@ -201,7 +200,16 @@ def _class_of(item: dataclasses.Field, own: Any) -> type | None:
 
 
 def _of_type(said: str) -> Any:
-    kinds = {"int": 2, "float": 1e-5, "bool": False, "str": "", "List": [], "list": [], "Dict": {}, "dict": {}}
+    kinds = {
+        "int": 2,
+        "float": 1e-5,
+        "bool": False,
+        "str": "",
+        "List": [],
+        "list": [],
+        "Dict": {},
+        "dict": {},
+    }
     return next((value for name, value in kinds.items() if name in said), None)
 
 
