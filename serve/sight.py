@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from serve.config import ServeConfig
 from serve.errors import ModelError
-from serve.media.processor import MediaProcessor, load_processor
+from serve.media.processor import MediaProcessor, Tower, load_processor
 from serve.media.settings import MediaSettings
 from serve.media.sources import Sources
 from serve.model.loading import LoadedModel
@@ -38,7 +39,7 @@ def sight_of(model: LoadedModel, config: ServeConfig) -> Sight | Blind:
     if model.vision is None:
         return Blind()
     try:
-        processor = MediaProcessor(model.path, load_processor(model.path), model.vision)
+        processor = MediaProcessor(model.path, load_processor(model.path), cast(Tower, model.vision))
     except ModelError as error:
         return Blind(str(error))
     return Sight(processor, Sources(config.media_limits.build(), config.media_roots), config.media.build())
