@@ -7,7 +7,7 @@ prompt, and hold no stop token: every server generates as many tokens as it is a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,9 +114,16 @@ def words_for(num_tokens: int) -> int:
 def write_model(folder: Path, dtype: mx.Dtype, size: Size = SMALLEST, seed: int = 0) -> None:
     """The model folder, as mlx-lm and mlx-vlm load it: config, weights, tokenizer with chat template."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(min(size.vocabulary, TOKENIZER_SIZE))
+    tokenizer = word_tokenizer(folder, size)
     config = config_of(size)
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": str(dtype).split(".")[-1]}))
+    weights = _weights(tokenizer, seed, config, dtype)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+
+
+def word_tokenizer(folder: Path, size: Size, more_specials: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer of a model of that size, and its files in `folder`, with the tokens that end an answer."""
+    tokenizer = _tokenizer(min(size.vocabulary, TOKENIZER_SIZE), (*SPECIALS, *more_specials))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS_TOKEN_ID}))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
@@ -125,15 +132,14 @@ def write_model(folder: Path, dtype: mx.Dtype, size: Size = SMALLEST, seed: int 
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": "<|im_end|>",
                 "pad_token": "<|endoftext|>",
-                "additional_special_tokens": list(SPECIALS),
+                "additional_special_tokens": [*SPECIALS, *more_specials],
                 "model_max_length": MAX_CONTEXT,
                 "clean_up_tokenization_spaces": False,
                 "chat_template": CHAT_TEMPLATE,
             }
         )
     )
-    weights = _weights(tokenizer, seed, config, dtype)
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return tokenizer
 
 
 def write_adapters(
@@ -154,14 +160,14 @@ def write_adapters(
     return paths
 
 
-def _tokenizer(num_tokens: int) -> Tokenizer:
+def _tokenizer(num_tokens: int, specials: Sequence[str]) -> Tokenizer:
     """Byte-level BPE in which each of the benchmark's words is one token, if there is room for them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=num_tokens,
-        special_tokens=list(SPECIALS),
+        special_tokens=list(specials),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -1,7 +1,7 @@
 """What rows a family needs: a network in; its rows, what they cost, and proof that they hold its past, out.
 
-Families are told apart by what they do, not by name: by the cache that mlx-lm makes for them, by what stands in it
-after a few tokens, and by comparing a small batch with it.
+Families are told apart by what they do, not by name: by the cache that their own code makes for them, by what
+stands in it after a few tokens, and by comparing a small batch with it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import CacheList
 
 from serve.cache.attention import install
 from serve.cache.capacity import Bucket, LayerShape, Move, Place, RowCost, ring_capacity
@@ -23,6 +23,7 @@ from serve.cache.spans import Span, SpanPart
 from serve.cache.states import StateRows
 from serve.errors import ModelError
 from serve.model.network import Network, evaluating
+from serve.model.past import is_full, is_list, is_state, is_window, parts_of, window_of
 
 SAMPLE_TOKENS = 48
 """Tokens that shapes, and the sizes of channels, are measured on."""
@@ -44,7 +45,7 @@ def make_rows(network: Network, *, prefill_chunk_tokens: int) -> BatchRows:
 
     Raises ModelError where a layer's past cannot be held as rows, with the reason. `prove` must follow.
     """
-    own = make_prompt_cache(network.module)
+    own = network.make_cache()
     for index, cache in enumerate(own):
         if not _can_be_rows(cache):
             raise ModelError(
@@ -54,24 +55,21 @@ def make_rows(network: Network, *, prefill_chunk_tokens: int) -> BatchRows:
     with evaluating(network):
         mx.eval(network.hidden(mx.array([_sample(network.vocab_size)]), cache=own))
     install(network.module)
-    parts = [part for cache in own for part in _parts(cache)]
-    num_full = sum(type(part) is KVCache and not part.empty() for part in parts)
+    parts = [part for cache in own for part in parts_of(cache)]
+    num_full = sum(is_full(part) and not part.empty() for part in parts)
     layers: list[LayerRows | StateRows] = []
     depth = num_full
     for part in parts:
-        if type(part) is ArraysCache:
+        if is_state(part):
             layers.append(StateRows(len(part.cache)))
             continue
-        depth -= type(part) is KVCache and not part.empty()
+        depth -= is_full(part) and not part.empty()
         layers.append(_layer_rows(part, depth, prefill_chunk_tokens))
     rows = iter(layers)
     caches = [
-        CacheList(*(next(rows) for _ in cache.caches)) if type(cache) is CacheList else next(rows)
-        for cache in own
+        CacheList(*(next(rows) for _ in cache.caches)) if is_list(cache) else next(rows) for cache in own
     ]
-    states = [
-        array for part in parts if type(part) is ArraysCache for array in part.cache if array is not None
-    ]
+    states = [array for part in parts if is_state(part) for array in part.cache if array is not None]
     cost = RowCost(
         tuple(layer.shape for layer in layers if isinstance(layer, LayerRows) and layer.is_used),
         state_bytes=2 * sum(array.nbytes for array in states),
@@ -81,23 +79,17 @@ def make_rows(network: Network, *, prefill_chunk_tokens: int) -> BatchRows:
 
 
 def _can_be_rows(cache: Any) -> bool:
-    if type(cache) is RotatingKVCache:
-        return bool(cache.keep == 0)
     # Key-value caches alone in a list are those of sparse attention, whose choice of keys a short proof cannot reach.
-    if type(cache) is CacheList and any(type(part) is ArraysCache for part in cache.caches):
-        return all(_can_be_rows(part) for part in cache.caches)
-    return type(cache) in (KVCache, ArraysCache)
-
-
-def _parts(cache: Any) -> Sequence[Any]:
-    return cache.caches if type(cache) is CacheList else [cache]
+    if is_list(cache) and any(is_state(part) for part in parts_of(cache)):
+        return all(_can_be_rows(part) for part in parts_of(cache))
+    return is_full(cache) or is_window(cache) or is_state(cache)
 
 
 def _layer_rows(cache: Any, depth: int, prefill_chunk_tokens: int) -> LayerRows:
     if cache.empty():
         return LayerRows(None)
     keys, values = cache.keys[..., : cache.offset, :], cache.values[..., : cache.offset, :]
-    window = cache.max_size if type(cache) is RotatingKVCache else None
+    window = window_of(cache)
     shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype.size, window, depth)
     sizes = tuple(np.asarray(mx.abs(part.astype(mx.float32)).mean(axis=(0, 1, 2))) for part in (keys, values))
     return LayerRows(
@@ -223,7 +215,7 @@ def _forward(network: Network, rows: BatchRows, span: Span, tokens: list[list[in
 
 def _alone(network: Network, index: int) -> mx.array:
     """[D]: the last hidden state of one history, from the family's own cache, in the same chunks."""
-    cache = make_prompt_cache(network.module)
+    cache = network.make_cache()
     tokens = mx.array([[*_tokens(index), *SHARED_TOKENS]])
     start = 0
     for width in (*HISTORY_CHUNKS[index], *(1 for _ in SHARED_TOKENS)):

@@ -170,6 +170,16 @@ class LayerRows:
         """The arrays to evaluate with a step."""
         return [part for store in self.stores.values() for part in store.parts]
 
+    left_padding: None = None
+    """mlx-vlm's batches pad at the left; no row here does."""
+
+    @property
+    def _idx(self) -> int:
+        """Positions of the longest row before the coming forward: where mlx-vlm's code cuts a mask's columns, which
+        are then all there."""
+        assert self.span is not None
+        return max(run.last for run in self.span.runs)
+
     def make_mask(self, num_tokens: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """What the family's code hands to its attention; `window_size` as it asks for it."""
         window = window_size if window_size is not None or self._shape is None else self._shape.window

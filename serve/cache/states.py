@@ -9,7 +9,8 @@ own code makes the initial one: whatever a row's last sequence left is never rea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
@@ -53,6 +54,29 @@ class StateRows(ArraysCache):
         buffer = _grown(buffer, span.num_state_rows, value)
         span.write_states(buffer, value)
         self.cache[index] = buffer
+
+    # mlx-vlm's contract, where recurrent layers hand their states over by name.
+
+    history_capacity = 0
+    is_speculating = False
+    metadata_revision = 0
+
+    def update_window(
+        self, index: int, source: mx.array, width: int, *, lengths: mx.array | None = None
+    ) -> mx.array:
+        """Keep the last `width` steps of source [B, S, ...]. Returns what is kept."""
+        assert lengths is None, "no token is padding"
+        window = mx.contiguous(source[:, source.shape[1] - width :])
+        self[index] = window
+        return window
+
+    def update_recurrent(
+        self, index: int, length: int, update: Callable[[mx.array | None, int | None], tuple[Any, ...]]
+    ) -> tuple[mx.array, mx.array]:
+        """Run `update(state, None)` → (output, new state, …) and keep the state. Returns output and new state."""
+        output, state = update(self[index], None)[:2]
+        self[index] = state
+        return output, state
 
     @property
     def state(self) -> list[mx.array]:

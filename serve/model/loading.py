@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from serve import device
 from serve.errors import ModelError, NotFoundError
 from serve.model.network import Network
 from serve.model.quantization import Quantization
+from serve.model.towers import build_with_towers, has_towers, load_with_towers
+from serve.model.vision import Vision
 from serve.model.weights import QUANTIZED
 from serve.model.weights import dequantize as dequantize_all
 
@@ -28,6 +31,7 @@ TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 """transformers' name for a warning that it has given already."""
 FINGERPRINT_SAMPLE_BYTES = 1 << 16
 DEFAULT_MAX_CONTEXT = 4096
+LOAD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class LoadedModel:
     config: dict[str, Any]
     fingerprint: str
     max_context: int
+    vision: Vision | None = None
+    """What it sees and hears with; None: a text model."""
     notes: tuple[str, ...] = ()
     """What a person should know about how the weights were made."""
 
@@ -64,13 +70,10 @@ def load(
     Raises NotFoundError when there is nothing at that name, ModelError when it cannot be used.
     """
     path = resolve(path_or_repo, revision)
-    try:
-        module, config = mlx_lm_utils.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, FileNotFoundError, RuntimeError) as error:
-        raise ModelError(f"{path_or_repo}: cannot be loaded: {error}") from error
+    notes: list[str] = []
+    module, config = _load_module(path, path_or_repo, trust_remote_code, notes)
     on_cpu = device.backend() == "cpu"
     is_unpacked = dequantize if dequantize is not None else on_cpu
-    notes: list[str] = []
     if quantize is not None:
         config = pack(module, config, quantize, path_or_repo, notes)
         if is_unpacked:
@@ -84,6 +87,28 @@ def load(
     if target is not None:
         cast(module, target)
     return _finish(path, name or path_or_repo, module, config, trust_remote_code, quantize, notes)
+
+
+def _load_module(
+    path: Path, name: str, trust_remote_code: bool, notes: list[str]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Lazy weights: with towers by mlx-vlm, where the folder has any, else by mlx-lm."""
+    config = read_config(path)
+    problem = ""
+    if has_towers(config):
+        try:
+            return load_with_towers(path, trust_remote_code=trust_remote_code), config
+        except LOAD_ERRORS as error:
+            problem = str(error)
+    try:
+        module, config = mlx_lm_utils.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{name}: cannot be loaded: {problem or error}") from error
+    if problem:
+        notes.append(
+            f"{name} runs on text alone: its encoder of pictures or sounds cannot be loaded: {problem}"
+        )
+    return module, config
 
 
 def cast(module: nn.Module, dtype: mx.Dtype) -> None:
@@ -104,7 +129,8 @@ def cast(module: nn.Module, dtype: mx.Dtype) -> None:
 def pack(
     module: nn.Module, config: dict[str, Any], quantize: Quantization, name: str, notes: list[str]
 ) -> dict[str, Any]:
-    """Quantize a model in place, layer by layer as mlx-lm would. Returns the config with `quantization`.
+    """Quantize a model in place, layer by layer as mlx-lm would, but for towers. Returns the config with
+    `quantization`.
 
     Layers that cannot be packed stay, and `notes` says which. ModelError if the model is quantized already, or
     nothing of it can be.
@@ -113,10 +139,16 @@ def pack(
         raise ModelError(
             f"quantize: {name} is quantized already; leave it out, or name the model in full precision"
         )
-    before = sorted(path for path, m in module.named_modules() if hasattr(m, "to_quantized"))
+    wanted = _of_language(module)
+    before = sorted(p for p, m in module.named_modules() if hasattr(m, "to_quantized") and wanted(p, m))
     with contextlib.redirect_stdout(None):  # mlx-lm prints the bits per weight
         _, packed = mlx_lm_utils.quantize_model(
-            module, config, quantize.group_size, quantize.bits, mode=quantize.mode
+            module,
+            config,
+            quantize.group_size,
+            quantize.bits,
+            mode=quantize.mode,
+            quant_predicate=wanted,
         )
     modules = dict(module.named_modules())
     left = [path for path in before if not isinstance(modules[path], QUANTIZED)]
@@ -127,13 +159,24 @@ def pack(
     return packed
 
 
+def _of_language(module: nn.Module) -> Callable[[str, nn.Module], Any]:
+    """Whether, and how, a layer is packed: as the family says, and of towers and projectors nothing."""
+    network = Network(module)
+    prefix = f"{network.text_path}." if network.has_towers else ""
+    own = getattr(module, "quant_predicate", None) or (lambda path, layer: True)
+    return lambda path, layer: path.startswith(prefix) and own(path, layer)
+
+
 def build_random(path: Path, seed: int, *, name: str | None = None) -> LoadedModel:
     """A model with the architecture of `path`/config.json and random float32 weights, and its tokenizer."""
     config = read_config(path)
     try:
-        model_class, args_class = mlx_lm_utils._get_classes(config)
         mx.random.seed(seed)
-        module = model_class(args_class.from_dict(config))
+        if has_towers(config):
+            module = build_with_towers(config)
+        else:
+            model_class, args_class = mlx_lm_utils._get_classes(config)
+            module = model_class(args_class.from_dict(config))
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: cannot be built: {error}") from error
     module.set_dtype(mx.float32)
@@ -153,6 +196,12 @@ def _finish(
     mx.eval(module.parameters())
     network = Network(module)
     network.check()
+    vision = None
+    if has_towers(config) and network.has_towers:
+        try:
+            vision = Vision(network, config)
+        except ModelError as error:
+            notes.append(f"{name} runs on text alone: {error}")
     tokenizer = load_tokenizer(str(path), config=config, trust_remote_code=trust_remote_code)
     return LoadedModel(
         name=name,
@@ -162,6 +211,7 @@ def _finish(
         config=config,
         fingerprint=fingerprint(path, quantize),
         max_context=_max_context(config),
+        vision=vision,
         notes=tuple(notes),
     )
 

@@ -7,16 +7,22 @@ token is drawn, so the head (tied or not, with its soft cap and scale) must run 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
 
 from serve.errors import ModelError
 
 BACKBONE_NAMES = ("model", "transformer", "backbone")
+CONTAINER_NAMES = ("language_model", "thinker")
+"""What modules with towers, or of several parts, call what has the layers and the head."""
+HEAD_NAME = "lm_head"
+EMBEDDINGS_NAMES = ("input_embeddings", "inputs_embeds")
+"""What mlx-lm's backbones call what stands in for embedded tokens, and what mlx-vlm's do."""
 
 
 class _Passthrough:
@@ -33,82 +39,155 @@ class _Passthrough:
         return getattr(self._backbone, name)
 
 
+class _Same:
+    """Stands where a head stood: gives back what it is given."""
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        return hidden
+
+
 class Network:
-    """An mlx-lm model, split at its head.
+    """A model of mlx-lm, or one of mlx-vlm with all its towers, whose language part is split at its head.
 
     The split calls the family's own code with the backbone replaced by the identity, so nothing of the head is
-    written twice. `check()` proves it equal to the whole model; `load` calls it.
+    written twice; where layers and head stand side by side, the head is replaced and then called by itself.
+    `check()` proves it equal to the whole language part; `load` calls it.
+
+    What a family needs beside tokens and cache is an argument of each forward: nothing that mlx-vlm's modules keep of
+    the last prompt (positions, deltas) is read or written.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        outer = module
-        while "language_model" in outer and not any(name in outer for name in BACKBONE_NAMES):
-            outer = outer["language_model"]
+        outer, path = module, []
+        while not any(name in outer for name in BACKBONE_NAMES):
+            inner = next((name for name in CONTAINER_NAMES if name in outer), None)
+            if inner is None:
+                break
+            outer = outer[inner]
+            path.append(inner)
         names = [name for name in BACKBONE_NAMES if name in outer]
-        if not names:
+        if not names and not ("layers" in outer and HEAD_NAME in outer):
             found = ", ".join(outer.children())
             raise ModelError(
                 f"{type(module).__module__}: cannot find the layers behind the head; "
                 f"looked for {', '.join(BACKBONE_NAMES)}, found {found}"
             )
-        self._outer = outer
+        self.text = outer
+        """What maps tokens to logits: of a model with towers, the language part."""
+        self.text_path = ".".join(path)
+        """Where that is in the module; "" where it is the module."""
         self.vocab_size = 0
         """V: how many tokens the head scores; known once `check` has run."""
         self.num_head_axes: int | None = None
         """Axes the family's scores have between rows and tokens; known once `packed.mask_axes` has run."""
-        self._backbone_name = names[0]
-        self._takes_embeddings = (
-            "input_embeddings" in inspect.signature(type(self.backbone).__call__).parameters
-        )
+        self.placeholder_ids: tuple[int, ...] = ()
+        """Tokens that stand for media and that the family's own code never looks up; set by `Vision`."""
+        self._backbone_name = names[0] if names else None
+        self._parameters = frozenset(inspect.signature(type(self.backbone).__call__).parameters)
+        self._embeddings_name = next((name for name in EMBEDDINGS_NAMES if name in self._parameters), None)
+        self.takes_positions = self.takes("position_ids")
+        """Its keys are turned by three positions a token (M-RoPE), which every forward is given."""
+
+    def takes(self, name: str) -> bool:
+        """Whether the family's backbone has an argument of that name."""
+        return name in self._parameters
+
+    @property
+    def has_towers(self) -> bool:
+        """The module is more than its language part, and mlx-vlm's."""
+        return self._is_of_mlx_vlm and self.text is not self.module
 
     @property
     def backbone(self) -> nn.Module:
-        """The part that maps tokens to hidden states."""
-        return self._outer[self._backbone_name]
+        """The part that maps tokens to hidden states; the whole language part where the head stands among the
+        layers."""
+        return self.text if self._backbone_name is None else self.text[self._backbone_name]
 
     @property
     def layers(self) -> Sequence[nn.Module]:
         """The transformer blocks, first to last."""
         return self.module.layers
 
+    def make_cache(self) -> list[Any]:
+        """The family's own cache of one sequence, an object a layer, empty."""
+        for module in (self.module, self.text):
+            if hasattr(module, "make_cache"):
+                return list(module.make_cache())
+        return [KVCache() for _ in self.layers]
+
     def hidden(
-        self, tokens: mx.array, cache: Sequence[Any] | None = None, embeddings: mx.array | None = None
+        self,
+        tokens: mx.array,
+        cache: Sequence[Any] | None = None,
+        embeddings: mx.array | None = None,
+        extras: Mapping[str, Any] | None = None,
     ) -> mx.array:
         """Hidden states before the head.
 
-        tokens      [B, T] int32; with `embeddings` only its shape counts
-        cache       one object a layer, as mlx-lm's models call them; None runs without one, causally
-        embeddings  [B, T, D] in place of the embedded tokens (images)
+        tokens      [B, T] int32; at the media's placeholders only `embeddings` count
+        cache       one object a layer, as the family's code calls them; None runs without one, causally
+        embeddings  [B, T, D] in place of the embedded tokens, as `Vision.embed` makes them; left as they are
+        extras      more arguments of the family's backbone: position_ids [3, B, T] (left out, the tokens are text
+                    and stand where the cache says), visual_pos_masks and deepstack_visual_embeds
         Returns [B, T, D].
         """
-        if embeddings is None:
-            return self.backbone(tokens, cache=cache)
-        if not self._takes_embeddings:
-            raise ModelError(f"{type(self.backbone).__name__} does not take input embeddings")
-        return self.backbone(tokens, cache=cache, input_embeddings=embeddings)
+        options = dict(extras or {})
+        if embeddings is not None:
+            if self._embeddings_name is None:
+                raise ModelError(f"{type(self.backbone).__name__} does not take input embeddings")
+            # gemma3 scales what it is given in place: this is another array with the same numbers.
+            options[self._embeddings_name] = embeddings[...]
+            for token in self.placeholder_ids:
+                tokens = mx.where(tokens == token, 0, tokens)
+        if self.takes_positions and "position_ids" not in options:
+            options["position_ids"] = text_positions(tokens.shape, cache)
+        if self._backbone_name is not None:
+            return self.backbone(tokens, cache=cache, **options)
+        body = self._with(HEAD_NAME, _Same())
+        return _logits(type(body).__call__(body, tokens, cache=cache, **options))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """The head alone: [..., D] → [..., V], by the family's own code. Rows keep their axis."""
-        outer = self._outer
-        head = dict.__new__(type(outer))
-        dict.update(head, outer)
-        head.__dict__.update(outer.__dict__)
+        if self._backbone_name is None:
+            return self.text[HEAD_NAME](hidden)
         states = hidden if hidden.ndim > 2 else hidden[None]
-        dict.__setitem__(head, self._backbone_name, _Passthrough(self.backbone, states))
+        head = self._with(self._backbone_name, _Passthrough(self.backbone, states))
         # Some heads look at the shape of the tokens, [B, T], before they hand them on.
-        logits: mx.array = type(outer).__call__(head, mx.zeros(states.shape[:-1], dtype=mx.int32))
+        tokens = mx.zeros(states.shape[:-1], dtype=mx.int32)
+        logits = _logits(type(head).__call__(head, tokens, **self._no_positions(tokens)))
         return logits if hidden.ndim > 2 else logits[0]
 
     def check(self) -> None:
-        """Raise ModelError unless head(backbone(x)) is the whole model on a few tokens."""
+        """Raise ModelError unless head(backbone(x)) is the whole language part on a few tokens."""
         tokens = mx.array([[1, 2, 3]], dtype=mx.int32)
-        whole = self.module(tokens)
+        if self.takes_positions:
+            whole = _logits(self.text(tokens, position_ids=text_positions(tokens.shape, None)))
+        else:
+            # mlx-vlm's outermost modules want pictures too.
+            whole = _logits((self.text if self._is_of_mlx_vlm else self.module)(tokens))
         self.vocab_size = whole.shape[-1]
         split = self.logits(self.hidden(tokens))
         scale = mx.maximum(mx.abs(whole).max(), 1.0)
         if not bool(mx.all(mx.abs(whole - split).max() <= 1e-2 * scale)):
             raise ModelError(f"{type(self.module).__module__}: its head cannot be run apart from its layers")
+
+    @property
+    def _is_of_mlx_vlm(self) -> bool:
+        return self._embeddings_name == EMBEDDINGS_NAMES[1]
+
+    def _no_positions(self, tokens: mx.array) -> dict[str, mx.array]:
+        """What keeps the family's head from making positions of its own, for a backbone that is not run."""
+        return {"position_ids": mx.zeros((3, *tokens.shape), dtype=mx.int32)} if self.takes_positions else {}
+
+    def _with(self, name: str, part: object) -> Any:
+        """The language part with another one of its parts, which is used for one call: it shares all else."""
+        outer = self.text
+        copy = dict.__new__(type(outer))
+        dict.update(copy, outer)
+        copy.__dict__.update(outer.__dict__)
+        dict.__setitem__(copy, name, part)
+        return copy
 
     def parameters_dtype(self) -> mx.Dtype:
         """The dtype activations have: that of the final norm or any other floating, unquantized weight."""
@@ -118,6 +197,23 @@ class Network:
                 if isinstance(weight, mx.array) and mx.issubdtype(weight.dtype, mx.floating):
                     return weight.dtype
         return mx.float32
+
+
+def text_positions(shape: Sequence[int], cache: Sequence[Any] | None) -> mx.array:
+    """[3, B, T]: each row's tokens stand one behind the other, from where its cache says, in all three ways."""
+    offset: mx.array | int = 0
+    for layer in cache or ():
+        if hasattr(layer, "offset"):
+            offset = layer.offset
+            break
+    rows, num_tokens = shape
+    start = mx.array(offset, dtype=mx.int32).reshape(-1, 1)
+    return mx.broadcast_to(start + mx.arange(num_tokens, dtype=mx.int32), (3, rows, num_tokens))
+
+
+def _logits(output: Any) -> mx.array:
+    """mlx-vlm's language parts return an object, mlx-lm's the array."""
+    return getattr(output, "logits", output)
 
 
 @contextmanager

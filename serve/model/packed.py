@@ -12,10 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from serve.errors import ModelError
 from serve.model.network import Network, evaluating
+from serve.model.past import is_full, is_list, is_window, parts_of, window_of
 
 PROBE_ROWS = 11
 """No family has 11 heads, so a mask of the wrong rank cannot broadcast by accident."""
@@ -188,17 +188,17 @@ def _cache(network: Network, segments: mx.array, num_head_axes: int, offset: int
         raise ModelError(f"{_family(network)}: {stored}")
     masks = SegmentMasks(segments)
     layers: list[Any] = []
-    for own in make_prompt_cache(network.module):
-        parts = [PackedLayer(masks, _window(part), num_head_axes, offset) for part in _parts(own)]
-        layers.append(PackedParts(parts) if isinstance(own, CacheList) else parts[0])
+    for own in network.make_cache():
+        parts = [PackedLayer(masks, window_of(part), num_head_axes, offset) for part in parts_of(own)]
+        layers.append(PackedParts(parts) if is_list(own) else parts[0])
     return layers
 
 
 def _stateful_layer(network: Network) -> str | None:
     """The first layer whose past is more than keys and values, in words."""
-    for index, own in enumerate(make_prompt_cache(network.module)):
-        for part in _parts(own):
-            if not _is_keys_and_values(part):
+    for index, own in enumerate(network.make_cache()):
+        for part in parts_of(own):
+            if not (is_full(part) or is_window(part)):
                 return (
                     f"layer {index} keeps its past as {type(part).__name__}, not as keys and values that a mask can "
                     f"hide: recurrent or chunked state runs on from one document into the next"
@@ -206,20 +206,10 @@ def _stateful_layer(network: Network) -> str | None:
     return None
 
 
-def _parts(own: object) -> Sequence[object]:
-    return own.caches if isinstance(own, CacheList) else (own,)
-
-
-def _is_keys_and_values(part: object) -> bool:
-    return type(part) is KVCache or (isinstance(part, RotatingKVCache) and part.keep == 0)
-
-
-def _window(part: object) -> int | None:
-    return part.max_size if isinstance(part, RotatingKVCache) else None
-
-
 def _probe_documents(network: Network) -> list[np.ndarray]:
-    num_tokens = network.vocab_size or network.module(mx.zeros((1, 2), dtype=mx.int32)).shape[-1]
+    num_tokens = (
+        network.vocab_size or network.logits(network.hidden(mx.zeros((1, 2), dtype=mx.int32))).shape[-1]
+    )
     rng = np.random.default_rng(0)
     return [rng.integers(0, num_tokens, length) for length in PROBE_LENGTHS]
 

@@ -52,6 +52,7 @@ PYTHON = (sys.executable, "-P")
 """-P: a folder named `train` or `serve` where the user stands is not imported."""
 MLX_LM_CHILD = Path(__file__).with_name("mlx_lm_child.py")
 PEER_CHILD = Path(__file__).with_name("mlx_lm_lora_child.py")
+MLX_VLM_CHILD = Path(__file__).with_name("mlx_vlm_child.py")
 PACKAGES = ("mlx", "mlx-lm", "mlx-lm-lora", "mlx-lathe")
 SHORT = Lengths(median=24.0, sigma=0.3, longest=40)
 """Rows, one a batch, whose updates take 100 to 200 ms on a CPU: where the loop's own time shows."""

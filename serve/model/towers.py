@@ -1,0 +1,61 @@
+"""Folders of models that see or hear: mlx-vlm's loader and classes, imported when the first such folder is met."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models import switch_layers
+
+TOWERS = ("vision_config", "audio_config")
+NESTED = ("thinker_config",)
+"""Configurations that hold those of towers, of models that also speak."""
+
+
+def has_towers(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of a model with an encoder of pictures or sounds that mlx-vlm has."""
+    inside = [config, *(config[name] for name in NESTED if isinstance(config.get(name), dict))]
+    if not any(one.get(name) for one in inside for name in TOWERS):
+        return False
+    from mlx_vlm.utils import get_model_type
+
+    model_type = get_model_type(config) or ""
+    return bool(model_type.isidentifier() and importlib.util.find_spec(f"mlx_vlm.models.{model_type}"))
+
+
+def load_with_towers(path: Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """The whole module with lazy weights. Raises whatever mlx-vlm does."""
+    from mlx_vlm.utils import load_model
+
+    module = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+    _use_one_kind_of_experts(module)
+    return module
+
+
+def build_with_towers(config: dict[str, Any]) -> nn.Module:
+    """The same with random weights."""
+    from mlx_vlm.utils import get_model_and_args, update_module_configs
+
+    own, _ = get_model_and_args(config)
+    settings = own.ModelConfig.from_dict(dict(config))
+    parts = ["text", "vision", "perceiver", "projector", "audio"]
+    module = own.Model(update_module_configs(settings, own, config, parts))
+    _use_one_kind_of_experts(module)
+    return module
+
+
+def _use_one_kind_of_experts(module: nn.Module) -> None:
+    """mlx-vlm's stacks of experts are mlx-lm's, class for class; here they all are the latter's, so that nobody else
+    need know two. Its blocks around them stay, but for their shortcuts, which read packed weights themselves and so
+    would leave out whatever wraps a stack."""
+    from mlx_vlm.models import switch_layers as theirs
+
+    same = {
+        theirs.SwitchLinear: switch_layers.SwitchLinear,
+        theirs.QuantizedSwitchLinear: switch_layers.QuantizedSwitchLinear,
+    }
+    for _, child in module.named_modules():
+        if type(child) in same:
+            child.__class__ = same[type(child)]
