@@ -1,4 +1,4 @@
-"""`lathe chat`: a conversation in the terminal, or with the lines of a pipe. Text in, the answer's pieces printed.
+"""`lathe chat`: a conversation in the terminal, or with the lines of a pipe. Text and pictures in, answers printed.
 
 In a terminal a message may have lines: pasted ones stay together. Ctrl-C ends an answer and never the talk.
 """
@@ -24,7 +24,10 @@ from serve.conversation import Conversation
 from serve.errors import LatheError
 
 KEYS = "Enter sends, Alt-Enter or Ctrl-J breaks the line, Ctrl-C ends an answer, Ctrl-D ends the talk."
-COMMANDS = "/retry asks again, /reset forgets the conversation, /model NAME switches, /exit ends."
+COMMANDS = (
+    "/image PATH-or-URL shows a picture with the next message, /retry asks again, /reset forgets the conversation, "
+    "/model NAME switches, /exit ends."
+)
 PROMPT = "you: "
 INPUT_FLAGS, LOCAL_FLAGS = 0, 3
 """Where termios keeps them in its list."""
@@ -174,7 +177,7 @@ def _keys() -> KeyBindings:
 
 def _try(conversation: Conversation, text: str, console: Console, interrupts: Interrupts) -> bool:
     """As `_take`; an interrupt or a failure is told, with what became of the turn."""
-    before = conversation.messages
+    before, num_asked = conversation.messages, conversation.num_asked
     try:
         with interrupts.taken():
             return _take(conversation, text, console)
@@ -182,6 +185,8 @@ def _try(conversation: Conversation, text: str, console: Console, interrupts: In
         console.print("\n(stopped)", style="dim")
     except LatheError as error:
         console.print(f"\n{error}", style="red", markup=False, soft_wrap=True)
+    if conversation.num_asked == num_asked:
+        return True
     if conversation.messages is before:
         console.print("(no answer came; the conversation is as it was; /retry asks again)", style="dim")
     else:
@@ -202,6 +207,9 @@ def _take(conversation: Conversation, text: str, console: Console) -> bool:
     elif word == "/reset":
         conversation.reset()
         console.print("(forgotten)", style="dim")
+    elif word == "/image" and rest.strip():
+        conversation.show(rest.strip())
+        console.print("(goes with the next message)", style="dim")
     elif word == "/model" and rest.strip():
         conversation.model = rest.strip()
         console.print(f"(now {conversation.model})", style="dim", markup=False)

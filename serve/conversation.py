@@ -1,14 +1,20 @@
 """A conversation with an OpenAI-compatible server: a user's turn in, the answer's pieces out, streamed.
 
+A turn may bring pictures: an address is the server's to fetch, a file of this machine is read here and sent along.
+
 The messages are here, not in the server: one that died and came back goes on where it was. Knows no terminal.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import mimetypes
 import re
+import shlex
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,8 +22,10 @@ import httpx
 from serve.errors import RequestError, StoppedError
 from serve.remote import EventData, connect, message_of, refusal, trouble
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
+ADDRESS = re.compile(r"(https?://|data:)", re.IGNORECASE)
+MAX_PICTURE_MIB = 64
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,16 @@ class _Turn:
 
     before: tuple[Message, ...]
     text: str
+    pictures: tuple[str, ...] = ()
+    """Addresses, or data URIs."""
+
+    @property
+    def message(self) -> Message:
+        """As it is sent: pictures before the words that speak of them."""
+        if not self.pictures:
+            return _message("user", self.text)
+        shown = [{"type": "image_url", "image_url": {"url": url}} for url in self.pictures]
+        return {"role": "user", "content": [*shown, {"type": "text", "text": _encodable(self.text)}]}
 
 
 class Conversation:
@@ -46,9 +64,12 @@ class Conversation:
         self.model = speaker.model
         self.finish: str | None = None
         """Why the last answer ended, in the server's word; None if it was broken off."""
+        self.num_asked = 0
+        """How often the server was asked for an answer."""
         self._speaker = speaker
         self._opening: tuple[Message, ...] = (_message("system", system),) if system else ()
         self._last: _Turn | None = None
+        self._shown: tuple[str, ...] = ()  # with the next turn
         self.messages: tuple[Message, ...] = self._opening
 
     @property
@@ -59,7 +80,11 @@ class Conversation:
     def reset(self) -> None:
         """Forget everything but the system prompt."""
         self.messages = self._opening
-        self._last = None
+        self._last, self._shown = None, ()
+
+    def show(self, picture: str) -> None:
+        """Send this picture with the next turn: an http(s) address, or a file. RequestError if it cannot be read."""
+        self._shown = (*self._shown, picture if ADDRESS.match(picture) else _data_uri(picture))
 
     def say(self, text: str) -> Generator[str, None, None]:
         """Send the next user turn and yield the answer's pieces as they come.
@@ -68,7 +93,9 @@ class Conversation:
         breaks. An answer that was broken off, by that or by closing this generator, is kept as far as it came;
         where nothing came, the conversation is as it was before. Either way `retry` asks again.
         """
-        return self._ask(_Turn(self.messages, text))
+        turn = _Turn(self.messages, text, self._shown)
+        self._shown = ()
+        return self._ask(turn)
 
     def retry(self) -> Generator[str, None, None]:
         """As `say`, with the last turn once more: its new answer takes the place of the old. RequestError if none."""
@@ -78,7 +105,8 @@ class Conversation:
 
     def _ask(self, turn: _Turn) -> Generator[str, None, None]:
         self._last, self.finish = turn, None
-        asked = (*turn.before, _message("user", turn.text))
+        self.num_asked += 1
+        asked = (*turn.before, turn.message)
         pieces: list[str] = []
         try:
             for piece in self._stream(asked):
@@ -125,6 +153,33 @@ def _choices(data: str) -> Sequence[Mapping[str, Any]]:
     if error:
         raise StoppedError(message_of(data))
     return choices or ()
+
+
+def _data_uri(typed: str) -> str:
+    """The file's bytes, as an address that holds them."""
+    path = _path(typed)
+    try:
+        size = path.stat().st_size
+        if size > MAX_PICTURE_MIB * 2**20:
+            raise RequestError(f"{path}: found {size / 2**20:,.0f} MiB; at most {MAX_PICTURE_MIB} are sent")
+        content = base64.b64encode(path.read_bytes()).decode()
+    except (OSError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(
+            f"{typed}: cannot be read: {error}; expected a picture's file or address"
+        ) from None
+    return f"data:{mimetypes.guess_type(path.name)[0] or 'application/octet-stream'};base64,{content}"
+
+
+def _path(typed: str) -> Path:
+    """A path as people write it, or as terminals do for a file dropped on them: quoted, or with escaped spaces."""
+    try:
+        path = Path(typed).expanduser()
+        words = [] if path.exists() else shlex.split(typed)
+        return Path(words[0]).expanduser() if len(words) == 1 else path
+    except (OSError, RuntimeError, ValueError):
+        return Path(typed)
 
 
 def _message(role: str, content: str) -> Message:

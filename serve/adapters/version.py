@@ -25,6 +25,8 @@ class AdapterVersion:
     """Tokens that end its answers, besides the base's own."""
     effect_hash: str = ""
     """Of its tensors and of all that says what they do (kind, scale): two versions with one compute the same."""
+    tower_hash: str = ""
+    """Of those of its tensors that change how pictures are encoded; "" where none does."""
     template: ChatTemplate | None = field(default=None, compare=False, repr=False)
     """Its own chat template, or the base's with variables of its own; None: the base's."""
 

@@ -11,6 +11,7 @@ from serve.api.body import JsonRoute
 from serve.api.generation import Generation, build_requests, logprob_writers, new_id
 from serve.api.history import check_tools
 from serve.api.logprobs import LogprobWriter
+from serve.api.media import check_kinds, items_of
 from serve.api.schemas import ChatBody
 from serve.api.services import Services, ServicesDep
 from serve.api.streaming import EVENT_STREAM, Answer, Responder
@@ -76,6 +77,7 @@ async def create_chat_completion(
     runtime = services.runtime
     with held_target(runtime, body.model, body.user or id) as target:
         template = _template(services, target)
+        check_kinds(items_of(body.messages), ())
         messages = [message.for_template() for message in body.messages]
         if body.has_tool_history:
             check_tools(template, messages)

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from serve.api.schemas import Body
+from serve.api.strict import Body
 from serve.errors import LatheError, NotFoundError, OverloadedError, RequestError
 
 STATUS_CODES = {
@@ -91,7 +91,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _invalid_body(error.errors(), _body_class(request))
+        return _invalid_body(error.errors(), error.body, _body_class(request))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -127,15 +127,17 @@ def _body_class(request: Request) -> type[Body] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Body) else None
 
 
-def _invalid_body(problems: Sequence[Any], body: type[Body] | None) -> JSONResponse:
-    """All problems in one message; `param` is the first field at fault."""
+def _invalid_body(problems: Sequence[Any], value: Any, body: type[Body] | None) -> JSONResponse:
+    """All problems of the body `value` in one message; `param` is the first field at fault."""
     params, lines = [], []
-    for problem in problems:
+    paths = [_path_in(value, each["loc"][1:], each["type"] == "missing") for each in problems]
+    for problem, path in zip(problems, paths, strict=True):
+        if any(len(deeper) > len(path) and deeper[: len(path)] == path for deeper in paths):
+            continue  # another branch of a union; the one that was meant tells more
         cause = problem.get("ctx", {}).get("error")
-        path = list(problem["loc"][1:])
         if isinstance(cause, RequestError):
             is_inside = bool(path) and path[0] != cause.param
-            params.append(path[0] if is_inside else cause.param)
+            params.append(str(path[0]) if is_inside else cause.param)
             lines.append(".".join(map(str, [*path, cause])) if is_inside else str(cause))
             continue
         params.append(str(path[0]) if path else None)
@@ -144,6 +146,24 @@ def _invalid_body(problems: Sequence[Any], body: type[Body] | None) -> JSONRespo
     more = [f"and {len(told) - MAX_PROBLEMS} more"] if len(told) > MAX_PROBLEMS else []
     message = "; ".join([*told[:MAX_PROBLEMS], *more])
     return error_response(400, message, code="invalid_request_error", param=params[0] if params else None)
+
+
+def _path_in(value: Any, location: Sequence[str | int], is_missing: bool) -> list[str | int]:
+    """pydantic's location less the names of union branches: the longest way in it that leads somewhere in `value`.
+
+    is_missing  what the location ends with is not there, and belongs to the way
+    """
+    if not location:
+        return []
+    part, rest = location[0], location[1:]
+    if is_missing and not rest:
+        return [part]
+    passed = _path_in(value, rest, is_missing)
+    is_key = isinstance(value, dict) and part in value
+    is_index = isinstance(value, list) and isinstance(part, int) and part < len(value)
+    if not is_key and not is_index:
+        return passed
+    return max(passed, [part, *_path_in(value[part], rest, is_missing)], key=len)
 
 
 def _line(problem: Any, path: Sequence[Any], body: type[Body] | None) -> str:

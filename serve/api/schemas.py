@@ -3,22 +3,19 @@ accepted with their neutral values only. Hints, which ask nothing of the answer,
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Mapping
-from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from serve.api.parts import MediaPart, Part, TextPart
+from serve.api.strict import Body, Neutral
 from serve.cache.precision import PLAIN, KvPrecision, KvScheme
 from serve.config import ServeConfig
 from serve.errors import RequestError
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
-MAX_UNKNOWN = 16
-MAX_NAME_CHARS = 80
 MAX_SALT_CHARS = 1024
 """vLLM's bound."""
 
@@ -30,69 +27,10 @@ Strings = Annotated[list[str], Field(fail_fast=True)]
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 
-class Body(BaseModel):
-    """Base of every request body. A number without a fraction is an integer, however it was written."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        hide_input_in_errors=True,
-        protected_namespaces=(),
-    )
-
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Fields that exist elsewhere and have no effect here, with the values that ask for no effect."""
-
-    hints: ClassVar[frozenset[str]] = frozenset()
-    """Fields that exist elsewhere and ask nothing of the answer, whatever their value."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_out_fields_without_effect(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        known = {*cls.model_fields, *cls.neutral, *cls.hints}
-        if len(data) > len(known) + MAX_UNKNOWN:
-            unknown = next(name for name in data if name not in known)
-            name = unknown[:MAX_NAME_CHARS]
-            raise RequestError(f"{name}: unknown field, one of {len(data)} fields", name)
-        for name, allowed in cls.neutral.items():
-            if name in data and not any(_same(data[name], value) for value in allowed):
-                choices = " or ".join(dict.fromkeys(_json(value) for value in allowed))
-                raise RequestError(
-                    f"{name}: found {_json(data[name])}; Lathe does not do this, so only {choices} is accepted",
-                    name,
-                )
-        integers = _integer_fields(cls)
-        return {
-            name: _as_integer(value) if name in integers else value
-            for name, value in data.items()
-            if name not in cls.neutral and name not in cls.hints
-        }
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
-        """With the fields that have no effect."""
-        schema = handler.resolve_ref_schema(handler(core_schema))
-        properties = schema.setdefault("properties", {})
-        properties |= {name: {"enum": list(allowed)} for name, allowed in cls.neutral.items()}
-        properties |= {name: {"description": "A hint, taken without effect."} for name in sorted(cls.hints)}
-        return schema
-
-    @classmethod
-    def closest_field(cls, name: str) -> str | None:
-        """A field that `name` may be a misspelling of."""
-        names = [*cls.model_fields, *cls.neutral, *cls.hints]
-        close = difflib.get_close_matches(name[:MAX_NAME_CHARS], names, n=1, cutoff=0.7)
-        return close[0] if close else None
-
-
 class StreamOptions(Body):
     """How a stream reports."""
 
-    neutral = {"include_obfuscation": (None, False)}
+    neutral: ClassVar[Neutral] = {"include_obfuscation": (None, False)}
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -239,24 +177,6 @@ class GenerationBody(Body):
         raise NotImplementedError
 
 
-class TextPart(Body):
-    """A piece of a message."""
-
-    hints = frozenset({"cache_control"})
-
-    type: Literal["text"]
-    text: str
-
-
-_MEDIA_PARTS = {
-    "image_url": "images",
-    "input_image": "images",
-    "input_audio": "audio",
-    "video_url": "video",
-    "file": "files",
-}
-
-
 class FunctionCall(Body):
     """What an assistant called; `arguments` as JSON text, as it came, or as the object it stands for."""
 
@@ -277,13 +197,13 @@ class ToolCall(Body):
 class Message(Body):
     """One turn of a chat. The template gets what its turn says: who, what, what was called and what came of it."""
 
-    neutral = {"audio": (None,), "function_call": (None,)}
+    neutral: ClassVar[Neutral] = {"audio": (None,), "function_call": (None,)}
     hints = frozenset({"annotations", "cache_control", "reasoning_details", "refusal"})
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """developer is OpenAI's newer word for system, and is rendered as system."""
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-    """Null beside tool calls only."""
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    """Text, or pieces of it with pictures, clips and sounds between them. Null beside tool calls only."""
     name: str | None = None
     """Who speaks. A hint where the template does not read it."""
     reasoning_content: str | None = None
@@ -292,19 +212,6 @@ class Message(Body):
     """The same by its newer name."""
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _text_only(cls, content: Any) -> Any:
-        for part in content if isinstance(content, list) else ():
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind in _MEDIA_PARTS:
-                raise RequestError(
-                    f"messages: found a part of type {kind!r}; {_MEDIA_PARTS[kind]} are not accepted, "
-                    "this model reads text only",
-                    "messages",
-                )
-        return content
 
     @model_validator(mode="after")
     def _says_something_of_its_role(self) -> Message:
@@ -322,11 +229,23 @@ class Message(Body):
             )
         return self
 
+    @property
+    def media(self) -> Iterator[tuple[int, MediaPart]]:
+        """Pictures, clips and sounds, with their numbers among the parts."""
+        for number, part in enumerate(() if isinstance(self.content, str) else self.content or ()):
+            if not isinstance(part, TextPart):
+                yield number, part
+
     def for_template(self) -> dict[str, Any]:
-        """As ChatTemplate takes it; it joins text parts itself, in serving as in training."""
-        turn = self.model_dump(exclude_none=True, exclude={"reasoning"})
+        """As ChatTemplate takes it: of a picture, a clip or a sound it gets the kind alone."""
+        turn = self.model_dump(exclude_none=True, exclude={"content", "reasoning"})
         turn["role"] = "system" if self.role == "developer" else self.role
-        turn["content"] = turn.get("content")
+        turn["content"] = self.content
+        if isinstance(self.content, list):
+            turn["content"] = [
+                {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": part.kind}
+                for part in self.content
+            ]
         if self.reasoning is not None and self.reasoning_content is None:
             turn["reasoning_content"] = self.reasoning
         if not self.tool_calls:
@@ -346,7 +265,7 @@ _TEMPLATE_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_f
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    neutral = {
+    neutral: ClassVar[Neutral] = {
         **_NEUTRAL_GENERATION,
         "audio": (None,),
         "function_call": (None, "none"),
@@ -426,7 +345,7 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    neutral = {
+    neutral: ClassVar[Neutral] = {
         **_NEUTRAL_GENERATION,
         "best_of": (None, 1),
         "echo": (None, False),
@@ -460,7 +379,11 @@ class CompletionBody(GenerationBody):
 class LoadAdapterBody(Body):
     """POST /v1/load_lora_adapter, vLLM's fields."""
 
-    neutral = {"lora_int_id": (None,), "is_3d_lora_weight": (None, False), "base_model_name": (None,)}
+    neutral: ClassVar[Neutral] = {
+        "lora_int_id": (None,),
+        "is_3d_lora_weight": (None, False),
+        "base_model_name": (None,),
+    }
 
     lora_name: Label
     lora_path: str
@@ -470,7 +393,7 @@ class LoadAdapterBody(Body):
 class UnloadAdapterBody(Body):
     """POST /v1/unload_lora_adapter, vLLM's fields."""
 
-    neutral = {"lora_int_id": (None,)}
+    neutral: ClassVar[Neutral] = {"lora_int_id": (None,)}
 
     lora_name: Label
 
@@ -484,31 +407,3 @@ class FeedbackBody(Body):
     """What was measured, for example exact_match or thumbs_up."""
     value: float = Field(ge=0, le=1)
     """Comparisons are of means in [0, 1]: scale it."""
-
-
-def _same(found: Any, allowed: Any) -> bool:
-    """Equal, and a boolean only to a boolean (in Python, True == 1)."""
-    return bool(found == allowed) and isinstance(found, bool) == isinstance(allowed, bool)
-
-
-@cache
-def _integer_fields(body: type[Body]) -> frozenset[str]:
-    """Fields of `body` that hold one integer."""
-    return frozenset(
-        name
-        for name, field in body.model_fields.items()
-        if field.annotation is int or int in map(_bare, get_args(field.annotation))
-    )
-
-
-def _bare(annotation: Any) -> Any:
-    return get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
-
-
-def _as_integer(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _json(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -1,4 +1,4 @@
-"""Prefixes on disk: one safetensors file a segment, found through a small SQLite index; whole after any crash.
+"""Segments on disk: one safetensors file each, found through a small SQLite index; whole after any crash.
 
 A file is named by its content: base, space, all tokens up to the segment's end. A thread of its own writes, and no
 step waits for it; what it cannot write, or not fast enough, is lost to the disk and to nothing else. The index is
@@ -157,9 +157,17 @@ class Disk:
 
     max_bytes    of files together; the caller makes room before it writes
     fingerprint  of the base's weights: what another base has left in the folder is removed
+    setting      by which users name the folder
     """
 
-    def __init__(self, folder: Path, max_bytes: int, fingerprint: str, codec: Codec) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int,
+        fingerprint: str,
+        codec: Codec,
+        setting: str = "prefix_cache_dir",
+    ) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
         self.num_bytes = 0
@@ -179,11 +187,11 @@ class Disk:
         self._is_told: set[str] = set()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = _lock(folder)
+            self._lock = _lock(folder, setting)
             self._index = Index(folder / INDEX, fingerprint)
             self._found = self._take_stock()
         except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"prefix_cache_dir {folder} cannot be used: {error}") from error
+            raise ConfigError(f"{setting} {folder} cannot be used: {error}") from error
         self._thread = threading.Thread(target=self._run, name="lathe-prefix-disk", daemon=True)
         self._thread.start()
 
@@ -394,7 +402,9 @@ class Disk:
             "fingerprint": self._fingerprint,
             "key": file.key,
             "space": write.space,
-            "tokens": " ".join(map(str, np.frombuffer(write.tokens, np.int32))),
+            "tokens": " ".join(
+                str(key) if key >= 0 else "*" for key in np.frombuffer(write.tokens, np.int64)
+            ),
         }
         data = to_bytes(arrays, meta)
         path = self.folder / file.name
@@ -425,7 +435,7 @@ class Disk:
         try:
             return function()
         except Exception as error:  # whatever it is, the engine's steps must not hear of it
-            self._tell(what, f"prefixes in {self.folder} cannot be kept: {error!r}")
+            self._tell(what, f"what is for {self.folder} cannot be kept: {error!r}")
             return None
 
     def _tell(self, what: str, message: str) -> None:
@@ -478,7 +488,7 @@ def _file(record: Record) -> StoredFile:
     )
 
 
-def _lock(folder: Path) -> IO[str]:
+def _lock(folder: Path, setting: str) -> IO[str]:
     """Held as long as the file is open; the system lets go of it whatever ends the process."""
     stream = (folder / LOCK).open("a+")
     try:
@@ -488,7 +498,7 @@ def _lock(folder: Path) -> IO[str]:
         owner = stream.read().strip()
         stream.close()
         raise ConfigError(
-            f"prefix_cache_dir {folder} is in use by process {owner or '?'}; give each server a folder of its own"
+            f"{setting} {folder} is in use by process {owner or '?'}; give each server a folder of its own"
         ) from None
     stream.truncate(0)
     stream.write(f"{os.getpid()}\n")
@@ -497,5 +507,4 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def _space(said: str) -> Space:
-    values = json.loads(said)
-    return Space._make([*values[:-1], tuple(values[-1])])
+    return Space._make(json.loads(said))

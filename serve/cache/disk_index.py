@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "1"
+FORMAT = "2"
 """Another one's files are removed. Changes with what is in a file, or what it means."""
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from serve.cache.disk import Disk, Stored, StoredFile
 from serve.cache.stats import PrefixStats
-from serve.cache.tree import DISK, MEMORY, Found, Node, PrefixTree
+from serve.cache.tree import DISK, MEMORY, Found, Node, PrefixTree, itself
 from serve.cache.tree import Space as Space
 
 PENDING_SHARE = 4
@@ -67,16 +67,27 @@ class PrefixCache:
         """Memory held by segments, those included that wait to be written. Any thread may ask."""
         return self._tree.tiers[MEMORY].num_bytes + self._num_leaving_bytes()
 
+    @property
+    def bound(self) -> int:
+        """Bytes of memory that segments may take now."""
+        return self._bound
+
     def match(
-        self, space: Space, tokens: Sequence[int], limit: int, *, is_first: bool = True
+        self,
+        space: Space,
+        tokens: Sequence[int],
+        limit: int,
+        *,
+        whole: Callable[[int], int] = itself,
+        is_first: bool = True,
     ) -> Match | None:
         """The longest prefix of at most `limit` of these tokens that a row can be given; None if there is none.
 
-        Segments on disk are read here, and come into memory. `is_first`: counted as a query; False where the same
-        request asks again.
+        Segments on disk are read here, and come into memory. `whole` as `PrefixTree.find` takes it. `is_first`:
+        counted as a query; False where the same request asks again.
         """
         self._settle()
-        match = self._find(space, tokens, min(limit, len(tokens)))
+        match = self._find(space, tokens, min(limit, len(tokens)), whole)
         if is_first:
             self._count(min(limit, len(tokens)), match)
         self._fit()
@@ -157,10 +168,12 @@ class PrefixCache:
 
     # Finding
 
-    def _find(self, space: Space, tokens: Sequence[int], limit: int) -> Match | None:
+    def _find(
+        self, space: Space, tokens: Sequence[int], limit: int, whole: Callable[[int], int]
+    ) -> Match | None:
         """A file that cannot be read leaves the tree, and what is left is asked again."""
         threshold = start_after(space)
-        while (found := self._tree.find(space, tokens, limit, threshold)) is not None:
+        while (found := self._tree.find(space, tokens, limit, threshold, whole)) is not None:
             segments = self._segments(found, threshold)
             if segments is not None:
                 return self._pinned(found, segments)
@@ -239,7 +252,7 @@ class PrefixCache:
         """What an earlier process has left, in the order of its last uses."""
         ends = []
         for space, tokens, file in disk.take_found():
-            nodes = self._tree.insert(space, array("i", tokens), file.start, file.stored(), DISK)
+            nodes = self._tree.insert(space, array("q", tokens), file.start, file.stored(), DISK)
             if nodes:
                 file.node = nodes[-1]
                 ends.append(file)

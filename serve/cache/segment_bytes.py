@@ -20,18 +20,20 @@ class SegmentCodec:
 
     def dump(self, segment: Segment) -> tuple[dict[str, HostArray], dict[str, str]]:
         """No array is computed: those of a segment are evaluated, and lie row after row."""
-        arrays = {
-            name: HostArray(str(array.dtype).removeprefix("mlx.core."), tuple(array.shape), array)
-            for name, array in segment.arrays().items()
-        }
-        return arrays, segment.meta()
+        return {name: to_host(array) for name, array in segment.arrays().items()}, segment.meta()
 
     def load(self, arrays: Mapping[str, HostArray], meta: Mapping[str, str]) -> Segment:
         """The arrays are copies, made on the caller's thread."""
-        return Segment.from_arrays({name: _array(array) for name, array in arrays.items()}, meta)
+        return Segment.from_arrays({name: from_host(array) for name, array in arrays.items()}, meta)
 
 
-def _array(array: HostArray) -> mx.array:
+def to_host(array: mx.array) -> HostArray:
+    """Its bytes as they are, without a copy; it is evaluated, and lies row after row."""
+    return HostArray(str(array.dtype).removeprefix("mlx.core."), tuple(array.shape), array)
+
+
+def from_host(array: HostArray) -> mx.array:
+    """A copy."""
     dtype = MLX_TYPES[array.dtype]
     plain = NUMPY_TYPES.get(dtype) or np.dtype(array.dtype)
     values = np.frombuffer(array.data, plain).reshape(array.shape)

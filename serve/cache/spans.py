@@ -25,6 +25,10 @@ class SpanPart(NamedTuple):
     """The row holds nothing yet: it is cleared first."""
 
 
+Blocks = Sequence[tuple[int, int]]
+"""Positions [a, b) of one row that see one another."""
+
+
 class Piece(NamedTuple):
     """One slice assignment: rows and positions of a buffer, and where in the run's values they come from."""
 
@@ -56,6 +60,8 @@ class Run:
         """The run is the whole batch."""
         self.first, self.last = int(starts.min()), int(starts.max())
         self.offset: mx.array  # [b], set by the span
+        self.block: tuple[mx.array, mx.array] | None = None
+        """Of each token the block it is in: its first position and the one behind its last, [b, T] both."""
         self._bases: dict[tuple[int, int], mx.array] = {}
         self._indices: dict[tuple[int, int], mx.array] = {}
         self._masks: dict[tuple[int | None, int], mx.array] = {}
@@ -67,7 +73,7 @@ class Run:
         run.bucket, run.rows, run.batch, run.is_whole = self.bucket, self.rows, self.batch, self.is_whole
         run.starts, run.num_tokens, run.new_ranges = self.starts + 1, 1, []
         run.first, run.last = self.first + 1, self.last + 1
-        run.offset = offset
+        run.offset, run.block = offset, None
         run._bases, run._indices, run._masks, run._pieces = self._bases, {}, {}, {}
         return run
 
@@ -90,10 +96,13 @@ class Run:
     def sees_all(self, window: int | None, capacity: int) -> bool:
         """Nothing there is hidden from a row's last token, nor from others but what comes after them."""
         stop = self.last + self.num_tokens
-        return self.first == self.last and stop <= capacity and (window is None or stop <= window)
+        is_causal = self.block is None
+        return (
+            is_causal and self.first == self.last and stop <= capacity and (window is None or stop <= window)
+        )
 
     def mask(self, window: int | None, capacity: int) -> mx.array:
-        """[b, 1, T, extent] bool: a token sees positions up to its own, at most `window` of them."""
+        """[b, 1, T, extent] bool: a token sees positions up to its own, at most `window` of them, and its block."""
         key = (window, capacity)
         if key not in self._masks:
             queries = self.positions()[:, :, None]  # [b, T, 1]
@@ -108,6 +117,9 @@ class Run:
                 mask = (keys <= queries) & (keys >= 0)
             if window is not None:
                 mask = mask & (keys > queries - window)
+            if self.block is not None:
+                first, stop = (bound[:, :, None] for bound in self.block)  # [b, T, 1]
+                mask = mask | ((keys >= first) & (keys < stop))
             self._masks[key] = mask[:, None]
         return self._masks[key]
 
@@ -154,6 +166,7 @@ class Span:
     parts           in the order of the batch; the decoding rows of a bucket are neighbours
     state_rows      [B] rows of recurrent state; None: 0 … B - 1
     num_state_rows  rows of state in use, whether this forward runs them or not
+    blocks          [B] of each row, those of which this forward runs all tokens; None: nobody has any
     """
 
     def __init__(
@@ -162,6 +175,7 @@ class Span:
         num_tokens: int,
         state_rows: Sequence[int] | None = None,
         num_state_rows: int | None = None,
+        blocks: Sequence[Blocks] | None = None,
     ) -> None:
         self.num_tokens = num_tokens
         starts = np.concatenate([np.asarray(part.starts, dtype=np.int32) for part in parts])
@@ -175,12 +189,28 @@ class Span:
         if len(self.runs) == 1:
             self.runs[0].is_whole = True
         self._place(mx.array(starts))
+        if blocks is not None and any(blocks):
+            self._set_blocks(blocks)
         self._state_index = mx.array(np.asarray(self.state_rows, dtype=np.int32))
         first = self.state_rows[0]
         is_range = self.state_rows == list(range(first, first + self.num_rows))
         self.state_slice = slice(first, first + self.num_rows) if is_range else None
         self.is_everything = self.state_slice == slice(0, self.num_state_rows)
         """This forward runs every row of state in use."""
+
+    def _set_blocks(self, blocks: Sequence[Blocks]) -> None:
+        """Tell each run with a block in it; the others' masks stay what they are."""
+        positions = self.starts[:, None] + np.arange(self.num_tokens, dtype=np.int32)  # [B, T]
+        first, stop = positions.copy(), positions + 1
+        for row, ranges in enumerate(blocks):
+            start = int(self.starts[row])
+            for begin, end in ranges:
+                assert start <= begin < end <= start + self.num_tokens, "a block is cut"
+                first[row, begin - start : end - start] = begin
+                stop[row, begin - start : end - start] = end
+        for run in self.runs:
+            if any(blocks[row] for row in range(run.batch.start, run.batch.stop)):
+                run.block = mx.array(first[run.batch]), mx.array(stop[run.batch])
 
     def next(self) -> Span:
         """The same rows, a token later: what decodes again and again."""

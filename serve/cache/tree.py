@@ -1,4 +1,6 @@
-"""A radix tree over token ids: what is kept of every prefix, in two tiers (memory and disk). No arrays.
+"""A radix tree over tokens' keys: what is kept of every prefix, in two tiers (memory and disk). No arrays.
+
+A key is a token's id; where a picture stands, a number that follows from the picture (`Prompt.keys`).
 
 A node holds the tokens [start, stop) of every sequence that goes through it, as many as its text has in common, and
 keeps a payload for them in at least one tier. Payloads are cut where sequences part. What is used is used with
@@ -14,9 +16,14 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from serve.cache.precision import KvPrecision
 
-TOKEN_BYTES = array("i").itemsize
+TOKEN_BYTES = array("q").itemsize
 MEMORY, DISK = 0, 1
 TIERS = (MEMORY, DISK)
+
+
+def itself(length: int) -> int:
+    """Any prefix may be asked for."""
+    return length
 
 
 class Space(NamedTuple):
@@ -30,8 +37,8 @@ class Space(NamedTuple):
     """`KvPrecision.label`."""
     tenant: str = ""
     salt: str = ""
-    media: tuple[str, ...] = ()
-    """Hashes of pictures and the like, in order."""
+    media: str = ""
+    """Of what picture features are kept; "" where keys and values of a text are."""
 
 
 class Payload(Protocol):
@@ -146,16 +153,25 @@ class PrefixTree:
 
     # Looking
 
-    def find(self, space: Space, tokens: Sequence[int], limit: int, start_after: int = 0) -> Found | None:
+    def find(
+        self,
+        space: Space,
+        tokens: Sequence[int],
+        limit: int,
+        start_after: int = 0,
+        whole: Callable[[int], int] = itself,
+    ) -> Found | None:
         """The longest prefix of at most `limit` of these tokens that can be restored. Nothing changes.
 
         `start_after`: a prefix of at most so many tokens is restored from plain payloads alone, as
-        `KvPrecision.start_after` says of the row.
+        `KvPrecision.start_after` says of the row. `whole(n)`: the longest prefix of at most n tokens that may be
+        asked for at all.
         """
         path, length = self._walk(space, tokens, limit)
+        length = whole(length)
         for node in reversed(path):
             if node.start < length and self.tier_for(node, length, start_after) is None:
-                length = node.start
+                length = whole(node.start)
         if length == 0:
             return None
         return Found([node for node in path if node.start < length], length)
@@ -273,7 +289,7 @@ class PrefixTree:
         return self._is_better(node, tier, node.stop, payload, node.stop)
 
     def text_of(self, node: Node) -> tuple[Space, bytes]:
-        """The node's space, and all tokens up to its end, as `array("i")` has them."""
+        """The node's space, and all tokens up to its end, as `array("q")` has them."""
         parts = []
         one = node
         while one.parent is not None:
@@ -500,7 +516,8 @@ class _Text:
 
 def _encode(tokens: Sequence[int], start: int, stop: int) -> bytes:
     part = tokens[start:stop]
-    return part.tobytes() if isinstance(part, array) else array("i", part).tobytes()
+    is_encoded = isinstance(part, array) and part.typecode == "q"
+    return part.tobytes() if is_encoded else array("q", part).tobytes()
 
 
 def _common(one: bytes, other: bytes) -> int:

@@ -9,13 +9,16 @@ in one forward, ordered by bucket and row, so that those of one bucket are its r
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from serve.cache.capacity import Bucket, Move, Place
+from serve.cache.features import FeatureKey
 from serve.cache.precision import PLAIN, KvPrecision
 from serve.engine.request import Request, TokenLogprob
+from serve.model.prompt import Media
 
 
 @dataclass(eq=False)
@@ -45,10 +48,17 @@ class SequenceState:
     """Where it parts from another text that was computed, and its recurrent state is kept for whoever comes next."""
     has_looked: bool = False
     """The prefix cache was asked for it."""
+    held: set[int] = field(default_factory=set)
+    """Numbers of the prompt's media whose features are kept for it."""
+    sought: set[int] = field(default_factory=set)
+    """Numbers of those that were looked for."""
     generated: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.num_prompt_tokens = len(self.request.prompt.token_ids)
+        prompt = self.request.prompt
+        self.num_prompt_tokens = len(prompt.token_ids)
+        self.num_sighted_tokens = max((media.stop for media in prompt.media), default=0)
+        """Behind the last token that media fill."""
         max_tokens = self.request.sampling.max_tokens
         assert max_tokens is not None, "set by Engine.check"
         self.max_total_tokens = self.num_prompt_tokens + max_tokens
@@ -58,8 +68,11 @@ class SequenceState:
         self.slot = self.request.adapter.slot if self.request.adapter is not None else 0
         """Its adapter's place in the bank; 0 is the base."""
         self.precision = self.request.precision or PLAIN
+        self.quantize_after = prompt.whole(self.precision.start_after)
+        """A row of at most so many tokens is plain: as `start_after` says, or as many as end before a block there."""
         self.final_precision = self.precision.at(self.precision.start_after + 1)
-        """Of its row once that is longer than `start_after`."""
+        """Of its row once that is longer."""
+        self._prompt_keys = prompt.keys
 
     @property
     def num_tokens(self) -> int:
@@ -77,6 +90,18 @@ class SequenceState:
         after = self.generated[max(start - len(prompt), 0) : max(stop - len(prompt), 0)]
         return [*prompt[start:stop], *after]
 
+    def keys(self, stop: int) -> array[int]:
+        """By which a prefix knows its first `stop` tokens."""
+        keys = self._prompt_keys[:stop]
+        keys.extend(self.generated[: max(stop - self.num_prompt_tokens, 0)])
+        return keys
+
+    def feature_key(self, number: int) -> FeatureKey:
+        """By which the features of one of its prompt's media are kept."""
+        request = self.request
+        tower = request.adapter.tower_hash if request.adapter is not None else ""
+        return FeatureKey(request.prompt.media[number].key, tower, request.tenant, request.cache_salt)
+
     def token(self, position: int) -> int:
         """The token there, of prompt or answer."""
         number = position - self.num_prompt_tokens
@@ -84,7 +109,7 @@ class SequenceState:
 
     def precision_at(self, num_tokens: int) -> KvPrecision:
         """What a row of so many tokens is stored in."""
-        return PLAIN if num_tokens <= self.precision.start_after else self.final_precision
+        return PLAIN if num_tokens <= self.quantize_after else self.final_precision
 
 
 class Chunk(NamedTuple):
@@ -102,6 +127,19 @@ class Chunk(NamedTuple):
     def num_tokens(self) -> int:
         """How many run."""
         return self.stop - self.start
+
+
+class Encode(NamedTuple):
+    """One of a prompt's media goes through the tower. Its features are at hand when the next step is planned."""
+
+    sequence: SequenceState
+    number: int
+    """Among the prompt's media."""
+
+    @property
+    def media(self) -> Media:
+        """What is encoded."""
+        return self.sequence.request.prompt.media[self.number]
 
 
 class Found(Protocol):
@@ -132,11 +170,13 @@ class Capture(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """One step, in the order of its fields: copies of rows that leave, buffers' sizes, moves, restores, forwards,
-    copies of what prompts have computed."""
+    """One step, in the order of its fields: copies of rows that leave, pictures encoded, buffers' sizes, moves,
+    restores, forwards, copies of what prompts have computed."""
 
     departures: tuple[Capture, ...] = ()
     """Of rows whose sequences ended or were preempted, where they stood before this plan."""
+    encodes: tuple[Encode, ...] = ()
+    """For steps to come: no chunk of this one waits for them."""
     capacities: Mapping[Bucket, int] = field(default_factory=dict)
     """Rows of each bucket; those left out have none."""
     moves: tuple[Move, ...] = ()
@@ -159,7 +199,7 @@ class Plan:
     @property
     def is_empty(self) -> bool:
         """Nothing to run, and nothing to copy."""
-        return not self.chunks and not self.departures
+        return not self.chunks and not self.departures and not self.encodes
 
 
 class Drawn(NamedTuple):

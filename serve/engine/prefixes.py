@@ -66,10 +66,11 @@ class SequencePrefixes:
         """The longest prefix that the row can be given, but for the last token, which must run to draw the next."""
         is_first = not sequence.has_looked
         sequence.has_looked = True
-        tokens, space = sequence.tokens(0, sequence.num_tokens), self._space(sequence)
+        keys, space = sequence.keys(sequence.num_tokens), self._space(sequence)
+        whole = sequence.request.prompt.whole
         if self._has_state:
-            sequence.num_shared_tokens = self.cache.num_shared(space, tokens, len(tokens) - 1)
-        return self.cache.match(space, tokens, len(tokens) - 1, is_first=is_first)
+            sequence.num_shared_tokens = whole(self.cache.num_shared(space, keys, len(keys) - 1))
+        return self.cache.match(space, keys, len(keys) - 1, whole=whole, is_first=is_first)
 
     def release(self, prefix: Found) -> None:
         """It is in its row, or will not be."""
@@ -78,12 +79,12 @@ class SequencePrefixes:
 
     def num_known(self, sequence: SequenceState, stop: int) -> int:
         """How many of its first `stop` tokens need no capture."""
-        return self.cache.known(self._space(sequence), sequence.tokens(0, stop))
+        return self.cache.known(self._space(sequence), sequence.keys(stop))
 
     def keep(self, captured: Captured) -> None:
         """A copy of a row belongs to the cache from now on. Its arrays are evaluated."""
         sequence, _, _, start, stop = captured.capture
-        self.cache.insert(self._space(sequence), sequence.tokens(0, stop), start, captured.segment)
+        self.cache.insert(self._space(sequence), sequence.keys(stop), start, captured.segment)
 
     def bound(self, max_bytes: int) -> None:
         """From here on no more memory than that."""

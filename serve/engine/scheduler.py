@@ -8,6 +8,8 @@ preempted: it goes back into the queue, keeps its arrival, and goes on from what
 Prompts are computed in chunks of at most `prefill_chunk_tokens` a step, beside one decode token for every running
 row. Steps take turns: one begins with the oldest prompt, the next with the group that has had least computed, so
 short prompts pass long ones, and long ones have every second step.
+Pictures are encoded in a step before the one that computes their tokens: `encode_patches` a step, or one picture,
+beside the same decode tokens. A chunk ends before the first picture that is not encoded, and never inside a block.
 
 A step may be planned before the one in flight is read: plans rest on `num_planned_tokens`, which `schedule` moves,
 and `commit` follows with what was drawn. A sequence that turns out to have ended has run a token too many.
@@ -23,8 +25,9 @@ from operator import attrgetter
 from typing import Protocol
 
 from serve.cache.capacity import Bucket, RowCost, positions_capacity
+from serve.cache.features import FeatureKey
 from serve.engine.placement import Arrangement, Tenant, arrange, least_bytes
-from serve.engine.plan import Capture, Chunk, Drawn, Found, Plan, Restore, SequenceState
+from serve.engine.plan import Capture, Chunk, Drawn, Encode, Found, Plan, Restore, SequenceState
 
 ANSWER_HEADROOM_TOKENS = 256
 """Positions beyond its present ones that a row claims: a row that asks for 32,000 tokens keeps nobody out."""
@@ -41,6 +44,7 @@ class Budget:
     max_bytes: int
     """Memory of all rows together, their buffers' rounding included."""
     row_cost: RowCost
+    encode_patches: int = 1024
 
     @property
     def is_recurrent(self) -> bool:
@@ -61,6 +65,30 @@ class Prefixes(Protocol):
         """How many of its first `stop` tokens need no capture."""
 
 
+class Features(Protocol):
+    """What the scheduler asks of what towers have made of pictures."""
+
+    def hold(self, sequence: SequenceState, number: int) -> bool:
+        """Whether the features of one of its prompt's media are at hand, or will be when the step in flight has run.
+
+        If so, they are kept for it, and its number is in `sequence.held`.
+        """
+
+    def relax(self, sequence: SequenceState) -> None:
+        """It has no row now: what can be encoded again need not be kept for it."""
+
+
+class NoFeatures:
+    """Where no prompt has media."""
+
+    def hold(self, sequence: SequenceState, number: int) -> bool:
+        """Nothing is ever at hand."""
+        return False
+
+    def relax(self, sequence: SequenceState) -> None:
+        """Nothing is kept."""
+
+
 class NoPrefixes:
     """A cache that never hits."""
 
@@ -79,7 +107,9 @@ class NoPrefixes:
 class Scheduler:
     """Owns every SequenceState from `add` to `remove`."""
 
-    def __init__(self, budget: Budget, prefixes: Prefixes | None = None) -> None:
+    def __init__(
+        self, budget: Budget, prefixes: Prefixes | None = None, features: Features | None = None
+    ) -> None:
         self.budget = budget
         self.waiting: list[SequenceState] = []  # in order of arrival
         self.prefilling: list[SequenceState] = []  # in order of arrival
@@ -87,6 +117,7 @@ class Scheduler:
         self.ending: list[SequenceState] = []  # without a row; the step in flight draws their last token
         self.num_preempted = 0
         self._prefixes = prefixes or NoPrefixes()
+        self._features = features or NoFeatures()
         self._max_bytes = budget.max_bytes
         self._capacities: dict[Bucket, int] = {}
         self._departures: list[Capture] = []  # copies of rows that are free since the last plan
@@ -159,16 +190,20 @@ class Scheduler:
         self._preempt_for_memory()
         self._admit()
         while True:
-            restores, prefill = self._prefill_chunks()
+            restores, prefill, encodes = self._prefill_chunks()
             arrangement = self._arranged(prefill)
             if arrangement.num_bytes <= self._max_bytes or len(arrangement.places) < 2:
                 break
             self._release(restores)
             self._preempt([max(self.running, key=_by_arrival)])
-        return self._take_effect(restores, prefill, arrangement)
+        return self._take_effect(restores, prefill, encodes, arrangement)
 
     def _take_effect(
-        self, restores: list[Restore], prefill: list[Chunk], arrangement: Arrangement[SequenceState]
+        self,
+        restores: list[Restore],
+        prefill: list[Chunk],
+        encodes: Encodes,
+        arrangement: Arrangement[SequenceState],
     ) -> Plan:
         is_changed = arrangement.capacities != self._capacities or bool(arrangement.moves)
         self._capacities = dict(arrangement.capacities)
@@ -186,6 +221,8 @@ class Scheduler:
             self._num_prefilled[chunk.sequence.group] += chunk.num_tokens
             if chunk.draws:
                 self.prefilling.remove(chunk.sequence)
+        for encode in encodes.planned:
+            self._num_prefilled[encode.sequence.group] += encode.media.num_patches
         self.decoding = [chunk.sequence for chunk in chunks if chunk.draws]
         self._num_repeats_left = min(map(_repeats_left, chunks), default=0)
         # Who runs two tokens or more stands behind those that run one, and begins to decode with the next plan.
@@ -194,6 +231,7 @@ class Scheduler:
         departures, self._departures = tuple(self._departures), []
         return Plan(
             departures=departures,
+            encodes=tuple(encodes.planned),
             capacities=arrangement.capacities,
             moves=arrangement.moves,
             state_moves=arrangement.state_moves,
@@ -285,9 +323,9 @@ class Scheduler:
 
     def _bucket(self, sequence: SequenceState, num_held: int, length: int) -> Bucket:
         """Where a row of `num_held` positions stands that runs another token, and that is to become `length` long."""
-        precision, start_after = sequence.precision_at(num_held + 1), sequence.precision.start_after
+        precision = sequence.precision_at(num_held + 1)
         if precision is not sequence.final_precision:
-            length = min(length, start_after)
+            length = min(length, sequence.quantize_after)
         return Bucket(precision, positions_capacity(length))
 
     def _present(self, sequence: SequenceState) -> Bucket:
@@ -366,6 +404,7 @@ class Scheduler:
     def _preempt(self, sequences: Collection[SequenceState]) -> None:
         self._free(set(sequences), is_sound=True)
         for sequence in sequences:
+            self._features.relax(sequence)
             self.num_preempted += 1
             sequence.num_cached_tokens = sequence.num_planned_tokens = 0
             insort(self.waiting, sequence, key=_by_arrival)
@@ -421,10 +460,12 @@ class Scheduler:
 
     # Prefill
 
-    def _prefill_chunks(self) -> tuple[list[Restore], list[Chunk]]:
-        """Chunks of this step, and the prefixes before them. Rows are padded to the longest, and padding counts.
+    def _prefill_chunks(self) -> tuple[list[Restore], list[Chunk], Encodes]:
+        """Chunks of this step, the prefixes before them, and what is encoded for those to come.
 
-        A prefix is looked for when its row's turn has come, so that it may be what a neighbour has just computed.
+        Rows are padded to the longest, and padding counts. A prefix is looked for when its row's turn has come, so
+        that it may be what a neighbour has just computed. A row whose next token is a picture's that is not encoded
+        waits, and lets others pass.
         In one step all chunks of recurrent rows have one length, and either all of them begin a sequence or none
         does: nothing may be padded there, and a row that begins has no state yet.
         """
@@ -434,39 +475,64 @@ class Scheduler:
         restores: list[Restore] = []
         chunks: list[Chunk] = []
         padded: list[Chunk] = []  # those of the second forward
+        encodes = Encodes(self.budget.encode_patches)
         for sequence in order:
             width = max((one.num_tokens for one in padded), default=0)
             if width * (len(padded) + 1) > self.budget.prefill_chunk_tokens:
                 break
             prefix = self._prefixes.find(sequence) if sequence.num_planned_tokens == 0 else None
-            chunk = self._next_chunk(
-                sequence, prefix.num_tokens if prefix else sequence.num_planned_tokens, padded
-            )
+            start = prefix.num_tokens if prefix else sequence.num_planned_tokens
+            stop = self._sighted(sequence, start, self._reach(sequence, start), encodes)
+            chunk = self._next_chunk(sequence, start, stop, padded) if stop > start else None
             if chunk is None:
                 if prefix is not None:
                     self._prefixes.release(prefix)
+                if stop == start:
+                    continue
                 break
             if prefix is not None:
                 restores.append(Restore(sequence, prefix))
             chunks.append(chunk)
             if not self._is_single(chunk):
                 padded.append(chunk)
-        return restores, chunks
+        return restores, chunks, encodes
 
-    def _next_chunk(self, sequence: SequenceState, start: int, padded: Sequence[Chunk]) -> Chunk | None:
-        wanted = min(sequence.num_tokens - start, self.budget.prefill_chunk_tokens)
-        for end in (sequence.precision.start_after, sequence.num_shared_tokens):
+    def _reach(self, sequence: SequenceState, start: int) -> int:
+        """Where the chunk that begins at `start` ends, if it is alone in its step and all pictures are encoded."""
+        stop = min(sequence.num_tokens, start + self.budget.prefill_chunk_tokens)
+        for end in (sequence.quantize_after, sequence.num_shared_tokens):
             if start < end:
-                wanted = min(wanted, end - start)
-        chunk = _chunk(sequence, start, wanted)
+                stop = min(stop, end)
+        prompt = sequence.request.prompt
+        stop = prompt.whole(stop)
+        return stop if stop > start else prompt.block_stop(start)
+
+    def _sighted(self, sequence: SequenceState, start: int, stop: int, encodes: Encodes) -> int:
+        """Before which of tokens [start, stop) features are missing. They are asked for; `stop` if none are."""
+        if start >= sequence.num_sighted_tokens:
+            return stop
+        prompt, end = sequence.request.prompt, stop
+        for number, media in enumerate(prompt.media):
+            first = media.first_in(start, stop)
+            if first is None or number in sequence.held or self._features.hold(sequence, number):
+                continue
+            encodes.ask(sequence, number)
+            end = min(end, first)
+        return prompt.whole(end)
+
+    def _next_chunk(
+        self, sequence: SequenceState, start: int, stop: int, padded: Sequence[Chunk]
+    ) -> Chunk | None:
+        chunk = _chunk(sequence, start, stop - start)
         if not padded or self._is_single(chunk):
             return chunk
-        width = max(wanted, *(one.num_tokens for one in padded))
+        width = max(chunk.num_tokens, *(one.num_tokens for one in padded))
         if self.budget.is_recurrent:
             first = padded[0]
-            if wanted < first.num_tokens or chunk.begins != first.begins:
-                return None
             width = first.num_tokens
+            is_cut = sequence.request.prompt.whole(start + width) < start + width
+            if chunk.num_tokens < width or chunk.begins != first.begins or is_cut:
+                return None
             chunk = _chunk(sequence, start, width)
         return chunk if width * (len(padded) + 1) <= self.budget.prefill_chunk_tokens else None
 
@@ -484,6 +550,24 @@ class Scheduler:
         return self._composition
 
 
+class Encodes:
+    """What one step encodes: as much as the budget of patches has room for, or one picture of any size."""
+
+    def __init__(self, max_patches: int) -> None:
+        self.planned: list[Encode] = []
+        self._num_patches_left = max_patches
+        self._keys: set[FeatureKey] = set()
+
+    def ask(self, sequence: SequenceState, number: int) -> None:
+        """Plan it, if there is room for it, and nobody else has asked for the same."""
+        key, num_patches = sequence.feature_key(number), sequence.request.prompt.media[number].num_patches
+        if key in self._keys or (self.planned and num_patches > self._num_patches_left):
+            return
+        self._keys.add(key)
+        self._num_patches_left -= num_patches
+        self.planned.append(Encode(sequence, number))
+
+
 def _decode(sequence: SequenceState) -> Chunk:
     start = sequence.num_planned_tokens
     return Chunk(sequence, start, start + 1, begins=False, draws=True)
@@ -494,8 +578,8 @@ def _repeats_left(chunk: Chunk) -> int:
     sequence, stop = chunk.sequence, chunk.stop
     assert sequence.place is not None
     end = sequence.place.bucket.num_positions
-    if stop <= sequence.precision.start_after:
-        end = min(end, sequence.precision.start_after)
+    if stop <= sequence.quantize_after:
+        end = min(end, sequence.quantize_after)
     return min(end, sequence.max_total_tokens - 1) - stop
 
 

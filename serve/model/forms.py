@@ -12,8 +12,10 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product, takewhile
+from types import MappingProxyType
 from typing import Any, Literal
 
+from serve.model.expansion import Expansion
 from serve.model.jinja import TooSlowError
 from serve.model.renderer import Message
 from serve.model.words import ControlTokens
@@ -23,10 +25,14 @@ Render = Callable[[Sequence[Message], bool], str]
 
 Content = Literal["text", "parts"]
 Arguments = Literal["object", "text"]
+Shown = Literal["part", "part_url", "part_content", "marker"]
+"""A part of media: `{"type": "image"}`, `{"type": "image_url"}`, the first beside text under `content`, or the marker
+itself among the words."""
 NoContent = Literal["empty", "absent"]
 _CONTENT: tuple[Content, ...] = ("text", "parts")
 _ARGUMENTS: tuple[Arguments, ...] = ("object", "text")
 _NO_CONTENT: tuple[NoContent, ...] = ("empty", "absent")
+_SHOWN: tuple[Shown, ...] = ("part", "part_url", "part_content", "marker")
 """Each in the order of trying."""
 
 ASKED, SAID, ASKED_AGAIN = "probedquestion", "probedanswer", "probedagain"
@@ -44,6 +50,9 @@ _CALLS = {
 _RESULT = {"role": "tool", "content": RESULT, "tool_call_id": _ID, "name": NAME}
 
 
+NOTHING: Mapping[str, Shown] = MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class Forms:
     """How a template wants messages, which come with content as text and arguments as objects."""
@@ -56,16 +65,20 @@ class Forms:
     renders_results: bool = False
     """Of tools, in a conversation that calls one."""
 
-    def shape(self, message: Message) -> Message:
-        """The message as the template wants it."""
+    def shape(
+        self, message: Message, media: Sequence[Expansion] = (), shown: Mapping[str, Shown] = NOTHING
+    ) -> Message:
+        """The message as the template wants it, with the media that it shows, each kind in its form."""
         calls = message.get("tool_calls")
         shaped = dict(message)
+        if isinstance(message.get("content"), list):
+            shaped["content"] = _showing(message["content"], media, shown)
         if calls and self.arguments == "text":
             shaped["tool_calls"] = [_with_text(call) for call in calls]
         if calls and self.no_content == "absent" and not message.get("content"):
             del shaped["content"]
-        elif self.content == "parts" and isinstance(message.get("content"), str):
-            shaped["content"] = [{"type": "text", "text": message["content"]}]
+        elif self.content == "parts" and isinstance(shaped.get("content"), str):
+            shaped["content"] = [{"type": "text", "text": shaped["content"]}]
         return shaped
 
 
@@ -96,6 +109,20 @@ def forms_of(render: Render) -> Forms:
             break
     text = _try(render, [forms.shape(message) for message in (_USER, _CALLS, _RESULT)])
     return replace(forms, renders_results=RESULT in text)
+
+
+def shown_of(render: Render, forms: Forms, item: Expansion) -> Shown | None:
+    """In which form the template writes the marker of such an item, once, beside the words; None: in none.
+
+    TooSlowError as `render`.
+    """
+    parts = [{"type": "text", "text": ASKED}, {"type": item.kind}, {"type": "text", "text": ASKED_AGAIN}]
+    message = {"role": "user", "content": parts}
+    for shown in _SHOWN:
+        text = _try(render, [forms.shape(message, [item], {item.kind: shown})])
+        if text.count(item.marker) == 1 and ASKED in text and ASKED_AGAIN in text:
+            return shown
+    return None
 
 
 def ends_of(render: Render, forms: Forms, control: ControlTokens, known: Collection[str]) -> Ends:
@@ -176,6 +203,30 @@ def missing_calls(message: Message, text: str) -> Iterator[str]:
 def squeezed(text: str) -> str:
     """Without white space and backslashes, which templates put and leave out."""
     return "".join(text.replace("\\", "").split())
+
+
+def _showing(
+    parts: Sequence[Mapping[str, Any]], media: Sequence[Expansion], shown: Mapping[str, Shown]
+) -> str | list[dict[str, Any]]:
+    """Content of text and media in the forms that its kinds have; text alone where they all stand among the words."""
+    rest, shaped = iter(media), []
+    for number, part in enumerate(parts):
+        if part["type"] == "text":
+            shaped.append(dict(part))
+            continue
+        item = next(rest)
+        form = shown[item.kind]
+        if form == "marker":
+            following = parts[number + 1].get("text", "") if number + 1 < len(parts) else ""
+            glue = item.glue if following and not following[0].isspace() else ""
+            shaped.append({"type": "text", "text": item.marker + glue})
+        else:
+            shaped.append({"type": f"{item.kind}_url" if form == "part_url" else item.kind})
+    if all(part["type"] == "text" for part in shaped):
+        return "".join(part["text"] for part in shaped)
+    if "part_content" in shown.values():
+        return [{**part, "content": part["text"]} if "text" in part else part for part in shaped]
+    return shaped
 
 
 def _common(a: str, b: str) -> str:

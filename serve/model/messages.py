@@ -13,11 +13,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from serve.errors import RequestError
+from serve.model.expansion import Expansion
+from serve.model.prompt import MediaKind
 from serve.model.renderer import Message
 from serve.model.words import Veil, spare_characters
 
 HALF = re.compile("[\ud800-\udfff]")
 """Half a surrogate pair, which JSON can spell and no tokenizer reads."""
+MEDIA_PARTS: Mapping[str, MediaKind] = {
+    "image": "image",
+    "image_url": "image",
+    "input_image": "image",
+    "video": "video",
+    "video_url": "video",
+    "input_video": "video",
+    "audio": "audio",
+    "audio_url": "audio",
+    "input_audio": "audio",
+}
+"""Types of parts that show something."""
+Text = str | list[dict[str, Any]]
+"""A message's content: text, or parts of text and of media (`{"type": "image"}`) where it shows something."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +49,34 @@ class Conversation:
     """None if there is nothing to hide."""
     limit_s: float | None = None
     """Seconds that the template may take."""
+    media: tuple[tuple[Expansion, ...], ...] = ()
+    """Of each message, what it shows."""
 
     def first(self, count: int) -> Conversation:
         """Its first messages alone, under the same veil."""
-        return replace(self, plain=self.plain[:count], messages=self.messages[:count])
+        return replace(
+            self, plain=self.plain[:count], messages=self.messages[:count], media=self.media[:count]
+        )
 
-    def ending(self, content: str) -> Conversation:
+    def ending(self, content: Text) -> Conversation:
         """The same with another last content, which is not under the veil."""
         return self.saying(len(self.messages) - 1, content)
 
-    def saying(self, index: int, content: str) -> Conversation:
-        """The same with another content of message `index`, which is not under the veil."""
-        messages = list(self.messages)
+    def saying(self, index: int, content: Text) -> Conversation:
+        """The same with another content of message `index`, which is not under the veil.
+
+        One of text shows nothing; one of parts shows what the message did.
+        """
+        messages, media = list(self.messages), list(self.media)
         messages[index] = {**messages[index], "content": content}
-        return replace(self, messages=tuple(messages))
+        if isinstance(content, str):
+            media[index] = ()
+        return replace(self, messages=tuple(messages), media=tuple(media))
+
+    @property
+    def shown(self) -> tuple[Expansion, ...]:
+        """What all its messages show, in order."""
+        return tuple(item for items in self.media for item in items)
 
     def spare(self, count: int) -> list[str]:
         """Characters that nothing in it has, nor the veil."""
@@ -88,17 +118,21 @@ def leaves(value: Any) -> Iterator[str]:
             yield from leaves(item)
 
 
-def plain_message(message: Message, index: int) -> dict[str, Any]:
-    """A message in that form; `index` names it in the RequestError."""
+def plain_message(message: Message, index: int, shows: bool = False) -> dict[str, Any]:
+    """A message in that form; `index` names it in the RequestError.
+
+    shows  whether parts of media are known, and stay in the content without what they hold
+    """
     name = f"messages.{index}"
     if not isinstance(message, Mapping):
         raise RequestError(f"{name}: found {_kind(message)}; expected an object with role and content", name)
-    plain: dict[str, Any] = data(message)
+    # Not with the rest: what a part shows may be megabytes of base64, or nothing that JSON knows.
+    plain: dict[str, Any] = data({key: value for key, value in message.items() if key != "content"})
     if not isinstance(plain.get("role"), str):
         raise RequestError(
             f"{name}.role: found {_kind(plain.get('role'))}; expected a string", f"{name}.role"
         )
-    plain["content"] = _plain_content(plain.get("content"), f"{name}.content")
+    plain["content"] = _plain_content(message.get("content"), f"{name}.content", shows)
     calls = plain.get("tool_calls")
     if calls is not None and not isinstance(calls, list):
         raise RequestError(f"{name}.tool_calls: found {_kind(calls)}; expected a list", f"{name}.tool_calls")
@@ -111,28 +145,52 @@ def plain_message(message: Message, index: int) -> dict[str, Any]:
     return plain
 
 
-def _plain_content(content: Any, name: str) -> str:
+def says(content: Text) -> str:
+    """The words of a content."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def around(content: Text, before: str, after: str) -> Text:
+    """A content with more words before and after all of it."""
+    if isinstance(content, str):
+        return before + content + after
+    return [{"type": "text", "text": before}, *content, {"type": "text", "text": after}]
+
+
+def shown_by(content: Text) -> list[MediaKind]:
+    """Of each part of media in a content, its kind."""
+    return [] if isinstance(content, str) else [part["type"] for part in content if part["type"] != "text"]
+
+
+def _plain_content(content: Any, name: str, shows: bool) -> Text:
     if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
+        return str(content or "")
+    if not isinstance(content, (list, tuple)):
         raise RequestError(f"{name}: found {_kind(content)}; expected a string or a list of parts", name)
-    texts = []
-    for number, part in enumerate(content):
-        here = f"{name}.{number}"
-        if not isinstance(part, Mapping):
-            raise RequestError(f"{here}: found {_kind(part)}; expected an object with type and text", here)
-        if part.get("type") != "text":
-            found = part.get("type")
-            raise RequestError(
-                f"this model reads text; found a part of type {found if isinstance(found, str) else _kind(found)}",
-                f"{here}.type",
-            )
-        if not isinstance(part.get("text"), str):
-            raise RequestError(
-                f"{here}.text: found {_kind(part.get('text'))}; expected a string", f"{here}.text"
-            )
-        texts.append(part["text"])
-    return "".join(texts)
+    parts = [_plain_part(part, f"{name}.{number}", shows) for number, part in enumerate(content)]
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
+def _plain_part(part: Any, here: str, shows: bool) -> dict[str, Any]:
+    if not isinstance(part, Mapping):
+        raise RequestError(f"{here}: found {_kind(part)}; expected an object with type and text", here)
+    found = part.get("type")
+    kind = MEDIA_PARTS.get(found) if isinstance(found, str) else None
+    if kind is not None and shows:
+        return {"type": kind}
+    if found != "text":
+        takes = "text and media" if shows else "text"
+        raise RequestError(
+            f"this model reads {takes}; found a part of type {found if isinstance(found, str) else _kind(found)}",
+            f"{here}.type",
+        )
+    if not isinstance(part.get("text"), str):
+        raise RequestError(f"{here}.text: found {_kind(part.get('text'))}; expected a string", f"{here}.text")
+    return {"type": "text", "text": str(part["text"])}
 
 
 def _plain_call(call: Any, name: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -49,6 +50,12 @@ class Media:
         """Behind its last placeholder."""
         return int(self.positions[-1]) + 1
 
+    def first_in(self, start: int, stop: int) -> int | None:
+        """The first of its placeholders among tokens [start, stop); None if there is none."""
+        index = int(np.searchsorted(self.positions, start))
+        is_there = index < len(self.positions) and self.positions[index] < stop
+        return int(self.positions[index]) if is_there else None
+
 
 class Rope(NamedTuple):
     """Where tokens stand for families that turn keys by several positions (M-RoPE).
@@ -67,8 +74,8 @@ class Prompt:
 
     media   in the order of their first placeholders; no placeholder belongs to two
     rope    None: token i stands at i
-    blocks  ranges [a, b) of tokens that see one another, whatever their order; they do not overlap. What is computed,
-            kept or restored never ends inside one
+    blocks  ranges [a, b) of tokens that see one another, whatever their order; ascending, they do not overlap. What
+            is computed, kept or restored never ends inside one
     """
 
     token_ids: tuple[int, ...]
@@ -79,7 +86,8 @@ class Prompt:
     @cached_property
     def keys(self) -> array[int]:
         """By which a prefix knows the tokens: their ids; at placeholders negative numbers that follow from the
-        media's key and the placeholder's number in it, 63 bits each."""
+        media's key and the placeholder's number in it, 63 bits each. A block's first token has one that follows from
+        all of the block: what stands there was computed with what comes behind it."""
         keys = array("q", self.token_ids)
         for media in self.media:
             size = KEY_BYTES * len(media.positions)
@@ -91,4 +99,21 @@ class Prompt:
                 media.positions.tolist(), np.frombuffer(stream, dtype="<i8").tolist(), strict=True
             ):
                 keys[position] = key
+        for start, stop in self.blocks:
+            digest = hashlib.blake2b(keys[start:stop].tobytes(), digest_size=KEY_BYTES).digest()
+            number = int.from_bytes(digest, "little", signed=True)
+            keys[start] = min(number, ~number)
         return keys
+
+    def whole(self, stop: int) -> int:
+        """Where what ends at `stop` may end: there, or before the block that it would cut."""
+        index = bisect_left(self.blocks, (stop, 0)) - 1
+        if index >= 0 and self.blocks[index][1] > stop:
+            return self.blocks[index][0]
+        return stop
+
+    def block_stop(self, start: int) -> int:
+        """Behind the block that begins at `start`; `start` where none does."""
+        index = bisect_left(self.blocks, (start, 0))
+        is_one = index < len(self.blocks) and self.blocks[index][0] == start
+        return self.blocks[index][1] if is_one else start

@@ -23,19 +23,31 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 
 from serve.errors import RequestError
+from serve.model.expansion import Expansion
 from serve.model.forms import (
     Ends,
     Forms,
+    Shown,
     after_cue,
     cue_of,
     ends_of,
     forms_of,
     leading,
     missing_calls,
+    shown_of,
     squeezed,
 )
 from serve.model.jinja import TooSlowError
-from serve.model.messages import Conversation, data, leaves, plain_message, plain_tools
+from serve.model.messages import (
+    Conversation,
+    around,
+    data,
+    leaves,
+    plain_message,
+    plain_tools,
+    says,
+    shown_by,
+)
 from serve.model.renderer import Message as Message
 from serve.model.renderer import renderer_of
 from serve.model.spans import Reader, SpanWriter, Turn
@@ -123,6 +135,8 @@ class ChatTemplate:
         self._control = ControlTokens(control)
         self._control_of_answers = ControlTokens(control - markup) if control & markup else self._control
         self._named: tuple[NamedControl, Reader] | None = None  # made when it is first needed
+        self._hidden_texts: dict[frozenset[str], tuple[ControlTokens, ControlTokens]] = {}
+        self._media_forms: dict[tuple[str, str], Shown | None] = {}
         self._ends_turns = self._ends_of_turns()
         self._quiet = [{name: False} for name in _SWITCHES if name in self.variables]
         self._cues = self._openings()
@@ -152,6 +166,7 @@ class ChatTemplate:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
         limit_s: float | None = None,
+        media: Sequence[Expansion] = (),
     ) -> Written:
         """The prompt as text. RequestError if there is no template, or it refuses the messages, or takes too long.
 
@@ -161,9 +176,10 @@ class ChatTemplate:
         continue_final_message  end with the last message's own words, for the answer to go on from
         variables               what the template reads besides, `self.variables`; another is refused by name
         limit_s                 seconds of this thread's CPU that the template may take
+        media                   what the messages' parts of media show, in their order; without, parts are text alone
         """
         self._check_variables(variables or {})
-        conversation = replace(self._conversation(messages, tools, variables or {}), limit_s=limit_s)
+        conversation = replace(self._conversation(messages, tools, variables or {}, media), limit_s=limit_s)
         if continue_final_message:
             if add_generation_prompt:
                 raise RequestError(
@@ -185,19 +201,21 @@ class ChatTemplate:
         roles: Sequence[str] = ("assistant",),
         train_on_eos: str = "turn",
         skip: Collection[int] = (),
+        media: Sequence[Expansion] = (),
     ) -> list[Supervised]:
         """Training sequences of a conversation: spans run from a turn's first own token through its end-of-turn.
 
         roles         whose turns are supervised; headers never are, nor what follows the end-of-turn token
         train_on_eos  which end-of-turn tokens are: "turn" each, "last" the conversation's last one, "none"
         skip          indices of turns that are context only, whatever their role
+        media         as `write` takes them
         Empty if no turn has one of the roles. RequestError as `render`, and for a turn of which nothing is rendered.
         """
         indices = [i for i, message in enumerate(messages) if message.get("role") in roles and i not in skip]
         if not indices:
             return []
         self._check_variables(variables or {})
-        conversation = self._conversation(messages, tools, variables or {})
+        conversation = self._conversation(messages, tools, variables or {}, media)
         with_end = {
             i: train_on_eos == "turn" or (train_on_eos == "last" and i == indices[-1]) for i in indices
         }
@@ -287,47 +305,86 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any],
+        media: Sequence[Expansion] = (),
     ) -> Conversation:
         if self._renderer is None:
             raise RequestError(
                 "this model's tokenizer has no chat template; send a prompt instead", "messages"
             )
         try:
-            plain = tuple(plain_message(message, i) for i, message in enumerate(messages))
+            plain = tuple(plain_message(message, i, bool(media)) for i, message in enumerate(messages))
+            shown = _dealt(plain, media)
             said_tools, said_variables = plain_tools(tools), data({**self.defaults, **variables})
-            veil = None if self._is_open else self._veil([plain, said_tools, said_variables])
+            control, control_of_answers = self._to_hide(media)
+            veil = self._veil([plain, said_tools, said_variables], control)
             if veil is None:
-                return Conversation(plain, plain, said_tools, said_variables, None)
+                return Conversation(plain, plain, said_tools, said_variables, None, media=shown)
 
             def words(text: str) -> str:
-                return veil.hide(text, self._control)
+                return veil.hide(text, control)
 
-            hidden = tuple(self._hidden(message, veil) for message in plain)
-            return Conversation(plain, hidden, data(said_tools, words), data(said_variables, words), veil)
+            hidden = tuple(self._hidden(message, veil, control, control_of_answers) for message in plain)
+            return Conversation(
+                plain, hidden, data(said_tools, words), data(said_variables, words), veil, media=shown
+            )
         except RecursionError:
             raise RequestError("messages: found values nested too deeply", "messages") from None
 
-    def _veil(self, said: Any) -> Veil | None:
+    def _to_hide(self, media: Sequence[Expansion]) -> tuple[ControlTokens, ControlTokens]:
+        """What words may not hold once they are rendered, in all messages and in answers.
+
+        Where something is shown, the markers of its places are among it, whether they are tokens or not.
+        """
+        markers = frozenset(text for item in media for text in (item.marker, item.placeholder))
+        if markers not in self._hidden_texts:
+            self._add_control({item.placeholder for item in media})
+            control, of_answers = (
+                ControlTokens(markers if self._is_open else known.texts | markers)
+                for known in (self._control, self._control_of_answers)
+            )
+            self._hidden_texts[markers] = control, of_answers
+        return self._hidden_texts[markers]
+
+    def _add_control(self, placeholders: set[str]) -> None:
+        """Counts placeholders among control tokens, also those that the tokenizer does not call special."""
+        tokens = {token.content for token in self._added.values()}
+        new = (placeholders & tokens) - self._control.texts
+        if new:
+            self._control = ControlTokens(self._control.texts | new)
+            self._control_of_answers = ControlTokens(self._control_of_answers.texts | new)
+            self._named = None
+
+    def _veil(self, said: Any, control: ControlTokens) -> Veil | None:
         """Stand-ins for all that is said, or None if there is nothing in it to hide."""
         texts = list(leaves(said))
-        if not any(self._control.starts(text) for text in texts):
+        if not any(control.starts(text) for text in texts):
             return None
-        characters = sorted(set("".join(self._control.texts)))
+        characters = sorted(set("".join(control.texts)))
         return Veil(dict(zip(characters, spare_characters(len(characters), texts), strict=True)))
 
-    def _hidden(self, message: Message, veil: Veil) -> dict[str, Any]:
+    def _hidden(
+        self, message: Message, veil: Veil, control: ControlTokens, of_answers: ControlTokens
+    ) -> dict[str, Any]:
         """A message without control tokens, but for the markup in an answer's content, which models write themselves.
 
-        Templates build headers of a role, so its ends stay as they are.
+        Templates build headers of a role, so its ends stay as they are; types of parts are nobody's words.
         """
         hidden = {
-            key: data(value, lambda text: veil.hide(text, self._control)) for key, value in message.items()
+            key: data(value, lambda text: veil.hide(text, control))
+            for key, value in message.items()
+            if key not in ("role", "content")
         }
-        if message.get("role") == "assistant":
-            hidden["content"] = veil.hide(message["content"], self._control_of_answers)
-        role = message.get("role")
-        if isinstance(role, str):
-            hidden["role"] = veil.hide(role, self._control, is_edged=False)
+        in_content = of_answers if message.get("role") == "assistant" else control
+        content = message["content"]
+        hidden["content"] = (
+            veil.hide(content, in_content)
+            if isinstance(content, str)
+            else [
+                {key: veil.hide(text, in_content) if key == "text" else text for key, text in part.items()}
+                for part in content
+            ]
+        )
+        hidden["role"] = veil.hide(message["role"], control, is_edged=False)
         return hidden
 
     def _reader_of(self, veil: Veil | None) -> Reader:
@@ -365,9 +422,13 @@ class ChatTemplate:
         if not conversation.messages:
             raise RequestError("messages: found none; expected at least one message", "messages")
         assert self._renderer is not None
+        forms = self._forms_of_media(conversation)
         try:
-            return self._renderer.render(
-                [self.forms.shape(message) for message in conversation.messages],
+            raw = self._renderer.render(
+                [
+                    self.forms.shape(message, media, forms)
+                    for message, media in zip(conversation.messages, conversation.media, strict=True)
+                ],
                 conversation.tools,
                 add_generation_prompt,
                 conversation.variables,
@@ -386,6 +447,25 @@ class ChatTemplate:
             raise RequestError(
                 f"the chat template refuses these messages ({roles}): {said}", "messages"
             ) from error
+        return _expanded(raw, conversation.shown)
+
+    def _forms_of_media(self, conversation: Conversation) -> dict[str, Shown]:
+        """How the template wants each kind that is shown. RequestError for one that is written nowhere."""
+        forms: dict[str, Shown] = {}
+        for item in conversation.shown:
+            key = (item.kind, item.marker)
+            if key not in self._media_forms:
+                try:
+                    self._media_forms[key] = shown_of(self._probe, self.forms, item)
+                except TooSlowError:
+                    self._media_forms[key] = None
+            form = self._media_forms[key]
+            if form is None:
+                raise RequestError(
+                    f"the chat template writes no place for {item.kind}s ({item.marker})", "messages"
+                )
+            forms[item.kind] = form
+        return forms
 
     def _open(self, conversation: Conversation) -> str:
         """Everything up to the end of the last message's content, which the answer goes on from, under the veil."""
@@ -395,7 +475,12 @@ class ChatTemplate:
                 f"continue_final_message: the last message is of role {found}; expected assistant",
                 "continue_final_message",
             )
-        content = str(conversation.messages[-1].get("content", ""))
+        content = conversation.messages[-1].get("content", "")
+        if not isinstance(content, str):
+            raise RequestError(
+                "continue_final_message: the last message shows something; only words can be gone on from",
+                "continue_final_message",
+            )
         trimmed = content.rstrip()
         if trimmed != content and self._raw(conversation, False) == self._raw(
             conversation.ending(trimmed), False
@@ -494,14 +579,14 @@ class ChatTemplate:
         message = asked.plain[index]
         opens, closes = asked.spare(2)
         is_answer = message.get("role") == "assistant"
-        content = str(asked.messages[index]["content"])
-        within = opens if is_answer else opens + content + closes
+        content = asked.messages[index]["content"]
+        within = opens if is_answer else around(content, opens, closes)
         marked = self._raw(asked.saying(index, within), False)
         start = marked.find(opens)
         if is_answer and start >= 0:
             start = after_cue(marked[:start], self._cues, self._control)
-        says = is_answer or (content.strip() and raw.endswith(marked[marked.rfind(closes) + 1 :]))
-        if start < 0 or not says or not raw.startswith(marked[:start]):
+        is_said = is_answer or (says(content).strip() and raw.endswith(marked[marked.rfind(closes) + 1 :]))
+        if start < 0 or not is_said or not raw.startswith(marked[:start]):
             raise RequestError(
                 f"the content of this {message.get('role')} turn is not found in what the chat template makes of it",
                 f"messages.{index}",
@@ -560,7 +645,7 @@ class ChatTemplate:
         """RequestError for a turn that had something to say, where what is learned of it says nothing."""
         learned = "".join(turn.text[start:stop] for start, stop in turn.spans)
         thoughts = next((message[name] for name in _REASONING if message.get(name)), "")
-        said = f"{thoughts}{message.get('content') or ''}".strip()
+        said = f"{thoughts}{says(message.get('content') or '')}".strip()
         written = self._shown(learned, veil)
         if said and squeezed(said[-20:]) in squeezed(written):
             return
@@ -628,6 +713,49 @@ class ChatTemplate:
         if found is None:
             found = self._blank[token_id] = not self._tokenizer.decode([token_id]).strip()
         return found
+
+
+def _dealt(
+    messages: Sequence[Mapping[str, Any]], media: Sequence[Expansion]
+) -> tuple[tuple[Expansion, ...], ...]:
+    """Of each message, what it shows. RequestError if parts and media are not the same, in number and kind."""
+    rest = list(media)
+    dealt = []
+    for number, message in enumerate(messages):
+        kinds = shown_by(message["content"])
+        items, rest = rest[: len(kinds)], rest[len(kinds) :]
+        if [item.kind for item in items] != kinds:
+            raise RequestError(
+                f"messages.{number}.content: found parts of {', '.join(kinds)}; got media of "
+                f"{', '.join(item.kind for item in items) or 'none'}",
+                f"messages.{number}.content",
+            )
+        dealt.append(tuple(items))
+    if rest:
+        raise RequestError(
+            f"messages: got {len(rest)} more pictures, clips or sounds than parts that show them", "messages"
+        )
+    return tuple(dealt)
+
+
+def _expanded(raw: str, media: Sequence[Expansion]) -> str:
+    """What a template wrote, each marker in it replaced by what its item becomes.
+
+    Words under the veil hold no marker, so every one that is found is the template's own.
+    """
+    if not media:
+        return raw
+    markers = sorted({item.marker for item in media}, key=len, reverse=True)
+    pieces = re.split(f"({'|'.join(map(re.escape, markers))})", raw)
+    written = pieces[1::2]
+    if written != [item.marker for item in media]:
+        raise RequestError(
+            f"messages: the chat template writes {len(written)} places for the {len(media)} pictures, clips and "
+            "sounds of these messages, or in another order; it may know them in user turns alone",
+            "messages",
+        )
+    pieces[1::2] = [item.text for item in media]
+    return "".join(pieces)
 
 
 def _cuts(token: Any) -> bool:

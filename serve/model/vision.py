@@ -166,6 +166,19 @@ class Vision:
         assert all(len(layer) == len(rows) for layer in deepstack)
         return embeddings, {"visual_pos_masks": mx.array(mask), "deepstack_visual_embeds": deepstack}
 
+    def blocks(self, token_ids: Sequence[int], media: Sequence[Media]) -> tuple[tuple[int, int], ...]:
+        """What of a prompt sees one another. From any thread."""
+        if self.block_kind == "prompt":
+            return ((0, len(token_ids)),)
+        if self.block_kind is None:
+            return ()
+        return tuple(
+            (int(run[0]), int(run[-1]) + 1)
+            for piece in media
+            if piece.kind != "audio"
+            for run in np.split(piece.positions, np.flatnonzero(np.diff(piece.positions) != 1) + 1)
+        )
+
     def rope_index(self, token_ids: Sequence[int], media: Sequence[Media]) -> Rope | None:
         """Where a prompt's tokens stand, by the family's own rule; None where each stands at its index.
 

@@ -187,7 +187,42 @@ def test_a_request_that_names_no_length_gets_what_remains_of_the_context_at_most
     assert left.usage.completion_tokens == 24
 
 
-IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
+def showing(part: dict) -> dict:
+    """What makes a chat of `part` and a text before it."""
+    return {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, part]}]}
+
+
+MEDIA = [
+    (
+        {"type": "image_url", "image_url": {"url": "data:,"}},
+        "images are not accepted, this model reads text only",
+    ),
+    ({"type": "image_url", "image_url": "data:,"}, "a part of type 'image_url'; images are not accepted"),
+    ({"type": "input_image", "image_url": "data:,", "detail": "low"}, "images are not accepted"),
+    (
+        {"type": "image", "image": "x.png", "max_pixels": 5000},
+        "a part of type 'image'; images are not accepted",
+    ),
+    ({"type": "video_url", "video_url": {"url": "x.mp4"}, "fps": 1}, "videos are not accepted"),
+    ({"type": "video", "video": ["a.png", "b.png"]}, "videos are not accepted, this model reads text only"),
+    ({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}, "sounds are not accepted"),
+]
+HERE = "messages.0.content.1"
+NO_PARTS = [
+    ({"type": "file", "file": {}}, f"{HERE}: Input tag 'file' found"),
+    ({"type": "image_url"}, f"{HERE}.image_url: missing"),
+    ({"type": "image_url", "image_url": {}}, f"{HERE}.image_url.url: missing"),
+    ({"type": "image_url", "image_url": {"url": 5}}, f"{HERE}.image_url.url: Input should be a valid string"),
+    ({"type": "image_url", "image_url": {"url": ""}}, f"{HERE}.image_url.url: String should have at least"),
+    (
+        {"type": "image_url", "image_url": {"url": "x", "detail": "fine"}},
+        f"{HERE}.image_url.detail: Input should",
+    ),
+    ({"type": "input_image", "image_url": "x", "file_id": "f"}, f"{HERE}.file_id: found"),
+    ({"type": "image", "image": "x", "max_pixels": 0}, f"{HERE}.max_pixels: Input should be greater"),
+    ({"type": "video", "video": ["x", ""]}, f"{HERE}.video.1: String should have at least"),
+    ({"type": "video_url", "video_url": "x", "fps": "two"}, f"{HERE}.fps: Input should be a valid number"),
+]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +244,8 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 13}, "n", "takes 12 at most"),
         ({"messages": []}, "messages", "at least 1"),
-        ({"messages": IMAGE}, "messages", "images are not accepted, this model reads text only"),
+        *((showing(part), HERE, told) for part, told in MEDIA),
+        *((showing(part), "messages", told) for part, told in NO_PARTS),
         ({"messages": [{"role": "function", "content": "x"}]}, "messages", "'assistant'"),
         ({"extra_body": {"temprature": 1}}, "temprature", "did you mean temperature"),
         (

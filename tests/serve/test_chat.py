@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import itertools
 import json
@@ -9,6 +10,7 @@ import os
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -258,6 +260,51 @@ def test_any_text_reaches_the_server_and_comes_back():
             answer = "".join(Conversation(Speaker(url, "scripted"), system=text).say(text))
         assert contents(asked[-1]) == [re.sub("[\ud800-\udfff]", "\ufffd", text)] * 2
         assert answer == asked[-1]["messages"][-1]["content"]
+
+
+PIXELS = b"\x89PNG\r\n\x1a\n and so on"
+
+
+def test_pictures_go_with_the_next_turn_before_its_words_and_again_when_it_is_asked_again(tmp_path):
+    dropped = tmp_path / 'my cat\'s "best".png'
+    dropped.write_bytes(PIXELS)
+    url_of_it = f"data:image/png;base64,{base64.b64encode(PIXELS).decode()}"
+    address = "https://host/dog.jpg"
+    with answering(lambda body: whole("yes")) as (url, asked):
+        chat = converse(url)
+        for typed in (str(dropped), shlex.quote(str(dropped)), address):
+            chat.show(typed)
+        for ask in (lambda: chat.say("what are they?"), chat.retry, lambda: chat.say("and now?")):
+            assert "".join(ask()) == "yes"
+        chat.show(address)
+        chat.reset()
+        list(chat.say("hello"))
+    question = [
+        *({"type": "image_url", "image_url": {"url": each}} for each in (url_of_it, url_of_it, address))
+    ]
+    question.append({"type": "text", "text": "what are they?"})
+    assert [contents(body) for body in asked] == [
+        ["Be kind.", question],
+        ["Be kind.", question],
+        ["Be kind.", question, "yes", "and now?"],
+        ["Be kind.", "hello"],
+    ]
+
+
+def test_a_picture_that_cannot_be_read_is_told_and_shows_nothing(tmp_path):
+    huge = tmp_path / "huge.png"
+    with huge.open("wb") as file:
+        file.truncate(2**30)
+    wrong = [str(tmp_path / "gone.png"), str(tmp_path), str(huge), "\x00", "x" * 5000, "'", "~nobody-here/x"]
+    with answering(echo) as (url, asked):
+        shown = printed(url, *(f"/image {each}" for each in wrong), "/image", "hello")
+        pipe = Console(file=io.StringIO())
+        with pytest.raises(RequestError, match="gone"):
+            from_pipe(converse(url), [f"/image {wrong[0]}\n".encode(), b"two\n"], pipe)
+    assert shown.count("expected a picture's file or address") == len(wrong) - 1
+    assert "found 1,024 MiB; at most 64 are sent" in shown
+    assert "/retry asks again)" not in shown
+    assert [contents(body) for body in asked] == [["hello"]]
 
 
 # The pipe.

@@ -69,7 +69,7 @@ def test_spaces_share_nothing():
         SPACE._replace(precision=EIGHT_BITS.label),
         SPACE._replace(tenant="b"),
         SPACE._replace(salt="s"),
-        SPACE._replace(media=("picture",)),
+        SPACE._replace(media="picture"),
     ]
     for number, space in enumerate(spaces):
         assert found(tree, [1, 2, 3], space=space) == 0, space

@@ -18,6 +18,7 @@ import serve as serve  # before mlx: it brings a real BLAS
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -68,6 +69,7 @@ class Family:
     louder               more of the language model's weights, by a part of the name
     projector            parts of the names of the layers whose outputs are features, and by how much they are louder
     is_causal            a token never moves what was computed before it
+    max_pictures         in a prompt; 1: exactly one
     """
 
     config: Callable[[PreTrainedTokenizerFast], dict[str, Any]]
@@ -363,6 +365,76 @@ def _internvl_chat(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     }
 
 
+def _llava(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {
+        **_ids(tokenizer, image_token_index="<image>"),
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "vocab_size": len(tokenizer),
+        "text_config": {**TEXT, "model_type": "llama", "vocab_size": len(tokenizer)},
+        "vision_config": {**SIGLIP, "model_type": "clip_vision_model"},
+    }
+
+
+OMNI_NAMES = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "audio_token": "<|audio_pad|>",
+    "vision_bos_token": "<|vision_start|>",
+    "vision_eos_token": "<|vision_end|>",
+    "audio_bos_token": "<|audio_start|>",
+    "audio_eos_token": "<|audio_end|>",
+}
+
+
+def _qwen3_omni_moe(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    shared = _qwen3_vl_moe(tokenizer)
+    thinker = {
+        **_qwen_ids(tokenizer),
+        **_ids(
+            tokenizer,
+            audio_token_id="<|audio_pad|>",
+            audio_start_token_id="<|audio_start|>",
+            audio_end_token_id="<|audio_end|>",
+        ),
+        "model_type": "qwen3_omni_moe_thinker",
+        "text_config": {**shared["text_config"], "model_type": "qwen3_omni_moe_text"},
+        "vision_config": {**shared["vision_config"], "model_type": "qwen3_omni_moe_vision_encoder"},
+        "audio_config": {
+            "model_type": "qwen3_omni_moe_audio_encoder",
+            "d_model": 64,
+            "encoder_layers": 2,
+            "num_hidden_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 96,
+            "num_mel_bins": 16,
+            "output_dim": HIDDEN,
+            "downsample_hidden_size": 16,
+            "max_source_positions": 200,
+        },
+    }
+    return {
+        "enable_audio_output": False,
+        "vocab_size": len(tokenizer),
+        "thinker_config": thinker,
+        "talker_config": {"text_config": thinker["text_config"]},  # read, though there is no talker
+    }
+
+
+def _omni_files() -> dict[str, Any]:
+    files = _qwen_files(16, "Qwen3OmniMoe")
+    sound = {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "feature_size": 16,
+        "sampling_rate": 16000,
+        "hop_length": 160,
+        "n_fft": 400,
+        "chunk_length": 4,
+        "return_attention_mask": True,
+    }
+    return {**files, "preprocessor_config.json": files["preprocessor_config.json"] | sound}
+
+
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family(_qwen2_vl, files=_qwen_files(14, "Qwen2VL"), **QWEN_PARTS),
     "qwen2_5_vl": Family(_qwen2_5_vl, files=_qwen_files(14, "Qwen2VL"), **QWEN_PARTS),
@@ -456,8 +528,43 @@ FAMILIES: dict[str, Family] = {
         files={},
         projector=("mlp1.3",),
     ),
+    "llava": Family(
+        _llava,
+        image="<image>",
+        named_tokens={"image_token": "<image>"},
+        files={
+            "preprocessor_config.json": {
+                "image_processor_type": "CLIPImageProcessor",
+                "processor_class": "LlavaProcessor",
+                "size": {"shortest_edge": 56},
+                "crop_size": {"height": 56, "width": 56},
+                **STATISTICS,
+            },
+            "processor_config.json": {
+                "processor_class": "LlavaProcessor",
+                "patch_size": 14,
+                "num_additional_image_tokens": 1,
+                "vision_feature_select_strategy": "default",
+            },
+        },
+        projector=("multi_modal_projector.linear_2",),
+        projector_gain=10.0,
+    ),
+    "qwen3_vl_moe": Family(_qwen3_vl_moe, files=_qwen_files(16, "Qwen3VL"), **QWEN_PARTS),
+    "qwen3_omni_moe": Family(
+        _qwen3_omni_moe,
+        files=_omni_files(),
+        audio="<|audio_start|><|audio_pad|><|audio_end|>",
+        named_tokens=OMNI_NAMES,
+        **{**QWEN_PARTS, "projector": ("merger.mlp.2", "linear_fc2", "audio_tower.proj2")},
+    ),
 }
 VLM_FAMILIES = tuple(FAMILIES)
+LARGE_VLM_FAMILIES = [
+    pytest.param(family, marks=() if family in ("qwen3_vl", "gemma3") else pytest.mark.large)
+    for family in FAMILIES
+]
+"""For `parametrize`: two always run (positions, deepstack; windows, blocks), the others under the marker large."""
 
 
 def write_vlm(family: str, folder: Path, *, seed: int = 0) -> Path:
@@ -558,13 +665,51 @@ def picture(seed: int, width: int = 56, height: int = 56) -> Image.Image:
     return Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)
 
 
-def message(*parts: str | Image.Image, role: str = "user") -> dict[str, Any]:
-    """A chat message: texts and pictures in their order."""
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
-        for part in parts
-    ]
-    return {"role": role, "content": content}
+def sound(seed: int, seconds: float = 1.0, rate: int = 16000) -> np.ndarray:
+    """[n] float32: a few tones that begin one after another."""
+    pitches = np.random.default_rng(seed).uniform(100, 3000, 4)
+    times = np.arange(round(seconds * rate)) / rate
+    tones = [np.sin(2 * np.pi * p * times) * (times >= i * seconds / 4) for i, p in enumerate(pitches)]
+    return (sum(tones) / 4).astype(np.float32)
+
+
+def clip(seed: int, num_frames: int = 4, width: int = 56, height: int = 56) -> np.ndarray:
+    """[T, 3, H, W] uint8: one picture after another."""
+    frames = [np.asarray(picture(1000 * seed + i, width, height)) for i in range(num_frames)]
+    return np.stack(frames).transpose(0, 3, 1, 2)
+
+
+def message(*parts: str | Image.Image | np.ndarray, role: str = "user") -> dict[str, Any]:
+    """A chat message: texts, pictures, clips [T, 3, H, W] and sounds [n] in their order."""
+
+    def typed(part: str | Image.Image | np.ndarray) -> tuple[str, object]:
+        if isinstance(part, np.ndarray):
+            return ("audio" if part.ndim == 1 else "video"), part
+        return ("text" if isinstance(part, str) else "image"), part
+
+    return {
+        "role": role,
+        "content": [{"type": kind, kind: value} for kind, value in map(typed, parts)],
+    }
+
+
+def chats_of(family: str) -> dict[str, list[dict[str, Any]]]:
+    """A chat of each kind that the family takes, by its name."""
+    kind = FAMILIES[family]
+    chats = {
+        "text": [message("hello there, how are you?")],
+        "picture": [message(picture(1, 56, 80), "what is this?")],
+        "pictures": [message(picture(1), "a", picture(2, 80, 56), "b", picture(3), "which is second?")],
+        "clip": [message("look: ", clip(1, 5), "what is this?")],
+        "sounds": [message(sound(1, 1.3), "and", sound(2, 0.7), "what do you hear?")],
+    }
+    if kind.max_pictures == 1:
+        del chats["text"], chats["pictures"]
+    if kind.video is None:
+        del chats["clip"]
+    if kind.audio is None:
+        del chats["sounds"]
+    return chats
 
 
 @dataclass(frozen=True)
@@ -611,7 +756,8 @@ class Reference:
         """Of a text that holds each medium's placeholder once."""
         if not media:
             return Row(tuple(self.tokenizer(text)["input_ids"]))
-        made = dict(self.processor(text=[text], padding=False, return_tensors="np", **media))
+        # No `padding`: llava's processor hands it on to its image processor, which knows no such word.
+        made = dict(self.processor(text=[text], **media))
         ids = np.array(made.pop("input_ids")).reshape(-1)
         without = {"attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "image_token_index"}
         inputs = {name: value for name, value in made.items() if name not in without}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,9 +22,11 @@ from serve.adapters.lora import LEAVES, AdaptedLayer, LoRALinear
 from serve.errors import AdapterError, ConfigError
 from serve.model.network import Network
 from serve.model.weights import EXPERTS, QUANTIZED, linear_shape
+from train.adapters import towers
 from train.adapters.buffers import freeze_buffers
 from train.adapters.keys import HEADS, Layout, choose, last_layers, layout_of
 from train.adapters.pissa import DEFAULT, is_pissa, start_on_principal
+from train.adapters.towers import VisionTraining, part_of, tower_blocks, vision_linears
 
 FineTuneType = Literal["lora", "dora", "full"]
 
@@ -64,6 +66,8 @@ class AdapterSettings:
     fine_tune_type: Literal["lora", "dora"] = "lora"
     init: str = DEFAULT
     """default: A random, B zero; pissa, pissa_niter_N: the weight's principal part."""
+    vision: VisionTraining = VisionTraining()
+    """What of towers and projectors trains, and how."""
 
 
 def add_lora(
@@ -81,6 +85,7 @@ def add_lora(
     Randomness: MLX's global generator. ConfigError names keys that do not exist, or cannot be adapted.
     """
     keys, num_layers, init = settings.keys, settings.num_layers, settings.init
+    towers.check(network, settings.vision)
     fine_tune_type = settings.fine_tune_type
     if fine_tune_type == "dora" and is_pissa(init):
         raise ConfigError(
@@ -96,13 +101,16 @@ def add_lora(
         chosen -= layout.experts
     network.module.freeze()
     options = {"rank": settings.rank, "scale": settings.scale, "dropout": settings.dropout}
-    for root, names in [(layer, chosen - layout.heads) for layer in layout.layers] + [
-        (network.module, chosen & layout.heads)
+    seeing = vision_linears(network, settings.vision.parts("lora")).keys()
+    for root, names in [
+        *((layer, (chosen - layout.heads) & layout.adaptable) for layer in layout.layers),
+        (network.module, chosen & layout.heads),
+        (network.module, seeing),
     ]:
         placed = [
             (path, _adapter_over(module, fine_tune_type, options, is_sketch))
             for path, module in root.named_modules()
-            if path in names and path in layout.adaptable
+            if path in names
         ]
         if placed:
             root.update_modules(tree_unflatten(placed))
@@ -114,6 +122,9 @@ def add_lora(
         raise ConfigError("lora_parameters.keys: nothing to train: no linear layer was chosen")
     stray = [name for name in trainable if name.rsplit(".", 1)[-1] not in LEAVES]
     assert not stray, f"the base must stay frozen, but these train: {stray}"
+    if whole := settings.vision.parts("full"):
+        towers.unfreeze(network, whole)
+        notes.append(_beside_an_adapter(whole))
     folder_rank = 2 * settings.rank if is_pissa(init) else settings.rank
     return _adapted(network, fine_tune_type, num_layers, tuple(sorted(chosen)), notes, folder_rank)
 
@@ -134,6 +145,14 @@ def _start(path: str, layer: AdaptedLayer, init: str, is_restored: bool) -> None
         layer.start_from(layer.lora_a, layer.lora_b)
     else:
         start_on_principal(path, layer, init)
+
+
+def _beside_an_adapter(parts: Collection[str]) -> str:
+    said = " and ".join(sorted(parts, reverse=True))
+    return (
+        f"train_vision: the weights of the {said} train whole, and stand in the folder beside the adapter's: `lathe "
+        f"export` takes both, a server's rows share one tower and take neither"
+    )
 
 
 def _without_experts(chosen: set[str], keys: Sequence[str] | str | None, layout: Layout) -> str:
@@ -177,29 +196,38 @@ def adapters_off(network: Network) -> Iterator[None]:
             layer.is_on = was_on
 
 
-def train_all(network: Network, *, num_layers: int = -1, is_sketch: bool = False) -> Adapted:
-    """Make the weights themselves train: all of them (-1), or those of the last `num_layers` blocks.
+def train_all(
+    network: Network,
+    *,
+    num_layers: int = -1,
+    is_sketch: bool = False,
+    vision: VisionTraining = VisionTraining(),
+) -> Adapted:
+    """Make the weights themselves train: all of the language part's (-1), or those of its last `num_layers` blocks;
+    and what `vision` says of towers and projectors.
 
     What a family means as buffers does not train, see `buffers`; a sketch, which has no weights, is not looked at.
     ConfigError on a quantized base: packed integers have no gradient.
     """
-    quantized = [path for path, module in network.module.named_modules() if isinstance(module, QUANTIZED)]
+    towers.check(network, vision)
+    quantized = [path for path, module in network.text.named_modules() if isinstance(module, QUANTIZED)]
     if quantized:
         raise ConfigError(
             f"fine_tune_type: full cannot train a quantized base ({quantized[0]} and {len(quantized) - 1} more are "
             f"packed integers); use fine_tune_type: lora, or a base in full precision"
         )
+    network.module.freeze()
     if num_layers < 0:
-        network.module.unfreeze()
+        network.text.unfreeze()
     else:
-        network.module.freeze()
         for layer in last_layers(network.layers, num_layers):
             layer.unfreeze()
+    integers = towers.unfreeze(network, vision.parts("full"))
     if not trainable_tensors(network):
         raise ConfigError(
             f"num_layers: found {num_layers}; nothing would train; expected 1 or more, or -1 for all"
         )
-    buffers = () if is_sketch else freeze_buffers(network)
+    buffers = (*integers, *(() if is_sketch else freeze_buffers(network)))
     notes = [f"not trained, for no gradient reaches them: {_listed(buffers)}"] if buffers else []
     return _adapted(network, "full", num_layers, (), notes)
 
@@ -216,13 +244,18 @@ def trainable_tensors(network: Network) -> dict[str, mx.array]:
 
 
 def adapter_tensors(network: Network) -> dict[str, mx.array]:
-    """What an adapter folder holds: of each adapted layer its tensors, else what trains."""
+    """What an adapter folder holds: of each adapted layer its tensors, and whatever else trains."""
     layers = adapted_layers(network)
-    if not layers:
-        return trainable_tensors(network)
-    return {
+    adapters = {
         f"{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.tensors().items()
     }
+    return adapters | _whole_tensors(network, layers)
+
+
+def _whole_tensors(network: Network, layers: Mapping[str, AdaptedLayer]) -> dict[str, mx.array]:
+    """Weights that train themselves, in no adapted layer."""
+    trains = trainable_tensors(network)
+    return {name: tensor for name, tensor in trains.items() if name.rpartition(".")[0] not in layers}
 
 
 def set_tensors(
@@ -253,8 +286,8 @@ def set_tensors(
     cast = {name: tensor.astype(wanted[name].dtype) for name, tensor in tensors.items()}
     layers = adapted_layers(network)
     for path, layer in layers.items():
-        layer.set_tensors({name: cast[f"{path}.{name}"] for name in layer.tensors()})
-    if not layers:
+        layer.set_tensors({name: cast.pop(f"{path}.{name}") for name in layer.tensors()})
+    if cast:
         network.module.load_weights(list(cast.items()), strict=False)
 
 
@@ -267,6 +300,13 @@ def _frozen_arrays(network: Network, trained: Mapping[str, mx.array]) -> dict[st
     return {name: value for name, value in arrays if name not in trained}
 
 
+def trains_towers(network: Network) -> bool:
+    """Whether anything that sees trains, so that features have a gradient."""
+    if not network.has_towers:
+        return False
+    return any(part_of(name, network.text_path) is not None for name in trainable_tensors(network))
+
+
 def embedding_names(network: Network) -> frozenset[str]:
     """Parameters of embeddings and of the head: Muon leaves them to AdamW."""
     named = network.module.named_modules()
@@ -276,12 +316,14 @@ def embedding_names(network: Network) -> frozenset[str]:
 
 @contextmanager
 def checkpointed_layers(network: Network) -> Iterator[None]:
-    """Inside, each layer recomputes its activations in the backward pass (gradient checkpointing).
+    """Inside, each layer recomputes its activations in the backward pass (gradient checkpointing); of towers too,
+    where anything of them trains.
 
     Each layer *instance* gets a subclass of its class; the class itself is never touched, so other models in the
     process, and serving, keep theirs. Outside, every layer has its own class again.
     """
-    originals = [(layer, type(layer)) for layer in network.layers]
+    layers = [*network.layers, *(tower_blocks(network) if trains_towers(network) else ())]
+    originals = [(layer, type(layer)) for layer in layers]
     subclasses: dict[type, type] = {}
     try:
         for layer, kind in originals:

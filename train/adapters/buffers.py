@@ -24,10 +24,14 @@ def freeze_buffers(network: Network) -> tuple[str, ...]:
     whose forward and backward pass is run for that. Leaves MLX's random state and the module's mode as they are.
     """
     module = network.module
+    # No few tokens reach a tower: what is in it counts as weights.
+    prefix = network.text_path if network.has_towers else ""
     owners = {
         path: child
         for path, child in module.named_modules()
-        if not type(child).__module__.startswith("mlx.nn") and not isinstance(child, EXPERTS)
+        if path.startswith(prefix)
+        and not type(child).__module__.startswith("mlx.nn")
+        and not isinstance(child, EXPERTS)
     }
     trains = set(dict(tree_flatten(module.trainable_parameters())))
     candidates = [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from serve.model.network import Network
 from train.adapters.adapt import Adapted, AdapterSettings, add_lora, train_all
+from train.adapters.towers import VisionTraining
 from train.adapters.warm_start import warm_start
 from train.recipe.recipe import Recipe
 
@@ -23,7 +24,9 @@ def build_adapted(
     if settings is None:
         # Random weights are all new; leaving some of them frozen would train on noise.
         num_layers = -1 if recipe.init == "random" else recipe.num_layers
-        adapted = train_all(network, num_layers=num_layers, is_sketch=is_sketch)
+        adapted = train_all(
+            network, num_layers=num_layers, is_sketch=is_sketch, vision=vision_training(recipe)
+        )
     else:
         adapted = add_lora(network, settings, is_restored=is_restored or has_parent, is_sketch=is_sketch)
     if recipe.resume_adapter_file is not None and not is_sketch:
@@ -44,4 +47,11 @@ def settings_of(recipe: Recipe) -> AdapterSettings | None:
         num_layers=recipe.num_layers,
         fine_tune_type=recipe.fine_tune_type,
         init=lora.init_lora_weights,
+        vision=vision_training(recipe),
     )
+
+
+def vision_training(recipe: Recipe) -> VisionTraining:
+    """What of towers and projectors a recipe trains."""
+    said = recipe.train_vision
+    return VisionTraining(said.tower or None, said.projector or None)

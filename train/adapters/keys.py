@@ -46,7 +46,10 @@ def layout_of(network: Network, num_layers: int) -> Layout:
                 layout.other[path] = (
                     f"is a {type(module).__name__}; an adapter goes on linear layers and experts"
                 )
+    prefix = f"{network.text_path}." if network.has_towers else ""
     for path, module in network.module.named_modules():
+        if not path.startswith(prefix):
+            continue  # towers and projectors, which train_vision speaks of
         leaf = path.rsplit(".", 1)[-1]
         if leaf in HEADS and isinstance(module, LINEAR) and not _is_in_layers(path):
             layout.heads.add(path)

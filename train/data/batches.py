@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from train.data.row_media import Standing, media_array
 from train.data.tokens import TokenizedExample
 
 WINDOW_BATCHES = 128
@@ -29,6 +30,7 @@ class Batch:
     segments    [B, T] int32, packed rows: the document of each token, -1 for padding; None: one document a row
     labels      [B] bool, whether an answer is wanted (unpaired feedback)
     advantages  [B] float32, how much better than its group an answer was (group-relative policy optimization)
+    media       [B] of tuples of Standing, what each row shows; None: none shows anything
     """
 
     tokens: np.ndarray
@@ -39,6 +41,7 @@ class Batch:
     segments: np.ndarray | None = None
     labels: np.ndarray | None = None
     advantages: np.ndarray | None = None
+    media: np.ndarray | None = None
 
 
 class Plan(Protocol):
@@ -143,7 +146,12 @@ def collate(rows: Sequence[TokenizedExample], row_ids: Sequence[int], pad_to: in
         int(lengths.sum()),
         tuple(row_ids),
         labels=np.array(labels, bool) if labels else None,
+        media=media_array([_standing(sequence) for sequence in sequences]),
     )
+
+
+def _standing(sequence: TokenizedExample) -> tuple[Standing, ...]:
+    return (Standing(0, len(sequence), sequence.media),) if sequence.media is not None else ()
 
 
 def num_parts(num_rows: int, width: int, max_places: int, *, are_pairs: bool) -> int:

@@ -1,7 +1,7 @@
 """Pictures, clips and sounds of a row: columns and parts in, references in the order of their places out.
 
 A part says where it stands; of a column, `<image>` in the text does, or a part without a value of its own
-(`{"type": "image"}`); where neither does, all of it stands before the words of the first user's turn. No file is opened.
+(`{"type": "image"}`); where neither does, all of it stands before the first user's words. No file is opened.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from train.data.batches import WINDOW_BATCHES, Batch
+from train.data.row_media import Standing, media_array
 from train.data.tokens import TokenizedExample
 
 SHORT_ROW = 256
@@ -210,6 +211,7 @@ def collate_packed(rows: Sequence[TokenizedExample], layout: Layout) -> Batch:
     shape = (len(layout.rows), layout.width)
     tokens, is_target = np.zeros(shape, np.int32), np.zeros(shape, bool)
     segments = np.full(shape, -1, np.int32)
+    standing: list[list[Standing]] = [[] for _ in layout.rows]
     for place, documents in enumerate(layout.rows):
         begin = 0
         for segment, document in enumerate(documents):
@@ -217,6 +219,8 @@ def collate_packed(rows: Sequence[TokenizedExample], layout: Layout) -> Batch:
             tokens[place, begin:end] = rows[document].token_ids
             is_target[place, begin + 1 : end] = rows[document].is_target[1:]
             segments[place, begin:end] = segment
+            if (media := rows[document].media) is not None:
+                standing[place].append(Standing(begin, end, media))
             begin = end
     row_ids = tuple(document for documents in layout.rows for document in documents)
     return Batch(
@@ -227,4 +231,5 @@ def collate_packed(rows: Sequence[TokenizedExample], layout: Layout) -> Batch:
         row_ids=row_ids,
         # One document a row needs no mask of its own: causal attention never looks right, where its padding is.
         segments=segments if segments.max() > 0 else None,
+        media=media_array(standing),
     )

@@ -16,11 +16,15 @@ from serve.model.template import ChatTemplate, Supervised
 from serve.model.texts import brings_beginning, brings_end, encode_text
 from train.data.example import Example, Message
 from train.data.messages import REASONING
+from train.data.looking import Looked, look
+from train.data.media_reader import MediaReader
+from train.data.row_media import RowMedia
 from train.data.rules import TokenRules
 from train.recipe.objectives import OBJECTIVES
 
 MAX_PROBLEMS = 20
 NOT_SUPERVISED = "nothing in it is supervised"
+CUT_MEDIA = "a picture, clip or sound would be cut at max_seq_length"
 CUT_AWAY = "nothing supervised is left within max_seq_length"
 ENDLESS = "end their answers with no token of the chat template's, so where to stop is not learned"
 NO_DIFFERENCE = "chosen and rejected are the same, so nothing is preferred"
@@ -40,6 +44,8 @@ class TokenizedExample:
     """Of feedback on one answer: wanted or not."""
     fields: Mapping[str, Any] | None = None
     """Of a prompt alone, for rollouts: the row's other columns. Nothing in it is a target."""
+    media: RowMedia | None = None
+    """What it shows; its placeholders are never targets."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -124,20 +130,30 @@ class TokenizeReport:
 
 
 def tokenize(
-    examples: Sequence[Example], template: ChatTemplate, rules: TokenRules
+    examples: Sequence[Example],
+    template: ChatTemplate,
+    rules: TokenRules,
+    reader: MediaReader | None = None,
 ) -> tuple[list[TokenizedExample], TokenizeReport]:
-    """Tokenize every example as serving would.
+    """Tokenize every example as serving would; `reader` as in `tokenize_row`.
 
     DataError names the rows the chat template refuses (up to 20), and under `excess_length_strategy: raise` those
     that are longer than `max_seq_length`. Rows with nothing to learn from are dropped, and counted in the report.
     """
-    return collect(examples, (tokenize_row(example, template, rules) for example in examples))
+    return collect(examples, (tokenize_row(example, template, rules, reader) for example in examples))
 
 
-def tokenize_row(example: Example, template: ChatTemplate, rules: TokenRules) -> Outcome:
-    """The sequences of one row, within `max_seq_length`; what is wrong with it stands in the outcome."""
+def tokenize_row(
+    example: Example, template: ChatTemplate, rules: TokenRules, reader: MediaReader | None = None
+) -> Outcome:
+    """The sequences of one row, within `max_seq_length`; what is wrong with it stands in the outcome.
+
+    reader  of the media that rows show; None: the model takes none
+    """
     try:
-        whole, told = _whole_rows(example, template, rules)
+        looked = look(example, reader)
+        example = looked.example
+        whole, told = _whole_rows(looked, template, rules)
         lost = tuple(_lost(example, whole, template, rules))
     except RequestError as error:
         return Outcome(problems=(f"{example.place}: {error}",))
@@ -197,50 +213,52 @@ def _of_most(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 # A row's sequences, before any cut
 
 
-def whole_rows(example: Example, template: ChatTemplate, rules: TokenRules) -> list[TokenizedExample]:
+def whole_rows(
+    example: Example, template: ChatTemplate, rules: TokenRules, reader: MediaReader | None = None
+) -> list[TokenizedExample]:
     """A row's sequences of any length, with or without targets. RequestError if the chat template refuses it."""
-    return _whole_rows(example, template, rules)[0]
+    return _whole_rows(look(example, reader), template, rules)[0]
 
 
 def _whole_rows(
-    example: Example, template: ChatTemplate, rules: TokenRules
+    looked: Looked, template: ChatTemplate, rules: TokenRules
 ) -> tuple[list[TokenizedExample], Mapping[str, Any]]:
     """(the row's sequences, what the template was told for the last of them)."""
+    example = looked.example
     if example.variables and not template.exists:
         raise RequestError(
             "chat_template_kwargs: found in a row, and this model's tokenizer has no chat template"
         )
     if example.chosen is not None and example.rejected is not None:
         answers = (example.chosen, example.rejected)
-        pair = [_after_prompt(example, answer, template, rules) for answer in answers]
+        pair = [_after_prompt(looked, answer, template, rules) for answer in answers]
         if pair[0].variables != pair[1].variables:
             raise RequestError(
                 "one answer has thoughts and the other has none, which the chat template asks for in different ways"
             )
-        chosen, rejected = (_marked(sequence, example) for sequence in pair)
-        row = TokenizedExample(chosen.token_ids, chosen.is_target, *_at(example), rejected=rejected)
-        return [row], pair[0].variables
+        chosen, rejected = (_marked(sequence, looked) for sequence in pair)
+        return [replace(chosen, rejected=rejected)], pair[0].variables
     if OBJECTIVES[rules.objective].asks:
-        prompt = _prompt(example, template)
-        is_target = np.zeros(len(prompt), bool)
-        return [TokenizedExample(prompt, is_target, *_at(example), fields=example.fields)], {}
-    sequences = list(_sequences(example, template, rules))
-    found = [_marked(sequence, example) for sequence in sequences]
+        prompt = _prompt(looked, template)
+        row = _marked(Supervised(prompt, ()), looked)
+        return [replace(row, fields=example.fields)], {}
+    sequences = list(_sequences(looked, template, rules))
+    found = [_marked(sequence, looked) for sequence in sequences]
     told = sequences[-1].variables if sequences else {}
     if example.label is None:
         return found, told
     if len(found) != 1:
         raise RequestError("the answer is not one sequence; expected one assistant turn after its prompt")
-    row = TokenizedExample(found[0].token_ids, found[0].is_target, *_at(example), label=example.label)
-    return [row], told
+    return [replace(found[0], label=example.label)], told
 
 
 def _at(example: Example) -> tuple[str, int]:
     return example.source, example.line
 
 
-def _sequences(example: Example, template: ChatTemplate, rules: TokenRules) -> Iterator[Supervised]:
+def _sequences(looked: Looked, template: ChatTemplate, rules: TokenRules) -> Iterator[Supervised]:
     """A row's sequences with what loss may use."""
+    example, shown = looked.example, looked.expansions
     messages = example.as_messages()
     if messages is None or (example.messages is None and not template.exists):
         yield _raw(example, template, rules)
@@ -252,20 +270,26 @@ def _sequences(example: Example, template: ChatTemplate, rules: TokenRules) -> I
             roles=rules.roles_to_train,
             train_on_eos=rules.train_on_eos,
             skip=example.untrained,
+            media=shown,
         )
-        options = {"tools": example.tools, "variables": example.variables}
+        options = {"tools": example.tools, "variables": example.variables, "media": shown}
         yield from found or [Supervised(template.render(messages, **options), ())]
     else:
         ids = template.render(
-            messages, tools=example.tools, variables=example.variables, add_generation_prompt=False
+            messages,
+            tools=example.tools,
+            variables=example.variables,
+            add_generation_prompt=False,
+            media=shown,
         )
         yield Supervised(ids, ((0, len(ids)),))
 
 
 def _after_prompt(
-    example: Example, answer: Sequence[Message], template: ChatTemplate, rules: TokenRules
+    looked: Looked, answer: Sequence[Message], template: ChatTemplate, rules: TokenRules
 ) -> Supervised:
     """One answer of a pair after the prompt of both; the answer alone is supervised."""
+    example = looked.example
     before = example.as_messages() or ()
     if example.messages is None and not template.exists:
         completion = str(answer[-1]["content"])
@@ -276,6 +300,7 @@ def _after_prompt(
         variables=example.variables,
         train_on_eos=rules.train_on_eos,
         skip=range(len(before)),
+        media=looked.expansions,
     )
     if len(found) != 1:
         raise RequestError(
@@ -285,11 +310,13 @@ def _after_prompt(
     return found[0]
 
 
-def _prompt(example: Example, template: ChatTemplate) -> np.ndarray:
+def _prompt(looked: Looked, template: ChatTemplate) -> tuple[int, ...]:
+    example = looked.example
     messages = example.as_messages() or ()
     if example.messages is None and not template.exists:
-        return np.array(encode_text(template.tokenizer, str(example.prompt)), np.int32)
-    return np.array(template.render(messages, tools=example.tools, variables=example.variables), np.int32)
+        return tuple(encode_text(template.tokenizer, str(example.prompt)))
+    options = {"tools": example.tools, "variables": example.variables, "media": looked.expansions}
+    return template.render(messages, **options)
 
 
 def _raw(example: Example, template: ChatTemplate, rules: TokenRules) -> Supervised:
@@ -310,12 +337,17 @@ def _raw(example: Example, template: ChatTemplate, rules: TokenRules) -> Supervi
     return Supervised(tuple(ids), ((start, len(ids) - 1 if is_cut else len(ids)),))
 
 
-def _marked(sequence: Supervised, example: Example) -> TokenizedExample:
+def _marked(sequence: Supervised, looked: Looked) -> TokenizedExample:
     is_target = np.zeros(len(sequence.token_ids), bool)
     for start, stop in sequence.spans:
         is_target[start:stop] = True
     is_target[:1] = False  # nothing comes before the first token to predict it from
-    return TokenizedExample(np.array(sequence.token_ids, np.int32), is_target, *_at(example))
+    first = int(is_target.argmax()) if is_target.any() else len(is_target)
+    media = looked.row_media(sequence.token_ids, first)
+    if media is not None:
+        is_target[media.placeholders] = False
+    token_ids = np.array(sequence.token_ids, np.int32)
+    return TokenizedExample(token_ids, is_target, *_at(looked.example), media=media)
 
 
 def _lost(
@@ -404,10 +436,12 @@ def _fit(row: TokenizedExample, rules: TokenRules) -> tuple[list[TokenizedExampl
         return [], f"{row.length} tokens; max_seq_length is {limit} and excess_length_strategy is raise"
     if strategy == "drop":
         return [], "longer than max_seq_length"
+    if any(s.media is not None and s.media.stop > limit for s in row.sequences):
+        return [], CUT_MEDIA
     if row.fields is not None:
         return [], "a prompt longer than max_seq_length, and no prompt once cut"
     if strategy == "split":
-        return _split(row, limit), None
+        return ([], CUT_MEDIA) if row.media is not None else (_split(row, limit), None)
     cut = _cut(row, limit)
     if not all(sequence.is_target.any() for sequence in cut.sequences):
         return [], CUT_AWAY
@@ -416,8 +450,8 @@ def _fit(row: TokenizedExample, rules: TokenRules) -> tuple[list[TokenizedExampl
 
 def _cut(row: TokenizedExample, limit: int) -> TokenizedExample:
     rejected = _cut(row.rejected, limit) if row.rejected is not None else None
-    return TokenizedExample(
-        row.token_ids[:limit], row.is_target[:limit], row.source, row.line, rejected, row.label
+    return replace(
+        row, token_ids=row.token_ids[:limit], is_target=row.is_target[:limit], rejected=rejected
     )
 
 

@@ -54,6 +54,7 @@ MAY_CHANGE = frozenset(
         "micro_batch_tokens",
         "grad_checkpoint",
         "clear_cache_threshold",
+        "feature_cache_threshold",
         # what is measured, told and kept
         "steps_per_report",
         "steps_per_eval",

@@ -6,15 +6,17 @@ Knows neither optimizers nor means: whoever calls divides by the targets of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from serve.model.network import Network
+from train.loop.eyes import Seen
 
 CHUNK_LOGITS = 1 << 22
 """Logits of one chunk: 16 MiB in float32. MLX allocates some ten operations ahead of the one that runs."""
@@ -72,31 +74,56 @@ def chunk_rows(vocab_size: int) -> int:
     return max(CHUNK_LOGITS // max(vocab_size, 1), MIN_CHUNK_ROWS)
 
 
-def hidden_states(network: Network, tokens: mx.array, segments: mx.array | None = None) -> mx.array:
+BESIDE = ("segments", "seen")
+"""What a forward takes beside tokens, by its name among an objective's inputs."""
+
+
+def beside(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an objective's inputs, what its forwards take beside tokens."""
+    return {name: inputs[name] for name in BESIDE if name in inputs}
+
+
+def hidden_states(
+    network: Network, tokens: mx.array, segments: mx.array | None = None, seen: Seen | None = None
+) -> mx.array:
     """Hidden states before the head: tokens [B, T] → [B, T, D].
 
     segments  [B, T] int32, the document each token of a packed row belongs to; None: one document a row
+    seen      what the rows show; None: nothing
     """
-    if segments is None:
-        return network.hidden(tokens)
-    from serve.model.packed import packed_cache
+    blocks = seen.blocks if seen is not None else None
+    cache = None
+    if segments is not None or blocks is not None:
+        from serve.model.packed import packed_cache
 
-    return network.hidden(tokens, packed_cache(network, segments))
+        cache = packed_cache(network, mx.zeros_like(tokens) if segments is None else segments, blocks)
+    if seen is None:
+        return network.hidden(tokens, cache)
+    embeddings, extras = seen.inputs(tokens)
+    return network.hidden(tokens, cache, embeddings, extras)
 
 
 def hidden_at(
-    network: Network, tokens: mx.array, positions: mx.array, segments: mx.array | None = None
+    network: Network,
+    tokens: mx.array,
+    positions: mx.array,
+    segments: mx.array | None = None,
+    seen: Seen | None = None,
 ) -> mx.array:
     """Hidden states at flat positions: tokens [B, T], positions [N] → [N, D]."""
-    hidden = hidden_states(network, tokens, segments)
+    hidden = hidden_states(network, tokens, segments, seen)
     return hidden.reshape(-1, hidden.shape[-1])[positions]
 
 
 def target_logits(
-    network: Network, tokens: mx.array, positions: mx.array, segments: mx.array | None = None
+    network: Network,
+    tokens: mx.array,
+    positions: mx.array,
+    segments: mx.array | None = None,
+    seen: Seen | None = None,
 ) -> mx.array:
     """Logits at flat positions: tokens [B, T], positions [N] → [N, V], all at once."""
-    return network.logits(hidden_at(network, tokens, positions, segments))
+    return network.logits(hidden_at(network, tokens, positions, segments, seen))
 
 
 def target_logprobs(
@@ -105,6 +132,7 @@ def target_logprobs(
     positions: mx.array,
     token_ids: mx.array,
     segments: mx.array | None = None,
+    seen: Seen | None = None,
     *,
     temperature: float = 1.0,
 ) -> mx.array:
@@ -112,7 +140,7 @@ def target_logprobs(
 
     Where the targets are more than a chunk, a chunk's logits are computed again in the backward pass.
     """
-    hidden = hidden_at(network, tokens, positions, segments)
+    hidden = hidden_at(network, tokens, positions, segments, seen)
     size = chunk_rows(network.vocab_size)
     if len(token_ids) <= size:
         return -_cross_entropy(network, {_HIDDEN: hidden}, token_ids, temperature)
@@ -135,6 +163,7 @@ def sum_loss(
     token_ids: mx.array,
     weights: mx.array,
     segments: mx.array | None = None,
+    seen: Seen | None = None,
     *,
     trains: bool = True,
 ) -> mx.array:
@@ -144,7 +173,7 @@ def sum_loss(
             are there: the head runs once forward and once backward, and nothing is kept but [N, D].
             False gives the same value, without a gradient where there is more than one chunk.
     """
-    hidden = hidden_at(network, tokens, positions, segments)
+    hidden = hidden_at(network, tokens, positions, segments, seen)
     size = chunk_rows(network.vocab_size)
     if len(token_ids) <= size:
         return (_cross_entropy(network, {_HIDDEN: hidden}, token_ids) * weights).sum()
@@ -164,9 +193,10 @@ def sum_loss_and_hits(
     token_ids: mx.array,
     weights: mx.array,
     segments: mx.array | None = None,
+    seen: Seen | None = None,
 ) -> tuple[mx.array, mx.array]:
     """`sum_loss` without a gradient, and the weight of the targets that are the likeliest token. Scalars, float32."""
-    hidden = hidden_at(network, tokens, positions, segments)
+    hidden = hidden_at(network, tokens, positions, segments, seen)
     sums: list[mx.array] = []
     for rows in _chunks(len(token_ids), chunk_rows(network.vocab_size)):
         logits = network.logits(_after(sums, hidden[rows])).astype(mx.float32)
@@ -257,8 +287,9 @@ def _cross_entropy(
 def _head_parameters(network: Network) -> dict[str, mx.array]:
     """Trainable parameters outside the layers, by path: what the head may use (a tied embedding too)."""
     inside = {id(leaf) for layer in network.layers for _, leaf in tree_flatten(layer.trainable_parameters())}
+    prefix = f"{network.text_path}." if network.has_towers else ""
     outside = tree_flatten(network.module.trainable_parameters())
-    return {name: leaf for name, leaf in outside if id(leaf) not in inside}
+    return {name: leaf for name, leaf in outside if id(leaf) not in inside and name.startswith(prefix)}
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:

@@ -6,26 +6,28 @@ step is cut into batches and processes. The loop knows only this page; objective
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from serve.model.network import Network
+from train.loop.eyes import Eyes
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A batch as an objective reads it, still on the host.
 
-    inputs       arrays by name; "weights" holds 1 for each unit and 0 for padding
+    inputs       arrays by name; "weights" holds 1 for each unit and 0 for padding; "seen", where rows show media, is
+                 their array of Standing until `seen_by` has looked
     num_units    sum of the weights
     scaled       inputs that are divided by the units of the whole step
     is_measured  rows are worth measuring even where none of them holds a unit
     """
 
-    inputs: dict[str, np.ndarray]
+    inputs: dict[str, Any]
     num_units: int
     scaled: tuple[str, ...] = ("weights",)
     is_measured: bool = False
@@ -35,10 +37,37 @@ class Prepared:
         """Whether there is anything to compute."""
         return self.num_units > 0 or self.is_measured
 
-    def arrays(self, num_units: int) -> dict[str, mx.array]:
+    @property
+    def sees(self) -> bool:
+        """Whether any row of a forward shows media."""
+        return any(name.endswith(SEEN) for name in self.inputs)
+
+    def arrays(self, num_units: int) -> dict[str, Any]:
         """On the device, each unit weighing 1 / `num_units`: half floats stay in range, and the sums are means."""
         scaled = {name: self.inputs[name] / np.float32(num_units) for name in self.scaled}
-        return {name: mx.array(value) for name, value in {**self.inputs, **scaled}.items()}
+        inputs = {**self.inputs, **scaled}
+        return {
+            name: mx.array(value) if isinstance(value, np.ndarray) else value
+            for name, value in inputs.items()
+        }
+
+    def seen_by(self, eyes: Eyes | None) -> Prepared:
+        """With what each forward sees in place of the media its rows show."""
+        inputs = dict(self.inputs)
+        for name in (name for name in self.inputs if name.endswith(SEEN)):
+            assert eyes is not None, "rows with media need a model with towers"
+            shape = self.inputs[name.removesuffix(SEEN) + "tokens"].shape
+            inputs[name] = eyes.see(self.inputs[name], shape)
+        return replace(self, inputs=inputs)
+
+
+SEEN = "seen"
+"""Key of what the rows of a forward show, among inputs: beside its tokens, under the same prefix as they."""
+
+
+def seen_input(media: np.ndarray | None, prefix: str = "") -> dict[str, np.ndarray]:
+    """A batch's media [B] as an input; nothing where it has none."""
+    return {prefix + SEEN: media} if media is not None else {}
 
 
 class Objective(Protocol):
@@ -62,7 +91,7 @@ class Objective(Protocol):
         ...
 
     def loss(
-        self, network: Network, inputs: dict[str, mx.array], *, trains: bool = True
+        self, network: Network, inputs: dict[str, Any], *, trains: bool = True
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """(Σ weight · loss over units; measures, each Σ weight · value over units). Scalars, float32.
 

@@ -23,6 +23,7 @@ from serve.errors import TrainingError
 from serve.model.network import Network, evaluating
 from train.adapters.adapt import checkpointed_layers
 from train.data.batches import num_parts
+from train.loop.eyes import Eyes
 from train.loop.distributed import Alone, Ranks, part_of, sum_named
 from train.loop.objective import Objective, Prepared
 
@@ -104,6 +105,7 @@ class Stepper:
 
     ranks     the processes that share each step
     name_row  a row's number → what messages call it
+    eyes      the towers, of a model that has any
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Stepper:
         *,
         ranks: Ranks | None = None,
         name_row: Callable[[int], str] = str,
+        eyes: Eyes | None = None,
     ) -> None:
         self.network = network
         self.optimizer = optimizer
@@ -122,9 +125,11 @@ class Stepper:
         self.settings = settings
         self.ranks = ranks or Alone()
         self.name_row = name_row
+        self.eyes = eyes
         optimizer.init(network.module.trainable_parameters())
         self._state = [network.module.state, optimizer.state, mx.random.state]
-        self._gradients = self._compile(nn.value_and_grad(network.module, self._loss))
+        self._plain_gradients = nn.value_and_grad(network.module, self._loss)
+        self._gradients = self._compile(self._plain_gradients)
         self._apply = self._compile(self._update)
 
     def _compile(self, function: Callable) -> Callable:
@@ -182,18 +187,17 @@ class Stepper:
 
     def mean_loss(self, batches: Iterable[Batch]) -> Evaluation:
         """The objective over batches of all processes, by forwards no larger than a step's; see `mean_loss`."""
-        return mean_loss(self.network, batches, self.objective, self.ranks, self.settings.max_positions)
+        bound = self.settings.max_positions
+        return mean_loss(self.network, batches, self.objective, self.ranks, bound, self.eyes)
 
     def _parts(self, batch: Any) -> list[Any]:
         return parts_of(batch, self.objective, self.settings.max_positions)
 
     def _prepare(self, batch: Batch) -> Prepared:
         # A process's share of a short batch may be no row at all.
-        return (
-            self.objective.prepare(batch, pad=self.settings.compiled)
-            if len(batch.tokens)
-            else Prepared({}, 0)
-        )
+        if not len(batch.tokens):
+            return Prepared({}, 0)
+        return self.objective.prepare(batch, pad=self.settings.compiled).seen_by(self.eyes)
 
     def _accumulate(
         self, prepared: Sequence[Sequence[Prepared]], num_units: int, first_iteration: int
@@ -211,7 +215,9 @@ class Stepper:
             if gradients is not None:
                 mx.eval(gradients, shares, measures)  # frees the last part's activations before the next runs
             mx.random.seed(self._dropout_seed(first_iteration + index, number))
-            (part_share, new_measures), new = self._gradients(part.arrays(num_units))
+            # What rows show is no array; how a family takes it follows from its sizes, which no compiled step knows.
+            gradients_of = self._plain_gradients if part.sees else self._gradients
+            (part_share, new_measures), new = gradients_of(part.arrays(num_units))
             shares[index] = shares[index] + part_share
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
             measures = {name: measures.get(name, 0.0) + value for name, value in new_measures.items()}
@@ -258,17 +264,19 @@ def mean_loss(
     objective: Objective,
     ranks: Ranks | None = None,
     max_positions: int = 0,
+    eyes: Eyes | None = None,
 ) -> Evaluation:
     """The objective over all batches together, without dropout. The module is left in the mode it was in.
 
     max_positions  of one forward, as in `StepSettings`
+    eyes           as in `Stepper`
     NaN when the batches hold no unit at all.
     """
     ranks = ranks or Alone()
     sums = {UNITS: 0.0}
     with evaluating(network):
         for part in (part for batch in batches for part in parts_of(batch, objective, max_positions)):
-            prepared = objective.prepare(part) if len(part.tokens) else Prepared({}, 0)
+            prepared = objective.prepare(part).seen_by(eyes) if len(part.tokens) else Prepared({}, 0)
             if not prepared.runs:
                 continue
             loss, measures = objective.loss(network, prepared.arrays(1), trains=False)

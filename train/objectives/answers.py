@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
 from serve.model.network import Network
-from train.loop.loss import find_targets, target_logprobs
+from train.loop.loss import beside, find_targets, target_logprobs
 
 
-def answer_inputs(tokens: np.ndarray, is_target: np.ndarray, *, pad: bool) -> dict[str, np.ndarray]:
+def answer_inputs(tokens: np.ndarray, is_target: np.ndarray, *, pad: bool) -> dict[str, Any]:
     """What `answer_logprobs` needs of right-padded rows: tokens [B, T] int32, is_target [B, T] bool.
 
     tokens [B, T] · positions, token_ids, rows [N] int32 · is_real [N] float32, 0 where N was padded
@@ -29,9 +31,11 @@ def answer_inputs(tokens: np.ndarray, is_target: np.ndarray, *, pad: bool) -> di
     }
 
 
-def answer_logprobs(network: Network, inputs: dict[str, mx.array]) -> mx.array:
+def answer_logprobs(network: Network, inputs: dict[str, Any]) -> mx.array:
     """log p(answer | what stands before it), summed over the answer's tokens, in nats: [B] float32."""
-    logprobs = target_logprobs(network, inputs["tokens"], inputs["positions"], inputs["token_ids"])  # [N]
+    logprobs = target_logprobs(
+        network, inputs["tokens"], inputs["positions"], inputs["token_ids"], **beside(inputs)
+    )  # [N]
     return sum_by_row(logprobs * inputs["is_real"], inputs["rows"], len(inputs["tokens"]))
 
 

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from serve.model.network import Network
-from train.loop.objective import Prepared
+from train.loop.objective import Prepared, seen_input
 from train.objectives.answers import answer_inputs, answer_logprobs
 from train.objectives.reference import Reference, base
 from train.recipe.dpo import ENTRY, DPOConfig
@@ -35,10 +35,11 @@ class DPO:
         """Host arrays of a preference batch: chosen rows first, rejected rows after them, in the same order."""
         inputs = answer_inputs(batch.tokens, batch.is_target, pad=pad)
         num_pairs = len(batch.tokens) // 2
+        inputs |= seen_input(batch.media)
         return Prepared({**inputs, "weights": np.ones(num_pairs, np.float32)}, num_pairs)
 
     def loss(
-        self, network: Network, inputs: dict[str, mx.array], *, trains: bool = True
+        self, network: Network, inputs: dict[str, Any], *, trains: bool = True
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """Sum of the pairs' losses by weight, and TRL's measures, summed alike."""
         logprobs = answer_logprobs(network, inputs)  # [2n]

@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from serve.model.network import Network
-from train.loop.loss import find_targets, target_logprobs
-from train.loop.objective import Prepared
+from train.loop.loss import beside, find_targets, target_logprobs
+from train.loop.objective import Prepared, seen_input
 from train.objectives.answers import sum_by_row
 from train.objectives.reference import Reference, base
 from train.recipe.grpo import ENTRY, GRPOConfig
@@ -65,6 +65,7 @@ class GRPO:
         return Prepared(
             {
                 "tokens": batch.tokens,
+                **seen_input(batch.media),
                 "positions": targets.positions,
                 "token_ids": targets.token_ids,
                 "rows": rows.astype(np.int32),
@@ -76,7 +77,7 @@ class GRPO:
         )
 
     def loss(
-        self, network: Network, inputs: dict[str, mx.array], *, trains: bool = True
+        self, network: Network, inputs: dict[str, Any], *, trains: bool = True
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """Sum of the targets' losses by weight, and what `summarize` makes measures of."""
         logprobs = self._logprobs(network, inputs)
@@ -96,12 +97,13 @@ class GRPO:
             sums["counted"] = counted.sum()
         return (losses * weights).sum(), sums
 
-    def _logprobs(self, network: Network, inputs: dict[str, mx.array]) -> mx.array:
+    def _logprobs(self, network: Network, inputs: dict[str, Any]) -> mx.array:
         return target_logprobs(
             network,
             inputs["tokens"],
             inputs["positions"],
             inputs["token_ids"],
+            **beside(inputs),
             temperature=self.config.temperature,
         )
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from serve.model.network import Network
 from train.data.batches import padded_length
-from train.loop.objective import Prepared
+from train.data.row_media import media_array
+from train.loop.objective import Prepared, seen_input
 from train.objectives.answers import answer_inputs, answer_logprobs
 from train.objectives.reference import Reference, base
 from train.recipe.kto import ENTRY, KTOConfig
@@ -45,12 +46,15 @@ class KTO:
         inputs = answer_inputs(batch.tokens, batch.is_target, pad=pad)
         others = answer_inputs(tokens, is_target, pad=pad)
         inputs |= {MISMATCHED + name: values for name, values in others.items()}
+        if batch.media is not None:
+            inputs |= seen_input(batch.media)
+            inputs |= seen_input(_of_prompts(batch.media, tokens.shape[1]), MISMATCHED)
         inputs["labels"] = batch.labels.astype(np.float32)
         inputs["weights"] = np.ones(num_rows, np.float32)
         return Prepared(inputs, num_rows)
 
     def loss(
-        self, network: Network, inputs: dict[str, mx.array], *, trains: bool = True
+        self, network: Network, inputs: dict[str, Any], *, trains: bool = True
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """Sum of the rows' losses by weight, and TRL's measures, summed alike."""
         others = {
@@ -66,7 +70,7 @@ class KTO:
         return (losses * inputs["weights"]).sum(), self._measures(logprobs, gains, kl, inputs)
 
     def _measures(
-        self, logprobs: mx.array, gains: mx.array, kl: mx.array, inputs: dict[str, mx.array]
+        self, logprobs: mx.array, gains: mx.array, kl: mx.array, inputs: dict[str, Any]
     ) -> dict[str, mx.array]:
         wanted, weights = inputs["labels"], inputs["weights"]
         values = {"kl": mx.broadcast_to(kl, weights.shape), "chosen": wanted, "rejected": 1 - wanted}
@@ -128,3 +132,8 @@ def mismatched(tokens: np.ndarray, is_target: np.ndarray, max_length: int) -> tu
         new_tokens[index, : len(row)] = row
         new_marks[index, : len(row)] = marks
     return new_tokens, new_marks
+
+
+def _of_prompts(media: np.ndarray, width: int) -> np.ndarray | None:
+    """What mismatched pairs show: their own prompts' media, which stand where they stood."""
+    return media_array([[one._replace(stop=width) for one in standing] for standing in media])

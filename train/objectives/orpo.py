@@ -16,8 +16,8 @@ import mlx.nn as nn
 import numpy as np
 
 from serve.model.network import Network
-from train.loop.loss import target_logprobs
-from train.loop.objective import Prepared
+from train.loop.loss import beside, target_logprobs
+from train.loop.objective import Prepared, seen_input
 from train.objectives.answers import answer_inputs, sum_by_row
 from train.objectives.dpo import halves, pair_measures
 from train.objectives.reference import Reference
@@ -55,6 +55,7 @@ class ORPO:
         return Prepared(
             {
                 **inputs,
+                **seen_input(batch.media),
                 "num_answer_tokens": answer_lengths.astype(np.float32),
                 "in_answer": in_answer.astype(np.float32),
                 "in_nll": in_nll.astype(np.float32),
@@ -64,11 +65,13 @@ class ORPO:
         )
 
     def loss(
-        self, network: Network, inputs: dict[str, mx.array], *, trains: bool = True
+        self, network: Network, inputs: dict[str, Any], *, trains: bool = True
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """Sum of the pairs' losses by weight, and TRL's measures, summed alike."""
         rows, weights, num_rows = inputs["rows"], inputs["weights"], len(inputs["tokens"])
-        tokens = target_logprobs(network, inputs["tokens"], inputs["positions"], inputs["token_ids"])  # [N]
+        tokens = target_logprobs(
+        network, inputs["tokens"], inputs["positions"], inputs["token_ids"], **beside(inputs)
+    )  # [N]
         means = sum_by_row(tokens * inputs["in_answer"], rows, num_rows) / inputs["num_answer_tokens"]  # [2n]
         nll, _ = halves(-sum_by_row(tokens * inputs["in_nll"], rows, num_rows))  # [n]
         log_odds = log_odds_ratio(means)

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from serve.model.network import Network
 from train.loop.loss import find_targets, sum_loss, sum_loss_and_hits
-from train.loop.objective import Prepared
+from train.loop.objective import Prepared, seen_input
 from train.objectives.reference import Reference
 from train.recipe import sft
 from train.recipe.recipe import Recipe
@@ -30,9 +30,9 @@ class SFT:
         self.name = name
 
     def prepare(self, batch: Any, *, pad: bool = False) -> Prepared:
-        """tokens [B, T], positions, token_ids and weights [N]; segments [B, T] where rows are packed."""
+        """tokens [B, T], positions, token_ids and weights [N]; segments [B, T] where rows are packed; seen."""
         targets = find_targets(batch.tokens, batch.is_target, pad=pad)
-        inputs = {
+        inputs: dict[str, Any] = {
             "tokens": batch.tokens,
             "positions": targets.positions,
             "token_ids": targets.token_ids,
@@ -40,10 +40,11 @@ class SFT:
         }
         if batch.segments is not None:
             inputs["segments"] = batch.segments
+        inputs |= seen_input(batch.media)
         return Prepared(inputs, targets.num_targets)
 
     def loss(
-        self, network: Network, inputs: dict[str, mx.array], *, trains: bool = True
+        self, network: Network, inputs: dict[str, Any], *, trains: bool = True
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """Σ weight · −log p(target). Measured where nothing trains: the targets that are the likeliest token.
 

@@ -27,12 +27,14 @@ from pydantic import (
 
 from serve.model.quantization import Quantization
 from serve.settings import Problems, Strict, load_yaml
+from train.recipe import vision
 from train.recipe.foreign import ALIASES, FOREIGN
 from train.recipe.grpo import GRPOConfig
 from train.recipe.kinds import Kind
 from train.recipe.objective import ObjectiveConfig, ObjectiveEntry
 from train.recipe.objectives import OBJECTIVES, names_where, needed
 from train.recipe.optimizer_config import OptimizerConfig, Schedule
+from train.recipe.vision import ImageConfig, TrainVision
 
 LoRAKeys = tuple[str, ...] | Literal["all-linear"]
 Features = ("prompt_feature", "completion_feature", "chat_feature", "text_feature")
@@ -183,6 +185,11 @@ def _bytes(value: Any) -> Any:
     return int(float(match[1]) * {"M": 10**6, "G": 10**9, "": 1}[match[2][:1]])
 
 
+def _nothing(value: Any) -> Any:
+    """`train_vision: false` is neither part."""
+    return {} if value is False else value
+
+
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train": (
         lambda v: v is False,
@@ -222,6 +229,8 @@ class Recipe(Strict):
     lora_parameters: LoRAParameters | None = Field(
         default_factory=lambda seen: LoRAParameters() if seen.get("fine_tune_type") != "full" else None
     )
+    train_vision: Annotated[TrainVision, BeforeValidator(_nothing)] = TrainVision()
+    """What trains of the tower and projector of a model that sees; false, or nothing, is neither."""
     quantize: Quantization | None = None
     """Pack a full-precision base as it is loaded (QLoRA). Nothing: the base as it is stored."""
 
@@ -251,12 +260,18 @@ class Recipe(Strict):
     dataset_processes: int | None = Field(default=None, ge=1)
     """Processes that tokenize. Nothing: as many as there are cores, where that is faster than one."""
 
+    image: ImageConfig = ImageConfig()
+    """How pictures and clips are made ready."""
+    feature_cache_threshold: Annotated[int, BeforeValidator(_bytes)] = Field(default=10**9, ge=0)
+    """Bytes of what a frozen tower makes of pictures that are kept from epoch to epoch; `4GB` is understood."""
+
     max_seq_length: int = Field(default=2048, ge=2)
     """Longest row in tokens."""
     excess_length_strategy: Literal["truncate", "drop", "raise", "split"] = Field(
         default_factory=lambda seen: "split" if seen.get("objective") == "cpt" else "truncate"
     )
-    """What happens to a longer row. `split`, for objective cpt and its default, makes rows of all its pieces.
+    """What happens to a longer row. `split`, for objective cpt and its default, makes rows of all its pieces. A
+    picture is never cut: a row that would lose a part of one is dropped and reported.
     A row left with nothing to learn from is dropped and reported in any case; so is a longer prompt of grpo."""
     sample_packing: bool = False
     """True: a row holds several documents that do not see each other, and a batch up to batch_size * max_seq_length
@@ -558,6 +573,7 @@ def _method_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _training_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from _method_problems(recipe)
+    yield from vision.problems(recipe.train_vision, recipe.fine_tune_type)
     if recipe.fine_tune_type == "full" and recipe.lora_parameters is not None:
         yield "lora_parameters", "has no effect with fine_tune_type: full; leave it out"
     if recipe.init == "random" and recipe.fine_tune_type != "full":

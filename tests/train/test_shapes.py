@@ -1,0 +1,131 @@
+"""The world of shapes: seeded, disjoint, and laid out so that an adapter can learn what the base cannot do."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import serve as serve  # before mlx: it brings a real BLAS
+from serve.model.loading import load_tokenizer
+from train.data.picture_chats import SEED, WHICH_BIN, WHICH_WAY, write_all
+from train.data.shapes import COLOURS, PLACES, SHAPES
+from train.data.tokenizer_bpe import contents, train_tokenizer, words
+
+ROOT = Path(__file__).resolve().parents[2]
+INIT = ROOT / "data" / "shapes-init"
+TASKS = {"bins": WHICH_BIN, "moves": WHICH_WAY}
+SPLITS = ("train", "valid", "test")
+VOCAB_SIZE = 512
+FEW = {"train": 400, "valid": 20, "test": 60}
+"""Of the pre-training chats; their pictures take a millisecond each to paint."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("shapes")
+    write_all(out, base_rows=FEW)
+    return out
+
+
+def rows(path: Path) -> list[list[dict[str, Any]]]:
+    return [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def pictures(path: Path) -> Iterator[np.ndarray]:
+    """[H, W, 3] of every picture of a file, in order."""
+    for row in rows(path):
+        for message in row:
+            for part in message["content"]:
+                if isinstance(part, dict) and part["type"] == "image_url":
+                    file = io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2]))
+                    yield np.asarray(Image.open(file))
+
+
+def texts(path: Path) -> list[str]:
+    return [words(message["content"]) for row in rows(path) for message in row]
+
+
+def answers(path: Path) -> list[str]:
+    return [m["content"] for row in rows(path) for m in row if m["role"] == "assistant"]
+
+
+def same(one: Path, other: Path) -> bool:
+    """Equal words and pixels. PNG bytes are the compressor's own and differ between machines."""
+    if texts(one) != texts(other):
+        return False
+    return all(np.array_equal(a, b) for a, b in zip(pictures(one), pictures(other), strict=True))
+
+
+def test_a_seed_gives_the_same_words_and_pixels_and_another_seed_others(made, tmp_path):
+    write_all(tmp_path / "again", SEED, FEW)
+    write_all(tmp_path / "other", SEED + 1, FEW)
+    for path in sorted(made.rglob("*.jsonl")):
+        name = path.relative_to(made)
+        assert same(path, tmp_path / "again" / name)
+        assert not same(path, tmp_path / "other" / name)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_committed_rows_of_the_tasks_are_what_the_generator_makes(made, task, split):
+    assert same(ROOT / "data" / task / f"{split}.jsonl", made / task / f"{split}.jsonl")
+
+
+def test_no_picture_stands_in_two_files(made):
+    seen = [
+        {(picture.shape, picture.tobytes()) for picture in pictures(path)}
+        for path in sorted(made.rglob("*.jsonl"))
+    ]
+    assert all(seen), "every file holds pictures"
+    assert len(set().union(*seen)) == sum(len(found) for found in seen)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_token_of_a_task_s_answer_was_a_target_in_pretraining(made, task):
+    tokenizer = load_tokenizer(str(INIT))
+
+    def tokens(path: Path) -> set[int]:
+        return {token for text in answers(path) for token in tokenizer.encode(text)}
+
+    targets = tokens(made / "base" / "train.jsonl")
+    for split in SPLITS:
+        assert tokens(made / task / f"{split}.jsonl") <= targets
+
+
+def test_pretraining_never_asks_for_a_task_nor_answers_a_picture_as_one(made):
+    for row in rows(made / "base" / "train.jsonl"):
+        has_picture = any(not isinstance(message["content"], str) for message in row)
+        for message in row:
+            text = words(message["content"])
+            assert not any(asked in text for asked in TASKS.values())
+            assert not (has_picture and any(word in text for word in (" bin ", "go ", "stay")))
+
+
+def test_every_colour_shape_and_place_stands_in_every_task_file(made):
+    for task in TASKS:
+        for split in SPLITS:
+            said = Counter(" ".join(answers(made / task / f"{split}.jsonl")).replace(",", "").split())
+            wanted = (
+                (*COLOURS, *SHAPES, "1", "2", "3", "4") if task == "bins" else (*" ".join(PLACES).split(),)
+            )
+            wanted = tuple({"top": "up", "bottom": "down"}.get(word, word) for word in wanted)
+            assert not [word for word in wanted if not said[word]], (task, split)
+
+
+@pytest.mark.large
+def test_committed_tokenizer_is_what_the_generator_s_rows_make(tmp_path):
+    write_all(tmp_path / "rows")
+    texts = contents(tmp_path / "rows" / "base" / "train.jsonl")
+    tokenizer = train_tokenizer(texts, VOCAB_SIZE, takes_pictures=True)
+    tokenizer.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_bytes() == (INIT / name).read_bytes()

@@ -1,0 +1,53 @@
+"""A row's media, looked at before it is tokenized: what stands in the text for each, and boxes in their new size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from serve.errors import RequestError
+from serve.media.processor import Processed
+from serve.model.expansion import Expansion
+from train.data.example import Example
+from train.data.media_reader import MediaReader
+from train.data.row_media import RowMedia
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A row as it is tokenized, and what it shows."""
+
+    example: Example
+    processed: tuple[Processed, ...] = ()
+    reader: MediaReader | None = None
+
+    @property
+    def expansions(self) -> tuple[Expansion, ...]:
+        """What stands in the text for each medium, in order."""
+        return tuple(made.expansion for made in self.processed)
+
+    def row_media(self, token_ids: Sequence[int], first_target: int) -> RowMedia | None:
+        """What a sequence of the row shows; the prompt of families that see it both ways ends at its first target.
+
+        RequestError where its placeholders and the media do not come out even.
+        """
+        if self.reader is None or not self.processed:
+            return None
+        found = self.reader.row_media(token_ids, self.example.media, self.processed)
+        if found is None or not self.reader.sees_prompts:
+            return found
+        return replace(found, blocks=((0, max(first_target, found.stop)),))
+
+
+def look(example: Example, reader: MediaReader | None) -> Looked:
+    """Read what a row shows. RequestError, which begins with the medium's place, where that cannot be done."""
+    if not example.media:
+        return Looked(example)
+    if reader is None:
+        first = example.media[0]
+        raise RequestError(
+            f"{first.place}: found {first.kind}, and this model reads text alone; answers may rest on it: take such rows "
+            f"out, or the key"
+        )
+    processed = tuple(reader.read(ref) for ref in example.media)
+    return Looked(reader.adjusted(example, processed), processed, reader)
