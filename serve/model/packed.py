@@ -36,17 +36,17 @@ class SegmentMasks:
         self._masks: dict[int | None, mx.array] = {}
 
     def mask(self, window: int | None) -> mx.array:
-        """[B, 1, T, T] bool; at most `window` tokens back, itself counted, unless in its block."""
+        """[B, 1, T, T] bool; at most `window` tokens back, itself counted."""
         if window not in self._masks:
             places = mx.arange(self._segments.shape[1], dtype=mx.int32)
             queries, keys = places[:, None], places[None]
-            near = keys <= queries  # [T, T]
-            if window is not None:
-                near = near & (keys > queries - window)
-            mask = near & (self._segments[:, :, None] == self._segments[:, None, :])  # [B, T, T]
+            same = self._segments[:, :, None] == self._segments[:, None, :]
+            mask = (keys <= queries) & same  # [B, T, T]
             if self._blocks is not None:
                 rows, columns = self._blocks[:, :, None], self._blocks[:, None, :]
                 mask = mask | ((rows == columns) & (rows >= 0))
+            if window is not None:
+                mask = mask & (keys > queries - window)
             self._masks[window] = mask[:, None]
         return self._masks[window]
 
