@@ -102,7 +102,7 @@ class Run:
         )
 
     def mask(self, window: int | None, capacity: int) -> mx.array:
-        """[b, 1, T, extent] bool: a token sees positions up to its own, and its block's; at most `window` back."""
+        """[b, 1, T, extent] bool: a token sees positions up to its own, and its block's, and none `window` behind."""
         key = (window, capacity)
         if key not in self._masks:
             queries = self.positions()[:, :, None]  # [b, T, 1]

@@ -17,7 +17,7 @@ from serve.model.texts import brings_beginning, brings_end, encode_text
 from train.data.example import Example, Message
 from train.data.messages import REASONING
 from train.data.looking import Looked, look
-from train.data.media_reader import MediaReader
+from train.data.media_reader import LaterInputs, MediaReader
 from train.data.row_media import RowMedia
 from train.data.rules import TokenRules
 from train.recipe.objectives import OBJECTIVES
@@ -85,6 +85,14 @@ class Outcome:
     """What was changed of it."""
     told: Mapping[str, Any] = field(default_factory=dict)
     """Variables that the chat template was given for it, besides those that were asked for."""
+
+    def bound_to(self, reader: MediaReader) -> Outcome:
+        """The same, its media read by this reader: they may come from another process."""
+        for media in (s.media for row in self.rows for s in row.sequences if s.media is not None):
+            for piece in media.media:
+                assert isinstance(piece.inputs, LaterInputs)
+                piece.inputs.bind(reader)
+        return self
 
 
 @dataclass
