@@ -27,10 +27,12 @@ class SegmentMasks:
     """Who sees whom in packed rows: a token sees its own document, up to itself.
 
     segments  [B, T] int32; documents are contiguous, padding is a document of its own
+    blocks    [B, T] int32; tokens of one number, -1 aside, see one another, whatever their order
     """
 
-    def __init__(self, segments: mx.array) -> None:
+    def __init__(self, segments: mx.array, blocks: mx.array | None = None) -> None:
         self._segments = segments
+        self._blocks = blocks
         self._masks: dict[int | None, mx.array] = {}
 
     def mask(self, window: int | None) -> mx.array:
@@ -42,7 +44,11 @@ class SegmentMasks:
             if window is not None:
                 near = near & (keys > queries - window)
             same = self._segments[:, :, None] == self._segments[:, None, :]  # [B, T, T]
-            self._masks[window] = (near & same)[:, None]
+            seen = near & same
+            if self._blocks is not None:
+                blocks = self._blocks[:, :, None]
+                seen = seen | ((blocks == self._blocks[:, None, :]) & (blocks >= 0))
+            self._masks[window] = seen[:, None]
         return self._masks[window]
 
 
@@ -86,13 +92,14 @@ class PackedParts:
         return []
 
 
-def packed_cache(network: Network, segments: mx.array) -> list[Any]:
+def packed_cache(network: Network, segments: mx.array, blocks: mx.array | None = None) -> list[Any]:
     """What `network.hidden(tokens, cache=…)` takes to run packed rows.
 
     segments  [B, T] int32, the document a token belongs to, contiguous within its row; -1 is padding
+    blocks    [B, T] int32, tokens of a row that see one another whatever their order, by number; -1 for none
     Returns one object a layer, good for one forward. ModelError where a layer's past is no keys and values.
     """
-    return _cache(network, segments, mask_axes(network), 0)
+    return _cache(network, segments, mask_axes(network), 0, blocks)
 
 
 def mask_axes(network: Network) -> int:
@@ -182,11 +189,13 @@ def _tolerance(dtype: mx.Dtype, position: int) -> float:
     return (2e-3 if dtype == mx.float32 else 5e-2) + position * 2.0**-22
 
 
-def _cache(network: Network, segments: mx.array, num_head_axes: int, offset: int) -> list[Any]:
+def _cache(
+    network: Network, segments: mx.array, num_head_axes: int, offset: int, blocks: mx.array | None = None
+) -> list[Any]:
     stored = _stateful_layer(network)
     if stored is not None:
         raise ModelError(f"{_family(network)}: {stored}")
-    masks = SegmentMasks(segments)
+    masks = SegmentMasks(segments, blocks)
     layers: list[Any] = []
     for own in network.make_cache():
         parts = [PackedLayer(masks, window_of(part), num_head_axes, offset) for part in parts_of(own)]
