@@ -191,6 +191,19 @@ def serve(
     one_step_ahead: Annotated[
         str | None, typer.Option(help="on, off or auto: build a step before the last one is read.")
     ] = None,
+    allowed_media_root: Annotated[
+        list[Path] | None,
+        typer.Option(help="Requests may show files in this folder; repeatable. On loopback: any."),
+    ] = None,
+    allow_private_hosts: Annotated[
+        bool, typer.Option("--allow-private-hosts", help="Fetch pictures from private addresses too.")
+    ] = False,
+    max_media: Annotated[
+        int | None, typer.Option(help="Pictures, clips and sounds of one request, together.")
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Of a picture; larger ones are made smaller, unless a request says.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Serve a model and any number of adapters over an OpenAI-compatible API."""
@@ -208,6 +221,10 @@ def serve(
         "kv_quantize_after": kv_quantize_after,
         "kv_plain_layers": kv_plain_layers,
         "one_step_ahead": one_step_ahead,
+        "allowed_media_roots": [str(each.absolute()) for each in allowed_media_root or ()] or None,
+        "media.max_pixels": max_pixels,
+        "media_limits.max_items": max_media,
+        "media_limits.allow_private_hosts": allow_private_hosts or None,
     }
     run(_serve_config(model, adapter or [], host, port, [*_as_overrides(keys), *(overrides or [])]))
 
@@ -626,7 +643,7 @@ def _serve_config(
     return load_config(model, overrides, **changes)
 
 
-def _as_overrides(keys: Mapping[str, float | str | None]) -> list[str]:
+def _as_overrides(keys: Mapping[str, float | str | list[str] | None]) -> list[str]:
     """The keys that were given, as --set takes them: part of the file before it is checked."""
     import json
 

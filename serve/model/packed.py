@@ -24,10 +24,10 @@ PROBE_POSITIONS = 4096
 
 
 class SegmentMasks:
-    """Who sees whom in packed rows: a token sees its own document, up to itself.
+    """Who sees whom in packed rows: a token sees its own document, up to itself, and all of its block.
 
     segments  [B, T] int32; documents are contiguous, padding is a document of its own
-    blocks    [B, T] int32; tokens of one number, -1 aside, see one another, whatever their order
+    blocks    [B, T] int32, tokens of one number see one another; below 0: in no block; None: nobody is
     """
 
     def __init__(self, segments: mx.array, blocks: mx.array | None = None) -> None:
@@ -40,15 +40,14 @@ class SegmentMasks:
         if window not in self._masks:
             places = mx.arange(self._segments.shape[1], dtype=mx.int32)
             queries, keys = places[:, None], places[None]
-            near = keys <= queries  # [T, T]
-            if window is not None:
-                near = near & (keys > queries - window)
-            same = self._segments[:, :, None] == self._segments[:, None, :]  # [B, T, T]
-            seen = near & same
+            same = self._segments[:, :, None] == self._segments[:, None, :]
+            mask = (keys <= queries) & same  # [B, T, T]
             if self._blocks is not None:
-                blocks = self._blocks[:, :, None]
-                seen = seen | ((blocks == self._blocks[:, None, :]) & (blocks >= 0))
-            self._masks[window] = seen[:, None]
+                rows, columns = self._blocks[:, :, None], self._blocks[:, None, :]
+                mask = mask | ((rows == columns) & (rows >= 0))
+            if window is not None:
+                mask = mask & (keys > queries - window)
+            self._masks[window] = mask[:, None]
         return self._masks[window]
 
 
@@ -96,7 +95,7 @@ def packed_cache(network: Network, segments: mx.array, blocks: mx.array | None =
     """What `network.hidden(tokens, cache=…)` takes to run packed rows.
 
     segments  [B, T] int32, the document a token belongs to, contiguous within its row; -1 is padding
-    blocks    [B, T] int32, tokens of a row that see one another whatever their order, by number; -1 for none
+    blocks    [B, T] int32, tokens of one number, of one document, see one another both ways; -1 is in no block
     Returns one object a layer, good for one forward. ModelError where a layer's past is no keys and values.
     """
     return _cache(network, segments, mask_axes(network), 0, blocks)
