@@ -58,7 +58,9 @@ def words_of(message: Message) -> str:
     content = message.get("content")
     if not isinstance(content, (list, tuple)):
         return str(content)
-    shown = (f"[{PARTS[part['type']]}]" if part.get("type") in PARTS else part.get("text") for part in content)
+    shown = (
+        f"[{PARTS[part['type']]}]" if part.get("type") in PARTS else part.get("text") for part in content
+    )
     return " ".join(str(part) for part in shown)
 
 
@@ -69,8 +71,8 @@ def look(example: Example, reader: MediaReader | None) -> Looked:
     if reader is None:
         first = example.media[0]
         raise RequestError(
-            f"{first.place}: found {first.kind}, and this model reads text alone; answers may rest on it: take such rows "
-            f"out, or the key"
+            f"{first.place}: found media ({first.kind}), and this model reads text alone; answers may rest on it: "
+            f"take such rows out, or the key"
         )
     processed = tuple(reader.read(ref) for ref in example.media)
     return Looked(reader.adjusted(example, processed), processed, reader)
