@@ -5,16 +5,13 @@ The table of README is printed by `python tests/serve/test_vlm_families.py`.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from PIL import Image
-from vlm_families import FAMILIES, LARGE_VLM_FAMILIES, Reference, Row, chats_of, message, picture
+from vlm_families import LARGE_VLM_FAMILIES, Reference, Row, chats_of
 
 from serve.adapters.version import AdapterVersion
 from serve.engine.engine import Engine, EngineLimits
@@ -47,7 +44,11 @@ class Served:
         return self.processor.prompt(row.token_ids, processed)
 
     def request(
-        self, name: str, prompt: Prompt, adapter: AdapterVersion | None = None, max_tokens: int = ANSWER_TOKENS
+        self,
+        name: str,
+        prompt: Prompt,
+        adapter: AdapterVersion | None = None,
+        max_tokens: int = ANSWER_TOKENS,
     ) -> Request:
         """Greedy, to the last token."""
         sampling = Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, num_logprobs=0)
