@@ -111,7 +111,9 @@ class MediaReader:
             for ref, made in zip(refs, processed[:shown], strict=False)
             for number, piece in enumerate(made.pieces)
         }
-        pieces = [replace(media, inputs=LaterInputs(media, self, *owners[media.key])) for media in prompt.media]
+        pieces = [
+            replace(media, inputs=LaterInputs(media, self, *owners[media.key])) for media in prompt.media
+        ]
         return RowMedia(tuple(pieces), prompt.rope, prompt.blocks)
 
     def _shown(self, token_ids: Sequence[int], processed: Sequence[Processed]) -> int:
@@ -155,9 +157,7 @@ class LaterInputs(Mapping[str, np.ndarray]):
     DataError where what is read then is not what the row was made of.
     """
 
-    def __init__(
-        self, media: Media, reader: MediaReader, ref: MediaRef, piece: int
-    ) -> None:
+    def __init__(self, media: Media, reader: MediaReader, ref: MediaRef, piece: int) -> None:
         """media: as it was made just now; of it, what is small is held."""
         self._known = {name: array for name, array in media.inputs.items() if array.size <= SMALL}
         self._names = tuple(media.inputs)
@@ -191,4 +191,3 @@ class LaterInputs(Mapping[str, np.ndarray]):
         if self._piece >= len(pieces) or pieces[self._piece].key != self._key:
             raise DataError(f"{self._ref.shown} holds something else now than when its row was read")
         return pieces[self._piece].inputs
-

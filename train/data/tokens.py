@@ -450,9 +450,7 @@ def _fit(row: TokenizedExample, rules: TokenRules) -> tuple[list[TokenizedExampl
 
 def _cut(row: TokenizedExample, limit: int) -> TokenizedExample:
     rejected = _cut(row.rejected, limit) if row.rejected is not None else None
-    return replace(
-        row, token_ids=row.token_ids[:limit], is_target=row.is_target[:limit], rejected=rejected
-    )
+    return replace(row, token_ids=row.token_ids[:limit], is_target=row.is_target[:limit], rejected=rejected)
 
 
 def _split(row: TokenizedExample, limit: int) -> list[TokenizedExample]:
