@@ -69,10 +69,11 @@ class Placed(NamedTuple):
 class Vision:
     """The towers of a model of mlx-vlm, and what its network wants to be told of the media in a prompt."""
 
-    def __init__(self, network: Network, config: dict[str, Any]) -> None:
+    def __init__(self, network: Network, config: dict[str, Any], *, is_sketch: bool = False) -> None:
         """ModelError where the family's own code cannot be asked for the vectors of one piece of media.
 
-        config  the model's config.json
+        config     the model's config.json
+        is_sketch  the network has no weights: nothing is evaluated, and nothing but host data can be asked for
         """
         module = network.module
         self._module = module
@@ -90,7 +91,8 @@ class Vision:
         self.block_kind = _block_kind(config, network)
         """What of a prompt is a block: each picture's placeholders, all of it, or nothing."""
         network.placeholder_ids = tuple(sorted(set(self.token_ids.values())))
-        self._embedder = _find_embedder(network)
+        if not is_sketch:
+            self._embedder = _find_embedder(network)
 
     @property
     def kinds(self) -> frozenset[MediaKind]:

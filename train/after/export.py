@@ -6,62 +6,35 @@ asked. The folder is then read back from disk and compared with base + adapter, 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlx_lm import utils as mlx_lm_utils
 from rich.console import Console
 
-from serve.adapters.manifest import AdapterConfig, check_whole, read_config, read_tensors
+from serve.adapters.manifest import AdapterConfig, read_config, read_tensors
 from serve.errors import AdapterError, ConfigError, StorageError
-from serve.model.loading import DTYPES, LoadedModel, build_random, cast, load, resolve
+from serve.model.loading import LoadedModel, build_random, load, resolve
 from serve.model.loading import read_config as read_model_config
 from serve.model.network import Network
 from serve.model.quantization import Quantization
+from serve.model.towers import has_towers
 from serve.model.weights import dequantize as dequantize_all
 from serve.tables import Table, show, words
 from train.adapters.adapt import AdapterSettings, adapted_layers, add_lora, set_tensors, train_all
 from train.after import place
-from train.after.base import check_text_only, find_base
+from train.after.base import check_nothing_is_lost, find_base
 from train.after.chat_files import chat_notes, write_chat_files
 from train.after.fidelity import Rows, compare, held_out
+from train.after.folder import WEIGHTS_FILES, Written, write_model
+from train.after.folder import Form as Form
 from train.loop import checkpoint
 
 FIDELITY_FILE = "fidelity.json"
-WEIGHTS_FILES = "model*.safetensors"
-COPIED = ("*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "*.json")
-NOT_COPIED = ("config.json", "model.safetensors.index.json", FIDELITY_FILE)
-GROUP_SIZES = (32, 64, 128)
-Dtype = Literal["float16", "bfloat16", "float32"]
-
-
-@dataclass(frozen=True)
-class Form:
-    """How an export's weights are stored.
-
-    bits   quantize them (affine, in groups of `group_size`); None: full precision
-    dtype  of the weights that are not quantized; None: as the base stores them
-    """
-
-    bits: Literal[4, 8] | None = None
-    group_size: int = 64
-    dtype: Dtype | None = None
-
-    def check(self) -> None:
-        """ConfigError for a group size that MLX has no kernels for."""
-        if self.group_size not in GROUP_SIZES:
-            raise ConfigError(
-                f"group_size: found {self.group_size}; MLX quantizes in groups of 32, 64 or 128"
-            )
 
 
 @dataclass(frozen=True)
@@ -92,14 +65,6 @@ class ExportReport:
     """Layers that could not be quantized in such groups, and are stored as they are."""
 
 
-@dataclass(frozen=True)
-class Written:
-    """What was stored: the dtype of unquantized weights, and the layers that could not be quantized as asked."""
-
-    dtype: str
-    unpacked: tuple[str, ...] = ()
-
-
 def export(
     adapter: Path,
     out: Path,
@@ -124,8 +89,10 @@ def export(
         _check_out(out, force)
         config = read_config(adapter)
         name = find_base(adapter, config, base)
-        check_text_only(name)
+        check_nothing_is_lost(name, has_towers=has_towers(read_model_config(resolve(name))))
         reference = load_adapted(adapter, config, name, is_other_base_fine=force)
+        check_nothing_is_lost(name, has_towers=reference.network.has_towers)
+        form.check_fits(reference.network, name)
         found = held_out(adapter, rows or Rows(), reference, config.lineage)
         for line in (f"fusing {adapter} into {name}", f"comparing on {found.line}", *found.notes):
             console.print(line, highlight=False, soft_wrap=True)
@@ -233,77 +200,14 @@ def fuse(network: Network) -> None:
     dequantize_all(network.module)
 
 
-def write_fused(
-    folder: Path,
-    adapter: Path,
-    config: AdapterConfig,
-    base: str,
-    form: Form,
-) -> Written:
+def write_fused(folder: Path, adapter: Path, config: AdapterConfig, base: str, form: Form) -> Written:
     """Write the fused model as a Hugging Face folder, into one that is there and empty."""
     model = load_adapted(adapter, config, base, dequantize=True, is_other_base_fine=True)
     fuse(model.network)
-    module = model.network.module
-    stored = form.dtype or _stored_dtype(model.path)
-    cast(module, DTYPES[stored])
-    saved = {key: value for key, value in model.config.items() if not key.startswith("quantization")}
-    saved["torch_dtype"] = stored
-    if "dtype" in saved:
-        saved["dtype"] = stored
-    unpacked: tuple[str, ...] = ()
-    if form.bits is not None:
-        unpacked = _unpackable(module, form.group_size)
-        with contextlib.redirect_stdout(None):  # mlx-lm prints the bits per weight
-            module, saved = mlx_lm_utils.quantize_model(module, saved, form.group_size, form.bits)
-    _copy_beside(model.path, folder)
+    written = write_model(folder, model, form)
     if config.lineage is not None:
         write_chat_files(folder, config.lineage, model)
-    try:
-        mlx_lm_utils.save_model(folder, module)
-    except RuntimeError as error:
-        raise StorageError(f"{folder}: {error}") from error
-    mlx_lm_utils.save_config(saved, folder / "config.json")
-    for file in folder.glob(WEIGHTS_FILES):
-        check_whole(file)
-        checkpoint.sync(file)
-    return Written(stored, unpacked)
-
-
-def _stored_dtype(path: Path) -> Dtype:
-    """What most of the base's floating weights are stored as; float32 where there are none."""
-    sizes = dict.fromkeys(DTYPES, 0)
-    for file in path.glob("*.safetensors"):
-        for tensor in _lazily(file).values():
-            name = str(tensor.dtype).removeprefix("mlx.core.")
-            if name in sizes:
-                sizes[name] += tensor.size
-    best: Any = max(sizes, key=lambda name: sizes[name])
-    return best if sizes[best] else "float32"
-
-
-def _lazily(file: Path) -> dict[str, mx.array]:
-    tensors = mx.load(str(file))
-    assert isinstance(tensors, dict), "a safetensors file is a dict of tensors"
-    return tensors
-
-
-def _unpackable(module: nn.Module, group_size: int) -> tuple[str, ...]:
-    """Layers whose inputs are no whole number of groups: mlx-lm leaves them. ConfigError where all are so."""
-    layers = {path: m.weight.shape[-1] for path, m in module.named_modules() if hasattr(m, "to_quantized")}
-    odd = tuple(sorted(path for path, num_inputs in layers.items() if num_inputs % group_size))
-    if odd and len(odd) == len(layers):
-        raise ConfigError(
-            f"group_size: {group_size} divides no layer's inputs: {odd[0]} has {layers[odd[0]]} ({len(odd)} layers)"
-        )
-    return odd
-
-
-def _copy_beside(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template, generation settings and model code, as the base has them."""
-    for pattern in COPIED:
-        for file in sorted(source.glob(pattern)):
-            if file.name not in NOT_COPIED:
-                shutil.copyfile(file, folder / file.name)
+    return written
 
 
 def _check_out(out: Path, force: bool) -> None:

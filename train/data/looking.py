@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from serve.errors import RequestError
 from serve.media.processor import Processed
 from serve.model.expansion import Expansion
-from train.data.example import Example
+from serve.model.prompt import Prompt
+from train.data.example import Example, Message
+from train.data.media import PARTS
 from train.data.media_reader import MediaReader
 from train.data.row_media import RowMedia
 
@@ -26,6 +28,11 @@ class Looked:
         """What stands in the text for each medium, in order."""
         return tuple(made.expansion for made in self.processed)
 
+    def prompt(self, token_ids: Sequence[int]) -> Prompt:
+        """These tokens, which end with a prompt, with what they show."""
+        media = self.row_media(token_ids, len(token_ids))
+        return Prompt(tuple(token_ids)) if media is None else media.prompt(token_ids)
+
     def row_media(self, token_ids: Sequence[int], first_target: int) -> RowMedia | None:
         """What a sequence of the row shows; the prompt of families that see it both ways ends at its first target.
 
@@ -39,6 +46,24 @@ class Looked:
         return replace(found, blocks=((0, max(first_target, found.stop)),))
 
 
+def num_shown(message: Message) -> int:
+    """How many media a message shows."""
+    content = message.get("content")
+    parts = content if isinstance(content, (list, tuple)) else ()
+    return sum(part.get("type") in PARTS for part in parts)
+
+
+def words_of(message: Message) -> str:
+    """A message's content for a person: `[image]` where it shows one."""
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        return str(content)
+    shown = (
+        f"[{PARTS[part['type']]}]" if part.get("type") in PARTS else part.get("text") for part in content
+    )
+    return " ".join(str(part) for part in shown)
+
+
 def look(example: Example, reader: MediaReader | None) -> Looked:
     """Read what a row shows. RequestError, which begins with the medium's place, where that cannot be done."""
     if not example.media:
@@ -46,8 +71,8 @@ def look(example: Example, reader: MediaReader | None) -> Looked:
     if reader is None:
         first = example.media[0]
         raise RequestError(
-            f"{first.place}: found {first.kind}, and this model reads text alone; answers may rest on it: take such rows "
-            f"out, or the key"
+            f"{first.place}: found media ({first.kind}), and this model reads text alone; answers may rest on it: "
+            f"take such rows out, or the key"
         )
     processed = tuple(reader.read(ref) for ref in example.media)
     return Looked(reader.adjusted(example, processed), processed, reader)

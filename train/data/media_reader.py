@@ -10,21 +10,26 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
 from serve.errors import DataError, RequestError
-from serve.media.parts import MediaPart
 from serve.media.content import Content
-from serve.media.processor import MediaProcessor, Processed, Tower
+from serve.media.parts import MediaPart
+from serve.media.processor import MediaProcessor, Processed, Tower, load_processor
 from serve.media.settings import MediaLimits, MediaSettings
 from serve.media.sources import Sources
+from serve.model.loading import read_config, resolve, sketch_vision
 from serve.model.prompt import Media
+from serve.model.towers import has_towers
 from train.data.example import Example
 from train.data.media import MediaRef
 from train.data.row_media import RowMedia
+from train.recipe.recipe import Recipe
 
 MAX_BYTES = 1 << 29
 """Of pixels that are kept."""
@@ -47,9 +52,9 @@ NO_LIMITS = MediaLimits(
 
 
 class MediaReader:
-    """What rows show, as the model takes it. Threads may share it.
+    """What rows show, as a model takes it. Threads may share it; the processor is loaded when it is first needed.
 
-    processor    of the model that trains, and `vision`, what its network is told of media
+    folder       of the model that trains
     settings     how pictures and clips are made ready
     max_bytes    of what was made and is kept; the longest unused goes first
     num_threads  that decode ahead
@@ -57,26 +62,48 @@ class MediaReader:
 
     def __init__(
         self,
-        processor: MediaProcessor,
-        vision: Tower,
+        folder: Path,
         settings: MediaSettings = MediaSettings(),
         *,
         max_bytes: int = MAX_BYTES,
         num_threads: int = 2,
     ) -> None:
-        self.processor = processor
+        self.folder = folder
         self.settings = settings
         self.max_bytes = max_bytes
-        self.sees_prompts = vision.block_kind == "prompt"
-        """Whether the model sees a whole prompt both ways."""
-        ids = (vision.image_token_id, vision.video_token_id, vision.audio_token_id)
-        self._placeholder_ids = sorted({number for number in ids if number is not None})
         self._sources = Sources(NO_LIMITS, roots=(Path("/"),))
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="media")
         self._lock = Lock()
+        self._opening = Lock()
         self._made: OrderedDict[str, Future[Processed]] = OrderedDict()
         self._bytes: dict[str, int] = {}
         self._num_bytes = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> MediaReader | None:
+        """Of a recipe's model; None where it reads text alone."""
+        folder = resolve(recipe.model)
+        return cls(folder, recipe.image.settings) if has_towers(read_config(folder)) else None
+
+    @property
+    def processor(self) -> MediaProcessor:
+        """Of the model. ModelError where it cannot be loaded."""
+        return self._opened[0]
+
+    @property
+    def vision(self) -> Tower:
+        """What its network is told of media; without weights."""
+        return self._opened[1]
+
+    @cached_property
+    def _opened(self) -> tuple[MediaProcessor, Tower]:
+        vision = sketch_vision(self.folder)
+        return MediaProcessor(self.folder, load_processor(self.folder), vision, cache_bytes=0), vision
+
+    @property
+    def sees_prompts(self) -> bool:
+        """Whether the model sees a whole prompt both ways."""
+        return self.vision.block_kind == "prompt"
 
     def read(self, ref: MediaRef) -> Processed:
         """What a reference leads to. RequestError, beginning with its place, if it cannot be read or used."""
@@ -111,12 +138,16 @@ class MediaReader:
             for ref, made in zip(refs, processed[:shown], strict=False)
             for number, piece in enumerate(made.pieces)
         }
-        pieces = [replace(media, inputs=LaterInputs(media, self, *owners[media.key])) for media in prompt.media]
+        pieces = [
+            replace(media, inputs=LaterInputs(media, self, *owners[media.key])) for media in prompt.media
+        ]
         return RowMedia(tuple(pieces), prompt.rope, prompt.blocks)
 
     def _shown(self, token_ids: Sequence[int], processed: Sequence[Processed]) -> int:
         """How many of the media a sequence holds: one that ends before the conversation does has fewer."""
-        places = int(np.isin(np.asarray(token_ids), self._placeholder_ids).sum())
+        vision = self.vision
+        named = (vision.image_token_id, vision.video_token_id, vision.audio_token_id)
+        places = int(np.isin(token_ids, [number for number in named if number is not None]).sum())
         count = 0
         for number, made in enumerate(processed):
             if count >= places:
@@ -136,7 +167,9 @@ class MediaReader:
         return found
 
     def _make(self, ref: MediaRef) -> Processed:
-        made = self.processor.process(self.content(ref), self.settings, ref.place)
+        with self._opening:
+            processor = self.processor
+        made = processor.process(self.content(ref), self.settings, ref.place)
         with self._lock:
             self._bytes[ref.identity] = made.num_bytes
             self._num_bytes += self._bytes[ref.identity]
@@ -155,14 +188,12 @@ class LaterInputs(Mapping[str, np.ndarray]):
     DataError where what is read then is not what the row was made of.
     """
 
-    def __init__(
-        self, media: Media, reader: MediaReader, ref: MediaRef, piece: int
-    ) -> None:
+    def __init__(self, media: Media, reader: MediaReader, ref: MediaRef, piece: int) -> None:
         """media: as it was made just now; of it, what is small is held."""
         self._known = {name: array for name, array in media.inputs.items() if array.size <= SMALL}
         self._names = tuple(media.inputs)
         self._key = media.key
-        self._reader = reader
+        self._reader: MediaReader | None = reader
         self._ref = ref
         self._piece = piece
 
@@ -179,11 +210,20 @@ class LaterInputs(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def bind(self, reader: MediaReader) -> None:
+        """Read by this reader of the same model from now on; what came from another process has none."""
+        self._reader = reader
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
+
     def read_ahead(self) -> None:
         """Begin to read them, on another thread."""
+        assert self._reader is not None, "bound to no reader"
         self._reader.read_ahead([self._ref])
 
     def _read(self) -> Mapping[str, np.ndarray]:
+        assert self._reader is not None, "bound to no reader"
         try:
             pieces = self._reader.read(self._ref).pieces
         except RequestError as error:
@@ -191,4 +231,3 @@ class LaterInputs(Mapping[str, np.ndarray]):
         if self._piece >= len(pieces) or pieces[self._piece].key != self._key:
             raise DataError(f"{self._ref.shown} holds something else now than when its row was read")
         return pieces[self._piece].inputs
-
