@@ -201,7 +201,16 @@ def _class_of(item: dataclasses.Field, own: Any) -> type | None:
 
 
 def _of_type(said: str) -> Any:
-    kinds = {"int": 2, "float": 1e-5, "bool": False, "str": "", "List": [], "list": [], "Dict": {}, "dict": {}}
+    kinds = {
+        "int": 2,
+        "float": 1e-5,
+        "bool": False,
+        "str": "",
+        "List": [],
+        "list": [],
+        "Dict": {},
+        "dict": {},
+    }
     return next((value for name, value in kinds.items() if name in said), None)
 
 
