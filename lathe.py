@@ -516,6 +516,47 @@ def bench_cache(
     show(_console(), finding.table(title, findings), *_dim(finding.notes(findings)))
 
 
+@bench_app.command("images")
+def bench_images(
+    parts: Annotated[str, typer.Option(help="Any of them.")] = "again,clip,requests,stall",
+    rounds: Annotated[int, typer.Option(min=1, help="The servers take turns this many times.")] = 3,
+    edge: Annotated[int, typer.Option(min=28, help="Of a picture, in pixels.")] = 448,
+    tower_layers: Annotated[int, typer.Option(min=1, help="Of what looks at it.")] = 24,
+    frames: Annotated[int, typer.Option(min=2, help="clip: of a film.")] = 32,
+    clients: Annotated[str, typer.Option(help="requests: numbers of clients.")] = "1,8",
+    streams: Annotated[int, typer.Option(min=1, help="stall: text streams beside the picture.")] = 4,
+    stream_tokens: Annotated[int, typer.Option(min=16, help="stall: of each.")] = 400,
+    folder: Annotated[Path | None, typer.Option(help="Keep model, films and server logs here.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure pictures and clips, new and known, with Lathe and mlx_vlm.server on one random model, in turns."""
+    import tempfile
+
+    from serve.bench import finding, images
+    from serve.bench.standin_vlm import Size
+    from serve.tables import show
+
+    asked = images.Setting(
+        parts=tuple(_one_of(part, images.PARTS, "--parts") for part in _words(parts) or [parts]),
+        size=Size(tower_layers=tower_layers, max_pixels=edge * edge),
+        edge=edge,
+        num_frames=frames,
+        clients=_numbers(clients, "--clients"),
+        num_streams=streams,
+        stream_tokens=stream_tokens,
+        rounds=rounds,
+    )
+    _check_writable(json_file)
+
+    def keep(so_far: list[finding.Finding]) -> None:
+        _save_json(json_file, images.as_json(asked, so_far))
+
+    with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
+        findings = images.run(asked, folder or Path(temporary), progress, keep)
+    title = f"Pictures of {edge} px; median of {rounds} round(s), and extremes"
+    show(_console(), finding.table(title, findings), *_dim(finding.notes(findings)))
+
+
 @bench_app.command("conversations")
 def bench_conversations(
     conversations: Annotated[int, typer.Option(min=1)] = 24,

@@ -9,10 +9,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
+import os
 import pkgutil
 import re
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +25,6 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import serve as serve  # before mlx: it brings a real BLAS
 
 import mlx.core as mx  # isort: skip
-import mlx.nn as nn
 import numpy as np
 
 from serve.cache.capacity import Bucket
@@ -94,6 +97,7 @@ SIZES: dict[str, Any] = {
 """What every configuration gets where it has a field of that name."""
 OVERRIDES: dict[str, dict[str, Any]] = {}
 """By folder and path: numbers that must fit others there."""
+ANSWER = "verdict: "
 PLACEHOLDER = 7
 """The token that pictures stand at."""
 EDGES = (56, 64, 112)
@@ -368,18 +372,52 @@ def _said(error: BaseException) -> str:
     return text.split("Traceback")[0][:160]
 
 
+def surveyed(chosen: Iterable[str]) -> Iterator[Verdict]:
+    """Each tried in a process beside this one: a scatter beyond an array's end takes its process with it."""
+    worker: subprocess.Popen[str] | None = None
+    try:
+        for folder in chosen:
+            if worker is None or worker.poll() is not None:
+                command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
+                worker = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    env=os.environ | {"MLX_DISABLE_COMPILE": "1"},
+                )
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            worker.stdin.write(f"{folder}\n")
+            worker.stdin.flush()
+            line = next((line for line in worker.stdout if line.startswith(ANSWER)), None)
+            if line is None:
+                yield Verdict(folder, "crashes", f"its process ended with {worker.wait()}")
+            else:
+                yield Verdict(*json.loads(line.removeprefix(ANSWER)))
+    finally:
+        if worker is not None:
+            worker.kill()
+            worker.communicate()
+
+
+def work() -> None:
+    """Folders in, a line each; verdicts out, likewise."""
+    for line in sys.stdin:
+        print(ANSWER + json.dumps(survey(line.strip())), flush=True)
+
+
 def main() -> None:
-    """Prints the table, one line a folder that has towers; then how many of each kind."""
-    counts: dict[str, int] = {}
-    chosen = sys.argv[1:] or folders()
+    """Prints the table, one line a folder that is more than text; then how many of each kind."""
+    counts: Counter[str] = Counter()
     print("| folder | verdict | reason |\n|---|---|---|")
-    for folder in chosen:
-        verdict = survey(folder)
-        counts[verdict.kind] = counts.get(verdict.kind, 0) + 1
-        if verdict.kind != "text alone" or len(chosen) < 10:
-            print(f"| {folder} | {verdict.kind} | {verdict.reason} |", flush=True)
+    for verdict in surveyed(sys.argv[1:] or folders()):
+        counts[verdict.kind] += 1
+        if verdict.kind != "text alone":
+            print(f"| {verdict.folder} | {verdict.kind} | {verdict.reason} |", flush=True)
     print(f"\n{', '.join(f'{count} {kind}' for kind, count in sorted(counts.items()))}")
 
 
 if __name__ == "__main__":
-    main()
+    work() if sys.argv[1:] == ["--worker"] else main()
