@@ -47,7 +47,11 @@ class Served:
         return self.processor.prompt(row.token_ids, processed)
 
     def request(
-        self, name: str, prompt: Prompt, adapter: AdapterVersion | None = None, max_tokens: int = ANSWER_TOKENS
+        self,
+        name: str,
+        prompt: Prompt,
+        adapter: AdapterVersion | None = None,
+        max_tokens: int = ANSWER_TOKENS,
     ) -> Request:
         """Greedy, to the last token."""
         sampling = Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, num_logprobs=0)
