@@ -15,9 +15,9 @@ from serve.model.forms import missing_calls
 from serve.model.template import ChatTemplate, Supervised
 from serve.model.texts import brings_beginning, brings_end, encode_text
 from train.data.example import Example, Message
-from train.data.messages import REASONING
 from train.data.looking import Looked, look
 from train.data.media_reader import LaterInputs, MediaReader
+from train.data.messages import REASONING
 from train.data.row_media import RowMedia
 from train.data.rules import TokenRules
 from train.recipe.objectives import OBJECTIVES
@@ -458,9 +458,7 @@ def _fit(row: TokenizedExample, rules: TokenRules) -> tuple[list[TokenizedExampl
 
 def _cut(row: TokenizedExample, limit: int) -> TokenizedExample:
     rejected = _cut(row.rejected, limit) if row.rejected is not None else None
-    return replace(
-        row, token_ids=row.token_ids[:limit], is_target=row.is_target[:limit], rejected=rejected
-    )
+    return replace(row, token_ids=row.token_ids[:limit], is_target=row.is_target[:limit], rejected=rejected)
 
 
 def _split(row: TokenizedExample, limit: int) -> list[TokenizedExample]:
