@@ -14,6 +14,7 @@ from serve.adapters.names import label_problem, name_problem
 from serve.cache.precision import KvPrecision, KvScheme, precision
 from serve.errors import ConfigError, RequestError
 from serve.experiments.assignment import Experiment, Variant
+from serve.media_config import MediaConfig, MediaLimitsConfig
 from serve.model.quantization import Quantization
 from serve.settings import Problems, Strict, load_yaml
 
@@ -84,6 +85,13 @@ class ServeConfig(Strict):
     allowed_adapter_roots: tuple[Path, ...] | None = None
     """Folders under which /v1/load_lora_adapter may read. Left out: everywhere when bound to loopback, else
     nowhere."""
+    allowed_media_roots: tuple[Path, ...] | None = None
+    """Folders whose files a request may show by their paths. Left out: everything when bound to loopback, else
+    nothing."""
+    media: MediaConfig = Field(default_factory=MediaConfig)
+    """How pictures and clips are looked at where a request says nothing."""
+    media_limits: MediaLimitsConfig = Field(default_factory=MediaLimitsConfig)
+    """What a request may show."""
     max_rows: int = Field(64, ge=1)
     """Requests that run at once."""
     max_waiting: int = Field(256, ge=0)
@@ -168,6 +176,14 @@ class ServeConfig(Strict):
             return False
 
     @property
+    def media_roots(self) -> tuple[Path, ...]:
+        """Folders whose files a request may show, links followed."""
+        roots = self.allowed_media_roots
+        if roots is None:
+            return (Path("/"),) if self.is_loopback else ()
+        return tuple(root.expanduser().resolve() for root in roots)
+
+    @property
     def kv_precision(self) -> KvPrecision:
         """In what form rows keep their keys and values, unless a request says otherwise."""
         return self.make_precision(self.kv_bits, value_bits=self.kv_value_bits, scheme=self.kv_scheme)
@@ -199,6 +215,7 @@ class ServeConfig(Strict):
             *self._experiment_problems(),
             *self._memory_problems(),
             *self._precision_problems(),
+            *self.media.problems(),
         ]
         if problems:
             raise Problems(problems)
@@ -322,6 +339,8 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
     }
     if config.allowed_adapter_roots is not None:
         changes["allowed_adapter_roots"] = tuple(_under(folder, r) for r in config.allowed_adapter_roots)
+    if config.allowed_media_roots is not None:
+        changes["allowed_media_roots"] = tuple(_under(folder, r) for r in config.allowed_media_roots)
     if config.prefix_cache_dir is not None:
         changes["prefix_cache_dir"] = _under(folder, config.prefix_cache_dir)
     model = Path(config.model).expanduser()

@@ -320,10 +320,16 @@ def demo_result() -> Case:
         "serving": {"num_requests": 7_654_321, "tokens_per_s": 1_234_567.0},
         "export": {"bits": 8, "out": LONGER, "top1_agreement": 0.98765, "kl_mean": 1.1e-06},
         "winner": LONG,
+        "pictures": {
+            "scores": {"shapes": score, LONGER: score},
+            "training": training,
+            "question": "Which bin?",
+            "answers": {"shapes": "black", LONGER: "black square, bin 3"},
+        },
         "seconds": 99_999.0,
     }
     report = ExperimentReport("e", 1, "now", None, {}, (), (), 0.05, (), (), None, ())
-    must = [LONG, "1234567", "9876543", "50.0%", "12,345,678,901", "123456", "7654321", "98.77%"]
+    must = [LONG, "1234567", "9876543", "50.0%", "12,345,678,901", "123456", "7654321", "98.77%", "bin 3"]
     return lambda console: demo._show(numbers_, report, console), must
 
 

@@ -22,53 +22,42 @@ from typing import Any, Literal
 import httpx
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from serve import tables
 from serve.bench.process import ServerProcess
-from serve.errors import ConfigError, StoppedError, TrainingError
+from serve.errors import ConfigError, StoppedError
 from serve.experiments.report import ExperimentReport, render, report
 from serve.experiments.store import Store
+from train import demo_pictures
 from train.after.export import ExportReport, Form, export
-from train.data.sources import read
-from train.recipe.recipe import Recipe, load_recipe
-from train.run import run as run_recipe
+from train.asking import (
+    CLIENTS,
+    Bar,
+    HeldOut,
+    Score,
+    ask,
+    checked,
+    client,
+    held_out,
+    recipe_of,
+    score_of,
+    trained,
+)
+from train.demo_pictures import Pictures
+from train.recipe.recipe import Recipe
 from train.watch.summary import RunSummary
 
 MARKER = ".lathe-demo"
 BASE = "tickets"
+DATA = "routing"
 ADAPTERS = ("tickets-all", "tickets-attn")
 """Names of the adapters, and of their recipes. The first is served from the start, the second joins later."""
 EXPERIMENT = "ticket-router"
 OUTCOME = "exact_match"
-CLIENTS = 16
-MAX_TOKENS = 64
 STREAM_TOKENS = 600
 STREAM_TEMPERATURE = 5.0
 """Past its answer a trained adapter repeats the end token, which is no text; hot enough, it rambles on visibly."""
 EXPORT_BITS: Literal[4, 8] = 8
-TIMEOUT_S = 120.0
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """One prompt that no adapter was trained on, and its right answer."""
-
-    messages: list[dict[str, Any]]
-    answer: str
-
-    def is_met_by(self, text: str) -> bool:
-        """Equal, white space around it aside."""
-        return text.strip() == self.answer.strip()
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the server said to one prompt."""
-
-    id: str
-    text: str
-    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -83,15 +72,6 @@ class HotLoad:
     longest_gap_s: float
     """Between two pieces, of those around the load."""
     stream_went_on: bool
-
-
-@dataclass(frozen=True)
-class Score:
-    """Exact answers of one model to the held-out prompts."""
-
-    exact_match: float
-    num_exact: int
-    num_rows: int
 
 
 @dataclass(frozen=True)
@@ -120,9 +100,9 @@ def run(home: Path, folder: Path, console: Console, *, keep: bool = False) -> di
     start_s = time.perf_counter()
     folder = folder.absolute()
     _make_fresh(folder)
-    recipes = {name: _recipe(home, folder, name) for name in ADAPTERS}
-    training = {name: _train(recipe, console) for name, recipe in recipes.items()}
-    rows = held_out(recipes[ADAPTERS[0]])
+    recipes = {name: recipe_of(home, folder, name) for name in ADAPTERS}
+    training = {name: trained(recipe, console) for name, recipe in recipes.items()}
+    rows = held_out(home, DATA)
     with ExitStack() as stack:
         console.rule("Serving", align="left")
         server = ServerProcess("lathe serve", _command(home, folder), folder / "server.log")
@@ -132,7 +112,8 @@ def run(home: Path, folder: Path, console: Console, *, keep: bool = False) -> di
         winner = _winner(served.scores)
         console.rule("Export", align="left")
         exported = _export(recipes[winner], folder, console)
-        numbers = _numbers(training, served, found, winner, exported, time.perf_counter() - start_s)
+        pictures = demo_pictures.run(home, folder, console)
+        numbers = _numbers(training, served, found, winner, exported, pictures, time.perf_counter() - start_s)
         _show(numbers, found, console)
         if keep:
             _say_what_to_try(server, rows[0], console)
@@ -147,37 +128,6 @@ def _make_fresh(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / MARKER).touch()
-
-
-def _recipe(home: Path, folder: Path, name: str) -> Recipe:
-    changes = {
-        "model": home / "data" / "tickets",
-        "data": home / "data" / "routing",
-        "adapter_path": folder / name,
-    }
-    # JSON quoting is YAML's too, whatever the path holds.
-    overrides = [f"{key}={json.dumps(str(path))}" for key, path in changes.items()]
-    return load_recipe(home / "recipes" / f"{name}.yaml", overrides)
-
-
-def _train(recipe: Recipe, console: Console) -> RunSummary:
-    console.rule(f"Training {Path(recipe.adapter_path).name}", align="left")
-    summary = run_recipe(recipe, console=console)
-    if summary.signal is not None:
-        raise KeyboardInterrupt
-    if summary.status != "finished":
-        raise TrainingError(f"{recipe.adapter_path}: the run ended as {summary.status!r}")
-    return summary
-
-
-def held_out(recipe: Recipe) -> list[HeldOut]:
-    """The test rows of a recipe's data."""
-    found = [example.as_messages() for example in read(recipe, "test")]
-    return [
-        HeldOut([dict(message) for message in messages[:-1]], str(messages[-1]["content"]))
-        for messages in found
-        if messages
-    ]
 
 
 def _command(home: Path, folder: Path) -> list[str]:
@@ -203,19 +153,16 @@ def _store_url(folder: Path) -> str:
 
 
 async def _drive(url: str, folder: Path, rows: Sequence[HeldOut], console: Console) -> Served:
-    # The pool keeps the rest waiting: CLIENTS requests at once, and no limit on how long one waits for its turn.
-    limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
-    timeout = httpx.Timeout(TIMEOUT_S, pool=None)
-    async with httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits) as http:
+    async with client(url) as http:
         hot_load = await _load_while_streaming(http, folder / ADAPTERS[1], rows[0])
         _say_hot_load(hot_load, console)
         models = (BASE, *ADAPTERS)
-        with _bar("held-out prompts, base and adapters mixed", len(rows) * len(models), console) as told:
+        with Bar("held-out prompts, base and adapters mixed", len(rows) * len(models), console) as told:
             start_s = time.perf_counter()
             asked = [(model, row) for row in rows for model in models]
-            replies = await asyncio.gather(*(_ask(http, model, row, told) for model, row in asked))
+            replies = await asyncio.gather(*(ask(http, model, row, told) for model, row in asked))
             seconds = time.perf_counter() - start_s
-        with _bar(f"experiment {EXPERIMENT}", len(rows), console) as told:
+        with Bar(f"experiment {EXPERIMENT}", len(rows), console) as told:
             users = [f"customer-{number}" for number in range(len(rows))]
             await asyncio.gather(
                 *(_experiment(http, row, user, told) for row, user in zip(rows, users, strict=True))
@@ -223,7 +170,7 @@ async def _drive(url: str, folder: Path, rows: Sequence[HeldOut], console: Conso
     hits = [(model, row.is_met_by(reply.text)) for (model, row), reply in zip(asked, replies, strict=True)]
     return Served(
         hot_load=hot_load,
-        scores={model: _score([hit for name, hit in hits if name == model]) for model in models},
+        scores={model: score_of([hit for name, hit in hits if name == model]) for model in models},
         num_requests=len(replies),
         num_tokens=sum(reply.num_tokens for reply in replies),
         seconds=seconds,
@@ -240,7 +187,7 @@ async def _load_while_streaming(http: httpx.AsyncClient, adapter: Path, row: Hel
     waiting.cancel()
     start_s = time.perf_counter()
     body = {"lora_name": adapter.name, "lora_path": str(adapter)}
-    _checked(await http.post("/v1/load_lora_adapter", json=body))
+    checked(await http.post("/v1/load_lora_adapter", json=body))
     end_s = time.perf_counter()
     await stream
     before = sum(arrival < start_s for arrival in arrivals)
@@ -271,7 +218,7 @@ async def _watch(http: httpx.AsyncClient, row: HeldOut, arrivals: list[float], b
     async with http.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             await response.aread()
-            _checked(response)
+            checked(response)
         async for line in response.aiter_lines():
             if line.startswith("data:") and '"content"' in line:
                 arrivals.append(time.perf_counter())
@@ -280,44 +227,14 @@ async def _watch(http: httpx.AsyncClient, row: HeldOut, arrivals: list[float], b
                 raise StoppedError(f"the stream broke: {line}")
 
 
-async def _ask(
-    http: httpx.AsyncClient, model: str, row: HeldOut, told: Callable[[], None], user: str | None = None
-) -> Reply:
-    body = {
-        "model": model,
-        "messages": row.messages,
-        "max_tokens": MAX_TOKENS,
-        "temperature": 0.0,
-        "user": user,
-    }
-    reply = _checked(await http.post("/v1/chat/completions", json=body))
-    told()
-    text = str(reply["choices"][0]["message"]["content"])
-    return Reply(str(reply["id"]), text, int(reply["usage"]["completion_tokens"]))
-
-
 async def _experiment(http: httpx.AsyncClient, row: HeldOut, user: str, told: Callable[[], None]) -> None:
     """Ask under the experiment's public name, and report how the answer turned out."""
-    reply = await _ask(http, EXPERIMENT, row, told, user)
+    reply = await ask(http, EXPERIMENT, row, told, user)
     outcome = {"id": reply.id, "name": OUTCOME, "value": float(row.is_met_by(reply.text))}
-    _checked(await http.post("/v1/feedback", json=outcome))
-
-
-def _checked(response: httpx.Response) -> dict[str, Any]:
-    """The answer's JSON. Raises StoppedError with the server's words if it refused."""
-    if response.status_code != 200:
-        where = f"{response.request.method} {response.request.url.path}"
-        raise StoppedError(f"{where} answered {response.status_code}: {response.text[:500]}")
-    is_json = response.headers.get("content-type", "").startswith("application/json")
-    body = response.json() if is_json else {}
-    return body if isinstance(body, dict) else {}
+    checked(await http.post("/v1/feedback", json=outcome))
 
 
 # What came of it.
-
-
-def _score(hits: Sequence[bool]) -> Score:
-    return Score(exact_match=sum(hits) / len(hits), num_exact=sum(hits), num_rows=len(hits))
 
 
 def _report(folder: Path) -> ExperimentReport:
@@ -350,6 +267,7 @@ def _numbers(
     found: ExperimentReport,
     winner: str,
     exported: ExportReport,
+    pictures: Pictures,
     seconds: float,
 ) -> dict[str, Any]:
     return {
@@ -370,6 +288,7 @@ def _numbers(
         "experiment": found.to_dict(),
         "winner": winner,
         "export": asdict(exported),
+        "pictures": pictures.to_dict(),
     }
 
 
@@ -379,7 +298,14 @@ def _show(numbers: dict[str, Any], found: ExperimentReport, console: Console) ->
     drawn = tables.Table(
         "model", *tables.numbers(*headings), title="Held-out prompts answered exactly, over HTTP"
     )
+    pictures = numbers["pictures"]
     lines = {f"{BASE} (base)": numbers["base"], **numbers["adapters"]}
+    for name, score in pictures["scores"].items():
+        is_base = name == demo_pictures.BASE
+        lines[f"{name} (base)" if is_base else name] = {
+            **score,
+            "training": None if is_base else pictures["training"],
+        }
     for name, score in lines.items():
         training = score.get("training")
         drawn.add(
@@ -391,12 +317,14 @@ def _show(numbers: dict[str, Any], found: ExperimentReport, console: Console) ->
             f"{training['seconds']:.0f} s" if training else "",
         )
     exported, serving = numbers["export"], numbers["serving"]
+    said = ", ".join(f"{name} says {text!r}" for name, text in pictures["answers"].items())
     tables.show(console, drawn, *render(found))
     console.print(
         f"served: {serving['num_requests']} requests of the base and both adapters in shared batches, "
         f"{serving['tokens_per_s']:.0f} tok/s\n"
         f"exported: {numbers['winner']} as {exported['bits']} bit in {exported['out']}, top-1 agreement "
         f"{exported['top1_agreement']:.2%}, KL {exported['kl_mean']:.1e} nats a token\n"
+        f"a picture and {pictures['question']!r} over HTTP: {said}\n"
         f"all of it took {numbers['seconds']:.0f} s",
         highlight=False,
         soft_wrap=True,
@@ -427,22 +355,3 @@ def _say_what_to_try(server: ServerProcess, row: HeldOut, console: Console) -> N
         highlight=False,
         soft_wrap=True,
     )
-
-
-class _bar:
-    """A progress bar in a terminal, one line elsewhere; gives a function that counts one more."""
-
-    def __init__(self, title: str, total: int, console: Console) -> None:
-        self._title, self._total, self._console = title, total, console
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-
-    def __enter__(self) -> Callable[[], None]:
-        if not self._console.is_terminal:
-            self._console.print(f"{self._title}: {self._total} requests", highlight=False)
-        self._progress.start()
-        task = self._progress.add_task(self._title, total=self._total)
-        return lambda: self._progress.advance(task)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()

@@ -136,7 +136,7 @@ def chat(http, model: str, question: str = "red cat?", **more) -> httpx.Response
 
 def test_exact_match_compares_what_training_supervised_with_thoughts_and_ends_where_it_ended(trained):
     _, summary = trained
-    assert summary.metric_after == 1.0
+    assert summary.exact_match == 1.0
 
 
 def test_the_manifest_keeps_the_template_its_variables_and_the_end_it_learned(trained):

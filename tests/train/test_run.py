@@ -133,8 +133,8 @@ def test_a_run_leaves_an_adapter_that_mlx_lm_loads_with_the_same_logits(make_rec
     assert (summary.status, summary.steps, summary.published_step, summary.exit_code) == ("finished", 8, 8, 0)
     assert summary.valid_loss < summary.first_valid_loss
     assert summary.test_loss > 0
-    assert summary.metric_before is not None
-    assert summary.metric_after is not None
+    assert summary.exact_match_before is not None
+    assert summary.exact_match is not None
     assert json.loads((out / "summary.json").read_text())["content_hash"] == summary.content_hash
     assert load_recipe(out / "recipe.yaml") == recipe
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -169,7 +169,7 @@ def test_a_resumed_run_publishes_the_same_bytes(make_recipe, tmp_path):
     resumed = run(make_recipe("half", *overrides), resume=True, console=quiet())
     assert resumed.steps == straight.steps == 4
     assert resumed.content_hash == straight.content_hash
-    assert resumed.metric_before == straight.metric_before
+    assert resumed.exact_match_before == straight.exact_match_before
     optimizers = [
         checkpoint.load(checkpoint.find(tmp_path / name)).optimizer for name in ("straight", "half")
     ]

@@ -35,8 +35,8 @@ class RunSummary:
     """The step whose weights the adapter folder holds."""
     test_loss: float | None = None
     metric: str | None = None
-    metric_before: float | None = None
-    metric_after: float | None = None
+    exact_match_before: float | None = None
+    exact_match: float | None = None
     num_skipped_steps: int = 0
     """Steps whose loss or gradient was not finite; none of them moved a weight."""
     num_trainable: int = 0
@@ -86,8 +86,8 @@ def of_run(
         tokens_per_s=state.num_tokens / max(state.seconds, 1e-9),
         peak_memory_bytes=peak_memory_bytes(),
         metric=metric,
-        metric_before=state.first_measures.get(metric or ""),
-        metric_after=state.measures.get(metric or ""),
+        exact_match_before=state.first_measures.get(metric or ""),
+        exact_match=state.measures.get(metric or ""),
         signal=caught if status == "interrupted" else None,
         **measured,
     )

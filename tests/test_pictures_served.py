@@ -1,0 +1,196 @@
+"""The embedded model that sees: adapters trained by the recipes, asked over HTTP by OpenAI's client with real PNGs,
+beside the base and rows of text; and mlx-vlm's own code on one row alone, with merged weights, as what is right."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+from rich.console import Console
+from vlm_families import Reference
+
+import lathe
+from serve.api.server import serving
+from serve.config import ServeConfig
+from serve.runtime import Runtime
+from train.asking import held_out, recipe_of
+from train.data.picture_chats import ORDINALS
+from train.data.shapes import COLOURS, data_uri
+from train.run import run
+
+pytestmark = pytest.mark.long
+
+ROOT = Path(lathe.__file__).parent
+MODEL = ROOT / "data" / "shapes"
+TASKS = {"shapes-vlm": "bins", "shapes-moves": "moves"}
+"""Recipe, which is its adapter's name, → its rows."""
+LARGE_PICTURES = ROOT.parent / "shared" / "data" / "images"
+CLEAR = 0.01
+"""Logits: two ways to one answer agree where the likeliest two tokens are further apart."""
+MAX_TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """name → summary of the run, and the folder they are in."""
+    folder = tmp_path_factory.mktemp("pictures")
+    return folder, {name: run(recipe_of(ROOT, folder, name), console=Console(quiet=True)) for name in TASKS}
+
+
+@pytest.fixture(scope="module")
+def client(runs):
+    folder, _ = runs
+    adapters = [{"name": name, "path": str(folder / name)} for name in TASKS]
+    runtime = Runtime.start(ServeConfig(model=str(MODEL), adapters=adapters))
+    with (
+        serving(runtime) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as opened,
+    ):
+        yield opened
+    runtime.close()
+
+
+@pytest.fixture(scope="module")
+def offline(runs):
+    """model → mlx-vlm's own code with that adapter's weights merged."""
+    folder, _ = runs
+    return {"shapes": Reference(MODEL), **{name: Reference(MODEL, folder / name) for name in TASKS}}
+
+
+def answer(client: openai.OpenAI, model: str, messages: list[dict[str, Any]]) -> str:
+    made = client.chat.completions.create(
+        model=model, messages=messages, max_tokens=MAX_TOKENS, temperature=0
+    )
+    return made.choices[0].message.content
+
+
+def answers(client: openai.OpenAI, asked: list[tuple[str, list[dict[str, Any]]]]) -> list[str]:
+    """All at once, so that they share batches."""
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(pool.map(lambda one: answer(client, *one), asked))
+
+
+def as_pil(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same chat with the pictures decoded, as mlx-vlm takes it."""
+
+    def part_of(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] == "text":
+            return part
+        file = io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2]))
+        return {"type": "image", "image": Image.open(file).convert("RGB")}
+
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [part_of(part) for part in message["content"]]}
+        for message in messages
+    ]
+
+
+def answer_offline(reference: Reference, messages: list[dict[str, Any]]) -> tuple[str, float]:
+    """(the greedy answer, how far its likeliest two tokens are apart where they are nearest)"""
+    row = reference.row(as_pil(messages))
+    end = reference.tokenizer.eos_token_id
+    tokens = reference.greedy(row, MAX_TOKENS)
+    tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+    logits = np.sort(np.array(reference.logits(row, tokens)), axis=-1)
+    return reference.tokenizer.decode(tokens), float((logits[:, -1] - logits[:, -2]).min())
+
+
+def picture(image: Image.Image) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_uri(image)}}
+
+
+def user(*parts: dict[str, Any] | str) -> dict[str, Any]:
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return {"role": "user", "content": content}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_training_raises_exact_match_of_held_out_pictures(runs, name):
+    folder, summaries = runs
+    written = json.loads((folder / name / "summary.json").read_text())
+    assert written["exact_match_before"] < 0.25
+    assert written["exact_match"] > 0.9
+    assert written["exact_match"] == summaries[name].exact_match
+
+
+def test_base_both_adapters_and_rows_of_text_in_one_batch_answer_as_each_does_alone_offline(client, offline):
+    asked = []
+    for name, data in TASKS.items():
+        for row in held_out(ROOT, data)[:8]:
+            asked += [(name, row.messages), ("shapes", row.messages)]
+    asked += [
+        (name, [{"role": "user", "content": text}]) for name in offline for text in ("Hello!", "Say: stay")
+    ]
+    random.Random(0).shuffle(asked)
+    served = answers(client, asked)
+    wanted = [answer_offline(offline[name], messages) for name, messages in asked]
+    differing = [
+        (asked[i][0], text, right)
+        for i, (text, (right, gap)) in enumerate(zip(served, wanted, strict=True))
+        if text != right and gap > CLEAR
+    ]
+    assert not differing
+    assert sum(gap > CLEAR for _, gap in wanted) > 0.9 * len(wanted)
+    assert len(set(served)) > 15
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_held_out_pictures_are_answered_over_http_as_exactly_as_after_training(client, runs, name):
+    rows = held_out(ROOT, TASKS[name])[:40]
+    served = answers(client, [(name, row.messages) for row in rows])
+    assert sum(row.is_met_by(text) for row, text in zip(rows, served, strict=True)) > 0.9 * len(rows)
+
+
+def test_which_of_three_plain_pictures_is_second_at_once_and_one_a_turn(client):
+    chosen = [random.Random(seed).sample(list(COLOURS), 3) for seed in range(6)]
+    asked, wanted = [], []
+    for colours in chosen:
+        plain = [picture(Image.new("RGB", (64, 48), COLOURS[colour])) for colour in colours]
+        turns = []
+        for colour, one in zip(colours, plain, strict=True):
+            turns += [user(one, "What colour is it?"), {"role": "assistant", "content": colour}]
+        for ordinal, colour in zip(ORDINALS, colours, strict=True):
+            question = f"Which is {ordinal}?"
+            asked += [[user(*plain, question)], [*turns, user(question)]]
+            wanted += [f"the {colour} one"] * 2
+    served = answers(client, [("shapes", messages) for messages in asked])
+    right = [text == want for text, want in zip(served, wanted, strict=True)]
+    assert sum(right) >= 0.9 * len(right), [
+        pair for pair in zip(served, wanted, strict=True) if pair[0] != pair[1]
+    ]
+
+
+@pytest.mark.skipif(not LARGE_PICTURES.is_dir(), reason="no folder of large pictures beside this checkout")
+def test_photographs_and_charts_are_taken_and_answered(client):
+    files = sorted(path for path in LARGE_PICTURES.iterdir() if path.suffix in (".jpg", ".png"))
+    assert files
+    asked = [
+        [
+            user(
+                {"type": "image_url", "image_url": {"url": path.absolute().as_uri()}},
+                "Describe the picture.",
+            )
+        ]
+        for path in files
+    ]
+    for text in answers(client, [("shapes", messages) for messages in asked]):
+        assert text.strip()
+
+
+def test_a_picture_that_is_none_is_refused_and_the_server_goes_on(client):
+    broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
+    with pytest.raises(openai.BadRequestError, match=r"messages\.0\.content\.0"):
+        answer(client, "shapes", [user(broken, "What colour is it?")])
+    assert httpx.get(f"{str(client.base_url).removesuffix('/v1/')}/health").status_code == 200
