@@ -348,6 +348,9 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="Of unquantized weights: float16, bfloat16, float32.")
     ] = None,
+    quantize_vision: Annotated[
+        bool, typer.Option("--quantize-vision", help="With --bits: towers and projectors too.")
+    ] = False,
     base: Annotated[str | None, typer.Option(help="Base model, if not where the adapter says.")] = None,
     data: Annotated[
         Path | None,
@@ -368,6 +371,7 @@ def export(
         bits=None if bits is None else _one_of(bits, (4, 8), "--bits"),
         group_size=_one_of(group_size, (32, 64, 128), "--group-size"),
         dtype=None if dtype is None else _one_of(dtype, ("float16", "bfloat16", "float32"), "--dtype"),
+        quantize_vision=quantize_vision,
     )
     _check_writable(json_file)
     report = fuse(adapter, out, form, base=base, rows=Rows(data, rows), force=force, console=_console())

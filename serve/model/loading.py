@@ -218,6 +218,16 @@ def _finish(
     )
 
 
+def sketch_vision(path: Path) -> Vision:
+    """What a model's network wants to be told of media, without its weights. ModelError if it cannot be built."""
+    config = read_config(path)
+    try:
+        module = build_with_towers(config)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: cannot be built: {error}") from error
+    return Vision(Network(module), config, is_sketch=True)
+
+
 def load_tokenizer(
     path_or_repo: str, *, config: dict[str, Any] | None = None, trust_remote_code: bool = False
 ) -> TokenizerWrapper:

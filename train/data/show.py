@@ -16,9 +16,9 @@ from serve.model.loading import load_tokenizer
 from serve.model.template import ChatTemplate
 from serve.model.template_rules import make_template
 from train.data.example import Example
+from train.data.files import Split
 from train.data.looking import look, num_shown
 from train.data.media_reader import MediaReader
-from train.data.files import Split
 from train.data.rules import TokenRules
 from train.data.sources import read
 from train.data.stream import first_rows, is_streamed

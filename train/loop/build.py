@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.optimizers as mlx_optim
 
 from serve import device
-from serve.model.network import Network
 from serve.model.loading import LoadedModel
+from serve.model.network import Network
 from train.adapters.adapt import embedding_names, trains_towers
 from train.loop.eyes import Eyes
 from train.loop.optim import build_optimizer, schedule_of

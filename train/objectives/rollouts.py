@@ -22,8 +22,8 @@ from serve.model.network import evaluating
 from serve.model.prompt import Prompt
 from train.data.batches import Batch, padded_length, validation_rows
 from train.data.example import Example
-from train.data.splits import Split
 from train.data.row_media import Standing, media_array
+from train.data.splits import Split
 from train.data.tokens import TokenizedExample
 from train.loop.distributed import Alone, Ranks
 from train.loop.step import Evaluation

@@ -82,9 +82,7 @@ def _questions(
         yield Question(prompt, answer.strip(), example.place)
 
 
-def _rendered(
-    last: int, looked: Looked, template: ChatTemplate, tokens: TokenBytes
-) -> tuple[Prompt, str]:
+def _rendered(last: int, looked: Looked, template: ChatTemplate, tokens: TokenBytes) -> tuple[Prompt, str]:
     """(the prompt of turn `last`, told what training told it; the turn's supervised tokens as the engine writes
     them)."""
     example = looked.example
