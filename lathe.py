@@ -198,6 +198,12 @@ def serve(
     allow_private_hosts: Annotated[
         bool, typer.Option("--allow-private-hosts", help="Fetch pictures from private addresses too.")
     ] = False,
+    feature_cache_gib: Annotated[
+        float | None, typer.Option(help="At most so much for encoded pictures; 0 keeps none.")
+    ] = None,
+    feature_cache_dir: Annotated[
+        Path | None, typer.Option(help="A folder that keeps encoded pictures across restarts.")
+    ] = None,
     max_media: Annotated[
         int | None, typer.Option(help="Pictures, clips and sounds of one request, together.")
     ] = None,
@@ -222,6 +228,8 @@ def serve(
         "kv_plain_layers": kv_plain_layers,
         "one_step_ahead": one_step_ahead,
         "allowed_media_roots": [str(each.absolute()) for each in allowed_media_root or ()] or None,
+        "feature_cache_gib": feature_cache_gib,
+        "feature_cache_dir": str(feature_cache_dir.absolute()) if feature_cache_dir else None,
         "media.max_pixels": max_pixels,
         "media_limits.max_items": max_media,
         "media_limits.allow_private_hosts": allow_private_hosts or None,
@@ -340,6 +348,9 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="Of unquantized weights: float16, bfloat16, float32.")
     ] = None,
+    quantize_vision: Annotated[
+        bool, typer.Option("--quantize-vision", help="With --bits: towers and projectors too.")
+    ] = False,
     base: Annotated[str | None, typer.Option(help="Base model, if not where the adapter says.")] = None,
     data: Annotated[
         Path | None,
@@ -360,6 +371,7 @@ def export(
         bits=None if bits is None else _one_of(bits, (4, 8), "--bits"),
         group_size=_one_of(group_size, (32, 64, 128), "--group-size"),
         dtype=None if dtype is None else _one_of(dtype, ("float16", "bfloat16", "float32"), "--dtype"),
+        quantize_vision=quantize_vision,
     )
     _check_writable(json_file)
     report = fuse(adapter, out, form, base=base, rows=Rows(data, rows), force=force, console=_console())

@@ -68,7 +68,7 @@ def read_picture(data: bytes, name: str, limits: MediaLimits = MediaLimits()) ->
             name,
         ) from None
     except Exception as error:  # a decoder is foreign code: whatever a broken file makes it raise
-        raise RequestError(f"{name}: the picture cannot be decoded: {_said(error)}", name) from error
+        raise RequestError(f"{name}: the picture cannot be decoded: {said_by(error)}", name) from error
 
 
 def check_size(image: Image.Image, name: str, limits: MediaLimits) -> None:
@@ -149,5 +149,6 @@ def _found(data: bytes) -> str:
     return f"bytes of no format that is read ({begin[:8].hex(' ')} …)"
 
 
-def _said(error: BaseException) -> str:
+def said_by(error: BaseException) -> str:
+    """The first line of what foreign code says."""
     return (str(error).splitlines() or [""])[0][:200] or type(error).__name__

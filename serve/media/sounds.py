@@ -66,7 +66,9 @@ def resampled(sound: Sound, rate: int) -> Sound:
     if rate == sound.rate:
         return sound
     if max(rate, sound.rate) // gcd(rate, sound.rate) > MAX_RATIO:
-        raise ValueError(f"{sound.rate} samples a second cannot be brought to {rate}; send it at a usual rate")
+        raise ValueError(
+            f"{sound.rate} samples a second cannot be brought to {rate}; send it at a usual rate"
+        )
     from mlx_audio.resample import resample_audio_array
 
     samples = np.ascontiguousarray(resample_audio_array(sound.samples, sound.rate, rate))
