@@ -69,7 +69,10 @@ def test_rows_learned_by_heart_are_answered_exactly_by_the_engine_while_training
     assert isinstance(model.network.layers[0].self_attn.q_proj, LoRALinear)
     module.eval()
     question = questions_of(EXAMPLES, template)[1]
-    assert mlx_lm.generate(module, model.tokenizer, list(question.prompt.token_ids), max_tokens=16) == "dog, blue"
+    assert (
+        mlx_lm.generate(module, model.tokenizer, list(question.prompt.token_ids), max_tokens=16)
+        == "dog, blue"
+    )
 
 
 def test_rows_without_answers_are_an_error_not_a_hundred_percent(model):

@@ -112,7 +112,10 @@ def test_the_same_pixels_are_one_picture_wherever_they_come_from(read, tmp_path)
     picture(1, 64, 64).save(encoded, format="BMP")
     uri = f"data:image/bmp;base64,{base64.b64encode(encoded.getvalue()).decode()}"
     other = saved(tmp_path, "b.png", 2)
-    keys = [row.media.media[0].key for row in read([chat("x", source) for source in (name, uri, other)]).train.rows]
+    keys = [
+        row.media.media[0].key
+        for row in read([chat("x", source) for source in (name, uri, other)]).train.rows
+    ]
     assert keys[0] == keys[1] != keys[2]
 
 
@@ -149,7 +152,9 @@ def test_broken_and_missing_pictures_are_all_named_before_anything_starts(read, 
 def test_a_picture_is_never_cut(read, tmp_path):
     small, large = saved(tmp_path, "a.png", 1), saved(tmp_path, "b.png", 2, 128, 128)
     console = Console(file=io.StringIO(), width=160)
-    flight = read([chat("yes " * 30, small), chat("yes", large), chat("yes", small, large)], console, max_seq_length=32)
+    flight = read(
+        [chat("yes " * 30, small), chat("yes", large), chat("yes", small, large)], console, max_seq_length=32
+    )
     (row,) = flight.train.rows
     assert (row.line, len(row), row.media.num_placeholders) == (1, 32, 4)
     assert flight.train.report.dropped == {CUT_MEDIA: 1, **flight.train.report.dropped}
@@ -171,5 +176,7 @@ def test_boxes_follow_the_size_that_the_tower_sees(read, tmp_path):
 def test_a_model_without_eyes_refuses_pictures_by_their_row(model_folder, tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps(chat("x", saved(tmp_path, "a.png", 1))))
     recipe = Recipe(model=str(model_folder), datasets=[{"path": str(tmp_path)}], val_batches=0)
-    with pytest.raises(DataError, match=r"train\.jsonl:1: images\.0: found media \(image\).*reads text alone"):
+    with pytest.raises(
+        DataError, match=r"train\.jsonl:1: images\.0: found media \(image\).*reads text alone"
+    ):
         preflight.prepare(recipe, Console(quiet=True))

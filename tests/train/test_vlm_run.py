@@ -135,11 +135,12 @@ def test_a_packed_tower_takes_an_adapter_and_no_weights(train, vlm_folder, tmp_p
     config = json.loads((folder / "config.json").read_text())
     module = build(json.loads(json.dumps(config)))
     module.load_weights(str(folder / "model.safetensors"))
-    nn.quantize(module, group_size=32, bits=8, class_predicate=lambda path, m: "vision_tower.blocks" in path and isinstance(m, nn.Linear))
+    packs = lambda path, layer: "vision_tower.blocks" in path and isinstance(layer, nn.Linear)  # noqa: E731
+    nn.quantize(module, group_size=32, bits=8, class_predicate=packs)
     mx.save_safetensors(
         str(folder / "model.safetensors"), dict(tree_flatten(module.parameters())), metadata={"format": "mlx"}
     )
     config["quantization"] = {"group_size": 32, "bits": 8}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="train_vision: full cannot train .* packed integers"):
+    with pytest.raises(ConfigError, match=r"train_vision: full cannot train .* packed integers"):
         train("chat", "none", model=str(folder), train_vision={"tower": "full"}, iters=1)

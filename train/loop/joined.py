@@ -1,4 +1,4 @@
-"""Several pieces of media in one call of a tower that trains: fewer, larger products. Features in their pieces' order.
+"""Several pieces of media in one call of a tower that trains: fewer, larger products.
 
 A family's code takes the pictures of one prompt at once, and its inputs are stacked in a few ways; whether joining
 pieces gives each what it has alone is not known of families but tried, on the first pieces that could be joined.
