@@ -191,6 +191,25 @@ def serve(
     one_step_ahead: Annotated[
         str | None, typer.Option(help="on, off or auto: build a step before the last one is read.")
     ] = None,
+    allowed_media_root: Annotated[
+        list[Path] | None,
+        typer.Option(help="Requests may show files in this folder; repeatable. On loopback: any."),
+    ] = None,
+    allow_private_hosts: Annotated[
+        bool, typer.Option("--allow-private-hosts", help="Fetch pictures from private addresses too.")
+    ] = False,
+    feature_cache_gib: Annotated[
+        float | None, typer.Option(help="At most so much for encoded pictures; 0 keeps none.")
+    ] = None,
+    feature_cache_dir: Annotated[
+        Path | None, typer.Option(help="A folder that keeps encoded pictures across restarts.")
+    ] = None,
+    max_media: Annotated[
+        int | None, typer.Option(help="Pictures, clips and sounds of one request, together.")
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Of a picture; larger ones are made smaller, unless a request says.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Serve a model and any number of adapters over an OpenAI-compatible API."""
@@ -208,6 +227,12 @@ def serve(
         "kv_quantize_after": kv_quantize_after,
         "kv_plain_layers": kv_plain_layers,
         "one_step_ahead": one_step_ahead,
+        "allowed_media_roots": [str(each.absolute()) for each in allowed_media_root or ()] or None,
+        "feature_cache_gib": feature_cache_gib,
+        "feature_cache_dir": str(feature_cache_dir.absolute()) if feature_cache_dir else None,
+        "media.max_pixels": max_pixels,
+        "media_limits.max_items": max_media,
+        "media_limits.allow_private_hosts": allow_private_hosts or None,
     }
     run(_serve_config(model, adapter or [], host, port, [*_as_overrides(keys), *(overrides or [])]))
 
@@ -323,6 +348,9 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="Of unquantized weights: float16, bfloat16, float32.")
     ] = None,
+    quantize_vision: Annotated[
+        bool, typer.Option("--quantize-vision", help="With --bits: towers and projectors too.")
+    ] = False,
     base: Annotated[str | None, typer.Option(help="Base model, if not where the adapter says.")] = None,
     data: Annotated[
         Path | None,
@@ -343,6 +371,7 @@ def export(
         bits=None if bits is None else _one_of(bits, (4, 8), "--bits"),
         group_size=_one_of(group_size, (32, 64, 128), "--group-size"),
         dtype=None if dtype is None else _one_of(dtype, ("float16", "bfloat16", "float32"), "--dtype"),
+        quantize_vision=quantize_vision,
     )
     _check_writable(json_file)
     report = fuse(adapter, out, form, base=base, rows=Rows(data, rows), force=force, console=_console())
@@ -499,6 +528,47 @@ def bench_cache(
     show(_console(), finding.table(title, findings), *_dim(finding.notes(findings)))
 
 
+@bench_app.command("images")
+def bench_images(
+    parts: Annotated[str, typer.Option(help="Any of them.")] = "again,clip,requests,stall",
+    rounds: Annotated[int, typer.Option(min=1, help="The servers take turns this many times.")] = 3,
+    edge: Annotated[int, typer.Option(min=28, help="Of a picture, in pixels.")] = 448,
+    tower_layers: Annotated[int, typer.Option(min=1, help="Of what looks at it.")] = 24,
+    frames: Annotated[int, typer.Option(min=2, help="clip: of a film.")] = 32,
+    clients: Annotated[str, typer.Option(help="requests: numbers of clients.")] = "1,8",
+    streams: Annotated[int, typer.Option(min=1, help="stall: text streams beside the picture.")] = 4,
+    stream_tokens: Annotated[int, typer.Option(min=16, help="stall: of each.")] = 400,
+    folder: Annotated[Path | None, typer.Option(help="Keep model, films and server logs here.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure pictures and clips, new and known, with Lathe and mlx_vlm.server on one random model, in turns."""
+    import tempfile
+
+    from serve.bench import finding, images
+    from serve.bench.standin_vlm import Size
+    from serve.tables import show
+
+    asked = images.Setting(
+        parts=tuple(_one_of(part, images.PARTS, "--parts") for part in _words(parts) or [parts]),
+        size=Size(tower_layers=tower_layers, max_pixels=edge * edge),
+        edge=edge,
+        num_frames=frames,
+        clients=_numbers(clients, "--clients"),
+        num_streams=streams,
+        stream_tokens=stream_tokens,
+        rounds=rounds,
+    )
+    _check_writable(json_file)
+
+    def keep(so_far: list[finding.Finding]) -> None:
+        _save_json(json_file, images.as_json(asked, so_far))
+
+    with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
+        findings = images.run(asked, folder or Path(temporary), progress, keep)
+    title = f"Pictures of {edge} px; median of {rounds} round(s), and extremes"
+    show(_console(), finding.table(title, findings), *_dim(finding.notes(findings)))
+
+
 @bench_app.command("conversations")
 def bench_conversations(
     conversations: Annotated[int, typer.Option(min=1)] = 24,
@@ -626,7 +696,7 @@ def _serve_config(
     return load_config(model, overrides, **changes)
 
 
-def _as_overrides(keys: Mapping[str, float | str | None]) -> list[str]:
+def _as_overrides(keys: Mapping[str, float | str | list[str] | None]) -> list[str]:
     """The keys that were given, as --set takes them: part of the file before it is checked."""
     import json
 

@@ -14,6 +14,7 @@ from serve.adapters.names import label_problem, name_problem
 from serve.cache.precision import KvPrecision, KvScheme, precision
 from serve.errors import ConfigError, RequestError
 from serve.experiments.assignment import Experiment, Variant
+from serve.media_config import MediaConfig, MediaLimitsConfig
 from serve.model.quantization import Quantization
 from serve.settings import Problems, Strict, load_yaml
 
@@ -84,6 +85,13 @@ class ServeConfig(Strict):
     allowed_adapter_roots: tuple[Path, ...] | None = None
     """Folders under which /v1/load_lora_adapter may read. Left out: everywhere when bound to loopback, else
     nowhere."""
+    allowed_media_roots: tuple[Path, ...] | None = None
+    """Folders whose files a request may show by their paths. Left out: everything when bound to loopback, else
+    nothing."""
+    media: MediaConfig = Field(default_factory=MediaConfig)
+    """How pictures and clips are looked at where a request says nothing."""
+    media_limits: MediaLimitsConfig = Field(default_factory=MediaLimitsConfig)
+    """What a request may show."""
     max_rows: int = Field(64, ge=1)
     """Requests that run at once."""
     max_waiting: int = Field(256, ge=0)
@@ -108,6 +116,16 @@ class ServeConfig(Strict):
     server at a time has it, and what another base has left there is removed."""
     prefix_cache_disk_gib: float | None = Field(None, gt=0)
     """What that folder may hold, in GiB; 16, if left out."""
+    feature_cache_gib: float | None = Field(None, ge=0)
+    """Of the keys' and values' memory, at most so much for pictures and frames that were encoded, in GiB: an eighth,
+    if left out, as far as the running rows leave it; 0 keeps none."""
+    feature_cache_dir: Path | None = None
+    """Folder that keeps those too, as prefix_cache_dir does prefixes, and never the same folder."""
+    feature_cache_disk_gib: float | None = Field(None, gt=0)
+    """What that folder may hold, in GiB; 16, if left out."""
+    encode_patches: int = Field(1024, ge=1)
+    """Patches of pictures encoded between two decode steps, but for one picture that has more: with
+    prefill_chunk_tokens, the longest a running stream is held up."""
     kv_bits: float | None = None
     """Bits of a stored key or value in full-attention layers: 2, 3, 4, 5, 6, 8, or with half a bit (3.5) TurboQuant.
     Left out, or 16: as the model computes them. A request's own kv_bits takes its place."""
@@ -168,6 +186,14 @@ class ServeConfig(Strict):
             return False
 
     @property
+    def media_roots(self) -> tuple[Path, ...]:
+        """Folders whose files a request may show, links followed."""
+        roots = self.allowed_media_roots
+        if roots is None:
+            return (Path("/"),) if self.is_loopback else ()
+        return tuple(root.expanduser().resolve() for root in roots)
+
+    @property
     def kv_precision(self) -> KvPrecision:
         """In what form rows keep their keys and values, unless a request says otherwise."""
         return self.make_precision(self.kv_bits, value_bits=self.kv_value_bits, scheme=self.kv_scheme)
@@ -199,6 +225,7 @@ class ServeConfig(Strict):
             *self._experiment_problems(),
             *self._memory_problems(),
             *self._precision_problems(),
+            *self.media.problems(),
         ]
         if problems:
             raise Problems(problems)
@@ -211,19 +238,25 @@ class ServeConfig(Strict):
             ("adapter_budget_gib", "memory_budget_gib"),
             ("prefix_cache_gib", "memory_budget_gib"),
             ("prefix_cache_gib", "kv_budget_gib"),
+            ("feature_cache_gib", "memory_budget_gib"),
+            ("feature_cache_gib", "kv_budget_gib"),
         ):
             part, whole = getattr(self, key), getattr(self, whole_key)
             if part is not None and whole is not None and part > whole:
                 yield key, f"found {part:g}, which is a part of {whole_key}; expected at most {whole:g}"
-        if self.prefix_cache_dir is not None and self.prefix_cache_gib == 0:
+        for what, name in (("prefixes", "prefix"), ("features", "feature")):
+            folder, in_memory, on_disk = f"{name}_cache_dir", f"{name}_cache_gib", f"{name}_cache_disk_gib"
+            if getattr(self, folder) is not None and getattr(self, in_memory) == 0:
+                yield (
+                    folder,
+                    f"{what} reach the disk from memory, and {in_memory} is 0; leave one of them out",
+                )
+            if getattr(self, on_disk) is not None and getattr(self, folder) is None:
+                yield on_disk, f"found a bound of a folder, but no {folder}; write that too"
+        if self.feature_cache_dir is not None and self.feature_cache_dir == self.prefix_cache_dir:
             yield (
-                "prefix_cache_dir",
-                "prefixes reach the disk from memory, and prefix_cache_gib is 0; leave one of them out",
-            )
-        if self.prefix_cache_disk_gib is not None and self.prefix_cache_dir is None:
-            yield (
-                "prefix_cache_disk_gib",
-                "found a bound of a folder, but no prefix_cache_dir; write that too",
+                "feature_cache_dir",
+                f"found {self.feature_cache_dir}, which is prefix_cache_dir; name another",
             )
 
     def _precision_problems(self) -> Iterator[tuple[str, str]]:
@@ -322,8 +355,11 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
     }
     if config.allowed_adapter_roots is not None:
         changes["allowed_adapter_roots"] = tuple(_under(folder, r) for r in config.allowed_adapter_roots)
-    if config.prefix_cache_dir is not None:
-        changes["prefix_cache_dir"] = _under(folder, config.prefix_cache_dir)
+    if config.allowed_media_roots is not None:
+        changes["allowed_media_roots"] = tuple(_under(folder, r) for r in config.allowed_media_roots)
+    for key in ("prefix_cache_dir", "feature_cache_dir"):
+        if getattr(config, key) is not None:
+            changes[key] = _under(folder, getattr(config, key))
     model = Path(config.model).expanduser()
     if config.model.startswith((".", "~")) or (folder / model).is_dir():
         changes["model"] = str(_under(folder, model))

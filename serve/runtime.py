@@ -18,6 +18,7 @@ from serve.experiments.store import Run, Store
 from serve.model.loading import LoadedModel, load
 from serve.model.template import ChatTemplate
 from serve.model.template_rules import TemplateRules, make_template
+from serve.sight import Blind, Sight, sight_of
 
 AHEAD: Mapping[str, bool | None] = {"auto": None, "on": True, "off": False}
 """What one_step_ahead means to the engine."""
@@ -33,6 +34,8 @@ class Runtime:
     worker: Worker
     template: ChatTemplate
     """The base's."""
+    sight: Sight | Blind
+    """How what requests show is looked at."""
     experiments: Mapping[str, Run]
     """By public name."""
     recorder: Recorder | None
@@ -70,6 +73,7 @@ class Runtime:
         rules = TemplateRules(config.special_tokens_in_messages)
         engine = Engine(model, _limits(config), rules)
         template = make_template(model.tokenizer, rules)
+        sight = sight_of(model, config)
         for adapter in config.adapters:
             engine.registry.load(adapter.name, adapter.path)
         recorder = Recorder(Store(config.store)) if config.experiments else None
@@ -77,7 +81,7 @@ class Runtime:
         experiments = {run.experiment.name: run for run in runs}
         worker = Worker(engine)
         worker.start()
-        return cls(config, model, engine, worker, template, experiments, recorder)
+        return cls(config, model, engine, worker, template, sight, experiments, recorder)
 
     def close(self) -> None:
         """Stop the engine's thread, whose open requests end with an error, and finish writing."""
@@ -99,6 +103,10 @@ def _limits(config: ServeConfig) -> EngineLimits:
         prefix_cache_bytes=_bytes(config.prefix_cache_gib),
         prefix_cache_dir=config.prefix_cache_dir,
         prefix_cache_disk_bytes=_bytes(config.prefix_cache_disk_gib),
+        feature_cache_bytes=_bytes(config.feature_cache_gib),
+        feature_cache_dir=config.feature_cache_dir,
+        feature_cache_disk_bytes=_bytes(config.feature_cache_disk_gib),
+        encode_patches=config.encode_patches,
         precision=config.kv_precision,
         ahead=AHEAD[config.one_step_ahead],
         max_adapters=config.max_adapters,

@@ -35,6 +35,7 @@ COMMANDS = (
     "bench step",
     "bench cache",
     "bench conversations",
+    "bench images",
     "bench train",
     "demo",
     "doctor",

@@ -21,7 +21,7 @@ from train.adapters.base import load_base
 from train.adapters.build import build_adapted
 from train.foresee import estimate, preflight
 from train.foresee.preflight import Preflight
-from train.loop.build import loop_settings, optimizer_of, step_settings
+from train.loop.build import eyes_of, loop_settings, optimizer_of, step_settings
 from train.loop.checkpoint import Checkpoint
 from train.loop.distributed import agree_to_stop, check_same, join, losses_named
 from train.loop.identity import facts_of
@@ -98,7 +98,10 @@ def _train(
     check_same(ranks, facts_of(recipe, lineage))
     optimizer = optimizer_of(recipe, network, flight.num_steps)
     objective, settings = build_objective(recipe, network), step_settings(recipe)
-    stepper = Stepper(network, optimizer, objective, settings, ranks=ranks, name_row=flight.name_row)
+    eyes = eyes_of(recipe, model)
+    stepper = Stepper(
+        network, optimizer, objective, settings, ranks=ranks, name_row=flight.name_row, eyes=eyes
+    )
     keeper = Keeper(recipe, network, adapted, optimizer, lineage, ranks.size)
     if saved is not None:
         tell(console, keeper.go_on_from(saved))

@@ -70,6 +70,7 @@ def metric_of(flight: Preflight, model: LoadedModel, say: Callable[[str], None])
             max_tokens=metric.max_tokens,
             rows=metric.rows,
             stop_ids=flight.stop_ids,
+            reader=flight.reader,
         )
         share, count = answers.exact_match, f"{answers.num_exact} of {len(answers.texts)}"
         say(f"step {step}: exact match {share:.1%} ({count})")

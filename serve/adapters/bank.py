@@ -11,9 +11,11 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from serve.adapters.fit import LowRank, Size
 from serve.adapters.lora import LANES, banked_delta, gathered_update
@@ -29,6 +31,8 @@ BYTES_AT_ONCE = 256 << 20
 
 class Banked(nn.Module):
     """A base layer, its stack of updates, and the group whose entries the stack has."""
+
+    wraps_linear = True
 
     def __init__(self, linear: nn.Module, rows: RowSlots, stack: Stack, group: Group) -> None:
         super().__init__()
@@ -239,8 +243,8 @@ class Bank:
         _code_entries(_at(self._network.module, block), group, self.rows, coding)
 
     def _wrap(self, path: str, layer: Banked, group: Group) -> None:
-        parent, _, name = path.rpartition(".")
-        setattr(_at(self._network.module, parent), name, layer)
+        # Also where the parent is a list of layers.
+        self._network.module.update_modules(tree_unflatten([(path, layer)]))
         self._groups[path] = group
 
 
@@ -252,16 +256,23 @@ def _code_entries(switch: nn.Module, group: Group, rows: RowSlots, coding: Codin
     """
     kind = type(switch)
 
-    def call(self: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
+    def call(self: nn.Module, x: mx.array, indices: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         composition = rows.composition
         stacks = group.stacks.values()
-        if composition is None or not any(stack.is_used_by(composition.present) for stack in stacks):
-            return kind.__call__(self, x, indices)
+        # mlx-vlm's blocks call themselves for each of a few tokens: the indices are coded then.
+        is_coded = coding.num_entries > 0
+        if (
+            is_coded
+            or composition is None
+            or not any(stack.is_used_by(composition.present) for stack in stacks)
+        ):
+            return kind.__call__(self, x, indices, *args, **kwargs)
         own_entries = composition.index(group.entries)
         own = mx.broadcast_to(own_entries[:, None], (own_entries.size, indices.size // own_entries.size))
         coding.num_entries = group.num_entries
         try:
-            return kind.__call__(self, x, indices * group.num_entries + own.reshape(indices.shape))
+            coded = indices * group.num_entries + own.reshape(indices.shape)
+            return kind.__call__(self, x, coded, *args, **kwargs)
         finally:
             coding.num_entries = 0
 

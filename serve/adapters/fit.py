@@ -11,6 +11,7 @@ import numpy as np
 
 from serve.adapters.dora import adapted_norms
 from serve.adapters.manifest import AdapterConfig, TensorSpec
+from serve.adapters.paths import with_own_names
 from serve.errors import AdapterError
 from serve.model.network import Network
 from serve.model.weights import (
@@ -67,7 +68,8 @@ def check_fit(
 ) -> dict[str, Size]:
     """Check names, shapes and dtypes, before any of the tensors is read.
 
-    Returns module path → Size. Raises AdapterError naming each tensor, what was found and what would fit.
+    Names may have other prefixes than the model's (see `paths`). Returns module path → Size, by the model's own
+    paths. Raises AdapterError naming each tensor, what was found and what would fit.
     """
     if config.fine_tune_type == "full":
         raise AdapterError(
@@ -78,7 +80,7 @@ def check_fit(
     problems: list[str] = []
     sizes: dict[str, Size] = {}
     by_path: dict[str, dict[str, TensorSpec]] = {}
-    for key, spec in specs.items():
+    for key, spec in with_own_names(specs, network).items():
         path, _, part = key.rpartition(".")
         by_path.setdefault(path, {})[part] = spec
     for path, parts in sorted(by_path.items()):
@@ -106,6 +108,7 @@ def fit(
     scale folded in, or in the dtype that the network computes in.
     """
     modules, dtype = _modules(network), network.parameters_dtype()
+    tensors = with_own_names(tensors, network)
     norms = {} if squared_norms is None else squared_norms
     problems: list[str] = []
     updates: dict[str, LowRank] = {}

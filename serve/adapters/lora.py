@@ -33,6 +33,7 @@ class AdaptedLayer(nn.Module):
     """
 
     is_on: bool = True
+    wraps_linear = True
     RANK_AXES = (1, 0)
     """Which axis of lora_a, and of lora_b, counts the rank."""
 

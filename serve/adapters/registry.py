@@ -21,6 +21,7 @@ from serve.adapters import manifest
 from serve.adapters.bank import Bank
 from serve.adapters.fit import LowRank, Size, check_fit, fit
 from serve.adapters.names import name_problem
+from serve.adapters.paths import with_own_names
 from serve.adapters.version import AdapterVersion
 from serve.errors import AdapterError, AdapterMemoryError, ConfigError, LatheError, NotFoundError
 from serve.model.loading import LoadedModel
@@ -101,7 +102,7 @@ class Registry:
             sizes = check_fit(name, specs, config, self._model.network, max_rank=self._max_rank)
             self._tidy_all()
             self._check_memory(name, sizes, sum(spec.num_values for spec in specs.values()))
-            content_hash, updates = self._read(name, folder, config)
+            content_hash, tower_hash, updates = self._read(name, folder, config)
             version = AdapterVersion(
                 name,
                 self._last_number.get(name, 0) + 1,
@@ -111,6 +112,7 @@ class Registry:
                 notes,
                 stop_ids=config.lineage.stop_ids if config.lineage else (),
                 effect_hash=manifest.effect_hash(content_hash, config),
+                tower_hash=tower_hash and manifest.effect_hash(tower_hash, config),
                 template=template,
             )
             self._install(version, updates)
@@ -281,13 +283,21 @@ class Registry:
 
     def _read(
         self, name: str, folder: Path, config: manifest.AdapterConfig
-    ) -> tuple[str, dict[str, LowRank]]:
-        """The tensors' hash and the updates made of them; the tensors themselves are let go."""
+    ) -> tuple[str, str, dict[str, LowRank]]:
+        """The tensors' hash, that of those outside the language part ("": none), and the updates made of all; the
+        tensors themselves are let go."""
         tensors = manifest.read_tensors(folder, config)
-        # Of what was read, not of the header looked at before: the file may have been replaced meanwhile.
-        check_fit(name, manifest.specs_of(tensors), config, self._model.network, max_rank=self._max_rank)
         network, norms = self._model.network, self._squared_norms
-        return manifest.content_hash(tensors), fit(name, tensors, config, network, squared_norms=norms)
+        # Of what was read, not of the header looked at before: the file may have been replaced meanwhile.
+        check_fit(name, manifest.specs_of(tensors), config, network, max_rank=self._max_rank)
+        prefix = f"{network.text_path}." if network.text_path else ""
+        own = with_own_names(tensors, network)
+        outside = {path: tensor for path, tensor in own.items() if not path.startswith(prefix)}
+        return (
+            manifest.content_hash(tensors),
+            manifest.content_hash(outside) if outside else "",
+            fit(name, tensors, config, network, squared_norms=norms),
+        )
 
     def _install(self, version: AdapterVersion, updates: Mapping[str, LowRank]) -> None:
         try:

@@ -26,7 +26,8 @@ class AdapterVersion:
     effect_hash: str = ""
     """Of its tensors and of all that says what they do (kind, scale): two versions with one compute the same."""
     tower_hash: str = ""
-    """Of those of its tensors that change how pictures are encoded; "" where none does."""
+    """The same of what it does outside the language part: two versions with one make the same features of a picture;
+    "" where it leaves towers and projectors alone."""
     template: ChatTemplate | None = field(default=None, compare=False, repr=False)
     """Its own chat template, or the base's with variables of its own; None: the base's."""
 

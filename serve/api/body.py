@@ -199,7 +199,9 @@ def _too_deep(param: str | None) -> RequestError:
 
 def _too_large(found: str, config: ServeConfig) -> HTTPException:
     return HTTPException(
-        413, f"the body has {found}; at most {config.max_body_mib:g} MiB are read (max_body_mib)"
+        413,
+        f"the body has {found}; at most {config.max_body_mib:g} MiB are read (max_body_mib)",
+        {"Connection": "close"},
     )
 
 

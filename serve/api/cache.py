@@ -31,5 +31,5 @@ async def reset_cache(services: ServicesDep, tenant: TenantDep) -> dict[str, Any
             f"this server listens on {runtime.config.host}, where nobody may drop what others keep; "
             "name your tenant with X-Tenant"
         )
-    await run_in_threadpool(runtime.worker.call, lambda: runtime.engine.forget_prefixes(tenant or None))
+    await run_in_threadpool(runtime.worker.call, lambda: runtime.engine.forget(tenant or None))
     return {"status": "cleared", "tenant": tenant or None}

@@ -7,18 +7,18 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from serve.api.body import JsonRoute
+from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
 from serve.api.generation import Generation, build_requests, logprob_writers, new_id
 from serve.api.history import check_tools
 from serve.api.logprobs import LogprobWriter
-from serve.api.media import check_kinds, items_of
 from serve.api.schemas import ChatBody
 from serve.api.services import Services, ServicesDep
-from serve.api.streaming import EVENT_STREAM, Answer, Responder
+from serve.api.streaming import EVENT_STREAM, Answer, ClientGoneError, Responder, unless_gone
 from serve.api.targets import Target, held_target
 from serve.api.tenant import TenantDep
 from serve.engine.request import Event, TokenLogprob
 from serve.errors import RequestError
+from serve.media.processor import Processed
 from serve.model.template import ChatTemplate
 
 EFFORT = "reasoning_effort"
@@ -72,40 +72,62 @@ def _delta(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = 
 async def create_chat_completion(
     body: ChatBody, http: Request, services: ServicesDep, tenant: TenantDep
 ) -> Response:
-    """OpenAI's chat completions; vLLM's `top_k`, `min_p`, `ignore_eos` and `chat_template_kwargs` beside them."""
+    """OpenAI's chat completions; vLLM's `top_k`, `min_p`, `ignore_eos`, `chat_template_kwargs` and
+    `mm_processor_kwargs` beside them."""
+    responder = await _begun(body, http, services, tenant)
+    if responder is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    if body.stream:
+        return await responder.stream(
+            wants_usage=body.wants_usage_chunk, is_continuous=body.wants_continuous_usage
+        )
+    return await responder.whole()
+
+
+async def _begun(body: ChatBody, http: Request, services: Services, tenant: str) -> Responder | None:
+    """The answer under way; None if the client has left before. Nothing here outlives the call: pixels are the
+    engine's to drop."""
     id = new_id("chatcmpl")
-    runtime = services.runtime
-    with held_target(runtime, body.model, body.user or id) as target:
+    with held_target(services.runtime, body.model, body.user or id) as target:
         template = _template(services, target)
-        check_kinds(items_of(body.messages), ())
+        media = await _look(services, body, http)
+        if media is None:
+            return None
         messages = [message.for_template() for message in body.messages]
         if body.has_tool_history:
             check_tools(template, messages)
-        prompt = await services.prompts.of_messages(
+        token_ids = await services.prompts.of_messages(
             template,
             messages,
             {**_effort(template, body), **(body.chat_template_kwargs or {})},
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=bool(body.continue_final_message),
+            media=[item.expansion for item in media],
         )
         requests = await build_requests(
             services,
             id,
             body,
-            [prompt],
+            [await services.media.prompt(token_ids, media)],
             target,
             tenant=tenant,
             continues_prompt=bool(body.continue_final_message),
         )
         generation = Generation(services, id, "chat", target, requests, body.n or 1)
     format = ChatFormat(logprob_writers(services, requests))
-    keep_alive_s = runtime.config.stream_keep_alive_s
-    responder = Responder(generation, format, len(prompt), http.receive, keep_alive_s)
-    if body.stream:
-        return await responder.stream(
-            wants_usage=body.wants_usage_chunk, is_continuous=body.wants_continuous_usage
-        )
-    return await responder.whole()
+    keep_alive_s = services.runtime.config.stream_keep_alive_s
+    return Responder(generation, format, len(token_ids), http.receive, keep_alive_s)
+
+
+async def _look(services: Services, body: ChatBody, http: Request) -> list[Processed] | None:
+    """What the messages show, made ready; None if the client has left meanwhile."""
+    looking = services.media.look(body.messages, body.mm_processor_kwargs)
+    if not any(True for message in body.messages for _ in message.shown):
+        return await looking
+    try:
+        return await unless_gone(http.receive, looking)
+    except ClientGoneError:
+        return None
 
 
 def _template(services: Services, target: Target) -> ChatTemplate:

@@ -16,6 +16,7 @@ from serve.api.streaming import EVENT_STREAM, Answer, Responder
 from serve.api.targets import held_target
 from serve.api.tenant import TenantDep
 from serve.engine.request import Event, FinishReason, TokenLogprob
+from serve.model.prompt import Prompt
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -64,7 +65,13 @@ async def create_completion(
     with held_target(services.runtime, body.model, body.user or id) as target:
         prompts = await services.tokenize(lambda: [_encode(services, prompt) for prompt in body.prompts])
         requests = await build_requests(
-            services, id, body, prompts, target, tenant=tenant, continues_prompt=True
+            services,
+            id,
+            body,
+            [Prompt(prompt) for prompt in prompts],
+            target,
+            tenant=tenant,
+            continues_prompt=True,
         )
         generation = Generation(services, id, "completions", target, requests, body.n or 1)
     format = CompletionFormat(logprob_writers(services, requests))

@@ -163,7 +163,7 @@ async def build_requests(
     services: Services,
     id: str,
     body: GenerationBody,
-    prompts: Sequence[tuple[int, ...]],
+    prompts: Sequence[Prompt],
     target: Target,
     *,
     tenant: str,
@@ -183,7 +183,7 @@ async def build_requests(
     return [
         Request(
             id=f"{id}-{p * num_choices + choice}",
-            prompt=Prompt(prompt),
+            prompt=prompt,
             sampling=_sampling(services, body, seed + choice),
             adapter=target.version,
             group=id,

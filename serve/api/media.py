@@ -1,47 +1,176 @@
-"""The pictures, clips and sounds of a chat: which of them a model takes."""
+"""What a chat shows -> what its prompt takes of it, off the event loop and within bounds.
+
+Addresses are fetched by threads that wait, what came is decoded and processed by threads that work; there are so many
+of each and no more, so that neither a slow host nor a huge picture holds up what others show. Nothing is decoded of a
+request that shows more than the model's context can hold, and a client that leaves gives up its turn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import asyncio
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
-from serve.api.parts import MediaPart
+from serve.api.parts import LOW_DETAIL_PIXELS, Shown
 from serve.api.schemas import Message
-from serve.errors import RequestError
-from serve.model.prompt import MediaKind
+from serve.errors import ContextLengthError, OverloadedError, RequestError
+from serve.media.parts import MediaPart, media_part
+from serve.media.processor import Processed
+from serve.media.settings import MediaSettings, settings_of
+from serve.media.sources import check_count
+from serve.model.prompt import MediaKind, Prompt
+from serve.runtime import Runtime
+from serve.sight import Blind, Sight, kinds_of
 
-_PLURAL = {"image": "images", "video": "videos", "audio": "sounds"}
+T = TypeVar("T")
+FETCHING_THREADS = 16
+MAX_WORKING_THREADS = 4
+KWARGS = "mm_processor_kwargs"
+RETRY_AFTER_S = 5.0
 
-
-@dataclass(frozen=True)
-class Item:
-    """One part of a chat that is no text."""
-
-    part: MediaPart
-    name: str
-    """Where it stands: `messages.0.content.1`."""
-
-
-def items_of(messages: Sequence[Message]) -> list[Item]:
-    """All of them, in the order in which they are shown."""
-    return [
-        Item(part, f"messages.{index}.content.{number}")
-        for index, message in enumerate(messages)
-        for number, part in message.media
-    ]
+_PLURAL: Mapping[MediaKind, str] = {"image": "images", "video": "videos", "audio": "sounds"}
 
 
-def check_kinds(items: Sequence[Item], kinds: Collection[MediaKind]) -> None:
+class MediaDesk:
+    """Looks at what the chats of one server show. For the event loop."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._sight = runtime.sight
+        self._max_context = runtime.max_context
+        self._max_requests = runtime.config.max_waiting + runtime.config.max_rows
+        self._num_requests = 0
+        limits = runtime.config.media_limits
+        self._limit_s = limits.fetch_s + limits.decode_s
+        num_working = min(max(os.cpu_count() or 1, 2), MAX_WORKING_THREADS)
+        # Threads end with the pools, and the pools with this object.
+        self._fetching = ThreadPoolExecutor(FETCHING_THREADS, "lathe-fetch")
+        self._working = ThreadPoolExecutor(num_working, "lathe-media")
+
+    async def look(self, messages: Sequence[Message], told: Mapping[str, Any] | None) -> list[Processed]:
+        """What the messages show, in their order; nothing of text alone.
+
+        told  mm_processor_kwargs
+        RequestError names the part. OverloadedError if too many requests wait here already, or this one for too long.
+        """
+        shown = [
+            (part, f"messages.{index}.content.{number}")
+            for index, message in enumerate(messages)
+            for number, part in message.shown
+        ]
+        sight = self._sight
+        if isinstance(sight, Blind):
+            _check_kinds(shown, kinds_of(sight), sight.reason)
+            if told is not None:
+                raise RequestError(f"{KWARGS}: this model reads text only{_because(sight.reason)}", KWARGS)
+            return []
+        settings = settings_of(told or {}, KWARGS).over(sight.settings)
+        _check_kinds(shown, sight.processor.kinds, "")
+        if not shown:
+            return []
+        parts = [_part(part, name) for part, name in shown]
+        check_count(parts, sight.sources.limits)
+        if self._num_requests >= self._max_requests:
+            raise OverloadedError(
+                f"{self._num_requests} requests that show something wait already", RETRY_AFTER_S
+            )
+        self._num_requests += 1
+        try:
+            async with asyncio.timeout(self._limit_s):
+                return await self._all(sight, parts, settings)
+        except TimeoutError:
+            raise OverloadedError(
+                f"what the messages show was not ready within {self._limit_s:g} s (media_limits.fetch_s and "
+                "decode_s): it is much, or the server is busy",
+                RETRY_AFTER_S,
+            ) from None
+        finally:
+            self._num_requests -= 1
+
+    async def prompt(self, token_ids: tuple[int, ...], processed: Sequence[Processed]) -> Prompt:
+        """The prompt of these tokens and of what `look` gave. RequestError if they do not belong together."""
+        if isinstance(self._sight, Blind) or not processed:
+            return Prompt(token_ids)
+        return await _run(self._working, partial(self._sight.processor.prompt, token_ids, processed))
+
+    async def _all(
+        self, sight: Sight, parts: Sequence[MediaPart], settings: MediaSettings
+    ) -> list[Processed]:
+        tasks = [asyncio.ensure_future(self._one(sight, part, settings)) for part in parts]
+        num_tokens = 0
+        try:
+            for done in asyncio.as_completed(tasks):
+                num_tokens += (await done).num_placeholders
+                if num_tokens >= self._max_context:
+                    raise ContextLengthError(
+                        f"This model's maximum context length is {self._max_context} tokens. However, what your "
+                        f"messages show takes {num_tokens} of them at least; {KWARGS}.max_pixels makes it smaller.",
+                        "messages",
+                    )
+            return [task.result() for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one(self, sight: Sight, part: MediaPart, settings: MediaSettings) -> Processed:
+        fetched = await self._fetched(sight, part)
+
+        def work() -> Processed:
+            content = sight.sources.load(fetched, settings)
+            return sight.processor.process(content, fetched.settings.over(settings), part.name)
+
+        return await _run(self._working, work)
+
+    async def _fetched(self, sight: Sight, part: MediaPart) -> MediaPart:
+        """The part with bytes where it had an address or a path."""
+
+        async def read(source: Any, name: str) -> Any:
+            if not isinstance(source, str) or source.lstrip()[:5].lower() == "data:":
+                return source
+            kind: MediaKind = part.kind if source is part.source else "image"
+            return await _run(self._fetching, partial(sight.sources.read, source, kind, name))
+
+        source = part.source
+        if not isinstance(source, list):
+            return replace(part, source=await read(source, part.name))
+        if len(source) > sight.sources.limits.max_video_frames:
+            return part  # refused by its length
+        frames = [asyncio.ensure_future(read(each, f"{part.name}.{i}")) for i, each in enumerate(source)]
+        try:
+            return replace(part, source=await asyncio.gather(*frames))
+        finally:
+            for frame in frames:
+                frame.cancel()
+
+
+async def _run(pool: Executor, work: Callable[[], T]) -> T:
+    """The result of `work` on a thread of the pool. Cancelled, it is left out if it has not begun."""
+    return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def _part(shown: Shown, name: str) -> MediaPart:
+    part = media_part(shown.model_dump(exclude_none=True), name)
+    if not shown.is_low:
+        return part
+    return replace(part, settings=part.settings.over(MediaSettings(max_pixels=LOW_DETAIL_PIXELS)))
+
+
+def _check_kinds(shown: Sequence[tuple[Shown, str]], kinds: Collection[MediaKind], reason: str) -> None:
     """RequestError that names the first part of a kind that is not among those the model takes."""
-    for item in items:
-        if item.part.kind not in kinds:
+    for part, name in shown:
+        if part.kind not in kinds:
+            words = ["text", *(_PLURAL[kind] for kind in _PLURAL if kind in kinds)]
+            reads = f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
             raise RequestError(
-                f"{item.name}: found a part of type {item.part.type!r}; {_PLURAL[item.part.kind]} are not accepted, "
-                f"this model reads {_listed(kinds)}",
-                item.name,
+                f"{name}: found a part of type {part.type!r}; {_PLURAL[part.kind]} are not accepted, this model "
+                f"reads {reads} only{_because(reason)}",
+                name,
             )
 
 
-def _listed(kinds: Collection[MediaKind]) -> str:
-    words = ["text", *(_PLURAL[kind] for kind in _PLURAL if kind in kinds)]
-    return "text only" if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]} only"
+def _because(reason: str) -> str:
+    return f": {reason}" if reason else ""

@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from serve.adapters.version import AdapterVersion
 from serve.api.services import Services, ServicesDep
 from serve.errors import NotFoundError
+from serve.sight import kinds_of
 
 router = APIRouter()
 
@@ -61,4 +62,5 @@ def _card(services: Services, id: str, *, root: str | None, parent: str | None) 
         "root": root,
         "parent": parent,
         "max_model_len": services.runtime.max_context,
+        "input_modalities": ["text", *sorted(kinds_of(services.runtime.sight))],
     }

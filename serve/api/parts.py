@@ -1,12 +1,11 @@
 """What a message's content may be made of: text, pictures, clips and sounds, in the words of OpenAI, vLLM and Qwen.
 
-A part says where its content is (a data URI, an address, a path) and how finely it is to be read. Nothing is fetched
-or decoded here.
+A part says where its content is (a data URI, an address, a path) and how finely it is to be looked at. Nothing is
+fetched or decoded here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -18,7 +17,8 @@ from serve.model.prompt import MediaKind
 LOW_DETAIL_PIXELS = 512 * 512
 """What `detail: low` leaves of a picture, as OpenAI's does."""
 
-Detail = Literal["auto", "low", "high"]
+Detail = Literal["auto", "low", "high", "original"]
+"""All but low: what the request and the server allow."""
 Source = Annotated[str, Field(min_length=1)]
 """A data URI, an http(s) address, or a path."""
 
@@ -32,37 +32,29 @@ class TextPart(Body):
     text: str
 
 
-class _MediaPart(Body):
+class _Shown(Body):
     """A picture, a clip or a sound."""
 
     hints = frozenset({"cache_control"})
     neutral: ClassVar[Neutral] = {"uuid": (None,)}
     kind: ClassVar[MediaKind]
-    field: ClassVar[str]
-    """Where the source is said."""
 
     @property
-    def sources(self) -> Sequence[str]:
-        """Where the content is: one, or the frames of a clip."""
-        raise NotImplementedError
-
-    @property
-    def bounds(self) -> Mapping[str, Any]:
-        """How finely it is to be read, in the words of MediaSettings, as far as the part says."""
-        return {}
+    def is_low(self) -> bool:
+        """True if little detail is asked for."""
+        return False
 
 
 class _Address(Body):
-    """Where a picture or a clip is."""
+    """Where a clip is."""
 
     url: Source
 
 
 class ImageUrl(_Address):
-    """OpenAI's `image_url`."""
+    """Where a picture is, and how much detail of it is wanted."""
 
     detail: Detail | None = None
-    """low: 512 x 512 pixels at most; auto and high: what the request and the server allow."""
 
 
 def _spelled_out(value: Any) -> Any:
@@ -70,11 +62,10 @@ def _spelled_out(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
 
-class ImageUrlPart(_MediaPart):
+class ImageUrlPart(_Shown):
     """OpenAI's picture."""
 
     kind = "image"
-    field = "image_url"
 
     type: Literal["image_url"]
     image_url: ImageUrl
@@ -84,20 +75,15 @@ class ImageUrlPart(_MediaPart):
     )
 
     @property
-    def sources(self) -> Sequence[str]:
-        return (self.image_url.url,)
-
-    @property
-    def bounds(self) -> Mapping[str, Any]:
-        return _bounds_of(self.image_url.detail)
+    def is_low(self) -> bool:
+        return self.image_url.detail == "low"
 
 
-class InputImagePart(_MediaPart):
+class InputImagePart(_Shown):
     """The picture of OpenAI's responses."""
 
-    neutral: ClassVar[Neutral] = {**_MediaPart.neutral, "file_id": (None,)}
+    neutral: ClassVar[Neutral] = {**_Shown.neutral, "file_id": (None,)}
     kind = "image"
-    field = "image_url"
 
     type: Literal["input_image"]
     image_url: ImageUrl
@@ -118,105 +104,83 @@ class InputImagePart(_MediaPart):
         return self
 
     @property
-    def sources(self) -> Sequence[str]:
-        return (self.image_url.url,)
-
-    @property
-    def bounds(self) -> Mapping[str, Any]:
-        return _bounds_of(self.detail or self.image_url.detail)
+    def is_low(self) -> bool:
+        return "low" in (self.detail, self.image_url.detail)
 
 
-class _SizedPart(_MediaPart):
-    """What Qwen's clients write: bounds beside the source."""
+class _Sized(_Shown):
+    """What Qwen's clients say beside the source; it takes the place of mm_processor_kwargs for this part."""
 
     min_pixels: int | None = Field(None, ge=1)
     max_pixels: int | None = Field(None, ge=1)
-
-    @property
-    def bounds(self) -> Mapping[str, Any]:
-        names = ("min_pixels", "max_pixels", "fps", "max_frames")
-        return {name: value for name in names if (value := getattr(self, name, None)) is not None}
+    resized_height: int | None = Field(None, ge=1)
+    resized_width: int | None = Field(None, ge=1)
 
 
-class ImagePart(_SizedPart):
-    """Hugging Face's and Qwen's picture."""
+class ImagePart(_Sized):
+    """Qwen's picture, and Hugging Face's, which is at a `url` or a `path`."""
 
     kind = "image"
-    field = "image"
 
     type: Literal["image"]
-    image: Source
+    image: Source | None = None
+    url: Source | None = None
+    path: Source | None = None
 
-    @property
-    def sources(self) -> Sequence[str]:
-        return (self.image,)
+    @model_validator(mode="after")
+    def _one_source(self) -> ImagePart:
+        num_sources = sum(each is not None for each in (self.image, self.url, self.path))
+        if num_sources != 1:
+            raise RequestError(f"image: found {num_sources} sources (image, url, path); send one", "image")
+        return self
 
 
-class VideoUrlPart(_SizedPart):
+class _Film(_Sized):
+    """What is said of a clip."""
+
+    fps: float | None = Field(None, gt=0)
+    """Frames taken of a second of a file; of frames that are given, how they follow each other."""
+    max_frames: int | None = Field(None, ge=1)
+
+
+class VideoUrlPart(_Film):
     """vLLM's clip."""
 
     kind = "video"
-    field = "video_url"
 
     type: Literal["video_url"]
     video_url: _Address
-    fps: float | None = Field(None, gt=0)
-    max_frames: int | None = Field(None, ge=1)
 
     _spelled = field_validator("video_url", mode="before", json_schema_input_type=_Address | Source)(
         _spelled_out
     )
 
-    @property
-    def sources(self) -> Sequence[str]:
-        return (self.video_url.url,)
 
-
-class VideoPart(_SizedPart):
+class VideoPart(_Film):
     """Qwen's clip: a file, or its frames in their order."""
 
     kind = "video"
-    field = "video"
 
     type: Literal["video"]
     video: Source | Annotated[list[Source], Field(fail_fast=True, min_length=1)]
-    fps: float | None = Field(None, gt=0)
-    """Frames a second: taken from a file, or how frames that are given follow each other."""
-    max_frames: int | None = Field(None, ge=1)
-
-    @property
-    def sources(self) -> Sequence[str]:
-        return (self.video,) if isinstance(self.video, str) else tuple(self.video)
 
 
 class InputAudio(Body):
-    """OpenAI's `input_audio`. `format` is a hint: what the bytes are is found by looking at them."""
-
-    hints = frozenset({"format"})
+    """OpenAI's `input_audio`: base64, and what it is."""
 
     data: Source
-    """Base64."""
+    format: Literal["wav", "mp3", "flac"] | None = None
 
 
-class InputAudioPart(_MediaPart):
+class InputAudioPart(_Shown):
     """OpenAI's sound."""
 
     kind = "audio"
-    field = "input_audio"
 
     type: Literal["input_audio"]
     input_audio: InputAudio
 
-    @property
-    def sources(self) -> Sequence[str]:
-        return (self.input_audio.data,)
 
-
-MediaPart = ImageUrlPart | InputImagePart | ImagePart | VideoUrlPart | VideoPart | InputAudioPart
-MEDIA_PARTS = (ImageUrlPart, InputImagePart, ImagePart, VideoUrlPart, VideoPart, InputAudioPart)
-Part = Annotated[TextPart | MediaPart, Field(discriminator="type")]
+Shown = ImageUrlPart | InputImagePart | ImagePart | VideoUrlPart | VideoPart | InputAudioPart
+Part = Annotated[TextPart | Shown, Field(discriminator="type")]
 """By its `type`."""
-
-
-def _bounds_of(detail: Detail | None) -> Mapping[str, Any]:
-    return {"max_pixels": LOW_DETAIL_PIXELS} if detail == "low" else {}

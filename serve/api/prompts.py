@@ -13,6 +13,7 @@ import anyio
 import anyio.to_thread
 
 from serve.errors import ContextLengthError, RequestError
+from serve.model.expansion import Expansion
 from serve.model.messages import leaves
 from serve.model.template import ChatTemplate, Written
 from serve.model.texts import encode_text
@@ -46,8 +47,12 @@ class Prompts:
         *,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
+        media: Sequence[Expansion] = (),
     ) -> TokenIds:
-        """Ids of a chat. RequestError as ChatTemplate.write, ContextLengthError for more than can ever fit."""
+        """Ids of a chat. RequestError as ChatTemplate.write, ContextLengthError for more than can ever fit.
+
+        media  what the messages' parts of media become, in their order
+        """
         runtime = self._runtime
 
         def write() -> Written:
@@ -58,6 +63,7 @@ class Prompts:
                 continue_final_message=continue_final_message,
                 variables=variables,
                 limit_s=runtime.config.max_render_s,
+                media=media,
             )
             self._check_chars(len(written), "messages")
             return written

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from serve.api.parts import MediaPart, Part, TextPart
+from serve.api.parts import Part, Shown, TextPart
 from serve.api.strict import Body, Neutral
 from serve.cache.precision import PLAIN, KvPrecision, KvScheme
 from serve.config import ServeConfig
@@ -230,7 +230,7 @@ class Message(Body):
         return self
 
     @property
-    def media(self) -> Iterator[tuple[int, MediaPart]]:
+    def shown(self) -> Iterator[tuple[int, Shown]]:
         """Pictures, clips and sounds, with their numbers among the parts."""
         for number, part in enumerate(() if isinstance(self.content, str) else self.content or ()):
             if not isinstance(part, TextPart):
@@ -284,6 +284,8 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    mm_processor_kwargs: dict[str, Any] | None = None
+    """vLLM's: how pictures and clips are looked at; min_pixels, max_pixels, fps, max_frames, …"""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables that the template reads; any other is refused by name."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None

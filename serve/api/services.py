@@ -10,6 +10,7 @@ import anyio
 import anyio.to_thread
 from fastapi import Depends, Request
 
+from serve.api.media import MediaDesk
 from serve.api.metrics import Metrics
 from serve.api.prompts import Prompts
 from serve.runtime import Runtime
@@ -27,6 +28,7 @@ class Services:
         # One at a time: a fast tokenizer refuses to be used by two threads at once.
         self._tokenizing = anyio.CapacityLimiter(1)
         self.prompts = Prompts(runtime, self.tokenize)
+        self.media = MediaDesk(runtime)
 
     async def tokenize(self, work: Callable[[], T]) -> T:
         """Run the tokenizer's work on its thread."""

@@ -32,12 +32,17 @@ class Ask:
     """Fields added to the body as they are, for servers that know more than OpenAI's."""
     history: tuple[Mapping[str, str], ...] = ()
     """Messages of the chat before `prompt`: role and content."""
+    shown: tuple[Mapping[str, Any], ...] = ()
+    """Parts of the message before `prompt`: pictures, clips."""
 
     def body(self) -> dict[str, Any]:
         """The JSON that is sent."""
         text: dict[str, Any] = {"prompt": self.prompt}
         if self.endpoint == "chat":
-            text = {"messages": [*self.history, {"role": "user", "content": self.prompt}]}
+            content: Any = self.prompt
+            if self.shown:
+                content = [*self.shown, {"type": "text", "text": self.prompt}]
+            text = {"messages": [*self.history, {"role": "user", "content": content}]}
         return {
             "model": self.model,
             **text,

@@ -191,10 +191,17 @@ def _weights(tokenizer: Tokenizer, seed: int, config: dict[str, Any], dtype: mx.
             weights[name] = mx.ones(shape, dtype)
             continue
         weights[name] = (mx.random.normal(shape, key=key) * shape[1] ** -0.5).astype(dtype)
-    speakable = mx.array([_is_speakable(tokenizer, token) for token in range(config["vocab_size"])], dtype)
-    # A zero row's logit is 0, which the largest of 4,000 random ones always passes.
-    weights["lm_head.weight"] = weights["lm_head.weight"] * speakable[:, None]
+    head = weights["lm_head.weight"]
+    weights["lm_head.weight"] = head * speakable(tokenizer, head.shape[0], dtype)[:, None]
     return weights
+
+
+def speakable(tokenizer: Tokenizer, num_tokens: int, dtype: mx.Dtype) -> mx.array:
+    """[num_tokens] 1 for tokens that answers may hold, 0 for others.
+
+    A head's row times 0 has the logit 0, which the largest of 4,000 random ones always passes.
+    """
+    return mx.array([_is_speakable(tokenizer, token) for token in range(num_tokens)], dtype)
 
 
 def _is_speakable(tokenizer: Tokenizer, token: int) -> bool:

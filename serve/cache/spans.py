@@ -102,7 +102,7 @@ class Run:
         )
 
     def mask(self, window: int | None, capacity: int) -> mx.array:
-        """[b, 1, T, extent] bool: a token sees positions up to its own, at most `window` of them, and its block."""
+        """[b, 1, T, extent] bool: a token sees positions up to its own, and its block's, and none `window` behind."""
         key = (window, capacity)
         if key not in self._masks:
             queries = self.positions()[:, :, None]  # [b, T, 1]
@@ -115,11 +115,11 @@ class Run:
                 places = mx.arange(capacity, dtype=mx.int32)[None, None]
                 keys = last - mx.remainder(last - places, capacity)  # [b, 1, capacity]
                 mask = (keys <= queries) & (keys >= 0)
-            if window is not None:
-                mask = mask & (keys > queries - window)
             if self.block is not None:
                 first, stop = (bound[:, :, None] for bound in self.block)  # [b, T, 1]
                 mask = mask | ((keys >= first) & (keys < stop))
+            if window is not None:  # of a block too, as in Hugging Face's gemma3
+                mask = mask & (keys > queries - window)
             self._masks[key] = mask[:, None]
         return self._masks[key]
 

@@ -516,8 +516,9 @@ class _Text:
 
 def _encode(tokens: Sequence[int], start: int, stop: int) -> bytes:
     part = tokens[start:stop]
-    is_encoded = isinstance(part, array) and part.typecode == "q"
-    return part.tobytes() if is_encoded else array("q", part).tobytes()
+    if isinstance(part, array) and part.typecode == "q":
+        return part.tobytes()
+    return array("q", part).tobytes()
 
 
 def _common(one: bytes, other: bytes) -> int:

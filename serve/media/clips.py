@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from serve.errors import RequestError
 from serve.media.content import Clip, Picture
-from serve.media.pictures import picture_of
+from serve.media.pictures import picture_of, said_by
 from serve.media.settings import MediaLimits, MediaSettings
 
 FPS = 2.0
@@ -197,7 +197,8 @@ def _animation(data: bytes, name: str, settings: MediaSettings, limits: MediaLim
     except RequestError:
         raise
     except Exception as error:  # a decoder is foreign code: whatever a broken file makes it raise
-        raise RequestError(f"{name}: the animation cannot be decoded: {error}", name) from error
+        said = "it is broken" if isinstance(error, UnidentifiedImageError) else said_by(error)
+        raise RequestError(f"{name}: the animation cannot be decoded: {said}", name) from error
     fps = settings.fps or FPS
     length_s = starts[-1]
     count = max(1, int(length_s * fps - 1e-9) + 1)

@@ -12,7 +12,8 @@ import ipaddress
 import socket
 import ssl
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ _TRANSLATED = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff
 _PORTS = {"http": 80, "https": 443}
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Resolver = Callable[[str, int], Sequence[str]]
 
 
 class _Refused(Exception):
@@ -38,14 +40,26 @@ class _Answer(NamedTuple):
     location: str | None
 
 
-def fetch(url: str, name: str, max_bytes: int, limits: MediaLimits = MediaLimits()) -> bytes:
+def look_up(host: str, port: int) -> Sequence[str]:
+    """A host's addresses, by the system's resolver. Raises OSError; waits as long as that does."""
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
+
+
+def fetch(
+    url: str,
+    name: str,
+    max_bytes: int,
+    limits: MediaLimits = MediaLimits(),
+    resolve: Resolver = look_up,
+) -> bytes:
     """The bytes at an http or https address; to be called on a thread that may wait, for limits.fetch_s at most.
 
     RequestError that begins with `name` and has it as its param.
     """
     shown = _shown(url)
     try:
-        return asyncio.run(_within(url, max_bytes, limits))
+        return asyncio.run(_Fetch(max_bytes, limits, resolve).get(url))
     except TimeoutError:
         raise RequestError(
             f"{name}: {shown} gave no whole answer within {limits.fetch_s:g} s", name
@@ -72,123 +86,123 @@ def is_public(address: Address) -> bool:
     return address.is_global and not address.is_multicast
 
 
-async def _within(url: str, max_bytes: int, limits: MediaLimits) -> bytes:
-    async with asyncio.timeout(limits.fetch_s):
-        transport = httpx.AsyncHTTPTransport(verify=_certificates(), retries=0)
-        async with httpx.AsyncClient(
-            transport=transport, timeout=limits.fetch_s, follow_redirects=False, trust_env=False
-        ) as client:
-            at = httpx.URL(url)
-            for _ in range(limits.max_redirects + 1):
-                answer = await _get(client, at, max_bytes, limits)
-                if answer.location is None:
-                    return answer.body
-                at = at.join(answer.location)
-            raise _Refused(f"redirects more than {limits.max_redirects} times")
+class _Fetch:
+    """One address and those that it redirects to."""
 
+    def __init__(self, max_bytes: int, limits: MediaLimits, resolve: Resolver) -> None:
+        self._max_bytes = max_bytes
+        self._limits = limits
+        self._resolve = resolve
 
-async def _get(client: httpx.AsyncClient, url: httpx.URL, max_bytes: int, limits: MediaLimits) -> _Answer:
-    """What one address answers, from the first of its hosts that can be connected to."""
-    if url.scheme not in _PORTS or not url.host:
-        raise _Refused(f"found {str(url)[:80]}; expected an http or https address")
-    if url.userinfo:
-        raise _Refused("holds a user name; expected an address without")
-    addresses = await _addresses(url, limits)
-    for address in addresses[:-1]:
+    async def get(self, url: str) -> bytes:
+        """Its body. TimeoutError, _Refused, and whatever httpx raises."""
+        limits = self._limits
+        async with asyncio.timeout(limits.fetch_s):
+            transport = httpx.AsyncHTTPTransport(verify=_certificates(), retries=0)
+            async with httpx.AsyncClient(
+                transport=transport, timeout=limits.fetch_s, follow_redirects=False, trust_env=False
+            ) as client:
+                at = httpx.URL(url)
+                for _ in range(limits.max_redirects + 1):
+                    answer = await self._hop(client, at)
+                    if answer.location is None:
+                        return answer.body
+                    at = at.join(answer.location)
+                raise _Refused(f"redirects more than {limits.max_redirects} times")
+
+    async def _hop(self, client: httpx.AsyncClient, url: httpx.URL) -> _Answer:
+        """What one address answers, from the first of its host's that can be connected to."""
+        if url.scheme not in _PORTS or not url.host:
+            raise _Refused(f"leads to {_shown(str(url))}; expected an http or https address")
+        if url.port is not None and not 0 < url.port < 1 << 16:
+            raise _Refused(f"found port {url.port}; expected one up to 65535")
+        if url.userinfo:
+            raise _Refused("holds a user name; expected an address without")
+        addresses = await self._addresses(url)
+        for address in addresses[:-1]:
+            try:
+                return await self._ask(client, url, address)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                continue
+        return await self._ask(client, url, addresses[-1])
+
+    async def _addresses(self, url: httpx.URL) -> list[Address]:
+        """All addresses of a host, checked."""
+        host = url.raw_host.decode("ascii").strip("[]")
+        told = await self._looked_up(host, url.port or _PORTS[url.scheme])
+        found = [ipaddress.ip_address(text.partition("%")[0]) for text in told]
+        if not found:
+            raise _Refused(f"{url.host} has no address")
+        allowed = self._limits.allow_private_hosts
+        if allowed is True or (allowed and url.host in allowed):
+            return found
+        inside = next((address for address in found if not is_public(address)), None)
+        if inside is not None:
+            raise _Refused(f"{url.host} is at {inside}, and media are fetched from public addresses alone")
+        return found
+
+    async def _looked_up(self, host: str, port: int) -> Sequence[str]:
+        """By the resolver, which nothing interrupts: on a thread of its own, left behind if it hangs."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Sequence[str]] = loop.create_future()
+
+        def tell(result: Sequence[str], error: BaseException | None) -> None:
+            if not future.done():
+                if error is None:
+                    future.set_result(result)
+                else:
+                    future.set_exception(error)
+
+        def work() -> None:
+            result: Sequence[str] = ()
+            error: BaseException | None = None
+            try:
+                result = self._resolve(host, port)
+            except (OSError, UnicodeError) as raised:
+                error = raised
+            with suppress(RuntimeError):  # nobody waits any more
+                loop.call_soon_threadsafe(tell, result, error)
+
+        threading.Thread(target=work, daemon=True, name="lathe-resolve").start()
         try:
-            return await _ask(client, url, address, max_bytes)
-        except (httpx.ConnectError, httpx.ConnectTimeout):
-            continue
-    return await _ask(client, url, addresses[-1], max_bytes)
+            return await future
+        except socket.gaierror as error:
+            raise _Refused(f"{host} cannot be looked up: {error.strerror}") from None
 
-
-async def _addresses(url: httpx.URL, limits: MediaLimits) -> list[Address]:
-    """All addresses of a host, checked."""
-    port = url.port or _PORTS[url.scheme]
-    host = url.raw_host.decode("ascii").strip("[]")
-    found = [ipaddress.ip_address(text.partition("%")[0]) for text in await _looked_up(host, port)]
-    if not found:
-        raise _Refused(f"{url.host} has no address")
-    inside = next((address for address in found if not is_public(address)), None)
-    if inside is not None and not limits.allow_private_hosts:
-        raise _Refused(
-            f"{url.host} is at {inside}, which is no public address; pictures are fetched from public hosts alone "
-            "(allow_private_hosts)"
-        )
-    return found
-
-
-async def _looked_up(host: str, port: int) -> Sequence[str]:
-    """Addresses by the system's resolver; nothing interrupts it, so its thread is left behind if it hangs."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[list[str]] = loop.create_future()
-
-    def tell(result: list[str] | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result or [])
-
-    def look_up() -> None:
-        result: list[str] | None = None
-        error: BaseException | None = None
+    async def _ask(self, client: httpx.AsyncClient, url: httpx.URL, address: Address) -> _Answer:
+        host = url.raw_host.decode("ascii").strip("[]")
+        at = f"[{host}]" if ":" in host else host
+        headers = {
+            "host": at if url.port is None else f"{at}:{url.port}",
+            "accept": "*/*",
+            "accept-encoding": "identity",
+            "user-agent": "lathe",
+        }
+        # To the address that was checked; certificates and virtual hosts go by the name.
+        there = url.copy_with(host=str(address))
+        request = client.build_request("GET", there, headers=headers, extensions={"sni_hostname": host})
+        response = await client.send(request, stream=True)
         try:
-            entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            result = list(dict.fromkeys(str(entry[4][0]) for entry in entries))
-        except (OSError, UnicodeError) as raised:
-            error = raised
-        try:
-            loop.call_soon_threadsafe(tell, result, error)
-        except RuntimeError:
-            return  # nobody waits any more
+            if response.status_code in _REDIRECTS and "location" in response.headers:
+                return _Answer(b"", response.headers["location"])
+            if response.status_code != 200:
+                raise _Refused(f"answers with status {response.status_code}")
+            return _Answer(await self._body(response), None)
+        finally:
+            await response.aclose()
 
-    threading.Thread(target=look_up, daemon=True).start()
-    try:
-        return await future
-    except socket.gaierror as error:
-        raise _Refused(f"{host} cannot be looked up: {error.strerror}") from None
-
-
-async def _ask(client: httpx.AsyncClient, url: httpx.URL, address: Address, max_bytes: int) -> _Answer:
-    host = url.raw_host.decode("ascii")
-    at = f"[{host}]" if ":" in host and not host.startswith("[") else host
-    headers = {
-        "host": at if url.port is None else f"{at}:{url.port}",
-        "accept": "*/*",
-        "accept-encoding": "identity",
-        "user-agent": "lathe",
-    }
-    request = client.build_request(
-        "GET",
-        url.copy_with(host=str(address)),
-        headers=headers,
-        extensions={"sni_hostname": host.strip("[]")},
-    )
-    response = await client.send(request, stream=True)
-    try:
-        if response.status_code in _REDIRECTS and "location" in response.headers:
-            return _Answer(b"", response.headers["location"])
-        if response.status_code != 200:
-            raise _Refused(f"answers with status {response.status_code}")
-        return _Answer(await _body(response, max_bytes), None)
-    finally:
-        await response.aclose()
-
-
-async def _body(response: httpx.Response, max_bytes: int) -> bytes:
-    if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-        raise _Refused("answers compressed, which was not asked for")
-    told = response.headers.get("content-length", "")
-    if told.isdecimal() and int(told) > max_bytes:
-        raise _Refused(f"holds {int(told):,} bytes; at most {max_bytes:,} are read")
-    body = bytearray()
-    async for chunk in response.aiter_raw():
-        body += chunk
-        if len(body) > max_bytes:
-            raise _Refused(f"holds more than the {max_bytes:,} bytes that are read")
-    return bytes(body)
+    async def _body(self, response: httpx.Response) -> bytes:
+        if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
+            raise _Refused("answers compressed, which was not asked for")
+        told = response.headers.get("content-length", "")
+        if told.isdecimal() and int(told) > self._max_bytes:
+            raise _Refused(f"holds {int(told):,} bytes; at most {self._max_bytes:,} are read")
+        body = bytearray()
+        async for chunk in response.aiter_raw():
+            body += chunk
+            if len(body) > self._max_bytes:
+                raise _Refused(f"holds more than the {self._max_bytes:,} bytes that are read")
+        return bytes(body)
 
 
 @cache

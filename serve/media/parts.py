@@ -19,6 +19,8 @@ _SETTINGS = frozenset(
     ("min_pixels", "max_pixels", "resized_height", "resized_width", "fps", "max_frames", "nframes")
 )
 """What Qwen's parts say of themselves."""
+_HINTS = ("uuid", "cache_control")
+"""Keys that ask nothing of the answer."""
 _SOUNDS = ("wav", "mp3", "flac")
 
 
@@ -60,7 +62,7 @@ def media_part(part: Mapping[str, Any], here: str) -> MediaPart:
         raise RequestError(
             f"{here}.{expected}: found nothing; expected {_expected(kind)}", f"{here}.{expected}"
         )
-    others = {k: v for k, v in part.items() if k not in ("type", key, *_SETTINGS) and v is not None}
+    others = {k: v for k, v in part.items() if k not in ("type", key, *_SETTINGS, *_HINTS) and v is not None}
     said = {k: v for k, v in part.items() if k in _SETTINGS}
     if "detail" in others:
         _check_detail(others.pop("detail"), f"{here}.detail")

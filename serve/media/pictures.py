@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-import warnings
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,12 @@ from serve.errors import RequestError
 from serve.media.content import Picture
 from serve.media.settings import MediaLimits
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+Image.init()
+FORMATS = tuple(
+    form
+    for form in ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+    if form in Image.OPEN  # not every Pillow is built with all
+)
 """What is decoded. Formats that hold programs (EPS) or links are not among them."""
 _READ = "PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF"
 _WHITE = (255, 255, 255, 255)
@@ -46,7 +50,7 @@ def read_picture(data: bytes, name: str, limits: MediaLimits = MediaLimits()) ->
             f"{name}: found {len(data):,} bytes; a picture may have {limits.max_image_bytes:,}", name
         )
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(image, name, limits)
             image.load()
             return picture_of(image)
@@ -54,13 +58,17 @@ def read_picture(data: bytes, name: str, limits: MediaLimits = MediaLimits()) ->
         raise
     except UnidentifiedImageError:
         raise RequestError(f"{name}: found {_found(data)}; expected a picture ({_READ})", name) from None
-    except Image.DecompressionBombError:
+    except (
+        Image.DecompressionBombError
+    ) as error:  # Pillow's own bound comes before anybody can ask for the size
+        found = re.search(r"\d+ pixels", str(error))
         raise RequestError(
-            f"{name}: found a picture of more pixels than are decoded; at most {limits.max_image_pixels:,} are read",
+            f"{name}: found a picture of {found.group() if found else 'too many pixels'}; at most "
+            f"{limits.max_image_pixels:,} are read",
             name,
         ) from None
     except Exception as error:  # a decoder is foreign code: whatever a broken file makes it raise
-        raise RequestError(f"{name}: the picture cannot be decoded: {_said(error)}", name) from error
+        raise RequestError(f"{name}: the picture cannot be decoded: {said_by(error)}", name) from error
 
 
 def check_size(image: Image.Image, name: str, limits: MediaLimits) -> None:
@@ -141,5 +149,6 @@ def _found(data: bytes) -> str:
     return f"bytes of no format that is read ({begin[:8].hex(' ')} …)"
 
 
-def _said(error: BaseException) -> str:
+def said_by(error: BaseException) -> str:
+    """The first line of what foreign code says."""
     return (str(error).splitlines() or [""])[0][:200] or type(error).__name__

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import math
 import threading
@@ -16,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -35,29 +36,34 @@ _BEFORE, _AFTER = "\ue000", "\ue001"
 _TEXT_NAMES = frozenset(
     ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "special_tokens_mask")
 )
-_CLOCKS = frozenset(("video_second_per_grid", "second_per_grid_ts"))
-"""What processors say of a clip's time, which no tower is given."""
+_NOT_SEEN = frozenset(("video_second_per_grid", "second_per_grid_ts", "num_patches_list", "num_crops"))
+"""What processors say of a clip's time and of their own crops, which no tower reads."""
 _NO_GLUE = frozenset(("paligemma",))
 _PROBED = 112
 """Edge of the pictures by which a processor is tried, in pixels."""
-_KINDS: tuple[MediaKind, ...] = ("image", "video", "audio")
 
 
 class Tower(Protocol):
     """What is asked of a loaded model's `Vision`."""
 
-    kinds: frozenset[MediaKind]
-    image_token_id: int | None
-    video_token_id: int | None
-    audio_token_id: int | None
-    positions: bool
-    """Whether tokens stand at several positions (M-RoPE)."""
-    block_kind: str | None
-    """Whose tokens see one another: None, each "picture"'s, or the whole "prompt"'s."""
+    @property
+    def image_token_id(self) -> int | None:
+        """The placeholder of pictures; None: it takes none."""
 
-    def rope_index(self, token_ids: Sequence[int], media: Sequence[Media]) -> Rope:
-        """Positions of a prompt's tokens."""
-        ...
+    @property
+    def video_token_id(self) -> int | None:
+        """Of clips."""
+
+    @property
+    def audio_token_id(self) -> int | None:
+        """Of sounds."""
+
+    @property
+    def block_kind(self) -> Literal["picture", "prompt"] | None:
+        """Whose tokens see one another: nobody's, each picture's, or the whole prompt's."""
+
+    def rope_index(self, token_ids: Sequence[int], media: Sequence[Media]) -> Rope | None:
+        """Positions of a prompt's tokens; None where each stands at its index."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,14 +123,21 @@ class MediaProcessor:
         self._config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         self._tokenizing = threading.Lock()
         self._kept = _Kept(cache_bytes)
+        token_ids: dict[MediaKind, int | None] = {
+            "image": vision.image_token_id,
+            "video": vision.video_token_id,
+            "audio": vision.audio_token_id,
+        }
+        taken = {kind: number for kind, number in token_ids.items() if number is not None}
         self._ways: dict[MediaKind, _Way] = {}
-        for kind in _KINDS:
-            if kind in vision.kinds and (way := self._way(kind)) is not None:
+        for kind, token_id in taken.items():
+            way = self._way(kind, token_id)
+            if way is not None:
                 self._ways[kind] = way
         if not self._ways:
             raise ModelError(
                 f"{folder.name}: its processor ({type(processor).__name__}) writes no placeholder for "
-                f"{', '.join(sorted(vision.kinds)) or 'any media'}"
+                f"{', '.join(taken) or 'any media'}"
             )
         self.kinds: frozenset[MediaKind] = frozenset(self._ways)
         """What `process` takes."""
@@ -172,7 +185,7 @@ class MediaProcessor:
             )
         ids = np.asarray(token_ids, dtype=np.int64)
         media = self._placed(ids, processed)
-        rope = self._vision.rope_index(tuple(token_ids), media) if media and self._vision.positions else None
+        rope = self._vision.rope_index(tuple(token_ids), media) if media else None
         return Prompt(tuple(token_ids), media, rope, tuple(self._blocks(len(ids), media)))
 
     # Where things stand
@@ -250,10 +263,14 @@ class MediaProcessor:
             if "video_metadata" in _parameters(processor):
                 given["video_metadata"] = [{"fps": 1.0, "frames_indices": list(content.times_s)}]
             return given
-        rate = int(getattr(getattr(processor, "feature_extractor", None), "sampling_rate", 16_000))
+        extractor = getattr(processor, "feature_extractor", None)
+        rate = int(getattr(extractor, "sampling_rate", 16_000))
         samples = resampled(content, rate).samples
-        parameters = _parameters(processor)
-        return {"audio" if "audio" in parameters else "audios": [samples]}
+        most = _most_samples(extractor)
+        if most is not None and len(samples) > most:
+            raise ValueError(f"at most {most / rate:g} s are read, and a longer one would be cut")
+        name = "audio" if "audio" in _parameters(processor) else "audios"
+        return {name: [samples], "sampling_rate": rate}
 
     def _glue(self) -> str:
         return "" if self._config.get("model_type") in _NO_GLUE else "\n"
@@ -290,18 +307,15 @@ class MediaProcessor:
 
     # How a kind is written, found by trying
 
-    def _way(self, kind: MediaKind) -> _Way | None:
-        token_id = getattr(self._vision, f"{kind}_token_id")
-        if token_id is None:
-            return None
-        placeholder = str(self._tokenizer.convert_ids_to_tokens(int(token_id)))
+    def _way(self, kind: MediaKind, token_id: int) -> _Way | None:
+        placeholder = str(self._tokenizer.convert_ids_to_tokens(token_id))
         for marker in self._markers(kind, placeholder):
             try:
                 text, _ = self._expand(_probe(kind), MediaSettings(), marker)
             except Exception:  # a processor is foreign code: this marker is not its own
                 continue
             if placeholder in text and marker != text:
-                return _Way(marker, placeholder, int(token_id))
+                return _Way(marker, placeholder, token_id)
         return None
 
     def _markers(self, kind: MediaKind, placeholder: str) -> Iterator[str]:
@@ -434,7 +448,7 @@ def _key(kind: MediaKind, inputs: Mapping[str, np.ndarray]) -> str:
 def _arrays(told: Any) -> Iterator[tuple[str, np.ndarray]]:
     """What a processor gives for the tower, on the host."""
     for name, value in dict(told).items():
-        if name in _TEXT_NAMES or name in _CLOCKS or value is None or isinstance(value, (str, int, float)):
+        if name in _TEXT_NAMES or name in _NOT_SEEN or value is None or isinstance(value, (str, int, float)):
             continue
         array = np.asarray(value)
         if array.dtype == object:
@@ -476,9 +490,16 @@ def _resized(image: Image.Image, settings: MediaSettings) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _parameters(processor: Any) -> frozenset[str]:
-    import inspect
+def _most_samples(extractor: Any) -> int | None:
+    """How many samples an extractor reads before it cuts off the rest; None: all."""
+    known = getattr(extractor, "n_samples", None)
+    if known is None and extractor is not None:
+        parameter = inspect.signature(type(extractor).__call__).parameters.get("max_length")
+        known = parameter.default if parameter is not None else None
+    return known if isinstance(known, int) and known > 0 else None
 
+
+def _parameters(processor: Any) -> frozenset[str]:
     return frozenset(inspect.signature(type(processor).__call__).parameters)
 
 

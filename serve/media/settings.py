@@ -60,8 +60,9 @@ class MediaLimits:
     fetch_s: float = 20.0
     """For one address, from looking its name up to the last byte."""
     max_redirects: int = 4
-    allow_private_hosts: bool = False
-    """Whether addresses of loopback and private networks are fetched from."""
+    allow_private_hosts: bool | tuple[str, ...] = False
+    """Whether addresses of loopback and private networks are fetched from, or the names of the hosts for which they
+    are."""
     decode_s: float = 30.0
     """Of a clip's frames."""
 

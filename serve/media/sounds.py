@@ -16,6 +16,8 @@ from serve.media.settings import MediaLimits
 
 _READ = "wav, flac and mp3"
 MAX_RATE = 384_000
+MAX_RATIO = 48_000
+"""Of two rates in lowest terms: the filter between them has 128 times as many taps."""
 
 
 def read_sound(data: bytes, name: str, limits: MediaLimits = MediaLimits()) -> Sound:
@@ -60,13 +62,16 @@ def sound_of(samples: np.ndarray, name: str, rate: int = 16_000) -> Sound:
 
 
 def resampled(sound: Sound, rate: int) -> Sound:
-    """The same sound at another rate."""
+    """The same sound at another rate, by the filter that mlx-vlm uses. ValueError for rates too far from a ratio."""
     if rate == sound.rate:
         return sound
-    from scipy.signal import resample_poly
+    if max(rate, sound.rate) // gcd(rate, sound.rate) > MAX_RATIO:
+        raise ValueError(
+            f"{sound.rate} samples a second cannot be brought to {rate}; send it at a usual rate"
+        )
+    from mlx_audio.resample import resample_audio_array
 
-    shared = gcd(rate, sound.rate)
-    samples = resample_poly(sound.samples, rate // shared, sound.rate // shared).astype(np.float32)
+    samples = np.ascontiguousarray(resample_audio_array(sound.samples, sound.rate, rate))
     samples.flags.writeable = False
     return Sound(samples, rate)
 

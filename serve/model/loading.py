@@ -19,8 +19,10 @@ from mlx_lm.tokenizer_utils import load as mlx_lm_load_tokenizer
 
 from serve import device
 from serve.errors import ModelError, NotFoundError
+from serve.model.family_template import template_beside
 from serve.model.network import Network
 from serve.model.quantization import Quantization
+from serve.model.retold import Retold
 from serve.model.towers import build_with_towers, has_towers, load_with_towers
 from serve.model.vision import Vision
 from serve.model.weights import QUANTIZED
@@ -216,6 +218,16 @@ def _finish(
     )
 
 
+def sketch_vision(path: Path) -> Vision:
+    """What a model's network wants to be told of media, without its weights. ModelError if it cannot be built."""
+    config = read_config(path)
+    try:
+        module = build_with_towers(config)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: cannot be built: {error}") from error
+    return Vision(Network(module), config, is_sketch=True)
+
+
 def load_tokenizer(
     path_or_repo: str, *, config: dict[str, Any] | None = None, trust_remote_code: bool = False
 ) -> TokenizerWrapper:
@@ -228,6 +240,9 @@ def load_tokenizer(
         )
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(f"{path_or_repo}: its tokenizer cannot be loaded: {error}") from error
+    if has_towers(config):
+        source = template_beside(path, config, tokenizer.has_chat_template)
+        tokenizer = Retold(tokenizer, source) if source is not None else tokenizer
     # It warns of "indexing errors" once for a long text; what is too long is cut, dropped or refused here, and told.
     tokenizer.deprecation_warnings[TOO_LONG] = True
     return tokenizer

@@ -24,13 +24,15 @@ PROBE_POSITIONS = 4096
 
 
 class SegmentMasks:
-    """Who sees whom in packed rows: a token sees its own document, up to itself.
+    """Who sees whom in packed rows: a token sees its own document, up to itself, and all of its block.
 
     segments  [B, T] int32; documents are contiguous, padding is a document of its own
+    blocks    [B, T] int32, tokens of one number see one another; below 0: in no block; None: nobody is
     """
 
-    def __init__(self, segments: mx.array) -> None:
+    def __init__(self, segments: mx.array, blocks: mx.array | None = None) -> None:
         self._segments = segments
+        self._blocks = blocks
         self._masks: dict[int | None, mx.array] = {}
 
     def mask(self, window: int | None) -> mx.array:
@@ -38,11 +40,14 @@ class SegmentMasks:
         if window not in self._masks:
             places = mx.arange(self._segments.shape[1], dtype=mx.int32)
             queries, keys = places[:, None], places[None]
-            near = keys <= queries  # [T, T]
+            same = self._segments[:, :, None] == self._segments[:, None, :]
+            mask = (keys <= queries) & same  # [B, T, T]
+            if self._blocks is not None:
+                rows, columns = self._blocks[:, :, None], self._blocks[:, None, :]
+                mask = mask | ((rows == columns) & (rows >= 0))
             if window is not None:
-                near = near & (keys > queries - window)
-            same = self._segments[:, :, None] == self._segments[:, None, :]  # [B, T, T]
-            self._masks[window] = (near & same)[:, None]
+                mask = mask & (keys > queries - window)
+            self._masks[window] = mask[:, None]
         return self._masks[window]
 
 
@@ -86,13 +91,14 @@ class PackedParts:
         return []
 
 
-def packed_cache(network: Network, segments: mx.array) -> list[Any]:
+def packed_cache(network: Network, segments: mx.array, blocks: mx.array | None = None) -> list[Any]:
     """What `network.hidden(tokens, cache=…)` takes to run packed rows.
 
     segments  [B, T] int32, the document a token belongs to, contiguous within its row; -1 is padding
+    blocks    [B, T] int32, tokens of one number, of one document, see one another both ways; -1 is in no block
     Returns one object a layer, good for one forward. ModelError where a layer's past is no keys and values.
     """
-    return _cache(network, segments, mask_axes(network), 0)
+    return _cache(network, segments, mask_axes(network), 0, blocks)
 
 
 def mask_axes(network: Network) -> int:
@@ -182,11 +188,13 @@ def _tolerance(dtype: mx.Dtype, position: int) -> float:
     return (2e-3 if dtype == mx.float32 else 5e-2) + position * 2.0**-22
 
 
-def _cache(network: Network, segments: mx.array, num_head_axes: int, offset: int) -> list[Any]:
+def _cache(
+    network: Network, segments: mx.array, num_head_axes: int, offset: int, blocks: mx.array | None = None
+) -> list[Any]:
     stored = _stateful_layer(network)
     if stored is not None:
         raise ModelError(f"{_family(network)}: {stored}")
-    masks = SegmentMasks(segments)
+    masks = SegmentMasks(segments, blocks)
     layers: list[Any] = []
     for own in network.make_cache():
         parts = [PackedLayer(masks, window_of(part), num_head_axes, offset) for part in parts_of(own)]

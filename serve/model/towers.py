@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def build_with_towers(config: dict[str, Any]) -> nn.Module:
     from mlx_vlm.utils import get_model_and_args, update_module_configs
 
     own, _ = get_model_and_args(config)
-    settings = own.ModelConfig.from_dict(dict(config))
+    # As mlx-vlm's loader has it; families write what stands elsewhere in the file into this very object.
+    config = {"text_config": {}, "vision_config": {}, "audio_config": {}, **copy.deepcopy(config)}
+    settings = own.ModelConfig.from_dict(config)
     parts = ["text", "vision", "perceiver", "projector", "audio"]
     module = own.Model(update_module_configs(settings, own, config, parts))
     _use_one_kind_of_experts(module)

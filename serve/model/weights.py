@@ -5,6 +5,8 @@ Every layer that maps D inputs to O outputs by a matrix [O, D] is met here, so t
 
 from __future__ import annotations
 
+import sys
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
@@ -19,17 +21,34 @@ ROWS_AT_ONCE = 4096
 
 def linear_modules(module: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer an adapter may touch, by its path in the base (a wrapper's own `.linear` is not shown)."""
-    named = module.named_modules()
-    return {path.removesuffix(".linear"): child for path, child in named if isinstance(child, LINEAR)}
+    return _unwrapped(module, LINEAR)
 
 
 def expert_modules(module: nn.Module) -> dict[str, nn.Module]:
     """Every stack of experts in a MoE block, likewise. Stacks that something else than an expert's choice indexes
     (deepseek_v41's grouped projection) are none."""
-    named = dict(module.named_modules())
-    blocks = {path for path, child in named.items() if isinstance(child, MOE_BLOCKS)}
-    stacks = {path.removesuffix(".linear"): m for path, m in named.items() if isinstance(m, EXPERTS)}
+    kinds = _moe_blocks()
+    blocks = {path for path, child in module.named_modules() if isinstance(child, kinds)}
+    stacks = _unwrapped(module, EXPERTS)
     return {path: stack for path, stack in stacks.items() if path.rpartition(".")[0] in blocks}
+
+
+def _unwrapped(module: nn.Module, kinds: tuple[type, ...]) -> dict[str, nn.Module]:
+    """Layers of these kinds, each by its path in the base: a real layer may be called `linear` too."""
+    named = dict(module.named_modules())
+    found = {}
+    for path, child in named.items():
+        if isinstance(child, kinds):
+            parent, _, name = path.rpartition(".")
+            is_wrapped = name == "linear" and getattr(named[parent], "wraps_linear", False)
+            found[parent if is_wrapped else path] = child
+    return found
+
+
+def _moe_blocks() -> tuple[type, ...]:
+    """What chooses experts: mlx-lm's blocks, and mlx-vlm's once somebody has loaded a model of it."""
+    theirs = sys.modules.get("mlx_vlm.models.switch_layers")
+    return MOE_BLOCKS if theirs is None else (*MOE_BLOCKS, theirs.SwitchGLU, theirs.SwitchMLP)
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from serve.adapters.manifest import AdapterConfig, read_config, read_tensors, write_adapter
 from serve.engine.engine import Engine, EngineLimits
-from serve.model.loading import load
+from serve.model.loading import LoadedModel, load
 from serve.model.weights import dense_weight, expert_modules, linear_modules, linear_shape
 
 COMMON = {
@@ -160,6 +160,12 @@ class Lively:
 def lively(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Lively:
     """Models of full attention, windows and recurrent state, with experts, and adapters of every kind for each."""
     return Lively(make_model, tmp_path_factory.mktemp("lively-adapters"))
+
+
+@pytest.fixture
+def opened(vlm_folder: Callable[[str], Path]) -> Callable[[str], LoadedModel]:
+    """opened(family) → a lively model with towers, freshly loaded: a bank wraps its layers."""
+    return lambda family: load(str(vlm_folder(family)), name=family)
 
 
 @pytest.fixture(params=[False, True], ids=["in step", "one ahead"])

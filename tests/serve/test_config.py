@@ -9,6 +9,7 @@ from mlx_vlm.turboquant import resolve_kv_bits, turboquant_enabled
 from serve.cache.precision import PLAIN, KvPrecision
 from serve.config import ServeConfig, load_config
 from serve.errors import ConfigError
+from serve.media_config import MediaLimitsConfig
 from serve.settings import dump, load_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -108,6 +109,14 @@ def test_what_cannot_work_is_refused_by_its_key(change, told):
         ({"memory_budget_gib": 1, "prefix_cache_gib": 2}, "prefix_cache_gib: found 2"),
         ({"kv_budget_gib": 1, "prefix_cache_gib": 1.5}, "prefix_cache_gib: found 1.5.*kv_budget_gib.*most 1"),
         ({"prefix_cache_gib": 0, "prefix_cache_dir": "p"}, "prefix_cache_dir: .*prefix_cache_gib is 0"),
+        ({"feature_cache_gib": 0, "feature_cache_dir": "p"}, "feature_cache_dir: .*feature_cache_gib is 0"),
+        ({"feature_cache_disk_gib": 1}, "feature_cache_disk_gib: .*no feature_cache_dir"),
+        ({"kv_budget_gib": 1, "feature_cache_gib": 2}, "feature_cache_gib: found 2.*kv_budget_gib.*most 1"),
+        (
+            {"feature_cache_dir": "p", "prefix_cache_dir": "p"},
+            "feature_cache_dir: .*which is prefix_cache_dir",
+        ),
+        ({"encode_patches": 0}, "encode_patches"),
         ({"prefix_cache_disk_gib": 1}, "prefix_cache_disk_gib: .*no prefix_cache_dir"),
         ({"memory_budget_gib": 0}, "memory_budget_gib"),
         ({"prefix_cache_gib": -1}, "prefix_cache_gib"),
@@ -125,13 +134,18 @@ def test_what_cannot_work_is_refused_by_its_key(change, told):
         ({"kv_quantize_after": -1}, "kv_quantize_after"),
         ({"kv_plain_layers": 1.5}, "kv_plain_layers"),
         ({"one_step_ahead": True}, "one_step_ahead"),
+        ({"media": {"min_pixels": 9, "max_pixels": 5}}, r"media\.min_pixels: found 9.* above max_pixels 5"),
+        ({"media": {"max_pixel": 5}}, r"media\.max_pixel: unknown key; did you mean max_pixels"),
+        ({"media": {"fps": 0}}, r"media\.fps"),
+        ({"media_limits": {"fetch_s": 0}}, r"media_limits\.fetch_s"),
+        ({"media_limits": {"max_items": -1}}, r"media_limits\.max_items"),
         ({"quantized_kv_start": 5}, "quantized_kv_start: unknown key; write kv_quantize_after"),
     ],
 )
 def test_budgets_that_cannot_be_and_bits_that_nothing_has_are_refused_by_their_key(keys, told, tmp_path):
     written = [f"{key}: {json.dumps(value)}" for key, value in keys.items()]
     file = tmp_path / "c.yaml"
-    for lines, overrides in ((written, []), ([], [line.replace(": ", "=") for line in written])):
+    for lines, overrides in ((written, []), ([], [line.replace(": ", "=", 1) for line in written])):
         file.write_text("\n".join(["model: m", *lines]))
         with pytest.raises(ConfigError, match=told):
             load_config(file, overrides)
@@ -174,10 +188,44 @@ def test_turboquants_bits_are_split_as_mlx_vlm_splits_them():
             assert ServeConfig(model="m", kv_bits=bits).kv_precision == found
 
 
+def test_what_media_may_be_is_told_in_mib_and_millions_and_means_bytes_and_pixels():
+    block = {"max_items": 3, "max_image_mib": 0.5, "max_image_megapixels": 1.5, "max_video_megapixels": 2}
+    built = ServeConfig(
+        model="m", media_limits={**block, "fetch_s": 2, "allow_private_hosts": True}
+    ).media_limits
+    limits = built.build()
+    assert (limits.max_items, limits.max_image_bytes, limits.max_image_pixels) == (3, 2**19, 1_500_000)
+    assert (limits.max_video_pixels, limits.fetch_s, limits.allow_private_hosts) == (2_000_000, 2, True)
+    every = {name: getattr(limits, name) for name in vars(limits)}
+    other = MediaLimitsConfig(
+        **{name: 7 for name in MediaLimitsConfig.model_fields if name != "allow_private_hosts"}
+    )
+    same = [name for name, value in vars(other.build()).items() if value == every[name]]
+    assert same == ["max_redirects"], "a limit that no key changes"
+
+
+def test_files_may_be_shown_everywhere_on_loopback_and_elsewhere_only_under_roots(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for host, roots, expected in (
+        ("127.0.0.1", None, (Path("/"),)),
+        ("0.0.0.0", None, ()),
+        ("127.0.0.1", [tmp_path / "link"], (tmp_path / "real",)),
+        ("0.0.0.0", [tmp_path / "link"], (tmp_path / "real",)),
+        ("127.0.0.1", [], ()),
+    ):
+        config = ServeConfig(model="m", host=host, allowed_media_roots=roots)
+        assert config.media_roots == expected
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\nallowed_media_roots: [real]\n")
+    assert load_config(file).allowed_media_roots == (tmp_path / "real",)
+
+
 def test_a_folder_of_prefixes_is_relative_to_its_file(tmp_path):
     file = tmp_path / "c.yaml"
-    file.write_text("model: m\nprefix_cache_dir: prefixes\nprefix_cache_disk_gib: 2\n")
+    file.write_text("model: m\nprefix_cache_dir: prefixes\nfeature_cache_dir: features\n")
     assert load_config(file).prefix_cache_dir == tmp_path / "prefixes"
+    assert load_config(file).feature_cache_dir == tmp_path / "features"
 
 
 @pytest.mark.parametrize(

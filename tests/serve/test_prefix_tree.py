@@ -6,12 +6,14 @@ import random
 import subprocess
 import sys
 from array import array
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from serve.cache.precision import PLAIN, KvPrecision
-from serve.cache.tree import DISK, MEMORY, PrefixTree, Space
+from serve.cache.tree import DISK, MEMORY, PrefixTree, Space, itself
+from serve.model.prompt import Prompt
 from tests.children.kept import Kept, kept, values_of
 
 SPACE = Space("base", "", "plain")
@@ -19,10 +21,16 @@ EIGHT_BITS = KvPrecision("affine", 8, 8)
 
 
 def found(
-    tree: PrefixTree, tokens, limit: int | None = None, *, space: Space = SPACE, start_after: int = 0
+    tree: PrefixTree,
+    tokens,
+    limit: int | None = None,
+    *,
+    space: Space = SPACE,
+    start_after: int = 0,
+    whole: Callable[[int], int] = itself,
 ) -> int:
     """Length of the longest prefix that can be restored; what is kept of it is what these tokens gave."""
-    match = tree.find(space, tokens, len(tokens) if limit is None else limit, start_after)
+    match = tree.find(space, tokens, len(tokens) if limit is None else limit, start_after, whole)
     if match is None:
         return 0
     values = [part(tree, node, match.num_tokens, start_after).values for node in match.path]
@@ -114,9 +122,15 @@ class Oracle:
             and (not self.has_state or (space, *tokens[:length]) in self.states)
         )
 
-    def longest(self, space, tokens, limit: int, start_after: int) -> int:
-        lengths = range(min(limit, len(tokens)), 0, -1)
+    def longest(self, space, tokens, limit: int, start_after: int, whole: Callable[[int], int]) -> int:
+        lengths = [n for n in range(min(limit, len(tokens)), 0, -1) if whole(n) == n]
         return next((n for n in lengths if self.restorable(space, tokens, n, start_after)), 0)
+
+
+def random_blocks(rng: random.Random, num_tokens: int) -> Prompt:
+    """Where a prefix may not end: anywhere, or nowhere."""
+    cuts = sorted(rng.sample(range(num_tokens + 1), min(rng.choice([0, 2, 6]), num_tokens + 1) // 2 * 2))
+    return Prompt((0,) * num_tokens, blocks=tuple(zip(cuts[::2], cuts[1::2], strict=True)))
 
 
 KINDS = {
@@ -138,8 +152,9 @@ def test_what_is_found_is_what_a_dict_of_all_prefixes_says(kind, seed):
     for _ in range(200):
         tokens, space = random_tokens(rng, earlier), rng.choice(spaces)
         limit = rng.randint(0, len(tokens) + 1)
-        wanted = oracle.longest(space, tokens, limit, start_after)
-        assert found(tree, tokens, limit, space=space, start_after=start_after) == wanted
+        whole = random_blocks(rng, len(tokens)).whole
+        wanted = oracle.longest(space, tokens, limit, start_after, whole)
+        assert found(tree, tokens, limit, space=space, start_after=start_after, whole=whole) == wanted
         hits += wanted > 0
         known = tree.known(space, tokens, start_after)
         if rng.random() < 0.7:

@@ -9,15 +9,17 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 
 from serve.cache.capacity import Bucket, LayerShape, Place, RowCost
+from serve.cache.features import FeatureKey
 from serve.cache.precision import PLAIN, KvPrecision
 from serve.engine.placement import least_bytes
 from serve.engine.plan import Capture, Chunk, Drawn, Plan, SequenceState
 from serve.engine.request import Request, Sampling
 from serve.engine.scheduler import Budget, NoPrefixes, Scheduler
-from serve.model.prompt import Prompt
+from serve.model.prompt import Media, Prompt
 
 
 def row_cost(position_bytes: int = 1, state_bytes: int = 0) -> RowCost:
@@ -42,6 +44,26 @@ def budget(**changes) -> Budget:
 def sequence(name: str, num_prompt_tokens: int = 8, max_tokens: int = 8, *, group: str = "") -> SequenceState:
     prompt = Prompt(tuple(range(num_prompt_tokens)))
     return SequenceState(Request(name, prompt, Sampling(max_tokens=max_tokens), group=group))
+
+
+def media(key: str, start: int, length: int, num_patches: int) -> Media:
+    return Media("image", key, np.arange(start, start + length), {"pixels": np.zeros(1)}, num_patches)
+
+
+def pictured(first: int, length: int, *, block_kind: str | None = None) -> Prompt:
+    """Tokens from `first` on, with pictures that follow from `first`, as far as they have room."""
+    rng, pieces, start = random.Random(first), [], 0
+    while True:
+        start += rng.choice([0, 3, 20])
+        size = rng.choice([1, 4, 25, 40])
+        if start + size > length:
+            break
+        pieces.append(media(f"{first}-{rng.randrange(6)}", start, size, size * 4))
+        start += size
+    blocks = {"picture": [(one.start, one.stop) for one in pieces], "prompt": [(0, length)]}
+    return Prompt(
+        tuple(range(first, first + length)), tuple(pieces), blocks=tuple(blocks.get(block_kind, ()))
+    )
 
 
 def run(scheduler: Scheduler) -> Plan:
@@ -85,20 +107,71 @@ class Tree:
     num_pinned: int = 0
 
     def find(self, sequence: SequenceState) -> Prefix | None:
-        tokens = tuple(sequence.tokens(0, sequence.num_tokens))
-        longest = max((_common(tokens[:-1], one) for one in self.held), default=0)
+        keys = tuple(sequence.keys(sequence.num_tokens))
+        longest = max((_common(keys[:-1], one) for one in self.held), default=0)
+        longest = sequence.request.prompt.whole(longest)
         if longest == 0:
             return None
         self.num_pinned += 1
-        return Prefix([tokens[:longest]], longest)
+        return Prefix([tuple(sequence.tokens(0, longest))], longest)
 
     def release(self, prefix: Prefix) -> None:
         self.num_pinned -= 1
 
     def num_known(self, sequence: SequenceState, stop: int) -> int:
-        tokens = tuple(sequence.tokens(0, stop))
-        assert len(tokens) == stop, "a token that is not known yet"
-        return max((_common(tokens, one) for one in self.held), default=0)
+        keys = tuple(sequence.keys(stop))
+        assert len(keys) == stop, "a token that is not known yet"
+        return max((_common(keys, one) for one in self.held), default=0)
+
+
+class Towers:
+    """What was encoded: at hand until it is forgotten, which happens to whatever nobody holds."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.at_hand: set[FeatureKey] = set()
+        self.holders: dict[FeatureKey, set[SequenceState]] = {}
+        self.num_encoded = self.num_again = 0
+        self._ever: set[FeatureKey] = set()
+
+    def hold(self, sequence: SequenceState, number: int) -> bool:
+        key = sequence.feature_key(number)
+        if key not in self.at_hand:
+            return False
+        self.holders.setdefault(key, set()).add(sequence)
+        sequence.held.add(number)
+        return True
+
+    def relax(self, sequence: SequenceState) -> None:
+        for number in sequence.held:
+            self.holders[sequence.feature_key(number)].discard(sequence)
+        sequence.held.clear()
+
+    def encode(self, plan: Plan, max_patches: int) -> None:
+        costs = [encode.media.num_patches for encode in plan.encodes]
+        assert len(costs) <= 1 or sum(costs) <= max_patches, "more than a step's patches"
+        keys = [encode.sequence.feature_key(encode.number) for encode in plan.encodes]
+        assert len(set(keys)) == len(keys), "encoded twice"
+        assert not self.at_hand.intersection(keys), "encoded though it is at hand"
+        self.num_encoded += len(keys)
+        self.num_again += len(self._ever.intersection(keys))
+        self._ever.update(keys)
+        self.at_hand.update(keys)
+        for encode in plan.encodes:
+            assert self.hold(encode.sequence, encode.number)
+
+    def see(self, chunk: Chunk, encoded_now: set[FeatureKey]) -> None:
+        """The chunk's placeholders are filled."""
+        for number, media in enumerate(chunk.sequence.request.prompt.media):
+            if media.first_in(chunk.start, chunk.stop) is not None:
+                key = chunk.sequence.feature_key(number)
+                assert number in chunk.sequence.held, "a picture's tokens run without its features"
+                assert key in self.at_hand
+                assert key not in encoded_now, "features are used in the step that encodes them"
+
+    def forget(self) -> None:
+        free = [key for key in self.at_hand if not self.holders.get(key)]
+        self.at_hand.difference_update(key for key in free if self.rng.random() < 0.2)
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
@@ -117,7 +190,8 @@ class Machine:
 
     def __init__(self, bounds: Budget, *, ahead: bool = False, has_prefixes: bool = False) -> None:
         self.tree = Tree() if has_prefixes else None
-        self.scheduler = Scheduler(bounds, self.tree or NoPrefixes())
+        self.towers = Towers(random.Random(0))
+        self.scheduler = Scheduler(bounds, self.tree or NoPrefixes(), self.towers)
         self.ahead = ahead
         self.rows: dict[Place, list[int]] = {}
         self.states: dict[int, list[int]] = {}
@@ -147,6 +221,8 @@ class Machine:
     def cancel(self, sequences: list[SequenceState]) -> None:
         self.alive = [one for one in self.alive if one not in sequences]
         self.scheduler.remove(sequences)
+        for sequence in sequences:
+            self.towers.relax(sequence)
         self.scheduler.check_integrity()
 
     def step(self) -> None:
@@ -177,6 +253,14 @@ class Machine:
             self.rows[sequence.place] = list(prefix.segments[0])
             self.states[sequence.state_row] = list(prefix.segments[0])
             self.tree.release(prefix)
+        self.towers.encode(plan, self.scheduler.budget.encode_patches)
+        encoded_now = {encode.sequence.feature_key(encode.number) for encode in plan.encodes}
+        for chunk in plan.chunks:
+            prompt = chunk.sequence.request.prompt
+            assert prompt.whole(chunk.start) == chunk.start, "a chunk begins inside a block"
+            assert prompt.whole(chunk.stop) == chunk.stop, "a chunk ends inside a block"
+            self.towers.see(chunk, encoded_now)
+        self.towers.forget()
         drawn = {chunk.sequence: self.run(chunk) for chunk in plan.chunks}
         for capture in plan.captures:
             self.capture(capture)
@@ -206,7 +290,9 @@ class Machine:
         row += tokens
         assert len(row) <= place.bucket.num_positions, "a row is longer than its bucket"
         assert len(row) < sequence.max_total_tokens, "the last token is never written"
-        assert place.bucket.precision == sequence.precision.at(len(row)), "a row is in another precision"
+        after = sequence.request.prompt.whole(sequence.precision.start_after)
+        stored = PLAIN if len(row) <= after else sequence.final_precision
+        assert place.bucket.precision == stored, "a row is in another precision"
         if self.scheduler.budget.is_recurrent:
             self.states[sequence.state_row] = [*self.states[sequence.state_row], *tokens]
             assert self.states[sequence.state_row] == row, "a state is another row's"
@@ -216,7 +302,7 @@ class Machine:
         held = self.rows[capture.place]
         assert len(held) == capture.stop
         assert held == capture.sequence.tokens(0, capture.stop)
-        self.tree.held.add(tuple(held))
+        self.tree.held.add(tuple(capture.sequence.keys(capture.stop)))
 
     def check(self, plan: Plan) -> None:
         cost = self.scheduler.budget.row_cost
@@ -325,6 +411,87 @@ def test_whatever_comes_and_goes_every_answer_is_what_its_own_tokens_lead_to(mac
         assert answer == run.alone(request)
     assert run.scheduler.num_preempted > 0 or bounds.max_bytes > 8 * 256
     assert bool(run.num_restored) == (seed % 2 == 1)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "mixed", "recurrent", "picture", "prompt"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_pictures_tokens_run_after_a_step_that_encoded_it_and_blocks_are_never_cut(
+    machine, kind, ahead, seed
+):
+    """Chunks, prefixes and preemption as ever; what a step encodes stays within its budget."""
+    rng = random.Random(seed)
+    bounds = budget(
+        max_rows=7,
+        max_bytes=rng.choice([6, 8, 40]) * 256,
+        row_cost=row_cost(state_bytes=50 if kind == "recurrent" else 0),
+        encode_patches=rng.choice([1, 100, 200]),
+    )
+    run = machine(bounds, ahead=ahead, has_prefixes=seed % 2 == 1)
+    late = [PLAIN, KvPrecision("affine", 4, 4, start_after=40), KvPrecision("affine", 8, 8, start_after=300)]
+    for step in range(600):
+        if (rng.random() < 0.3 or not run.has_work) and step % 100 < 50:
+            longest, answer = rng.choice([(10, 30), (90, 400), (300, 200)])
+            first = rng.choice([0, 0, 1000 * step])
+            run.add(
+                Request(
+                    f"s{step}",
+                    pictured(first, rng.randint(1, longest), block_kind=kind),
+                    Sampling(max_tokens=rng.randint(1, answer)),
+                    group=rng.choice("abc"),
+                    precision=rng.choice([PLAIN] if kind in ("plain", "recurrent") else late),
+                )
+            )
+        run.step()
+        run.cancel([one for one in run.alive if rng.random() < 0.01])
+    while run.has_work:
+        run.step()
+    assert len(run.answers) > 30
+    for request, answer in run.answers:
+        assert answer == run.alone(request)
+    assert run.towers.num_encoded > 10
+    assert run.towers.num_again > 0 or seed % 2 == 1, "nothing was ever forgotten"
+    assert run.scheduler.num_preempted > 0 or bounds.max_bytes > 8 * 256
+    if kind != "prompt":
+        assert bool(run.num_restored) == (seed % 2 == 1)
+
+
+def test_a_large_picture_holds_up_nobody_but_its_own_row():
+    scheduler = Scheduler(
+        budget(max_bytes=100 * 512, max_rows=9, encode_patches=100), features=Towers(random.Random(0))
+    )
+    scheduler.add(sequence("streaming", max_tokens=50))
+    run(scheduler)
+    large = [media(f"large-{number}", 40 * number, 30, 5000) for number in range(4)]
+    small = [media(f"small-{number}", 4 * number, 3, 40) for number in range(4)]
+    for name, pieces in (("seeing", large), ("small", small)):
+        prompt = Prompt(tuple(range(200)), tuple(pieces))
+        scheduler.add(SequenceState(Request(name, prompt, Sampling(max_tokens=2))))
+    scheduler.add(sequence("words", 20, max_tokens=3))
+    encodes, ran = [], []
+    while scheduler.prefilling or scheduler.waiting:
+        plan = scheduler.schedule()
+        scheduler._features.encode(plan, 100)
+        encodes.append([encode.media.key for encode in plan.encodes])
+        ran.append(names(chunk.sequence for chunk in plan.chunks))
+        scheduler.commit(plan, [Drawn(chunk.sequence, (7,)) for chunk in plan.chunks if chunk.draws])
+    assert all("streaming" in each for each in ran), "a stream waits for a picture"
+    assert ran[0] == ["streaming", "words"], "words wait for others' pictures"
+    assert {len(each) for each in encodes if any(key.startswith("large") for key in each)} == {1}
+    assert ["small-0", "small-1"] in encodes, "small ones share a step"
+
+
+def test_a_block_longer_than_a_chunk_is_computed_in_one():
+    scheduler = Scheduler(budget(max_bytes=100 * 512), features=Towers(random.Random(0)))
+    prompt = Prompt(tuple(range(100)), (media("a", 20, 50, 200),), blocks=((20, 70),))
+    scheduler.add(SequenceState(Request("a", prompt, Sampling(max_tokens=2))))
+    chunks = []
+    while scheduler.waiting or scheduler.prefilling:
+        plan = scheduler.schedule()
+        scheduler._features.encode(plan, 1024)
+        chunks += [(chunk.start, chunk.stop) for chunk in plan.chunks]
+        scheduler.commit(plan, [Drawn(chunk.sequence, (7,)) for chunk in plan.chunks if chunk.draws])
+    assert chunks == [(0, 20), (20, 70), (70, 100)]
 
 
 def test_a_prefix_whose_precision_takes_more_room_than_there_is_waits(machine):

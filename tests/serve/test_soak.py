@@ -204,7 +204,7 @@ def held_after_all(worker: Worker) -> Held:
     until_idle(worker)
     for name in engine.registry.names():
         engine.registry.unload(name)
-    worker.call(engine.forget_prefixes)
+    worker.call(engine.forget)
     worker.call(mx.clear_cache)
     gc.collect()
     return Held(mx.get_active_memory(), psutil.Process().memory_info().rss)

@@ -2,171 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from vlm_families import VLM_FAMILIES, Reference, Row, message, picture
+from vision_rows import Batch, always, away, messages_for, prompt_of
+from vlm_families import VLM_FAMILIES, Reference, picture
 
-from serve.cache.capacity import Bucket
-from serve.cache.families import make_rows
-from serve.cache.precision import PLAIN
-from serve.cache.rows import BatchRows
-from serve.cache.spans import Span, SpanPart
-from serve.model.loading import LoadedModel, load
-from serve.model.prompt import Media, Prompt
-from serve.model.vision import Placed, Vision
+from serve.errors import ModelError
+from serve.model.loading import LoadedModel
+from serve.model.prompt import Media, Rope
+from serve.model.vision import Vision
 
 ANSWER_TOKENS = 8
-BUCKET = Bucket(PLAIN, 256)
+M_ROPE = tuple(family for family in VLM_FAMILIES if family.startswith("qwen"))
 
 
-def media_of(reference: Reference, vision: Vision, pictures: Sequence, row: Row) -> tuple[Media, ...]:
-    """Each picture processed alone, at the placeholders that are its own among the row's."""
-    token = vision.image_token_id
-    at = np.flatnonzero(np.array(row.token_ids) == token).astype(np.int32)
-    media = []
-    for shown in pictures:
-        alone = reference.row([message(shown)])
-        count = sum(1 for each in alone.token_ids if each == token)
-        inputs = {
-            name: np.stack([np.array(each) for each in value]) if isinstance(value, list) else np.array(value)
-            for name, value in alone.inputs.items()
-        }
-        key = hashlib.sha256(shown.tobytes() + repr(shown.size).encode()).hexdigest()
-        media.append(Media("image", key, at[:count], inputs, num_patches=4 * count))
-        at = at[count:]
-    assert not len(at), "placeholders of nobody"
-    return tuple(media)
-
-
-def prompt_of(reference: Reference, vision: Vision, *parts: object) -> tuple[Row, Prompt]:
-    """A chat message as mlx-vlm's processor has it, and the same as a prompt of pieces."""
-    shown = [part for part in parts if not isinstance(part, str)]
-    if (
-        vision.block_kind == "prompt"
-    ):  # mlx-vlm's paligemma puts a picture's features at the start, wherever it is
-        text = "".join(part if isinstance(part, str) else "<image>" for part in parts)
-        row = reference.row_of_text(text, images=shown) if shown else reference.row_of_text(text)
-    else:
-        row = reference.row([message(*parts)])
-    media = media_of(reference, vision, shown, row)
-    prompt = Prompt(
-        row.token_ids, media, vision.rope_index(row.token_ids, media), vision.blocks(row.token_ids, media)
-    )
-    return row, prompt
-
-
-class Batch:
-    """Prompts side by side in rows, run in any chunks, and then token by token."""
-
-    def __init__(self, model: LoadedModel, prompts: Sequence[Prompt]) -> None:
-        assert model.vision is not None
-        self.model, self.vision, self.prompts = model, model.vision, prompts
-        self.features = [[self.vision.encode(media) for media in prompt.media] for prompt in prompts]
-        self.rows: BatchRows = make_rows(model.network, prefill_chunk_tokens=64)
-        self.rows.prove()
-        self.rows.resize({BUCKET: len(prompts)})
-
-    def forward(self, chunks: Sequence[tuple[int, int, int]], tokens: Sequence[Sequence[int]]) -> mx.array:
-        """(row, start, stop) in any order, and the tokens of each → logits [B, T, V], behind a row's end garbage."""
-        width = max(stop - start for _, start, stop in chunks)
-        padded = np.zeros((len(chunks), width), dtype=np.int32)
-        positions = np.zeros((3, len(chunks), width), dtype=np.int32)
-        placed, blocks = [], []
-        for index, ((row, start, stop), own) in enumerate(zip(chunks, tokens, strict=True)):
-            prompt = self.prompts[row]
-            padded[index, : stop - start] = own
-            positions[:, index, : stop - start] = self._positions(prompt, start, stop)
-            blocks.append([(a, b) for a, b in prompt.blocks if a < stop and start < b])
-            for media, features in zip(prompt.media, self.features[row], strict=True):
-                inside = np.flatnonzero((start <= media.positions) & (media.positions < stop))
-                if len(inside):
-                    part = features.part(int(inside[0]), int(inside[-1]) + 1)
-                    placed.append(Placed(index, media.positions[inside] - start, part))
-        span = Span(
-            [SpanPart(BUCKET, [row], [start], [start == 0]) for row, start, _ in chunks],
-            width,
-            [row for row, _, _ in chunks],
-            len(self.prompts),
-            blocks,
-        )
-        self.rows.set_span(span)
-        embeddings, extras = self.vision.inputs(mx.array(padded), placed)
-        if self.vision.positions:
-            extras["position_ids"] = mx.array(positions)
-        hidden = self.model.network.hidden(mx.array(padded), self.rows.caches, embeddings, extras)
-        logits = self.model.network.logits(hidden)
-        mx.eval(logits, self.rows.arrays())
-        return logits
-
-    @staticmethod
-    def _positions(prompt: Prompt, start: int, stop: int) -> np.ndarray:
-        own = np.arange(start, stop)
-        if prompt.rope is None:
-            return own
-        return (
-            prompt.rope.positions[:, start:stop] if stop <= len(prompt.token_ids) else own + prompt.rope.delta
-        )
-
-    def prefill(self, rng: random.Random, *, is_recurrent: bool) -> mx.array:
-        """[rows, V] behind each prompt. Chunks of random lengths in a random order, never inside a block."""
-        ends = [_cuts(prompt, rng) for prompt in self.prompts]
-        last: dict[int, mx.array] = {}
-        while any(len(cuts) > 1 for cuts in ends):
-            waiting = [row for row, cuts in enumerate(ends) if len(cuts) > 1]
-            rng.shuffle(waiting)
-            chosen = waiting[:1] if is_recurrent else waiting[: rng.randint(1, len(waiting))]
-            chunks = [(row, ends[row][0], ends[row][1]) for row in chosen]
-            logits = self.forward(chunks, [self.prompts[row].token_ids[a:b] for row, a, b in chunks])
-            for index, (row, start, stop) in enumerate(chunks):
-                last[row] = logits[index, stop - start - 1]
-                ends[row].pop(0)
-        return mx.stack([last[row] for row in range(len(self.prompts))])
-
-    def decode(self, answers: Sequence[Sequence[int]]) -> list[mx.array]:
-        """[rows, V] after each token, all rows together."""
-        found = []
-        for step in range(len(answers[0])):
-            starts = [len(prompt.token_ids) + step for prompt in self.prompts]
-            chunks = [(row, start, start + 1) for row, start in enumerate(starts)]
-            found.append(self.forward(chunks, [[answer[step]] for answer in answers])[:, 0])
-        return found
-
-
-def _cuts(prompt: Prompt, rng: random.Random) -> list[int]:
-    length = len(prompt.token_ids)
-    allowed = [at for at in range(1, length) if not any(a < at < b for a, b in prompt.blocks)]
-    return sorted({0, length, *rng.sample(allowed, min(len(allowed), rng.randint(1, 6)))})
-
-
-def messages_for(family: str) -> list[tuple]:
-    shown = [picture(seed) for seed in range(4)]
-    if family == "paligemma":  # one picture, at the start
-        return [("tell me a story",), (shown[0], "what is it?"), (shown[1], "and what is this one here?")]
-    return [
-        ("tell me a story",),
-        (shown[0], "what is it?"),
-        (shown[1], "then", shown[2], "and", shown[3], "which is the second?"),
-    ]
-
-
-@pytest.fixture
-def opened(vlm_folder: Callable[[str], Path]) -> Callable[[str], LoadedModel]:
-    """opened(family) → the lively model, freshly loaded."""
-    return lambda family: load(str(vlm_folder(family)), name=family)
-
-
-def away(found: mx.array, expected: mx.array) -> float:
-    """The largest difference of two rows of logits, as a share of the largest of them."""
-    return float((mx.abs(found - expected).max() / mx.abs(expected).max()).item())
-
-
-@pytest.mark.parametrize("family", [family for family in VLM_FAMILIES if family != "gemma3"])
+@pytest.mark.parametrize("family", always("qwen3_vl", "paligemma", without=("gemma3",)))
 def test_rows_with_media_in_one_batch_are_each_alone_in_mlx_vlm(
     family: str, opened: Callable[[str], LoadedModel], vlm_reference: Callable[..., Reference]
 ):
@@ -180,3 +35,119 @@ def test_rows_with_media_in_one_batch_are_each_alone_in_mlx_vlm(
     for row in range(len(pairs)):
         for step in range(ANSWER_TOKENS + 1):
             assert away(found[step][row], expected[row][step]) < 1e-4, f"{family}: row {row}, token {step}"
+
+
+@pytest.mark.parametrize("family", always("qwen2_vl", "qwen3_5", families=M_ROPE))
+def test_what_the_model_keeps_of_the_last_prompt_is_neither_read_nor_written(
+    family: str, opened: Callable[[str], LoadedModel], vlm_reference: Callable[..., Reference]
+):
+    """mlx-vlm keeps positions and delta on its modules, and gives them to the next batch of the same shape."""
+    model = opened(family)
+    network, vision = model.network, model.vision
+    assert vision is not None
+    language = network.text
+    tokens = mx.array([[9, 8, 7, 6, 5], [4, 3, 9, 2, 2]])
+    before = network.logits(network.hidden(tokens))
+    _, prompt = prompt_of(vlm_reference(family), vision, picture(0), "what?")
+    stale = mx.full((3, 2, 5), 40), mx.full((2, 1), 7)
+    language._position_ids, language._rope_deltas = stale
+    kept = language._position_ids, language._rope_deltas
+    assert away(network.logits(network.hidden(tokens)), before) == 0
+    vision.encode(prompt.media[0])
+    vision.rope_index(prompt.token_ids, prompt.media)
+    network.check()
+    assert (language._position_ids, language._rope_deltas) == kept, "the very same objects"
+
+
+@pytest.mark.parametrize("family", always("qwen2_vl", "gemma3", "smolvlm"))
+def test_embedded_tokens_lead_where_the_tokens_lead_and_stay_what_they_are(
+    family: str, opened: Callable[[str], LoadedModel]
+):
+    """gemma3 multiplies what it is given in place."""
+    model = opened(family)
+    assert model.vision is not None
+    tokens = mx.array([[9, 8, 7, 6, 5]])
+    embedded = model.vision.embed(tokens)
+    expected = np.array(embedded)
+    found = model.network.hidden(tokens, embeddings=embedded)
+    assert away(found, model.network.hidden(tokens)) < 1e-5
+    assert (np.array(embedded) == expected).all()
+
+
+def grid(kind: str, start: int, time: int, height: int, width: int) -> Media:
+    count = time * height * width // 4
+    positions = np.arange(start, start + count, dtype=np.int32)
+    name = f"{kind}_grid_thw"
+    return Media(kind, f"{kind}-{start}", positions, {name: np.array([[time, height, width]])}, 4 * count)  # type: ignore[arg-type]
+
+
+def random_prompt(
+    vision: Vision, config: dict, rng: random.Random, *, splits_clips: bool
+) -> tuple[list[int], list[Media], dict]:
+    """Texts, pictures and clips as the family's processor lays them out; clips in pieces of one temporal patch, and
+    the grids that the family itself is given."""
+    text = lambda: [rng.randint(20, 60) for _ in range(rng.randint(0, 4))]  # noqa: E731
+    tokens, media = text(), []
+    grids: dict[str, list[list[int]]] = {}
+    for _ in range(rng.randint(1, 4)):
+        kind = rng.choice(["image", "video"])
+        height, width = (2 * rng.randint(1, 4) for _ in range(2))
+        frames = 1 if kind == "image" else rng.randint(1, 4)
+        token = vision.token_ids[kind]
+        grids.setdefault(f"{kind}_grid_thw", []).append([frames, height, width])
+        start, end = [config["vision_start_token_id"]], [60]
+        tokens += start
+        for number in range(frames):
+            if number and splits_clips:
+                tokens += [*end, *text(), *start]
+            piece = grid(kind, len(tokens), 1, height, width)
+            media.append(piece)
+            tokens += [token] * len(piece.positions)
+        tokens += end + text()
+    return tokens, media, grids
+
+
+def ropes(model: LoadedModel, family: str) -> Iterator[tuple[Rope | None, Rope]]:
+    """What a thread that is not the engine's is told, and what the family's code says of the whole prompt."""
+    vision, rng = model.vision, random.Random(5)
+    assert vision is not None
+    for _ in range(12):
+        tokens, media, grids = random_prompt(
+            vision,
+            model.config.get("thinker_config", model.config),
+            rng,
+            splits_clips=family.startswith(("qwen3_vl", "qwen3_5")),
+        )
+        found: list[Rope | None] = []
+        thread = threading.Thread(target=lambda: found.append(vision.rope_index(tokens, media)))  # noqa: B023
+        thread.start()
+        thread.join()
+        positions, delta = model.network.text.get_rope_index(
+            mx.array([tokens]), **{name: mx.array(rows) for name, rows in grids.items()}
+        )
+        yield found[0], Rope(np.array(positions)[:, 0], int(delta.item()))
+
+
+@pytest.mark.parametrize("family", always("qwen2_vl", "qwen3_vl", families=M_ROPE))
+def test_pieces_of_clips_stand_where_the_family_puts_the_whole(
+    family: str, opened: Callable[[str], LoadedModel]
+):
+    deltas = set()
+    for found, expected in ropes(opened(family), family):
+        assert found is not None
+        np.testing.assert_array_equal(found.positions, expected.positions)
+        assert found.delta == expected.delta
+        deltas.add(found.delta)
+    assert len(deltas) > 5
+
+
+def test_features_that_are_not_as_many_as_their_placeholders_are_refused(
+    opened: Callable[[str], LoadedModel], vlm_reference: Callable[..., Reference]
+):
+    vision = opened("paligemma").vision
+    assert vision is not None
+    _, prompt = prompt_of(vlm_reference("paligemma"), vision, picture(0), "what?")
+    [media] = prompt.media
+    short = Media("image", media.key, media.positions[:-3], media.inputs, media.num_patches)
+    with pytest.raises((ModelError, ValueError)):
+        vision.encode(short)

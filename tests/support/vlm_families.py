@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -115,7 +116,7 @@ def _qwen_files(patch_size: int, kind: str) -> dict[str, Any]:
     factor = 2 * patch_size
     return {
         "preprocessor_config.json": {
-            "image_processor_type": f"{kind}ImageProcessor",
+            "image_processor_type": "Qwen2VLImageProcessor",
             "processor_class": f"{kind}Processor",
             "patch_size": patch_size,
             "temporal_patch_size": 2,
@@ -743,8 +744,12 @@ class Reference:
     def row(self, messages: Sequence[Mapping[str, Any]]) -> Row:
         """A chat whose media parts carry what they show: {"type": "image", "image": PIL picture}, {"type": "video",
         "video": [T, 3, H, W] uint8}; by the checkpoint's template and the family's processor."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
+        if self.model.config.model_type == "paligemma":
+            # mlx-vlm puts a picture's features at the prompt's beginning, wherever its placeholders are.
+            text = "".join(part["text"] if part["type"] == "text" else "<image>" for part in parts)
+        else:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         media = {
             name: found
             for name, kind in (("images", "image"), ("videos", "video"), ("audio", "audio"))
@@ -796,8 +801,33 @@ class Reference:
         ).to_dict()
         extras = {name: value for name, value in features.items() if value is not None}
         cache = make_prompt_cache(language)
-        out = language(ids, inputs_embeds=extras.pop("inputs_embeds"), cache=cache, **extras)
+        with self._seeing_blocks(row, cache):
+            out = language(ids, inputs_embeds=extras.pop("inputs_embeds"), cache=cache, **extras)
         return cache, out.logits[0, -1]
+
+    @contextmanager
+    def _seeing_blocks(self, row: Row, cache: list[Any]) -> Iterator[None]:
+        """gemma3's pictures see themselves both ways, as in Hugging Face's code; mlx-vlm's leaves that out, so here
+        its layers get such masks from their caches."""
+        if self.model.config.model_type != "gemma3":
+            yield
+            return
+        is_picture = np.array(row.token_ids) == self.model.config.image_token_index
+        number = np.cumsum(np.diff(is_picture.astype(int), prepend=0) == 1)  # of the picture, from 1 on
+        queries, keys = np.indices((len(number),) * 2)
+        both = is_picture[queries] & is_picture[keys] & (number[queries] == number[keys])
+        seen = (keys <= queries) | both
+
+        def mask(*_: object, window_size: int | None = None, **__: object) -> mx.array:
+            return mx.array(seen if window_size is None else seen & (keys > queries - window_size))
+
+        for layer in cache:
+            layer.make_mask = mask
+        try:
+            yield
+        finally:
+            for layer in cache:
+                del layer.make_mask
 
 
 def write_random_lora(

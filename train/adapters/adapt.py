@@ -26,7 +26,7 @@ from train.adapters import towers
 from train.adapters.buffers import freeze_buffers
 from train.adapters.keys import HEADS, Layout, choose, last_layers, layout_of
 from train.adapters.pissa import DEFAULT, is_pissa, start_on_principal
-from train.adapters.towers import VisionTraining, part_of, tower_blocks, vision_linears
+from train.adapters.towers import FROZEN, VisionTraining, part_of, tower_blocks, vision_linears
 
 FineTuneType = Literal["lora", "dora", "full"]
 
@@ -66,7 +66,7 @@ class AdapterSettings:
     fine_tune_type: Literal["lora", "dora"] = "lora"
     init: str = DEFAULT
     """default: A random, B zero; pissa, pissa_niter_N: the weight's principal part."""
-    vision: VisionTraining = VisionTraining()
+    vision: VisionTraining = FROZEN
     """What of towers and projectors trains, and how."""
 
 
@@ -201,7 +201,7 @@ def train_all(
     *,
     num_layers: int = -1,
     is_sketch: bool = False,
-    vision: VisionTraining = VisionTraining(),
+    vision: VisionTraining = FROZEN,
 ) -> Adapted:
     """Make the weights themselves train: all of the language part's (-1), or those of its last `num_layers` blocks;
     and what `vision` says of towers and projectors.

@@ -42,6 +42,9 @@ class VisionTraining:
         return frozenset(part for part, said in found.items() if said == how)
 
 
+FROZEN = VisionTraining()
+
+
 def part_of(path: str, text_path: str) -> Part | None:
     """What a module is, by its path in the whole model; None: of the language part, or no part of seeing."""
     names = path.split(".")

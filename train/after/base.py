@@ -46,13 +46,19 @@ def _fingerprint(folder: Path, config: AdapterConfig) -> str:
     return fingerprint(folder, Quantization(**how) if how else None)
 
 
-def check_text_only(base: str) -> None:
-    """ConfigError if the base can look at more than text: what is loaded and written here is its text part."""
+def check_nothing_is_lost(base: str, *, has_towers: bool) -> None:
+    """ConfigError if the base's folder can look at more than text and its model, as it is loaded, cannot.
+
+    has_towers  the model comes with its towers
+    """
+    if has_towers:
+        return
     path = resolve(base)
     names = [name for file in sorted(path.glob("*.safetensors")) for name in read_specs(file)]
     others = [name for name in names if TOWER.search(name)]
     if others:
         raise ConfigError(
-            f"{base} has {len(others)} tensors beside its text part, {others[0]} first, which an export would lose; "
-            f"serve the adapter on its base instead, or name a base of text alone with --base"
+            f"{base} has {len(others)} tensors beside its text part, {others[0]} first, that its model here does not "
+            f"take, so an export would lose them; serve the adapter on its base instead, or name a base of text "
+            f"alone with --base"
         )

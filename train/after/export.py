@@ -6,62 +6,37 @@ asked. The folder is then read back from disk and compared with base + adapter, 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_unflatten
-from mlx_lm import utils as mlx_lm_utils
+from mlx.utils import tree_flatten, tree_unflatten
 from rich.console import Console
 
-from serve.adapters.manifest import AdapterConfig, check_whole, read_config, read_tensors
+from serve.adapters.manifest import AdapterConfig, read_config, read_tensors
 from serve.errors import AdapterError, ConfigError, StorageError
-from serve.model.loading import DTYPES, LoadedModel, build_random, cast, load, resolve
+from serve.model.loading import LoadedModel, build_random, load, resolve
 from serve.model.loading import read_config as read_model_config
 from serve.model.network import Network
 from serve.model.quantization import Quantization
+from serve.model.towers import has_towers
 from serve.model.weights import dequantize as dequantize_all
 from serve.tables import Table, show, words
-from train.adapters.adapt import AdapterSettings, adapted_layers, add_lora, set_tensors, train_all
+from train.adapters.adapt import adapted_layers, set_tensors, train_all
+from train.adapters.place import place_adapter
 from train.after import place
-from train.after.base import check_text_only, find_base
+from train.after.base import check_nothing_is_lost, find_base
 from train.after.chat_files import chat_notes, write_chat_files
-from train.after.fidelity import Rows, compare, held_out
+from train.after.fidelity import Rows, compare, eyes_of, held_out
+from train.after.folder import WEIGHTS_FILES, Written, write_model
+from train.after.folder import Form as Form
 from train.loop import checkpoint
 
 FIDELITY_FILE = "fidelity.json"
-WEIGHTS_FILES = "model*.safetensors"
-COPIED = ("*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "*.json")
-NOT_COPIED = ("config.json", "model.safetensors.index.json", FIDELITY_FILE)
-GROUP_SIZES = (32, 64, 128)
-Dtype = Literal["float16", "bfloat16", "float32"]
-
-
-@dataclass(frozen=True)
-class Form:
-    """How an export's weights are stored.
-
-    bits   quantize them (affine, in groups of `group_size`); None: full precision
-    dtype  of the weights that are not quantized; None: as the base stores them
-    """
-
-    bits: Literal[4, 8] | None = None
-    group_size: int = 64
-    dtype: Dtype | None = None
-
-    def check(self) -> None:
-        """ConfigError for a group size that MLX has no kernels for."""
-        if self.group_size not in GROUP_SIZES:
-            raise ConfigError(
-                f"group_size: found {self.group_size}; MLX quantizes in groups of 32, 64 or 128"
-            )
 
 
 @dataclass(frozen=True)
@@ -88,16 +63,12 @@ class ExportReport:
     """Where the rows are from, in words."""
     num_rows_found: int
     """Rows there; more than `num_rows` where only some were compared on."""
+    num_rows_showing: int = 0
+    """Of the rows compared on, those with pictures, clips or sounds."""
     unpacked: tuple[str, ...] = ()
-    """Layers that could not be quantized in such groups, and are stored as they are."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """What was stored: the dtype of unquantized weights, and the layers that could not be quantized as asked."""
-
-    dtype: str
-    unpacked: tuple[str, ...] = ()
+    """What could not be quantized as asked, and is stored as it is."""
+    towers: Literal["plain", "quantized"] | None = None
+    """How towers and projectors are stored; None: it is a text model."""
 
 
 def export(
@@ -124,15 +95,18 @@ def export(
         _check_out(out, force)
         config = read_config(adapter)
         name = find_base(adapter, config, base)
-        check_text_only(name)
+        check_nothing_is_lost(name, has_towers=has_towers(read_model_config(resolve(name))))
         reference = load_adapted(adapter, config, name, is_other_base_fine=force)
+        check_nothing_is_lost(name, has_towers=reference.network.has_towers)
+        form.check_fits(reference.network, name)
         found = held_out(adapter, rows or Rows(), reference, config.lineage)
         for line in (f"fusing {adapter} into {name}", f"comparing on {found.line}", *found.notes):
             console.print(line, highlight=False, soft_wrap=True)
         try:
             written = write_fused(partial, adapter, config, name, form)
             exported = load(str(partial))
-            agreement = compare(reference.network, exported.network, found.batches)
+            eyes = eyes_of(reference), eyes_of(exported)
+            agreement = compare(reference.network, exported.network, found.batches, eyes)
             report = ExportReport(
                 out=str(out),
                 adapter=str(adapter),
@@ -141,8 +115,10 @@ def export(
                 group_size=form.group_size if form.bits else None,
                 dtype=written.dtype,
                 unpacked=written.unpacked,
+                towers=written.towers,
                 rows_from=found.source,
                 num_rows_found=found.num_found,
+                num_rows_showing=found.num_showing,
                 num_bytes=sum(file.stat().st_size for file in partial.glob(WEIGHTS_FILES)),
                 seconds=time.perf_counter() - start_s,
                 **agreement,
@@ -185,15 +161,7 @@ def load_adapted(
         return _load_full(tensors, config, base, adapter, is_other_base_fine)
     model = load(base, dequantize=dequantize, quantize=_packing_of(config, base))
     _check_base(model, config, base, is_other_base_fine)
-    settings = AdapterSettings(
-        rank=config.rank,
-        scale=config.scale,
-        keys=config.keys or None,
-        num_layers=config.num_layers,
-        fine_tune_type=config.fine_tune_type,
-    )
-    add_lora(model.network, settings)
-    set_tensors(model.network, tensors, str(adapter))
+    place_adapter(model.network, tensors, config, str(adapter))
     model.network.module.eval()
     return model
 
@@ -211,9 +179,34 @@ def _load_full(
     has_weights = any(path.glob("*.safetensors"))
     model = load(base) if has_weights else build_random(path, 0, name=base)
     _check_base(model, config, base, is_other_base_fine)
+    own = _in_language_part(tensors, model.network)
+    if not has_weights:
+        _check_has_towers(own, model.network, adapter)
     train_all(model.network, num_layers=config.num_layers)
-    set_tensors(model.network, tensors, str(adapter), with_frozen=True)
+    set_tensors(model.network, own, str(adapter), with_frozen=True)
     return model
+
+
+def _in_language_part(tensors: dict[str, mx.array], network: Network) -> dict[str, mx.array]:
+    """By the model's own names: what mlx-lm trained of its text part is named as if that were the whole."""
+    there = dict(tree_flatten(network.module.parameters()))
+    inside = f"{network.text_path}." if network.has_towers else ""
+    return {
+        f"{inside}{name}" if name not in there and f"{inside}{name}" in there else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _check_has_towers(tensors: dict[str, mx.array], network: Network, adapter: Path) -> None:
+    """AdapterError where neither the base nor the fine-tune has weights for what the model sees with."""
+    named = [name for name, _ in tree_flatten(network.module.parameters())]
+    outside = [name for name in named if not name.startswith(f"{network.text_path}.")]
+    missing = [name for name in outside if name not in tensors] if network.has_towers else []
+    if missing:
+        raise AdapterError(
+            f"{adapter}: the base has no weights, and of its towers the fine-tune has not all: {missing[0]} and "
+            f"{len(missing) - 1} more are random; train them too (train_vision), or name a base that has them"
+        )
 
 
 def _check_base(model: LoadedModel, config: AdapterConfig, base: str, is_other_base_fine: bool) -> None:
@@ -233,77 +226,14 @@ def fuse(network: Network) -> None:
     dequantize_all(network.module)
 
 
-def write_fused(
-    folder: Path,
-    adapter: Path,
-    config: AdapterConfig,
-    base: str,
-    form: Form,
-) -> Written:
+def write_fused(folder: Path, adapter: Path, config: AdapterConfig, base: str, form: Form) -> Written:
     """Write the fused model as a Hugging Face folder, into one that is there and empty."""
     model = load_adapted(adapter, config, base, dequantize=True, is_other_base_fine=True)
     fuse(model.network)
-    module = model.network.module
-    stored = form.dtype or _stored_dtype(model.path)
-    cast(module, DTYPES[stored])
-    saved = {key: value for key, value in model.config.items() if not key.startswith("quantization")}
-    saved["torch_dtype"] = stored
-    if "dtype" in saved:
-        saved["dtype"] = stored
-    unpacked: tuple[str, ...] = ()
-    if form.bits is not None:
-        unpacked = _unpackable(module, form.group_size)
-        with contextlib.redirect_stdout(None):  # mlx-lm prints the bits per weight
-            module, saved = mlx_lm_utils.quantize_model(module, saved, form.group_size, form.bits)
-    _copy_beside(model.path, folder)
+    written = write_model(folder, model, form)
     if config.lineage is not None:
         write_chat_files(folder, config.lineage, model)
-    try:
-        mlx_lm_utils.save_model(folder, module)
-    except RuntimeError as error:
-        raise StorageError(f"{folder}: {error}") from error
-    mlx_lm_utils.save_config(saved, folder / "config.json")
-    for file in folder.glob(WEIGHTS_FILES):
-        check_whole(file)
-        checkpoint.sync(file)
-    return Written(stored, unpacked)
-
-
-def _stored_dtype(path: Path) -> Dtype:
-    """What most of the base's floating weights are stored as; float32 where there are none."""
-    sizes = dict.fromkeys(DTYPES, 0)
-    for file in path.glob("*.safetensors"):
-        for tensor in _lazily(file).values():
-            name = str(tensor.dtype).removeprefix("mlx.core.")
-            if name in sizes:
-                sizes[name] += tensor.size
-    best: Any = max(sizes, key=lambda name: sizes[name])
-    return best if sizes[best] else "float32"
-
-
-def _lazily(file: Path) -> dict[str, mx.array]:
-    tensors = mx.load(str(file))
-    assert isinstance(tensors, dict), "a safetensors file is a dict of tensors"
-    return tensors
-
-
-def _unpackable(module: nn.Module, group_size: int) -> tuple[str, ...]:
-    """Layers whose inputs are no whole number of groups: mlx-lm leaves them. ConfigError where all are so."""
-    layers = {path: m.weight.shape[-1] for path, m in module.named_modules() if hasattr(m, "to_quantized")}
-    odd = tuple(sorted(path for path, num_inputs in layers.items() if num_inputs % group_size))
-    if odd and len(odd) == len(layers):
-        raise ConfigError(
-            f"group_size: {group_size} divides no layer's inputs: {odd[0]} has {layers[odd[0]]} ({len(odd)} layers)"
-        )
-    return odd
-
-
-def _copy_beside(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template, generation settings and model code, as the base has them."""
-    for pattern in COPIED:
-        for file in sorted(source.glob(pattern)):
-            if file.name not in NOT_COPIED:
-                shutil.copyfile(file, folder / file.name)
+    return written
 
 
 def _check_out(out: Path, force: bool) -> None:
@@ -325,10 +255,14 @@ def _table(report: ExportReport) -> Table:
     table = Table("what", words("measured"), title=f"{report.out}", has_headings=False)
     form = f"{report.bits} bit, groups of {report.group_size}" if report.bits else report.dtype
     table.add("weights", f"{form}, {report.num_bytes / 1e6:,.1f} MB")
+    if report.towers is not None:
+        how = "quantized" if report.towers == "quantized" else report.dtype
+        table.add("towers and projectors", how)
     if report.unpacked:
         table.add("not quantized", f"{len(report.unpacked)} layers: {', '.join(report.unpacked)}")
     table.add("top-1 agreement", f"{report.top1_agreement:.2%} of {report.num_tokens:,} target tokens")
     table.add("KL(base + adapter ‖ export)", f"mean {report.kl_mean:.2e}, max {report.kl_max:.2e} nats")
     some = f" of {report.num_rows_found:,}" if report.num_rows < report.num_rows_found else ""
-    table.add("rows", f"{report.num_rows:,}{some}, {report.rows_from}")
+    showing = f", {report.num_rows_showing:,} of them with media" if report.towers is not None else ""
+    table.add("rows", f"{report.num_rows:,}{some}, {report.rows_from}{showing}")
     return table

@@ -6,25 +6,33 @@ are never held. Threads decode ahead.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from serve.errors import DataError, RequestError
+from serve.media.content import Content, Sound
 from serve.media.parts import MediaPart
-from serve.media.content import Content
-from serve.media.processor import MediaProcessor, Processed, Tower
+from serve.media.processor import MediaProcessor, Processed, Tower, load_processor
 from serve.media.settings import MediaLimits, MediaSettings
 from serve.media.sources import Sources
+from serve.model.loading import read_config, resolve, sketch_vision
 from serve.model.prompt import Media
-from train.data.example import Example
+from serve.model.towers import has_towers
+from train.data.coordinates import Coordinates
 from train.data.media import MediaRef
 from train.data.row_media import RowMedia
+from train.recipe.recipe import Recipe
+from train.recipe.vision import ImageConfig
 
 MAX_BYTES = 1 << 29
 """Of pixels that are kept."""
@@ -47,36 +55,80 @@ NO_LIMITS = MediaLimits(
 
 
 class MediaReader:
-    """What rows show, as the model takes it. Threads may share it.
+    """What rows show, as a model takes it. Threads may share it; the processor is loaded when it is first needed.
 
-    processor    of the model that trains, and `vision`, what its network is told of media
+    folder       of the model that trains
     settings     how pictures and clips are made ready
+    coordinates  how boxes and points follow; None: they do not
     max_bytes    of what was made and is kept; the longest unused goes first
     num_threads  that decode ahead
     """
 
     def __init__(
         self,
-        processor: MediaProcessor,
-        vision: Tower,
+        folder: Path,
         settings: MediaSettings = MediaSettings(),
+        coordinates: Coordinates | None = None,
         *,
         max_bytes: int = MAX_BYTES,
         num_threads: int = 2,
     ) -> None:
-        self.processor = processor
+        self.folder = folder
         self.settings = settings
+        self.coordinates = coordinates
         self.max_bytes = max_bytes
-        self.sees_prompts = vision.block_kind == "prompt"
-        """Whether the model sees a whole prompt both ways."""
-        ids = (vision.image_token_id, vision.video_token_id, vision.audio_token_id)
-        self._placeholder_ids = sorted({number for number in ids if number is not None})
         self._sources = Sources(NO_LIMITS, roots=(Path("/"),))
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="media")
         self._lock = Lock()
+        self._opening = Lock()
         self._made: OrderedDict[str, Future[Processed]] = OrderedDict()
         self._bytes: dict[str, int] = {}
         self._num_bytes = 0
+        self._stored: dict[str, tuple[int, int]] = {}
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> MediaReader | None:
+        """Of a recipe's model; None where it reads text alone."""
+        folder = resolve(recipe.model)
+        return cls.of_model(folder, recipe.image)
+
+    @classmethod
+    def of_model(cls, folder: Path, image: ImageConfig, num_threads: int = 2) -> MediaReader | None:
+        """Of a model's folder, by a recipe's block."""
+        if not has_towers(read_config(folder)):
+            return None
+        said = image.coordinates
+        coordinates = Coordinates(said.rows, said.model, said.keys, said.tags) if said is not None else None
+        return cls(folder, image.settings, coordinates, num_threads=num_threads)
+
+    @cached_property
+    def identity(self) -> str:
+        """A name for all that what it makes depends on, besides the media: settings, and the model's own files."""
+        digest = hashlib.sha256(repr((self.settings, self.coordinates)).encode())
+        for file in sorted(self.folder.glob("*.json")):
+            if "token" not in file.name and not file.name.endswith(".index.json"):
+                digest.update(file.name.encode() + file.read_bytes())
+        return digest.hexdigest()
+
+    @property
+    def processor(self) -> MediaProcessor:
+        """Of the model. ModelError where it cannot be loaded."""
+        return self._opened[0]
+
+    @property
+    def vision(self) -> Tower:
+        """What its network is told of media; without weights."""
+        return self._opened[1]
+
+    @cached_property
+    def _opened(self) -> tuple[MediaProcessor, Tower]:
+        vision = sketch_vision(self.folder)
+        return MediaProcessor(self.folder, load_processor(self.folder), vision, cache_bytes=0), vision
+
+    @property
+    def sees_prompts(self) -> bool:
+        """Whether the model sees a whole prompt both ways."""
+        return self.vision.block_kind == "prompt"
 
     def read(self, ref: MediaRef) -> Processed:
         """What a reference leads to. RequestError, beginning with its place, if it cannot be read or used."""
@@ -86,9 +138,11 @@ class MediaReader:
                 self._made.move_to_end(ref.identity)
         return made
 
-    def adjusted(self, example: Example, processed: Sequence[Processed]) -> Example:
-        """The row with its boxes and points in the pictures' new size, where the recipe names their form."""
-        return example
+    def sizes(self, ref: MediaRef) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """(height, width) of a picture or frame as it is stored, and as the tower sees it; None of a sound."""
+        seen = self.read(ref).size
+        stored = self._stored.get(ref.identity)
+        return (stored, seen) if stored is not None and seen is not None else None
 
     def read_ahead(self, refs: Iterable[MediaRef]) -> None:
         """Begin to read these, in order; what is wrong with one is raised where it is read."""
@@ -107,16 +161,20 @@ class MediaReader:
             return None
         prompt = self.processor.prompt(token_ids, processed[:shown])
         owners = {
-            piece.key: (ref, number)
-            for ref, made in zip(refs, processed[:shown], strict=False)
+            piece.key: (ref, place, number)
+            for place, (ref, made) in enumerate(zip(refs, processed[:shown], strict=False))
             for number, piece in enumerate(made.pieces)
         }
-        pieces = [replace(media, inputs=LaterInputs(media, self, *owners[media.key])) for media in prompt.media]
+        pieces = [
+            replace(media, inputs=LaterInputs.of(media, self, *owners[media.key])) for media in prompt.media
+        ]
         return RowMedia(tuple(pieces), prompt.rope, prompt.blocks)
 
     def _shown(self, token_ids: Sequence[int], processed: Sequence[Processed]) -> int:
         """How many of the media a sequence holds: one that ends before the conversation does has fewer."""
-        places = int(np.isin(np.asarray(token_ids), self._placeholder_ids).sum())
+        vision = self.vision
+        named = (vision.image_token_id, vision.video_token_id, vision.audio_token_id)
+        places = int(np.isin(token_ids, [number for number in named if number is not None]).sum())
         count = 0
         for number, made in enumerate(processed):
             if count >= places:
@@ -136,8 +194,13 @@ class MediaReader:
         return found
 
     def _make(self, ref: MediaRef) -> Processed:
-        made = self.processor.process(self.content(ref), self.settings, ref.place)
+        with self._opening:
+            processor = self.processor
+        content = self.content(ref)
+        made = processor.process(content, self.settings, ref.place)
         with self._lock:
+            if not isinstance(content, Sound):
+                self._stored[ref.identity] = content.size
             self._bytes[ref.identity] = made.num_bytes
             self._num_bytes += self._bytes[ref.identity]
             for identity in list(self._made):
@@ -152,43 +215,62 @@ class MediaReader:
 class LaterInputs(Mapping[str, np.ndarray]):
     """A piece's inputs, of which the pixels are read when they are asked for.
 
-    DataError where what is read then is not what the row was made of.
+    ref, number  which piece of which reference
+    place        the reference's number among its row's
+    key          the piece's, as it was when the row was read
+    known        inputs that are small enough to be held
+    DataError where what is read later is not what the row was made of.
     """
 
     def __init__(
-        self, media: Media, reader: MediaReader, ref: MediaRef, piece: int
+        self,
+        reader: MediaReader | None,
+        ref: MediaRef,
+        place: int,
+        number: int,
+        key: str,
+        known: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> None:
-        """media: as it was made just now; of it, what is small is held."""
-        self._known = {name: array for name, array in media.inputs.items() if array.size <= SMALL}
-        self._names = tuple(media.inputs)
-        self._key = media.key
+        self.ref = ref
+        self.place = place
+        self.number = number
+        self._key = key
+        self._known = dict(known)
         self._reader = reader
-        self._ref = ref
-        self._piece = piece
+
+    @classmethod
+    def of(cls, media: Media, reader: MediaReader, ref: MediaRef, place: int, number: int) -> LaterInputs:
+        """Of a piece that was made just now."""
+        known = {name: array for name, array in media.inputs.items() if array.size <= SMALL}
+        return cls(reader, ref, place, number, media.key, known)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name in self._known:
-            return self._known[name]
-        if name not in self._names:
-            raise KeyError(name)
-        return self._read()[name]
+        return self._known[name] if name in self._known else self._read()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._read())
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._read())
+
+    def bind(self, reader: MediaReader) -> None:
+        """Read by this reader of the same model from now on; what came from another process has none."""
+        self._reader = reader
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
 
     def read_ahead(self) -> None:
         """Begin to read them, on another thread."""
-        self._reader.read_ahead([self._ref])
+        if self._reader is not None:
+            self._reader.read_ahead([self.ref])
 
     def _read(self) -> Mapping[str, np.ndarray]:
+        assert self._reader is not None, "bound to no reader"
         try:
-            pieces = self._reader.read(self._ref).pieces
+            pieces = self._reader.read(self.ref).pieces
         except RequestError as error:
             raise DataError(f"read again: {error}") from error
-        if self._piece >= len(pieces) or pieces[self._piece].key != self._key:
-            raise DataError(f"{self._ref.shown} holds something else now than when its row was read")
-        return pieces[self._piece].inputs
-
+        if self.number >= len(pieces) or pieces[self.number].key != self._key:
+            raise DataError(f"{self.ref.shown} holds something else now than when its row was read")
+        return pieces[self.number].inputs

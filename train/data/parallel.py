@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 from serve.errors import DataError
@@ -19,11 +20,15 @@ from serve.model.loading import load_tokenizer, resolve
 from serve.model.template import ChatTemplate
 from serve.model.template_rules import make_template
 from train.data.example import Example
+from train.data.media_reader import MediaReader
 from train.data.rules import TokenRules
 from train.data.tokens import Outcome, tokenize_row
 from train.recipe.recipe import Recipe
+from train.recipe.vision import ImageConfig
 
 CHUNK_ROWS = 64
+AHEAD_ROWS = 16
+"""Rows whose pictures are decoded together, on threads."""
 PROBE_ROWS = 256
 """Rows that are tokenized here first, to see how long the rest would take."""
 WORKER_START_S = 8.0
@@ -34,7 +39,12 @@ Told = Callable[[int], None]
 
 
 def outcomes_of(
-    examples: Sequence[Example], recipe: Recipe, template: ChatTemplate, rules: TokenRules, told: Told
+    examples: Sequence[Example],
+    recipe: Recipe,
+    template: ChatTemplate,
+    rules: TokenRules,
+    told: Told,
+    reader: MediaReader | None = None,
 ) -> tuple[list[Outcome], int]:
     """(an outcome for each example, the processes that made them). `template` must be of `recipe.model`, by `rules`.
 
@@ -45,16 +55,16 @@ def outcomes_of(
     probed = PROBE_ROWS if asked is None else 0
     here = len(examples) if asked == 1 or len(examples) <= CHUNK_ROWS else min(probed, len(examples))
     start_s = time.perf_counter()
-    _here(examples[:here], template, rules, done, told)
+    _here(examples[:here], template, rules, done, told, reader)
     rest = examples[here:]
     if not rest:
         return done, 1
     num_processes = asked or num_cores()
     if asked is None and not _pays(time.perf_counter() - start_s, here, len(rest), num_processes):
-        _here(rest, template, rules, done, told)
+        _here(rest, template, rules, done, told, reader)
         return done, 1
     for outcomes in _spread(rest, recipe, rules, num_processes):
-        done += outcomes
+        done += outcomes if reader is None else [outcome.bound_to(reader) for outcome in outcomes]
         told(len(done))
     return done, num_processes
 
@@ -75,9 +85,12 @@ def _here(
     rules: TokenRules,
     done: list[Outcome],
     told: Told,
+    reader: MediaReader | None,
 ) -> None:
     for number, example in enumerate(examples, 1):
-        done.append(tokenize_row(example, template, rules))
+        if reader is not None and number % AHEAD_ROWS == 1:
+            reader.read_ahead(ref for one in examples[number - 1 :][:AHEAD_ROWS] for ref in one.media)
+        done.append(tokenize_row(example, template, rules, reader))
         if number % CHUNK_ROWS == 0 or number == len(examples):
             told(len(done))
 
@@ -86,7 +99,7 @@ def _spread(
     examples: Sequence[Example], recipe: Recipe, rules: TokenRules, num_processes: int
 ) -> Iterator[list[Outcome]]:
     chunks = [examples[begin : begin + CHUNK_ROWS] for begin in range(0, len(examples), CHUNK_ROWS)]
-    arguments = (str(resolve(recipe.model)), recipe.trust_remote_code, rules)
+    arguments = (str(resolve(recipe.model)), recipe.trust_remote_code, rules, recipe.image)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(num_processes, len(chunks)), context, _start, arguments)
     try:
@@ -105,11 +118,13 @@ def _spread(
 _worker: dict[str, Any] = {}
 
 
-def _start(model: str, trust_remote_code: bool, rules: TokenRules) -> None:
+def _start(model: str, trust_remote_code: bool, rules: TokenRules, image: ImageConfig) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends its workers
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    _worker.update(template=make_template(tokenizer, rules.template), rules=rules)
+    reader = MediaReader.of_model(Path(model), image, num_threads=1)
+    _worker.update(template=make_template(tokenizer, rules.template), rules=rules, reader=reader)
 
 
 def _tokenize(examples: Sequence[Example]) -> list[Outcome]:
-    return [tokenize_row(example, _worker["template"], _worker["rules"]) for example in examples]
+    template, rules, reader = (_worker[name] for name in ("template", "rules", "reader"))
+    return [tokenize_row(example, template, rules, reader) for example in examples]

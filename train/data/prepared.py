@@ -18,6 +18,7 @@ from serve.errors import StorageError
 from serve.model.template import ChatTemplate
 from train.data import cache
 from train.data.example import Example
+from train.data.media_reader import MediaReader
 from train.data.parallel import Told, outcomes_of
 from train.data.rules import TokenRules
 from train.data.tokens import Outcome, TokenizedExample, TokenizeReport, collect
@@ -43,14 +44,18 @@ def prepare_rows(
     template: ChatTemplate,
     rules: TokenRules,
     console: Console | None = None,
+    reader: MediaReader | None = None,
 ) -> Prepared:
-    """Tokenize a split, or take it from the cache; `name` is the split's. DataError as `tokens.tokenize`."""
+    """Tokenize a split, or take it from the cache; `name` is the split's. DataError as `tokens.tokenize`.
+
+    reader  of what rows show, where the model takes media
+    """
     unique = list({id(example): example for example in examples}.values())
     folder = Path(recipe.dataset_prepared_path or cache.default_folder()).expanduser()
-    path = folder / f"{cache.key_of(unique, template, rules)}{cache.SUFFIX}"
-    outcomes, notes = _from_cache(name, path, unique)
+    path = folder / f"{cache.key_of(unique, template, rules, reader)}{cache.SUFFIX}"
+    outcomes, notes = _from_cache(name, path, unique, reader)
     if outcomes is None:
-        outcomes, made = _tokenized(name, path, unique, recipe, template, rules, console)
+        outcomes, made = _tokenized(name, path, unique, recipe, template, rules, console, reader)
         notes += made
     if recipe.on_bad_row == "drop":
         outcomes = [without_problems(outcome, e) for outcome, e in zip(outcomes, unique, strict=True)]
@@ -68,11 +73,11 @@ def without_problems(outcome: Outcome, example: Example) -> Outcome:
 
 
 def _from_cache(
-    name: str, path: Path, examples: Sequence[Example]
+    name: str, path: Path, examples: Sequence[Example], reader: MediaReader | None
 ) -> tuple[list[Outcome] | None, tuple[str, ...]]:
     start_s = time.perf_counter()
     try:
-        outcomes = cache.load(path, examples)
+        outcomes = cache.load(path, examples, reader)
     except FileNotFoundError:
         return None, ()
     except cache.Damaged as error:
@@ -89,10 +94,11 @@ def _tokenized(
     template: ChatTemplate,
     rules: TokenRules,
     console: Console | None,
+    reader: MediaReader | None,
 ) -> tuple[list[Outcome], tuple[str, ...]]:
     start_s = time.perf_counter()
     with _bar(f"tokenize {name}", len(examples), console) as told:
-        outcomes, num_processes = outcomes_of(examples, recipe, template, rules, told)
+        outcomes, num_processes = outcomes_of(examples, recipe, template, rules, told, reader)
     seconds = time.perf_counter() - start_s
     said = f"{name}: {len(examples):,} rows tokenized in {seconds:.2f} s"
     said += f" by {num_processes} processes" if num_processes > 1 else ""

@@ -17,6 +17,8 @@ from serve.model.template import ChatTemplate
 from serve.model.template_rules import make_template
 from train.data.example import Example
 from train.data.files import Split
+from train.data.looking import look, num_shown
+from train.data.media_reader import MediaReader
 from train.data.rules import TokenRules
 from train.data.sources import read
 from train.data.stream import first_rows, is_streamed
@@ -74,6 +76,7 @@ def show(
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     rules = TokenRules.of_recipe(recipe, today or date.today())
     template = make_template(tokenizer, rules.template)
+    reader = MediaReader.of(recipe)
     examples, total = _examples(recipe, split, rows if row is None else row)
     numbers = range(1, min(rows, len(examples)) + 1) if row is None else [row]
     if row is not None and row > len(examples):
@@ -83,7 +86,7 @@ def show(
         f"objective {recipe.objective}; tokens that loss counts are {marked}; ⏎ is a newline", style="dim"
     )
     for number in numbers:
-        view = _RowView(examples[number - 1], template, rules)
+        view = _RowView(examples[number - 1], template, rules, reader)
         console.print()
         title = f"{view.example.place}  {split} row {number:,}" + (
             f" of {total:,}" if total else " of a stream"
@@ -112,19 +115,21 @@ def _examples(recipe: Recipe, split: Split, count: int) -> tuple[Sequence[Exampl
 class _RowView:
     """One row: what it becomes, and what it would be without a limit."""
 
-    def __init__(self, example: Example, template: ChatTemplate, rules: TokenRules) -> None:
+    def __init__(
+        self, example: Example, template: ChatTemplate, rules: TokenRules, reader: MediaReader | None = None
+    ) -> None:
         self.example = example
-        self._template, self._rules = template, rules
+        self._template, self._rules, self._reader = template, rules, reader
         added = getattr(template.tokenizer, "added_tokens_decoder", {})
         self._special = {int(number) for number, token in added.items() if token.special}
-        self.outcome: Outcome = tokenize_row(example, template, rules)
+        self.outcome: Outcome = tokenize_row(example, template, rules, reader)
         refused = bool(self.outcome.problems) and not self._is_too_long()
-        self.whole = [] if refused else whole_rows(example, template, rules)
+        self.whole = [] if refused else whole_rows(example, template, rules, reader)
 
     def _is_too_long(self) -> bool:
         """Whether `raise` is all that is wrong with it."""
         lenient = replace(self._rules, excess_length_strategy="truncate")
-        return not tokenize_row(self.example, self._template, lenient).problems
+        return not tokenize_row(self.example, self._template, lenient, self._reader).problems
 
     def lines(self, console: Console) -> Iterator[Any]:
         """What to print, top to bottom."""
@@ -192,8 +197,10 @@ class _RowView:
     def _common(self, messages: Sequence[Mapping[str, Any]], ids: Sequence[int]) -> int:
         """Tokens that these turns share with the sequence; 0 if the template refuses them alone."""
         try:
+            shown = look(self.example, self._reader).expansions
             alone = self._template.render(
                 messages,
+                media=shown[: sum(map(num_shown, messages))],
                 tools=self.example.tools,
                 variables={**self.example.variables, **self.outcome.told},
                 add_generation_prompt=False,

@@ -15,6 +15,7 @@ from train.data.bad_rows import BadRows
 from train.data.batches import WINDOW_BATCHES
 from train.data.duplicates import DuplicateReport, content_key, report
 from train.data.example import Example
+from train.data.media_reader import MediaReader
 from train.data.prepared import prepare_rows
 from train.data.rows import Need
 from train.data.rules import TokenRules
@@ -56,21 +57,23 @@ def read_splits(
     rules: TokenRules,
     console: Console | None = None,
     needs: tuple[Need, ...] = (),
+    reader: MediaReader | None = None,
 ) -> Splits:
     """The splits a recipe asks for; `console` shows progress. DataError as `sources.read` and `tokens.tokenize`.
 
-    needs  columns without which a row of prompts cannot be used
+    needs   columns without which a row of prompts cannot be used
+    reader  of what rows show, where the model takes media
     """
 
     def prepared(name: str, examples: list[Example], bad: Iterable[str]) -> Split:
-        made = prepare_rows(name, examples, recipe, template, rules, console)
+        made = prepare_rows(name, examples, recipe, template, rules, console, reader)
         return Split(name, examples, made.rows, made.report, (*bad, *made.notes))
 
     wants_valid = bool(recipe.val_batches)
     if is_streamed(recipe):
         bad_valid = BadRows(recipe.on_bad_row)
         held_out = streamed_validation(recipe, bad_valid) if wants_valid or recipe.val_set_size else []
-        train, duplicates = _streamed(recipe, rules, held_out), report([], held_out)
+        train, duplicates = _streamed(recipe, rules, held_out, reader), report([], held_out)
         notes = tuple(bad_valid.lines("valid"))
     else:
         corpus = read_corpus(recipe, needs)
@@ -88,7 +91,9 @@ def read_splits(
     )
 
 
-def _streamed(recipe: Recipe, rules: TokenRules, held_out: Sequence[Example]) -> Split:
+def _streamed(
+    recipe: Recipe, rules: TokenRules, held_out: Sequence[Example], reader: MediaReader | None
+) -> Split:
     def own_template() -> ChatTemplate:
         tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
         return make_template(tokenizer, rules.template)
@@ -101,6 +106,7 @@ def _streamed(recipe: Recipe, rules: TokenRules, held_out: Sequence[Example]) ->
         first=int(recipe.val_set_size),
         held_out=[content_key(example) for example in held_out],
         marks=Path(recipe.adapter_path) / "stream.json",
+        reader=reader,
     )
     found = rows.report(0)
     return Split("train", [], rows, found, ("train: streamed; counts are those of the first window of rows",))

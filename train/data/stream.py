@@ -25,6 +25,7 @@ from train.data import cache
 from train.data.batches import WINDOW_BATCHES, Batch, BatchPlan, collate
 from train.data.duplicates import content_key
 from train.data.example import Example
+from train.data.media_reader import MediaReader
 from train.data.rules import TokenRules
 from train.data.sources import stream_examples
 from train.data.tokens import Outcome, TokenizedExample, TokenizeReport, collect, tokenize_row
@@ -57,6 +58,7 @@ class StreamedRows(Sequence[TokenizedExample]):
     first     examples at the beginning that are not trained on (they validate)
     held_out  content keys of validation rows; a row with one of them is left out
     marks     a file for where windows end, written once a second window is read; None: none
+    reader    of what rows show, where the model takes media
     """
 
     def __init__(
@@ -69,11 +71,13 @@ class StreamedRows(Sequence[TokenizedExample]):
         held_out: Collection[bytes] = (),
         max_barren_rows: int = MAX_BARREN_ROWS,
         marks: Path | None = None,
+        reader: MediaReader | None = None,
     ) -> None:
         self.window_rows = window_rows
         self._recipe = recipe
         self._raises = recipe.on_bad_row == "raise"
         self._rules = rules
+        self._reader = reader
         self._make_template = make_template
         self._made_template: ChatTemplate | None = None
         self._first = first
@@ -220,7 +224,7 @@ class StreamedRows(Sequence[TokenizedExample]):
         return self._made_template
 
     def _tokenized(self, example: Example) -> Outcome:
-        return tokenize_row(example, self._template(), self._rules)
+        return tokenize_row(example, self._template(), self._rules, self._reader)
 
     def _examples(self) -> Iterator[Example | DataError]:
         return islice(stream_examples(self._recipe), self._first, None)

@@ -24,6 +24,7 @@ from serve.tables import show as show_tables
 from train.data.batches import Batch, BatchPlan, Plan, collate, validation_rows
 from train.data.duplicates import DuplicateReport
 from train.data.inherited import Inherited, inherited, lineage_of_parent
+from train.data.media_reader import MediaReader
 from train.data.packing import PackedPlan
 from train.data.rules import TokenRules
 from train.data.splits import Split, read_splits, rows_per_batch
@@ -33,6 +34,7 @@ from train.data.tables import (
     dropped_lines,
     duplicate_lines,
     histogram,
+    media_histogram,
     reasons,
     rows_table,
     sources_table,
@@ -67,6 +69,8 @@ class Preflight:
     """What answers are worth, under objective grpo."""
     inherited: Inherited = field(default_factory=Inherited)
     """What the adapter that the run starts from brings besides weights."""
+    reader: MediaReader | None = None
+    """Of what rows show, where the model takes media."""
     ranks: Ranks = field(default_factory=Alone)
     """The processes of the run: a batch of the plan holds batch_size rows for each of them."""
 
@@ -85,6 +89,8 @@ class Preflight:
         for row in self.train.rows:
             for sequence in row.sequences:
                 digest.update(sequence.token_ids.tobytes() + b"|" + sequence.is_target.tobytes() + b"\n")
+                for piece in sequence.media.media if sequence.media is not None else ():
+                    digest.update(piece.key.encode() + piece.positions.tobytes())
             if row.label is not None or row.fields is not None:
                 digest.update(repr((row.label, row.fields)).encode())
         return f"sha256:{digest.hexdigest()}"
@@ -168,7 +174,9 @@ def prepare(
     rules = TokenRules.of_recipe(recipe, today or date.today())
     template = make_template(tokenizer, rules.template)
     scorer = Scorer(recipe.answering.rewards) if recipe.answering is not None else None
-    splits = read_splits(recipe, template, rules, console, scorer.needs if scorer is not None else ())
+    reader = MediaReader.of(recipe)
+    needs_columns = scorer.needs if scorer is not None else ()
+    splits = read_splits(recipe, template, rules, console, needs_columns, reader)
     train, valid = splits.train, splits.valid
     if train.report.told:  # the run's other prompts, and serving, ask as the training rows do
         rules = rules.telling(train.report.told)
@@ -194,20 +202,23 @@ def prepare(
         test=splits.test,
         plan=plan,
         num_iterations=num_iterations,
-        sample_prompts=_sample_prompts(recipe, template, valid),
+        sample_prompts=_sample_prompts(recipe, template, valid, reader),
         duplicates=splits.duplicates,
         scorer=scorer,
         inherited=inherited(recipe, lineage_of_parent(recipe), template),
+        reader=reader,
         ranks=ranks,
     )
 
 
-def _sample_prompts(recipe: Recipe, template: ChatTemplate, valid: Split | None) -> tuple[SamplePrompt, ...]:
+def _sample_prompts(
+    recipe: Recipe, template: ChatTemplate, valid: Split | None, reader: MediaReader | None
+) -> tuple[SamplePrompt, ...]:
     if recipe.samples is None:
         return ()
     examples = valid.examples if valid else []
     as_text = recipe.objective == "cpt"
-    return tuple(prompts_of(recipe.samples, template, examples, as_text=as_text))
+    return tuple(prompts_of(recipe.samples, template, examples, as_text=as_text, reader=reader))
 
 
 def _plan(recipe: Recipe, train: Split, num_processes: int) -> Plan:
@@ -242,6 +253,8 @@ def show(preflight: Preflight, console: Console, *, with_recipe: bool = False) -
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if with_recipe:
         show_tables(console, histogram(preflight.train.report))
+        if (shown := media_histogram(preflight.train.report)) is not None:
+            show_tables(console, shown)
     show_tables(console, _clocks(preflight))
     for line in adam_lines(preflight.recipe, preflight.num_steps):
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import mlx.optimizers as mlx_optim
 
 from serve import device
+from serve.model.loading import LoadedModel
 from serve.model.network import Network
-from train.adapters.adapt import embedding_names
+from train.adapters.adapt import embedding_names, trains_towers
+from train.loop.eyes import Eyes
 from train.loop.optim import build_optimizer, schedule_of
 from train.loop.step import StepSettings
 from train.loop.trainer import LoopSettings
@@ -23,6 +25,14 @@ def optimizer_of(recipe: Recipe, network: Network, num_steps: int) -> mlx_optim.
         embedding_names=embedding_names(network),
         loraplus_ratio=recipe.loraplus_lr_ratio,
     )
+
+
+def eyes_of(recipe: Recipe, model: LoadedModel) -> Eyes | None:
+    """The towers of a model that has any, once it is known what of it trains."""
+    if model.vision is None:
+        return None
+    trains = trains_towers(model.network)
+    return Eyes(model.network, model.vision, trains=trains, max_bytes=recipe.feature_cache_threshold)
 
 
 def step_settings(recipe: Recipe) -> StepSettings:

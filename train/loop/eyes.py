@@ -41,7 +41,9 @@ class Seen:
 
     def inputs(self, tokens: mx.array) -> tuple[mx.array | None, dict[str, Any]]:
         """What `Network.hidden` takes for these tokens: embeddings [B, T, D], and extras."""
-        features = dict(self.features) or {key: self.vision.encode(media) for key, media in self.media.items()}
+        features = dict(self.features) or {
+            key: self.vision.encode(media) for key, media in self.media.items()
+        }
         placed = [Placed(row, columns, features[key]) for row, columns, key in self.pieces]
         embeddings, extras = self.vision.inputs(tokens, placed)
         return embeddings, extras if self.positions is None else {**extras, "position_ids": self.positions}

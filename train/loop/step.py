@@ -23,8 +23,8 @@ from serve.errors import TrainingError
 from serve.model.network import Network, evaluating
 from train.adapters.adapt import checkpointed_layers
 from train.data.batches import num_parts
-from train.loop.eyes import Eyes
 from train.loop.distributed import Alone, Ranks, part_of, sum_named
+from train.loop.eyes import Eyes
 from train.loop.objective import Objective, Prepared
 
 MAX_ROWS_IN_MESSAGE = 8

@@ -70,8 +70,8 @@ class ORPO:
         """Sum of the pairs' losses by weight, and TRL's measures, summed alike."""
         rows, weights, num_rows = inputs["rows"], inputs["weights"], len(inputs["tokens"])
         tokens = target_logprobs(
-        network, inputs["tokens"], inputs["positions"], inputs["token_ids"], **beside(inputs)
-    )  # [N]
+            network, inputs["tokens"], inputs["positions"], inputs["token_ids"], **beside(inputs)
+        )  # [N]
         means = sum_by_row(tokens * inputs["in_answer"], rows, num_rows) / inputs["num_answer_tokens"]  # [2n]
         nll, _ = halves(-sum_by_row(tokens * inputs["in_nll"], rows, num_rows))  # [n]
         log_odds = log_odds_ratio(means)

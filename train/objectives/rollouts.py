@@ -22,6 +22,7 @@ from serve.model.network import evaluating
 from serve.model.prompt import Prompt
 from train.data.batches import Batch, padded_length, validation_rows
 from train.data.example import Example
+from train.data.row_media import Standing, media_array
 from train.data.splits import Split
 from train.data.tokens import TokenizedExample
 from train.loop.distributed import Alone, Ranks
@@ -115,7 +116,7 @@ class Rollouts:
         measures = scores_of(self._scorer, scores, completions) | {
             "frac_reward_zero_std": is_flat.astype(np.float32)
         }
-        prompts = [self._questions.rows[row].token_ids for row in rows]
+        prompts = [self._questions.rows[row] for row in rows]
         batch = _collate(prompts, completions, tuple(rows.tolist()), advantages, measures)
         counts = ranks.gather_numbers([batch.num_targets, batch.num_tokens])
         num_targets, num_tokens = (round(sum(numbers)) for numbers in zip(*counts, strict=True))
@@ -139,7 +140,7 @@ class Rollouts:
         requests = [
             Request(
                 f"rollout-{number}",
-                Prompt(tuple(questions.rows[row].token_ids.tolist())),
+                prompt_of(questions.rows[row]),
                 Sampling(
                     max_tokens=self._config.max_completion_length,
                     temperature=temperature,
@@ -201,7 +202,7 @@ def scores_of(scorer: Scorer, scores: np.ndarray, completions: Sequence[Completi
 
 
 def _collate(
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[TokenizedExample],
     completions: Sequence[Completion],
     row_ids: tuple[int, ...],
     advantages: np.ndarray,
@@ -210,8 +211,11 @@ def _collate(
     lengths = np.array([len(p) + len(c.token_ids) for p, c in zip(prompts, completions, strict=True)])
     shape = (len(prompts), int(padded_length(lengths.max(initial=0), PAD_TO)))
     tokens, is_target = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    standing: list[list[Standing]] = []
     for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        tokens[place, : len(prompt)] = prompt
+        tokens[place, : len(prompt)] = prompt.token_ids
+        media = prompt.media
+        standing.append([Standing(0, int(lengths[place]), media)] if media is not None else [])
         tokens[place, len(prompt) : lengths[place]] = completion.token_ids
         is_target[place, len(prompt) : lengths[place]] = True
     return RolloutBatch(
@@ -222,7 +226,14 @@ def _collate(
         row_ids,
         advantages=advantages,
         scores=scores,
+        media=media_array(standing),
     )
+
+
+def prompt_of(row: TokenizedExample) -> Prompt:
+    """A row of a prompt alone, as the engine takes it."""
+    token_ids = tuple(row.token_ids.tolist())
+    return Prompt(token_ids) if row.media is None else row.media.prompt(token_ids)
 
 
 def _seed(*numbers: int) -> int:

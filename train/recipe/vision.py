@@ -46,7 +46,9 @@ class ImageConfig(Strict):
     def _agrees(self) -> ImageConfig:
         problems: list[tuple[str, str]] = []
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            problems.append(("min_pixels", f"found {self.min_pixels}, more than max_pixels {self.max_pixels}"))
+            problems.append(
+                ("min_pixels", f"found {self.min_pixels}, more than max_pixels {self.max_pixels}")
+            )
         if self.resize and not all(1 <= edge <= MAX_EDGE for edge in self.resize):
             problems.append(("resize", f"found {list(self.resize)}; expected [height, width] in pixels"))
         if problems:

@@ -5,8 +5,9 @@ Examples and a model in, a share out. The model may be one in training: its LoRA
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from serve.adapters.version import AdapterVersion
@@ -22,13 +23,15 @@ from serve.model.template import ChatTemplate
 from serve.model.texts import encode_text
 from serve.model.token_bytes import TokenBytes
 from train.data.example import Example
+from train.data.looking import Looked, look, num_shown
+from train.data.media_reader import MediaReader
 
 
 @dataclass(frozen=True)
 class Question:
     """A prompt, and the answer that a row gives to it, as text: what training supervised there."""
 
-    token_ids: tuple[int, ...]
+    prompt: Prompt
     answer: str
     place: str
 
@@ -51,30 +54,41 @@ class Answers:
         return self.num_exact / len(self.questions)
 
 
-def questions_of(examples: Sequence[Example], template: ChatTemplate) -> list[Question]:
+def questions_of(
+    examples: Sequence[Example], template: ChatTemplate, reader: MediaReader | None = None
+) -> list[Question]:
     """Each conversation up to its last assistant turn, and that turn as the template renders it after the prompt,
-    with the thoughts that it puts there. Rows without one are left out. RequestError if the template refuses one."""
+    with the thoughts that it puts there. Rows without one are left out. RequestError if the template refuses one.
+
+    reader  of what rows show, where the model takes media
+    """
+    return list(_questions(examples, template, reader))
+
+
+def _questions(
+    examples: Sequence[Example], template: ChatTemplate, reader: MediaReader | None
+) -> Iterator[Question]:
     tokens = TokenBytes(template.tokenizer)
-    questions = []
     for example in examples:
         messages = example.as_messages() or ()
         last = max((i for i, message in enumerate(messages) if _answers(message)), default=0)
         if last == 0:
             continue
         if example.messages is None and not template.exists:
-            prompt, answer = encode_text(template.tokenizer, str(example.prompt)), str(example.completion)
+            prompt = Prompt(encode_text(template.tokenizer, str(example.prompt)))
+            answer = str(example.completion)
         else:
-            prompt, answer = _rendered(messages[: last + 1], example, template, tokens)
-        questions.append(Question(tuple(prompt), answer.strip(), example.place))
-    return questions
+            prompt, answer = _rendered(last, look(example, reader), template, tokens)
+        yield Question(prompt, answer.strip(), example.place)
 
 
-def _rendered(
-    messages: Sequence[Mapping[str, Any]], example: Example, template: ChatTemplate, tokens: TokenBytes
-) -> tuple[tuple[int, ...], str]:
-    """(the prompt of the last turn, told what training told it; the turn's supervised tokens as the engine writes
+def _rendered(last: int, looked: Looked, template: ChatTemplate, tokens: TokenBytes) -> tuple[Prompt, str]:
+    """(the prompt of turn `last`, told what training told it; the turn's supervised tokens as the engine writes
     them)."""
-    options: dict[str, Any] = {"tools": example.tools, "variables": example.variables}
+    example = looked.example
+    messages = (example.as_messages() or ())[: last + 1]
+    shown = looked.expansions[: sum(map(num_shown, messages))]
+    options: dict[str, Any] = {"tools": example.tools, "variables": example.variables, "media": shown}
     (row,) = template.supervise(messages, **options, skip=range(len(messages) - 1))
     told = {**options, "variables": {**example.variables, **row.variables}}
     text = TextDecoder(tokens)
@@ -82,7 +96,8 @@ def _rendered(
     answer = row.token_ids[start:stop]
     if answer and answer[-1] in template.end_ids:
         answer = answer[:-1]
-    return template.render(messages[:-1], **told), "".join([*map(text.push, answer), text.finish()])
+    prompt = looked.prompt(template.render(messages[:-1], **told))
+    return prompt, "".join([*map(text.push, answer), text.finish()])
 
 
 def _answers(message: Mapping[str, Any]) -> bool:
@@ -101,7 +116,7 @@ def answer(
     requests = [
         Request(
             f"evaluate-{i}",
-            Prompt(question.token_ids),
+            question.prompt,
             sampling,
             adapter,
             stop_ids=stop_ids,
@@ -120,12 +135,14 @@ def exact_match(
     max_tokens: int = 64,
     rows: int | None = None,
     stop_ids: tuple[int, ...] = (),
+    reader: MediaReader | None = None,
 ) -> Answers:
     """Answers of a model as it stands, to the first `rows` examples that end in an assistant turn.
 
+    reader  of what rows show, where the model takes media
     DataError when no example does. The module is left in the mode (training or not) it was in.
     """
-    questions = questions_of(examples, template)[:rows]
+    questions = list(islice(_questions(examples, template, reader), rows))
     if not questions:
         raise DataError(
             "exact_match: no row has an assistant turn after a prompt; there is nothing to answer"

@@ -20,6 +20,8 @@ from serve.model.prompt import Prompt
 from serve.model.template import ChatTemplate, Message
 from serve.model.texts import encode_text
 from train.data.example import Example
+from train.data.looking import look, words_of
+from train.data.media_reader import MediaReader
 from train.recipe.recipe import Samples
 
 SHARE_OF_TEXT = 0.5
@@ -31,7 +33,7 @@ class SamplePrompt:
     """What the model is given, and how a person reads it."""
 
     text: str
-    token_ids: tuple[int, ...]
+    prompt: Prompt
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,16 @@ def prompts_of(
     valid_examples: Sequence[Example],
     *,
     as_text: bool,
+    reader: MediaReader | None = None,
 ) -> list[SamplePrompt]:
     """The prompts a recipe asks for, rendered as serving renders them.
 
+    reader   of what rows show, where the model takes media
     as_text  texts are what the model goes on from, not a user's turn (objective cpt); so without a chat template
     ConfigError names the prompt the template refuses; DataError when no validation row has a prompt.
     """
     if samples.rows is not None:
-        found = [_of_row(example, template) for example in valid_examples[: samples.rows]]
+        found = [_of_row(example, template, reader) for example in valid_examples[: samples.rows]]
         if not found:
             raise DataError("samples.rows: there is no validation row to take a prompt from")
         return found
@@ -71,32 +75,35 @@ def prompts_of(
 def _of_recipe(prompt: str | Sequence[Message], template: ChatTemplate, as_text: bool) -> SamplePrompt:
     if isinstance(prompt, str):
         if as_text or not template.exists:
-            return SamplePrompt(prompt, encode_text(template.tokenizer, prompt))
-        return SamplePrompt(prompt, template.render([{"role": "user", "content": prompt}]))
-    return SamplePrompt(_shown(prompt), template.render(prompt))
+            return SamplePrompt(prompt, Prompt(encode_text(template.tokenizer, prompt)))
+        return SamplePrompt(prompt, Prompt(template.render([{"role": "user", "content": prompt}])))
+    return SamplePrompt(_shown(prompt), Prompt(template.render(prompt)))
 
 
-def _of_row(example: Example, template: ChatTemplate) -> SamplePrompt:
+def _of_row(example: Example, template: ChatTemplate, reader: MediaReader | None) -> SamplePrompt:
+    looked = look(example, reader)
+    example = looked.example
     messages, tokenizer = example.as_messages(), template.tokenizer
     if messages is None:
         token_ids = encode_text(tokenizer, example.text or "")
         token_ids = token_ids[: max(int(len(token_ids) * SHARE_OF_TEXT), 1)]
-        return SamplePrompt(tokenizer.decode(list(token_ids)), token_ids)
+        return SamplePrompt(tokenizer.decode(list(token_ids)), Prompt(token_ids))
     # The turns of a preference pair end before its answers; a conversation's last answer is the model's to give.
     has_answer = example.chosen is None and messages[-1].get("role") == "assistant" and len(messages) > 1
     asked = messages[:-1] if has_answer else messages
     if template.exists:
-        return SamplePrompt(
-            _shown(asked), template.render(asked, tools=example.tools, variables=example.variables)
+        token_ids = template.render(
+            asked, tools=example.tools, variables=example.variables, media=looked.expansions
         )
-    return SamplePrompt(_shown(asked), encode_text(tokenizer, _shown(asked)))
+        return SamplePrompt(_shown(asked), looked.prompt(token_ids))
+    return SamplePrompt(_shown(asked), Prompt(encode_text(tokenizer, _shown(asked))))
 
 
 def _shown(messages: Sequence[Message]) -> str:
     """`role: content` lines, or the content alone of a single user's turn."""
     if len(messages) == 1 and messages[0].get("role") == "user":
-        return str(messages[0].get("content"))
-    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
+        return words_of(messages[0])
+    return "\n".join(f"{message.get('role')}: {words_of(message)}" for message in messages)
 
 
 def answers_of(
@@ -109,7 +116,7 @@ def answers_of(
     requests = [
         Request(
             f"sample-{number}",
-            Prompt(prompt.token_ids),
+            prompt.prompt,
             Sampling(
                 max_tokens=samples.max_tokens, temperature=samples.temperature, seed=samples.seed + number
             ),

@@ -1,0 +1,107 @@
+"""Hugging Face's transformers, with torch, as the oracle of what mlx-vlm's own code leaves out or does by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from vlm_families import VLM_FAMILIES, Reference, message, picture, write_vlm
+
+from serve.media.content import Picture
+from serve.media.processor import MediaProcessor, load_processor
+from serve.model.loading import load
+
+torch = pytest.importorskip("torch")
+
+
+def hugging_face_gemma3(folder: Path):
+    """The checkpoint in transformers' own class: the same weights under its names, its head tied."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    config = json.loads((folder / "config.json").read_text())
+    text = config["text_config"]
+    pattern = text.pop("sliding_window_pattern")
+    layers = range(text["num_hidden_layers"])
+    text["layer_types"] = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in layers]
+    text["rope_parameters"] = {
+        "full_attention": {"rope_type": "default", "rope_theta": text.pop("rope_global_base_freq")},
+        "sliding_attention": {"rope_type": "default", "rope_theta": text.pop("rope_local_base_freq")},
+    }
+    del text["rope_theta"]
+    text["tie_word_embeddings"] = True
+    names = {"image_token_id": config["image_token_index"]}
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=text,
+            vision_config=config["vision_config"] | {"vision_use_head": False},
+            mm_tokens_per_image=config["mm_tokens_per_image"],
+            attn_implementation="eager",
+            **names,
+        )
+    ).eval()
+    weights = {}
+    for name, value in mx.load(str(folder / "model.safetensors")).items():
+        if value.ndim == 4:  # convolutions: mlx has the channels last
+            value = value.transpose(0, 3, 1, 2)
+        name = name.replace("language_model.model.", "model.language_model.")
+        name = name.replace("language_model.lm_head", "lm_head")
+        if not name.startswith(("model.", "lm_head")):
+            name = f"model.{name}"
+        weights[name] = torch.from_numpy(np.array(value))
+    weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
+    own = set(model.state_dict())
+    renamed = {
+        name if name in own else name.replace("vision_tower.vision_model", "vision_tower"): value
+        for name, value in weights.items()
+    }
+    assert set(renamed) == own, set(renamed) ^ own
+    model.load_state_dict(renamed)
+    return model
+
+
+@pytest.mark.parametrize("window", [16, 3], ids=["window of four pictures", "window within a picture"])
+def test_gemma3_sees_its_pictures_both_ways_as_in_hugging_face(window, tmp_path):
+    folder = write_vlm("gemma3", tmp_path / "gemma3")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["sliding_window"] = window
+    (folder / "config.json").write_text(json.dumps(config))
+    reference, theirs = Reference(folder), hugging_face_gemma3(folder)
+    for parts in [
+        ("hello there",),
+        (picture(1), "what is this?"),
+        (picture(1), "or", picture(2), picture(3), "?"),
+    ]:
+        row = reference.row([message(*parts)])
+        ids = torch.tensor([row.token_ids])
+        pixels = {name: torch.from_numpy(np.array(value)) for name, value in row.inputs.items()}
+        with torch.no_grad():
+            types = (ids == theirs.config.image_token_id).long()
+            expected = theirs(input_ids=ids, token_type_ids=types, **pixels).logits[0, -1].numpy()
+        found = np.array(reference.logits(row)[0])
+        assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("family", [family for family in VLM_FAMILIES if family != "internvl_chat"])
+def test_a_picture_is_prepared_as_by_hugging_face(family, vlm_folder):
+    """Of each size: as it is, shrunk, enlarged, and neither square nor a multiple of patches. internvl_chat's is
+    remote code there."""
+    from transformers import AutoImageProcessor
+
+    folder = vlm_folder(family)
+    theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    ours = MediaProcessor(folder, load_processor(folder), load(str(folder)).vision)
+    for seed, (width, height) in enumerate([(56, 56), (300, 200), (40, 61), (33, 130)]):
+        shown = picture(seed, width, height)
+        (piece,) = ours.process(Picture(np.asarray(shown))).pieces
+        expected = theirs(images=[shown], return_tensors="np")
+        found = np.asarray(piece.inputs["pixel_values"])
+        # Some batch pictures by row of text.
+        wanted = np.asarray(expected["pixel_values"]).reshape(found.shape)
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        for name in expected.keys() & piece.inputs.keys() - {"pixel_values"}:
+            np.testing.assert_array_equal(
+                np.asarray(piece.inputs[name]).ravel(), np.asarray(expected[name]).ravel()
+            )
