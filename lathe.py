@@ -621,6 +621,9 @@ def bench_train(
     model: Annotated[
         str | None, typer.Option(help="A model in place of the random one with 32k tokens.")
     ] = None,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Rows with pictures, beside mlx-vlm's own trainer.")
+    ] = False,
     folder: Annotated[Path | None, typer.Option(help="Keep model, rows, recipes and logs here.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -628,10 +631,19 @@ def bench_train(
     import tempfile
 
     from serve.tables import show
-    from train.bench import compare
+    from train.bench import compare, sighted_compare
 
-    asked = compare.TrainBench(num_batches=iters, batch_size=batch_size, rounds=rounds, model=model)
     _check_writable(json_file)
+    if pictures:
+        if model is not None:
+            raise typer.BadParameter("the rows are made for the random models", param_hint="--model")
+        seeing = sighted_compare.SightedBench(num_batches=iters, batch_size=batch_size, rounds=rounds)
+        with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
+            seen = sighted_compare.run(seeing, folder or Path(temporary), progress)
+        show(_console(), *sighted_compare.tables(seen), *_dim(sighted_compare.notes(seen)))
+        _save_json(json_file, seen.as_json(seeing))
+        return
+    asked = compare.TrainBench(num_batches=iters, batch_size=batch_size, rounds=rounds, model=model)
     with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
         outcome = compare.run(asked, folder or Path(temporary), progress)
     show(_console(), *compare.tables(outcome), *_dim(compare.notes(outcome)))
