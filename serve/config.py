@@ -252,7 +252,7 @@ class ServeConfig(Strict):
             if folder is not None and memory == 0:
                 yield (
                     f"{what}_cache_dir",
-                    f"{what}s reach the disk from memory, and {what}_cache_gib is 0; leave one of them out",
+                    f"what it holds reaches the disk from memory, and {what}_cache_gib is 0; leave one of them out",
                 )
             if disk is not None and folder is None:
                 yield (
