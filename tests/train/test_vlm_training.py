@@ -158,7 +158,9 @@ def reference_loss(reference: Reference, row: TokenizedExample, turns: list[dict
 def test_losses_are_those_of_mlx_vlms_own_code_under_the_rows_own_masks(family, case, vlm_reference):
     one = case(family, max_seq_length=2048)
     reference = vlm_reference(family)
-    if family == "gemma3":  # a mask that is handed to its code stands for all layers: no window is to be hidden
+    if (
+        family == "gemma3"
+    ):  # a mask that is handed to its code stands for all layers: no window is to be hidden
         reference = Reference(one.model.path)
         for layer in reference.model.language_model.model.layers:
             layer.self_attn.is_sliding = False
@@ -207,7 +209,10 @@ def test_a_row_learns_alike_alone_beside_others_and_packed_with_them(family, cas
 
 
 PARTS = {
-    "lora": {"lora_parameters": {"rank": 2, "scale": 4.0}, "train_vision": {"tower": "lora", "projector": "lora"}},
+    "lora": {
+        "lora_parameters": {"rank": 2, "scale": 4.0},
+        "train_vision": {"tower": "lora", "projector": "lora"},
+    },
     "full": {"fine_tune_type": "full", "train_vision": {"tower": "full", "projector": "full"}},
 }
 
@@ -235,7 +240,10 @@ def test_gradients_of_tower_and_projector_are_the_slope_of_the_loss(family, how,
     assert len(unreached) <= len(named) // 10, unreached
     with checkpointed_layers(network):
         again = nn.value_and_grad(network.module, total)()[1]
-    worst = max(float(mx.abs(a - b).max()) for a, b in zip(named.values(), dict(tree_flatten(again)).values(), strict=True))
+    worst = max(
+        float(mx.abs(a - b).max())
+        for a, b in zip(named.values(), dict(tree_flatten(again)).values(), strict=True)
+    )
     assert worst <= 1e-3 * max(float(mx.abs(value).max()) for value in named.values())
     seeing = {name: value for name, value in named.items() if not name.startswith(f"{network.text_path}.")}
     norm = float(mx.sqrt(sum(value.square().sum() for value in seeing.values())))
