@@ -112,7 +112,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mimo_v2": {"text_config.hybrid_layer_pattern": [0, 1], "text_config.moe_layer_freq": [0, 1]},
     "cohere_compass": {
         "text_config.rope_parameters": {
-            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [4, 2, 2],
         }
     },
     "glm5_next": {"text_config.num_key_value_heads": 4},
