@@ -30,7 +30,8 @@ async def cache_stats(services: ServicesDep) -> dict[str, Any]:
 
 @router.post("/v1/cache/reset")
 async def reset_cache(services: ServicesDep, tenant: TenantDep) -> dict[str, Any]:
-    """Forget the prefixes and features of the tenant that a header names, in memory and on disk; all of them, where none does."""
+    """Forget the prefixes and features of the tenant that a header names, in memory and on disk; all of them, where
+    none does."""
     runtime = services.runtime
     if not tenant and not runtime.config.is_loopback:
         raise ForbiddenError(
