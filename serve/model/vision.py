@@ -31,6 +31,8 @@ PLACEHOLDERS: dict[MediaKind, tuple[str, ...]] = {
 """What configurations call the token that stands for a part of a picture, a clip, a sound."""
 GRIDS: dict[str, str] = {"image": "image_grid_thw", "video": "video_grid_thw"}
 """Inputs that say of how many patches a piece is: in time, height and width."""
+SPLICING = ("internvl_chat", "llava")
+"""Families that put vectors in their places by a list of places, which no gradient passes."""
 PROBE_TOKENS = (1, 2, 3)
 MAX_ERROR = 1e-2
 
@@ -93,6 +95,8 @@ class Vision:
         self.block_kind = _block_kind(config, network)
         """What of a prompt is a block: each picture's placeholders, all of it, or nothing."""
         network.placeholder_ids = tuple(sorted(set(self.token_ids.values())))
+        if config.get("model_type") in SPLICING:
+            module._merge_input_ids_with_image_features = _vectors_alone
         if not is_sketch:
             self._embedder = _find_embedder(network)
 
@@ -251,6 +255,11 @@ def _token_ids(own: Any, config: Mapping[str, Any]) -> dict[MediaKind, int]:
 def _has_tower(own: Any, kind: MediaKind) -> bool:
     name = "audio_config" if kind == "audio" else "vision_config"
     return getattr(own, name, None) is not None
+
+
+def _vectors_alone(vectors: mx.array, embeddings: mx.array, ids: mx.array, *_: object) -> mx.array:
+    """What a family puts in the places of ids that are all placeholders: ValueError unless they are as many."""
+    return vectors.reshape(embeddings.shape).astype(embeddings.dtype)
 
 
 def _layers_of(deepstack: Any) -> tuple[mx.array, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from vision_rows import Batch, always, away, messages_for, prompt_of
 from vlm_families import VLM_FAMILIES, Reference, picture
 
@@ -151,3 +152,27 @@ def test_features_that_are_not_as_many_as_their_placeholders_are_refused(
     short = Media("image", media.key, media.positions[:-3], media.inputs, media.num_patches)
     with pytest.raises((ModelError, ValueError)):
         vision.encode(short)
+
+
+@pytest.mark.parametrize("family", always("internvl_chat", "qwen3_vl", "llava"))
+def test_gradients_pass_through_an_encoding_into_the_tower(
+    family: str, opened: Callable[[str], LoadedModel], vlm_reference: Callable[..., Reference]
+):
+    model = opened(family)
+    vision, module = model.vision, model.network.module
+    assert vision is not None
+    _, prompt = prompt_of(vlm_reference(family), vision, picture(0), "what?")
+    outside = {
+        path: value
+        for path, value in tree_flatten(module.parameters())
+        if not path.startswith(f"{model.network.text_path}.") and "audio_tower" not in path
+    }
+
+    def size(weights: dict[str, mx.array]) -> mx.array:
+        module.load_weights(list(weights.items()), strict=False)
+        return vision.encode(prompt.media[0]).embeddings.square().sum()
+
+    gradients = mx.grad(size)(outside)
+    reached = [path for path, gradient in gradients.items() if mx.any(gradient != 0).item()]
+    assert len(reached) > len(outside) / 2
+    assert all(bool(mx.all(mx.isfinite(gradient))) for gradient in gradients.values())

@@ -115,7 +115,8 @@ def save(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def load(path: Path, examples: Sequence[Example], reader: MediaReader | None = None) -> list[Outcome]:
-    """The outcomes of these rows, what they show read by `reader`. Damaged if the file is not whole; FileNotFoundError if there is none."""
+    """The outcomes of these rows, what they show read by `reader`. Damaged if the file is not whole;
+    FileNotFoundError if there is none."""
     try:
         with safe_open(path, framework="numpy") as file:
             said = file.metadata() or {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from serve.errors import RequestError
@@ -14,6 +14,9 @@ from train.data.example import Example, Message
 from train.data.media import PARTS
 from train.data.media_reader import MediaReader
 from train.data.row_media import RowMedia
+
+MUCH = 4
+"""By how many times a picture is shrunk for a person to be told."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,15 @@ class Looked:
     def expansions(self) -> tuple[Expansion, ...]:
         """What stands in the text for each medium, in order."""
         return tuple(made.expansion for made in self.processed)
+
+    @property
+    def notes(self) -> Iterator[str]:
+        """What a person should know of how its media were read."""
+        if self.reader is None:
+            return
+        sizes = filter(None, (self.reader.sizes(ref) for ref in self.example.media))
+        if any(MUCH * seen[0] * seen[1] < stored[0] * stored[1] for stored, seen in sizes):
+            yield f"show pictures that are shrunk to less than 1/{MUCH} of their pixels (see image.max_pixels)"
 
     def prompt(self, token_ids: Sequence[int]) -> Prompt:
         """These tokens, which end with a prompt, with what they show."""
