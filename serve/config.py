@@ -88,9 +88,9 @@ class ServeConfig(Strict):
     allowed_media_roots: tuple[Path, ...] | None = None
     """Folders whose files a request may show by their paths. Left out: everything when bound to loopback, else
     nothing."""
-    media: MediaConfig = Field(default_factory=MediaConfig)
+    media: MediaConfig = MediaConfig.model_validate({})
     """How pictures and clips are looked at where a request says nothing."""
-    media_limits: MediaLimitsConfig = Field(default_factory=MediaLimitsConfig)
+    media_limits: MediaLimitsConfig = MediaLimitsConfig.model_validate({})
     """What a request may show."""
     max_rows: int = Field(64, ge=1)
     """Requests that run at once."""
@@ -116,16 +116,17 @@ class ServeConfig(Strict):
     server at a time has it, and what another base has left there is removed."""
     prefix_cache_disk_gib: float | None = Field(None, gt=0)
     """What that folder may hold, in GiB; 16, if left out."""
+    encode_patches: int = Field(1024, ge=1)
+    """Patches of pictures, clips and sounds encoded between two decode steps, or one picture of any size: the longest
+    a running stream is held up by them."""
     feature_cache_gib: float | None = Field(None, ge=0)
-    """Of the keys' and values' memory, at most so much for pictures and frames that were encoded, in GiB: an eighth,
-    if left out, as far as the running rows leave it; 0 keeps none."""
+    """Of the keys' and values' memory, at most so much for what pictures were encoded to, in GiB: an eighth, as far
+    as rows leave it, if left out; 0 keeps none."""
     feature_cache_dir: Path | None = None
-    """Folder that keeps those too, as prefix_cache_dir does prefixes, and never the same folder."""
+    """Folder that keeps it too, across restarts; none, if left out. One server at a time has it, and what another
+    base has left there is removed."""
     feature_cache_disk_gib: float | None = Field(None, gt=0)
     """What that folder may hold, in GiB; 16, if left out."""
-    encode_patches: int = Field(1024, ge=1)
-    """Patches of pictures encoded between two decode steps, but for one picture that has more: with
-    prefill_chunk_tokens, the longest a running stream is held up."""
     kv_bits: float | None = None
     """Bits of a stored key or value in full-attention layers: 2, 3, 4, 5, 6, 8, or with half a bit (3.5) TurboQuant.
     Left out, or 16: as the model computes them. A request's own kv_bits takes its place."""
@@ -244,20 +245,22 @@ class ServeConfig(Strict):
             part, whole = getattr(self, key), getattr(self, whole_key)
             if part is not None and whole is not None and part > whole:
                 yield key, f"found {part:g}, which is a part of {whole_key}; expected at most {whole:g}"
-        for what, name in (("prefixes", "prefix"), ("features", "feature")):
-            folder, in_memory, on_disk = f"{name}_cache_dir", f"{name}_cache_gib", f"{name}_cache_disk_gib"
-            if getattr(self, folder) is not None and getattr(self, in_memory) == 0:
-                yield (
-                    folder,
-                    f"{what} reach the disk from memory, and {in_memory} is 0; leave one of them out",
-                )
-            if getattr(self, on_disk) is not None and getattr(self, folder) is None:
-                yield on_disk, f"found a bound of a folder, but no {folder}; write that too"
-        if self.feature_cache_dir is not None and self.feature_cache_dir == self.prefix_cache_dir:
-            yield (
-                "feature_cache_dir",
-                f"found {self.feature_cache_dir}, which is prefix_cache_dir; name another",
+        for what in ("prefix", "feature"):
+            memory, folder, disk = (
+                getattr(self, f"{what}_cache_{end}") for end in ("gib", "dir", "disk_gib")
             )
+            if folder is not None and memory == 0:
+                yield (
+                    f"{what}_cache_dir",
+                    f"what it holds reaches the disk from memory, and {what}_cache_gib is 0; leave one of them out",
+                )
+            if disk is not None and folder is None:
+                yield (
+                    f"{what}_cache_disk_gib",
+                    f"found a bound of a folder, but no {what}_cache_dir; write that too",
+                )
+        if self.feature_cache_dir is not None and self.feature_cache_dir == self.prefix_cache_dir:
+            yield "feature_cache_dir", "found prefix_cache_dir's folder; give features one of their own"
 
     def _precision_problems(self) -> Iterator[tuple[str, str]]:
         try:
@@ -358,8 +361,8 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
     if config.allowed_media_roots is not None:
         changes["allowed_media_roots"] = tuple(_under(folder, r) for r in config.allowed_media_roots)
     for key in ("prefix_cache_dir", "feature_cache_dir"):
-        if getattr(config, key) is not None:
-            changes[key] = _under(folder, getattr(config, key))
+        if (path := getattr(config, key)) is not None:
+            changes[key] = _under(folder, path)
     model = Path(config.model).expanduser()
     if config.model.startswith((".", "~")) or (folder / model).is_dir():
         changes["model"] = str(_under(folder, model))

@@ -41,6 +41,7 @@ class SequenceFeatures:
         self._cache = cache
         self._held: dict[FeatureKey, _Held] = {}
         self._num_queries = self._num_hits = self._num_disk_hits = self._num_encoded = 0
+        self._num_reads = 0  # from disk
 
     @classmethod
     def make(cls, limits: EngineLimits, max_bytes: int, model: LoadedModel) -> SequenceFeatures:
@@ -76,20 +77,16 @@ class SequenceFeatures:
 
     def hold(self, sequence: SequenceState, number: int) -> bool:
         """Whether the features are at hand, or being computed; they are kept for it then."""
-        key = sequence.feature_key(number)
-        held, from_disk = self._held.get(key), False
-        if held is None and (match := self._cache.find(key)) is not None:
-            held = self._held[key] = _Held(features_of(match), match, set())
-            from_disk = match.num_disk_tokens > 0
+        num_reads = self._num_reads
+        held = self._find(sequence.feature_key(number))
         if number not in sequence.sought:
             sequence.sought.add(number)
             self._num_queries += 1
             self._num_hits += held is not None
-            self._num_disk_hits += from_disk
-        if held is None:
-            return False
-        self._give(held, sequence, number)
-        return True
+            self._num_disk_hits += self._num_reads - num_reads
+        if held is not None:
+            self._give(held, sequence, number)
+        return held is not None
 
     def relax(self, sequence: SequenceState) -> None:
         """It has no row now. What can be encoded again is not kept for it."""
@@ -137,7 +134,9 @@ class SequenceFeatures:
                 continue
             key = sequence.feature_key(number)
             if number not in sequence.held and self._cache.is_in_memory(key):  # a prefix had its tokens
-                self.hold(sequence, number)
+                found = self._find(key)
+                assert found is not None, "it was in memory"
+                self._give(found, sequence, number)
             if number not in sequence.held:
                 continue
             if self.num_bytes <= self._cache.bound:
@@ -158,6 +157,13 @@ class SequenceFeatures:
     def close(self) -> None:
         """Write what waits for the disk."""
         self._cache.close()
+
+    def _find(self, key: FeatureKey) -> _Held | None:
+        held = self._held.get(key)
+        if held is None and (match := self._cache.find(key)) is not None:
+            held = self._held[key] = _Held(features_of(match), match, set())
+            self._num_reads += match.num_disk_tokens
+        return held
 
     def _give(self, held: _Held, sequence: SequenceState, number: int) -> None:
         held.holders.add((sequence, number))

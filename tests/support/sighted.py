@@ -4,6 +4,7 @@ prompt and answer, no rows, no chunks."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import serve as serve  # before mlx: it brings a real BLAS
@@ -30,6 +31,17 @@ def moving(seed: int, num_frames: int = 6) -> Clip:
     """Frames of random colours, two a second; more of them begin with the same."""
     frames = [Picture(np.ascontiguousarray(frame.transpose(1, 2, 0))) for frame in clip(seed, num_frames)]
     return Clip(tuple(frames), tuple(number / 2 for number in range(num_frames)))
+
+
+def broken(prompt: Prompt, number: int, value: float | None) -> Prompt:
+    """One of its pictures holds a number that is none, or has too few of them (None)."""
+    media = list(prompt.media)
+    inputs = dict(media[number].inputs)
+    name = max(inputs, key=lambda each: inputs[each].size)
+    pixels = inputs[name].astype(np.float32)
+    inputs[name] = pixels[..., :-1] if value is None else np.full_like(pixels, value)
+    media[number] = replace(media[number], inputs=inputs, key=f"{media[number].key} broken {value}")
+    return replace(prompt, media=tuple(media))
 
 
 class Eyes:

@@ -110,6 +110,11 @@ class MediaReader:
                 digest.update(file.name.encode() + file.read_bytes())
         return digest.hexdigest()
 
+    def open(self) -> None:
+        """Load the processor now. It draws random numbers, so not while a step does."""
+        with self._opening:
+            _ = self._opened
+
     @property
     def processor(self) -> MediaProcessor:
         """Of the model. ModelError where it cannot be loaded."""
@@ -132,7 +137,14 @@ class MediaReader:
 
     def read(self, ref: MediaRef) -> Processed:
         """What a reference leads to. RequestError, beginning with its place, if it cannot be read or used."""
-        made = self._future(ref).result()
+        try:
+            made = self._future(ref).result()
+        except RequestError as error:
+            with self._lock:
+                self._made.pop(ref.identity, None)
+            if not str(error).startswith(ref.place):  # another row's, which shows the same
+                made = self._make(ref)
+            raise
         with self._lock:
             if ref.identity in self._made:
                 self._made.move_to_end(ref.identity)

@@ -148,6 +148,9 @@ def show(flight: Preflight, console: Console) -> None:
         return
     for line in lines(found, workload, has_rollouts=recipe.answering is not None):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if recipe.train_vision:
+        said = "the tower trains inside the loss: its activations, and its time, are not in the estimate"
+        console.print(said, style="yellow", highlight=False, markup=False, soft_wrap=True)
     helps = advice(found, recipe)
     if helps:
         console.print(
