@@ -264,10 +264,13 @@ def nothing_is_seen_ahead(case: Case) -> str:
     rows = [prompt for _, prompt in case.rows.values()]
     batch = Batch(model, rows)
     for index, prompt in enumerate(rows):
-        length = len(prompt.token_ids)
-        batch.forward([(index, 0, length)], [prompt.token_ids])
-        answers = ([60, 61, 62, 63], [60, 61, 62, 99])
-        one, two = (np.array(batch.forward([(index, length, length + 4)], [words])) for words in answers)
+
+        def answered(words: list[int], index: int = index, prompt: Prompt = prompt) -> np.ndarray:
+            length = len(prompt.token_ids)
+            batch.forward([(index, 0, length)], [prompt.token_ids])
+            return np.array(batch.forward([(index, length, length + len(words))], [words]))
+
+        one, two = answered([60, 61, 62, 63]), answered([60, 61, 62, 99])
         assert np.abs(one[:, 3] - two[:, 3]).max() > 0.1
         np.testing.assert_array_equal(one[:, :3], two[:, :3])
     rows_of_text = [[*example.token_ids[:-1], 7] for example in case.examples]
