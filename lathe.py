@@ -174,6 +174,16 @@ def serve(
         Path | None, typer.Option(help="A folder that keeps prefixes across restarts.")
     ] = None,
     prefix_cache_disk_gib: Annotated[float | None, typer.Option(help="What that folder may hold.")] = None,
+    encode_patches: Annotated[
+        int | None, typer.Option(help="Of pictures, between two decode steps; or one picture.")
+    ] = None,
+    feature_cache_gib: Annotated[
+        float | None, typer.Option(help="Of the memory, at most so much for encoded pictures; 0 keeps none.")
+    ] = None,
+    feature_cache_dir: Annotated[
+        Path | None, typer.Option(help="A folder that keeps encoded pictures across restarts.")
+    ] = None,
+    feature_cache_disk_gib: Annotated[float | None, typer.Option(help="What that folder may hold.")] = None,
     kv_bits: Annotated[
         float | None, typer.Option(help="Bits of stored keys and values: 8, 4, …; 3.5 is TurboQuant.")
     ] = None,
@@ -214,6 +224,10 @@ def serve(
         "prefix_cache_gib": prefix_cache_gib,
         "prefix_cache_dir": str(prefix_cache_dir.absolute()) if prefix_cache_dir else None,
         "prefix_cache_disk_gib": prefix_cache_disk_gib,
+        "encode_patches": encode_patches,
+        "feature_cache_gib": feature_cache_gib,
+        "feature_cache_dir": str(feature_cache_dir.absolute()) if feature_cache_dir else None,
+        "feature_cache_disk_gib": feature_cache_disk_gib,
         "kv_bits": kv_bits,
         "kv_value_bits": kv_value_bits,
         "kv_scheme": kv_scheme,
@@ -340,6 +354,9 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="Of unquantized weights: float16, bfloat16, float32.")
     ] = None,
+    quantize_vision: Annotated[
+        bool, typer.Option("--quantize-vision", help="With --bits: towers and projectors too.")
+    ] = False,
     base: Annotated[str | None, typer.Option(help="Base model, if not where the adapter says.")] = None,
     data: Annotated[
         Path | None,
@@ -360,6 +377,7 @@ def export(
         bits=None if bits is None else _one_of(bits, (4, 8), "--bits"),
         group_size=_one_of(group_size, (32, 64, 128), "--group-size"),
         dtype=None if dtype is None else _one_of(dtype, ("float16", "bfloat16", "float32"), "--dtype"),
+        quantize_vision=quantize_vision,
     )
     _check_writable(json_file)
     report = fuse(adapter, out, form, base=base, rows=Rows(data, rows), force=force, console=_console())
@@ -609,6 +627,9 @@ def bench_train(
     model: Annotated[
         str | None, typer.Option(help="A model in place of the random one with 32k tokens.")
     ] = None,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Rows with pictures, beside mlx-vlm's own trainer.")
+    ] = False,
     folder: Annotated[Path | None, typer.Option(help="Keep model, rows, recipes and logs here.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -616,10 +637,19 @@ def bench_train(
     import tempfile
 
     from serve.tables import show
-    from train.bench import compare
+    from train.bench import compare, sighted_compare
 
-    asked = compare.TrainBench(num_batches=iters, batch_size=batch_size, rounds=rounds, model=model)
     _check_writable(json_file)
+    if pictures:
+        if model is not None:
+            raise typer.BadParameter("the rows are made for the random models", param_hint="--model")
+        seeing = sighted_compare.SightedBench(num_batches=iters, batch_size=batch_size, rounds=rounds)
+        with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
+            seen = sighted_compare.run(seeing, folder or Path(temporary), progress)
+        show(_console(), *sighted_compare.tables(seen), *_dim(sighted_compare.notes(seen)))
+        _save_json(json_file, seen.as_json(seeing))
+        return
+    asked = compare.TrainBench(num_batches=iters, batch_size=batch_size, rounds=rounds, model=model)
     with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
         outcome = compare.run(asked, folder or Path(temporary), progress)
     show(_console(), *compare.tables(outcome), *_dim(compare.notes(outcome)))

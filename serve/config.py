@@ -88,9 +88,9 @@ class ServeConfig(Strict):
     allowed_media_roots: tuple[Path, ...] | None = None
     """Folders whose files a request may show by their paths. Left out: everything when bound to loopback, else
     nothing."""
-    media: MediaConfig = Field(default_factory=MediaConfig)
+    media: MediaConfig = MediaConfig.model_validate({})
     """How pictures and clips are looked at where a request says nothing."""
-    media_limits: MediaLimitsConfig = Field(default_factory=MediaLimitsConfig)
+    media_limits: MediaLimitsConfig = MediaLimitsConfig.model_validate({})
     """What a request may show."""
     max_rows: int = Field(64, ge=1)
     """Requests that run at once."""
@@ -115,6 +115,17 @@ class ServeConfig(Strict):
     """Folder that keeps prefixes too, for when they have left memory, and across restarts; none, if left out. One
     server at a time has it, and what another base has left there is removed."""
     prefix_cache_disk_gib: float | None = Field(None, gt=0)
+    """What that folder may hold, in GiB; 16, if left out."""
+    encode_patches: int = Field(1024, ge=1)
+    """Patches of pictures, clips and sounds encoded between two decode steps, or one picture of any size: the longest
+    a running stream is held up by them."""
+    feature_cache_gib: float | None = Field(None, ge=0)
+    """Of the keys' and values' memory, at most so much for what pictures were encoded to, in GiB: an eighth, as far
+    as rows leave it, if left out; 0 keeps none."""
+    feature_cache_dir: Path | None = None
+    """Folder that keeps it too, across restarts; none, if left out. One server at a time has it, and what another
+    base has left there is removed."""
+    feature_cache_disk_gib: float | None = Field(None, gt=0)
     """What that folder may hold, in GiB; 16, if left out."""
     kv_bits: float | None = None
     """Bits of a stored key or value in full-attention layers: 2, 3, 4, 5, 6, 8, or with half a bit (3.5) TurboQuant.
@@ -228,20 +239,28 @@ class ServeConfig(Strict):
             ("adapter_budget_gib", "memory_budget_gib"),
             ("prefix_cache_gib", "memory_budget_gib"),
             ("prefix_cache_gib", "kv_budget_gib"),
+            ("feature_cache_gib", "memory_budget_gib"),
+            ("feature_cache_gib", "kv_budget_gib"),
         ):
             part, whole = getattr(self, key), getattr(self, whole_key)
             if part is not None and whole is not None and part > whole:
                 yield key, f"found {part:g}, which is a part of {whole_key}; expected at most {whole:g}"
-        if self.prefix_cache_dir is not None and self.prefix_cache_gib == 0:
-            yield (
-                "prefix_cache_dir",
-                "prefixes reach the disk from memory, and prefix_cache_gib is 0; leave one of them out",
+        for what in ("prefix", "feature"):
+            memory, folder, disk = (
+                getattr(self, f"{what}_cache_{end}") for end in ("gib", "dir", "disk_gib")
             )
-        if self.prefix_cache_disk_gib is not None and self.prefix_cache_dir is None:
-            yield (
-                "prefix_cache_disk_gib",
-                "found a bound of a folder, but no prefix_cache_dir; write that too",
-            )
+            if folder is not None and memory == 0:
+                yield (
+                    f"{what}_cache_dir",
+                    f"what it holds reaches the disk from memory, and {what}_cache_gib is 0; leave one of them out",
+                )
+            if disk is not None and folder is None:
+                yield (
+                    f"{what}_cache_disk_gib",
+                    f"found a bound of a folder, but no {what}_cache_dir; write that too",
+                )
+        if self.feature_cache_dir is not None and self.feature_cache_dir == self.prefix_cache_dir:
+            yield "feature_cache_dir", "found prefix_cache_dir's folder; give features one of their own"
 
     def _precision_problems(self) -> Iterator[tuple[str, str]]:
         try:
@@ -341,8 +360,9 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
         changes["allowed_adapter_roots"] = tuple(_under(folder, r) for r in config.allowed_adapter_roots)
     if config.allowed_media_roots is not None:
         changes["allowed_media_roots"] = tuple(_under(folder, r) for r in config.allowed_media_roots)
-    if config.prefix_cache_dir is not None:
-        changes["prefix_cache_dir"] = _under(folder, config.prefix_cache_dir)
+    for key in ("prefix_cache_dir", "feature_cache_dir"):
+        if (path := getattr(config, key)) is not None:
+            changes[key] = _under(folder, path)
     model = Path(config.model).expanduser()
     if config.model.startswith((".", "~")) or (folder / model).is_dir():
         changes["model"] = str(_under(folder, model))

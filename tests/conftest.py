@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.cache import KVCache, make_prompt_cache
+from sighted import Alone
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from vlm_families import Reference, write_random_lora, write_vlm
@@ -394,17 +396,29 @@ def _logits(
 
     Keys and values are of the request's precision.
     """
-    precision, cache = request.precision or PLAIN, make_prompt_cache(module)
-    full = [index for index, layer in enumerate(cache) if type(layer) is KVCache]
-    if not precision.is_plain:
-        for index in full[: len(full) - precision.num_plain_layers]:
-            cache[index] = StoredCache(precision, nudges[-1])
+    if isinstance(module, Alone):
+        caches = [_stored(request, module.model.network.make_cache(), nudge) for nudge in nudges]
+        return mx.stack([module.logits(request, token_ids, each) for each in caches])
+    cache = make_prompt_cache(module)
+    cache = _stored(request, cache, nudges[-1]) or cache
+    precision = request.precision or PLAIN
     prompt = request.prompt.token_ids
     tokens = mx.array([[*prompt, *token_ids]] * len(nudges))
     cut = min(0 if precision.is_plain else precision.start_after, tokens.shape[1])
     parts = [module(part, cache=cache) for part in (tokens[:, :cut], tokens[:, cut:]) if part.size]
     logits = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
     return logits[:, len(prompt) - 1 : -1].astype(mx.float32)
+
+
+def _stored(request: Request, cache: list[Any], nudge: float) -> list[Any] | None:
+    """Of the family's own cache, with full attention's layers in the request's precision; None where it is plain."""
+    precision = request.precision or PLAIN
+    if precision.is_plain:
+        return None
+    full = [index for index, layer in enumerate(cache) if type(layer).__name__ == "KVCache"]
+    for index in full[: len(full) - precision.num_plain_layers]:
+        cache[index] = StoredCache(precision, nudge)
+    return cache
 
 
 def _could_be_stored(request: Request, token_ids: Sequence[int], module: nn.Module, number: int) -> bool:

@@ -100,7 +100,9 @@ def test_the_flags_of_serve_are_keys_of_its_configuration():
     flags = {name: each for name, each in flags.items() if name not in ("model", "adapter", "overrides")}
     assert set(flags) <= set(ServeConfig.model_fields)
     memory = [
-        name for name in ServeConfig.model_fields if name.startswith(("memory_", "prefix_", "kv_", "one_"))
+        name
+        for name in ServeConfig.model_fields
+        if name.startswith(("memory_", "prefix_", "kv_", "one_", "feature_", "encode_"))
     ]
     assert set(memory) - set(flags) == {"kv_budget_gib"}
     readme = (ROOT / "README.md").read_text()

@@ -98,6 +98,8 @@ def _train(
     check_same(ranks, facts_of(recipe, lineage))
     optimizer = optimizer_of(recipe, network, flight.num_steps)
     objective, settings = build_objective(recipe, network), step_settings(recipe)
+    if flight.reader is not None and flight.train.report.num_media:
+        flight.reader.open()
     eyes = eyes_of(recipe, model)
     stepper = Stepper(
         network, optimizer, objective, settings, ranks=ranks, name_row=flight.name_row, eyes=eyes

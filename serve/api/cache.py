@@ -1,4 +1,5 @@
-"""GET /v1/cache/stats and POST /v1/cache/reset, at mlx-vlm's paths: what prefixes hold and gave; dropping them."""
+"""GET /v1/cache/stats and POST /v1/cache/reset, at mlx-vlm's paths: what prefixes and features hold and
+gave; dropping them."""
 
 from __future__ import annotations
 
@@ -19,17 +20,23 @@ router = APIRouter()
 async def cache_stats(services: ServicesDep) -> dict[str, Any]:
     """Bytes now and counts since the start, of the whole server."""
     stats = services.runtime.worker.stats()
-    return {"enabled": services.runtime.engine.has_prefixes, **asdict(stats.memory), **asdict(stats.prefixes)}
+    return {
+        "enabled": services.runtime.engine.has_prefixes,
+        **asdict(stats.memory),
+        **asdict(stats.prefixes),
+        "features": asdict(stats.features),
+    }
 
 
 @router.post("/v1/cache/reset")
 async def reset_cache(services: ServicesDep, tenant: TenantDep) -> dict[str, Any]:
-    """Forget the prefixes of the tenant that a header names, in memory and on disk; all of them, where none does."""
+    """Forget the prefixes and features of the tenant that a header names, in memory and on disk; all of them, where
+    none does."""
     runtime = services.runtime
     if not tenant and not runtime.config.is_loopback:
         raise ForbiddenError(
             f"this server listens on {runtime.config.host}, where nobody may drop what others keep; "
             "name your tenant with X-Tenant"
         )
-    await run_in_threadpool(runtime.worker.call, lambda: runtime.engine.forget_prefixes(tenant or None))
+    await run_in_threadpool(runtime.worker.call, lambda: runtime.engine.forget(tenant or None))
     return {"status": "cleared", "tenant": tenant or None}

@@ -74,13 +74,25 @@ async def create_chat_completion(
 ) -> Response:
     """OpenAI's chat completions; vLLM's `top_k`, `min_p`, `ignore_eos`, `chat_template_kwargs` and
     `mm_processor_kwargs` beside them."""
+    responder = await _begun(body, http, services, tenant)
+    if responder is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    if body.stream:
+        return await responder.stream(
+            wants_usage=body.wants_usage_chunk, is_continuous=body.wants_continuous_usage
+        )
+    return await responder.whole()
+
+
+async def _begun(body: ChatBody, http: Request, services: Services, tenant: str) -> Responder | None:
+    """The answer under way; None if the client has left before. Nothing here outlives the call: pixels are the
+    engine's to drop."""
     id = new_id("chatcmpl")
-    runtime = services.runtime
-    with held_target(runtime, body.model, body.user or id) as target:
+    with held_target(services.runtime, body.model, body.user or id) as target:
         template = _template(services, target)
         media = await _look(services, body, http)
         if media is None:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+            return None
         messages = [message.for_template() for message in body.messages]
         if body.has_tool_history:
             check_tools(template, messages)
@@ -92,25 +104,19 @@ async def create_chat_completion(
             continue_final_message=bool(body.continue_final_message),
             media=[item.expansion for item in media],
         )
-        prompt = await services.media.prompt(token_ids, media)
         requests = await build_requests(
             services,
             id,
             body,
-            [prompt],
+            [await services.media.prompt(token_ids, media)],
             target,
             tenant=tenant,
             continues_prompt=bool(body.continue_final_message),
         )
         generation = Generation(services, id, "chat", target, requests, body.n or 1)
     format = ChatFormat(logprob_writers(services, requests))
-    keep_alive_s = runtime.config.stream_keep_alive_s
-    responder = Responder(generation, format, len(token_ids), http.receive, keep_alive_s)
-    if body.stream:
-        return await responder.stream(
-            wants_usage=body.wants_usage_chunk, is_continuous=body.wants_continuous_usage
-        )
-    return await responder.whole()
+    keep_alive_s = services.runtime.config.stream_keep_alive_s
+    return Responder(generation, format, len(token_ids), http.receive, keep_alive_s)
 
 
 async def _look(services: Services, body: ChatBody, http: Request) -> list[Processed] | None:

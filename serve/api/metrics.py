@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.cache.stats import PrefixStats
+from serve.cache.stats import FeatureStats, PrefixStats
 from serve.engine.request import MemoryUse
 from serve.runtime import Runtime
 
@@ -116,6 +116,7 @@ class _EngineCollector(Collector):
         yield rows
         yield from _memory(stats.memory)
         yield from _prefixes(stats.prefixes)
+        yield from _features(stats.features)
         versions = len(self._runtime.registry.versions())
         yield GaugeMetricFamily("lathe_adapter_versions", "Adapter versions in memory.", versions)
         is_up = float(self._runtime.worker.failure is None)
@@ -139,8 +140,9 @@ def _memory(memory: MemoryUse) -> Iterator[Metric]:
     for name, meaning, num_bytes in (
         ("lathe_kv_bytes", "Memory of keys, values and recurrent state of rows.", memory.kv_bytes),
         ("lathe_prefix_bytes", "Memory of prefixes.", memory.prefix_bytes),
+        ("lathe_feature_bytes", "Memory of encoded pictures.", memory.feature_bytes),
         ("lathe_adapter_bytes", "Memory of adapters.", memory.adapter_bytes),
-        ("lathe_memory_budget_bytes", "What these three may be together.", memory.budget_bytes),
+        ("lathe_memory_budget_bytes", "What these may be together.", memory.budget_bytes),
     ):
         yield GaugeMetricFamily(name, meaning, num_bytes)
 
@@ -173,3 +175,24 @@ def _prefixes(prefixes: PrefixStats) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "lathe_prefix_disk_errors", "Files not written, not read, or not whole.", prefixes.num_disk_errors
     )
+
+
+def _features(features: FeatureStats) -> Iterator[Metric]:
+    """Of pictures and frames; none of a model that reads text alone."""
+    for name, what, value in (
+        ("lathe_feature_queries", "Pictures whose tokens were to be computed.", features.num_queries),
+        ("lathe_feature_encoded", "Times that a picture went through the tower.", features.num_encoded),
+        ("lathe_feature_disk_dropped", "Pictures that the disk had no time for.", features.num_disk_dropped),
+        ("lathe_feature_disk_errors", "Files not written, not read, or not whole.", features.num_disk_errors),
+    ):
+        yield CounterMetricFamily(name, what, value)
+    found = CounterMetricFamily("lathe_feature_hits", "Pictures found, and not encoded.", labels=["tier"])
+    found.add_metric(["memory"], features.num_hits - features.num_disk_hits)
+    found.add_metric(["disk"], features.num_disk_hits)
+    yield found
+    evicted = CounterMetricFamily("lathe_feature_evicted", "Pictures that left for others.", labels=["tier"])
+    evicted.add_metric(["memory"], features.num_evicted)
+    evicted.add_metric(["disk"], features.num_disk_evicted)
+    yield evicted
+    yield GaugeMetricFamily("lathe_features", "Encoded pictures kept, in either tier.", features.num_kept)
+    yield GaugeMetricFamily("lathe_feature_disk_bytes", "Encoded pictures on disk.", features.disk_bytes)

@@ -75,6 +75,10 @@ class FeatureCache:
         """The features under this key, kept until `release`; None if there are none. Read from disk, if need be."""
         return self._cache.match(self._space(key), WHOLE, 1, is_first=False)
 
+    def is_in_memory(self, key: FeatureKey) -> bool:
+        """Whether `find` would find them without the disk."""
+        return self._cache.is_in_memory(self._space(key), WHOLE)
+
     def release(self, match: Match) -> None:
         """They are not needed now."""
         self._cache.release(match)

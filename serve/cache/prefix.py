@@ -106,6 +106,16 @@ class PrefixCache:
         """
         return self._tree.known(space, tokens, start_after(space))
 
+    def is_in_memory(self, space: Space, tokens: Sequence[int]) -> bool:
+        """Whether a row could be given all of these tokens without the disk."""
+        threshold = start_after(space)
+        found = self._tree.find(space, tokens, len(tokens), threshold)
+        return (
+            found is not None
+            and found.num_tokens == len(tokens)
+            and all(self._tree.tier_for(node, len(tokens), threshold) == MEMORY for node in found.path)
+        )
+
     def num_shared(self, space: Space, tokens: Sequence[int], limit: int) -> int:
         """How many of the first `limit` tokens another text began with, though it cannot be restored there."""
         return self._tree.num_shared(space, tokens, limit)

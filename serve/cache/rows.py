@@ -140,8 +140,10 @@ class BatchRows:
             groups: dict[tuple[Bucket, Bucket], list[Move]] = {}
             for move in moves:
                 groups.setdefault((move.source.bucket, move.target.bucket), []).append(move)
-            _move_layers(self.attending, groups)
+            # An IndexError here, for a row that is not there: MLX would write into what is not its own.
             written = [self._num_written[move.source.bucket][move.source.row] for move in moves]
+            assert all(move.target.row < len(self._num_written[move.target.bucket]) for move in moves)
+            _move_layers(self.attending, groups)
             for move, count in zip(moves, written, strict=True):
                 self._num_written[move.target.bucket][move.target.row] = count
         if state_moves and self._recurrent:

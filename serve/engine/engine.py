@@ -12,7 +12,8 @@ from serve.adapters.bank import Bank
 from serve.adapters.registry import Registry
 from serve.cache.capacity import MAX_REMEMBERED
 from serve.cache.precision import KvPrecision
-from serve.cache.stats import PrefixStats
+from serve.cache.stats import FeatureStats, PrefixStats
+from serve.engine.features import SequenceFeatures
 from serve.engine.finish import FinishRule
 from serve.engine.limits import EngineLimits as EngineLimits
 from serve.engine.limits import MemoryBudget
@@ -21,8 +22,10 @@ from serve.engine.prefixes import SequencePrefixes
 from serve.engine.request import EngineStats, Event, MemoryUse, Request
 from serve.engine.runner import Captured, Flight, Runner
 from serve.engine.scheduler import Budget, Scheduler
+from serve.engine.sights import Sights
 from serve.errors import ConfigError, ContextLengthError, GenerationError, LatheError, RequestError
 from serve.model.loading import LoadedModel
+from serve.model.prompt import Prompt
 from serve.model.template_rules import TemplateRules
 from serve.model.token_bytes import TokenBytes
 
@@ -57,8 +60,14 @@ class Engine:
             self.bank.warm_up(limits.prefill_chunk_tokens)
         self.token_bytes = TokenBytes(model.tokenizer)
         self._ahead = limits.ahead if limits.ahead is not None else not on_cpu
+        self.features = SequenceFeatures.make(limits, self.memory.kv, model) if model.vision else None
+        """None for a text model."""
         self._runner = Runner(
-            model.network, self.bank, prefill_chunk_tokens=limits.prefill_chunk_tokens, ahead=self._ahead
+            model.network,
+            self.bank,
+            Sights(model.vision, self.features) if model.vision and self.features else None,
+            prefill_chunk_tokens=limits.prefill_chunk_tokens,
+            ahead=self._ahead,
         )
         cost = self._runner.rows.cost
         budget = Budget(
@@ -66,10 +75,11 @@ class Engine:
             prefill_chunk_tokens=limits.prefill_chunk_tokens,
             max_bytes=self.memory.max_row_bytes(self.memory.adapters),
             row_cost=cost,
+            encode_patches=limits.encode_patches,
         )
         self.prefixes = SequencePrefixes.make(limits, self.memory.kv, model, self._runner.rows)
         """None where the limits want none."""
-        self.scheduler = Scheduler(budget, self.prefixes)
+        self.scheduler = Scheduler(budget, self.prefixes, self.features)
         self._max_contexts: dict[KvPrecision, int] = {}
         self.max_context = self.max_context_at(limits.precision)
         """Tokens of prompt and answer together: what model, limits and memory allow one row."""
@@ -118,8 +128,9 @@ class Engine:
 
         Safe to call from any thread.
 
-        The one admission check, for every caller. RequestError for an empty prompt or ids that are not in the
-        vocabulary, ContextLengthError where the prompt leaves no room for an answer.
+        The one admission check, for every caller. RequestError for an empty prompt, ids that are not in the
+        vocabulary, or media that this model does not take; ContextLengthError where the prompt leaves no room for an
+        answer.
         """
         prompt, sampling = request.prompt.token_ids, request.sampling
         if not prompt:
@@ -130,6 +141,7 @@ class Engine:
             raise RequestError(
                 f"prompt: token id {outside} is not in this model's vocabulary of {vocabulary}", "prompt"
             )
+        self._check_media(request.prompt)
         precision = request.precision or self.limits.precision
         max_context = self.max_context_at(precision)
         remaining = max_context - len(prompt)
@@ -139,6 +151,25 @@ class Engine:
         if wanted != sampling.max_tokens:
             sampling = replace(sampling, max_tokens=wanted)
         return replace(request, sampling=sampling, precision=precision)
+
+    def _check_media(self, prompt: Prompt) -> None:
+        """RequestError for what the network cannot be told, or not in one step."""
+        kinds = self.model.vision.kinds if self.model.vision else frozenset()
+        for media in prompt.media:
+            if media.kind not in kinds:
+                taken = f"; it takes {', '.join(sorted(kinds))}" if kinds else "; it takes text alone"
+                raise RequestError(f"{self.model.name} takes no {media.kind}{taken}", "prompt")
+            assert 0 <= media.start < media.stop <= len(prompt.token_ids), "placeholders outside the prompt"
+        if prompt.media and self.model.network.takes_positions:
+            assert prompt.rope is not None, "this family's media have positions"
+        longest = max((stop - start for start, stop in prompt.blocks), default=0)
+        window = any(layer.window is not None for layer in self.scheduler.budget.row_cost.layers)
+        if window and longest > self.limits.prefill_chunk_tokens:
+            raise RequestError(
+                f"{longest} tokens of the prompt see one another and are computed in one step; this server takes "
+                f"{self.limits.prefill_chunk_tokens} at most, by prefill_chunk_tokens",
+                "prompt",
+            )
 
     def add(self, request: Request) -> None:
         """Queue a request that `check` has returned."""
@@ -165,11 +196,13 @@ class Engine:
         `recover` says whose it was.
         """
         plan = self._planned()
-        if not plan.is_empty:
-            self._flights.append(self._start(plan))
-            self._num_steps += 1
-        is_last = plan.is_empty or not self.scheduler.has_work
         events: list[Event] = []
+        if not plan.is_empty:
+            flight = self._start(plan)
+            self._flights.append(flight)
+            self._num_steps += 1
+            events += self._see(flight)
+        is_last = plan.is_empty or not self.scheduler.has_work
         while self._flights and (len(self._flights) > self._ahead or is_last):
             events += self._land(self._flights.popleft())
             is_last |= not self.scheduler.has_work
@@ -184,14 +217,55 @@ class Engine:
                 assert self.prefixes is not None
                 self.prefixes.release(restore.prefix)
 
+    def _see(self, flight: Flight) -> list[Event]:
+        """What a started step encodes is at hand for the next; whose picture could not be, ends here."""
+        events: list[Event] = []
+        for one in flight.encoded:
+            assert self.features is not None
+            if one.error is None:
+                self.features.begin(one.encode, one.features)
+            else:
+                events.append(self._blind(one.encode.sequence, one.encode.number, repr(one.error)))
+        return events
+
+    def _settle(self, flight: Flight) -> list[Event]:
+        """What a step has encoded is kept; whose picture is not made of numbers, ends here."""
+        assert self.features is not None
+        events: list[Event] = []
+        for one in flight.encoded:
+            if one.error is not None:
+                continue
+            key = one.encode.sequence.feature_key(one.encode.number)
+            assert one.is_sound is not None
+            if one.is_sound.item():
+                self.features.finish(key, one.features)
+                continue
+            for sequence, number in self.features.fail(key):
+                if self._by_id.get(sequence.request.id) is sequence:
+                    events.append(self._blind(sequence, number, "what it becomes are not numbers"))
+        for sequence in {chunk.sequence for chunk in flight.plan.chunks} if flight.plan.num_prefilled else ():
+            self.features.take_in(sequence, sequence.num_cached_tokens)
+        return events
+
+    def _blind(self, sequence: SequenceState, number: int, reason: str) -> Event:
+        """The end of a row whose picture cannot be encoded."""
+        media = sequence.request.prompt.media
+        event = self._ended(
+            sequence,
+            GenerationError(
+                f"{media[number].kind} {number + 1} of {len(media)} in the prompt cannot be encoded: {reason}"
+            ),
+        )
+        self._forget([sequence], is_sound=False)
+        return event
+
     def make_room(self) -> None:
         """Where adapters have come or gone, prefixes and coming rows have what these leave. Between two steps."""
         if self._num_bank_changes == self.bank.num_changes:
             return
         self._num_bank_changes = self.bank.num_changes
         self.scheduler.max_bytes = self.memory.max_row_bytes(self.bank.num_bytes)
-        if self.prefixes is not None:
-            self.prefixes.bound(self.scheduler.max_bytes - self._kv_bytes)
+        self._share(self.scheduler.max_bytes - self._kv_bytes)
 
     def _planned(self) -> Plan:
         """The next step, and prefixes within what its rows leave them."""
@@ -199,18 +273,27 @@ class Engine:
         allowed = self.scheduler.max_bytes
         plan = self.scheduler.schedule()
         self._kv_bytes = plan.num_bytes
-        if self.prefixes is not None:
-            self.prefixes.bound(allowed - plan.num_bytes)
+        self._share(allowed - plan.num_bytes)
         return plan
+
+    def _share(self, num_bytes: int) -> None:
+        """What rows leave: features first, then prefixes."""
+        if self.features is not None:
+            self.features.bound(num_bytes)
+            num_bytes -= self.features.num_bytes
+        if self.prefixes is not None:
+            self.prefixes.bound(num_bytes)
 
     def _land(self, flight: Flight) -> list[Event]:
         """The events of a step that was started."""
         drawn = self._runner.read(flight)
         self.scheduler.commit(flight.plan, drawn)
         self._num_prompt_tokens += flight.plan.num_prefilled
+        blind = self._settle(flight) if self.features is not None else []
         if flight.captured:
-            unsound = {one.sequence for one in drawn if not one.is_sound}
-            self._keep(each for each in flight.captured if each.capture.sequence not in unsound)
+            for one in drawn:
+                one.sequence.is_sound &= one.is_sound
+            self._keep(flight.captured)
         # A step ahead, a row may have run a token too many: its sequence has ended meanwhile.
         alive = self._by_id
         events = [self._event(one) for one in drawn if alive.get(one.sequence.request.id) is one.sequence]
@@ -220,7 +303,7 @@ class Engine:
             self._forget(
                 [alive[event.request_id] for event in ended if event.finish == "error"], is_sound=False
             )
-        return events
+        return events + blind
 
     def recover(self, error: BaseException) -> list[Event]:
         """End every row that a failed step may have left in any state, and go on with an empty batch.
@@ -249,10 +332,12 @@ class Engine:
             memory=MemoryUse(
                 kv_bytes=self._kv_bytes,
                 prefix_bytes=self.prefixes.num_bytes if self.prefixes else 0,
+                feature_bytes=self.features.num_bytes if self.features else 0,
                 adapter_bytes=self.bank.num_bytes,
                 budget_bytes=self.memory.total,
             ),
             prefixes=self.prefixes.stats if self.prefixes else PrefixStats(),
+            features=self.features.stats if self.features else FeatureStats(),
             num_finished=dict(self._num_finished),
         )
 
@@ -261,15 +346,19 @@ class Engine:
         """Whether there is a prefix cache."""
         return self.prefixes is not None
 
-    def forget_prefixes(self, tenant: str | None = None) -> None:
-        """Drop a tenant's prefixes, in memory and on disk; everybody's, where none is named."""
+    def forget(self, tenant: str | None = None) -> None:
+        """Drop a tenant's prefixes and features, in memory and on disk; everybody's, where none is named."""
         if self.prefixes is not None:
             self.prefixes.cache.clear(tenant)
+        if self.features is not None:
+            self.features.forget(tenant)
 
     def close(self) -> None:
-        """Write what waits for the disk, and let go of its folder. No step follows."""
+        """Write what waits for the disk, and let go of its folders. No step follows."""
         if self.prefixes is not None:
             self.prefixes.cache.close()
+        if self.features is not None:
+            self.features.close()
 
     def _event(self, drawn: Drawn) -> Event:
         sequence, token_ids, logprobs, is_sound = drawn
@@ -310,6 +399,7 @@ class Engine:
     def _forget(self, sequences: list[SequenceState], *, is_sound: bool = True) -> None:
         self.scheduler.remove(sequences, is_sound=is_sound)
         for sequence in sequences:
+            sequence.is_sound &= is_sound
             self._drop(sequence)
         if not self.scheduler.has_work:
             self._clear_rows()
@@ -326,12 +416,15 @@ class Engine:
 
     def _keep(self, captured: Iterable[Captured]) -> None:
         for each in captured:
-            assert self.prefixes is not None
-            self.prefixes.keep(each)
+            if each.capture.sequence.is_sound:
+                assert self.prefixes is not None
+                self.prefixes.keep(each)
 
     def _drop(self, sequence: SequenceState) -> None:
         del self._by_id[sequence.request.id]
         del self._rules[sequence.request.id]
+        if self.features is not None:
+            self.features.release(sequence)
 
 
 def context_message(max_context: int, num_prompt_tokens: int) -> str:

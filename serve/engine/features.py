@@ -9,10 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from serve.cache.disk import Disk
+from serve.cache.feature_bytes import FeatureCodec
 from serve.cache.features import FeatureCache, FeatureKey, features_of
 from serve.cache.prefix import Match
 from serve.cache.stats import FeatureStats
+from serve.engine.limits import EngineLimits
 from serve.engine.plan import Encode, SequenceState
+from serve.engine.prefixes import DISK_BYTES, identity
+from serve.model.loading import LoadedModel
+
+SHARE = 8
+"""Of the rows' and prefixes' memory, one part in so many is for features, unless somebody says otherwise."""
 
 
 @dataclass(eq=False)
@@ -33,6 +41,16 @@ class SequenceFeatures:
         self._cache = cache
         self._held: dict[FeatureKey, _Held] = {}
         self._num_queries = self._num_hits = self._num_disk_hits = self._num_encoded = 0
+        self._num_reads = 0  # from disk
+
+    @classmethod
+    def make(cls, limits: EngineLimits, max_bytes: int, model: LoadedModel) -> SequenceFeatures:
+        """What the limits ask for, of `max_bytes` at most. ConfigError where the folder cannot be used."""
+        wanted, base, disk = limits.feature_cache_bytes, identity(model, "features"), None
+        if limits.feature_cache_dir is not None:
+            disk_bytes = limits.feature_cache_disk_bytes or DISK_BYTES
+            disk = Disk(limits.feature_cache_dir, disk_bytes, base, FeatureCodec(), "feature_cache_dir")
+        return cls(FeatureCache(base, min(max_bytes // SHARE if wanted is None else wanted, max_bytes), disk))
 
     @property
     def num_bytes(self) -> int:
@@ -59,20 +77,16 @@ class SequenceFeatures:
 
     def hold(self, sequence: SequenceState, number: int) -> bool:
         """Whether the features are at hand, or being computed; they are kept for it then."""
-        key = sequence.feature_key(number)
-        held, from_disk = self._held.get(key), False
-        if held is None and (match := self._cache.find(key)) is not None:
-            held = self._held[key] = _Held(features_of(match), match, set())
-            from_disk = match.num_disk_tokens > 0
+        num_reads = self._num_reads
+        held = self._find(sequence.feature_key(number))
         if number not in sequence.sought:
             sequence.sought.add(number)
             self._num_queries += 1
             self._num_hits += held is not None
-            self._num_disk_hits += from_disk
-        if held is None:
-            return False
-        self._give(held, sequence, number)
-        return True
+            self._num_disk_hits += self._num_reads - num_reads
+        if held is not None:
+            self._give(held, sequence, number)
+        return held is not None
 
     def relax(self, sequence: SequenceState) -> None:
         """It has no row now. What can be encoded again is not kept for it."""
@@ -114,16 +128,23 @@ class SequenceFeatures:
     def take_in(self, sequence: SequenceState, stop: int) -> None:
         """The row has the first `stop` tokens: of what lies before, either features or pixels are kept, to resume."""
         prompt = sequence.request.prompt
-        passed = [number for number in sequence.held if prompt.media[number].stop <= stop]
-        if not any(prompt.media[number].inputs for number in passed):
-            return
-        media = list(prompt.media)
-        for number in passed:
+        media, is_changed = list(prompt.media), False
+        for number, piece in enumerate(media):
+            if not piece.inputs or piece.stop > stop:
+                continue
+            key = sequence.feature_key(number)
+            if number not in sequence.held and self._cache.is_in_memory(key):  # a prefix had its tokens
+                found = self._find(key)
+                assert found is not None, "it was in memory"
+                self._give(found, sequence, number)
+            if number not in sequence.held:
+                continue
             if self.num_bytes <= self._cache.bound:
-                media[number] = replace(media[number], inputs={})
+                media[number], is_changed = replace(piece, inputs={}), True
             else:
                 self._let_go(sequence, number)
-        sequence.request = replace(sequence.request, prompt=replace(prompt, media=tuple(media)))
+        if is_changed:
+            sequence.request = replace(sequence.request, prompt=replace(prompt, media=tuple(media)))
 
     def bound(self, max_bytes: int) -> None:
         """From here on no more memory than that, but for what is held."""
@@ -136,6 +157,13 @@ class SequenceFeatures:
     def close(self) -> None:
         """Write what waits for the disk."""
         self._cache.close()
+
+    def _find(self, key: FeatureKey) -> _Held | None:
+        held = self._held.get(key)
+        if held is None and (match := self._cache.find(key)) is not None:
+            held = self._held[key] = _Held(features_of(match), match, set())
+            self._num_reads += match.num_disk_tokens
+        return held
 
     def _give(self, held: _Held, sequence: SequenceState, number: int) -> None:
         held.holders.add((sequence, number))

@@ -23,14 +23,20 @@ class EngineLimits:
     max_context: int | None = None
     """Tokens; None: what the model was made for."""
     memory_budget_bytes: int | None = None
-    """Rows, prefixes and adapters together. None: what the other two allow; 0.8 of the memory that is free when the
-    engine is made, where they say nothing."""
+    """Rows, prefixes, features and adapters together. None: what the other two allow; 0.8 of the memory that is free
+    when the engine is made, where they say nothing."""
     kv_budget_bytes: int | None = None
-    """Rows and prefixes. None: three quarters of the memory budget."""
+    """Rows, prefixes and features. None: three quarters of the memory budget."""
     prefix_cache_bytes: int | None = None
     """None: what rows leave; 0: no prefixes are kept."""
     prefix_cache_dir: Path | None = None
     prefix_cache_disk_bytes: int | None = None
+    encode_patches: int = 1024
+    """Of pictures, encoded between two decode steps: the longest a running stream is held up, but for one picture."""
+    feature_cache_bytes: int | None = None
+    """Of pictures that were encoded. None: an eighth of the rows' and prefixes' memory, as far as rows leave it."""
+    feature_cache_dir: Path | None = None
+    feature_cache_disk_bytes: int | None = None
     precision: KvPrecision = PLAIN
     """Of rows whose request names none."""
     ahead: bool | None = None
@@ -45,11 +51,11 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Who may take how many bytes. Rows come first, and prefixes have what rows leave."""
+    """Who may take how many bytes. Rows come first; features and then prefixes have what rows leave."""
 
     total: int
     kv: int
-    """Rows and prefixes."""
+    """Rows, prefixes and features."""
     adapters: int
 
     @classmethod

@@ -52,6 +52,8 @@ class SequenceState:
     """Numbers of the prompt's media whose features are kept for it."""
     sought: set[int] = field(default_factory=set)
     """Numbers of those that were looked for."""
+    is_sound: bool = True
+    """As far as is known, its row holds numbers."""
     generated: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:

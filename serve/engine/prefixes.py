@@ -38,7 +38,7 @@ class SequencePrefixes:
         """What the limits ask for; None where they want none. ConfigError where the folder cannot be used."""
         if limits.prefix_cache_bytes == 0:
             return None
-        base = _identity(model, rows)
+        base = identity(model, rows.fingerprint)
         disk = None
         if limits.prefix_cache_dir is not None:
             disk = Disk(
@@ -104,13 +104,13 @@ class SequencePrefixes:
         )
 
 
-def _identity(model: LoadedModel, rows: BatchRows) -> str:
-    """Weights, and what keys and values are computed and stored in: another one's are other numbers."""
+def identity(model: LoadedModel, stored: str = "") -> str:
+    """Weights, what is computed in, and `stored`, what for: another one's numbers are others."""
     is_packed = any(isinstance(layer, QUANTIZED) for _, layer in model.network.module.named_modules())
     words = (
         model.fingerprint,
         str(model.network.parameters_dtype()),
         "packed" if is_packed else "",
-        rows.fingerprint,
+        stored,
     )
     return hashlib.sha256("|".join(words).encode()).hexdigest()

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from serve.adapters.version import AdapterVersion
 from serve.cache.precision import KvPrecision
-from serve.cache.stats import PrefixStats
+from serve.cache.stats import FeatureStats, PrefixStats
 from serve.errors import LatheError, RequestError
 from serve.model.prompt import Prompt
 
@@ -121,6 +121,8 @@ class MemoryUse:
     kv_bytes: int = 0
     """Of rows: keys, values and recurrent state."""
     prefix_bytes: int = 0
+    feature_bytes: int = 0
+    """Of pictures that were encoded."""
     adapter_bytes: int = 0
     budget_bytes: int = 0
 
@@ -139,6 +141,7 @@ class EngineStats:
     """Times that a row was taken back into the queue."""
     memory: MemoryUse = MemoryUse()
     prefixes: PrefixStats = field(default_factory=PrefixStats)
+    features: FeatureStats = field(default_factory=FeatureStats)
     num_finished: Mapping[str, int] = field(default_factory=dict)
     """Ended requests by finish reason."""
 

@@ -6,6 +6,7 @@ read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -19,10 +20,14 @@ from serve.cache.capacity import Bucket
 from serve.cache.families import make_rows
 from serve.cache.segment import Segment
 from serve.cache.spans import Span, SpanPart
-from serve.engine.plan import Capture, Chunk, Drawn, Plan, SequenceState
+from serve.engine.plan import Capture, Chunk, Drawn, Encode, Plan, SequenceState
 from serve.engine.request import TokenLogprob
 from serve.engine.sampler import Logprobs, Sampler
+from serve.engine.sights import NOTHING, Inputs, Sights, blocks_of
 from serve.model.network import Network
+from serve.model.vision import Features
+
+logger = logging.getLogger(__name__)
 
 PAD_TOKEN = 0
 
@@ -32,6 +37,18 @@ class Captured(NamedTuple):
 
     capture: Capture
     segment: Segment
+
+
+@dataclass(eq=False)
+class Encoded:
+    """A picture on its way through the tower. Its arrays may not be computed yet."""
+
+    encode: Encode
+    features: Features | None = None
+    is_sound: mx.array | None = None
+    """Whether all of them are numbers."""
+    error: Exception | None = None
+    """What was raised; there are no features then."""
 
 
 @dataclass
@@ -46,6 +63,7 @@ class Flight:
     is_sound: mx.array | None = None
     logprobs: Logprobs | None = None
     captured: list[Captured] = field(default_factory=list)
+    encoded: list[Encoded] = field(default_factory=list)
 
     def arrays(self) -> list[mx.array]:
         """What is read of it."""
@@ -60,6 +78,8 @@ class Decoding(NamedTuple):
     span: Span
     slots: list[int]
     sampler: Sampler
+    deltas: mx.array | None
+    """[B] how far from its index each row's token stands; None where no family asks."""
 
 
 class Runner:
@@ -69,11 +89,21 @@ class Runner:
     """
 
     def __init__(
-        self, network: Network, bank: Bank, *, prefill_chunk_tokens: int, ahead: bool = False
+        self,
+        network: Network,
+        bank: Bank,
+        sights: Sights | None = None,
+        *,
+        prefill_chunk_tokens: int,
+        ahead: bool = False,
     ) -> None:
-        """Raises ModelError where a family's rows cannot be what its own cache is."""
+        """Raises ModelError where a family's rows cannot be what its own cache is.
+
+        sights  None for a text model
+        """
         self._network = network
         self._bank = bank
+        self._sights = sights
         self._evaluate = mx.async_eval if ahead else mx.eval
         self.rows = make_rows(network, prefill_chunk_tokens=prefill_chunk_tokens)
         self.rows.prove()
@@ -82,15 +112,17 @@ class Runner:
         self._last: Flight | None = None  # what was started last, read or not
 
     def start(self, plan: Plan) -> Flight:
-        """One step: rows to their places, one-token chunks, the others, draw. Evaluated once, at its end.
+        """One step: pictures, rows to their places, one-token chunks, the others, draw. Evaluated once, at its end,
+        but for pictures, each of which is by itself.
 
         Feeds on the tokens of the step before it, read or not.
         """
         captured = self.capture(plan.departures)
+        encoded = [self._encode(each) for each in plan.encodes]
         self._place(plan)
         hidden, chunks = self._hidden(plan)
         captured += self.capture(plan.captures)
-        flight = Flight(plan, [chunk.sequence for chunk in chunks], captured=captured)
+        flight = Flight(plan, [chunk.sequence for chunk in chunks], captured=captured, encoded=encoded)
         if hidden is not None:
             self._draw(flight, hidden, chunks)
         # The step's one evaluation. The rows are named because a prompt's middle chunk leads to no token.
@@ -123,6 +155,19 @@ class Runner:
         self.clear()
         self._bank.rows.set([])
         self._last = None
+
+    def _encode(self, encode: Encode) -> Encoded:
+        """One picture, by the tower of its sequence's adapter where that has one."""
+        assert self._sights is not None, "a text model is given pictures"
+        sequence = encode.sequence
+        self._bank.rows.set([sequence.slot] if sequence.feature_key(encode.number).tower else [])
+        try:
+            features, is_sound = self._sights.encode(encode)
+            self._evaluate(features, is_sound)
+        except Exception as error:  # whatever it is, it is one picture's trouble
+            logger.exception("a picture of request %s cannot be encoded", sequence.request.id)
+            return Encoded(encode, error=error)
+        return Encoded(encode, features, is_sound)
 
     def _place(self, plan: Plan) -> None:
         """Grow buffers, move rows, shrink buffers, and fill rows from prefixes."""
@@ -163,8 +208,15 @@ class Runner:
         else:
             settings = [chunk.sequence.request.sampling for chunk in chunks]
             span = _span(chunks, 1, plan.num_state_rows)
-            self._decoding = Decoding(plan.composition, span, _slots(chunks), Sampler(settings))
-        return self._forward(self._single_tokens(plan, chunks), self._decoding.span, self._decoding.slots)
+            deltas = self._sights.deltas(chunks) if self._sights else None
+            self._decoding = Decoding(plan.composition, span, _slots(chunks), Sampler(settings), deltas)
+        tokens, inputs = self._single_tokens(plan, chunks), NOTHING
+        if self._sights is not None:
+            if plan.num_prefilled and any(c.start < c.sequence.num_prompt_tokens for c in chunks):
+                inputs = self._sights.prompts(tokens, chunks)
+            else:
+                inputs = self._sights.decoding(self._decoding.span, self._decoding.deltas)
+        return self._forward(tokens, self._decoding.span, self._decoding.slots, inputs)
 
     def _single_tokens(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
         """[B, 1]: known ones, or what the step before this one draws."""
@@ -191,12 +243,14 @@ class Runner:
         tokens = np.full((len(chunks), width), PAD_TOKEN, dtype=np.int32)
         for index, chunk in enumerate(chunks):
             tokens[index, : chunk.num_tokens] = chunk.sequence.tokens(chunk.start, chunk.stop)
-        return self._forward(mx.array(tokens), _span(chunks, width, plan.num_state_rows), _slots(chunks))
+        batch = mx.array(tokens)
+        inputs = self._sights.prompts(batch, chunks) if self._sights else NOTHING
+        return self._forward(batch, _span(chunks, width, plan.num_state_rows), _slots(chunks), inputs)
 
-    def _forward(self, tokens: mx.array, span: Span, slots: Sequence[int]) -> mx.array:
+    def _forward(self, tokens: mx.array, span: Span, slots: Sequence[int], inputs: Inputs) -> mx.array:
         self.rows.set_span(span)
         self._bank.rows.set(slots)
-        return self._network.hidden(tokens, cache=self.rows.caches)
+        return self._network.hidden(tokens, self.rows.caches, inputs.embeddings, inputs.extras)
 
     def _draw(self, flight: Flight, hidden: mx.array, chunks: Sequence[Chunk]) -> None:
         slots, sampler = self._settings(flight.plan, chunks)
@@ -239,7 +293,9 @@ def _span(chunks: Sequence[Chunk], num_tokens: int, num_state_rows: int) -> Span
         inside = list(group)
         rows = [chunk.sequence.place.row for chunk in inside if chunk.sequence.place]
         parts.append(SpanPart(bucket, rows, [c.start for c in inside], [c.begins for c in inside]))
-    return Span(parts, num_tokens, [chunk.sequence.state_row for chunk in chunks], num_state_rows)
+    state_rows = [chunk.sequence.state_row for chunk in chunks]
+    blocks = blocks_of(chunks) if num_tokens > 1 else None
+    return Span(parts, num_tokens, state_rows, num_state_rows, blocks)
 
 
 def _bucket(chunk: Chunk) -> Bucket:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from serve.adapters.version import AdapterVersion
 from serve.engine.engine import Engine
 from serve.engine.request import EngineStats, Event, Request
 from serve.errors import GenerationError, LatheError, OverloadedError, RequestError, StoppedError
@@ -26,9 +27,10 @@ STOP_TIMEOUT_S = 30.0
 
 @dataclass
 class _Open:
-    """A request that has not ended, and where its events go."""
+    """A request that has not ended, and where its events go. Its prompt is the engine's alone."""
 
-    request: Request
+    id: str
+    adapter: AdapterVersion | None
     sink: Sink
     loop: asyncio.AbstractEventLoop | None = None
     """Set when `sink` must run on that loop."""
@@ -81,10 +83,13 @@ class Worker:
         """
         try:
             checked = [self.engine.check(request) for request in requests]
-            self._enter([_Open(request, sink, loop) for request, sink in zip(checked, sinks, strict=True)])
+            self._enter(
+                checked,
+                [_Open(each.id, each.adapter, sink, loop) for each, sink in zip(checked, sinks, strict=True)],
+            )
         except LatheError:
             for request in requests:
-                self._release(request)
+                self._release(request.adapter)
             raise
 
     def cancel(self, request_id: str) -> None:
@@ -114,7 +119,7 @@ class Worker:
         """A snapshot of the engine's counters; may be one step old."""
         return self.engine.stats()
 
-    def _enter(self, opened: Sequence[_Open]) -> None:
+    def _enter(self, requests: Sequence[Request], opened: Sequence[_Open]) -> None:
         """The one check of how many requests there are."""
         limits = self.engine.limits
         room = limits.max_rows + limits.max_waiting
@@ -131,16 +136,16 @@ class Worker:
                 )
             self._num_open += len(opened)
             # Under the lock, so that nothing is queued behind `_stop`.
-            self._commands.put(lambda: self._admit(opened))
+            self._commands.put(lambda: self._admit(requests, opened))
 
     def _stopped(self) -> StoppedError:
         if self.failure is not None:
             return StoppedError(f"the engine has failed: {self.failure!r}")
         return StoppedError("the engine is not running")
 
-    def _release(self, request: Request) -> None:
-        if request.adapter is not None:
-            self.engine.registry.release(request.adapter)
+    def _release(self, adapter: AdapterVersion | None) -> None:
+        if adapter is not None:
+            self.engine.registry.release(adapter)
 
     def _run(self) -> None:
         while not self._stopping:
@@ -195,20 +200,20 @@ class Worker:
         for _ in range(self._commands.qsize()):  # what comes meanwhile waits: a step is due
             self._commands.get()()
 
-    def _admit(self, opened: Sequence[_Open]) -> None:
+    def _admit(self, requests: Sequence[Request], opened: Sequence[_Open]) -> None:
         for one in opened:
-            self._open[one.request.id] = one
+            self._open[one.id] = one
         if self.failure is not None:
             reason = self._stopped()
-            self._deliver([Event(one.request.id, finish="error", error=reason) for one in opened])
+            self._deliver([Event(one.id, finish="error", error=reason) for one in opened])
             return
-        for one in opened:
+        for request in requests:
             try:
-                self.engine.add(one.request)
+                self.engine.add(request)
             except Exception as error:  # one request's trouble is its own
-                logger.exception("request %s cannot be added", one.request.id)
+                logger.exception("request %s cannot be added", request.id)
                 failure = GenerationError(f"the request cannot be run: {error!r}")
-                self._deliver([Event(one.request.id, finish="error", error=failure)])
+                self._deliver([Event(request.id, finish="error", error=failure)])
 
     def _cancel(self, request_id: str) -> None:
         event = self.engine.cancel(request_id)
@@ -244,8 +249,8 @@ class Worker:
             self.cancel(event.request_id)
 
     def _close(self, opened: _Open) -> None:
-        del self._open[opened.request.id]
-        self._release(opened.request)
+        del self._open[opened.id]
+        self._release(opened.adapter)
         with self._lock:
             self._num_open -= 1
 

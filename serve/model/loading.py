@@ -23,7 +23,7 @@ from serve.model.family_template import template_beside
 from serve.model.network import Network
 from serve.model.quantization import Quantization
 from serve.model.retold import Retold
-from serve.model.towers import build_with_towers, has_towers, load_with_towers
+from serve.model.towers import NESTED, build_with_towers, has_towers, load_with_towers
 from serve.model.vision import Vision
 from serve.model.weights import QUANTIZED
 from serve.model.weights import dequantize as dequantize_all
@@ -234,10 +234,9 @@ def load_tokenizer(
     """The tokenizer alone, without weights."""
     path = resolve(path_or_repo)
     config = config if config is not None else read_config(path)
+    ends = config.get("eos_token_id") or _text_config(config).get("eos_token_id")
     try:
-        tokenizer = mlx_lm_load_tokenizer(
-            path, {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id")
-        )
+        tokenizer = mlx_lm_load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=ends)
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(f"{path_or_repo}: its tokenizer cannot be loaded: {error}") from error
     if has_towers(config):
@@ -303,5 +302,11 @@ def fingerprint(path: Path, quantize: Quantization | None = None) -> str:
 
 
 def _max_context(config: dict[str, Any]) -> int:
-    text = config.get("text_config") or config
+    text = _text_config(config)
     return int(text.get("max_position_embeddings") or text.get("n_positions") or DEFAULT_MAX_CONTEXT)
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Where a model with towers, or of several parts, says what its language part is; else the whole."""
+    inside = next((config[name] for name in NESTED if isinstance(config.get(name), dict)), config)
+    return inside.get("text_config") or config

@@ -21,8 +21,8 @@ BACKBONE_NAMES = ("model", "transformer", "backbone")
 CONTAINER_NAMES = ("language_model", "thinker")
 """What modules with towers, or of several parts, call what has the layers and the head."""
 HEAD_NAME = "lm_head"
-EMBEDDINGS_NAMES = ("input_embeddings", "inputs_embeds")
-"""What mlx-lm's backbones call what stands in for embedded tokens, and what mlx-vlm's do."""
+EMBEDDINGS_NAMES = ("input_embeddings", "inputs_embeds", "input_embeds")
+"""What backbones call what stands in for embedded tokens: mlx-lm's the first, mlx-vlm's any of them."""
 
 
 class _Passthrough:
@@ -86,7 +86,7 @@ class Network:
         self._backbone_name = names[0] if names else None
         self._parameters = frozenset(inspect.signature(type(self.backbone).__call__).parameters)
         self._embeddings_name = next((name for name in EMBEDDINGS_NAMES if name in self._parameters), None)
-        self.takes_positions = self.takes("position_ids")
+        self.takes_positions = self.takes("position_ids") and hasattr(self.text, "get_rope_index")
         """Its keys are turned by three positions a token (M-RoPE), which every forward is given."""
 
     def takes(self, name: str) -> bool:
@@ -107,7 +107,8 @@ class Network:
     @property
     def layers(self) -> Sequence[nn.Module]:
         """The transformer blocks, first to last."""
-        return self.module.layers
+        inside = self.text if self._is_of_mlx_vlm and hasattr(self.text, "layers") else self.module
+        return inside.layers
 
     def make_cache(self) -> list[Any]:
         """The family's own cache of one sequence, an object a layer, empty."""
@@ -174,7 +175,7 @@ class Network:
 
     @property
     def _is_of_mlx_vlm(self) -> bool:
-        return self._embeddings_name == EMBEDDINGS_NAMES[1]
+        return type(self.module).__module__.startswith("mlx_vlm.")
 
     def _no_positions(self, tokens: mx.array) -> dict[str, mx.array]:
         """What keeps the family's head from making positions of its own, for a backbone that is not run."""

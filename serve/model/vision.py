@@ -31,6 +31,8 @@ PLACEHOLDERS: dict[MediaKind, tuple[str, ...]] = {
 """What configurations call the token that stands for a part of a picture, a clip, a sound."""
 GRIDS: dict[str, str] = {"image": "image_grid_thw", "video": "video_grid_thw"}
 """Inputs that say of how many patches a piece is: in time, height and width."""
+SPLICING = ("internvl_chat", "llava")
+"""Families that put vectors in their places by a list of places, which no gradient passes."""
 PROBE_TOKENS = (1, 2, 3)
 MAX_ERROR = 1e-2
 
@@ -88,9 +90,13 @@ class Vision:
         """Prompts with media have a Rope."""
         self.deepstack = _has_deepstack(network, own)
         """Features have more than embeddings."""
+        self._is_deepstack_dense = _innermost(module.config, config)[0] is not module.config
+        """The family with a thinker takes what is added as [B, T, L, D], zeros elsewhere; others a list."""
         self.block_kind = _block_kind(config, network)
         """What of a prompt is a block: each picture's placeholders, all of it, or nothing."""
         network.placeholder_ids = tuple(sorted(set(self.token_ids.values())))
+        if config.get("model_type") in SPLICING:
+            module._merge_input_ids_with_image_features = _vectors_alone
         if not is_sketch:
             self._embedder = _find_embedder(network)
 
@@ -126,8 +132,7 @@ class Vision:
         ids = mx.full((1, len(media.positions)), token, dtype=mx.int32)
         inputs = {name: mx.array(value) for name, value in media.inputs.items()}
         made = self._module.get_input_embeddings(ids, mask=mx.ones_like(ids), **inputs)
-        deepstack = made.deepstack_visual_embeds
-        features = Features(made.inputs_embeds[0], () if deepstack is None else tuple(deepstack))
+        features = Features(made.inputs_embeds[0], _layers_of(made.deepstack_visual_embeds))
         for array in (features.embeddings, *features.deepstack):
             if array.shape[0] != len(media.positions):
                 raise ModelError(
@@ -159,13 +164,17 @@ class Vision:
         embeddings[mx.array(rows), mx.array(columns)] = features.astype(embeddings.dtype)
         if not self.deepstack:
             return embeddings, {}
-        mask = np.zeros(tokens.shape, dtype=bool)
-        mask[rows, columns] = True
         layers = zip(*(one.features.deepstack for one in placed), strict=True)
-        deepstack = [mx.concatenate(list(parts)) for parts in layers]
+        deepstack = [mx.concatenate(list(parts)) for parts in layers]  # [n, D] each
         # With one too few, the family's code would leave out a whole row's, and say nothing.
         assert deepstack, "features without their deepstack"
         assert all(len(layer) == len(rows) for layer in deepstack)
+        if self._is_deepstack_dense:
+            dense = mx.zeros((*tokens.shape, len(deepstack), embeddings.shape[-1]), embeddings.dtype)
+            dense[mx.array(rows), mx.array(columns)] = mx.stack(deepstack, axis=1).astype(dense.dtype)
+            return embeddings, {"deepstack_visual_embeds": dense}
+        mask = np.zeros(tokens.shape, dtype=bool)
+        mask[rows, columns] = True
         return embeddings, {"visual_pos_masks": mx.array(mask), "deepstack_visual_embeds": deepstack}
 
     def blocks(self, token_ids: Sequence[int], media: Sequence[Media]) -> tuple[tuple[int, int], ...]:
@@ -186,11 +195,11 @@ class Vision:
 
         From any thread: it computes on the CPU, and touches nothing of the model's.
         """
-        if not (self.positions and media):
-            return None
         grids: dict[str, list[tuple[int, int, int]]] = {}
-        for grid in _grids(media):
+        for grid in _grids(media) if self.positions else ():
             grids.setdefault(grid.name, []).append(grid.sizes)
+        if not grids:
+            return None
         with mx.stream(mx.cpu):
             positions, delta = self._network.text.get_rope_index(
                 mx.array([list(token_ids)], dtype=mx.int32),
@@ -246,6 +255,20 @@ def _token_ids(own: Any, config: Mapping[str, Any]) -> dict[MediaKind, int]:
 def _has_tower(own: Any, kind: MediaKind) -> bool:
     name = "audio_config" if kind == "audio" else "vision_config"
     return getattr(own, name, None) is not None
+
+
+def _vectors_alone(vectors: mx.array, embeddings: mx.array, ids: mx.array, *_: object) -> mx.array:
+    """What a family puts in the places of ids that are all placeholders: ValueError unless they are as many."""
+    return vectors.reshape(embeddings.shape).astype(embeddings.dtype)
+
+
+def _layers_of(deepstack: Any) -> tuple[mx.array, ...]:
+    """[n, D] a layer, of a list of those or of [1, n, L, D]."""
+    if deepstack is None:
+        return ()
+    if isinstance(deepstack, mx.array) and deepstack.ndim == 4:
+        return tuple(deepstack[0, :, layer] for layer in range(deepstack.shape[2]))
+    return tuple(deepstack)
 
 
 def _innermost(own: Any, config: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:

@@ -14,10 +14,12 @@ import serve as serve  # before mlx: it brings a real BLAS
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
+from sighted import Alone, Eyes
 
 from serve.adapters.manifest import AdapterConfig, read_config, read_tensors, write_adapter
 from serve.engine.engine import Engine, EngineLimits
 from serve.model.loading import LoadedModel, load
+from serve.model.network import Network
 from serve.model.weights import dense_weight, expert_modules, linear_modules, linear_shape
 
 COMMON = {
@@ -82,8 +84,13 @@ def _greedy(module: nn.Module, prompt: Sequence[int], num_tokens: int) -> tuple[
 
 
 def _merged(model_folder: Path, adapter_folder: Path) -> nn.Module:
-    """The definition, in numpy: W + s·BA; of DoRA each row made as long as m says."""
     module = load(str(model_folder)).network.module
+    _merge(module, adapter_folder)
+    return module
+
+
+def _merge(module: nn.Module, adapter_folder: Path) -> None:
+    """The definition, in numpy: W + s·BA; of DoRA each row made as long as m says."""
     config, tensors = read_config(adapter_folder), read_tensors(adapter_folder)
     layers = {**linear_modules(module), **expert_modules(module)}
     wide = {name: np.array(value.astype(mx.float32), np.float64) for name, value in tensors.items()}
@@ -95,17 +102,25 @@ def _merged(model_folder: Path, adapter_folder: Path) -> nn.Module:
         if f"{path}.m" in wide:
             weight *= (wide[f"{path}.m"] / np.linalg.norm(weight, axis=1))[:, None]
         module.load_weights([(f"{path}.weight", mx.array(weight).astype(old.dtype))], strict=False)
-    return module
 
 
 def _layers_of(kind: str, module: nn.Module) -> dict[str, nn.Module]:
-    """What an adapter of this kind touches: attention, of DoRA the head too; or the experts and their routers."""
+    """What an adapter of this kind touches: attention, of DoRA the head too; or the experts and their routers.
+
+    Of a model that sees: the language part's, and for want of experts its eyes.
+    """
+    network = Network(module)
     linears = linear_modules(module)
+    if network.has_towers:
+        inside = {path for path in linears if path.startswith(f"{network.text_path}.")}
+        if kind == "experts":
+            return {path: each for path, each in linears.items() if path not in inside or "o_proj" in path}
+        linears = {path: linears[path] for path in inside}
     if kind == "experts":
         routers = {path: each for path, each in linears.items() if path.endswith(("mlp.gate", "mlp.router"))}
         return {**expert_modules(module), **routers}
     heads = ("lm_head",) if kind == "dora" else ()
-    return {path: each for path, each in linears.items() if "attn." in path or path in heads}
+    return {path: each for path, each in linears.items() if "attn." in path or path.endswith(heads)}
 
 
 def _tensors(
@@ -126,12 +141,22 @@ def _tensors(
 class Lively:
     """Lively models and their adapters, each made once: folders, and the base with an adapter fused."""
 
-    def __init__(self, make_model: Callable[..., Path], root: Path) -> None:
+    def __init__(
+        self, make_model: Callable[..., Path], vlm_folder: Callable[[str], Path], root: Path
+    ) -> None:
         self._root = root
-        self.folder = cache(lambda name: make_model(f"law-{name}", LIVELY[name], louder=LOUDER.get(name, {})))
-        """folder(name of LIVELY) → a model."""
+        self.folder = cache(
+            lambda name: (
+                make_model(f"law-{name}", LIVELY[name], louder=LOUDER.get(name, {}))
+                if name in LIVELY
+                else vlm_folder(name)
+            )
+        )
+        """folder(name of LIVELY, or one of VLM_FAMILIES) → a model."""
         self.module = cache(self._module)
         """module(name, kind, number) → the whole model, that adapter fused into its weights (kind "base": none)."""
+        self.eyes = cache(lambda name: Eyes(name, self.folder(name)))
+        """eyes(one of VLM_FAMILIES) → what makes prompts with pictures for it."""
 
     def adapter(self, name: str, kind: str, number: int = 0) -> Path:
         """The folder of a random adapter of that model; another number is another adapter, of another rank."""
@@ -150,16 +175,21 @@ class Lively:
             write_adapter(folder, tensors, AdapterConfig(tuner, -1, rank, SCALE, keys=keys))
         return folder
 
-    def _module(self, name: str, kind: str, number: int = 0) -> nn.Module:
-        if kind == "base":
-            return load(str(self.folder(name))).network.module
-        return _merged(self.folder(name), self.adapter(name, kind, number))
+    def _module(self, name: str, kind: str, number: int = 0) -> nn.Module | Alone:
+        model = load(str(self.folder(name)))
+        if kind != "base":
+            _merge(model.network.module, self.adapter(name, kind, number))
+        return model.network.module if model.vision is None else Alone(model)
 
 
 @pytest.fixture(scope="session")
-def lively(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Lively:
-    """Models of full attention, windows and recurrent state, with experts, and adapters of every kind for each."""
-    return Lively(make_model, tmp_path_factory.mktemp("lively-adapters"))
+def lively(
+    make_model: Callable[..., Path],
+    vlm_folder: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Lively:
+    """Models of full attention, windows and recurrent state, with experts or eyes, and adapters of every kind."""
+    return Lively(make_model, vlm_folder, tmp_path_factory.mktemp("lively-adapters"))
 
 
 @pytest.fixture

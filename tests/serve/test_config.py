@@ -109,6 +109,14 @@ def test_what_cannot_work_is_refused_by_its_key(change, told):
         ({"memory_budget_gib": 1, "prefix_cache_gib": 2}, "prefix_cache_gib: found 2"),
         ({"kv_budget_gib": 1, "prefix_cache_gib": 1.5}, "prefix_cache_gib: found 1.5.*kv_budget_gib.*most 1"),
         ({"prefix_cache_gib": 0, "prefix_cache_dir": "p"}, "prefix_cache_dir: .*prefix_cache_gib is 0"),
+        ({"feature_cache_gib": 0, "feature_cache_dir": "p"}, "feature_cache_dir: .*feature_cache_gib is 0"),
+        ({"feature_cache_disk_gib": 1}, "feature_cache_disk_gib: .*no feature_cache_dir"),
+        ({"kv_budget_gib": 1, "feature_cache_gib": 2}, "feature_cache_gib: found 2.*kv_budget_gib.*most 1"),
+        (
+            {"feature_cache_dir": "p", "prefix_cache_dir": "p"},
+            "feature_cache_dir: .*which is prefix_cache_dir",
+        ),
+        ({"encode_patches": 0}, "encode_patches"),
         ({"prefix_cache_disk_gib": 1}, "prefix_cache_disk_gib: .*no prefix_cache_dir"),
         ({"memory_budget_gib": 0}, "memory_budget_gib"),
         ({"prefix_cache_gib": -1}, "prefix_cache_gib"),
@@ -215,8 +223,9 @@ def test_files_may_be_shown_everywhere_on_loopback_and_elsewhere_only_under_root
 
 def test_a_folder_of_prefixes_is_relative_to_its_file(tmp_path):
     file = tmp_path / "c.yaml"
-    file.write_text("model: m\nprefix_cache_dir: prefixes\nprefix_cache_disk_gib: 2\n")
+    file.write_text("model: m\nprefix_cache_dir: prefixes\nfeature_cache_dir: features\n")
     assert load_config(file).prefix_cache_dir == tmp_path / "prefixes"
+    assert load_config(file).feature_cache_dir == tmp_path / "features"
 
 
 @pytest.mark.parametrize(

@@ -354,7 +354,7 @@ def test_a_row_that_is_kept_quantized_from_its_first_token_on_serves_no_shorter_
         talk.engine.add(talk.engine.check(request))
         while len(answers[request.id].tokens) < 5:
             talk.step(answers)
-        talk.engine.forget_prefixes()
+        talk.engine.forget()
         while talk.engine.has_work:
             talk.step(answers)
         short = talk.again((*text("long", 100)[:40], 5))

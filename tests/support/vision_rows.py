@@ -11,7 +11,8 @@ import serve as serve  # before mlx: it brings a real BLAS
 
 import mlx.core as mx  # isort: skip
 import numpy as np
-from vlm_families import Reference, Row, message, picture
+import pytest
+from vlm_families import VLM_FAMILIES, Reference, Row, message, picture
 
 from serve.adapters.bank import Bank
 from serve.cache.capacity import Bucket
@@ -24,6 +25,13 @@ from serve.model.prompt import Media, Prompt
 from serve.model.vision import Placed, Vision
 
 BUCKET = Bucket(PLAIN, 256)
+
+
+def always(*names: str, without: Sequence[str] = (), families: Sequence[str] = VLM_FAMILIES) -> list:
+    """For `parametrize`: these families run always, the others under the marker large."""
+    chosen = [family for family in families if family not in without]
+    assert set(names) <= set(chosen)
+    return [pytest.param(each, marks=() if each in names else pytest.mark.large) for each in chosen]
 
 
 def media_of(reference: Reference, vision: Vision, pictures: Sequence, row: Row) -> tuple[Media, ...]:

@@ -706,6 +706,7 @@ def chats_of(family: str) -> dict[str, list[dict[str, Any]]]:
     }
     if kind.max_pictures == 1:
         del chats["text"], chats["pictures"]
+        chats["another picture"] = [message(picture(2), "is it the same as before?")]
     if kind.video is None:
         del chats["clip"]
     if kind.audio is None:
@@ -744,8 +745,12 @@ class Reference:
     def row(self, messages: Sequence[Mapping[str, Any]]) -> Row:
         """A chat whose media parts carry what they show: {"type": "image", "image": PIL picture}, {"type": "video",
         "video": [T, 3, H, W] uint8}; by the checkpoint's template and the family's processor."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
+        if self.model.config.model_type == "paligemma":
+            # mlx-vlm puts a picture's features at the prompt's beginning, wherever its placeholders are.
+            text = "".join(part["text"] if part["type"] == "text" else "<image>" for part in parts)
+        else:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         media = {
             name: found
             for name, kind in (("images", "image"), ("videos", "video"), ("audio", "audio"))

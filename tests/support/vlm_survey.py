@@ -13,6 +13,7 @@ import json
 import os
 import pkgutil
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ import serve as serve  # before mlx: it brings a real BLAS
 
 import mlx.core as mx  # isort: skip
 import numpy as np
+from vlm_families import FAMILIES
 
 from serve.cache.capacity import Bucket
 from serve.cache.families import make_rows
@@ -93,11 +95,41 @@ SIZES: dict[str, Any] = {
     "fullatt_block_indexes": [1],
     "mm_tokens_per_image": 4,
     "sliding_window": 16,
+    "sliding_window_pattern": 2,
+    "_sliding_window_pattern": 2,
 }
 """What every configuration gets where it has a field of that name."""
-OVERRIDES: dict[str, dict[str, Any]] = {}
+TEXT_NAMES = (
+    *("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("rms_norm_eps", "vocab_size", "rope_theta", "max_position_embeddings", "tie_word_embeddings"),
+)
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "gemma4_unified": {"text_config.num_kv_shared_layers": 0},
+    "mistral3": {"text_config.model_type": "mistral", "model_type": "mistral3"},
+    "lfm2_vl": {"text_config.layer_types": ["conv", "full_attention"]},
+    "internvl": {"text_config": {"model_type": "qwen2", **{name: SIZES[name] for name in TEXT_NAMES}}},
+    "mimo_v2": {"text_config.hybrid_layer_pattern": [0, 1], "text_config.moe_layer_freq": [0, 1]},
+    "cohere_compass": {
+        "text_config.rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [4, 2, 2],
+        }
+    },
+    "glm5_next": {"text_config.num_key_value_heads": 4},
+    "mage_vl": {"vision_config.num_attention_heads": 2},
+    "glm4v": {"text_config.eos_token_id": [2]},
+    "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_scaling": None},
+    "gemma4": {
+        "text_config.layer_types": ["sliding_attention", "full_attention"],
+        "text_config.num_kv_shared_layers": 0,
+    },
+    "gemma3n": {"text_config.layer_types": ["sliding_attention", "full_attention"]},
+    "step3p7": {"text_config.num_attention_groups": 2},
+}
 """By folder and path: numbers that must fit others there."""
 ANSWER = "verdict: "
+MAX_CPU_S = 40
 PLACEHOLDER = 7
 """The token that pictures stand at."""
 EDGES = (56, 64, 112)
@@ -108,7 +140,8 @@ class Verdict(NamedTuple):
     """What became of a folder.
 
     kind  "batches": rows of text and pictures of several lengths share a forward; "text rows": those of text do, and
-          `reason` says why no picture is among them; "no rows", "does not build", "writes no text"
+          `reason` says why no picture was among them; "no rows"; "no tiny config": the numbers above do not make one
+          of this family, or a slow one; "crashes"; "writes no text"; "text alone"; "in the family table"
     """
 
     folder: str
@@ -128,24 +161,26 @@ def survey(folder: str) -> Verdict:
     try:
         own = importlib.import_module(f"mlx_vlm.models.{folder}")
     except Exception as error:
-        return Verdict(folder, "does not build", _said(error))
+        return Verdict(folder, "no tiny config", _said(error))
     config_class, model_class = getattr(own, "ModelConfig", None), getattr(own, "Model", None)
     if not (dataclasses.is_dataclass(config_class) and isinstance(model_class, type)):
         return Verdict(folder, "writes no text", "no language model in it")
     names = {item.name for item in dataclasses.fields(config_class)}
+    if folder in FAMILIES:
+        return Verdict(folder, "in the family table")
     if not names & set(TOWERS):
         return Verdict(folder, "text alone", "loads by mlx-lm, where that has it")
     if not hasattr(model_class, "get_input_embeddings"):
         return Verdict(folder, "writes no text", "no get_input_embeddings: embeds, detects or speaks")
     try:
-        config = {"model_type": folder, **tiny(config_class, own)}
+        config = {**tiny(config_class, own), "model_type": folder}
         for path, value in OVERRIDES.get(folder, {}).items():
             _set(config, path.split("."), value)
         mx.random.seed(0)
         module = build_with_towers(config)
         module.eval()
     except Exception as error:
-        return Verdict(folder, "does not build", _said(error))
+        return Verdict(folder, "no tiny config", _said(error))
     try:
         network = Network(module)
         network.check()
@@ -274,8 +309,8 @@ def _find_input(vision: Vision) -> tuple[dict[str, Any], int]:
 
 def _inputs(vision: Vision) -> Iterator[dict[str, Any]]:
     module = vision._module
-    signature = inspect.signature(module.get_input_embeddings)
-    source = inspect.getsource(type(module))
+    own = [kind for kind in type(module).__mro__ if kind.__module__.startswith("mlx_vlm.")]
+    source = "".join(map(inspect.getsource, own))
     if "grid_thw" in source:
         for patch in (14, 16):
             for channels in (3 * 2 * patch * patch, 3 * patch * patch):
@@ -289,7 +324,6 @@ def _inputs(vision: Vision) -> Iterator[dict[str, Any]]:
         yield {"pixel_values": (1, 1, 3, edge, edge), **sized}
         yield {"pixel_values": (1, 2, 3, edge, edge), **sized}
         yield {"pixel_values": (1, edge, edge, 3), **sized}
-    del signature
 
 
 def _alone(
@@ -404,8 +438,20 @@ def surveyed(chosen: Iterable[str]) -> Iterator[Verdict]:
 
 def work() -> None:
     """Folders in, a line each; verdicts out, likewise."""
+    signal.signal(signal.SIGPROF, _give_up)
     for line in sys.stdin:
-        print(ANSWER + json.dumps(survey(line.strip())), flush=True)
+        folder = line.strip()
+        signal.setitimer(signal.ITIMER_PROF, MAX_CPU_S)
+        try:
+            verdict = survey(folder)
+        except TimeoutError as error:
+            verdict = Verdict(folder, "no tiny config", str(error))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(ANSWER + json.dumps(verdict), flush=True)
+
+
+def _give_up(*_: object) -> None:
+    raise TimeoutError(f"takes more than {MAX_CPU_S} s")
 
 
 def main() -> None:
@@ -414,7 +460,7 @@ def main() -> None:
     print("| folder | verdict | reason |\n|---|---|---|")
     for verdict in surveyed(sys.argv[1:] or folders()):
         counts[verdict.kind] += 1
-        if verdict.kind != "text alone":
+        if verdict.kind not in ("text alone", "in the family table"):
             print(f"| {verdict.folder} | {verdict.kind} | {verdict.reason} |", flush=True)
     print(f"\n{', '.join(f'{count} {kind}' for kind, count in sorted(counts.items()))}")
 

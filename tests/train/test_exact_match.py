@@ -41,7 +41,7 @@ def test_a_question_is_everything_before_the_last_assistant_turn(model):
     trailing = conversation("a", " b ", "c")
     questions = questions_of([*EXAMPLES, trailing, Example("t", 9, text="words")], template)
     assert [question.answer for question in questions] == ["cat, red", "dog, blue", "owl, green", "b"]
-    said = model.tokenizer.decode(list(questions[1].token_ids))
+    said = model.tokenizer.decode(list(questions[1].prompt.token_ids))
     assert said.endswith("<|im_start|>user\nblue dog?<|im_end|>\n<|im_start|>assistant\n")
     assert "dog, blue" not in said
 
@@ -69,7 +69,10 @@ def test_rows_learned_by_heart_are_answered_exactly_by_the_engine_while_training
     assert isinstance(model.network.layers[0].self_attn.q_proj, LoRALinear)
     module.eval()
     question = questions_of(EXAMPLES, template)[1]
-    assert mlx_lm.generate(module, model.tokenizer, list(question.token_ids), max_tokens=16) == "dog, blue"
+    assert (
+        mlx_lm.generate(module, model.tokenizer, list(question.prompt.token_ids), max_tokens=16)
+        == "dog, blue"
+    )
 
 
 def test_rows_without_answers_are_an_error_not_a_hundred_percent(model):

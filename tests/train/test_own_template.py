@@ -411,10 +411,10 @@ def test_what_rows_had_to_be_told_is_asked_at_validation_kept_with_the_adapter_a
     flight = prepare(recipe)
     (prompt,) = flight.sample_prompts
     row = next(row for row in flight.train.rows if row.line == 1)
-    assert tuple(row.token_ids[: len(prompt.token_ids)]) == prompt.token_ids
+    assert tuple(row.token_ids[: len(prompt.prompt.token_ids)]) == prompt.prompt.token_ids
 
     run(recipe, console=quiet())
     assert read_config(tmp_path / "told").lineage.chat_template_kwargs == told
     version = Engine(load(str(bare))).registry.load("told", str(tmp_path / "told"))
-    assert version.template.render(asked("red cat?")) == prompt.token_ids
+    assert version.template.render(asked("red cat?")) == prompt.prompt.token_ids
     assert "<think>" in version.template.write(asked("red cat?"), variables={"thinking": True}).text

@@ -25,14 +25,14 @@ INIT = ROOT / "data" / "shapes-init"
 TASKS = {"bins": WHICH_BIN, "moves": WHICH_WAY}
 SPLITS = ("train", "valid", "test")
 VOCAB_SIZE = 512
-FEW = {"train": 400, "valid": 20, "test": 60}
+FEW = {"single_rows": {"train": 20, "valid": 4}, "base_rows": {"train": 400, "valid": 20, "test": 60}}
 """Of the pre-training chats; their pictures take a millisecond each to paint."""
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shapes")
-    write_all(out, base_rows=FEW)
+    write_all(out, **FEW)
     return out
 
 
@@ -66,8 +66,8 @@ def same(one: Path, other: Path) -> bool:
 
 
 def test_a_seed_gives_the_same_words_and_pixels_and_another_seed_others(made, tmp_path):
-    write_all(tmp_path / "again", SEED, FEW)
-    write_all(tmp_path / "other", SEED + 1, FEW)
+    write_all(tmp_path / "again", SEED, **FEW)
+    write_all(tmp_path / "other", SEED + 1, **FEW)
     for path in sorted(made.rglob("*.jsonl")):
         name = path.relative_to(made)
         assert same(path, tmp_path / "again" / name)

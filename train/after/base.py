@@ -58,7 +58,7 @@ def check_nothing_is_lost(base: str, *, has_towers: bool) -> None:
     others = [name for name in names if TOWER.search(name)]
     if others:
         raise ConfigError(
-            f"{base} has {len(others)} tensors beside its text part, {others[0]} first, for which there is no code "
-            f"here, so an export would lose them; serve the adapter on its base instead, or name a base of text alone "
-            f"with --base"
+            f"{base} has {len(others)} tensors beside its text part, {others[0]} first, that its model here does not "
+            f"take, so an export would lose them; serve the adapter on its base instead, or name a base of text "
+            f"alone with --base"
         )

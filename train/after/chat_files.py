@@ -17,7 +17,11 @@ TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILE = "tokenizer_config.json"
 GENERATION_FILE = "generation_config.json"
 OTHER_TEMPLATES = ("chat_template", "chat_template_type")
-"""Keys of tokenizer_config.json that would be read beside the file, or in its place."""
+"""Keys of tokenizer_config.json that would be read beside the file, or in its place; processors read the first of
+their own files, before any other."""
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+OLD_TEMPLATE_FILE = "chat_template.json"
+"""Of processors; mlx-vlm reads it rather than the newer file."""
 
 
 def write_chat_files(folder: Path, lineage: Lineage, base: LoadedModel) -> None:
@@ -25,9 +29,10 @@ def write_chat_files(folder: Path, lineage: Lineage, base: LoadedModel) -> None:
     source = _template(lineage, base.tokenizer)
     if source is not None:
         _write(folder / TEMPLATE_FILE, source)
-        _edit(
-            folder / TOKENIZER_FILE, lambda said: {k: v for k, v in said.items() if k not in OTHER_TEMPLATES}
-        )
+        for name in (TOKENIZER_FILE, *PROCESSOR_FILES):
+            if name == TOKENIZER_FILE or (folder / name).exists():
+                _edit(folder / name, lambda said: {k: v for k, v in said.items() if k not in OTHER_TEMPLATES})
+        (folder / OLD_TEMPLATE_FILE).unlink(missing_ok=True)
     new = sorted(set(lineage.stop_ids) - base.tokenizer.eos_token_ids)
     if new:
         # The trained ones first: readers that know one end token take the first.

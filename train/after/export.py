@@ -11,9 +11,10 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import mlx.core as mx
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from rich.console import Console
 
 from serve.adapters.manifest import AdapterConfig, read_config, read_tensors
@@ -25,11 +26,12 @@ from serve.model.quantization import Quantization
 from serve.model.towers import has_towers
 from serve.model.weights import dequantize as dequantize_all
 from serve.tables import Table, show, words
-from train.adapters.adapt import AdapterSettings, adapted_layers, add_lora, set_tensors, train_all
+from train.adapters.adapt import adapted_layers, set_tensors, train_all
+from train.adapters.place import place_adapter
 from train.after import place
 from train.after.base import check_nothing_is_lost, find_base
 from train.after.chat_files import chat_notes, write_chat_files
-from train.after.fidelity import Rows, compare, held_out
+from train.after.fidelity import Rows, compare, eyes_of, held_out
 from train.after.folder import WEIGHTS_FILES, Written, write_model
 from train.after.folder import Form as Form
 from train.loop import checkpoint
@@ -61,8 +63,12 @@ class ExportReport:
     """Where the rows are from, in words."""
     num_rows_found: int
     """Rows there; more than `num_rows` where only some were compared on."""
+    num_rows_showing: int = 0
+    """Of the rows compared on, those with pictures, clips or sounds."""
     unpacked: tuple[str, ...] = ()
-    """Layers that could not be quantized in such groups, and are stored as they are."""
+    """What could not be quantized as asked, and is stored as it is."""
+    towers: Literal["plain", "quantized"] | None = None
+    """How towers and projectors are stored; None: it is a text model."""
 
 
 def export(
@@ -99,7 +105,8 @@ def export(
         try:
             written = write_fused(partial, adapter, config, name, form)
             exported = load(str(partial))
-            agreement = compare(reference.network, exported.network, found.batches)
+            eyes = eyes_of(reference), eyes_of(exported)
+            agreement = compare(reference.network, exported.network, found.batches, eyes)
             report = ExportReport(
                 out=str(out),
                 adapter=str(adapter),
@@ -108,8 +115,10 @@ def export(
                 group_size=form.group_size if form.bits else None,
                 dtype=written.dtype,
                 unpacked=written.unpacked,
+                towers=written.towers,
                 rows_from=found.source,
                 num_rows_found=found.num_found,
+                num_rows_showing=found.num_showing,
                 num_bytes=sum(file.stat().st_size for file in partial.glob(WEIGHTS_FILES)),
                 seconds=time.perf_counter() - start_s,
                 **agreement,
@@ -152,15 +161,7 @@ def load_adapted(
         return _load_full(tensors, config, base, adapter, is_other_base_fine)
     model = load(base, dequantize=dequantize, quantize=_packing_of(config, base))
     _check_base(model, config, base, is_other_base_fine)
-    settings = AdapterSettings(
-        rank=config.rank,
-        scale=config.scale,
-        keys=config.keys or None,
-        num_layers=config.num_layers,
-        fine_tune_type=config.fine_tune_type,
-    )
-    add_lora(model.network, settings)
-    set_tensors(model.network, tensors, str(adapter))
+    place_adapter(model.network, tensors, config, str(adapter))
     model.network.module.eval()
     return model
 
@@ -178,9 +179,34 @@ def _load_full(
     has_weights = any(path.glob("*.safetensors"))
     model = load(base) if has_weights else build_random(path, 0, name=base)
     _check_base(model, config, base, is_other_base_fine)
+    own = _in_language_part(tensors, model.network)
+    if not has_weights:
+        _check_has_towers(own, model.network, adapter)
     train_all(model.network, num_layers=config.num_layers)
-    set_tensors(model.network, tensors, str(adapter), with_frozen=True)
+    set_tensors(model.network, own, str(adapter), with_frozen=True)
     return model
+
+
+def _in_language_part(tensors: dict[str, mx.array], network: Network) -> dict[str, mx.array]:
+    """By the model's own names: what mlx-lm trained of its text part is named as if that were the whole."""
+    there = dict(tree_flatten(network.module.parameters()))
+    inside = f"{network.text_path}." if network.has_towers else ""
+    return {
+        f"{inside}{name}" if name not in there and f"{inside}{name}" in there else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _check_has_towers(tensors: dict[str, mx.array], network: Network, adapter: Path) -> None:
+    """AdapterError where neither the base nor the fine-tune has weights for what the model sees with."""
+    named = [name for name, _ in tree_flatten(network.module.parameters())]
+    outside = [name for name in named if not name.startswith(f"{network.text_path}.")]
+    missing = [name for name in outside if name not in tensors] if network.has_towers else []
+    if missing:
+        raise AdapterError(
+            f"{adapter}: the base has no weights, and of its towers the fine-tune has not all: {missing[0]} and "
+            f"{len(missing) - 1} more are random; train them too (train_vision), or name a base that has them"
+        )
 
 
 def _check_base(model: LoadedModel, config: AdapterConfig, base: str, is_other_base_fine: bool) -> None:
@@ -229,10 +255,14 @@ def _table(report: ExportReport) -> Table:
     table = Table("what", words("measured"), title=f"{report.out}", has_headings=False)
     form = f"{report.bits} bit, groups of {report.group_size}" if report.bits else report.dtype
     table.add("weights", f"{form}, {report.num_bytes / 1e6:,.1f} MB")
+    if report.towers is not None:
+        how = "quantized" if report.towers == "quantized" else report.dtype
+        table.add("towers and projectors", how)
     if report.unpacked:
         table.add("not quantized", f"{len(report.unpacked)} layers: {', '.join(report.unpacked)}")
     table.add("top-1 agreement", f"{report.top1_agreement:.2%} of {report.num_tokens:,} target tokens")
     table.add("KL(base + adapter ‖ export)", f"mean {report.kl_mean:.2e}, max {report.kl_max:.2e} nats")
     some = f" of {report.num_rows_found:,}" if report.num_rows < report.num_rows_found else ""
-    table.add("rows", f"{report.num_rows:,}{some}, {report.rows_from}")
+    showing = f", {report.num_rows_showing:,} of them with media" if report.towers is not None else ""
+    table.add("rows", f"{report.num_rows:,}{some}, {report.rows_from}{showing}")
     return table

@@ -21,10 +21,12 @@ from serve.model.network import Network
 from serve.model.prompt import Prompt
 from serve.model.template_rules import make_template
 from train.data.batches import Batch, collate, validation_rows
+from train.data.media_reader import MediaReader
 from train.data.rules import TokenRules
 from train.data.sources import read
 from train.data.tables import reasons
 from train.data.tokens import TokenizedExample, tokenize
+from train.loop.eyes import Eyes, Seen
 from train.loop.loss import find_targets, target_logits
 from train.recipe.recipe import DatasetSource, Recipe, load_recipe
 
@@ -51,13 +53,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Token rows to compare on. `source` says in words where they are from, and `notes` what is particular."""
+    """Token rows to compare on. `source` says in words where they are from, and `notes` what is particular; of the
+    rows `num_showing` hold pictures, clips or sounds."""
 
     source: str
     num_rows: int
     num_found: int
     batches: list[Batch]
     notes: tuple[str, ...] = ()
+    num_showing: int = 0
 
     @property
     def line(self) -> str:
@@ -86,7 +90,10 @@ def held_out(adapter: Path, asked: Rows, model: LoadedModel, lineage: Lineage | 
         notes = (*notes, "these rows are prompts: compared at the greedy answers of base + adapter")
     groups = range(0, len(picked), ROWS_PER_BATCH)
     batches = [collate(picked, range(start, min(start + ROWS_PER_BATCH, len(picked)))) for start in groups]
-    return HeldOut(source, len(picked), len(rows), batches, notes)
+    num_showing = sum(any(part.media is not None for part in row.sequences) for row in picked)
+    if model.vision is not None and not num_showing:
+        notes = (*notes, "none of these rows shows anything: what its towers see is not compared")
+    return HeldOut(source, len(picked), len(rows), batches, notes, num_showing)
 
 
 def _find(
@@ -97,8 +104,9 @@ def _find(
     for recipe, split, source in _sources(adapter, asked.data, model):
         rules = TokenRules.of_adapter(recipe, lineage)
         template = make_template(model.tokenizer, rules.template)
+        reader = MediaReader(model.path, recipe.image.settings) if model.vision is not None else None
         try:
-            rows, report = tokenize(read(recipe, split), template, rules)
+            rows, report = tokenize(read(recipe, split), template, rules, reader)
         except DataError as error:  # a data set without test rows says so by this
             problems.append(str(error))
             continue
@@ -162,7 +170,7 @@ def _answered(
     """Prompts, each with the model's own greedy answer, which is what counts."""
     longest = recipe.answering.max_completion_length if recipe.answering is not None else ANSWER_TOKENS
     sampling = Sampling(max_tokens=min(longest, ANSWER_TOKENS), temperature=0.0)
-    prompts = [Prompt(tuple(row.token_ids.tolist())) for row in rows]
+    prompts = [_prompt(row) for row in rows]
     requests = [
         Request(f"compare-{number}", prompt, sampling, stop_ids=stop_ids)
         for number, prompt in enumerate(prompts)
@@ -171,19 +179,40 @@ def _answered(
     return [_with_answer(row, np.array(ids, np.int32)) for row, ids in zip(rows, answers, strict=True)]
 
 
+def _prompt(row: TokenizedExample) -> Prompt:
+    ids = tuple(row.token_ids.tolist())
+    return Prompt(ids) if row.media is None else row.media.prompt(ids)
+
+
 def _with_answer(row: TokenizedExample, answer: np.ndarray) -> TokenizedExample:
     token_ids = np.concatenate([row.token_ids, answer])
     is_target = np.arange(len(token_ids)) >= len(row.token_ids)
     return dataclasses.replace(row, token_ids=token_ids, is_target=is_target)
 
 
-def compare(reference: Network, exported: Network, batches: Sequence[Batch]) -> dict[str, Any]:
-    """Agreement at the targets: what the two networks would say there. DataError where there is no target."""
+def eyes_of(model: LoadedModel) -> Eyes | None:
+    """What a model sees with, while nothing of it trains; None: a text model."""
+    return Eyes(model.network, model.vision, trains=False) if model.vision is not None else None
+
+
+def compare(
+    reference: Network,
+    exported: Network,
+    batches: Sequence[Batch],
+    eyes: tuple[Eyes | None, Eyes | None] = (None, None),
+) -> dict[str, Any]:
+    """Agreement at the targets: what the two networks would say there. DataError where there is no target.
+
+    eyes  of the two: each sees with its own towers
+    """
     same, divergences = 0, []
     for batch in batches:
         found = find_targets(batch.tokens, batch.is_target)
         tokens, positions = mx.array(batch.tokens), mx.array(found.positions)
-        p, q = (log_probabilities(network, tokens, positions) for network in (reference, exported))
+        p, q = (
+            log_probabilities(network, tokens, positions, seen_of(batch, own))
+            for network, own in zip((reference, exported), eyes, strict=True)
+        )
         same += int(np.sum(np.array(p.argmax(-1) == q.argmax(-1))))
         divergences.append(np.array((mx.exp(p) * (p - q)).sum(-1)))
     kl = np.maximum(np.concatenate(divergences), 0.0)  # rounding can leave −1e-9
@@ -198,7 +227,17 @@ def compare(reference: Network, exported: Network, batches: Sequence[Batch]) -> 
     }
 
 
-def log_probabilities(network: Network, tokens: mx.array, positions: mx.array) -> mx.array:
+def seen_of(batch: Batch, eyes: Eyes | None) -> Seen | None:
+    """What a batch's rows show, as the owner of these eyes sees it."""
+    if batch.media is None:
+        return None
+    assert eyes is not None, "rows with media are of a model with towers"
+    return eyes.see(batch.media.tolist(), (batch.tokens.shape[0], batch.tokens.shape[1]))
+
+
+def log_probabilities(
+    network: Network, tokens: mx.array, positions: mx.array, seen: Seen | None = None
+) -> mx.array:
     """[N, V] float32, normalised."""
-    logits = target_logits(network, tokens, positions).astype(mx.float32)
+    logits = target_logits(network, tokens, positions, seen=seen).astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

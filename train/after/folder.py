@@ -18,9 +18,10 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
 from serve.adapters.manifest import check_whole
-from serve.errors import ConfigError, StorageError
-from serve.model.loading import DTYPES, LoadedModel, cast
+from serve.errors import AdapterError, ConfigError, StorageError
+from serve.model.loading import DTYPES, LOAD_ERRORS, LoadedModel, cast
 from serve.model.network import Network
+from serve.model.towers import load_with_towers
 from serve.model.weights import QUANTIZED
 from train.loop import checkpoint
 
@@ -72,6 +73,8 @@ class Written:
 
     dtype: str
     unpacked: tuple[str, ...] = ()
+    towers: Literal["plain", "quantized"] | None = None
+    """None: there are none."""
 
 
 def write_model(folder: Path, model: LoadedModel, form: Form) -> Written:
@@ -95,7 +98,37 @@ def write_model(folder: Path, model: LoadedModel, form: Form) -> Written:
     for file in folder.glob(WEIGHTS_FILES):
         check_whole(file)
         checkpoint.sync(file)
-    return Written(stored, unpacked)
+    if model.network.has_towers:
+        _check_read_back(folder, module)
+    towers: Literal["plain", "quantized"] = "quantized" if form.quantize_vision else "plain"
+    return Written(stored, unpacked, towers if model.network.has_towers else None)
+
+
+def _check_read_back(folder: Path, module: nn.Module) -> None:
+    """AdapterError where mlx-vlm's loader puts other weights in the place of what was written.
+
+    It prepares every checkpoint as if it were Hugging Face's, its own too: some families take the head from the
+    embeddings then, and some turn kernels around a second time.
+    """
+    written: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    try:
+        found: dict[str, mx.array] = dict(tree_flatten(load_with_towers(folder).parameters()))
+    except LOAD_ERRORS as error:
+        raise AdapterError(f"mlx-vlm cannot open what was written: {error}") from error
+    others = sorted(
+        name
+        for name in written.keys() | found.keys()
+        if name not in written
+        or name not in found
+        or written[name].shape != found[name].shape
+        or not mx.array_equal(written[name], found[name], equal_nan=True)
+    )
+    if others:
+        raise AdapterError(
+            f"mlx-vlm's loader of {type(module).__module__.split('.')[-1]} puts other weights in place of "
+            f"{others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}, so no folder can hold this "
+            f"fine-tune; train without these weights, or serve the adapter on its base"
+        )
 
 
 def _config(said: dict[str, Any], stored: str) -> dict[str, Any]:

@@ -227,8 +227,8 @@ def run(bench: TrainBench, folder: Path, progress: Callable[[str], None]) -> Out
             runs[name].append(_run_once(name, recipes[name], folder, bench))
             # A comparison that is cut off has told what it had.
             progress(f"{name}: {runs[name][-1].data_tokens_per_s:,.0f} data tokens/s")
-    summaries = {name: _summarize(each) for name, each in runs.items()}
-    ratios = [_ratio(of, to, runs[of], runs[to]) for of, to in RATIOS if {of, to} <= runs.keys()]
+    summaries = {name: summarize(each) for name, each in runs.items()}
+    ratios = [ratio(of, to, runs[of], runs[to]) for of, to in RATIOS if {of, to} <= runs.keys()]
     progress("short steps: what Lathe's loop itself takes")
     return Outcome(summaries, ratios, _overhead(bench, model, template, folder), device.backend())
 
@@ -295,16 +295,16 @@ def _run_once(name: str, recipe: Path, folder: Path, bench: TrainBench) -> Run:
             name,
             [*PYTHON, "-m", "lathe", "train", str(recipe), "--overwrite"],
             log,
-            _environment(preload=False),
+            environment(preload=False),
         )
-        steps, reported = _lathe_steps(recipe, folder / name)
+        steps, reported, _ = lathe_steps(recipe, folder / name)
     else:
         out = folder / f"{name}.json"
         loop = "sorted" if name == "length_sorted" else "as_is"
         command = [*PYTHON, str(MLX_LM_CHILD), str(recipe), str(out), loop]
         if name == PEER:
             command = [*PYTHON, str(PEER_CHILD), str(recipe), str(out)]
-        peak = run_child(name, command, log, _environment(preload=True))
+        peak = run_child(name, command, log, environment(preload=True))
         found = json.loads(out.read_text())
         steps, reported = tuple(Step(**each) for each in found["steps"]), found["peak_memory_bytes"]
     if len(steps) <= bench.warmup:
@@ -314,7 +314,7 @@ def _run_once(name: str, recipe: Path, folder: Path, bench: TrainBench) -> Run:
     return Run(steps, peak if device.backend() == "cpu" else reported, bench.warmup)
 
 
-def _environment(*, preload: bool) -> dict[str, str]:
+def environment(*, preload: bool) -> dict[str, str]:
     """The same BLAS for all: Lathe loads it itself, mlx_lm has it loaded for it."""
     library = device.find_openblas() if device.needs_openblas() else None
     if library is None:
@@ -322,11 +322,16 @@ def _environment(*, preload: bool) -> dict[str, str]:
     return {"MLX_DISABLE_COMPILE": "1", **({"LD_PRELOAD": str(library)} if preload else {})}
 
 
-def _lathe_steps(recipe: Path, adapter: Path) -> tuple[tuple[Step, ...], int]:
-    """(steps, peak as reported) from a run's metrics, with batches made again for their tokens and places."""
+def lathe_steps(recipe: Path, adapter: Path) -> tuple[tuple[Step, ...], int, list[tuple[int, ...]]]:
+    """(steps, peak as reported, each step's rows), with batches made again for their tokens and places."""
     flight = preflight.prepare(load_recipe(recipe))
     lines = [line for line in rows_of(adapter) if line["kind"] == "train"]
-    return tuple(_lathe_step(line, flight) for line in lines), max(line["memory_bytes"] for line in lines)
+    rows = [flight.batch_at(line["iteration"] - 1).row_ids for line in lines]
+    return (
+        tuple(_lathe_step(line, flight) for line in lines),
+        max(line["memory_bytes"] for line in lines),
+        rows,
+    )
 
 
 def _lathe_step(line: dict[str, Any], flight: preflight.Preflight) -> Step:
@@ -336,7 +341,8 @@ def _lathe_step(line: dict[str, Any], flight: preflight.Preflight) -> Step:
     return Step(line["time"], line["loss"], batch.num_tokens, batch.tokens.size, in_loop_s, compute_s)
 
 
-def _summarize(runs: Sequence[Run]) -> Summary:
+def summarize(runs: Sequence[Run]) -> Summary:
+    """Of a loop's runs, one a round."""
     first = runs[0]
     rates = tuple(each.data_tokens_per_s for each in runs)
     places = sum(step.places for step in first.steps)
@@ -369,7 +375,7 @@ def _overhead(bench: TrainBench, model: Path, template: ChatTemplate, folder: Pa
     written = {**_common(bench, model, rows.parent), **changes, "adapter_path": str(adapter)}
     recipe.write_text(yaml.safe_dump(written, sort_keys=False))
     command = [*PYTHON, "-m", "lathe", "train", str(recipe), "--overwrite"]
-    run_child(name, command, folder / f"{name}.log", _environment(preload=False))
+    run_child(name, command, folder / f"{name}.log", environment(preload=False))
     return overhead_of([line for line in rows_of(adapter) if line["kind"] == "train"])
 
 
@@ -383,7 +389,8 @@ def overhead_of(lines: Sequence[dict[str, Any]]) -> Overhead:
     return Overhead(steps, 1e3 * compute_s / steps, 1e3 * outside_s / steps, outside_s / elapsed_s)
 
 
-def _ratio(of: str, to: str, ours: Sequence[Run], theirs: Sequence[Run]) -> Ratio:
+def ratio(of: str, to: str, ours: Sequence[Run], theirs: Sequence[Run]) -> Ratio:
+    """Of two loops' runs, round by round."""
     rates = [a.data_tokens_per_s / b.data_tokens_per_s for a, b in zip(ours, theirs, strict=True)]
     peaks = [max(run.peak_memory_bytes for run in runs) for runs in (ours, theirs)]
     return Ratio(of, to, median(rates), min(rates), max(rates), peaks[0] / peaks[1])
@@ -406,11 +413,11 @@ def tables(outcome: Outcome) -> Iterator[Table]:
     yield drawn
     ratios = numbers("data tok/s (lowest, highest)", "peak")
     compared = Table("of / to", *ratios, title="median of rounds")
-    for ratio in outcome.ratios:
+    for pair in outcome.ratios:
         compared.add(
-            f"{ratio.of} / {ratio.to}",
-            f"{ratio.data_tokens_per_s:.2f} ({ratio.lowest:.2f}, {ratio.highest:.2f})",
-            f"{ratio.peak_memory:.2f}",
+            f"{pair.of} / {pair.to}",
+            f"{pair.data_tokens_per_s:.2f} ({pair.lowest:.2f}, {pair.highest:.2f})",
+            f"{pair.peak_memory:.2f}",
         )
     yield compared
 

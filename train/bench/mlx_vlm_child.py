@@ -25,6 +25,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import yaml
+from mlx.utils import tree_flatten
 from mlx_vlm import load
 from mlx_vlm.trainer import Trainer, get_peft_model
 from mlx_vlm.trainer.common.callbacks import TrainingCallback
@@ -121,7 +122,9 @@ def train(recipe: str, out: str, how: str) -> None:
 
 def reference(recipe: str, out: str, adapter: str | None = None) -> None:
     """Write {"rows": [[sum of losses in nats, targets, tokens]]} to `out`, in the file's order."""
-    told, model, processor = opened(recipe, adapter)
+    told, model, processor = opened(recipe)
+    if adapter is not None:
+        merge(model, Path(adapter))
     rows = [row_loss(model, row) for row in processed(conversations(told), model, processor)]
     Path(out).write_text(json.dumps({"rows": rows}))
 
@@ -143,10 +146,22 @@ def row_loss(model: nn.Module, row: dict[str, Any]) -> tuple[float, int, int]:
     return float((losses * counts).sum()), int(counts.sum()), ids.shape[1]
 
 
-def opened(recipe: str, adapter: str | None = None) -> tuple[dict[str, Any], nn.Module, Any]:
+def merge(model: nn.Module, adapter: Path) -> None:
+    """Add an adapter's updates to the weights; both loops name its tensors alike."""
+    scale = json.loads((adapter / "adapter_config.json").read_text())["lora_parameters"]["scale"]
+    tensors: Any = mx.load(str(adapter / "adapters.safetensors"))
+    weights = dict(tree_flatten(model.parameters()))
+    for name in [name for name in tensors if name.endswith(".lora_a")]:
+        path = name.removesuffix(".lora_a")
+        weight = f"{path}.weight"
+        delta = scale * (tensors[name] @ tensors[f"{path}.lora_b"]).T
+        model.load_weights([(weight, weights[weight] + delta)], strict=False)
+
+
+def opened(recipe: str) -> tuple[dict[str, Any], nn.Module, Any]:
     """(what the recipe says, the model, its processor)."""
     told = yaml.safe_load(Path(recipe).read_text())
-    model, processor = load(told["model"], adapter_path=adapter)
+    model, processor = load(told["model"])
     return told, model, processor
 
 

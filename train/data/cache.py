@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from serve.errors import StorageError
-from serve.model import forms, jinja, messages, renderer, retold, spans, template_rules, texts, words
+from serve.media import clips, pictures, processor, sounds
+from serve.model import (
+    expansion,
+    forms,
+    jinja,
+    messages,
+    renderer,
+    retold,
+    spans,
+    template_rules,
+    texts,
+    words,
+)
 from serve.model import template as template_module
+from serve.model.prompt import Media, Rope
 from serve.model.template import ChatTemplate
+from train.data import coordinates, looking, media_reader, row_media
 from train.data import rules as rules_module
 from train.data import tokens as tokens_module
 from train.data.example import Example
+from train.data.media_reader import LaterInputs, MediaReader
+from train.data.row_media import RowMedia
 from train.data.rules import TokenRules
 from train.data.tokens import Outcome, TokenizedExample
 
-FORMAT = 3
-LIBRARIES = ("tokenizers", "transformers", "mlx-lm")
+FORMAT = 4
+LIBRARIES = ("tokenizers", "transformers", "mlx-lm", "mlx-vlm", "pillow")
 MAX_DEFAULT_BYTES = 10 * 10**9
 """Of the default folder; the files longest unused go first."""
 SUFFIX = ".tokens"
+KEY_BYTES = 32
+"""Of a piece of media's key."""
 CONTENT = (
     *("messages", "tools", "prompt", "completion", "text", "untrained", "chosen", "rejected", "label"),
     "variables",
@@ -49,8 +68,13 @@ def default_folder() -> Path:
     return Path.home() / ".cache" / "lathe" / "tokens"
 
 
-def key_of(examples: Sequence[Example], template: ChatTemplate, rules: TokenRules) -> str:
-    """A name for what tokenizing these rows gives."""
+def key_of(
+    examples: Sequence[Example],
+    template: ChatTemplate,
+    rules: TokenRules,
+    reader: MediaReader | None = None,
+) -> str:
+    """A name for what tokenizing these rows gives; `reader` is of what they show."""
     digest = hashlib.blake2b(digest_size=20)
     libraries = [metadata.version(name) for name in LIBRARIES]
     head = [FORMAT, rules.as_json(template), identity_of(template.tokenizer), libraries, _code_hash()]
@@ -58,6 +82,9 @@ def key_of(examples: Sequence[Example], template: ChatTemplate, rules: TokenRule
     for example in examples:
         said = [getattr(example, name) for name in CONTENT]
         digest.update(json.dumps(said, default=_as_json).encode() + b"\n")
+        if example.media:
+            seen = [reader.identity if reader is not None else "", [ref.identity for ref in example.media]]
+            digest.update(json.dumps(seen).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -87,8 +114,9 @@ def save(path: Path, outcomes: Sequence[Outcome]) -> None:
         raise StorageError(f"{path}: tokenized rows cannot be kept: {error}") from error
 
 
-def load(path: Path, examples: Sequence[Example]) -> list[Outcome]:
-    """The outcomes of these rows. Damaged if the file is not whole; FileNotFoundError if there is none."""
+def load(path: Path, examples: Sequence[Example], reader: MediaReader | None = None) -> list[Outcome]:
+    """The outcomes of these rows, what they show read by `reader`. Damaged if the file is not whole;
+    FileNotFoundError if there is none."""
     try:
         with safe_open(path, framework="numpy") as file:
             said = file.metadata() or {}
@@ -101,7 +129,7 @@ def load(path: Path, examples: Sequence[Example]) -> list[Outcome]:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise Damaged(str(error)) from error
     os.utime(path)
-    return _unpack(tensors, counts, examples)
+    return _unpack(tensors, counts, examples, reader)
 
 
 def prune(folder: Path, max_bytes: int = MAX_DEFAULT_BYTES) -> None:
@@ -120,6 +148,8 @@ def _as_json(value: Any) -> Any:
 
 def _code_hash() -> str:
     modules = (
+        *(media_reader, looking, row_media, coordinates),
+        *(processor, pictures, clips, sounds, expansion),
         *(tokens_module, rules_module, template_module, template_rules),
         *(messages, jinja, renderer, retold, words, forms, spans, texts),
     )
@@ -150,6 +180,7 @@ def _pack(outcomes: Sequence[Outcome]) -> tuple[dict[str, np.ndarray], list[Any]
             np.concatenate([np.zeros(0, bool), *(s.is_target for _, _, s in sequences)])
         ),
     }
+    tensors |= _pack_media([sequence.media for _, _, sequence in sequences])
     counts: list[Any] = [
         [
             *(index, outcome.num_truncated, list(outcome.dropped), list(outcome.lost)),
@@ -161,29 +192,35 @@ def _pack(outcomes: Sequence[Outcome]) -> tuple[dict[str, np.ndarray], list[Any]
     return tensors, counts
 
 
-def _unpack(tensors: dict[str, np.ndarray], counts: list[Any], examples: Sequence[Example]) -> list[Outcome]:
+def _unpack(
+    tensors: dict[str, np.ndarray],
+    counts: list[Any],
+    examples: Sequence[Example],
+    reader: MediaReader | None,
+) -> list[Outcome]:
     ends = np.cumsum(tensors["lengths"]).tolist()
     all_ids = tensors["token_ids"]
     all_targets = np.unpackbits(tensors["is_target"], count=len(all_ids)).astype(bool)
     rows: list[list[TokenizedExample]] = [[] for _ in examples]
     begin = 0
-    for owner, is_rejected, end in zip(
-        tensors["owners"].tolist(), tensors["is_rejected"].tolist(), ends, strict=True
+    media = _unpack_media(tensors, examples, reader)
+    for number, (owner, is_rejected, end) in enumerate(
+        zip(tensors["owners"].tolist(), tensors["is_rejected"].tolist(), ends, strict=True)
     ):
         example = examples[owner]
         ids, is_target = all_ids[begin:end], all_targets[begin:end]
         begin = end
         if is_rejected:
-            other = TokenizedExample(ids, is_target, example.source, example.line)
-            chosen = rows[owner].pop()
-            rows[owner].append(
-                TokenizedExample(chosen.token_ids, chosen.is_target, example.source, example.line, other)
-            )
+            other = TokenizedExample(ids, is_target, example.source, example.line, media=media.get(number))
+            rows[owner].append(replace(rows[owner].pop(), rejected=other))
         else:
             fields = None if is_target.any() else example.fields
             rows[owner].append(
                 TokenizedExample(
-                    ids, is_target, example.source, example.line, label=example.label, fields=fields
+                    *(ids, is_target, example.source, example.line),
+                    label=example.label,
+                    fields=fields,
+                    media=media.get(number),
                 )
             )
     outcomes = [Outcome(tuple(found)) for found in rows]
@@ -195,3 +232,66 @@ def _unpack(tensors: dict[str, np.ndarray], counts: list[Any], examples: Sequenc
             told=told,
         )
     return outcomes
+
+
+def _pack_media(rows: Sequence[RowMedia | None]) -> dict[str, np.ndarray]:
+    """What sequences show, but for pixels: a line a piece, a rope a sequence, a line a block."""
+    shown = [(number, row) for number, row in enumerate(rows) if row is not None]
+    pieces = [(number, piece) for number, row in shown for piece in row.media]
+    inputs = [piece.inputs for _, piece in pieces]
+    assert all(isinstance(each, LaterInputs) for each in inputs)
+    ropes = [(number, row.rope) for number, row in shown if row.rope is not None]
+    no_positions = np.zeros(0, np.int32)
+    return {
+        "piece_owners": np.array([number for number, _ in pieces], np.int64),
+        "piece_refs": np.array([each.place for each in inputs], np.int64),  # type: ignore[attr-defined]
+        "piece_numbers": np.array([each.number for each in inputs], np.int64),  # type: ignore[attr-defined]
+        "piece_keys": np.array([list(bytes.fromhex(p.key)) for _, p in pieces], np.uint8).reshape(
+            -1, KEY_BYTES
+        ),
+        "piece_patches": np.array([piece.num_patches for _, piece in pieces], np.int64),
+        "piece_lengths": np.array([len(piece.positions) for _, piece in pieces], np.int64),
+        "piece_positions": np.concatenate([no_positions, *(piece.positions for _, piece in pieces)]),
+        "rope_owners": np.array([number for number, _ in ropes], np.int64),
+        "rope_deltas": np.array([rope.delta for _, rope in ropes], np.int64),
+        "rope_lengths": np.array([rope.positions.shape[1] for _, rope in ropes], np.int64),
+        "rope_positions": np.concatenate(
+            [no_positions, *(rope.positions.reshape(-1).astype(np.int32) for _, rope in ropes)]
+        ),
+        "blocks": np.array(
+            [[number, *block] for number, row in shown for block in row.blocks], np.int64
+        ).reshape(-1, 3),
+    }
+
+
+def _unpack_media(
+    tensors: Mapping[str, np.ndarray], examples: Sequence[Example], reader: MediaReader | None
+) -> dict[int, RowMedia]:
+    """Sequence → what it shows, of those that show anything."""
+    pieces: dict[int, list[Media]] = {}
+    begin = 0
+    names = ("piece_owners", "piece_refs", "piece_numbers", "piece_patches", "piece_lengths")
+    for line, key in zip(
+        zip(*(tensors[name].tolist() for name in names), strict=True), tensors["piece_keys"], strict=True
+    ):
+        owner, place, number, num_patches, length = line
+        ref = examples[int(tensors["owners"][owner])].media[place]
+        inputs = LaterInputs(reader, ref, place, number, key.tobytes().hex())
+        positions = tensors["piece_positions"][begin : begin + length]
+        begin += length
+        found = Media(ref.kind, key.tobytes().hex(), positions, inputs, num_patches)
+        pieces.setdefault(owner, []).append(found)
+    ropes: dict[int, Rope] = {}
+    begin = 0
+    parts = (tensors[name].tolist() for name in ("rope_owners", "rope_deltas", "rope_lengths"))
+    for owner, delta, length in zip(*parts, strict=True):
+        positions = tensors["rope_positions"][begin : begin + 3 * length].reshape(3, length)
+        begin += 3 * length
+        ropes[owner] = Rope(positions, delta)
+    blocks: dict[int, list[tuple[int, int]]] = {}
+    for owner, start, stop in tensors["blocks"].tolist():
+        blocks.setdefault(owner, []).append((start, stop))
+    return {
+        owner: RowMedia(tuple(found), ropes.get(owner), tuple(blocks.get(owner, ())))
+        for owner, found in pieces.items()
+    }

@@ -32,8 +32,11 @@ class DuplicateReport:
 
 
 def content_key(example: Example) -> bytes:
-    """Equal for rows with the same content: composed Unicode, each run of white space one space, none at the ends."""
+    """Equal for rows with the same content, media by their files: composed Unicode, each run of white space one,
+    none at the ends."""
     said = {name: _plain(getattr(example, name)) for name in CONTENT}
+    if example.media:
+        said["media"] = [ref.identity for ref in example.media]
     return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest()
 
 

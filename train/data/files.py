@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import dataclasses
 import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -256,10 +257,31 @@ def _hub_rows(entry: DatasetSource, named: str | None, split: Split) -> Iterator
             rows = datasets.load_dataset(entry.path, split=named, **further)
         else:
             rows = datasets.load_dataset(entry.path, **further).get(split, [])
+        rows = _as_stored(rows)
     except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{source}: not a file here, and the hub gives no such data: {error}") from error
     for number, row in enumerate(rows, 1):
         yield source, number, _without_nulls(row)
+
+
+def _as_stored(rows: Any) -> Any:
+    """A hub split whose pictures and sounds stay as their files are: they are decoded when they are needed."""
+    for name, feature in (getattr(rows, "features", None) or {}).items():
+        stored = _stored_feature(feature)
+        if stored != feature:
+            rows = rows.cast_column(name, stored)
+    return rows
+
+
+def _stored_feature(feature: Any) -> Any:
+    if isinstance(feature, Mapping):
+        return {name: _stored_feature(inside) for name, inside in feature.items()}
+    if isinstance(feature, list):
+        return [_stored_feature(inside) for inside in feature]
+    if getattr(feature, "decode", None) is True:
+        return dataclasses.replace(feature, decode=False)
+    inside = getattr(feature, "feature", None)
+    return dataclasses.replace(feature, feature=_stored_feature(inside)) if inside is not None else feature
 
 
 def _without_nulls(value: Any) -> Any:

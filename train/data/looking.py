@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from serve.errors import RequestError
 from serve.media.processor import Processed
 from serve.model.expansion import Expansion
 from serve.model.prompt import Prompt
+from train.data.coordinates import Coordinates, Picture
 from train.data.example import Example, Message
 from train.data.media import PARTS
 from train.data.media_reader import MediaReader
 from train.data.row_media import RowMedia
+
+MUCH = 4
+"""By how many times a picture is shrunk for a person to be told."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,15 @@ class Looked:
     def expansions(self) -> tuple[Expansion, ...]:
         """What stands in the text for each medium, in order."""
         return tuple(made.expansion for made in self.processed)
+
+    @property
+    def notes(self) -> Iterator[str]:
+        """What a person should know of how its media were read."""
+        if self.reader is None:
+            return
+        sizes = filter(None, (self.reader.sizes(ref) for ref in self.example.media))
+        if any(MUCH * seen[0] * seen[1] < stored[0] * stored[1] for stored, seen in sizes):
+            yield f"show pictures that are shrunk to less than 1/{MUCH} of their pixels (see image.max_pixels)"
 
     def prompt(self, token_ids: Sequence[int]) -> Prompt:
         """These tokens, which end with a prompt, with what they show."""
@@ -75,4 +88,44 @@ def look(example: Example, reader: MediaReader | None) -> Looked:
             f"take such rows out, or the key"
         )
     processed = tuple(reader.read(ref) for ref in example.media)
-    return Looked(reader.adjusted(example, processed), processed, reader)
+    adjusted = example if reader.coordinates is None else _adjusted(example, reader, reader.coordinates)
+    return Looked(adjusted, processed, reader)
+
+
+def _adjusted(example: Example, reader: MediaReader, coordinates: Coordinates) -> Example:
+    """The row with its boxes and points in the new size of the picture last shown before them."""
+    refs = iter(example.media)
+    picture: Picture | None = None
+
+    def words(text: str, place: str) -> str:
+        try:
+            return text if picture is None else coordinates.adjusted(text, picture)
+        except ValueError as error:
+            raise RequestError(f"{place}: {error}", place) from error
+
+    def turn(message: Message, place: str) -> Message:
+        nonlocal picture
+        content = message.get("content")
+        if isinstance(content, str):
+            return {**message, "content": words(content, place)}
+        parts = []
+        for part in content or ():
+            if part.get("type") in PARTS:
+                found = reader.sizes(next(refs))
+                picture = Picture(*found) if found is not None else picture
+                parts.append(part)
+            else:
+                parts.append({**part, "text": words(str(part.get("text", "")), place)})
+        return {**message, "content": parts} if parts else message
+
+    def turns(messages: Sequence[Message] | None, name: str) -> tuple[Message, ...] | None:
+        if messages is None:
+            return None
+        return tuple(turn(message, f"{name}.{number}") for number, message in enumerate(messages))
+
+    return replace(
+        example,
+        messages=turns(example.messages, "messages"),
+        chosen=turns(example.chosen, "chosen"),
+        rejected=turns(example.rejected, "rejected"),
+    )

@@ -43,7 +43,8 @@ PARTS: dict[str, MediaKind] = {
 """Types of parts, as OpenAI, transformers and vLLM write them."""
 HINTS = ("type", "detail", "uuid", "cache_control")
 """Keys of a part that ask nothing of training."""
-VALUES = ("url", "path", "bytes", "base64", "data")
+VALUES = ("bytes", "base64", "data", "url", "path")
+"""Keys of what holds a medium; of several, the first: beside bytes, a path is where they once lay."""
 
 Source = str | bytes | tuple["Source", ...]
 """An absolute path, an address or a data URI; a file's bytes; or the frames of a clip, one by one."""

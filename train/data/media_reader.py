@@ -6,6 +6,7 @@ are never held. Threads decode ahead.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,12 +14,13 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from serve.errors import DataError, RequestError
-from serve.media.content import Content
+from serve.media.content import Content, Sound
 from serve.media.parts import MediaPart
 from serve.media.processor import MediaProcessor, Processed, Tower, load_processor
 from serve.media.settings import MediaLimits, MediaSettings
@@ -26,10 +28,11 @@ from serve.media.sources import Sources
 from serve.model.loading import read_config, resolve, sketch_vision
 from serve.model.prompt import Media
 from serve.model.towers import has_towers
-from train.data.example import Example
+from train.data.coordinates import Coordinates
 from train.data.media import MediaRef
 from train.data.row_media import RowMedia
 from train.recipe.recipe import Recipe
+from train.recipe.vision import ImageConfig
 
 MAX_BYTES = 1 << 29
 """Of pixels that are kept."""
@@ -56,6 +59,7 @@ class MediaReader:
 
     folder       of the model that trains
     settings     how pictures and clips are made ready
+    coordinates  how boxes and points follow; None: they do not
     max_bytes    of what was made and is kept; the longest unused goes first
     num_threads  that decode ahead
     """
@@ -64,12 +68,14 @@ class MediaReader:
         self,
         folder: Path,
         settings: MediaSettings = MediaSettings(),
+        coordinates: Coordinates | None = None,
         *,
         max_bytes: int = MAX_BYTES,
         num_threads: int = 2,
     ) -> None:
         self.folder = folder
         self.settings = settings
+        self.coordinates = coordinates
         self.max_bytes = max_bytes
         self._sources = Sources(NO_LIMITS, roots=(Path("/"),))
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="media")
@@ -78,12 +84,36 @@ class MediaReader:
         self._made: OrderedDict[str, Future[Processed]] = OrderedDict()
         self._bytes: dict[str, int] = {}
         self._num_bytes = 0
+        self._stored: dict[str, tuple[int, int]] = {}
 
     @classmethod
     def of(cls, recipe: Recipe) -> MediaReader | None:
         """Of a recipe's model; None where it reads text alone."""
         folder = resolve(recipe.model)
-        return cls(folder, recipe.image.settings) if has_towers(read_config(folder)) else None
+        return cls.of_model(folder, recipe.image)
+
+    @classmethod
+    def of_model(cls, folder: Path, image: ImageConfig, num_threads: int = 2) -> MediaReader | None:
+        """Of a model's folder, by a recipe's block."""
+        if not has_towers(read_config(folder)):
+            return None
+        said = image.coordinates
+        coordinates = Coordinates(said.rows, said.model, said.keys, said.tags) if said is not None else None
+        return cls(folder, image.settings, coordinates, num_threads=num_threads)
+
+    @cached_property
+    def identity(self) -> str:
+        """A name for all that what it makes depends on, besides the media: settings, and the model's own files."""
+        digest = hashlib.sha256(repr((self.settings, self.coordinates)).encode())
+        for file in sorted(self.folder.glob("*.json")):
+            if "token" not in file.name and not file.name.endswith(".index.json"):
+                digest.update(file.name.encode() + file.read_bytes())
+        return digest.hexdigest()
+
+    def open(self) -> None:
+        """Load the processor now. It draws random numbers, so not while a step does."""
+        with self._opening:
+            _ = self._opened
 
     @property
     def processor(self) -> MediaProcessor:
@@ -107,15 +137,24 @@ class MediaReader:
 
     def read(self, ref: MediaRef) -> Processed:
         """What a reference leads to. RequestError, beginning with its place, if it cannot be read or used."""
-        made = self._future(ref).result()
+        try:
+            made = self._future(ref).result()
+        except RequestError as error:
+            with self._lock:
+                self._made.pop(ref.identity, None)
+            if not str(error).startswith(ref.place):  # another row's, which shows the same
+                made = self._make(ref)
+            raise
         with self._lock:
             if ref.identity in self._made:
                 self._made.move_to_end(ref.identity)
         return made
 
-    def adjusted(self, example: Example, processed: Sequence[Processed]) -> Example:
-        """The row with its boxes and points in the pictures' new size, where the recipe names their form."""
-        return example
+    def sizes(self, ref: MediaRef) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """(height, width) of a picture or frame as it is stored, and as the tower sees it; None of a sound."""
+        seen = self.read(ref).size
+        stored = self._stored.get(ref.identity)
+        return (stored, seen) if stored is not None and seen is not None else None
 
     def read_ahead(self, refs: Iterable[MediaRef]) -> None:
         """Begin to read these, in order; what is wrong with one is raised where it is read."""
@@ -134,12 +173,12 @@ class MediaReader:
             return None
         prompt = self.processor.prompt(token_ids, processed[:shown])
         owners = {
-            piece.key: (ref, number)
-            for ref, made in zip(refs, processed[:shown], strict=False)
+            piece.key: (ref, place, number)
+            for place, (ref, made) in enumerate(zip(refs, processed[:shown], strict=False))
             for number, piece in enumerate(made.pieces)
         }
         pieces = [
-            replace(media, inputs=LaterInputs(media, self, *owners[media.key])) for media in prompt.media
+            replace(media, inputs=LaterInputs.of(media, self, *owners[media.key])) for media in prompt.media
         ]
         return RowMedia(tuple(pieces), prompt.rope, prompt.blocks)
 
@@ -169,8 +208,11 @@ class MediaReader:
     def _make(self, ref: MediaRef) -> Processed:
         with self._opening:
             processor = self.processor
-        made = processor.process(self.content(ref), self.settings, ref.place)
+        content = self.content(ref)
+        made = processor.process(content, self.settings, ref.place)
         with self._lock:
+            if not isinstance(content, Sound):
+                self._stored[ref.identity] = content.size
             self._bytes[ref.identity] = made.num_bytes
             self._num_bytes += self._bytes[ref.identity]
             for identity in list(self._made):
@@ -185,30 +227,43 @@ class MediaReader:
 class LaterInputs(Mapping[str, np.ndarray]):
     """A piece's inputs, of which the pixels are read when they are asked for.
 
-    DataError where what is read then is not what the row was made of.
+    ref, number  which piece of which reference
+    place        the reference's number among its row's
+    key          the piece's, as it was when the row was read
+    known        inputs that are small enough to be held
+    DataError where what is read later is not what the row was made of.
     """
 
-    def __init__(self, media: Media, reader: MediaReader, ref: MediaRef, piece: int) -> None:
-        """media: as it was made just now; of it, what is small is held."""
-        self._known = {name: array for name, array in media.inputs.items() if array.size <= SMALL}
-        self._names = tuple(media.inputs)
-        self._key = media.key
-        self._reader: MediaReader | None = reader
-        self._ref = ref
-        self._piece = piece
+    def __init__(
+        self,
+        reader: MediaReader | None,
+        ref: MediaRef,
+        place: int,
+        number: int,
+        key: str,
+        known: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> None:
+        self.ref = ref
+        self.place = place
+        self.number = number
+        self._key = key
+        self._known = dict(known)
+        self._reader = reader
+
+    @classmethod
+    def of(cls, media: Media, reader: MediaReader, ref: MediaRef, place: int, number: int) -> LaterInputs:
+        """Of a piece that was made just now."""
+        known = {name: array for name, array in media.inputs.items() if array.size <= SMALL}
+        return cls(reader, ref, place, number, media.key, known)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name in self._known:
-            return self._known[name]
-        if name not in self._names:
-            raise KeyError(name)
-        return self._read()[name]
+        return self._known[name] if name in self._known else self._read()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._read())
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._read())
 
     def bind(self, reader: MediaReader) -> None:
         """Read by this reader of the same model from now on; what came from another process has none."""
@@ -219,15 +274,15 @@ class LaterInputs(Mapping[str, np.ndarray]):
 
     def read_ahead(self) -> None:
         """Begin to read them, on another thread."""
-        assert self._reader is not None, "bound to no reader"
-        self._reader.read_ahead([self._ref])
+        if self._reader is not None:
+            self._reader.read_ahead([self.ref])
 
     def _read(self) -> Mapping[str, np.ndarray]:
         assert self._reader is not None, "bound to no reader"
         try:
-            pieces = self._reader.read(self._ref).pieces
+            pieces = self._reader.read(self.ref).pieces
         except RequestError as error:
             raise DataError(f"read again: {error}") from error
-        if self._piece >= len(pieces) or pieces[self._piece].key != self._key:
-            raise DataError(f"{self._ref.shown} holds something else now than when its row was read")
-        return pieces[self._piece].inputs
+        if self.number >= len(pieces) or pieces[self.number].key != self._key:
+            raise DataError(f"{self.ref.shown} holds something else now than when its row was read")
+        return pieces[self.number].inputs

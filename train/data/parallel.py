@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from serve.errors import DataError
-from serve.media.settings import MediaSettings
-from serve.model.loading import load_tokenizer, read_config, resolve
+from serve.model.loading import load_tokenizer, resolve
 from serve.model.template import ChatTemplate
 from serve.model.template_rules import make_template
-from serve.model.towers import has_towers
 from train.data.example import Example
 from train.data.media_reader import MediaReader
 from train.data.rules import TokenRules
 from train.data.tokens import Outcome, tokenize_row
 from train.recipe.recipe import Recipe
+from train.recipe.vision import ImageConfig
 
 CHUNK_ROWS = 64
 AHEAD_ROWS = 16
@@ -100,7 +99,7 @@ def _spread(
     examples: Sequence[Example], recipe: Recipe, rules: TokenRules, num_processes: int
 ) -> Iterator[list[Outcome]]:
     chunks = [examples[begin : begin + CHUNK_ROWS] for begin in range(0, len(examples), CHUNK_ROWS)]
-    arguments = (str(resolve(recipe.model)), recipe.trust_remote_code, rules, recipe.image.settings)
+    arguments = (str(resolve(recipe.model)), recipe.trust_remote_code, rules, recipe.image)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(num_processes, len(chunks)), context, _start, arguments)
     try:
@@ -119,10 +118,10 @@ def _spread(
 _worker: dict[str, Any] = {}
 
 
-def _start(model: str, trust_remote_code: bool, rules: TokenRules, image: MediaSettings) -> None:
+def _start(model: str, trust_remote_code: bool, rules: TokenRules, image: ImageConfig) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends its workers
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    reader = MediaReader(Path(model), image, num_threads=1) if has_towers(read_config(Path(model))) else None
+    reader = MediaReader.of_model(Path(model), image, num_threads=1)
     _worker.update(template=make_template(tokenizer, rules.template), rules=rules, reader=reader)
 
 

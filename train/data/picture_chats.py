@@ -1,8 +1,8 @@
 """Seeded chats about pictures of shapes: a number in, JSONL folders out, the same pixels and words each time.
 
-`base/` holds what the embedded vision model is pre-trained on, `bins/` and `moves/` the tasks left for adapters to
-learn. Pictures stand in the rows as data URIs, as clients send them. Run as `python -m train.data.picture_chats OUT`.
-It knows nothing of tokenizers, templates or models.
+`single/` and then `base/` hold what the embedded vision model is pre-trained on, `bins/` and `moves/` the tasks left
+for adapters to learn. Pictures stand in the rows as data URIs, as clients send them. Run as
+`python -m train.data.picture_chats OUT`. It knows nothing of tokenizers, templates or models.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from train.data.shapes import COLOURS, PLACES, SHAPES, Scene, data_uri, draw_sce
 from train.data.tickets import write_rows
 
 SEED = 11
-BASE_ROWS = {"train": 9000, "valid": 100, "test": 300}
-TASK_ROWS = {"train": 240, "valid": 40, "test": 100}
+SINGLE_ROWS = {"train": 4800, "valid": 60}
+BASE_ROWS = {"train": 6400, "valid": 100, "test": 300}
+TASK_ROWS = {"train": 240, "valid": 50, "test": 100}
 ORDINALS = ("first", "second", "third")
 COUNTS = ("one", "two", "three")
 SHARE_PLAIN = 0.12
@@ -87,7 +88,7 @@ BINS = {
     "green": "2",
     "blue": "2",
     "purple": "2",
-    "black": "3",
+    "pink": "3",
     "white": "3",
 }
 WAYS = {
@@ -108,10 +109,20 @@ def move(scene: Scene) -> str:
     return "stay" if scene.shape == "cross" else f"go {WAYS[str(scene.place)]}"
 
 
-def write_all(out: Path, seed: int = SEED, base_rows: Mapping[str, int] = BASE_ROWS) -> None:
-    """Write `bins/`, `moves/`, `base/` under `out`, each with train, valid and test files; no picture is shared."""
+def write_all(
+    out: Path,
+    seed: int = SEED,
+    single_rows: Mapping[str, int] = SINGLE_ROWS,
+    base_rows: Mapping[str, int] = BASE_ROWS,
+) -> None:
+    """Write `bins/`, `moves/`, `single/` and `base/` under `out`, a file each split; no picture is shared."""
     seen: set[str] = set()
-    tasks = {"bins": (TASK_ROWS, bins_row), "moves": (TASK_ROWS, moves_row), "base": (base_rows, base_row)}
+    tasks = {
+        "bins": (TASK_ROWS, bins_row),
+        "moves": (TASK_ROWS, moves_row),
+        "single": (single_rows, single_row),
+        "base": (base_rows, base_row),
+    }
     for folder, (sizes, draw) in tasks.items():
         for split, size in sizes.items():
             album = Album(random.Random(f"{seed}/{folder}/{split}"), seen)
@@ -157,9 +168,14 @@ def moves_row(album: Album) -> Row:
     return {"messages": [asked(WHICH_WAY, picture), answered(move(scene))]}
 
 
+def single_row(album: Album) -> Row:
+    """One chat of the first stage of pre-training, in which the tower learns to see."""
+    return {"messages": one_picture(album)}
+
+
 def base_row(album: Album) -> Row:
-    """One chat of the pre-training mixture."""
-    draw = album.rng.choices((one_picture, several_at_once, one_a_turn, talk), weights=(50, 20, 17, 13))[0]
+    """One chat of the second stage's mixture."""
+    draw = album.rng.choices((one_picture, several_at_once, one_a_turn, talk), weights=(34, 27, 23, 16))[0]
     return {"messages": draw(album)}
 
 
@@ -196,8 +212,8 @@ def one_a_turn(album: Album) -> list[Message]:
         scene, picture = album.page()
         scenes.append(scene)
         asks, answer = rng.choice((*QUESTIONS, (DESCRIBE, describe)))
-        question = asked(rng.choice(asks), picture, is_first=rng.random() < 0.25)
-        messages += [question, answered(answer(scene))]
+        message = asked(rng.choice(asks), picture, is_first=rng.random() < 0.25)
+        messages += [message, answered(answer(scene))]
     for _ in range(2):
         question, text = numbered_question(rng, scenes)
         messages += [asked(question), answered(text)]
@@ -243,7 +259,7 @@ def small_talk(rng: random.Random) -> tuple[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="folder to write base/, bins/ and moves/ into")
+    parser.add_argument("out", type=Path, help="folder to write its four folders into")
     parser.add_argument("--seed", type=int, default=SEED)
     arguments = parser.parse_args()
     write_all(arguments.out, arguments.seed)

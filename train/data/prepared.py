@@ -52,8 +52,8 @@ def prepare_rows(
     """
     unique = list({id(example): example for example in examples}.values())
     folder = Path(recipe.dataset_prepared_path or cache.default_folder()).expanduser()
-    path = folder / f"{cache.key_of(unique, template, rules)}{cache.SUFFIX}"
-    outcomes, notes = _from_cache(name, path, unique)
+    path = folder / f"{cache.key_of(unique, template, rules, reader)}{cache.SUFFIX}"
+    outcomes, notes = _from_cache(name, path, unique, reader)
     if outcomes is None:
         outcomes, made = _tokenized(name, path, unique, recipe, template, rules, console, reader)
         notes += made
@@ -73,11 +73,11 @@ def without_problems(outcome: Outcome, example: Example) -> Outcome:
 
 
 def _from_cache(
-    name: str, path: Path, examples: Sequence[Example]
+    name: str, path: Path, examples: Sequence[Example], reader: MediaReader | None
 ) -> tuple[list[Outcome] | None, tuple[str, ...]]:
     start_s = time.perf_counter()
     try:
-        outcomes = cache.load(path, examples)
+        outcomes = cache.load(path, examples, reader)
     except FileNotFoundError:
         return None, ()
     except cache.Damaged as error:

@@ -16,25 +16,25 @@ from PIL import Image, ImageDraw
 COLOURS = {
     "red": (220, 35, 35),
     "green": (35, 160, 60),
-    "blue": (40, 75, 220),
+    "blue": (45, 90, 235),
     "yellow": (240, 215, 35),
     "orange": (245, 135, 20),
-    "purple": (140, 50, 170),
-    "black": (12, 12, 12),
+    "purple": (150, 60, 190),
+    "pink": (250, 150, 195),
     "white": (246, 246, 246),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = {
-    "top left": (0.28, 0.28),
-    "top right": (0.72, 0.28),
-    "bottom left": (0.28, 0.72),
-    "bottom right": (0.72, 0.72),
+    "top left": (0.25, 0.25),
+    "top right": (0.75, 0.25),
+    "bottom left": (0.25, 0.75),
+    "bottom right": (0.75, 0.75),
 }
 """Name -> centre, as shares of width and height."""
 
-SIZES = ((56, 56), (64, 64), (84, 84), (96, 72), (72, 96), (112, 112), (128, 96))
-"""Width and height in pixels; the model's processor makes 56 x 56 of each."""
-FINER = 4
+SIZES = (56, 64, 84, 112, 128)
+"""Edges in pixels; the model's processor makes 56 x 56 of each."""
+FINER = 3
 """Pixels are drawn so many times finer, then averaged: soft edges."""
 
 Rgb = tuple[int, int, int]
@@ -58,30 +58,23 @@ def draw_scene(rng: random.Random, share_plain: float = 0.0) -> Scene:
 
 
 def paint(rng: random.Random, scene: Scene) -> Image.Image:
-    """The scene with its colour, place, size and background varied a little; an RGB picture of one of SIZES."""
-    width, height = rng.choice(SIZES)
+    """The scene on a dark ground, with its colour, place and size varied a little; a square RGB picture."""
+    edge = rng.choice(SIZES)
     colour = _near(rng, COLOURS[scene.colour], 12)
     if scene.shape is None or scene.place is None:
-        return Image.new("RGB", (width, height), colour)
-    picture = Image.new("RGB", (width * FINER, height * FINER), _background(rng, scene.colour))
+        return Image.new("RGB", (edge, edge), colour)
+    grey = rng.randint(20, 60)
+    fine = edge * FINER
+    picture = Image.new("RGB", (fine, fine), _near(rng, (grey, grey, grey), 8))
     x, y = PLACES[scene.place]
-    size = min(width, height) * FINER
-    centre = ((x + rng.uniform(-0.05, 0.05)) * width * FINER, (y + rng.uniform(-0.05, 0.05)) * height * FINER)
-    _shape(ImageDraw.Draw(picture), scene.shape, centre, rng.uniform(0.16, 0.23) * size, colour)
-    return picture.resize((width, height), Image.Resampling.BOX)
+    centre = ((x + rng.uniform(-0.03, 0.03)) * fine, (y + rng.uniform(-0.03, 0.03)) * fine)
+    _shape(ImageDraw.Draw(picture), scene.shape, centre, rng.uniform(0.18, 0.22) * fine, colour)
+    return picture.resize((edge, edge), Image.Resampling.BOX)
 
 
 def _near(rng: random.Random, colour: Rgb, spread: int) -> Rgb:
     red, green, blue = (min(255, max(0, channel + rng.randint(-spread, spread))) for channel in colour)
     return red, green, blue
-
-
-def _background(rng: random.Random, colour: str) -> Rgb:
-    """A grey, a little tinted, on which the colour is seen."""
-    dark, light = (45, 85), (165, 215)
-    low, high = {"black": light, "white": dark}.get(colour) or rng.choice((dark, light))
-    grey = rng.randint(low, high)
-    return _near(rng, (grey, grey, grey), 8)
 
 
 def _shape(

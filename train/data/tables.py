@@ -31,6 +31,9 @@ def rows_table(splits: Sequence[Split]) -> Table:
         "targets": [report.num_targets for report in reports],
         "longest": [report.longest for report in reports],
     }
+    if any(report.num_media for report in reports):
+        counts["media"] = [report.num_media for report in reports]
+        counts["image tokens"] = [report.num_placeholders for report in reports]
     for name, values in counts.items():
         table.add(name, *(f"{value:,}" for value in values))
     table.add("target share", *(f"{r.num_targets / max(r.num_tokens, 1):.1%}" for r in reports))
@@ -91,8 +94,21 @@ def histogram(report: TokenizeReport) -> Table:
     """How long the sequences are."""
     columns = (*numbers("tokens up to", "sequences"), Column(""))
     table = Table(*columns, title="length of training sequences")
-    most = max((count for _, count in report.histogram), default=1)
-    for bound, count in report.histogram:
+    return _with_bars(table, report.histogram)
+
+
+def media_histogram(report: TokenizeReport) -> Table | None:
+    """How many tokens of the sequences stand for pictures, clips and sounds; None where none does."""
+    if not report.media_histogram:
+        return None
+    columns = (*numbers("image tokens up to", "sequences"), Column(""))
+    table = Table(*columns, title="image tokens of training sequences that show something")
+    return _with_bars(table, report.media_histogram)
+
+
+def _with_bars(table: Table, bins: Sequence[tuple[int, int]]) -> Table:
+    most = max((count for _, count in bins), default=1)
+    for bound, count in bins:
         table.add(f"{bound:,}", f"{count:,}", "█" * round(BAR_WIDTH * count / max(most, 1)))
     return table
 

@@ -123,6 +123,12 @@ class TokenizeReport:
         tuple[int, int], ...
     ] = ()  # (longest length of the bin in tokens, sequences), powers of two
     longest: int = 0
+    num_media: int = 0
+    """Pictures, clips' pieces and sounds that the sequences show; one that is shown twice counts twice."""
+    num_placeholders: int = 0
+    """Tokens that stand for them."""
+    media_histogram: tuple[tuple[int, int], ...] = ()
+    """(most placeholders of the bin, sequences that show something), powers of two."""
     lost: dict[str, tuple[int, str]] = field(
         default_factory=dict
     )  # what the template leaves out -> rows, the first
@@ -177,7 +183,7 @@ def tokenize_row(
             problems.append(f"{example.place}: {reason}")
         elif reason:
             dropped.append(reason)
-    notes = tuple(_notes(example, template, told))
+    notes = tuple(_notes(looked, template, told))
     if _is_endless(example, whole, template, rules):
         notes = (*notes, ENDLESS)
     return Outcome(tuple(kept), num_truncated, tuple(dropped), tuple(problems), lost, notes, told)
@@ -409,8 +415,10 @@ def _structured(example: Example, rules: TokenRules) -> Iterator[tuple[Message, 
         yield turn, is_answer or (not answers and turn.get("role") in roles)
 
 
-def _notes(example: Example, template: ChatTemplate, told: Mapping[str, Any]) -> Iterator[str]:
+def _notes(looked: Looked, template: ChatTemplate, told: Mapping[str, Any]) -> Iterator[str]:
     """What a person should know of how the row was read."""
+    example = looked.example
+    yield from looked.notes
     for name, value in told.items():
         yield f"rendered with {name}: {json.dumps(value)}, as only then prompt and answer agree"
     begins = example.text
@@ -495,13 +503,13 @@ def _count(counts: SourceCounts, outcome: Outcome) -> None:
 
 def _report(
     kept: Sequence[TokenizedExample],
-    places: Mapping[str, Sequence[str]],
+    dropped: Mapping[str, Sequence[str]],
     lost: dict[str, tuple[int, str]],
     sources: dict[str, SourceCounts],
 ) -> TokenizeReport:
     lengths = np.array([row.length for row in kept], dtype=int)
-    bounds = 2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
-    bins, counts = np.unique(bounds, return_counts=True)
+    shown = [row.media for row in kept if row.media is not None]
+    places = np.array([media.num_placeholders for media in shown], dtype=int)
     total = list(sources.values())
     return TokenizeReport(
         num_read=sum(source.num_read for source in total),
@@ -509,11 +517,21 @@ def _report(
         num_truncated=sum(source.num_truncated for source in total),
         num_tokens=sum(source.num_tokens for source in total),
         num_targets=sum(source.num_targets for source in total),
-        dropped={reason: len(found) for reason, found in places.items()},
-        dropped_places=tuple(place for found in places.values() for place in found)[:MAX_PROBLEMS],
-        places={reason: tuple(found[:MAX_PROBLEMS]) for reason, found in places.items()},
-        histogram=tuple((int(bound), int(count)) for bound, count in zip(bins, counts, strict=True)),
+        dropped={reason: len(found) for reason, found in dropped.items()},
+        dropped_places=tuple(place for found in dropped.values() for place in found)[:MAX_PROBLEMS],
+        places={reason: tuple(found[:MAX_PROBLEMS]) for reason, found in dropped.items()},
+        histogram=_binned(lengths),
+        num_media=sum(len(media.media) for media in shown),
+        num_placeholders=int(places.sum()),
+        media_histogram=_binned(places),
         longest=int(lengths.max(initial=0)),
         lost=lost,
         sources=sources,
     )
+
+
+def _binned(sizes: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """(largest of the bin, how many are in it), bins by powers of two."""
+    bounds = 2 ** np.ceil(np.log2(np.maximum(sizes, 1))).astype(int)
+    bins, counts = np.unique(bounds, return_counts=True)
+    return tuple((int(bound), int(count)) for bound, count in zip(bins, counts, strict=True))

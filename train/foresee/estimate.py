@@ -28,6 +28,7 @@ from serve.adapters.experts import LoRAExperts
 from serve.errors import AdapterError, ConfigError, ModelError
 from serve.model.loading import DTYPES, cast, read_config, resolve
 from serve.model.network import Network
+from serve.model.towers import build_with_towers, has_towers
 from train.adapters.build import build_adapted
 from train.data.batches import num_parts, padded_length
 from train.data.packing import PackedPlan
@@ -147,6 +148,9 @@ def show(flight: Preflight, console: Console) -> None:
         return
     for line in lines(found, workload, has_rollouts=recipe.answering is not None):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if recipe.train_vision:
+        said = "the tower trains inside the loss: its activations, and its time, are not in the estimate"
+        console.print(said, style="yellow", highlight=False, markup=False, soft_wrap=True)
     helps = advice(found, recipe)
     if helps:
         console.print(
@@ -201,8 +205,11 @@ def estimate(recipe: Recipe, workload: Workload) -> Estimate:
 def _unweighted(recipe: Recipe) -> Network:
     """The network as it will train, its arrays never evaluated."""
     config = read_config(resolve(recipe.model))
-    model_class, args_class = mlx_lm_utils._get_classes(config)
-    module = model_class(args_class.from_dict(config))
+    if has_towers(config):
+        module = build_with_towers(config)
+    else:
+        model_class, args_class = mlx_lm_utils._get_classes(config)
+        module = model_class(args_class.from_dict(config))
     text = config.get("text_config") or {}
     stored = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16")
     dtype = device.compute_dtype("float32" if recipe.init == "random" else stored)
@@ -210,8 +217,11 @@ def _unweighted(recipe: Recipe) -> Network:
     packing = config.get("quantization") or (recipe.quantize.model_dump() if recipe.quantize else None)
     if packing and device.backend() != "cpu":
         known = {name: packing[name] for name in ("group_size", "bits", "mode") if name in packing}
+        # Towers are packed by whoever made a folder, never as it is loaded.
         nn.quantize(
-            module, class_predicate=lambda _, layer: _fits(layer, known.get("group_size", 64)), **known
+            Network(module).text,
+            class_predicate=lambda _, layer: _fits(layer, known.get("group_size", 64)),
+            **known,
         )
     network = Network(module)
     build_adapted(recipe, network, is_sketch=True)
@@ -225,7 +235,8 @@ def _fits(layer: nn.Module, group_size: int) -> bool:
 
 def _vocab_size(recipe: Recipe) -> int:
     config = read_config(resolve(recipe.model))
-    return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+    inside = config.get("text_config") or config.get("thinker_config", {}).get("text_config", {})
+    return int(config.get("vocab_size") or inside["vocab_size"])
 
 
 def _num_bytes(tree: Any) -> int:

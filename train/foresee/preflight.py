@@ -34,6 +34,7 @@ from train.data.tables import (
     dropped_lines,
     duplicate_lines,
     histogram,
+    media_histogram,
     reasons,
     rows_table,
     sources_table,
@@ -252,6 +253,8 @@ def show(preflight: Preflight, console: Console, *, with_recipe: bool = False) -
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if with_recipe:
         show_tables(console, histogram(preflight.train.report))
+        if (shown := media_histogram(preflight.train.report)) is not None:
+            show_tables(console, shown)
     show_tables(console, _clocks(preflight))
     for line in adam_lines(preflight.recipe, preflight.num_steps):
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)

@@ -7,7 +7,7 @@ they are computed inside the loss, with a gradient. Either way a row's features 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ import numpy as np
 from serve.model.network import Network, evaluating
 from serve.model.prompt import Media
 from serve.model.vision import Features, Placed, Vision
+from train.data.media_reader import LaterInputs
 from train.data.row_media import Standing, blocks_of, rope_of
+from train.loop.joined import Joiner
 
 MAX_FEATURE_BYTES = 1 << 30
 
@@ -27,7 +29,7 @@ class Seen:
     """What the rows of one forward [B, T] show beside their tokens.
 
     pieces    (row, columns, the piece's key)
-    features  of the pieces, by key; where towers train, those are in `inputs` instead, and features are made of them
+    features  of the pieces, by key; where towers train there are none, and `joiner` makes them of `media`
     positions [3, B, T] int32, for families that turn keys by three positions
     blocks    [B, T] int32, tokens of one number see one another; -1: causally
     """
@@ -36,14 +38,13 @@ class Seen:
     pieces: tuple[tuple[int, np.ndarray, str], ...]
     features: Mapping[str, Features]
     media: Mapping[str, Media]
+    joiner: Joiner
     positions: mx.array | None
     blocks: mx.array | None
 
     def inputs(self, tokens: mx.array) -> tuple[mx.array | None, dict[str, Any]]:
         """What `Network.hidden` takes for these tokens: embeddings [B, T, D], and extras."""
-        features = dict(self.features) or {
-            key: self.vision.encode(media) for key, media in self.media.items()
-        }
+        features = dict(self.features) or self.joiner.encode(self.media)
         placed = [Placed(row, columns, features[key]) for row, columns, key in self.pieces]
         embeddings, extras = self.vision.inputs(tokens, placed)
         return embeddings, extras if self.positions is None else {**extras, "position_ids": self.positions}
@@ -65,6 +66,7 @@ class Eyes:
         self.num_encoded = 0
         """Pieces that were computed beforehand; one that was dropped and computed again counts twice."""
         self._network = network
+        self._joiner = Joiner(vision)
         self._kept: OrderedDict[str, Features] = OrderedDict()
         self._num_bytes = 0
 
@@ -78,6 +80,10 @@ class Eyes:
                     assert int(piece.positions[-1]) + one.start < one.stop, "media are never cut"
                     pieces.append((row, piece.positions + one.start, piece.key))
                     media.setdefault(piece.key, piece)
+        _read_ahead(piece for key, piece in media.items() if key not in self._kept)
+        if self.trains:
+            with evaluating(self._network):
+                self._joiner.prove(list(media.values()))
         positions = mx.array(rope_of(rows, shape[1])) if self.vision.positions else None
         blocks = blocks_of(rows, shape[1])
         return Seen(
@@ -85,6 +91,7 @@ class Eyes:
             tuple(pieces),
             {} if self.trains else dict(self._features(media)),
             media if self.trains else {},
+            self._joiner,
             positions,
             mx.array(blocks) if blocks is not None else None,
         )
@@ -108,3 +115,10 @@ class Eyes:
         while self._num_bytes > self.max_bytes and self._kept:
             _, dropped = self._kept.popitem(last=False)
             self._num_bytes -= dropped.num_bytes
+
+
+def _read_ahead(media: Iterable[Media]) -> None:
+    """Begin to decode them, on the reader's threads: the first is waited for while the others are made."""
+    for piece in media:
+        if isinstance(piece.inputs, LaterInputs):
+            piece.inputs.read_ahead()

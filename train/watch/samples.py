@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from serve.engine.engine import Engine
 from serve.engine.generate import generate
@@ -21,6 +22,7 @@ from serve.model.template import ChatTemplate, Message
 from serve.model.texts import encode_text
 from train.data.example import Example
 from train.data.looking import look, words_of
+from train.data.media import Gatherer
 from train.data.media_reader import MediaReader
 from train.recipe.recipe import Samples
 
@@ -66,18 +68,28 @@ def prompts_of(
     prompts = []
     for number, prompt in enumerate(samples.prompts):
         try:
-            prompts.append(_of_recipe(prompt, template, as_text))
+            prompts.append(_of_recipe(prompt, template, as_text, reader))
         except RequestError as error:
             raise ConfigError(f"samples.prompts.{number}: {error}") from error
     return prompts
 
 
-def _of_recipe(prompt: str | Sequence[Message], template: ChatTemplate, as_text: bool) -> SamplePrompt:
+def _of_recipe(
+    prompt: str | Sequence[Message], template: ChatTemplate, as_text: bool, reader: MediaReader | None
+) -> SamplePrompt:
     if isinstance(prompt, str):
         if as_text or not template.exists:
             return SamplePrompt(prompt, Prompt(encode_text(template.tokenizer, prompt)))
         return SamplePrompt(prompt, Prompt(template.render([{"role": "user", "content": prompt}])))
-    return SamplePrompt(_shown(prompt), Prompt(template.render(prompt)))
+    gatherer = Gatherer({}, Path.cwd())
+    messages, media = gatherer.take(prompt, "messages")
+    if problems := [*gatherer.problems, *(problem for ref in media for problem in ref.missing())]:
+        raise RequestError("; ".join(problems))
+    if not media:
+        return SamplePrompt(_shown(prompt), Prompt(template.render(prompt)))
+    looked = look(Example("samples.prompts", 1, messages=messages, media=media), reader)
+    token_ids = template.render(looked.example.messages or (), media=looked.expansions)
+    return SamplePrompt(_shown(messages), looked.prompt(token_ids))
 
 
 def _of_row(example: Example, template: ChatTemplate, reader: MediaReader | None) -> SamplePrompt:
