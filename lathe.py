@@ -208,12 +208,6 @@ def serve(
     allow_private_hosts: Annotated[
         bool, typer.Option("--allow-private-hosts", help="Fetch pictures from private addresses too.")
     ] = False,
-    feature_cache_gib: Annotated[
-        float | None, typer.Option(help="At most so much for encoded pictures; 0 keeps none.")
-    ] = None,
-    feature_cache_dir: Annotated[
-        Path | None, typer.Option(help="A folder that keeps encoded pictures across restarts.")
-    ] = None,
     max_media: Annotated[
         int | None, typer.Option(help="Pictures, clips and sounds of one request, together.")
     ] = None,
@@ -242,8 +236,6 @@ def serve(
         "kv_plain_layers": kv_plain_layers,
         "one_step_ahead": one_step_ahead,
         "allowed_media_roots": [str(each.absolute()) for each in allowed_media_root or ()] or None,
-        "feature_cache_gib": feature_cache_gib,
-        "feature_cache_dir": str(feature_cache_dir.absolute()) if feature_cache_dir else None,
         "media.max_pixels": max_pixels,
         "media_limits.max_items": max_media,
         "media_limits.allow_private_hosts": allow_private_hosts or None,

@@ -147,21 +147,6 @@ def _memory(memory: MemoryUse) -> Iterator[Metric]:
         yield GaugeMetricFamily(name, meaning, num_bytes)
 
 
-def _features(features: FeatureStats) -> Iterator[Metric]:
-    for name, meaning, count in (
-        ("lathe_feature_queries", "Pictures whose tokens were to be computed.", features.num_queries),
-        ("lathe_features_encoded", "Times that a picture was encoded.", features.num_encoded),
-        ("lathe_feature_disk_errors", "Files not written, not read, or not whole.", features.num_disk_errors),
-    ):
-        yield CounterMetricFamily(name, meaning, count)
-    found = CounterMetricFamily("lathe_feature_hits", "Pictures found encoded.", labels=["tier"])
-    found.add_metric(["memory"], features.num_hits - features.num_disk_hits)
-    found.add_metric(["disk"], features.num_disk_hits)
-    yield found
-    yield GaugeMetricFamily("lathe_features_kept", "Encoded pictures, in either tier.", features.num_kept)
-    yield GaugeMetricFamily("lathe_feature_disk_bytes", "Encoded pictures on disk.", features.disk_bytes)
-
-
 def _prefixes(prefixes: PrefixStats) -> Iterator[Metric]:
     for name, meaning, count in (
         ("lathe_prefix_queries", "Requests that looked for a prefix.", prefixes.num_queries),

@@ -18,6 +18,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from odd_values import EDGES, ODD, places, with_
 from PIL import Image
 
 from serve.api.server import serving
@@ -333,6 +334,45 @@ def test_settings_of_pictures_that_cannot_be_are_refused_by_their_name(client, t
     error = refused(client, extra_body={"mm_processor_kwargs": told})
     assert (error.status_code, error.body["param"]) == (400, param)
     assert error.body["message"].startswith("mm_processor_kwargs")
+
+
+FULL = {
+    "model": "sees",
+    "max_tokens": 1,
+    "mm_processor_kwargs": {
+        "max_pixels": 3136,
+        "fps": 2,
+        "size": {"shortest_edge": 784, "longest_edge": 3136},
+    },
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": data_uri(PNG), "detail": "low"}},
+                {"type": "image", "image": data_uri(PNG), "min_pixels": 784, "max_pixels": 3136},
+                {"type": "input_image", "image_url": data_uri(PNG), "detail": "high"},
+                {"type": "video", "video": [data_uri(PNG), data_uri(PNG)], "fps": 2, "max_frames": 4},
+                {"type": "video_url", "video_url": {"url": "x.mp4"}},
+            ],
+        }
+    ],
+}
+"""Parts of every kind; the last is no clip, so nothing is computed."""
+
+
+@pytest.mark.parametrize("values", [ODD[:3], pytest.param([*ODD[3:], *EDGES], marks=pytest.mark.large)])
+def test_no_odd_value_in_a_part_brings_the_server_down(client, values):
+    address = httpx.URL(str(client.base_url)).join("/v1/chat/completions")
+    inside = [at for at, _ in places(FULL) if at[0] in ("messages", "mm_processor_kwargs")]
+    assert len(inside) > 25
+    with httpx.Client(timeout=WAIT_S) as http:
+        for at in inside:
+            for value in values:
+                content = json.dumps(with_(FULL, at, value)).encode()
+                answer = http.post(address, content=content, headers={"content-type": "application/json"})
+                assert answer.status_code in (200, 400), (at, value, answer.text)
+                assert answer.status_code == 200 or answer.json()["error"]["message"]
+    assert chat(client, image_url(data_uri(PNG))).choices
 
 
 def test_a_model_says_what_it_takes_and_refuses_what_it_does_not(client):

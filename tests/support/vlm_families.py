@@ -706,6 +706,7 @@ def chats_of(family: str) -> dict[str, list[dict[str, Any]]]:
     }
     if kind.max_pictures == 1:
         del chats["text"], chats["pictures"]
+        chats["another picture"] = [message(picture(2), "is it the same as before?")]
     if kind.video is None:
         del chats["clip"]
     if kind.audio is None:
