@@ -244,6 +244,7 @@ class Engine:
             for sequence, number in self.features.fail(key):
                 if self._by_id.get(sequence.request.id) is sequence:
                     events.append(self._blind(sequence, number, "what it becomes are not numbers"))
+        flight.encoded.clear()
         for sequence in {chunk.sequence for chunk in flight.plan.chunks} if flight.plan.num_prefilled else ():
             self.features.take_in(sequence, sequence.num_cached_tokens)
         return events
