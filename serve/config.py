@@ -88,9 +88,9 @@ class ServeConfig(Strict):
     allowed_media_roots: tuple[Path, ...] | None = None
     """Folders whose files a request may show by their paths. Left out: everything when bound to loopback, else
     nothing."""
-    media: MediaConfig = Field(default_factory=MediaConfig)
+    media: MediaConfig = MediaConfig.model_validate({})
     """How pictures and clips are looked at where a request says nothing."""
-    media_limits: MediaLimitsConfig = Field(default_factory=MediaLimitsConfig)
+    media_limits: MediaLimitsConfig = MediaLimitsConfig.model_validate({})
     """What a request may show."""
     max_rows: int = Field(64, ge=1)
     """Requests that run at once."""
@@ -252,7 +252,7 @@ class ServeConfig(Strict):
             if folder is not None and memory == 0:
                 yield (
                     f"{what}_cache_dir",
-                    f"{what}s reach the disk from memory, and {what}_cache_gib is 0; leave one of them out",
+                    f"what it holds reaches the disk from memory, and {what}_cache_gib is 0; leave one of them out",
                 )
             if disk is not None and folder is None:
                 yield (

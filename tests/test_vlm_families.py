@@ -9,7 +9,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ from serve.media.content import Clip, Content, Picture, Sound
 from serve.media.processor import MediaProcessor, load_processor
 from serve.model.loading import LoadedModel, load
 from serve.model.packed import packing_problem
-from serve.model.prompt import Prompt
+from serve.model.prompt import Media, Prompt
+from serve.model.vision import Features, Vision
 from train.adapters.adapt import AdapterSettings, add_lora, checkpointed_layers
 from train.data.batches import Batch as TrainingBatch
 from train.data.batches import collate
@@ -215,10 +216,13 @@ def prefixes_are_cut_anywhere(case: Case) -> str:
     """A prompt that parts from a known one at any of its words, or at any of its pictures, is as if it were new."""
     chat = list(chats_of(case.family).values())[-1]
     row, prompt = case.row(chat)
-    filled = {int(at) for media in prompt.media for at in media.positions}
-    edges = {at + shift for media in prompt.media for at in (media.start, media.stop) for shift in (-1, 0)}
+    # By its control tokens a family's own code tells where media are.
+    control = set(case.reference.tokenizer.get_added_vocab().values())
+    edges = {at + by for media in prompt.media for at in (media.start, media.stop) for by in (-2, -1, 0, 1)}
     length = len(prompt.token_ids)
-    cuts = [at for at in range(1, length) if at not in filled and (at in edges or at % 5 == 0)]
+    cuts = [
+        at for at in range(1, length) if prompt.token_ids[at] not in control and (at in edges or at % 5 == 0)
+    ]
     ask(case.engine, {"first": (prompt, None)}, max_tokens=1)
     num_cached = []
     for cut in [*cuts, length]:
@@ -246,7 +250,7 @@ def _with_another_picture(family: str) -> Iterator[tuple[Chat, int]]:
     """The chat with pictures, one of them another one of the same size; and its number."""
     known = [picture(1), picture(2, 80, 56), picture(3)]
     if FAMILIES[family].max_pictures == 1:
-        yield [message(picture(7, 56, 80), "what is this?")], 0
+        yield [message(picture(7), "is it the same as before?")], 0
         return
     for number in range(3):
         shown = list(known)
@@ -260,10 +264,13 @@ def nothing_is_seen_ahead(case: Case) -> str:
     rows = [prompt for _, prompt in case.rows.values()]
     batch = Batch(model, rows)
     for index, prompt in enumerate(rows):
-        length = len(prompt.token_ids)
-        batch.forward([(index, 0, length)], [prompt.token_ids])
-        answers = ([60, 61, 62, 63], [60, 61, 62, 99])
-        one, two = (np.array(batch.forward([(index, length, length + 4)], [words])) for words in answers)
+
+        def answered(words: list[int], index: int = index, prompt: Prompt = prompt) -> np.ndarray:
+            length = len(prompt.token_ids)
+            batch.forward([(index, 0, length)], [prompt.token_ids])
+            return np.array(batch.forward([(index, length, length + len(words))], [words]))
+
+        one, two = answered([60, 61, 62, 63]), answered([60, 61, 62, 99])
         assert np.abs(one[:, 3] - two[:, 3]).max() > 0.1
         np.testing.assert_array_equal(one[:, :3], two[:, :3])
     rows_of_text = [[*example.token_ids[:-1], 7] for example in case.examples]
@@ -381,6 +388,28 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 @pytest.mark.parametrize("column", COLUMNS)
 def test_every_family(column, family, case_of):
     COLUMNS[column](case_of(family))
+
+
+class Shallow(Vision):
+    """Encodes pictures without what goes to deeper layers."""
+
+    def encode(self, media: Media) -> Features:
+        features = super().encode(media)
+        return Features(features.embeddings, tuple(map(mx.zeros_like, features.deepstack)))
+
+
+def test_wrong_positions_and_missing_deepstack_do_not_pass(case_of):
+    """The measure by which rows are compared tells them: without that, equal rows would say nothing."""
+    case = case_of("qwen3_vl")
+    row, prompt = case.rows["pictures"]
+    assert prompt.rope is not None
+    late = Prompt(prompt.token_ids, prompt.media, prompt.rope._replace(delta=prompt.rope.delta + 1))
+    with pytest.raises(AssertionError):
+        assert_is(ask(case.engine, {"late": (late, None)})["late"], row, case.reference)
+    model, _ = case.trainer()
+    engine = Engine(replace(model, vision=Shallow(model.network, model.config)), EngineLimits())
+    with pytest.raises(AssertionError):
+        assert_is(ask(engine, {"shallow": (prompt, None)})["shallow"], row, case.reference)
 
 
 def table(families: Sequence[str]) -> Iterator[str]:

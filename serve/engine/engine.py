@@ -160,7 +160,8 @@ class Engine:
                 taken = f"; it takes {', '.join(sorted(kinds))}" if kinds else "; it takes text alone"
                 raise RequestError(f"{self.model.name} takes no {media.kind}{taken}", "prompt")
             assert 0 <= media.start < media.stop <= len(prompt.token_ids), "placeholders outside the prompt"
-        if prompt.media and self.model.network.takes_positions:
+        # Sounds stand one token behind the other, as words do.
+        if self.model.network.takes_positions and any(media.kind != "audio" for media in prompt.media):
             assert prompt.rope is not None, "this family's media have positions"
         longest = max((stop - start for start, stop in prompt.blocks), default=0)
         window = any(layer.window is not None for layer in self.scheduler.budget.row_cost.layers)

@@ -706,6 +706,7 @@ def chats_of(family: str) -> dict[str, list[dict[str, Any]]]:
     }
     if kind.max_pictures == 1:
         del chats["text"], chats["pictures"]
+        chats["another picture"] = [message(picture(2), "is it the same as before?")]
     if kind.video is None:
         del chats["clip"]
     if kind.audio is None:
@@ -734,6 +735,8 @@ class Reference:
 
         self.model, self.processor = load(str(folder))
         self.model.eval()
+        if self.model.config.model_type == "paligemma":
+            _put_features_at_placeholders(self.model)
         if adapter is not None:
             merge_lora(self.model, adapter)
 
@@ -745,11 +748,7 @@ class Reference:
         """A chat whose media parts carry what they show: {"type": "image", "image": PIL picture}, {"type": "video",
         "video": [T, 3, H, W] uint8}; by the checkpoint's template and the family's processor."""
         parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
-        if self.model.config.model_type == "paligemma":
-            # mlx-vlm puts a picture's features at the prompt's beginning, wherever its placeholders are.
-            text = "".join(part["text"] if part["type"] == "text" else "<image>" for part in parts)
-        else:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         media = {
             name: found
             for name, kind in (("images", "image"), ("videos", "video"), ("audio", "audio"))
@@ -828,6 +827,19 @@ class Reference:
         finally:
             for layer in cache:
                 del layer.make_mask
+
+
+def _put_features_at_placeholders(model: nn.Module) -> None:
+    """mlx-vlm's paligemma puts them at the prompt's beginning, wherever its placeholders are. Here that is so while
+    they are put: the prompt is turned until its placeholders come first, and back."""
+    put = model._prepare_inputs_for_multimodal
+
+    def turned(features: mx.array, embeds: mx.array, ids: mx.array, mask: mx.array) -> tuple[mx.array, ...]:
+        start = int(np.argmax(np.array(ids)[0] == model.config.image_token_index))
+        made, mask = put(features, mx.roll(embeds, -start, axis=1), mx.roll(ids, -start, axis=1), mask)
+        return mx.roll(made, start, axis=1), mask
+
+    model._prepare_inputs_for_multimodal = turned
 
 
 def write_random_lora(

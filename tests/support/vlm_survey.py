@@ -27,7 +27,6 @@ import serve as serve  # before mlx: it brings a real BLAS
 
 import mlx.core as mx  # isort: skip
 import numpy as np
-
 from vlm_families import FAMILIES
 
 from serve.cache.capacity import Bucket

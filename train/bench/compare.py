@@ -413,11 +413,11 @@ def tables(outcome: Outcome) -> Iterator[Table]:
     yield drawn
     ratios = numbers("data tok/s (lowest, highest)", "peak")
     compared = Table("of / to", *ratios, title="median of rounds")
-    for each in outcome.ratios:
+    for pair in outcome.ratios:
         compared.add(
-            f"{each.of} / {each.to}",
-            f"{each.data_tokens_per_s:.2f} ({each.lowest:.2f}, {each.highest:.2f})",
-            f"{each.peak_memory:.2f}",
+            f"{pair.of} / {pair.to}",
+            f"{pair.data_tokens_per_s:.2f} ({pair.lowest:.2f}, {pair.highest:.2f})",
+            f"{pair.peak_memory:.2f}",
         )
     yield compared
 

@@ -41,7 +41,7 @@ from train.bench.process import run_child
 
 LATHE, THEIRS, PREPARED = "lathe", "mlx_vlm", "mlx_vlm_prepared"
 LOOPS = (LATHE, THEIRS, PREPARED)
-"""Lathe as it comes; mlx_vlm's Trainer as it comes; the same, its rows decoded and tokenized before the first step."""
+"""Lathe as it comes; mlx_vlm's Trainer as it comes; the same with rows decoded and tokenized before step 1."""
 RATIOS = ((LATHE, THEIRS), (LATHE, PREPARED))
 TIMED, MASKED = "qwen2_5_vl", "smolvlm"
 """The model that is timed, and the one whose losses alone are compared: with it mlx-vlm's trainer stops at batches of

@@ -212,8 +212,8 @@ def one_a_turn(album: Album) -> list[Message]:
         scene, picture = album.page()
         scenes.append(scene)
         asks, answer = rng.choice((*QUESTIONS, (DESCRIBE, describe)))
-        question = asked(rng.choice(asks), picture, is_first=rng.random() < 0.25)
-        messages += [question, answered(answer(scene))]
+        message = asked(rng.choice(asks), picture, is_first=rng.random() < 0.25)
+        messages += [message, answered(answer(scene))]
     for _ in range(2):
         question, text = numbered_question(rng, scenes)
         messages += [asked(question), answered(text)]
