@@ -166,7 +166,7 @@ def reference_loss(reference: Reference, row: TokenizedExample, turns: list[dict
     extras = {name: value for name, value in made.items() if value is not None and "mask_4d" not in name}
     embeddings = extras.pop("inputs_embeds")
     blocks = row.media.blocks if row.media is not None else ()
-    if blocks:
+    if blocks or is_prefix:  # which without a mask would have none
         places = np.arange(len(ids))
         seen = places[None] <= places[:, None]
         for start, stop in blocks:
