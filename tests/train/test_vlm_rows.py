@@ -189,4 +189,4 @@ def test_a_row_is_shown_with_its_pictures_tokens_counted(read, tmp_path):
     flight = read([chat("red", saved(tmp_path, "a.png", 1, 96, 64))])
     console = Console(file=io.StringIO(), width=160)
     show(flight.recipe, console)
-    assert "<|vision_start|><|image_pad|>×6<|vision_end|>what?" in console.file.getvalue()
+    assert "<|vision_start|><|image_pad|>*6<|vision_end|>what?" in console.file.getvalue()

@@ -151,9 +151,8 @@ def reference_loss(reference: Reference, row: TokenizedExample, turns: list[dict
     first = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
     theirs = reference.row(parts_of(turns[:first], pictures))
     ids = row.token_ids.tolist()
-    if (
-        reference.model.config.model_type != "paligemma"
-    ):  # its processor puts pictures first, whatever a chat says
+    is_prefix = reference.model.config.model_type == "paligemma"
+    if not is_prefix:  # whose processor puts pictures first, whatever a chat says
         assert ids[: len(theirs.token_ids)] == list(theirs.token_ids), "the prompt is mlx-vlm's own"
     model, language = reference.model, reference.model.language_model
     for name in ("_position_ids", "_rope_deltas"):

@@ -233,7 +233,7 @@ class _RowView:
         """Special tokens, of which a picture may be hundreds of one: those once, with their number."""
         runs = ((token, len(list(run))) for token, run in groupby(ids))
         return "".join(
-            f"{self._decode([token])}×{count}" if count > MANY else self._decode([token] * count)
+            f"{self._decode([token])}*{count}" if count > MANY else self._decode([token] * count)
             for token, count in runs
         )
 
