@@ -27,26 +27,34 @@ from serve.engine.request import Event, Request, Sampling
 from serve.errors import GenerationError, LatheError, RequestError
 from serve.model.loading import load
 from serve.model.network import Network
-from serve.model.prompt import Prompt
+from serve.model.prompt import MediaKind, Prompt
 from serve.model.weights import expert_modules, linear_modules, linear_shape, squared_row_norms
+from serve.shown import Shown, shown_to
 from serve.tables import Table
 
 BASE = "base"
 BITS: Mapping[str, float] = {"plain": 16, "8 bit": 8, "4 bit": 4, "TurboQuant 3.5": 3.5}
 MEMORY, DISK, AHEAD = "prefix in memory", "prefix on disk", "one step ahead"
 TOGETHER = "beside all others"
+MEDIA: Mapping[MediaKind, str] = {"image": "a picture", "video": "a clip", "audio": "a sound"}
+"""Columns of models that take such a thing."""
 COLUMNS = (*BITS, TOGETHER, MEMORY, DISK, AHEAD)
+"""Of all models."""
 RANK = 2
 SHARE_OF_A_LAYER = 0.1
 """How large a random update is beside what its layer gives."""
 PROMPT_TOKENS, ANSWER_TOKENS = 40, 6
 BUCKET = positions_capacity(PROMPT_TOKENS + ANSWER_TOKENS)
+MEDIA_TOKENS = 8
+"""Of words before what is shown, and behind it."""
 CHUNK_TOKENS = 16
 """Of a prompt in a step, so that a prompt takes several."""
 LARGEST_ID = 1000
 """Prompts are made of ids below it, or below the vocabulary's end."""
 MAX_DIFFERENCE, MAX_DIFFERENCE_HALF = 0.05, 0.5
 """Between log-probabilities of one token after one text, in single and in half precision: rounding alone."""
+LEAST_DIFFERENCE = 1e-6
+"""Between log-probabilities of answers about two different things."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +89,18 @@ def probe(model: str, adapter: Path | None = None) -> Combinations:
     with TemporaryDirectory(prefix="lathe-doctor-") as folder:
         named = {} if adapter is None else {f"{adapter.resolve().name} (adapter)": adapter}
         tried = _Tried(model, Path(folder), named)
-        tried.run({**dict.fromkeys(BITS, _answers), MEMORY: _restores}, ahead=False)
+        tried.run({**dict.fromkeys(BITS, _answers), MEMORY: _restores}, ahead=False, shows_media=True)
         tried.run({DISK: _finds_on_disk, AHEAD: _answers_as_before}, ahead=True)
     rows = [BASE, *tried.adapters]
-    cells = sorted(tried.cells, key=lambda cell: (rows.index(cell.row), COLUMNS.index(cell.column)))
+    columns = [*COLUMNS, *MEDIA.values()]
+    cells = sorted(tried.cells, key=lambda cell: (rows.index(cell.row), columns.index(cell.column)))
     return Combinations(model, tuple(cells))
 
 
 def table(found: Combinations) -> tuple[Table, list[Text]]:
     """The pairs, and the reasons under their numbers."""
-    drawn = Table("", *COLUMNS, title=found.model)
+    tried = dict.fromkeys(cell.column for cell in found.cells)
+    drawn = Table("", *(tried or COLUMNS), title=found.model)
     notes: list[str] = []
     for row, cells in itertools.groupby(found.cells, key=lambda cell: cell.row):
         drawn.add(Text(row, style="bold"), *(_mark(cell, notes) for cell in cells))
@@ -125,19 +135,26 @@ class _Pair:
     row: int
     column: str
     earlier: dict[str, _Answer]
+    shown: Shown | None = None
+    """What it is asked about, in a column of media."""
 
-    def request(self, prompt: int, form: KvPrecision = PLAIN, salt: str = "") -> Request:
-        """The `prompt`-th prompt, the same for every row, to be answered greedily."""
+    def request(self, prompt: int | Prompt, form: KvPrecision = PLAIN, salt: str = "") -> Request:
+        """A prompt, or the `prompt`-th, the same for every row, to be answered greedily."""
+        words = (
+            prompt
+            if isinstance(prompt, Prompt)
+            else Prompt(_prompt(self.engine.model.network, prompt, PROMPT_TOKENS))
+        )
         return Request(
             id=f"{self.row} {self.column}",
-            prompt=Prompt(_prompt(self.engine.model.network, prompt)),
+            prompt=words,
             sampling=Sampling(max_tokens=ANSWER_TOKENS, temperature=0, ignore_eos=True, num_logprobs=0),
             adapter=self.version,
             precision=form,
             cache_salt=salt,
         )
 
-    def ask(self, prompt: int, form: KvPrecision = PLAIN, salt: str = "") -> _Answer:
+    def ask(self, prompt: int | Prompt, form: KvPrecision = PLAIN, salt: str = "") -> _Answer:
         """Its answer, alone. LatheError where there is none."""
         (found,) = _run(self.engine, [self.request(prompt, form, salt)])
         if isinstance(found, LatheError):
@@ -227,6 +244,19 @@ def _answers_as_before(pair: _Pair) -> str:
     return ""
 
 
+def _sees(pair: _Pair) -> str:
+    """The same again from what was kept, and something else of something else."""
+    if isinstance(pair.shown, LatheError):
+        raise pair.shown
+    assert pair.shown is not None, "a column of media"
+    one, other = pair.shown
+    cold = pair.earlier[pair.column] = pair.ask(one, salt=pair.column)
+    _check_is_same(pair, pair.ask(one, salt=pair.column), cold)
+    if np.allclose(pair.ask(other, salt=pair.column).logprobs, cold.logprobs, atol=LEAST_DIFFERENCE):
+        raise GenerationError("it answers the same whatever it is shown")
+    return ""
+
+
 def _check_is_restored(pair: _Pair, warm: _Answer, cold: _Answer) -> None:
     if warm.num_cached_tokens == 0:
         raise GenerationError("no prefix was found again")
@@ -256,16 +286,22 @@ class _Tried:
         self._model = model
         self._folder = folder
         self._earlier: dict[str, dict[str, _Answer]] = {}
+        self._shown: dict[str, Shown] = {}
         self._refused: dict[str, str] = {}
 
-    def run(self, columns: Mapping[str, Trial], *, ahead: bool) -> None:
-        """Try these columns on every row, in an engine of their own."""
+    def run(self, columns: Mapping[str, Trial], *, ahead: bool, shows_media: bool = False) -> None:
+        """Try these columns on every row, in an engine of their own; `shows_media`: and those of what it takes."""
         limits = EngineLimits(
             prefill_chunk_tokens=CHUNK_TOKENS, prefix_cache_dir=self._folder / "prefixes", ahead=ahead
         )
         engine = Engine(load(self._model), limits)
         if not self.adapters:
             self.adapters = write_adapters(engine.model.network, self._folder)
+        if shows_media:
+            around = (_prompt(engine.model.network, seed, MEDIA_TOKENS) for seed in (2, 3))
+            shown = shown_to(engine.model, *around)
+            self._shown = {MEDIA[kind]: found for kind, found in shown.items()}
+            columns = {**columns, **dict.fromkeys(self._shown, _sees)}
         versions: dict[str, AdapterVersion | None] = {}
         try:
             for name in [BASE, *self.adapters]:
@@ -300,10 +336,10 @@ class _Tried:
         pairs = [
             self._pair(engine, name, column, versions)
             for name in versions
-            for column in BITS
+            for column in (*BITS, *self._shown)
             if column in self._earlier[name]
         ]
-        requests = [pair.request(0, _fitting(engine, BITS[pair.column]), salt=TOGETHER) for pair in pairs]
+        requests = [_asked_together(pair) for pair in pairs]
         problems = dict(self._refused)
         for pair, found in zip(pairs, _run(engine, requests), strict=True):
             name = [BASE, *self.adapters][pair.row]
@@ -320,12 +356,21 @@ class _Tried:
         self, engine: Engine, name: str, column: str, versions: Mapping[str, AdapterVersion | None]
     ) -> _Pair:
         row = [BASE, *self.adapters].index(name)
-        return _Pair(engine, versions[name], row, column, self._earlier.setdefault(name, {}))
+        earlier = self._earlier.setdefault(name, {})
+        return _Pair(engine, versions[name], row, column, earlier, self._shown.get(column))
 
 
-def _prompt(network: Network, seed: int) -> tuple[int, ...]:
+def _asked_together(pair: _Pair) -> Request:
+    if isinstance(pair.shown, tuple):
+        return pair.request(pair.shown[0], salt=TOGETHER)
+    return pair.request(0, _fitting(pair.engine, BITS[pair.column]), salt=TOGETHER)
+
+
+def _prompt(network: Network, seed: int, num_tokens: int) -> tuple[int, ...]:
+    """Random words; none stands for media."""
     highest = min(network.vocab_size, LARGEST_ID)
-    return tuple(np.random.default_rng(seed).integers(0, highest, PROMPT_TOKENS).tolist())
+    drawn = np.random.default_rng(seed).integers(0, highest, 2 * PROMPT_TOKENS).tolist()
+    return tuple(token for token in drawn if token not in network.placeholder_ids)[:num_tokens]
 
 
 # Random adapters

@@ -1,9 +1,13 @@
 """lathe doctor --model: what it tries is really tried, on tiny models of several kinds."""
 
+import shutil
+
+import mlx.core as mx
 import pytest
+from vision_rows import always
 
 from serve.adapters.manifest import read_config, read_tensors, write_adapter
-from serve.combinations import BASE, COLUMNS, DISK, MEMORY, TOGETHER, probe
+from serve.combinations import BASE, COLUMNS, DISK, MEDIA, MEMORY, TOGETHER, probe
 from serve.errors import LatheError
 
 MOE = {
@@ -74,3 +78,25 @@ def test_an_adapter_that_does_not_fit_says_so_in_every_column(model_folder, make
 def test_no_model_is_one_error(tmp_path):
     with pytest.raises(LatheError, match="no-such"):
         probe(str(tmp_path / "no-such"))
+
+
+@pytest.mark.parametrize("family", always("qwen2_vl"))
+def test_a_model_that_sees_has_columns_of_what_it_takes(vlm_folder, family):
+    found = by_pair(probe(str(vlm_folder(family))))
+    takes = {column for _, column in found} - set(COLUMNS)
+    assert takes <= set(MEDIA.values())
+    assert MEDIA["image"] in takes
+    for row in {row for row, _ in found}:
+        for column in (*takes, "plain", TOGETHER, MEMORY):
+            assert found[row, column].is_possible, found[row, column]
+
+
+def test_eyes_that_see_nothing_are_found(vlm_folder, tmp_path):
+    blind = tmp_path / "blind"
+    shutil.copytree(vlm_folder("qwen2_vl"), blind)
+    file = str(blind / "model.safetensors")
+    weights = {name: w * ("merger.mlp.2" not in name) for name, w in mx.load(file).items()}
+    mx.eval(weights)
+    mx.save_safetensors(file, weights, metadata={"format": "mlx"})
+    cell = by_pair(probe(str(blind)))[BASE, MEDIA["image"]]
+    assert (cell.is_possible, cell.note) == (False, "it answers the same whatever it is shown")
