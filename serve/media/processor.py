@@ -374,7 +374,8 @@ def load_processor(folder: Path) -> Any:
                 own.append(value)
     maker = own[0] if own else AutoProcessor
     try:
-        return maker.from_pretrained(str(folder))
+        # A relative path is looked up on the hub too, for each file that is not there.
+        return maker.from_pretrained(str(folder.absolute()))
     except Exception as error:  # foreign code over foreign files
         raise ModelError(f"{folder.name}: its processor cannot be loaded: {_said(error)}") from error
 
