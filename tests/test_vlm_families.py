@@ -9,7 +9,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ from serve.media.content import Clip, Content, Picture, Sound
 from serve.media.processor import MediaProcessor, load_processor
 from serve.model.loading import LoadedModel, load
 from serve.model.packed import packing_problem
-from serve.model.prompt import Prompt
+from serve.model.prompt import Media, Prompt
+from serve.model.vision import Features, Vision
 from train.adapters.adapt import AdapterSettings, add_lora, checkpointed_layers
 from train.data.batches import Batch as TrainingBatch
 from train.data.batches import collate
@@ -263,10 +264,13 @@ def nothing_is_seen_ahead(case: Case) -> str:
     rows = [prompt for _, prompt in case.rows.values()]
     batch = Batch(model, rows)
     for index, prompt in enumerate(rows):
-        length = len(prompt.token_ids)
-        batch.forward([(index, 0, length)], [prompt.token_ids])
-        answers = ([60, 61, 62, 63], [60, 61, 62, 99])
-        one, two = (np.array(batch.forward([(index, length, length + 4)], [words])) for words in answers)
+
+        def answered(words: list[int], index: int = index, prompt: Prompt = prompt) -> np.ndarray:
+            length = len(prompt.token_ids)
+            batch.forward([(index, 0, length)], [prompt.token_ids])
+            return np.array(batch.forward([(index, length, length + len(words))], [words]))
+
+        one, two = answered([60, 61, 62, 63]), answered([60, 61, 62, 99])
         assert np.abs(one[:, 3] - two[:, 3]).max() > 0.1
         np.testing.assert_array_equal(one[:, :3], two[:, :3])
     rows_of_text = [[*example.token_ids[:-1], 7] for example in case.examples]
@@ -384,6 +388,28 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 @pytest.mark.parametrize("column", COLUMNS)
 def test_every_family(column, family, case_of):
     COLUMNS[column](case_of(family))
+
+
+class Shallow(Vision):
+    """Encodes pictures without what goes to deeper layers."""
+
+    def encode(self, media: Media) -> Features:
+        features = super().encode(media)
+        return Features(features.embeddings, tuple(map(mx.zeros_like, features.deepstack)))
+
+
+def test_wrong_positions_and_missing_deepstack_do_not_pass(case_of):
+    """The measure by which rows are compared tells them: without that, equal rows would say nothing."""
+    case = case_of("qwen3_vl")
+    row, prompt = case.rows["pictures"]
+    assert prompt.rope is not None
+    late = Prompt(prompt.token_ids, prompt.media, prompt.rope._replace(delta=prompt.rope.delta + 1))
+    with pytest.raises(AssertionError):
+        assert_is(ask(case.engine, {"late": (late, None)})["late"], row, case.reference)
+    model, _ = case.trainer()
+    engine = Engine(replace(model, vision=Shallow(model.network, model.config)), EngineLimits())
+    with pytest.raises(AssertionError):
+        assert_is(ask(engine, {"shallow": (prompt, None)})["shallow"], row, case.reference)
 
 
 def table(families: Sequence[str]) -> Iterator[str]:

@@ -160,7 +160,8 @@ class Engine:
                 taken = f"; it takes {', '.join(sorted(kinds))}" if kinds else "; it takes text alone"
                 raise RequestError(f"{self.model.name} takes no {media.kind}{taken}", "prompt")
             assert 0 <= media.start < media.stop <= len(prompt.token_ids), "placeholders outside the prompt"
-        if prompt.media and self.model.network.takes_positions:
+        # Sounds stand one token behind the other, as words do.
+        if self.model.network.takes_positions and any(media.kind != "audio" for media in prompt.media):
             assert prompt.rope is not None, "this family's media have positions"
         longest = max((stop - start for start, stop in prompt.blocks), default=0)
         window = any(layer.window is not None for layer in self.scheduler.budget.row_cost.layers)
@@ -243,6 +244,7 @@ class Engine:
             for sequence, number in self.features.fail(key):
                 if self._by_id.get(sequence.request.id) is sequence:
                     events.append(self._blind(sequence, number, "what it becomes are not numbers"))
+        flight.encoded.clear()
         for sequence in {chunk.sequence for chunk in flight.plan.chunks} if flight.plan.num_prefilled else ():
             self.features.take_in(sequence, sequence.num_cached_tokens)
         return events

@@ -79,14 +79,13 @@ class SequenceFeatures:
         """Whether the features are at hand, or being computed; they are kept for it then."""
         num_reads = self._num_reads
         held = self._find(sequence.feature_key(number))
-        if number not in sequence.sought:
-            sequence.sought.add(number)
-            self._num_queries += 1
-            self._num_hits += held is not None
+        if held is None:
+            return False
+        if self._is_first(sequence, number):
+            self._num_hits += 1
             self._num_disk_hits += self._num_reads - num_reads
-        if held is not None:
-            self._give(held, sequence, number)
-        return held is not None
+        self._give(held, sequence, number)
+        return True
 
     def relax(self, sequence: SequenceState) -> None:
         """It has no row now. What can be encoded again is not kept for it."""
@@ -107,6 +106,7 @@ class SequenceFeatures:
         """They are being computed."""
         held = self._held[encode.sequence.feature_key(encode.number)] = _Held(features, None, set())
         self._num_encoded += 1
+        self._is_first(encode.sequence, encode.number)
         self._give(held, encode.sequence, encode.number)
 
     def finish(self, key: FeatureKey, features: Any) -> None:
@@ -157,6 +157,13 @@ class SequenceFeatures:
     def close(self) -> None:
         """Write what waits for the disk."""
         self._cache.close()
+
+    def _is_first(self, sequence: SequenceState, number: int) -> bool:
+        """The piece had no features yet; counted then."""
+        is_first = number not in sequence.sought
+        sequence.sought.add(number)
+        self._num_queries += is_first
+        return is_first
 
     def _find(self, key: FeatureKey) -> _Held | None:
         held = self._held.get(key)

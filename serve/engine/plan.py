@@ -51,7 +51,7 @@ class SequenceState:
     held: set[int] = field(default_factory=set)
     """Numbers of the prompt's media whose features are kept for it."""
     sought: set[int] = field(default_factory=set)
-    """Numbers of those that were looked for."""
+    """Numbers of those that have had features, and are counted."""
     is_sound: bool = True
     """As far as is known, its row holds numbers."""
     generated: list[int] = field(default_factory=list)

@@ -46,7 +46,9 @@ class Sights:
 
         The bank's rows are its sequence's, where that has a tower of its own, and nobody's otherwise.
         """
-        features = self._vision.encode(encode.media)
+        made = self._vision.encode(encode.media)
+        # What is kept lies by itself, row after row.
+        features = Features(mx.contiguous(made.embeddings), tuple(map(mx.contiguous, made.deepstack)))
         parts = (features.embeddings, *features.deepstack)
         return features, mx.all(mx.stack([mx.all(mx.isfinite(part)) for part in parts]))
 

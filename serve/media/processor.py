@@ -257,7 +257,10 @@ class MediaProcessor:
         if isinstance(content, Picture):
             return {"images": [_resized(image_of(content), settings)]}
         if isinstance(content, Clip):
-            frames = [np.asarray(_resized(image_of(frame), settings)) for frame in content.frames]
+            least = _least_edge(getattr(processor, "video_processor", None))
+            frames = [
+                np.asarray(_enlarged(_resized(image_of(frame), settings), least)) for frame in content.frames
+            ]
             video = np.stack(frames).transpose(0, 3, 1, 2)  # [T, 3, H, W]
             given: dict[str, Any] = {"videos": [video]}
             if "video_metadata" in _parameters(processor):
@@ -371,7 +374,8 @@ def load_processor(folder: Path) -> Any:
                 own.append(value)
     maker = own[0] if own else AutoProcessor
     try:
-        return maker.from_pretrained(str(folder))
+        # A relative path is looked up on the hub too, for each file that is not there.
+        return maker.from_pretrained(str(folder.absolute()))
     except Exception as error:  # foreign code over foreign files
         raise ModelError(f"{folder.name}: its processor cannot be loaded: {_said(error)}") from error
 
@@ -488,6 +492,22 @@ def _resized(image: Image.Image, settings: MediaSettings) -> Image.Image:
         scale = math.sqrt(settings.min_pixels / area)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _least_edge(video_processor: Any) -> int:
+    """Of a clip's frames, for mlx-vlm's processors enlarge small pictures, but refuse small clips."""
+    patch, merge = (getattr(video_processor, name, None) for name in ("patch_size", "merge_size"))
+    return patch * merge if isinstance(patch, int) and isinstance(merge, int) else 8
+
+
+def _enlarged(image: Image.Image, least: int) -> Image.Image:
+    width, height = image.size
+    scale = least / min(width, height)
+    if scale <= 1:
+        return image
+    return image.resize(
+        (max(least, round(width * scale)), max(least, round(height * scale))), Image.Resampling.BICUBIC
+    )
 
 
 def _most_samples(extractor: Any) -> int | None:

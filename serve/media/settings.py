@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -145,7 +144,7 @@ def _count(value: Any, here: str, limit: int = 1 << 40) -> int:
 
 def _rate(value: Any, here: str) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not 0 < value <= MAX_FPS:
+    if not is_number or not 0 < value <= MAX_FPS:
         raise RequestError(
             f"{here}: found {str(value)[:40]}; expected frames a second, above 0, at most {MAX_FPS:g}", here
         )

@@ -96,17 +96,22 @@ def _load_module(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Lazy weights: with towers by mlx-vlm, where the folder has any, else by mlx-lm."""
     config = read_config(path)
-    problem = ""
+    problem, seeing = "", None
     if has_towers(config):
         try:
-            return load_with_towers(path, trust_remote_code=trust_remote_code), config
+            seeing = load_with_towers(path, trust_remote_code=trust_remote_code)
+            if Network(seeing).has_towers:
+                return seeing, config
         except LOAD_ERRORS as error:
             problem = str(error)
     try:
         module, config = mlx_lm_utils.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
-        raise ModelError(f"{name}: cannot be loaded: {problem or error}") from error
-    if problem:
+        if seeing is None:
+            raise ModelError(f"{name}: cannot be loaded: {problem or error}") from error
+        module = seeing
+    if has_towers(config):
+        problem = problem or "it has no weights"
         notes.append(
             f"{name} runs on text alone: its encoder of pictures or sounds cannot be loaded: {problem}"
         )

@@ -9,10 +9,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
 from serve.errors import ModelError
@@ -93,10 +95,17 @@ class Network:
         """Whether the family's backbone has an argument of that name."""
         return name in self._parameters
 
-    @property
+    @cached_property
     def has_towers(self) -> bool:
-        """The module is more than its language part, and mlx-vlm's."""
-        return self._is_of_mlx_vlm and self.text is not self.module
+        """It is mlx-vlm's, and has weights beside its language part."""
+        if not (self._is_of_mlx_vlm and self.text_path):
+            return False
+        *outside, name = self.text_path.split(".")
+        around = self.module
+        for part in outside:
+            around = around[part]
+        beside = [child for other, child in around.children().items() if other != name]
+        return any(tree_flatten(child.parameters()) for child in _modules(beside))
 
     @property
     def backbone(self) -> nn.Module:
@@ -198,6 +207,15 @@ class Network:
                 if isinstance(weight, mx.array) and mx.issubdtype(weight.dtype, mx.floating):
                     return weight.dtype
         return mx.float32
+
+
+def _modules(value: object) -> Iterator[nn.Module]:
+    """The modules in lists and dicts of them."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _modules(inner)
 
 
 def text_positions(shape: Sequence[int], cache: Sequence[Any] | None) -> mx.array:

@@ -25,7 +25,7 @@ from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.runtime import Runtime
 
-FETCH_S = 1.5
+FETCH_S = 5
 WAIT_S = 120
 FREE = {"ignore_eos": True}
 QUESTION = {"type": "text", "text": "what is it?"}

@@ -114,7 +114,7 @@ def test_what_cannot_work_is_refused_by_its_key(change, told):
         ({"kv_budget_gib": 1, "feature_cache_gib": 2}, "feature_cache_gib: found 2.*kv_budget_gib.*most 1"),
         (
             {"feature_cache_dir": "p", "prefix_cache_dir": "p"},
-            "feature_cache_dir: .*which is prefix_cache_dir",
+            "feature_cache_dir: found prefix_cache_dir's folder",
         ),
         ({"encode_patches": 0}, "encode_patches"),
         ({"prefix_cache_disk_gib": 1}, "prefix_cache_disk_gib: .*no prefix_cache_dir"),

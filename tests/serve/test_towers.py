@@ -113,15 +113,23 @@ def test_a_folder_whose_tower_has_no_weights_runs_on_text_and_says_so(
     assert any("text alone" in note for note in model.notes)
 
 
-def test_a_folder_that_nobody_can_open_says_what_mlx_vlm_said(
-    vlm_folder: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize("is_of_tower", [True, False])
+def test_a_folder_that_cannot_be_opened_whole_says_what_is_missing(
+    is_of_tower: bool, vlm_folder: Callable[[str], Path], tmp_path: Path
 ):
+    """Where mlx-lm can run its text alone, in a note."""
     folder = Path(shutil.copytree(vlm_folder("qwen2_vl"), tmp_path / "short"))
     weights = dict(mx.load(str(folder / "model.safetensors")))
-    del weights["vision_tower.merger.mlp.0.weight"]
+    missing = "vision_tower.merger.mlp.0.weight" if is_of_tower else "language_model.model.norm.weight"
+    del weights[missing]
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    with pytest.raises(ModelError, match=r"vision_tower\.merger\.mlp\.0\.weight"):
-        load(str(folder))
+    if is_of_tower:
+        model = load(str(folder))
+        assert model.vision is None
+        assert any(missing in note for note in model.notes)
+    else:
+        with pytest.raises(ModelError, match=r"norm\.weight"):
+            load(str(folder))
 
 
 def test_a_model_that_sees_is_built_from_its_config_alone(vlm_folder: Callable[[str], Path]):

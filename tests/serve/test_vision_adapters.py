@@ -87,6 +87,35 @@ def test_an_adapter_named_by_mlx_lm_is_the_one_named_by_mlx_vlm(
     assert away(one, other) < 1e-5
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_an_adapter_that_mlx_vlm_saved_is_the_one_it_trained(
+    use_dora: bool, opened: Callable[[str], LoadedModel], vlm_folder: Callable[[str], Path], tmp_path: Path
+):
+    from mlx_vlm.trainer.peft import get_peft_model, save_adapter
+
+    theirs = load(str(vlm_folder("qwen2_vl"))).network
+    plain = opened("qwen2_vl").network
+    get_peft_model(theirs.module, rank=4, alpha=16, dropout=0.0, verbose=False, use_dora=use_dora)
+    mx.random.seed(3)
+    learned = [
+        (path, mx.random.normal(value.shape) * 0.2)
+        for path, value in tree_flatten(theirs.module.trainable_parameters())
+        if path.endswith("lora_b")
+    ]
+    assert len(learned) >= 14
+    theirs.module.load_weights(learned, strict=False)
+    theirs.module.eval()
+    save_adapter(theirs.module, tmp_path / "theirs" / "adapters.safetensors")
+    model = opened("qwen2_vl")
+    registry = registry_of(model)
+    slot = registry.load("theirs", tmp_path / "theirs").slot
+    tokens = mx.array([[5, 6, 7, 8, 9]])
+    registry._bank.rows.set([slot])
+    found = model.network.hidden(tokens)
+    assert away(found, theirs.hidden(tokens)) < 1e-4
+    assert away(found, plain.hidden(tokens)) > 0.1
+
+
 @pytest.mark.parametrize("family", always("qwen2_vl", "paligemma", "internvl_chat"))
 def test_a_picture_through_a_banked_tower_is_what_the_merged_tower_makes_of_it(
     family: str,

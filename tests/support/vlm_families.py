@@ -71,6 +71,7 @@ class Family:
     projector            parts of the names of the layers whose outputs are features, and by how much they are louder
     is_causal            a token never moves what was computed before it
     max_pictures         in a prompt; 1: exactly one
+    has_template         its folders hold a chat template
     """
 
     config: Callable[[PreTrainedTokenizerFast], dict[str, Any]]
@@ -86,6 +87,7 @@ class Family:
     projector_gain: float = 5.0
     is_causal: bool = True
     max_pictures: int | None = None
+    has_template: bool = True
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, **names: str) -> dict[str, int]:
@@ -505,6 +507,7 @@ FAMILIES: dict[str, Family] = {
         projector_gain=2.0,
         is_causal=False,
         max_pictures=1,
+        has_template=False,
     ),
     "pixtral": Family(
         _pixtral,
@@ -616,7 +619,7 @@ def _tokenizer(kind: Family) -> PreTrainedTokenizerFast:
         eos_token=END,
         pad_token=PAD,
         extra_special_tokens=dict(kind.named_tokens),
-        chat_template=_chat_template(kind),
+        chat_template=_chat_template(kind) if kind.has_template else None,
         clean_up_tokenization_spaces=False,
     )
 
@@ -735,6 +738,8 @@ class Reference:
 
         self.model, self.processor = load(str(folder))
         self.model.eval()
+        if self.model.config.model_type == "paligemma":
+            _put_features_at_placeholders(self.model)
         if adapter is not None:
             merge_lora(self.model, adapter)
 
@@ -745,10 +750,18 @@ class Reference:
     def row(self, messages: Sequence[Mapping[str, Any]]) -> Row:
         """A chat whose media parts carry what they show: {"type": "image", "image": PIL picture}, {"type": "video",
         "video": [T, 3, H, W] uint8}; by the checkpoint's template and the family's processor."""
-        parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
-        if self.model.config.model_type == "paligemma":
-            # mlx-vlm puts a picture's features at the prompt's beginning, wherever its placeholders are.
+        parts = [
+            part
+            for m in messages
+            for part in (
+                [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]
+            )
+        ]
+        if (
+            self.tokenizer.chat_template is None
+        ):  # paligemma: its processor adds beginning and new line to pictures
             text = "".join(part["text"] if part["type"] == "text" else "<image>" for part in parts)
+            text = text if "<image>" in text else f"{BOS}{text}\n"
         else:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         media = {
@@ -829,6 +842,19 @@ class Reference:
         finally:
             for layer in cache:
                 del layer.make_mask
+
+
+def _put_features_at_placeholders(model: nn.Module) -> None:
+    """mlx-vlm's paligemma puts them at the prompt's beginning, wherever its placeholders are. Here that is so while
+    they are put: the prompt is turned until its placeholders come first, and back."""
+    put = model._prepare_inputs_for_multimodal
+
+    def turned(features: mx.array, embeds: mx.array, ids: mx.array, mask: mx.array) -> tuple[mx.array, ...]:
+        start = int(np.argmax(np.array(ids)[0] == model.config.image_token_index))
+        made, mask = put(features, mx.roll(embeds, -start, axis=1), mx.roll(ids, -start, axis=1), mask)
+        return mx.roll(made, start, axis=1), mask
+
+    model._prepare_inputs_for_multimodal = turned
 
 
 def write_random_lora(

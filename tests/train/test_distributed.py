@@ -17,6 +17,7 @@ import psutil
 import pytest
 import yaml
 from rich.console import Console
+from vlm_families import picture
 
 from serve.adapters.manifest import read_tensors
 from train.data.batches import Batch
@@ -183,6 +184,29 @@ def pair_of_runs(make_recipe, folder, launched) -> Callable[[str], tuple[Path, P
         return two.with_suffix(""), one.with_suffix(""), said
 
     return runs
+
+
+@pytest.mark.large
+def test_two_processes_share_rows_with_pictures(make_recipe, folder, launched, vlm_folder):
+    shown = folder / "shown"
+    shown.mkdir()
+    for number in range(5):
+        picture(number, 64 + 32 * (number % 2), 64).save(shown / f"{number}.png")
+    for split, count in (("train", 7), ("valid", 3)):
+        rows = [
+            {"prompt": f"{split}? <image>", "completion": f"it is {i}", "images": [f"{i % 5}.png"]}
+            if i % 3
+            else {"prompt": f"words {i}", "completion": "no picture"}
+            for i in range(count)
+        ]
+        (shown / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"model": str(vlm_folder("qwen3_vl")), "data": str(shown), "train_vision": {"projector": "lora"}}
+    two, one = (make_recipe(f"{n}-pictures", batch_size=4 // n, **keys) for n in (2, 1))
+    with launched(str(BIN / "lathe"), "train", str(two)) as process:
+        said, _ = process.communicate(timeout=TIMEOUT_S)
+    assert (two.with_suffix("") / "summary.json").exists(), said
+    alone(one)
+    assert_same_run(two.with_suffix(""), one.with_suffix(""))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,7 @@ from rich.console import Console
 from vlm_families import picture
 
 from serve.errors import DataError
+from train.data.show import show
 from train.data.tokens import CUT_MEDIA, TokenizedExample
 from train.foresee import preflight
 from train.foresee.preflight import Preflight
@@ -182,3 +183,10 @@ def test_a_model_without_eyes_refuses_pictures_by_their_row(model_folder, tmp_pa
         DataError, match=r"train\.jsonl:1: images\.0: found media \(image\).*reads text alone"
     ):
         preflight.prepare(recipe, Console(quiet=True))
+
+
+def test_a_row_is_shown_with_its_pictures_tokens_counted(read, tmp_path):
+    flight = read([chat("red", saved(tmp_path, "a.png", 1, 96, 64))])
+    console = Console(file=io.StringIO(), width=160)
+    show(flight.recipe, console)
+    assert "<|vision_start|><|image_pad|>*6<|vision_end|>what?" in console.file.getvalue()

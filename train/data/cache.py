@@ -283,8 +283,8 @@ def _unpack_media(
         pieces.setdefault(owner, []).append(found)
     ropes: dict[int, Rope] = {}
     begin = 0
-    parts = (tensors[name].tolist() for name in ("rope_owners", "rope_deltas", "rope_lengths"))
-    for owner, delta, length in zip(*parts, strict=True):
+    turned = ("rope_owners", "rope_deltas", "rope_lengths")
+    for owner, delta, length in zip(*(tensors[name].tolist() for name in turned), strict=True):
         positions = tensors["rope_positions"][begin : begin + 3 * length].reshape(3, length)
         begin += 3 * length
         ropes[owner] = Rope(positions, delta)

@@ -67,12 +67,12 @@ def num_shown(message: Message) -> int:
 
 
 def words_of(message: Message) -> str:
-    """A message's content for a person: `[image]` where it shows one."""
+    """A message's content for a person: `(image)` where it shows one."""
     content = message.get("content")
     if not isinstance(content, (list, tuple)):
         return str(content)
     shown = (
-        f"[{PARTS[part['type']]}]" if part.get("type") in PARTS else part.get("text") for part in content
+        f"({PARTS[part['type']]})" if part.get("type") in PARTS else part.get("text") for part in content
     )
     return " ".join(str(part) for part in shown)
 

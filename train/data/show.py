@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ SUPERVISED, SPECIAL, CUT = "bold underline green", "cyan", "dim strike"
 OPEN, CLOSE = "⟦", "⟧"
 """Around supervised tokens where there is no colour."""
 SCISSORS = "✂"
+MANY = 3
+"""Of one special token in a row are shown by their number."""
 INDENT = "    "
 VISIBLE = {"\n": "⏎\n", "\t": "⇥\t", "\r": "␍"}
 
@@ -221,8 +224,18 @@ class _RowView:
             if i == stop or state(i) != state(begin):
                 # Decoded as the end of what stands before it: some tokenizers drop a first token's space.
                 text = self._decode(ids[:i])[len(self._decode(ids[:begin])) :]
+                if state(begin)[1] and i - begin > MANY:
+                    text = self._counted(ids[begin:i])
                 yield Piece(text, i - begin, *state(begin))
                 begin = i
+
+    def _counted(self, ids: Sequence[int]) -> str:
+        """Special tokens, of which a picture may be hundreds of one: those once, with their number."""
+        runs = ((token, len(list(run))) for token, run in groupby(ids))
+        return "".join(
+            f"{self._decode([token])}*{count}" if count > MANY else self._decode([token] * count)
+            for token, count in runs
+        )
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._template.tokenizer.decode(list(ids), skip_special_tokens=False)) if ids else ""
