@@ -71,6 +71,7 @@ class Family:
     projector            parts of the names of the layers whose outputs are features, and by how much they are louder
     is_causal            a token never moves what was computed before it
     max_pictures         in a prompt; 1: exactly one
+    has_template         its folders hold a chat template
     """
 
     config: Callable[[PreTrainedTokenizerFast], dict[str, Any]]
@@ -86,6 +87,7 @@ class Family:
     projector_gain: float = 5.0
     is_causal: bool = True
     max_pictures: int | None = None
+    has_template: bool = True
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, **names: str) -> dict[str, int]:
@@ -505,6 +507,7 @@ FAMILIES: dict[str, Family] = {
         projector_gain=2.0,
         is_causal=False,
         max_pictures=1,
+        has_template=False,
     ),
     "pixtral": Family(
         _pixtral,
@@ -616,7 +619,7 @@ def _tokenizer(kind: Family) -> PreTrainedTokenizerFast:
         eos_token=END,
         pad_token=PAD,
         extra_special_tokens=dict(kind.named_tokens),
-        chat_template=_chat_template(kind),
+        chat_template=_chat_template(kind) if kind.has_template else None,
         clean_up_tokenization_spaces=False,
     )
 
@@ -747,8 +750,20 @@ class Reference:
     def row(self, messages: Sequence[Mapping[str, Any]]) -> Row:
         """A chat whose media parts carry what they show: {"type": "image", "image": PIL picture}, {"type": "video",
         "video": [T, 3, H, W] uint8}; by the checkpoint's template and the family's processor."""
-        parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        parts = [
+            part
+            for m in messages
+            for part in (
+                [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]
+            )
+        ]
+        if (
+            self.tokenizer.chat_template is None
+        ):  # paligemma: its processor adds beginning and new line to pictures
+            text = "".join(part["text"] if part["type"] == "text" else "<image>" for part in parts)
+            text = text if "<image>" in text else f"{BOS}{text}\n"
+        else:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         media = {
             name: found
             for name, kind in (("images", "image"), ("videos", "video"), ("audio", "audio"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -12,11 +13,25 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from serve.bench.standin import TINY
+from serve.tables import show
 from train.bench import sighted
-from train.bench.compare import MLX_VLM_CHILD
+from train.bench.compare import MLX_VLM_CHILD, Run, Step
 from train.bench.pictures import Pictures, write_rows
+from train.bench.sighted_compare import (
+    LATHE,
+    LOOPS,
+    MASKED,
+    THEIRS,
+    TIMED,
+    SightedBench,
+    notes,
+    run,
+    tables,
+    tokens_per_cpu_s,
+)
 
 pytestmark = pytest.mark.long
 
@@ -91,3 +106,32 @@ def test_mlx_vlms_trainer_meets_every_row_once_and_starts_at_the_reference_where
 def test_the_reference_sees_no_later_token_where_mlx_vlms_trainer_does(trained):
     steps, rows = trained("smolvlm", 1)
     assert abs(steps[0]["loss"] - _by_reference(steps[0], rows)) > 1e-3
+
+
+def test_a_rate_of_cpu_time_counts_what_the_process_used_between_steps():
+    steps = tuple(Step(float(time), 1.0, 100, 200) for time in (10, 20, 40))
+    clock = [(0.0, 1.0), (10.0, 3.0), (20.0, 4.0), (30.0, 6.0), (50.0, 10.0)]
+    assert tokens_per_cpu_s(Run(steps, 0, warmup=1), clock) == pytest.approx(200 / (8 - 3))
+    assert tokens_per_cpu_s(Run(steps, 0, warmup=1), []) is None
+
+
+@pytest.mark.large
+def test_both_loops_meet_the_same_rows_and_ours_starts_at_the_reference(tmp_path):
+    bench = SightedBench(
+        num_batches=3, batch_size=2, size=TINY, tower=sighted.SMALL, pictures=FEW, masked_steps=3
+    )
+    outcome = run(bench, tmp_path, lambda message: None)
+    said = outcome.as_json(bench)
+    assert json.loads(json.dumps(said)) == json.loads(json.dumps(said, allow_nan=False))
+    assert len({said[name]["data_tokens"] for name in LOOPS}) == 1
+    for model, loops in outcome.losses.items():
+        assert loops[LATHE].first == pytest.approx(loops[LATHE].first_reference, rel=1e-4), model
+    assert outcome.losses[TIMED][THEIRS].first == pytest.approx(
+        outcome.losses[TIMED][THEIRS].first_reference, rel=1e-4
+    )
+    masked = outcome.losses[MASKED][THEIRS]
+    assert abs(masked.first - masked.first_reference) > 1e-3
+    console = Console(width=110, record=True, file=io.StringIO())
+    show(console, *tables(outcome), *notes(outcome))
+    shown = console.export_text()
+    assert all(name in shown for name in (*LOOPS, MASKED))

@@ -20,8 +20,8 @@ from vlm_families import VLM_FAMILIES, Reference, Row, message, picture
 
 from serve.adapters.manifest import AdapterConfig, Lineage, read_config, read_tensors, write_adapter
 from serve.errors import AdapterError, ConfigError
-from train.after.export import Form, export
-from train.after.fidelity import Rows
+from train.after.export import Form, check_still_sees, export, load_adapted
+from train.after.fidelity import Rows, eyes_of, features_apart, held_out
 
 ALWAYS = ("qwen3_vl", "gemma3")
 """With three positions a token and deepstack; with attention both ways inside a picture."""
@@ -87,7 +87,7 @@ def distance(found: mx.array, expected: mx.array) -> float:
 def outside(reference: Reference) -> dict[str, mx.array]:
     """Arrays of towers and projectors."""
     named = tree_flatten(reference.model.parameters())
-    return {name: value for name, value in named if not name.startswith("language_model.")}
+    return {name: value for name, value in named if "language_model" not in name.split(".")}
 
 
 def assert_same(one: dict[str, mx.array], other: dict[str, mx.array]) -> None:
@@ -137,6 +137,8 @@ def test_towers_are_packed_where_that_is_asked_and_stay_as_they_are_where_not(
     assert {name.rpartition(".")[0] for name in outside(small) if name.endswith(".scales")}
     assert packed.num_bytes < kept.num_bytes
     assert (kept.towers, packed.towers) == ("plain", "quantized")
+    assert kept.features_apart == 0.0
+    assert 0 < packed.features_apart < 0.2
     assert kept.kl_mean < 0.1
     assert packed.kl_mean < 0.1
     # A convolution, a table or a bare matrix has no packed form.
@@ -313,6 +315,39 @@ def test_weights_that_mlx_vlm_would_not_read_back_are_named_and_nothing_is_writt
     ):
         run_export("gemma3", make_vlm_adapter("gemma3", 1))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tower_that_sees_something_else_is_refused_and_one_that_was_only_rounded_is_not(
+    vlm_folder, make_vlm_adapter, picture_rows
+):
+    """gemma4's tower casts pictures to the dtype of a weight, which is of integers when that is packed."""
+    adapter = make_vlm_adapter("qwen3_vl", 1)
+    one, other = (load_adapted(adapter, read_config(adapter), str(vlm_folder("qwen3_vl"))) for _ in range(2))
+    batches = held_out(adapter, Rows(picture_rows), one).batches
+    check_still_sees(features_apart(batches, (eyes_of(one), eyes_of(other))))
+    check_still_sees(None)
+    merger = other.network.module.vision_tower.merger.linear_fc2
+    merger.weight = -merger.weight
+    with pytest.raises(ConfigError, match="--quantize-vision: packed, its towers see something else"):
+        check_still_sees(features_apart(batches, (eyes_of(one), eyes_of(other))))
+    merger.weight = merger.weight * mx.nan
+    with pytest.raises(ConfigError, match="see something else"):
+        check_still_sees(features_apart(batches, (eyes_of(one), eyes_of(other))))
+
+
+def test_weights_that_trained_whole_beside_an_adapter_are_taken_too(
+    run_export, make_vlm_adapter, vlm_folder, vlm_reference, tmp_path
+):
+    made = make_vlm_adapter("qwen3_vl", 1)
+    base = dict(tree_flatten(vlm_reference("qwen3_vl").model.parameters()))
+    whole = {name: value * 1.2 for name, value in base.items() if "vision_tower.merger" in name}
+    write_adapter(tmp_path / "both", {**read_tensors(made), **whole}, read_config(made))
+    assert run_export("qwen3_vl", tmp_path / "both").kl_max < 1e-4
+    expected = Reference(vlm_folder("qwen3_vl"), made)
+    expected.model.load_weights(list(whole.items()), strict=False)
+    exported = Reference(tmp_path / "out")
+    assert distance(exported.logits(question(exported)), expected.logits(question(exported))) < 1e-4
+    assert whole
 
 
 def test_rows_without_pictures_are_told(run_export, make_vlm_adapter, tmp_path):

@@ -87,7 +87,10 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "objective",
+    [name if name == "dpo" else pytest.param(name, marks=pytest.mark.large) for name in OBJECTIVES],
+)
 def test_every_objective_learns_from_rows_with_pictures(objective, train):
     kind, keys = OBJECTIVES[objective]
     summary, folder = train(kind, objective=objective, iters=12, **keys)
@@ -104,7 +107,13 @@ def test_answers_to_pictures_are_rewarded(train):
     assert len(losses(folder)) == 2
 
 
-@pytest.mark.parametrize("vision", [False, {"projector": "lora"}, {"tower": "lora", "projector": "full"}])
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"tower": "lora", "projector": "full"},
+        *(pytest.param(vision, marks=pytest.mark.large) for vision in (False, {"projector": "lora"})),
+    ],
+)
 def test_a_run_on_pictures_goes_on_bit_for_bit(vision, train):
     whole, one = train("chat", "whole", train_vision=vision)
     train("chat", "parts", train_vision=vision, iters=3)
@@ -144,6 +153,7 @@ def held_out(data: Path) -> dict:
     return {"datasets": [{"path": str(folder), "media_root": str(data)}]}
 
 
+@pytest.mark.large
 def test_what_trains_is_what_the_recipe_says_and_nothing_else_moves(train):
     _, folder = train("chat", train_vision={"tower": "lora", "projector": "full"}, iters=2)
     tensors = mx.load(str(folder / "adapters.safetensors"))

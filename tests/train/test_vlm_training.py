@@ -36,8 +36,8 @@ from train.loop.step import mean_loss
 from train.objectives.sft import SFT
 from train.recipe.recipe import Recipe
 
-QUICK = ("qwen3_vl", "gemma3", "smolvlm")
-"""One with positions and deepstack, one with blocks, one whose head lies among the layers."""
+QUICK = ("qwen3_vl", "gemma3")
+"""One with positions and deepstack, one with blocks."""
 SLOW = tuple(family for family in FAMILIES if family not in (*QUICK, "qwen3_omni_moe"))
 EACH = [*QUICK, *(pytest.param(family, marks=pytest.mark.large) for family in SLOW)]
 ROUNDING = 2e-4
@@ -164,6 +164,13 @@ def reference_loss(reference: Reference, row: TokenizedExample, turns: list[dict
     ).to_dict()
     extras = {name: value for name, value in made.items() if value is not None and "mask_4d" not in name}
     embeddings = extras.pop("inputs_embeds")
+    if is_prefix and row.media is not None:  # it puts a picture at the first places, wherever it stands
+        places = mx.array(row.media.placeholders)
+        features = model.get_input_embeddings(
+            tokens[:, places], theirs.inputs["pixel_values"], mask=mx.ones((1, len(places)), mx.int32)
+        ).inputs_embeds
+        embeddings = language.model.embed_tokens(tokens)
+        embeddings[0, places] = features[0]
     blocks = row.media.blocks if row.media is not None else ()
     if blocks or is_prefix:  # which without a mask would have none
         places = np.arange(len(ids))

@@ -227,6 +227,22 @@ def compare(
     }
 
 
+def features_apart(batches: Sequence[Batch], eyes: tuple[Eyes | None, Eyes | None]) -> float | None:
+    """How far two towers are apart, at the worst piece of media: ‖difference‖ / ‖features of the first‖.
+
+    None where nothing is shown.
+    """
+    apart = []
+    for batch in batches:
+        one, other = (seen_of(batch, own) for own in eyes)
+        if one is None or other is None:
+            continue
+        for key, features in one.features.items():
+            difference = features.embeddings - other.features[key].embeddings
+            apart.append(mx.linalg.norm(difference) / mx.linalg.norm(features.embeddings))
+    return float(mx.stack(apart).max()) if apart else None
+
+
 def seen_of(batch: Batch, eyes: Eyes | None) -> Seen | None:
     """What a batch's rows show, as the owner of these eyes sees it."""
     if batch.media is None:

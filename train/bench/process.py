@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import time
@@ -14,10 +15,17 @@ POLL_S = 0.05
 PEAK = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
 
 
-def run_child(name: str, command: Sequence[str], log: Path, env: Mapping[str, str]) -> int:
+Clock = list[tuple[float, float]]
+"""(wall clock, CPU seconds of the process until then), in order."""
+
+
+def run_child(
+    name: str, command: Sequence[str], log: Path, env: Mapping[str, str], clock: Clock | None = None
+) -> int:
     """Run to the end; returns the most memory it held resident, in bytes, or 0 where the kernel does not say.
 
-    env  added to the environment it inherits
+    env    added to the environment it inherits
+    clock  filled as it runs, where the kernel says
     Raises StoppedError with the end of its output if it fails. It ends with the caller.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -28,6 +36,8 @@ def run_child(name: str, command: Sequence[str], log: Path, env: Mapping[str, st
     try:
         while child.poll() is None:
             peak = max(peak, _resident_peak(child.pid))
+            if clock is not None and (cpu_s := _cpu_s(child.pid)) is not None:
+                clock.append((time.time(), cpu_s))
             time.sleep(POLL_S)
     finally:
         if child.poll() is None:
@@ -45,6 +55,15 @@ def _resident_peak(pid: int) -> int:
     except OSError:
         return 0
     return int(found[1]) * 1024 if found else 0
+
+
+def _cpu_s(pid: int) -> float | None:
+    """Of all its threads, user and system."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _tail(log: Path, num_lines: int = 15) -> str:

@@ -9,9 +9,10 @@ model's layers take whatever mask they are given in place of their own, and mlx-
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
@@ -37,7 +38,7 @@ from train.bench.compare import (
     summarize,
 )
 from train.bench.pictures import Pictures, write_rows
-from train.bench.process import run_child
+from train.bench.process import Clock, run_child
 
 LATHE, THEIRS, PREPARED = "lathe", "mlx_vlm", "mlx_vlm_prepared"
 LOOPS = (LATHE, THEIRS, PREPARED)
@@ -98,6 +99,9 @@ class SightedOutcome:
 
     summaries: dict[str, Summary]
     ratios: list[Ratio]
+    tokens_per_cpu_s: dict[str, float | None]
+    """By loop: data tokens a second of its process's CPU time, which does not count who else uses the machine; the
+    median of the rounds. None where the kernel does not say."""
     losses: dict[str, dict[str, Losses]]
     """By model, then by loop."""
     before: dict[str, float]
@@ -111,7 +115,10 @@ class SightedOutcome:
             for model, loops in self.losses.items()
         }
         return {
-            **{name: asdict(each) for name, each in self.summaries.items()},
+            **{
+                name: {**asdict(each), "data_tokens_per_cpu_s": self.tokens_per_cpu_s[name]}
+                for name, each in self.summaries.items()
+            },
             "losses": losses,
             "loss_before": self.before,
             "ratios": [asdict(each) for each in self.ratios],
@@ -129,17 +136,19 @@ def run(bench: SightedBench, folder: Path, progress: Callable[[str], None]) -> S
     bench.check()
     timed = _Case.write(TIMED, bench, bench.num_batches, bench.batch_size, folder, progress)
     runs: dict[str, list[Run]] = {name: [] for name in LOOPS}
+    rates: dict[str, list[float | None]] = {name: [] for name in LOOPS}
     firsts: dict[str, dict[str, _First]] = {TIMED: {}, MASKED: {}}
     for number in range(bench.rounds):
         for name in LOOPS:
             progress(f"round {number + 1} of {bench.rounds}: {name}")
-            found, firsts[TIMED][name] = timed.train(name, bench.warmup)
+            found, firsts[TIMED][name], clock = timed.train(name, bench.warmup)
             runs[name].append(found)
+            rates[name].append(tokens_per_cpu_s(found, clock))
             progress(f"{name}: {found.data_tokens_per_s:,.0f} data tokens/s")
     masked = _Case.write(MASKED, bench, bench.masked_steps, 1, folder, progress)
     for name in (LATHE, THEIRS):
         progress(f"{MASKED}, for its losses: {name}")
-        _, firsts[MASKED][name] = masked.train(name, 0)
+        _, firsts[MASKED][name], _ = masked.train(name, 0)
     losses: dict[str, dict[str, Losses]] = {}
     before: dict[str, float] = {}
     for case in (timed, masked):
@@ -148,6 +157,7 @@ def run(bench: SightedBench, folder: Path, progress: Callable[[str], None]) -> S
     return SightedOutcome(
         {name: summarize(each) for name, each in runs.items()},
         [ratio(of, to, runs[of], runs[to]) for of, to in RATIOS],
+        {name: _median(each) for name, each in rates.items()},
         losses,
         before,
         device.backend(),
@@ -195,23 +205,24 @@ class _Case:
             recipes[name].write_text(yaml.safe_dump(said, sort_keys=False))
         return cls(family, own, recipes)
 
-    def train(self, name: str, warmup: int) -> tuple[Run, _First]:
-        """One pass of a loop over the rows."""
+    def train(self, name: str, warmup: int) -> tuple[Run, _First, Clock]:
+        """One pass of a loop over the rows, with its process's clock."""
         log, recipe = self.folder / f"{name}.log", self.recipes[name]
+        clock: Clock = []
         if name == LATHE:
             command = [*PYTHON, "-m", "lathe", "train", str(recipe), "--overwrite"]
-            peak = run_child(name, command, log, environment(preload=False))
+            peak = run_child(name, command, log, environment(preload=False), clock)
             steps, reported, rows = lathe_steps(recipe, self.folder / name)
         else:
             how = "prepared" if name == PREPARED else "as_is"
-            found = self._child("train", name, recipe, how)
+            found = self._child("train", name, recipe, how, clock=clock)
             peak, reported = found["peak_resident_bytes"], found["peak_memory_bytes"]
             rows = [step.pop("rows") for step in found["steps"]]
             steps = tuple(Step(**each) for each in found["steps"])
         if len(steps) <= warmup:
             raise StoppedError(f"{name} took {len(steps)} steps, of which {warmup} are not counted: too few")
         held = peak if device.backend() == "cpu" else reported
-        return Run(steps, held, warmup), _First(steps[0].loss, tuple(rows[0]))
+        return Run(steps, held, warmup), _First(steps[0].loss, tuple(rows[0])), clock
 
     def losses(self, firsts: Mapping[str, _First]) -> tuple[dict[str, Losses], float]:
         """(of each loop, of all rows before any training)."""
@@ -227,11 +238,28 @@ class _Case:
         more = [] if adapter is None else [str(adapter)]
         return np.array(self._child("reference", "reference", self.recipes[THEIRS], *more)["rows"])
 
-    def _child(self, mode: str, name: str, recipe: Path, *more: str) -> dict[str, Any]:
+    def _child(
+        self, mode: str, name: str, recipe: Path, *more: str, clock: Clock | None = None
+    ) -> dict[str, Any]:
         out = self.folder / f"{name}.json"
         command = [*PYTHON, str(MLX_VLM_CHILD), mode, str(recipe), str(out), *more]
-        peak = run_child(name, command, self.folder / f"{name}.log", environment(preload=True))
+        peak = run_child(name, command, self.folder / f"{name}.log", environment(preload=True), clock)
         return {**json.loads(out.read_text()), "peak_resident_bytes": peak}
+
+
+def tokens_per_cpu_s(run: Run, clock: Clock) -> float | None:
+    """Of the counted steps. None where there was no clock, or steps too short for it."""
+    if not clock:
+        return None
+    times, used = zip(*clock, strict=True)
+    start_s, stop_s = np.interp([run.steps[run.warmup - 1].time, run.steps[-1].time], times, used)
+    tokens = sum(step.data_tokens for step in run.counted)
+    return tokens / float(stop_s - start_s) if stop_s > start_s else None
+
+
+def _median(rates: Sequence[float | None]) -> float | None:
+    known = [rate for rate in rates if rate is not None]
+    return median(known) if known else None
 
 
 def _mean(rows: np.ndarray) -> float:
@@ -263,12 +291,13 @@ def _recipe(
 
 def tables(outcome: SightedOutcome) -> Iterator[Table]:
     """The loops, a line each; how they compare; their losses."""
-    headings = ("data tok/s", "peak GB", "padding", "steps", "s/step")
+    headings = ("data tok/s", "data tok/CPU s", "peak GB", "padding", "steps", "s/step")
     drawn = Table("loop", *numbers(*headings), title=f"one pass over the same pictures, {TIMED}")
     for name, each in outcome.summaries.items():
         drawn.add(
             name,
             f"{each.data_tokens_per_s:,.0f}",
+            f"{rate:,.0f}" if (rate := outcome.tokens_per_cpu_s[name]) is not None else "-",
             f"{each.peak_memory_bytes / 1e9:.2f}",
             f"{each.padding_frac:.0%}",
             str(each.steps),
