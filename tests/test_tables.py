@@ -38,6 +38,7 @@ from serve.tables import LEAST_OF_WORDS, Column, Table, numbers, show, words
 from train import demo
 from train.after import export
 from train.bench import compare as train_compare
+from train.bench import sighted_compare
 from train.data import tables as data_tables
 from train.data.splits import Split
 from train.data.tokens import SourceCounts, TokenizeReport
@@ -255,6 +256,30 @@ def training_bench() -> Case:
     return lambda console: show(console, *train_compare.tables(outcome)), must
 
 
+def training_bench_with_pictures() -> Case:
+    loop = train_compare.Summary(**{**dict.fromkeys((f.name for f in fields(train_compare.Summary)), 0), **{
+        "data_tokens_per_s": 1_234_567.0, "peak_memory_bytes": 123_456_000_000_000, "padding_frac": 0.17,
+        "steps": 123_456, "step_s": 1234.5,
+    }})  # fmt: skip
+    ratio = train_compare.Ratio(LONG, f"{LONG}-b", 1234.5, 1000.25, 98765.75, 0.43)
+    losses = {"m": {LONG: sighted_compare.Losses(1234.5678, 8765.4321, 2345.678)}}
+    outcome = sighted_compare.SightedOutcome(
+        {LONG: loop}, [ratio], {LONG: 7_654_321.0}, losses, {"m": 3456.789}, "cpu"
+    )
+    must = [
+        LONG,
+        "1,234,567",
+        "7,654,321",
+        "123456.00",
+        "1234.50",
+        "0.43",
+        "1234.5678",
+        "8765.4321",
+        "3456.789",
+    ]
+    return lambda console: show(console, *sighted_compare.tables(outcome)), [*must, "2345.678"]
+
+
 def split(name: str) -> Split:
     counts = SourceCounts(**{each.name: 12_345_678 for each in fields(SourceCounts)})
     report = TokenizeReport(
@@ -345,6 +370,7 @@ CASES = [
     cache_bench,
     conversations_bench,
     training_bench,
+    training_bench_with_pictures,
     rows_of_splits,
     sources_of_a_split,
     lengths,
@@ -500,6 +526,7 @@ def test_tables_are_drawn_by_the_one_helper_and_every_one_is_above():
         "serve/bench/summary.py",
         "serve/experiments/report.py",
         "train/bench/compare.py",
+        "train/bench/sighted_compare.py",
         "train/data/tables.py",
         "train/demo.py",
         "train/after/export.py",
