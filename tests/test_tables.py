@@ -354,7 +354,7 @@ def demo_result() -> Case:
         "seconds": 99_999.0,
     }
     report = ExperimentReport("e", 1, "now", None, {}, (), (), 0.05, (), (), None, ())
-    must = [LONG, "1234567", "9876543", "50.0%", "12,345,678,901", "123456", "7654321", "98.77%", "bin 3"]
+    must = [LONG, "1234567", "9876543", "50.0%", "12,345,678,901", "123456", "7654321", "98.77%", "square,"]
     return lambda console: demo._show(numbers_, report, console), must
 
 
