@@ -1,4 +1,4 @@
-"""The weights in data/shapes, from random ones: three stages of plain mlx over the rows of train.data.picture_chats.
+"""The weights in data/shapes, from random ones: two stages of plain mlx over the rows of train.data.picture_chats.
 
     python -m train.data.picture_chats build/shapes
     python recipes/shapes_loop.py build/shapes data/shapes
@@ -51,7 +51,6 @@ class Stage(NamedTuple):
 STAGES = (
     Stage("single", 350, 2.0e-3, 0.05, 30),
     Stage("base", 350, 1.2e-3, 0.02, 20),
-    Stage("base", 240, 1.2e-3, 0.02, 20),
 )
 
 

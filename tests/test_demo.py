@@ -70,6 +70,16 @@ def test_the_export_says_what_the_adapter_says(demo):
     assert (where / "runs" / "demo" / f"{numbers['winner']}-8bit" / "model.safetensors").exists()
 
 
+def test_the_base_that_sees_cannot_sort_pictures_and_its_adapter_can(demo):
+    _, numbers, printed = demo
+    pictures = numbers["pictures"]
+    assert pictures["scores"]["shapes"]["exact_match"] <= MOST_OF_BASE
+    assert pictures["scores"]["shapes-vlm"]["exact_match"] >= LEAST_OF_EACH
+    assert pictures["scores"]["shapes-vlm"]["num_rows"] >= 100
+    assert pictures["talk"]["exact_match"] == 1.0, "rows of text between them"
+    assert pictures["answers"]["shapes-vlm"] in printed
+
+
 def test_every_number_of_the_result_is_printed(demo):
     _, numbers, printed = demo
     shown = [f"{score['exact_match']:.1%}" for score in (numbers["base"], *numbers["adapters"].values())]

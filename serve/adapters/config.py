@@ -94,7 +94,8 @@ class AdapterConfig:
     scale: float = 20.0
     dropout: float = 0.0
     keys: tuple[str, ...] = ()
-    """Paths inside a layer, and the head's path, as mlx-lm's `keys`; empty: all that mlx-lm adapts without them."""
+    """Paths inside a layer, and the head's path, as mlx-lm's `keys`; of models with towers whole paths, as mlx-vlm's.
+    Empty: all that either adapts without them."""
     init_lora_weights: str = "default"
     """How A and B began; after pissa the folder holds an update of twice the recipe's rank."""
     lineage: Lineage | None = None

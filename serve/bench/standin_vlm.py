@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from serve.bench import standin
 
 PATCH, MERGE = 14, 2
+MAX_FRAMES = 32
 SIGHT_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -101,7 +102,10 @@ def _config(tokenizer: Tokenizer, size: Size) -> dict[str, Any]:
 
 def _preprocessor(kind: str, size: Size) -> dict[str, Any]:
     edge = MERGE * PATCH
-    frames = {"fps": 2, "min_frames": 2, "max_frames": 32} if kind == "video" else {}
+    is_video = kind == "video"
+    frames = {"fps": 2, "min_frames": 2, "max_frames": MAX_FRAMES} if is_video else {}
+    # Of a clip's, all frames together.
+    max_pixels = size.max_pixels * (MAX_FRAMES if is_video else 1)
     return {
         f"{kind}_processor_type": f"Qwen2VL{kind.capitalize()}Processor",
         "processor_class": "Qwen2VLProcessor",
@@ -109,8 +113,8 @@ def _preprocessor(kind: str, size: Size) -> dict[str, Any]:
         "temporal_patch_size": 2,
         "merge_size": MERGE,
         "min_pixels": edge**2,
-        "max_pixels": size.max_pixels,
-        "size": {"shortest_edge": edge**2, "longest_edge": size.max_pixels},
+        "max_pixels": max_pixels,
+        "size": {"shortest_edge": edge**2, "longest_edge": max_pixels},
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
         **frames,

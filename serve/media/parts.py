@@ -5,7 +5,7 @@ Reads nothing: `sources.py` turns a part into its content. A problem is named by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,19 +38,6 @@ class MediaPart:
     name: str
     source: Any = field(repr=False)
     settings: MediaSettings = field(default_factory=MediaSettings)
-
-
-def media_parts(messages: Sequence[Mapping[str, Any]], name: str = "messages") -> Iterator[MediaPart]:
-    """Everything that messages show, in order. RequestError for a part that cannot be understood.
-
-    What is no message or no part is left for the chat template to refuse.
-    """
-    for number, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if isinstance(content, list):
-            for place, part in enumerate(content):
-                if isinstance(part, Mapping) and part.get("type") in MEDIA_PARTS:
-                    yield media_part(part, f"{name}.{number}.content.{place}")
 
 
 def media_part(part: Mapping[str, Any], here: str) -> MediaPart:

@@ -164,8 +164,6 @@ class MediaProcessor:
         if kept is None:
             try:
                 kept = self._processed(content, settings, way)
-            except RequestError:
-                raise
             except Exception as error:  # a processor is foreign code: what it raises is how it refuses
                 raise RequestError(
                     f"{name}: this model's processor refuses {_described(content)}: {_said(error)}", name
@@ -230,9 +228,9 @@ class MediaProcessor:
         expansion = Expansion(content.kind, way.marker, way.placeholder, text, self._glue())
         num_placeholders = text.count(way.placeholder)
         if not num_placeholders:
-            raise RequestError(f"{_described(content)} becomes no placeholder")
+            raise ValueError("it becomes no placeholder")
         pieces = tuple(
-            Piece(content.kind, _key(content.kind, part), part, number, self._num_patches(part))
+            Piece(content.kind, _key(content.kind, part), part, number, self._num_patches(part, number))
             for part, number in _parts(inputs, num_placeholders)
         )
         return Processed(content.kind, expansion, pieces, self._seen_size(content, inputs))
@@ -278,19 +276,21 @@ class MediaProcessor:
     def _glue(self) -> str:
         return "" if self._config.get("model_type") in _NO_GLUE else "\n"
 
-    def _num_patches(self, inputs: Mapping[str, np.ndarray]) -> int:
+    def _num_patches(self, inputs: Mapping[str, np.ndarray], num_placeholders: int) -> int:
         """What encoding these costs, in the tower's tokens."""
         for name in ("image_grid_thw", "video_grid_thw"):
             if name in inputs:
                 return int(inputs[name].astype(np.int64).prod(axis=-1).sum())
         pixels = inputs.get("pixel_values", inputs.get("pixel_values_videos"))
-        if pixels is None:
-            largest = max(inputs.values(), key=lambda array: array.size)
-            return int(largest.shape[-2]) if largest.ndim > 1 else int(largest.size)
+        if pixels is None:  # of sound, which is padded: what comes out of it
+            return num_placeholders
         patch = self._patch_size()
         return max(1, pixels.size // (3 * patch * patch))
 
     def _patch_size(self) -> int:
+        told = getattr(getattr(self._processor, "image_processor", None), "patch_size", None)
+        if isinstance(told, int):
+            return told
         vision = self._config.get("vision_config") or {}
         size = vision.get("patch_size") or getattr(self._processor, "patch_size", None) or 14
         return int(size[0] if isinstance(size, (list, tuple)) else size)

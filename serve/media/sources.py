@@ -195,12 +195,6 @@ def _decoded(source: Any, name: str, limits: MediaLimits) -> Picture:
         raise RequestError(f"{name}: the picture cannot be read: {error}", name) from error
 
 
-def load_all(sources: Sources, parts: Sequence[MediaPart], settings: MediaSettings) -> list[Content]:
-    """What all parts show, one after the other. RequestError for too many, before anything is read."""
-    check_count(parts, sources.limits)
-    return [sources.load(part, settings) for part in parts]
-
-
 def check_count(parts: Sequence[MediaPart], limits: MediaLimits) -> None:
     """RequestError that names the first part too many."""
     if len(parts) > limits.max_items:

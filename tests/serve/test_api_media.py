@@ -104,7 +104,7 @@ class Host:
             self.is_slow.set()
         piece = PNG[:1] if handler.path == "/slow" else bytes(1 << 20)
         try:
-            for _ in range(1 << 10):
+            for _ in range(1 << (20 if handler.path == "/slow" else 10)):
                 if handler.path == "/round" or self.is_over.wait(0.05 if handler.path == "/slow" else 0):
                     return
                 handler.wfile.write(piece)

@@ -16,11 +16,13 @@ from vlm_families import FAMILIES, LARGE_VLM_FAMILIES, chats_of, clip, message, 
 
 from serve.errors import ModelError, RequestError
 from serve.media.content import Clip, Picture, Sound
-from serve.media.parts import media_parts
+from serve.media.parts import MediaPart, media_part
 from serve.media.processor import MediaProcessor, Processed, load_processor
-from serve.media.settings import MediaLimits, MediaSettings
+from serve.media.settings import MediaSettings
 from serve.media.sources import Sources
+from serve.model.family_template import PALIGEMMA
 from serve.model.loading import load
+from serve.model.retold import Retold
 from serve.model.template import ChatTemplate
 
 WORDS = "is it <|image_pad|> or <image> or <start_of_image> or [IMG] or <IMG_CONTEXT> or <|video_pad|> now?"
@@ -49,13 +51,8 @@ class Eyes(NamedTuple):
         """Another that has seen nothing."""
         return MediaProcessor(self.folder, load_processor(self.folder), self.vision, **options)
 
-    def process(self, messages: list[dict[str, Any]], **settings: Any) -> list[Processed]:
-        sources = Sources(MediaLimits())
-        told = MediaSettings(**settings)
-        return [
-            self.processor.process(content_of(sources, part), told, part.name)
-            for part in media_parts(messages)
-        ]
+    def process(self, messages: list[dict[str, Any]]) -> list[Processed]:
+        return [self.processor.process(content_of(part), name=part.name) for part in parts_of(messages)]
 
     def prompt(self, messages: list[dict[str, Any]]):
         processed = self.process(messages)
@@ -63,12 +60,22 @@ class Eyes(NamedTuple):
         return self.processor.prompt(ids, processed)
 
 
-def content_of(sources: Sources, part):
+def parts_of(messages: list[dict[str, Any]]) -> list[MediaPart]:
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return [
+        media_part(part, f"messages.{i}.content.{number}")
+        for i, content in enumerate(contents)
+        for number, part in enumerate(content)
+        if part["type"] != "text"
+    ]
+
+
+def content_of(part: MediaPart):
     """Clips of these tests are arrays [T, 3, H, W], which the reference takes for frames at 2 a second."""
     if part.kind == "video":
         frames = [Picture(np.ascontiguousarray(frame.transpose(1, 2, 0))) for frame in part.source]
         return Clip(tuple(frames), tuple(number / 2 for number in range(len(frames))))
-    return sources.load(part)
+    return Sources().load(part)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +86,9 @@ def eyes(vlm_folder):
         model = load(str(folder))
         assert model.vision is not None
         processor = MediaProcessor(folder, load_processor(folder), model.vision)
-        return Eyes(processor, ChatTemplate(model.tokenizer), folder, model.vision)
+        # Google's folders of PaliGemma have no template, and this is how it was trained.
+        tokenizer = Retold(model.tokenizer, PALIGEMMA) if family == "paligemma" else model.tokenizer
+        return Eyes(processor, ChatTemplate(tokenizer), folder, model.vision)
 
     return made
 
@@ -376,3 +385,18 @@ def test_frames_of_another_rate_are_timed_so_in_the_text(eyes):
     assert "<1.2 seconds>" in texts[2]
     assert "<0.5 seconds>" in texts[1]
     assert "<2.5 seconds>" in texts[1]
+
+
+@pytest.mark.parametrize("family", LARGE_VLM_FAMILIES)
+def test_what_a_picture_costs_and_its_size_are_the_towers(family, eyes):
+    """Four by four patches of a square picture, which each family's is made into."""
+    found = eyes(family).processor.process(one_colour(56, 56, (1, 2, 3)))
+    edge = 64 if family in ("qwen3_vl", "qwen3_5", "qwen3_vl_moe", "qwen3_omni_moe") else 56
+    assert found.size == (edge, edge)
+    assert found.pieces[0].num_patches == 16
+
+
+def test_what_a_sound_costs_grows_with_it(eyes):
+    processor = eyes("qwen3_omni_moe").processor
+    short, long = (processor.process(Sound(sound(1, s), 16000)).pieces[0].num_patches for s in (1.0, 2.0))
+    assert 0 < short < long

@@ -15,9 +15,9 @@ from PIL import Image
 
 from serve.errors import RequestError
 from serve.media.content import Clip, Picture, Sound
-from serve.media.parts import media_part, media_parts
+from serve.media.parts import media_part
 from serve.media.settings import MediaLimits, MediaSettings, settings_of
-from serve.media.sources import Sources, load_all
+from serve.media.sources import Sources, check_count
 
 HERE = "messages.0.content.0"
 
@@ -195,29 +195,13 @@ def test_a_refusal_names_the_part(part, param, said):
     assert said in message
 
 
-def test_parts_are_found_in_order_and_named_by_their_place():
-    shown = [
-        {"role": "user", "content": "a"},
-        {"role": "user", "content": [{"type": "text", "text": "b"}, {"type": "image", "image": "x"}]},
-        {"role": "assistant", "content": None},
-        {
-            "role": "user",
-            "content": [{"type": "video", "video": "y"}, {"type": "image_url", "image_url": "z"}],
-        },
-        "no message",
-    ]
-    assert [(part.kind, part.name, part.source) for part in media_parts(shown)] == [
-        ("image", "messages.1.content.1.image", "x"),
-        ("video", "messages.3.content.0.video", "y"),
-        ("image", "messages.3.content.1.image_url", "z"),
-    ]
-
-
 def test_a_hundred_pictures_are_refused_before_any_is_read():
-    content = [{"type": "image", "image": "nowhere.png"} for _ in range(100)]
-    parts = list(media_parts([{"role": "user", "content": content}]))
+    parts = [
+        media_part({"type": "image", "image": "none.png"}, f"messages.0.content.{i}") for i in range(100)
+    ]
     with pytest.raises(RequestError, match=r"messages\.0\.content\.32\.image: found 100 .* at most 32"):
-        load_all(Sources(), parts, MediaSettings())
+        check_count(parts, MediaLimits())
+    check_count(parts[:32], MediaLimits())
 
 
 # Paths

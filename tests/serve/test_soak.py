@@ -92,6 +92,7 @@ class Soak:
     def __init__(self, worker: Worker, name: str, lively: Any, seed: int) -> None:
         self.worker, self.name, self.lively = worker, name, lively
         self.eyes = lively.eyes(name) if name in VLM_FAMILIES else None
+        self.first_token = 30 if self.eyes else 3  # behind the special ones, placeholders among them
         self.precisions = SEEING_PRECISIONS if self.eyes else PRECISIONS
         if name == "gemma3":  # the oracle has none of windows, blocks and quantized keys at once
             self.precisions = (PLAIN,)
@@ -109,7 +110,7 @@ class Soak:
         self.swap_lock = asyncio.Lock()
 
     def random_tokens(self, count: int) -> tuple[int, ...]:
-        return tuple(self.rng.randrange(3, 259) for _ in range(count))
+        return tuple(self.rng.randrange(self.first_token, 259) for _ in range(count))
 
     def items(self, earlier: Answer | None) -> Items:
         rng, tail = self.rng, self.random_tokens(self.rng.choice([1, 3, 20, 70, 250]))
@@ -117,7 +118,7 @@ class Soak:
             for _ in range(rng.choice([0, 1, 1, 3])):
                 at = rng.randrange(len(tail) + 1)
                 tail = (*tail[:at], self.shown(), *tail[at:])
-        if earlier is not None:
+        if earlier is not None and (self.eyes is None or min(earlier.tokens) >= self.first_token):
             return (*earlier.items, *earlier.tokens, *tail)
         if rng.random() < 0.6:
             return self.prompts[min(int(rng.paretovariate(1)) - 1, NUM_SYSTEM_PROMPTS - 1)] + tail

@@ -29,6 +29,8 @@ def test_the_reference_is_what_mlx_vlm_generates(family, vlm_reference):
 
     reference = vlm_reference(family)
     for row in rows_of(reference, family):
+        if family == "gemma3" and row.inputs:
+            continue  # whose pictures mlx-vlm lets see themselves one way: see test_vlm_transformers.py
         expected = reference.logits(row, reference.greedy(row, 6)[:-1])
         ids, inputs = mx.array([row.token_ids]), dict(row.inputs)
         steps = generate_step(

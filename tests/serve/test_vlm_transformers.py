@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from vlm_families import VLM_FAMILIES, Reference, message, picture, write_vlm
+from vlm_families import LARGE_VLM_FAMILIES, Reference, message, picture, write_vlm
 
 from serve.media.content import Picture
 from serve.media.processor import MediaProcessor, load_processor
@@ -62,7 +62,13 @@ def hugging_face_gemma3(folder: Path):
     return model
 
 
-@pytest.mark.parametrize("window", [16, 3], ids=["window of four pictures", "window within a picture"])
+@pytest.mark.parametrize(
+    "window",
+    [
+        pytest.param(16, id="window of four pictures", marks=pytest.mark.large),
+        pytest.param(3, id="window within a picture"),
+    ],
+)
 def test_gemma3_sees_its_pictures_both_ways_as_in_hugging_face(window, tmp_path):
     folder = write_vlm("gemma3", tmp_path / "gemma3")
     config = json.loads((folder / "config.json").read_text())
@@ -84,7 +90,9 @@ def test_gemma3_sees_its_pictures_both_ways_as_in_hugging_face(window, tmp_path)
         assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("family", [family for family in VLM_FAMILIES if family != "internvl_chat"])
+@pytest.mark.parametrize(
+    "family", [each for each in LARGE_VLM_FAMILIES if "internvl_chat" not in each.values]
+)
 def test_a_picture_is_prepared_as_by_hugging_face(family, vlm_folder):
     """Of each size: as it is, shrunk, enlarged, and neither square nor a multiple of patches. internvl_chat's is
     remote code there."""

@@ -39,6 +39,8 @@ OTHERWISE: dict[str, tuple[dict, dict]] = {
     "num_layers": ({}, {"num_layers": 4}),
     "lora_parameters": ({}, {"lora_parameters": {"scale": 10.0}}),
     "quantize": ({}, {"quantize": {"bits": 4}}),
+    "train_vision": ({}, {"train_vision": {"projector": "lora"}}),
+    "image": ({}, {"image": {"max_pixels": 10000}}),
     "on_bad_row": ({}, {"on_bad_row": "drop"}),
     "dataset_exact_deduplication": ({}, {"dataset_exact_deduplication": True}),
     "max_seq_length": ({}, {"max_seq_length": 100}),

@@ -89,7 +89,7 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize(
     "objective",
-    [name if name in ("sft", "kto") else pytest.param(name, marks=pytest.mark.large) for name in OBJECTIVES],
+    [name if name == "dpo" else pytest.param(name, marks=pytest.mark.large) for name in OBJECTIVES],
 )
 def test_every_objective_learns_from_rows_with_pictures(objective, train):
     kind, keys = OBJECTIVES[objective]
@@ -153,6 +153,7 @@ def held_out(data: Path) -> dict:
     return {"datasets": [{"path": str(folder), "media_root": str(data)}]}
 
 
+@pytest.mark.large
 def test_what_trains_is_what_the_recipe_says_and_nothing_else_moves(train):
     _, folder = train("chat", train_vision={"tower": "lora", "projector": "full"}, iters=2)
     tensors = mx.load(str(folder / "adapters.safetensors"))

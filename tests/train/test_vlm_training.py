@@ -36,8 +36,8 @@ from train.loop.step import mean_loss
 from train.objectives.sft import SFT
 from train.recipe.recipe import Recipe
 
-QUICK = ("qwen3_vl", "gemma3", "smolvlm")
-"""One with positions and deepstack, one with blocks, one whose head lies among the layers."""
+QUICK = ("qwen3_vl", "gemma3")
+"""One with positions and deepstack, one with blocks."""
 SLOW = tuple(family for family in FAMILIES if family not in (*QUICK, "qwen3_omni_moe"))
 EACH = [*QUICK, *(pytest.param(family, marks=pytest.mark.large) for family in SLOW)]
 ROUNDING = 2e-4

@@ -174,6 +174,12 @@ def adapted_layers(network: Network) -> dict[str, AdaptedLayer]:
     return {path: m for path, m in network.module.named_modules() if isinstance(m, AdaptedLayer)}
 
 
+def manifest_keys(network: Network, adapted: Adapted) -> tuple[str, ...]:
+    """What the manifest's `keys` say, as the library that opens the base reads them: mlx-lm looks in each layer,
+    mlx-vlm takes whole paths."""
+    return tuple(sorted(adapted_layers(network))) if network.has_towers else adapted.keys
+
+
 @contextmanager
 def adapters_off(network: Network) -> Iterator[None]:
     """Inside, every adapted layer is its base layer: the reference model, without a second copy of it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from serve.errors import RequestError
@@ -63,18 +63,18 @@ def num_shown(message: Message) -> int:
     """How many media a message shows."""
     content = message.get("content")
     parts = content if isinstance(content, (list, tuple)) else ()
-    return sum(part.get("type") in PARTS for part in parts)
+    return sum(isinstance(part, Mapping) and part.get("type") in PARTS for part in parts)
 
 
 def words_of(message: Message) -> str:
     """A message's content for a person: `(image)` where it shows one."""
     content = message.get("content")
-    if not isinstance(content, (list, tuple)):
+    if not num_shown(message):
         return str(content)
-    shown = (
-        f"({PARTS[part['type']]})" if part.get("type") in PARTS else part.get("text") for part in content
+    return " ".join(
+        f"({PARTS[part['type']]})" if part.get("type") in PARTS else str(part.get("text"))
+        for part in content or ()
     )
-    return " ".join(str(part) for part in shown)
 
 
 def look(example: Example, reader: MediaReader | None) -> Looked:

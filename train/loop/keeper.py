@@ -13,7 +13,7 @@ import mlx.optimizers as mlx_optim
 
 from serve.adapters.manifest import AdapterConfig, Lineage, write_adapter
 from serve.model.network import Network
-from train.adapters.adapt import Adapted, adapter_tensors, set_tensors
+from train.adapters.adapt import Adapted, adapter_tensors, manifest_keys, set_tensors
 from train.loop import checkpoint
 from train.loop.checkpoint import Checkpoint
 from train.loop.identity import check, identity_of
@@ -125,7 +125,7 @@ class Keeper:
             rank=adapted.rank,
             scale=lora.effective_scale,
             dropout=lora.dropout,
-            keys=adapted.keys,
+            keys=manifest_keys(self._network, adapted),
             init_lora_weights=lora.init_lora_weights,
             lineage=lineage,
         )

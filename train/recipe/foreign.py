@@ -82,12 +82,12 @@ _SAME_MEANING = {
     "min_pixels": "image.min_pixels",
     "image_size": "image.resize: [height, width]",
     "image_resize_shape": "image.resize: [height, width]",
-    "media_dir": "datasets[].media_root",
     "video_fps": "image.fps",
     "video_maxlen": "image.max_frames",
 }
 
 FOREIGN = {
+    "media_dir": "write datasets: [{path: …, media_root: …}]",
     "freeze_vision_tower": "write train_vision: {tower: …}, which says the opposite",
     "freeze_multi_modal_projector": "write train_vision: {projector: …}, which says the opposite",
     "unfreeze_mm_vision_tower": "write train_vision: {tower: lora or full}",

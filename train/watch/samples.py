@@ -21,7 +21,7 @@ from serve.model.prompt import Prompt
 from serve.model.template import ChatTemplate, Message
 from serve.model.texts import encode_text
 from train.data.example import Example
-from train.data.looking import look, words_of
+from train.data.looking import look, num_shown, words_of
 from train.data.media import Gatherer
 from train.data.media_reader import MediaReader
 from train.recipe.recipe import Samples
@@ -81,12 +81,12 @@ def _of_recipe(
         if as_text or not template.exists:
             return SamplePrompt(prompt, Prompt(encode_text(template.tokenizer, prompt)))
         return SamplePrompt(prompt, Prompt(template.render([{"role": "user", "content": prompt}])))
+    if not any(num_shown(message) for message in prompt):
+        return SamplePrompt(_shown(prompt), Prompt(template.render(prompt)))
     gatherer = Gatherer({}, Path.cwd())
     messages, media = gatherer.take(prompt, "messages")
     if problems := [*gatherer.problems, *(problem for ref in media for problem in ref.missing())]:
         raise RequestError("; ".join(problems))
-    if not media:
-        return SamplePrompt(_shown(prompt), Prompt(template.render(prompt)))
     looked = look(Example("samples.prompts", 1, messages=messages, media=media), reader)
     token_ids = template.render(looked.example.messages or (), media=looked.expansions)
     return SamplePrompt(_shown(messages), looked.prompt(token_ids))
