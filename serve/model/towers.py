@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import switch_layers
 
@@ -32,6 +33,7 @@ def load_with_towers(path: Path, *, trust_remote_code: bool = False) -> nn.Modul
 
     module = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
     _use_one_kind_of_experts(module)
+    _compute_tables(module)
     return module
 
 
@@ -47,6 +49,17 @@ def build_with_towers(config: dict[str, Any]) -> nn.Module:
     module = own.Model(update_module_configs(settings, own, config, parts))
     _use_one_kind_of_experts(module)
     return module
+
+
+def _compute_tables(module: nn.Module) -> None:
+    """Arrays that are no weights (pixtral's and internvl_chat's positions), now: what one thread has planned, another
+    one cannot compute, and it is another that runs the network."""
+    found: list[Any] = []
+    for child in module.modules():
+        found += [value for name, value in child.items() if name.startswith("_")]
+        for value in vars(child).values():
+            found += [value, *vars(value).values()] if hasattr(value, "__dict__") else [value]
+    mx.eval([value for value in found if isinstance(value, mx.array)])
 
 
 def _use_one_kind_of_experts(module: nn.Module) -> None:
