@@ -265,7 +265,7 @@ def held_after_all(worker: Worker) -> Held:
         pytest.param("full", 4000, marks=pytest.mark.large),
         pytest.param("sliding", 3000, marks=pytest.mark.large),
         pytest.param("hybrid", 3000, marks=pytest.mark.large),
-        pytest.param("qwen3_vl", 40, marks=pytest.mark.large),
+        ("qwen3_vl", 40),
         pytest.param("qwen3_vl", 2000, marks=pytest.mark.large),
         pytest.param("gemma3", 2000, marks=pytest.mark.large),
         pytest.param("qwen3_5", 2000, marks=pytest.mark.large),
