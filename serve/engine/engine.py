@@ -141,6 +141,7 @@ class Engine:
             raise RequestError(
                 f"prompt: token id {outside} is not in this model's vocabulary of {vocabulary}", "prompt"
             )
+        request = replace(request, prompt=self._with_blocks(request.prompt))
         self._check_media(request.prompt)
         precision = request.precision or self.limits.precision
         max_context = self.max_context_at(precision)
@@ -151,6 +152,12 @@ class Engine:
         if wanted != sampling.max_tokens:
             sampling = replace(sampling, max_tokens=wanted)
         return replace(request, sampling=sampling, precision=precision)
+
+    def _with_blocks(self, prompt: Prompt) -> Prompt:
+        """A prompt of words knows of no model; of some families its tokens see one another all the same."""
+        if self.model.vision is None or prompt.blocks or prompt.media:
+            return prompt
+        return replace(prompt, blocks=self.model.vision.blocks(prompt.token_ids, ()))
 
     def _check_media(self, prompt: Prompt) -> None:
         """RequestError for what the network cannot be told, or not in one step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +15,9 @@ from vlm_families import Reference
 from serve.cache.capacity import Bucket
 from serve.cache.precision import PLAIN
 from serve.cache.spans import Span, SpanPart
-from serve.model.loading import LoadedModel
+from serve.engine.engine import Engine, EngineLimits
+from serve.engine.request import Request, Sampling
+from serve.model.loading import LoadedModel, load
 from serve.model.packed import packed_cache
 from serve.model.prompt import Prompt
 from serve.model.vision import Placed
@@ -105,3 +108,16 @@ def test_rows_with_blocks_are_what_the_trainer_computes_of_them(
         one_way = Prompt(prompt.token_ids, prompt.media, prompt.rope)
         causal = network.logits(hidden_at_once(model, one_way)[-1:])[0]
         assert (away(causal, expected) > 0.01) == bool(prompt.blocks)
+
+
+@pytest.mark.parametrize(("family", "blocks"), [("paligemma", ((0, 3),)), ("qwen2_vl", ())])
+def test_a_prompt_of_words_has_the_blocks_of_its_family(
+    vlm_folder: Callable[[str], Path], family: str, blocks: tuple[tuple[int, int], ...]
+):
+    """Whoever asks for words alone makes no blocks; the engine knows what its model was trained with."""
+    engine = Engine(load(str(vlm_folder(family))), EngineLimits(max_rows=1))
+    try:
+        request = engine.check(Request("r", Prompt((5, 6, 7)), Sampling(max_tokens=1)))
+        assert request.prompt.blocks == blocks
+    finally:
+        engine.close()
