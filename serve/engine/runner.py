@@ -148,13 +148,12 @@ class Runner:
         """Give the rows' memory back; none is in use."""
         self.rows.clear()
         self._capacities = {}
-        self._decoding = None
+        self._decoding = self._last = None
 
     def reset(self) -> None:
         """Forget all rows, whatever state a failed step left them in."""
         self.clear()
         self._bank.rows.set([])
-        self._last = None
 
     def _encode(self, encode: Encode) -> Encoded:
         """One picture, by the tower of its sequence's adapter where that has one."""
