@@ -95,9 +95,23 @@ def test_the_list_of_commands_here_is_complete():
     assert named | {"ab", "bench"} == set(COMMANDS)
 
 
+FLAGS_OF_MEDIA = {
+    "allowed_media_root": "allowed_media_roots",
+    "allow_private_hosts": "media_limits.allow_private_hosts",
+    "max_media": "media_limits.max_items",
+    "max_pixels": "media.max_pixels",
+}
+"""Flags by other names than their keys': one is given several times, the others stand in groups."""
+
+
 def test_the_flags_of_serve_are_keys_of_its_configuration():
     flags = {each.name: each for each in typer.main.get_command(lathe.app).commands["serve"].params}
     flags = {name: each for name, each in flags.items() if name not in ("model", "adapter", "overrides")}
+    for name, key in FLAGS_OF_MEDIA.items():
+        assert not flags.pop(name).default, "what is not given is the file's"
+        group, _, inside = key.rpartition(".")
+        fields = (ServeConfig.model_fields[group].annotation if group else ServeConfig).model_fields
+        assert inside in fields
     assert set(flags) <= set(ServeConfig.model_fields)
     memory = [
         name
