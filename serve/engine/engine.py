@@ -230,6 +230,8 @@ class Engine:
         events: list[Event] = []
         for one in flight.encoded:
             assert self.features is not None
+            if self._by_id.get(one.encode.sequence.request.id) is not one.encode.sequence:
+                continue  # another of its pictures has ended it
             if one.error is None:
                 self.features.begin(one.encode, one.features)
             else:
@@ -253,7 +255,8 @@ class Engine:
                     events.append(self._blind(sequence, number, "what it becomes are not numbers"))
         flight.encoded.clear()
         for sequence in {chunk.sequence for chunk in flight.plan.chunks} if flight.plan.num_prefilled else ():
-            self.features.take_in(sequence, sequence.num_cached_tokens)
+            if self._by_id.get(sequence.request.id) is sequence:
+                self.features.take_in(sequence, sequence.num_cached_tokens)
         return events
 
     def _blind(self, sequence: SequenceState, number: int, reason: str) -> Event:

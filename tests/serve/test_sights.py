@@ -239,6 +239,33 @@ def test_a_picture_that_cannot_be_encoded_ends_its_row_alone(desk, ahead, value)
     assert not engine.features._held, "features of nobody"
 
 
+@pytest.mark.parametrize("steps", range(5))
+def test_who_leaves_while_a_step_is_in_flight_leaves_no_features_held(desk, ahead, steps):
+    table = desk("qwen3_vl")
+    engine = table.engine(ahead=ahead)
+    run = Run(engine, table.request("before", TEXT, shown(1), MORE)).finish()
+    run.add(table.request("leaving", TEXT, shown(1), MORE, shown(2), MORE))
+    for _ in range(steps):
+        run.step()
+    engine.cancel("leaving")
+    run.finish()
+    assert not engine.features._held
+    engine.forget()
+    assert engine.stats().memory.feature_bytes == 0
+
+
+@pytest.mark.parametrize("patches", [1, 1024])
+def test_the_other_pictures_of_a_row_that_one_of_them_ended_are_nobodys(desk, ahead, patches):
+    table = desk("qwen3_vl")
+    engine = table.engine(ahead=ahead, prefill_chunk_tokens=64, encode_patches=patches)
+    request = table.request("bad", shown(1), shown(2), shown(3), MORE)
+    for value in (None, np.nan):
+        for number in range(3):
+            run = Run(engine, replace(request, prompt=broken(request.prompt, number, value))).finish()
+            assert f"image {number + 1} of 3" in run.error("bad")
+            assert not engine.features._held
+
+
 def test_a_forward_that_fails_leaves_no_picture_half_encoded(desk, ahead):
     table = desk("qwen2_5_vl")
     engine = table.engine(ahead=ahead, encode_patches=1)
