@@ -23,7 +23,7 @@ class MediaLimitsConfig(Strict):
     """A clip's file, in MiB."""
     max_video_frames: int = Field(768, ge=1)
     """Of one clip."""
-    max_video_megapixels: float = Field(400, gt=0)
+    max_video_megapixels: float = Field(128, gt=0)
     """Of all its frames that are looked at, in millions: three bytes of memory each."""
     max_audio_mib: float = Field(50, gt=0)
     """A sound's file, in MiB."""

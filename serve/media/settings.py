@@ -52,7 +52,7 @@ class MediaLimits:
     """Read from the header, before anything is decoded."""
     max_video_bytes: int = 200 * MIB
     max_video_frames: int = 768
-    max_video_pixels: int = 400_000_000
+    max_video_pixels: int = 128_000_000
     """Of all frames taken together: three bytes of memory each."""
     max_audio_bytes: int = 50 * MIB
     max_audio_s: float = 1800.0
