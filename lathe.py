@@ -7,10 +7,13 @@ that Lathe foresees with status 1; Ctrl-C with 130, SIGTERM with 143.
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -62,8 +65,16 @@ ExperimentName = Annotated[str, typer.Argument(metavar="NAME", help="The experim
 StoreUrl = Annotated[str, typer.Option(help="The server's `store`.")]
 
 
+def command() -> None:
+    """The `lathe` script: `main`, and an end of the process that MLX cannot spoil."""
+    try:
+        main()
+    except SystemExit as end:
+        _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+
+
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the command line, or `words` in its place; the entry point of the `lathe` script. Ends by SystemExit."""
+    """Run the command line, or `words` in its place. Ends by SystemExit."""
     signal.signal(signal.SIGTERM, _terminate)
     _never_fail_to_print()
     try:
@@ -74,6 +85,20 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except _foreseen() as error:
         sys.exit(_tell(error))
+
+
+def _leave(status: int) -> None:
+    """End this process as Python does, but for C++'s destructors.
+
+    MLX's abort the process ("terminate called without an active exception") where a thread that used it is still
+    ending, which a pool's may be when Python has joined them all.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _never_fail_to_print() -> None:
@@ -853,4 +878,4 @@ def _one_of(found: Any, choices: tuple[Any, ...], option: str) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    command()

