@@ -363,24 +363,28 @@ class Disk:
     # The thread that writes
 
     def _run(self) -> None:
-        while True:
-            with self._condition:
-                self._condition.wait_for(lambda: self._has_work() or self._is_closing)
-                is_last = not self._has_work()
-                removals, self._removals = self._removals, []
-                uses, self._uses = self._uses, {}
-                write = next((one for one in self._queue.values() if one is not None), None)
-                if write is not None:
-                    self._queue[write.file] = None
-                self._is_busy = True
-            self._guarded("clean", lambda: self._clean(removals, uses))  # noqa: B023  runs at once
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """What there is to do, once there is something; False after the last. What it wrote is let go of at its end:
+        a thread that waits holds no segment."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._has_work() or self._is_closing)
+            is_last = not self._has_work()
+            removals, self._removals = self._removals, []
+            uses, self._uses = self._uses, {}
+            write = next((one for one in self._queue.values() if one is not None), None)
             if write is not None:
-                self._try_write(write)
-            with self._condition:
-                self._is_busy = False
-                self._condition.notify_all()
-            if is_last:
-                return
+                self._queue[write.file] = None
+            self._is_busy = True
+        self._guarded("clean", lambda: self._clean(removals, uses))
+        if write is not None:
+            self._try_write(write)
+        with self._condition:
+            self._is_busy = False
+            self._condition.notify_all()
+        return not is_last
 
     def _has_work(self) -> bool:
         is_due = self._removals or len(self._uses) > MAX_PENDING

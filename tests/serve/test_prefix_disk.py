@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,6 +75,21 @@ def index(folder: Path) -> dict[str, int]:
         rows = connection.execute("SELECT key, num_bytes FROM segments").fetchall()
     connection.close()
     return {f"kv-{key}.safetensors": num_bytes for key, num_bytes in rows}
+
+
+def test_what_is_written_and_leaves_memory_is_nowhere_in_it(tmp_path):
+    """Not with the thread that wrote it, either, while that waits for more."""
+    with opened(tmp_path) as cache:
+        segment = kept([1, 2, 3, 4], 0)
+        gone = weakref.ref(segment)
+        cache.insert(SPACE, [1, 2, 3, 4], 0, segment)
+        del segment
+        settled(cache)
+        assert gone() is not None
+        cache.shrink(0)
+        gc.collect()
+        assert cache.num_bytes == 0
+        assert gone() is None
 
 
 def test_prefixes_are_there_after_a_restart_wherever_texts_part(tmp_path):
