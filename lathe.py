@@ -88,11 +88,8 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _leave(status: int) -> None:
-    """End this process as Python does, but for C++'s destructors.
-
-    MLX's abort the process ("terminate called without an active exception") where a thread that used it is still
-    ending, which a pool's may be when Python has joined them all.
-    """
+    """End this process as Python does, but for C++'s destructors, which have aborted a run that was done
+    ("terminate called without an active exception")."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

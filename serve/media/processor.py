@@ -62,6 +62,9 @@ class Tower(Protocol):
     def block_kind(self) -> Literal["picture", "prompt"] | None:
         """Whose tokens see one another: nobody's, each picture's, or the whole prompt's."""
 
+    def blocks(self, token_ids: Sequence[int], media: Sequence[Media]) -> tuple[tuple[int, int], ...]:
+        """Ranges of a prompt's tokens that see one another."""
+
     def rope_index(self, token_ids: Sequence[int], media: Sequence[Media]) -> Rope | None:
         """Positions of a prompt's tokens; None where each stands at its index."""
 
@@ -184,7 +187,7 @@ class MediaProcessor:
         ids = np.asarray(token_ids, dtype=np.int64)
         media = self._placed(ids, processed)
         rope = self._vision.rope_index(tuple(token_ids), media) if media else None
-        return Prompt(tuple(token_ids), media, rope, tuple(self._blocks(len(ids), media)))
+        return Prompt(tuple(token_ids), media, rope, self._vision.blocks(token_ids, media))
 
     # Where things stand
 
@@ -210,16 +213,6 @@ class MediaProcessor:
                     "messages",
                 )
         return tuple(sorted(media, key=lambda piece: piece.start))
-
-    def _blocks(self, num_tokens: int, media: Sequence[Media]) -> Iterator[tuple[int, int]]:
-        """Ranges of tokens that see one another."""
-        if self._vision.block_kind == "prompt" and media:
-            yield 0, num_tokens
-        elif self._vision.block_kind == "picture":
-            for piece in media:
-                breaks = np.flatnonzero(np.diff(piece.positions) != 1) + 1
-                for run in np.split(piece.positions, breaks):
-                    yield int(run[0]), int(run[-1]) + 1
 
     # One item
 

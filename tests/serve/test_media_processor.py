@@ -37,6 +37,9 @@ class Unknown:
     audio_token_id = None
     block_kind = None
 
+    def blocks(self, token_ids, media):
+        return ()
+
     def rope_index(self, token_ids, media):
         return None
 

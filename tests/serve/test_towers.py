@@ -21,21 +21,6 @@ from serve.model.loading import LoadedModel, build_random, load
 from serve.model.quantization import Quantization
 from serve.model.weights import QUANTIZED
 
-QWEN3 = {
-    "model_type": "qwen3",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 259,
-    "max_position_embeddings": 1024,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
-
 
 def packed_layers(model: LoadedModel) -> set[str]:
     return {path for path, layer in model.network.module.named_modules() if isinstance(layer, QUANTIZED)}
@@ -101,10 +86,10 @@ def test_a_folder_whose_towers_are_packed_too_is_opened(
 
 
 def test_a_folder_whose_tower_has_no_weights_runs_on_text_and_says_so(
-    vlm_folder: Callable[[str], Path], make_model: Callable[..., Path], tmp_path: Path
+    vlm_folder: Callable[[str], Path], model_folder: Path, tmp_path: Path
 ):
     """Text conversions of such models keep the tower's part of config.json."""
-    folder = Path(shutil.copytree(make_model("blind", QWEN3), tmp_path / "blind"))
+    folder = Path(shutil.copytree(model_folder, tmp_path / "blind"))
     config = json.loads((folder / "config.json").read_text())
     tower = json.loads((vlm_folder("qwen3_vl") / "config.json").read_text())["vision_config"]
     (folder / "config.json").write_text(json.dumps({**config, "vision_config": tower}))

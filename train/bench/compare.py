@@ -77,15 +77,19 @@ class TrainBench:
 
     def check(self) -> None:
         """ConfigError if there would be nothing to measure."""
-        for option, least in (("batch_size", 1), ("rounds", 1)):
-            if getattr(self, option) < least:
-                named = option.replace("_", "-")
-                raise ConfigError(f"--{named}: found {getattr(self, option)}; expected {least} or more")
-        if self.num_batches <= self.warmup:
-            raise ConfigError(
-                f"--iters: found {self.num_batches}; expected {self.warmup + 1} or more, for the first "
-                f"{self.warmup} is warm-up and not counted"
-            )
+        check_counts(self.num_batches, self.batch_size, self.rounds, self.warmup)
+
+
+def check_counts(num_batches: int, batch_size: int, rounds: int, warmup: int) -> None:
+    """ConfigError, by the command's options, if there would be nothing to measure."""
+    for option, found in (("batch-size", batch_size), ("rounds", rounds)):
+        if found < 1:
+            raise ConfigError(f"--{option}: found {found}; expected 1 or more")
+    if num_batches <= warmup:
+        raise ConfigError(
+            f"--iters: found {num_batches}; expected {warmup + 1} or more, for the first {warmup} is warm-up and "
+            "not counted"
+        )
 
 
 @dataclass(frozen=True)

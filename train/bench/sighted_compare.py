@@ -21,7 +21,7 @@ import yaml
 
 from serve import device
 from serve.bench import standin
-from serve.errors import ConfigError, StoppedError
+from serve.errors import StoppedError
 from serve.tables import Table, numbers
 from train.bench import sighted
 from train.bench.compare import (
@@ -31,6 +31,7 @@ from train.bench.compare import (
     Run,
     Step,
     Summary,
+    check_counts,
     environment,
     installed,
     lathe_steps,
@@ -68,15 +69,7 @@ class SightedBench:
 
     def check(self) -> None:
         """ConfigError if there would be nothing to measure."""
-        for option, least in (("batch_size", 1), ("rounds", 1)):
-            if getattr(self, option) < least:
-                named = option.replace("_", "-")
-                raise ConfigError(f"--{named}: found {getattr(self, option)}; expected {least} or more")
-        if self.num_batches <= self.warmup:
-            raise ConfigError(
-                f"--iters: found {self.num_batches}; expected {self.warmup + 1} or more, for the first "
-                f"{self.warmup} is warm-up and not counted"
-            )
+        check_counts(self.num_batches, self.batch_size, self.rounds, self.warmup)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from serve.errors import RequestError
 from serve.media.processor import Processed
 from serve.model.expansion import Expansion
+from serve.model.messages import MEDIA_PARTS
 from serve.model.prompt import Prompt
 from train.data.coordinates import Coordinates, Picture
 from train.data.example import Example, Message
-from train.data.media import PARTS
 from train.data.media_reader import MediaReader
 from train.data.row_media import RowMedia
 
@@ -63,7 +63,7 @@ def num_shown(message: Message) -> int:
     """How many media a message shows."""
     content = message.get("content")
     parts = content if isinstance(content, (list, tuple)) else ()
-    return sum(isinstance(part, Mapping) and part.get("type") in PARTS for part in parts)
+    return sum(isinstance(part, Mapping) and part.get("type") in MEDIA_PARTS for part in parts)
 
 
 def words_of(message: Message) -> str:
@@ -72,7 +72,7 @@ def words_of(message: Message) -> str:
     if not num_shown(message):
         return str(content)
     return " ".join(
-        f"({PARTS[part['type']]})" if part.get("type") in PARTS else str(part.get("text"))
+        f"({MEDIA_PARTS[part['type']]})" if part.get("type") in MEDIA_PARTS else str(part.get("text"))
         for part in content or ()
     )
 
@@ -110,7 +110,7 @@ def _adjusted(example: Example, reader: MediaReader, coordinates: Coordinates) -
             return {**message, "content": words(content, place)}
         parts = []
         for part in content or ():
-            if part.get("type") in PARTS:
+            if part.get("type") in MEDIA_PARTS:
                 found = reader.sizes(next(refs))
                 picture = Picture(*found) if found is not None else picture
                 parts.append(part)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from serve.model.messages import MEDIA_PARTS
 from serve.model.prompt import MediaKind
 from train.data.example import Message
 
@@ -29,18 +30,6 @@ COLUMNS: dict[str, MediaKind] = {
 """Keys beside a row's words."""
 PLACES: dict[str, MediaKind] = {"<image>": "image", "<video>": "video", "<audio>": "audio"}
 """What stands in a text where a column's next one belongs."""
-PARTS: dict[str, MediaKind] = {
-    "image": "image",
-    "image_url": "image",
-    "input_image": "image",
-    "video": "video",
-    "video_url": "video",
-    "input_video": "video",
-    "audio": "audio",
-    "audio_url": "audio",
-    "input_audio": "audio",
-}
-"""Types of parts, as OpenAI, transformers and vLLM write them."""
 HINTS = ("type", "detail", "uuid", "cache_control")
 """Keys of a part that ask nothing of training."""
 VALUES = ("bytes", "base64", "data", "url", "path")
@@ -142,11 +131,6 @@ class Gatherer:
                     self._waiting[kind].append(ref)
         self._number = {kind: len(found) for kind, found in self._waiting.items()}
 
-    @property
-    def has_columns(self) -> bool:
-        """Whether any column holds one."""
-        return any(self._number.values())
-
     def take(self, turns: Sequence[Message], name: str) -> tuple[tuple[Message, ...], tuple[MediaRef, ...]]:
         """(the turns, each medium a bare part of its kind, and the media in the order of those parts)."""
         found: list[MediaRef] = []
@@ -187,7 +171,7 @@ class Gatherer:
         self, content: Any, place: str, found: list[MediaRef], missing: dict[str, int]
     ) -> Iterator[dict[str, Any]]:
         for index, part in enumerate(_as_parts(content)):
-            kind = PARTS.get(str(part.get("type")))
+            kind = MEDIA_PARTS.get(str(part.get("type")))
             if kind is None:
                 yield from self._text(str(part.get("text", "")), found)
                 continue
@@ -228,7 +212,7 @@ class Gatherer:
     def _own(self, part: Mapping[str, Any], kind: MediaKind, place: str) -> MediaRef | None:
         """What a part holds itself; None if it holds nothing, or nothing that can be used."""
         said = {key: value for key, value in part.items() if key not in HINTS and _is_there(value)}
-        names = [key for key in said if key in PARTS or key in VALUES]
+        names = [key for key in said if key in MEDIA_PARTS or key in VALUES]
         other = [key for key in said if key not in names]
         if other:
             self.problems.append(
@@ -239,7 +223,7 @@ class Gatherer:
         if len(names) != 1:
             return None
         name = names[0]
-        value = said[name] if name in PARTS else {name: said[name]}
+        value = said[name] if name in MEDIA_PARTS else {name: said[name]}
         return self._ref(kind, value, place)
 
     def _ref(self, kind: MediaKind, value: Any, place: str) -> MediaRef | None:
@@ -291,7 +275,7 @@ def _bare(waiting: Mapping[str, Sequence[MediaRef]]) -> list[dict[str, Any]]:
 def _places(turn: Message, number: Mapping[str, int]) -> bool:
     """Whether a turn says where the columns' media stand."""
     for part in _as_parts(turn.get("content")):
-        kind = PARTS.get(str(part.get("type")))
+        kind = MEDIA_PARTS.get(str(part.get("type")))
         if kind is not None and not any(_is_there(v) for key, v in part.items() if key not in HINTS):
             return True
         text = str(part.get("text") or "")

@@ -6,9 +6,8 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from serve.model.messages import HALF, leaves
+from serve.model.messages import HALF, MEDIA_PARTS, leaves
 from train.data.example import Message
-from train.data.media import PARTS
 
 SHAREGPT_ROLES = {
     "system": "system",
@@ -183,7 +182,7 @@ def _is_text_part(part: Any) -> bool:
 
 
 def _is_media_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in PARTS
+    return isinstance(part, Mapping) and part.get("type") in MEDIA_PARTS
 
 
 def _is_list_of_objects(value: Any) -> bool:

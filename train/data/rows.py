@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from serve.errors import DataError
+from serve.model.messages import MEDIA_PARTS
 from train.data.example import Example, Message
-from train.data.media import COLUMNS, PARTS, Gatherer
+from train.data.media import COLUMNS, Gatherer
 from train.data.messages import (
     half_characters,
     kind_of,
@@ -449,7 +450,9 @@ def _media(taken: _Row, root: Path) -> None:
 def _media_parts(turn: Message) -> list[Any]:
     content = turn.get("content")
     return (
-        [part for part in content if part.get("type") in PARTS] if isinstance(content, (list, tuple)) else []
+        [part for part in content if part.get("type") in MEDIA_PARTS]
+        if isinstance(content, (list, tuple))
+        else []
     )
 
 
