@@ -382,6 +382,10 @@ def test_runs_are_listed_with_where_they_came_from(train, tmp_path):
     assert "exact_match" in result
     assert "lora sft" in origin
     assert f"first {told['content_hash'][7:15]}" in origin
+    summary = json.loads((warm / "summary.json").read_text())
+    summary["metric_after"] = summary.pop("exact_match")  # as earlier versions wrote it
+    (warm / "summary.json").write_text(json.dumps(summary))
+    assert runs.describe(warm).metric_value == found["warm"].metric_value is not None
 
 
 def test_a_list_of_runs_is_whole_in_80_columns():

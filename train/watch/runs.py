@@ -125,7 +125,7 @@ def describe(folder: Path) -> Run:
         best_value=best[1],
         best_step=best[0],
         metric=_word(ended.get("metric")) or None,
-        metric_value=_float(ended.get("exact_match")),
+        metric_value=_float(ended.get("exact_match", ended.get("metric_after"))),  # its name until 0.1
         base_model=_word(known.get("base_model")),
         base_fingerprint=_word(known.get("base_fingerprint")),
         objective=_word(known.get("objective")),
