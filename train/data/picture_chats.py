@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from train.data.shapes import COLOURS, PLACES, SHAPES, Move, Scene, data_uri, draw_move, draw_scene, film, paint
 from train.data.tickets import write_rows
+from train.data.tokenizer_bpe import words
 
 SEED = 11
-SINGLE_ROWS = {"train": 6400, "valid": 60}
+SINGLE_ROWS = {"train": 4800, "valid": 60}
 WORDS_ROWS = {"train": 8000, "valid": 100}
 BASE_ROWS = {"train": 6400, "valid": 100, "test": 300}
 TASK_ROWS = {"train": 240, "valid": 50, "test": 100}
@@ -206,9 +208,16 @@ def moves_row(album: Album) -> Row:
 
 
 def single_row(album: Album) -> Row:
-    """One chat of the first stage of pre-training, in which the tower learns to see: little but the picture to read."""
-    scene, picture = album.page()
-    return {"messages": chat(album.rng, [(album.rng.choice(DESCRIBE), describe(scene))], [picture])}
+    """One chat of the first stage of pre-training, in which the tower learns to see: of a chat about one picture its
+    description alone, so that there is little but the picture to read."""
+    messages = one_picture(album)
+    picture = next(part for part in messages[0]["content"] if part["type"] != "text")
+    question, description = next(
+        (asks["content"], answer["content"])
+        for asks, answer in pairwise(messages)
+        if words(asks["content"]) in DESCRIBE
+    )
+    return {"messages": [asked(words(question), picture), answered(description)]}
 
 
 def words_row(album: Album) -> Row:
