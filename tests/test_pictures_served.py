@@ -176,7 +176,9 @@ def test_which_of_several_plain_pictures_is_second_at_once_and_one_a_turn(client
     differing = [pair for pair in zip(served, wanted, strict=True) if pair[0] != pair[1]]
     assert len(differing) <= 0.1 * len(asked), differing
     alone = [answer_offline(offline["shapes"], messages) for messages in asked]
-    assert [pair for pair in zip(served, alone, strict=True) if pair[0] != pair[1][0] and pair[1][1] > CLEAR] == []
+    assert [
+        pair for pair in zip(served, alone, strict=True) if pair[0] != pair[1][0] and pair[1][1] > CLEAR
+    ] == []
 
 
 def test_several_shapes_are_listed_in_their_order_and_told_apart_by_number(client):

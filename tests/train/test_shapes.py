@@ -167,7 +167,9 @@ def test_a_clip_begins_and_ends_in_its_corners_and_shows_each_picture_twice():
         assert len({frame.tobytes() for frame in frames}) == len(frames) // 2 > 1
         for frame, place in ((frames[0], move.begin), (frames[-1], move.end)):
             half = len(frame) // 2
-            differs = np.abs(frame - frame[half, half]).sum(axis=-1) > 60  # the middle of the picture is ground
+            differs = (
+                np.abs(frame - frame[half, half]).sum(axis=-1) > 60
+            )  # the middle of the picture is ground
             x, y = (int(share > 0.5) for share in PLACES[place])
             quarter = differs[y * half : (y + 1) * half, x * half : (x + 1) * half]
             assert quarter.sum() > 0.9 * differs.sum() > 0
@@ -182,7 +184,9 @@ def test_questions_about_one_of_several_pictures_are_answered_from_that_one(made
             ordinal = re.fullmatch(r"Which (?:one )?is (?:the )?(\w+)\?", words(question["content"]))
             if listed and question["role"] == "user" and ordinal and ordinal[1] in ORDINALS:
                 asked[ordinal[1]] += 1
-                assert listed[0].split(", ")[ORDINALS.index(ordinal[1])] == f"{ordinal[1]} {answer['content']}"
+                assert (
+                    listed[0].split(", ")[ORDINALS.index(ordinal[1])] == f"{ordinal[1]} {answer['content']}"
+                )
     assert set(asked) == set(ORDINALS)
 
 

@@ -14,7 +14,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from train.data.shapes import COLOURS, PLACES, SHAPES, Move, Scene, data_uri, draw_move, draw_scene, film, paint
+from train.data.shapes import (
+    COLOURS,
+    PLACES,
+    SHAPES,
+    Move,
+    Scene,
+    data_uri,
+    draw_move,
+    draw_scene,
+    film,
+    paint,
+)
 from train.data.tickets import write_rows
 from train.data.tokenizer_bpe import words
 
