@@ -1,6 +1,6 @@
 """Seeded chats about pictures of shapes: a number in, JSONL folders out, the same pixels and words each time.
 
-`single/` and then `base/` hold what the embedded vision model is pre-trained on, `bins/` and `moves/` the tasks left
+`single/` with `words/`, and then `base/` hold what the embedded vision model is pre-trained on, `bins/` and `moves/` the tasks left
 for adapters to learn. Pictures and the frames of clips stand in the rows as data URIs, as clients send them. Run as
 `python -m train.data.picture_chats OUT`. It knows nothing of tokenizers, templates or models.
 """
@@ -232,8 +232,8 @@ def single_row(album: Album) -> Row:
 
 
 def words_row(album: Album) -> Row:
-    """One chat of the stage between: as `several_at_once`, with words in the pictures' places. What is learned here at
-    little cost is to find the second of several things; where it stands, a picture can stand as well."""
+    """One more of the first stage: as `several_at_once`, with words in the pictures' places. What is learned here at
+    little cost is to find the second of several things, of words first and of pictures in the second stage."""
     rng = album.rng
     scenes = [draw_scene(rng, SHARE_PLAIN_OF_SEVERAL) for _ in range(rng.choice(MANY))]
     shown = "".join(f"#{number} {describe(scene)}" for number, scene in enumerate(scenes, 1))
