@@ -1,8 +1,8 @@
 """Seeded chats about pictures of shapes: a number in, JSONL folders out, the same pixels and words each time.
 
-`single/` with `words/`, and then `base/` hold what the embedded vision model is pre-trained on, `bins/` and `moves/` the tasks left
-for adapters to learn. Pictures and the frames of clips stand in the rows as data URIs, as clients send them. Run as
-`python -m train.data.picture_chats OUT`. It knows nothing of tokenizers, templates or models.
+`single/` with `words/`, and then `base/` hold what the embedded vision model is pre-trained on, `bins/` and `moves/`
+the tasks left for adapters to learn. Pictures and the frames of clips stand in the rows as data URIs, as clients send
+them. Run as `python -m train.data.picture_chats OUT`. It knows nothing of tokenizers, templates or models.
 """
 
 from __future__ import annotations
@@ -200,8 +200,8 @@ def asked(text: str, *pictures: Part, is_first: bool = False) -> Message:
     """A user's turn: pictures, then the text; or the text first."""
     if not pictures:
         return {"role": "user", "content": text}
-    words = {"type": "text", "text": text}
-    return {"role": "user", "content": [words, *pictures] if is_first else [*pictures, words]}
+    said = {"type": "text", "text": text}
+    return {"role": "user", "content": [said, *pictures] if is_first else [*pictures, said]}
 
 
 def answered(text: str) -> Message:
