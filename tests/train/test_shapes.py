@@ -29,7 +29,11 @@ INIT = ROOT / "data" / "shapes-init"
 TASKS = {"bins": WHICH_BIN, "moves": WHICH_WAY}
 SPLITS = ("train", "valid", "test")
 VOCAB_SIZE = 512
-FEW = {"single_rows": {"train": 20, "valid": 4}, "base_rows": {"train": 400, "valid": 20, "test": 60}}
+FEW = {
+    "single_rows": {"train": 20, "valid": 4},
+    "words_rows": {"train": 20, "valid": 4},
+    "base_rows": {"train": 400, "valid": 20, "test": 60},
+}
 """Of the pre-training chats; their pictures take a millisecond each to paint."""
 
 
@@ -93,8 +97,9 @@ def test_no_picture_stands_in_two_files(made):
     seen = [
         {(picture.shape, picture.tobytes()) for picture in pictures(path)}
         for path in sorted(made.rglob("*.jsonl"))
+        if path.parent.name != "words"
     ]
-    assert all(seen), "every file holds pictures"
+    assert all(seen), "every file but those of words holds pictures"
     assert len(set().union(*seen)) == sum(len(found) for found in seen)
 
 
