@@ -31,8 +31,9 @@ SPLITS = ("train", "valid", "test")
 VOCAB_SIZE = 512
 FEW = {
     "single_rows": {"train": 20, "valid": 4},
-    "words_rows": {"train": 20, "valid": 4},
+    "words_rows": {"train": 100, "valid": 4},
     "base_rows": {"train": 400, "valid": 20, "test": 60},
+    "several_rows": {"train": 80, "valid": 4},
 }
 """Of the pre-training chats; their pictures take a millisecond each to paint."""
 
@@ -115,8 +116,9 @@ def test_every_token_of_a_task_s_answer_was_a_target_in_pretraining(made, task):
         assert tokens(made / task / f"{split}.jsonl") <= targets
 
 
-def test_pretraining_never_asks_for_a_task_nor_answers_a_picture_as_one(made):
-    for row in rows(made / "base" / "train.jsonl"):
+@pytest.mark.parametrize("folder", ["words", "single", "several", "base"])
+def test_pretraining_never_asks_for_a_task_nor_answers_a_picture_as_one(made, folder):
+    for row in rows(made / folder / "train.jsonl"):
         has_picture = any(not isinstance(message["content"], str) for message in row)
         for message in row:
             text = words(message["content"])
@@ -180,10 +182,25 @@ def test_a_clip_begins_and_ends_in_its_corners_and_shows_each_picture_twice():
             assert quarter.sum() > 0.9 * differs.sum() > 0
 
 
-def test_questions_about_one_of_several_pictures_are_answered_from_that_one(made):
+def test_words_in_pictures_places_are_numbered_and_say_what_the_list_says(made):
+    """What is told after #1 is the first of the list, and so on to the last."""
+    for row in rows(made / "words" / "train.jsonl"):
+        texts = [part["text"] for part in row[0]["content"]]
+        told = [text for text in texts if text.startswith("#")]
+        question = next(text for text in texts if text not in told)
+        asks = [question, *(words(message["content"]) for message in row[2::2])]
+        listed = next(row[2 * turn + 1]["content"] for turn, ask in enumerate(asks) if ask in LIST)
+        for number, (text, named) in enumerate(zip(told, listed.split(", "), strict=True), 1):
+            assert text.startswith(f"#{number} ")
+            assert named.startswith(f"{ORDINALS[number - 1]} the ")
+            assert set(named.split()[2:]) - {"one"} <= set(text.split())
+
+
+@pytest.mark.parametrize("folder", ["words", "several", "base"])
+def test_questions_about_one_of_several_are_answered_from_that_one(made, folder):
     """Each ordinal is asked about, and of all that stands in a list the asked one alone is the answer."""
     asked: Counter[str] = Counter()
-    for row in rows(made / "base" / "train.jsonl"):
+    for row in rows(made / folder / "train.jsonl"):
         listed = [m["content"] for q, m in pairwise(row) if words(q["content"]) in LIST]
         for question, answer in pairwise(row):
             ordinal = re.fullmatch(r"Which (?:one )?is (?:the )?(\w+)\?", words(question["content"]))

@@ -1,8 +1,9 @@
 """Seeded chats about pictures of shapes: a number in, JSONL folders out, the same pixels and words each time.
 
-`single/` with `words/`, and then `base/` hold what the embedded vision model is pre-trained on, `bins/` and `moves/`
-the tasks left for adapters to learn. Pictures and the frames of clips stand in the rows as data URIs, as clients send
-them. Run as `python -m train.data.picture_chats OUT`. It knows nothing of tokenizers, templates or models.
+`words/`, `single/`, and `several/` with `base/` hold what the embedded vision model is pre-trained on in
+three stages, `bins/` and `moves/` the tasks left for adapters to learn. Pictures and the frames of clips stand in the
+rows as data URIs, as clients send them. Run as `python -m train.data.picture_chats OUT`. It knows nothing of
+tokenizers, templates or models.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ from train.data.tokenizer_bpe import words
 
 SEED = 11
 SINGLE_ROWS = {"train": 4800, "valid": 60}
-WORDS_ROWS = {"train": 8000, "valid": 100}
+WORDS_ROWS = {"train": 12000, "valid": 100}
+SEVERAL_ROWS = {"train": 3200, "valid": 60}
 BASE_ROWS = {"train": 6400, "valid": 100, "test": 300}
 TASK_ROWS = {"train": 240, "valid": 50, "test": 100}
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 COUNTS = ("one", "two", "three", "four", "five")
 SHARE_PLAIN = 0.12
 SHARE_PLAIN_OF_SEVERAL = 0.25
+SHARE_SENTENCES = 0.4
+"""Of scenes told in words."""
 MANY = (2, 3, 3, 4, 5)
 """How many pictures a chat about several shows."""
 
@@ -154,8 +158,9 @@ def write_all(
     single_rows: Mapping[str, int] = SINGLE_ROWS,
     words_rows: Mapping[str, int] = WORDS_ROWS,
     base_rows: Mapping[str, int] = BASE_ROWS,
+    several_rows: Mapping[str, int] = SEVERAL_ROWS,
 ) -> None:
-    """Write `bins/`, `moves/`, `single/` and `base/` under `out`, a file each split; no picture is shared."""
+    """Write a folder each task and each stage's rows under `out`, a file each split; no picture is shared."""
     seen: set[str] = set()
     tasks = {
         "bins": (TASK_ROWS, bins_row),
@@ -163,6 +168,7 @@ def write_all(
         "single": (single_rows, single_row),
         "words": (words_rows, words_row),
         "base": (base_rows, base_row),
+        "several": (several_rows, several_row),
     }
     for folder, (sizes, draw) in tasks.items():
         for split, size in sizes.items():
@@ -194,6 +200,26 @@ class Album:
             if not self.seen & set(uris):
                 self.seen |= set(uris)
                 return move, {"type": "video", "video": uris}
+
+
+class Told:
+    """Tells in words what an album would show: one chat's scenes, numbered as the chat template numbers pictures.
+
+    Words in any order make a reader look for what a word means, not where it stands, as in a picture's tokens.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self._number = 0
+
+    def page(self, share_plain: float = SHARE_PLAIN) -> tuple[Scene, Part]:
+        """A scene, and the part that tells it: as a sentence, or as words in any order."""
+        scene = draw_scene(self.rng, share_plain)
+        said = [word for word in (scene.colour, scene.shape, scene.place) if word]
+        self.rng.shuffle(said)
+        text = describe(scene) if self.rng.random() < SHARE_SENTENCES else " ".join(said)
+        self._number += 1
+        return scene, {"type": "text", "text": f"#{self._number} {text}"}
 
 
 def asked(text: str, *pictures: Part, is_first: bool = False) -> Message:
@@ -232,21 +258,18 @@ def single_row(album: Album) -> Row:
 
 
 def words_row(album: Album) -> Row:
-    """One more of the first stage: as `several_at_once`, with words in the pictures' places. What is learned here at
-    little cost is to find the second of several things, of words first and of pictures in the second stage."""
-    rng = album.rng
-    scenes = [draw_scene(rng, SHARE_PLAIN_OF_SEVERAL) for _ in range(rng.choice(MANY))]
-    shown = "".join(f"#{number} {describe(scene)}" for number, scene in enumerate(scenes, 1))
-    turns = [numbered_question(rng, scenes) for _ in range(4)]
-    turns.insert(rng.randint(0, 4), (rng.choice(LIST), list_all(scenes)))
-    first, *others = turns
-    is_first = rng.random() < 0.25
-    opening = f"{first[0]}{shown}" if is_first else f"{shown}{first[0]}"
-    return {"messages": chat(rng, [(opening, first[1]), *others], [])}
+    """One chat of the first stage: as `several_row`, with words in the pictures' places. What is learned here, at
+    little cost, is to find the second of several things; the stages after it show pictures where the words were."""
+    return {"messages": several_at_once(Told(album.rng))}
+
+
+def several_row(album: Album) -> Row:
+    """One chat of the last stage about several pictures, of which its mixture has too few to learn from."""
+    return {"messages": several_at_once(album)}
 
 
 def base_row(album: Album) -> Row:
-    """One chat of the second stage's mixture."""
+    """One chat of the last stage's mixture."""
     kinds = (one_picture, several_at_once, one_a_turn, one_clip, talk)
     draw = album.rng.choices(kinds, weights=(20, 36, 18, 12, 14))[0]
     return {"messages": draw(album)}
@@ -270,7 +293,7 @@ def one_clip(album: Album) -> list[Message]:
     return chat(rng, turns, [clip])
 
 
-def several_at_once(album: Album) -> list[Message]:
+def several_at_once(album: Album | Told) -> list[Message]:
     """Two to five pictures in one message, all of them listed, and four questions about one or another."""
     rng = album.rng
     pages = [album.page(SHARE_PLAIN_OF_SEVERAL) for _ in range(rng.choice(MANY))]
@@ -343,7 +366,7 @@ def small_talk(rng: random.Random) -> tuple[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="folder to write its four folders into")
+    parser.add_argument("out", type=Path, help="folder to write its folders into")
     parser.add_argument("--seed", type=int, default=SEED)
     arguments = parser.parse_args()
     write_all(arguments.out, arguments.seed)
