@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +24,8 @@ PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnit
 INSIDE = "language_model"
 """Where mlx-vlm's models have layers and head."""
 HEADS = ("lm_head", "output", "embed_out")
+SIDES_KNOWN = "0.19.0"
+"""The first PEFT that took a parameter's last axis for the inputs, as this does."""
 ULPS = 4
 
 
@@ -48,14 +50,12 @@ def as_peft(tensors: Mapping[str, mx.array], config: AdapterConfig, base: str) -
         ranks[each.parameter], scales[each.parameter] = each.rank, each.scale
         made[f"{PREFIX}{each.key}.lora_A.weight"] = each.a
         made[f"{PREFIX}{each.key}.lora_B.weight"] = each.b
-    whole = {name: their_name(name) for name in tensors if name.endswith((".weight", ".bias"))}
-    made |= {f"{PREFIX}{theirs}": tensors[name] for name, theirs in whole.items()}
     settings = _settings(config, base, ranks, scales)
     settings["target_modules"] = sorted(named.values())
     settings["target_parameters"] = sorted(each.parameter for each in experts) or None
-    settings["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole.values()}) or None
     if experts:
         settings["lora_dropout"] = 0.0  # PEFT refuses any other beside target_parameters
+        settings["peft_version"] = SIDES_KNOWN
     return Contents("peft", made, settings)
 
 
@@ -73,6 +73,20 @@ def their_name(name: str) -> str:
             f"{name}: what Hugging Face calls it in this family is not known here; known is the language part"
         )
     return name
+
+
+def our_names(names: Iterable[str]) -> dict[str, str]:
+    """The inverse: Hugging Face's names of modules, or of tensors of them → mlx-lm's."""
+    start = f"model.{INSIDE}."
+    names = list(names)
+    is_inside = any(name.startswith(start) for name in names)
+    made = {}
+    for name in names:
+        if name.startswith(start):
+            made[name] = f"{INSIDE}.model.{name.removeprefix(start)}"
+        else:
+            made[name] = f"{INSIDE}.{name}" if is_inside and name.partition(".")[0] in HEADS else name
+    return made
 
 
 def alpha_of(scale: float, rank: int) -> int | float:
