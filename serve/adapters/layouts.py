@@ -69,7 +69,8 @@ def as_mlx(tensors: Mapping[str, mx.array], config: AdapterConfig) -> Contents:
     """
     if others := others_of(tensors):
         raise AdapterError(
-            f"mlx-lm's layout has no place for {', '.join(others)}; a PEFT folder holds them, and is served as it is"
+            f"mlx-lm's layout has no place for {', '.join(others)}; a PEFT folder holds them, and is served as it "
+            f"is. If weights among them are copies of the base's, name it with --base"
         )
     paths = paths_of(tensors)
     ranks = {path: rank_in(tensors, path) for path in paths}

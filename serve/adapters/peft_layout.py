@@ -7,6 +7,7 @@ packed as PEFT packs `target_parameters`.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -26,6 +27,8 @@ INSIDE = "language_model"
 HEADS = ("lm_head", "output", "embed_out")
 SIDES_KNOWN = "0.19.0"
 """The first PEFT that took a parameter's last axis for the inputs, as this does."""
+WRAPPERS = re.compile(r"^(?:base_model\.model\.|_orig_mod\.)+")
+"""What PEFT and torch.compile put before the names of a model that they wrap."""
 ULPS = 4
 
 
@@ -78,14 +81,14 @@ def their_name(name: str) -> str:
 def our_names(names: Iterable[str]) -> dict[str, str]:
     """The inverse: Hugging Face's names of modules, or of tensors of them → mlx-lm's."""
     start = f"model.{INSIDE}."
-    names = list(names)
-    is_inside = any(name.startswith(start) for name in names)
+    plain = {name: WRAPPERS.sub("", name) for name in names}
+    is_inside = any(name.startswith(start) for name in plain.values())
     made = {}
-    for name in names:
+    for theirs, name in plain.items():
         if name.startswith(start):
-            made[name] = f"{INSIDE}.model.{name.removeprefix(start)}"
+            made[theirs] = f"{INSIDE}.model.{name.removeprefix(start)}"
         else:
-            made[name] = f"{INSIDE}.{name}" if is_inside and name.partition(".")[0] in HEADS else name
+            made[theirs] = f"{INSIDE}.{name}" if is_inside and name.partition(".")[0] in HEADS else name
     return made
 
 
@@ -94,7 +97,9 @@ def alpha_of(scale: float, rank: int) -> int | float:
     near = [scale * rank]
     for _ in range(ULPS):
         near = [math.nextafter(near[0], 0), *near, math.nextafter(near[-1], math.inf)]
-    near.sort(key=lambda alpha: (abs(alpha / rank - scale), abs(alpha - scale * rank)))
+    near.sort(
+        key=lambda alpha: (abs(alpha / rank - scale), not alpha.is_integer(), abs(alpha - scale * rank))
+    )
     return int(near[0]) if near[0].is_integer() and near[0] < 2**53 else near[0]
 
 

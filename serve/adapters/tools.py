@@ -18,6 +18,7 @@ from serve.adapters.config import AdapterConfig
 from serve.adapters.expression import WEIGHT
 from serve.adapters.extraction import Extraction
 from serve.adapters.factors import tensors_of
+from serve.adapters.fit import fit
 from serve.adapters.layouts import (
     OF_MLX,
     OF_PEFT,
@@ -32,6 +33,7 @@ from serve.adapters.layouts import (
 from serve.adapters.manifest import TENSORS_FILE, Lineage, content_hash, write_files
 from serve.adapters.merged_lineage import merged_lineage
 from serve.adapters.opened import Opened, open_adapter
+from serve.adapters.own import EXPERT, STACKS
 from serve.adapters.peft_layout import as_peft, our_names
 from serve.adapters.prefixes import without_containers
 from serve.errors import AdapterError, ConfigError, StorageError
@@ -46,6 +48,8 @@ TENSORS_FILES: Mapping[Layout, tuple[str, str]] = {
     "peft": ("adapter_model.safetensors", "pt"),
 }
 """Of each layout, its file of tensors, and the framework that this names."""
+
+WEIGHTS = (".weight", ".base_weight")
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def convert(path: Path, out: Path, layout: Layout, base: LoadedModel | None = No
         raise ConfigError(f"{path} is in {layout}'s layout already")
     if layout == "peft":
         return _save(out, _to_peft(opened, base.name if base else ""), opened.config.lineage)
-    return _save(out, _to_mlx(opened, base is not None), opened.config.lineage)
+    return _save(out, _to_mlx(opened, base), opened.config.lineage)
 
 
 def merge(
@@ -101,7 +105,7 @@ def merge(
     lineages = {name: each.config.lineage for name, each in zip(names, opened, strict=True)}
     lineage = merged_lineage(lineages, parent=text, created=_now())
     config = AdapterConfig("lora", -1, scale=1.0)
-    to = layout or opened[0].files.format
+    to: Layout = layout or opened[0].files.format
     return _save(
         out, _contents(tensors_of(made), config, to, base.name if base else _base_of(opened)), lineage
     )
@@ -174,12 +178,17 @@ def _kept(opened: Opened) -> OfPeft | None:
         return None
 
 
-def _to_mlx(opened: Opened, is_own: bool) -> Contents:
-    tensors, config = opened.tensors, opened.config
-    if not is_own:
+def _to_mlx(opened: Opened, base: LoadedModel | None) -> Contents:
+    copies = [] if base is None else _copies(opened, base)
+    tensors = {name: tensor for name, tensor in opened.tensors.items() if name not in copies}
+    config = opened.config
+    if base is None:
         _check_names(opened)
         tensors = _renamed(tensors)
     contents = as_mlx(tensors, config)
+    if copies:
+        note = f"{', '.join(copies)}: the base's own, and left out"
+        contents = dataclasses.replace(contents, notes=(*contents.notes, note))
     settings = contents.settings
     was = opened.files.raw.get(OF_MLX)
     if isinstance(was, dict) and _is_as(settings, was):
@@ -190,13 +199,23 @@ def _to_mlx(opened: Opened, is_own: bool) -> Contents:
     return dataclasses.replace(contents, settings=settings, notes=(*contents.notes, *notes))
 
 
+def _copies(opened: Opened, base: LoadedModel) -> list[str]:
+    """Weights that PEFT saved along and that are the base's: what would be done with them says so."""
+    if not any(name.endswith(WEIGHTS) for name in opened.others):
+        return []
+    updates = fit(opened.name, opened.files.read(), opened.files.config, base.network)
+    whole = {path for path, update in updates.items() if update.a is None}
+    return [name for name in opened.others if name.endswith(WEIGHTS) and name.rpartition(".")[0] not in whole]
+
+
 def _check_names(opened: Opened) -> None:
     """AdapterError where only the base can tell what a layer is called in mlx-lm, or is made of."""
-    stacks = [path for path in paths_of(opened.tensors) if ".experts." in f".{path}."]
-    if stacks:
+    found = {path: EXPERT.fullmatch(path) for path in paths_of(opened.tensors)}
+    experts = [path for path, match in found.items() if match and match["leaf"] in STACKS]
+    if experts:
         raise AdapterError(
-            f"{opened.name} adapts experts ({stacks[0]}, …), which mlx-lm keeps in other forms than Hugging Face; "
-            f"name the base with --base"
+            f"{opened.name} adapts experts ({experts[0]}), which mlx-lm keeps in other forms than Hugging Face; name "
+            f"their base with --base"
         )
 
 
@@ -212,8 +231,10 @@ def _is_as(settings: Mapping[str, Any], was: Mapping[str, Any]) -> bool:
     is_same_kind = was.get("fine_tune_type", "lora") == settings.get("fine_tune_type")
     if not isinstance(before, dict) or not isinstance(now, dict) or not is_same_kind:
         return False
+    keys = before.get("keys")
+    has_all = keys is None or set(now["keys"]) <= {*keys}
     scale = before.get("scale", before.get("alpha", 0) / (before.get("rank") or 1))
-    return before.get("rank") == now["rank"] and math.isclose(scale, now["scale"], rel_tol=1e-12)
+    return has_all and before.get("rank") == now["rank"] and math.isclose(scale, now["scale"], rel_tol=1e-12)
 
 
 def _way_back(opened: Opened, contents: Contents, kept: OfPeft) -> tuple[OfPeft, list[str]]:
