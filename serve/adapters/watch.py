@@ -56,6 +56,8 @@ class _Followed:
     """The newest that was loaded or refused."""
     content: str = ""
     """Of what was loaded last."""
+    copy: Path | None = None
+    """The last one that was made."""
     version: str = ""
     problem: str = ""
     again_s: float | None = None
@@ -224,7 +226,7 @@ class AdapterWatch:
         copy = self._copies.take(followed.name, found)
         if copy is None:
             return
-        version = None
+        followed.copy, version = copy, None
         try:
             content = content_of(copy)
             if content != followed.content:
@@ -266,11 +268,14 @@ class AdapterWatch:
     def _refuse(self, followed: _Followed, found: Published | None, error: Exception | None) -> None:
         """Tell it once, and leave it until it changes; what may pass by itself is tried again later."""
         message = str(error) or repr(error)
+        if followed.copy is not None and found is not None:
+            message = message.replace(str(followed.copy), str(found.folder))
         if message != followed.problem:
             is_ours = isinstance(error, LatheError | OSError)
             logger.warning(
-                "watched adapter %r is not loaded: %s",
+                "watched adapter %r, %s, is not loaded: %s",
                 followed.name,
+                found.folder if found else followed.folder,
                 message,
                 exc_info=None if is_ours else error,
             )
