@@ -13,10 +13,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import ValidationError
 
+from serve.adapters.prefixes import without_containers
 from serve.errors import AdapterError
 from serve.model.quantization import Quantization
 
@@ -99,10 +100,37 @@ class AdapterConfig:
     init_lora_weights: str = "default"
     """How A and B began; after pissa the folder holds an update of twice the recipe's rank."""
     lineage: Lineage | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """By module path, where another than `rank`; whatever containers stand before the path."""
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """Likewise, where another than `scale`."""
+
+    def rank_of(self, path: str) -> int:
+        """R of the update of the module at `path`, by its name in the file or in the model."""
+        return _of_module(self.ranks, path, self.rank)
+
+    def scale_of(self, path: str) -> float:
+        """The factor on that module's B(Ax)."""
+        return _of_module(self.scales, path, self.scale)
+
+
+T = TypeVar("T")
+
+
+def _of_module(named: Mapping[str, T], path: str, otherwise: T) -> T:
+    if not named:
+        return otherwise
+    wanted = without_containers(path)
+    return next((value for name, value in named.items() if without_containers(name) == wanted), otherwise)
 
 
 def config_json(config: AdapterConfig) -> dict[str, Any]:
-    """What `adapter_config.json` holds: mlx-lm's keys first."""
+    """What `adapter_config.json` holds: mlx-lm's keys first. AdapterError for ranks and scales by module, which that
+    layout has no words for."""
+    if config.ranks or config.scales:
+        raise AdapterError(
+            "mlx-lm's layout has one rank and one scale for all modules, and these differ by module"
+        )
     parameters: dict[str, Any] = {"rank": config.rank, "scale": config.scale, "dropout": config.dropout}
     if config.keys:
         parameters["keys"] = list(config.keys)

@@ -31,30 +31,38 @@ class Size:
     """What an update takes in the bank."""
 
     rank: int
+    """0 of one that is dense."""
     has_gain: bool
+    is_dense: bool = False
+    """It is a whole weight's difference."""
+    has_bias: bool = False
 
 
 @dataclass(frozen=True)
 class LowRank:
     """The update of one module, float32.
 
-    a     [D, R], of experts [E, D, R]
+    a     [D, R], of experts [E, D, R]; None: the identity, and b [D, O] is the whole difference of the weight
     b     [R, O], of experts [E, R, O], with the scale folded in
-    gain  [O]  DoRA's m / ‖W + s·BA‖ − 1, by which the updated output is lengthened; None: not at all
+    gain  [O]  DoRA's m / ‖W + s·BA‖ − 1, by which the updated output is lengthened; None: not at all, as where a is
+    bias  [O]  added last, whatever the gain; None: nothing, as of experts
     """
 
-    a: mx.array
+    a: mx.array | None
     b: mx.array
     gain: mx.array | None = None
+    bias: mx.array | None = None
 
     @property
     def size(self) -> Size:
         """What it takes in the bank."""
-        return Size(self.a.shape[-1], self.gain is not None)
+        rank = 0 if self.a is None else self.a.shape[-1]
+        return Size(rank, self.gain is not None, self.a is None, self.bias is not None)
 
     def arrays(self) -> dict[str, mx.array]:
         """What there is, by the name of the tensor that it was made of."""
-        made = {"lora_a": self.a, "lora_b": self.b, "m": self.gain}
+        b = "lora_b" if self.a is not None else "weight"
+        made = {"lora_a": self.a, b: self.b, "m": self.gain, "bias": self.bias}
         return {name: array for name, array in made.items() if array is not None}
 
 
@@ -186,8 +194,8 @@ def _check_shapes(
             problems.append(f"{path}.{part} holds {spec.dtype}, floating-point values were expected")
     if rank > max_rank:
         problems.append(f"{path} has rank {rank}, this server takes up to {max_rank}")
-    elif len(problems) == before and rank != config.rank:
-        problems.append(f"{path} has rank {rank}, its adapter_config.json says {config.rank}")
+    elif len(problems) == before and rank != config.rank_of(path):
+        problems.append(f"{path} has rank {rank}, its adapter_config.json says {config.rank_of(path)}")
     return Size(rank, "m" in parts)
 
 
@@ -207,21 +215,21 @@ def _update(
     a, b = (parts[part].astype(mx.float32) for part in ("lora_a", "lora_b"))
     if isinstance(module, EXPERTS):
         a, b = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
-    gain = None
+    gain, scale = None, config.scale_of(path)
     if "m" in parts:
         if path not in norms:
             norms[path] = squared_row_norms(module)
-        adapted = adapted_norms(module, norms[path], a, b, config.scale)
+        adapted = adapted_norms(module, norms[path], a, b, scale)
         gain = parts["m"].astype(mx.float32) / adapted - 1
         if not _is_finite(adapted):
             problems.append(f"{path}: the lengths of its updated rows overflow float32")
-    b = b * config.scale
+    b = b * scale
     if config.init_lora_weights != "default" and dtype != mx.float32 and _is_finite(a) and _is_finite(b):
         a, b = balanced(a, b)
     update = LowRank(a, b, gain)
     for part, value in update.arrays().items():
         if not _is_finite(value.astype(dtype)):
-            scaled = f", times its scale of {config.scale:g}," if part == "lora_b" else ""
+            scaled = f", times its scale of {scale:g}," if part == "lora_b" else ""
             name = str(dtype).rpartition(".")[2]
             problems.append(
                 f"{path}.{part}{scaled} has values that {name}, which the model computes in, cannot hold"

@@ -176,8 +176,9 @@ def content_hash(tensors: dict[str, mx.array]) -> str:
 
 def effect_hash(tensors_hash: str, config: AdapterConfig) -> str:
     """`sha256:…` over the tensors' hash and whatever the config says of them; where they came from does not count."""
-    settings = config_json(dataclasses.replace(config, lineage=None))
-    text = json.dumps([tensors_hash, settings], sort_keys=True)
+    settings = config_json(dataclasses.replace(config, lineage=None, ranks={}, scales={}))
+    by_module = [by for by in (config.ranks, config.scales) if config.ranks or config.scales]
+    text = json.dumps([tensors_hash, settings, *map(dict, by_module)], sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 

@@ -10,14 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from serve.adapters.prefixes import without_containers
 from serve.errors import AdapterError
 from serve.model.network import Network
 from serve.model.weights import expert_modules, linear_modules
-
-CONTAINERS = frozenset(
-    ("base_model", "model", "language_model", "text_model", "thinker", "transformer", "backbone")
-)
-"""Parts of names that say what a layer is inside of, and not which it is."""
 
 T = TypeVar("T")
 
@@ -44,16 +40,9 @@ def own_paths(paths: Iterable[str], network: Network) -> dict[str, str]:
     own = {**linear_modules(network.module), **expert_modules(network.module)}
     by_end: dict[str, list[str]] = {}
     for path in own:
-        by_end.setdefault(_end(path), []).append(path)
+        by_end.setdefault(without_containers(path), []).append(path)
     found = {}
     for path in paths:
-        meant = by_end.get(_end(path), [])
+        meant = by_end.get(without_containers(path), [])
         found[path] = meant[0] if path not in own and len(meant) == 1 else path
     return found
-
-
-def _end(path: str) -> str:
-    parts = path.split(".")
-    while len(parts) > 1 and parts[0] in CONTAINERS:
-        parts.pop(0)
-    return ".".join(parts)
