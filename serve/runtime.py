@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from serve.adapters.registry import Registry
+from serve.adapters.resolver import Resolver
 from serve.adapters.version import AdapterVersion
 from serve.config import ServeConfig
 from serve.engine.engine import Engine, EngineLimits
@@ -40,6 +41,8 @@ class Runtime:
     """By public name."""
     recorder: Recorder | None
     """None without experiments."""
+    resolver: Resolver
+    """Where names that nobody loaded are looked up."""
 
     @property
     def registry(self) -> Registry:
@@ -49,6 +52,13 @@ class Runtime:
     def template_of(self, version: AdapterVersion | None) -> ChatTemplate:
         """The chat template that an adapter version answers under, or the base (None)."""
         return version.template if version is not None and version.template is not None else self.template
+
+    def prefix_bytes(self, version: AdapterVersion | None) -> int:
+        """Memory that holds keys and values of prefixes under an adapter, or the base (None). Blocks until a step has
+        ended."""
+        found: list[int] = []
+        self.worker.call(lambda: found.append(self.engine.prefix_bytes(version)))
+        return found[0]
 
     @property
     def max_context(self) -> int:
@@ -81,7 +91,8 @@ class Runtime:
         experiments = {run.experiment.name: run for run in runs}
         worker = Worker(engine)
         worker.start()
-        return cls(config, model, engine, worker, template, sight, experiments, recorder)
+        resolver = Resolver(engine.registry, config.adapter_dirs, config.adapter_hub)
+        return cls(config, model, engine, worker, template, sight, experiments, recorder, resolver)
 
     def close(self) -> None:
         """Stop the engine's thread, whose open requests end with an error, and finish writing."""
@@ -100,6 +111,8 @@ def _limits(config: ServeConfig) -> EngineLimits:
         memory_budget_bytes=_bytes(config.memory_budget_gib),
         kv_budget_bytes=_bytes(config.kv_budget_gib),
         adapter_budget_bytes=_bytes(config.adapter_budget_gib),
+        adapter_host_bytes=_bytes(config.adapter_host_gib),
+        adapter_file_bytes=int(config.adapter_file_gib * 2**30),
         prefix_cache_bytes=_bytes(config.prefix_cache_gib),
         prefix_cache_dir=config.prefix_cache_dir,
         prefix_cache_disk_bytes=_bytes(config.prefix_cache_disk_gib),
@@ -110,6 +123,7 @@ def _limits(config: ServeConfig) -> EngineLimits:
         precision=config.kv_precision,
         ahead=AHEAD[config.one_step_ahead],
         max_adapters=config.max_adapters,
+        adapter_versions=config.adapter_versions,
         max_rank=config.max_rank,
         allow_other_base=config.allow_other_base,
     )

@@ -119,9 +119,7 @@ class Registry:
         self._model = model
         self._fitting = Fitting(model.network, max_rank)
         self._admission = Admission(model, rules, allow_other_base=allow_other_base)
-        self.contents = Contents(
-            self._fitting, model.network.parameters_dtype(), max_file_bytes=file_bytes
-        )
+        self.contents = Contents(self._fitting, model.network.parameters_dtype(), max_file_bytes=file_bytes)
         self.residency = Residency(
             bank,
             Bank(model.network),
@@ -132,12 +130,15 @@ class Registry:
             run=lambda function: self.run(function),
             post=lambda function: self.post(function),
         )
+        self.residency.lose = self._lose
         self._max_others = max_others
         self._max_found = max_found
         self._lock = threading.Lock()  # guards everything below; held for dictionary work alone
         self._names: dict[str, Name] = {}
         self._known: dict[str, Known] = {}  # by id; of a name, or still held by requests
-        self._found: OrderedDict[str, None] = OrderedDict()  # names that were looked up, the one used last at the end
+        self._found: OrderedDict[str, None] = (
+            OrderedDict()
+        )  # names that were looked up, the one used last at the end
         self._last_number: dict[str, int] = {}
         self._busy: dict[str, _Turn] = {}  # names of which a version is made or changed
 
@@ -164,13 +165,18 @@ class Registry:
     def add(
         self, name: str, source: Source, *, replace: bool = False, is_found: bool = False
     ) -> AdapterVersion:
-        """Read and check an adapter; new requests for `name` use it from here on. `is_found`: looked up for one.
+        """Read and check an adapter; new requests for `name` use it from here on.
 
-        Blocks while it is read; running streams go on. It gets a slot at once where one is free, or its name's earlier
-        version has one; else when it is asked for. Nothing changes when it raises: NotFoundError, AdapterError
-        (unreadable, does not fit, name taken), AdapterMemoryError (it could never be brought in, or not be read now).
+        is_found  it was looked up for a request: what the name stands for already will do, and it may be forgotten
+
+        Blocks while it is read; running streams go on. It gets a slot at once where one is free, or its name's
+        earlier version has one; else when it is asked for. Nothing changes when it raises: NotFoundError,
+        AdapterError (unreadable, does not fit, name taken), AdapterMemoryError (never enough, or not now).
         """
         with self._turn(name):
+            known = self._current(name) if is_found else None
+            if known is not None:
+                return known
             self._check_name(name, replace)
             outline = source.look(name, self._fitting)
             admitted = self._admission.check(name, outline.lineage)
@@ -282,6 +288,11 @@ class Registry:
         with self._lock:
             return [known.version for known in self._known.values() if self._is_in_use(known)]
 
+    def current(self) -> list[AdapterVersion]:
+        """What each name stands for."""
+        with self._lock:
+            return [entry.current.version for entry in self._names.values()]
+
     def names(self) -> list[str]:
         """Names that new requests may ask for."""
         with self._lock:
@@ -297,12 +308,23 @@ class Registry:
         """Its number in the bank; None while it has none."""
         return self.residency.slot_of(version)
 
+    def device_bytes(self, version: AdapterVersion) -> int:
+        """What it takes on the device; 0 without a slot."""
+        return self.residency.device_bytes(version)
+
     def show(self, name: str) -> ShownName:
         """A name, and its versions as they are. NotFoundError."""
+        found = self.find(name)
+        if found is None:
+            raise NotFoundError(f"no adapter {name!r} is loaded")
+        return found
+
+    def find(self, name: str) -> ShownName | None:
+        """As `show`; None where there is none."""
         with self._lock:
             entry = self._names.get(name)
             if entry is None:
-                raise NotFoundError(f"no adapter {name!r} is loaded")
+                return None
             known = [entry.current, *entry.others.values()]
             counts = [each.num_requests for each in known]
             is_pinned, is_found, current = entry.is_pinned, entry.is_found, entry.current.version
@@ -333,11 +355,13 @@ class Registry:
                 assert all(self._known.get(each.version.id) is each for each in known.values())
                 assert max(known) <= self._last_number[name], f"{name} has a version that was never made"
                 idle = [each for each in entry.others.values() if not each.num_requests]
-                assert len(idle) <= self._max_others, f"more than {self._max_others} versions of {name} are kept"
+                assert len(idle) <= self._max_others, (
+                    f"more than {self._max_others} versions of {name} are kept"
+                )
             assert all(known.version.id == id for id, known in self._known.items())
             assert all(known.num_requests >= 0 for known in self._known.values())
-            for known in self._known.values():
-                assert self._is_of_name(known) or known.num_requests, f"nobody holds {known.version.id}"
+            for id, one in self._known.items():
+                assert self._is_of_name(one) or one.num_requests, f"nobody holds {id}"
             assert set(self._found) <= self._names.keys(), "a name that was found is known no more"
             assert not self._busy, "a version is being made"
             keys = {known.version.effect_hash for known in self._known.values()}
@@ -509,6 +533,14 @@ class Registry:
             num_bytes=self.contents.num_bytes(outline.num_values),
             created_s=time.time(),
         )
+
+    def _lose(self, version: AdapterVersion) -> None:
+        """Its content is nowhere any more. What was found for a request may be found again, as it is now."""
+        with self._lock:
+            entry = self._names.get(version.name)
+            is_over = entry is not None and entry.is_found and entry.current.version == version
+            left = self._forget_name(version.name) if is_over else []
+        self._leave(left)
 
     def _drop_unless_known(self, version: AdapterVersion) -> None:
         with self._lock:

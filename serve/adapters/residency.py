@@ -28,7 +28,7 @@ from serve.adapters.contents import Contents
 from serve.adapters.fit import LowRank, Size
 from serve.adapters.shelf import num_bytes_of
 from serve.adapters.version import AdapterVersion
-from serve.errors import AdapterMemoryError, LatheError, StoppedError
+from serve.errors import AdapterGoneError, AdapterMemoryError, LatheError, StoppedError
 
 if TYPE_CHECKING:
     from serve.engine.plan import SequenceState
@@ -148,6 +148,8 @@ class Residency:
         self.max_bytes = max_bytes
         self.wake: Callable[[], None] = _nothing
         """Whoever waits for a slot is to ask again."""
+        self.lose: Callable[[AdapterVersion], None] = _nothing_of
+        """A version's content is nowhere any more."""
         self.start: Callable[[Callable[[], None]], object] = self._later
         """Has work done on another thread; by whoever steps the engine, where there is none."""
         self._host_bytes = host_bytes
@@ -156,7 +158,9 @@ class Residency:
         self._contents = contents
         self._run, self._post = run, post
         self._pending: list[Callable[[], None]] = []
-        self._installing = threading.Lock()  # one install at a time; held while parts wait for the engine's thread
+        self._installing = (
+            threading.Lock()
+        )  # one install at a time; held while parts wait for the engine's thread
         self._lock = threading.Lock()  # guards everything below; held for dictionary work alone
         self._has_changed = threading.Condition(self._lock)
         self._reserved = 0  # bytes that reads under way may take
@@ -225,10 +229,17 @@ class Residency:
             seat = self._seats.get(version.id) if version is not None else None
             return version is not None and (seat is None or seat.is_closing)
 
+    def use_loaders(self, start: Callable[[Callable[[], None]], object], wake: Callable[[], None]) -> None:
+        """From here on `start` has work done on another thread, and the engine's thread is woken by `wake`."""
+        self.start, self.wake = start, wake
+        pending, self._pending = self._pending, []
+        for work in pending:
+            start(work)
+
     def catch_up(self) -> None:
         """Do the work that waits for whoever steps the engine, where no thread is there for it."""
         while self._pending:
-            self._pending.pop(0)()
+            self._pending.pop(0)()  # which may add to them
 
     # What the registry asks
 
@@ -268,7 +279,10 @@ class Residency:
             shelf.make_room(self._shelf_bound())
 
     def fetch(self, version: AdapterVersion, *, is_patient: bool = False) -> None:
-        """Put its content on the shelf, wherever it is now. Inside `at_hand`. AdapterGoneError, AdapterMemoryError."""
+        """Put its content on the shelf, wherever it is now. Inside `at_hand`.
+
+        AdapterGoneError, AdapterMemoryError; `is_patient`: NoRoomError where rows that run are in the way.
+        """
         if self._contents.shelf.tier(version.effect_hash) == "host":
             return
         with self._reserved_for(version.name, version.sizes, version.num_values, is_patient=is_patient):
@@ -384,6 +398,11 @@ class Residency:
             seat = self._seats.get(version.id)
             return seat.slot if seat is not None and seat.is_ready else None
 
+    def device_bytes(self, version: AdapterVersion) -> int:
+        """What its slot takes; 0 without one."""
+        slot = self.slot_of(version)
+        return self._bank.slot_bytes(slot) if slot is not None else 0
+
     def standing(self, version: AdapterVersion) -> Standing:
         """How it stands."""
         with self._lock:
@@ -488,7 +507,7 @@ class Residency:
         return not want.sequences and want.version.id not in self._pinned
 
     def _close_one(self, before: Collection[Seat]) -> int:
-        """Keep new rows from the seat that serves fewest, most of all where that was so `before`; 0 if there is none."""
+        """Keep new rows from the seat that serves fewest, rather one that was closed `before`; 0 if there is none."""
         open = [
             seat
             for seat in self._seats.values()
@@ -559,7 +578,9 @@ class Residency:
             except (RuntimeError, MemoryError) as error:
                 if isinstance(error, LatheError):
                     raise
-                raise AdapterMemoryError(f"adapter {version.name!r} could not be installed: {error}") from error
+                raise AdapterMemoryError(
+                    f"adapter {version.name!r} could not be installed: {error}"
+                ) from error
 
     def _make_room(self, seat: Seat, staged: int, may_evict: bool) -> None:
         """For its bytes, `staged` of which are copies on their way. NoRoomError, AdapterMemoryError."""
@@ -631,6 +652,8 @@ class Residency:
                 self._errors[sequence] = error
         logger.warning("%s", error)
         self._unseat(seat)
+        if isinstance(error, AdapterGoneError):
+            self.lose(seat.version)
         self._assign()
         self.wake()
 
@@ -693,13 +716,14 @@ class Residency:
             retired = sum(seat.is_retired for seat in self._seats.values())
             pinned = len(self._pinned)
             count = len(self._seats)
+            taken = self._bank.num_bytes
         rank = max((size.rank for size in sizes.values()), default=0)
         waiting = f", wait for the requests that still hold {retired} replaced versions" if retired else ""
         unpin = f", unpin one of {pinned}" if pinned else ""
         return AdapterMemoryError(
             f"adapter {name!r} of rank {rank} needs {_mib(needed)} of memory for adapters while it is loaded; "
-            f"adapter_budget_gib allows {_mib(self.max_bytes)}, and {count} versions take {_mib(self._bank.num_bytes)} "
-            f"now. Unload one{waiting}{unpin}, load one of a lower rank, or raise adapter_budget_gib"
+            f"adapter_budget_gib allows {_mib(self.max_bytes)}, and {count} versions take {_mib(taken)} now. "
+            f" Unload one{waiting}{unpin}, load one of a lower rank, or raise adapter_budget_gib"
         )
 
     def tidy(self) -> None:
@@ -719,6 +743,10 @@ class Residency:
 
 def _nothing() -> None:
     """Nobody waits."""
+
+
+def _nothing_of(_version: AdapterVersion) -> None:
+    """Nobody knows of versions."""
 
 
 def _mib(num_bytes: int) -> str:

@@ -1,4 +1,4 @@
-"""Adapters' updates in host memory, by what they do: those not used longest leave, to a file where nobody else has them.
+"""Adapters' updates in host memory, by what they do. Those not used longest leave; a file keeps what nobody else has.
 
 Kept is what the bank would hold, in the network's own dtype, bit for bit. Safe to call from any thread; files are
 written and read on the caller's.
@@ -142,12 +142,14 @@ class Shelf:
             file = self._files.get(key)
         if packed is not None:
             made = {path: _of_arrays(_arrays_of(parts)) for path, parts in packed.items()}
-            mx.eval([list(_arrays(update).values()) for update in made.values()])  # on the thread that made them
+            mx.eval(
+                [list(_arrays(update).values()) for update in made.values()]
+            )  # on the thread that made them
             return made
         return _read(file[0]) if file is not None else None
 
     def make_room(self, max_bytes: int) -> None:
-        """Let go of what was not used longest, until no more than so many bytes are there, or all the rest is held."""
+        """Let go of what was not used longest, until no more than so many bytes are there, or the rest is held."""
         while self._num_bytes > max(max_bytes, 0):
             with self._lock:
                 key = next((key for key in self._packed if key not in self._holds), None)
@@ -183,9 +185,12 @@ class Shelf:
         """The account is what is there."""
         with self._lock:
             assert self._packed.keys() == self._sizes.keys()
-            held = sum(kept.bits.nbytes for packed in self._packed.values() for parts in packed.values() for kept in parts.values())
+            layers = [parts for packed in self._packed.values() for parts in packed.values()]
+            held = sum(kept.bits.nbytes for parts in layers for kept in parts.values())
             assert held == self._num_bytes == sum(self._sizes.values()), "bytes are counted wrong"
-            assert sum(size for _, size in self._files.values()) <= self._max_file_bytes, "files outgrow their bound"
+            assert sum(size for _, size in self._files.values()) <= self._max_file_bytes, (
+                "files outgrow their bound"
+            )
             assert all(path.exists() for path, _ in self._files.values()), "a file is gone"
 
     def _drop(self, key: str) -> None:
