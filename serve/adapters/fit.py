@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from serve.adapters.dora import adapted_norms
-from serve.adapters.manifest import AdapterConfig, TensorSpec
+from serve.adapters.manifest import FLOATS, AdapterConfig, TensorSpec
 from serve.adapters.own import own_layout
 from serve.adapters.paths import adaptable_modules, module_at, unwrapped
 from serve.adapters.prefixes import without_containers
@@ -31,6 +31,7 @@ PARTS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
 BESIDE = {"lora": ("weight", "base_weight", "bias", "lora_bias"), "dora": ("weight", "base_weight", "bias")}
 """What a linear layer's may have beside it, or instead: see `files`."""
 
+EXPECTED = ", ".join(FLOATS)
 PACKING_SLACK = 1.2
 """How much farther, in squares, a copy of packed weights may be from them than packing it anew would take it."""
 
@@ -223,7 +224,9 @@ def _check_shapes(
             needed = ", ".join(str(size) for size in wanted[part])
             problems.append(f"{path}.{part} is {spec.shape}, the model needs ({needed})")
         if not spec.is_floating:
-            problems.append(f"{path}.{part} holds {spec.dtype}, floating-point values were expected")
+            problems.append(
+                f"{path}.{part} holds {spec.dtype}, floating-point values were expected: {EXPECTED}"
+            )
     if rank > max_rank:
         problems.append(f"{path} has rank {rank}, this server takes up to {max_rank}")
     elif len(problems) == before and "lora_a" in parts and rank != config.rank_of(path):

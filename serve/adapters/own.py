@@ -109,10 +109,7 @@ class _Layout:
 
     def place(self, module: str, own: str, parts: Parts) -> None:
         """Find a place for one module of the file; `own` is its path here if it has one."""
-        if isinstance(self._modules.get(own), EXPERTS) and self._config.sides != "own":
-            stacks, number = (own,), None
-        else:
-            stacks, number = ((), None) if own in self._modules else self._stacks_of(module)
+        stacks, number = self._stacks_of(module, own)
         if stacks and number is not None:
             self._singles.setdefault(stacks[0], {})
             if number in self._singles[stacks[0]]:
@@ -173,8 +170,11 @@ class _Layout:
     def _keep(self, path: str, module: str, parts: Parts) -> None:
         self._add(path, module, {part: _Recipe((name,)) for part, name in parts.items()})
 
-    def _stacks_of(self, module: str) -> tuple[tuple[str, ...], int | None]:
+    def _stacks_of(self, module: str, own: str) -> tuple[tuple[str, ...], int | None]:
         """The stacks that a module or parameter of transformers' experts means, and of which expert it is."""
+        if own in self._modules:
+            is_parameter = isinstance(self._modules[own], EXPERTS) and self._config.sides != "own"
+            return ((own,) if is_parameter else ()), None
         found = EXPERT.fullmatch(module)
         if found is None:
             return (), None

@@ -1,5 +1,4 @@
-"""Tiny random models twice over: transformers' on torch for PEFT to adapt, and the same weights in mlx-lm's or mlx-vlm's
-code."""
+"""Tiny random models twice over: transformers' on torch for PEFT to adapt, and the same weights in mlx-lm's code."""
 
 from __future__ import annotations
 
@@ -43,7 +42,6 @@ class Base:
     """What mlx-lm's config has beside the same."""
     renamed: Callable[[Weights], Weights] = lambda weights: weights
     """From transformers' state to what a checkpoint of the family holds."""
-    vision: bool = False
 
 
 def _prefixed(prefix: str) -> Callable[[Weights], Weights]:
@@ -101,15 +99,6 @@ def _gpt_oss(weights: Weights) -> Weights:
 
 
 QWEN_EXPERTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-VISION = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "mlp_ratio": 2}
-GEMMA_VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 16,
-    "patch_size": 4,
-}
 BASES: Mapping[str, Base] = {
     "qwen3": Base("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 8, "tie_word_embeddings": False}),
     "llama": Base(
