@@ -108,7 +108,7 @@ class AdapterConfig:
     scales: Mapping[str, float] = field(default_factory=dict)
     """Likewise, where another than `scale`."""
     sides: Sides = "own"
-    """Of stacks of experts: on which side A is. own: the inputs'; peft: as PEFT has it since 0.19; unsaid: shapes tell."""
+    """Of stacks of experts, on which side A is. own: of the inputs; peft: as PEFT since 0.19; unsaid: shapes tell."""
 
     def rank_of(self, path: str) -> int:
         """R of the update of the module at `path`, by its name in the file or in the model."""
