@@ -23,8 +23,10 @@ from serve.adapters.costs import ON_CPU, ON_GPU, Costs, measure
 from serve.adapters.fit import LowRank, Size
 from serve.adapters.group import ExpertGroup, Group, LinearGroup, input_groups
 from serve.adapters.lora import LANES, gathered, gathered_update
+from serve.adapters.paths import adaptable_modules, module_at
 from serve.adapters.plan import LONG, GroupPlan
 from serve.adapters.slots import Composition, Plan, RowSlots
+from serve.errors import AdapterError
 from serve.model.network import Network
 from serve.model.weights import expert_modules, linear_modules, linear_shape
 
@@ -71,6 +73,22 @@ def _plan(group: Group, composition: Composition, x: mx.array) -> Plan:
         assert isinstance(group, LinearGroup), "experts have none"
         plan = plans[num_tokens] = GroupPlan(group, composition, num_tokens)
     return plan
+
+
+class BankedHead(Banked):
+    """Embeddings that are the head too: the updates are the head's, and no embedding's."""
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """As the embeddings."""
+        return self["linear"](tokens)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """[B, ..., D] → [B, ..., V]; rows may be flattened together with their tokens."""
+        y = self["linear"].as_linear(x)
+        composition = self._rows.composition
+        if composition is None:
+            return y
+        return _plan(self._group, composition, x).changed(self._index, x, y, None)
 
 
 class Coding:
@@ -124,23 +142,28 @@ class Bank:
         self._leaving: deque[int] = deque()  # from any thread: slots that nobody uses any more
         self._loose: dict[Group, None] = {}  # groups that may have more than they need
 
+    def measure(self) -> None:
+        """Choose forms by what they take on this machine: some ten milliseconds on a CPU.
+
+        Before it, and where nobody calls it, they are chosen by what was measured elsewhere, always alike.
+        """
+        self.rows.costs = measure(*self._common_shape(), self._dtype)
+        self.rows.forget()
+        logger.info("what adapters' updates take here: %s", self.rows.costs)
+
     def warm_up(self, num_tokens: int) -> None:
-        """Measure what forms cost here, and run an update of one row once, of one token and of `num_tokens`.
+        """Measure, and run an update of one row once, of one token and of `num_tokens`.
 
         Where kernels are compiled at first use (seconds on CUDA), a running stream then does not wait for them.
         """
-        linears = linear_modules(self._network.module)
-        shapes = Counter(linear_shape(linear) for linear in linears.values())
-        inputs, outputs = shapes.most_common(1)[0][0]
+        inputs, outputs = self._common_shape()
         a = mx.zeros((2, inputs, LANES), dtype=self._dtype)
         b = mx.zeros((2, LANES, outputs), dtype=self._dtype)
         one = mx.ones(1, dtype=mx.uint32)
         for length in (1, num_tokens):
             x = mx.zeros((1, length, inputs), dtype=self._dtype)
             mx.eval(gathered(gathered(x, a, one - 1, one), b, one - 1, one))
-        self.rows.costs = measure(inputs, outputs, self._dtype)
-        self.rows.forget()
-        logger.info("updates of adapters cost here, in microseconds: %s", self.rows.costs)
+        self.measure()
 
     @property
     def slots(self) -> frozenset[int]:
@@ -235,6 +258,11 @@ class Bank:
                 )
         return bool(self._loose)
 
+    def _common_shape(self) -> tuple[int, int]:
+        """Inputs and outputs that most linear layers have."""
+        shapes = Counter(linear_shape(linear) for linear in linear_modules(self._network.module).values())
+        return shapes.most_common(1)[0][0]
+
     def _distinct(self) -> list[Group]:
         return list(dict.fromkeys(list(self._groups.values())))
 
@@ -253,8 +281,9 @@ class Bank:
 
     @cached_property
     def _inputs(self) -> list[dict[str, nn.Module]]:
-        """Linear layers as the model was loaded with, those that read one input together."""
-        return input_groups(linear_modules(self._network.module))
+        """Linear layers as the model was loaded with, those that read one input together; and a tied head."""
+        every = adaptable_modules(self._network)
+        return input_groups({path: layer for path, layer in every.items() if path not in self._experts})
 
     @cached_property
     def _experts(self) -> dict[str, nn.Module]:
@@ -267,7 +296,26 @@ class Bank:
                 continue
             [layers] = [layers for layers in self._inputs if group.paths[0] in layers]
             for index, path in enumerate(group.paths):
-                self._wrap(path, BankedLinear(layers[path], self.rows, group, index))
+                if path in self._network.tied_head:
+                    self._wrap_head(path, BankedHead(layers[path], self.rows, group, index))
+                else:
+                    self._wrap(path, BankedLinear(layers[path], self.rows, group, index))
+
+    def _wrap_head(self, path: str, head: BankedHead) -> None:
+        """Raises AdapterError where the family multiplies by its embeddings' weight without asking them."""
+        self._wrap(path, head)
+        inputs = linear_shape(head.linear)[0]
+        self.rows.set([])
+        try:
+            self._network.logits(mx.zeros((1, 1, inputs), dtype=self._dtype))
+        except AttributeError:
+            del self._groups[path]
+            place = self._network.tied_head[path]
+            self._network.module.update_modules(tree_unflatten([(place, head.linear)]))
+            raise AdapterError(
+                f"{path}: {type(self._network.text).__module__} multiplies by its embeddings where other families "
+                f"have a head, and an update cannot stand beside that; leave the head out of the adapter"
+            ) from None
 
     def _wrap_experts(self, group: ExpertGroup) -> None:
         """All expert stacks of a MoE block at once: those without an update must read coded indices too."""
@@ -275,11 +323,12 @@ class Bank:
         for index, path in enumerate(group.paths):
             self._wrap(path, BankedExperts(self._experts[path], self.rows, group, index, coding))
         block = group.paths[0].rpartition(".")[0]
-        _code_entries(_at(self._network.module, block), group, self.rows, coding)
+        _code_entries(module_at(self._network.module, block), group, self.rows, coding)
 
     def _wrap(self, path: str, layer: Banked) -> None:
         # Also where the parent is a list of layers.
-        self._network.module.update_modules(tree_unflatten([(path, layer)]))
+        place = self._network.tied_head.get(path, path)
+        self._network.module.update_modules(tree_unflatten([(place, layer)]))
         self._groups[path] = layer._group
 
 
@@ -307,11 +356,3 @@ def _code_entries(switch: nn.Module, group: ExpertGroup, rows: RowSlots, coding:
             coding.num_entries = 0
 
     switch.__class__ = type(kind.__name__, (kind,), {"__call__": call})
-
-
-def _at(root: nn.Module, path: str) -> nn.Module:
-    found: object = root
-    for part in path.split(".") if path else []:
-        found = found[int(part)] if isinstance(found, list) else found[part]  # type: ignore[index]
-    assert isinstance(found, nn.Module), f"{path} is a module"
-    return found
