@@ -89,6 +89,7 @@ class Runtime:
         """As `start`, on a model that is loaded already and named config.base_name."""
         rules = TemplateRules(config.special_tokens_in_messages)
         engine = Engine(model, _limits(config), rules)
+        engine.bank.measure()
         template = make_template(model.tokenizer, rules)
         sight = sight_of(model, config)
         for adapter in config.adapters:
@@ -100,9 +101,7 @@ class Runtime:
         worker.start()
         resolver = Resolver(engine.registry, config.adapter_dirs, config.adapter_hub)
         watch = _watch_of(config, engine.registry, experiments)
-        return cls(
-            config, model, engine, worker, template, sight, experiments, recorder, resolver, watch
-        )
+        return cls(config, model, engine, worker, template, sight, experiments, recorder, resolver, watch)
 
     def close(self) -> None:
         """Stop the engine's thread, whose open requests end with an error, and finish writing."""
