@@ -1,4 +1,4 @@
-"""`lathe train --serve-to URL`: a server has each adapter that a run publishes; a bad one changes nothing of the run."""
+"""`lathe train --serve-to URL`: a server has each adapter that a run publishes; a bad one changes nothing of it."""
 
 from __future__ import annotations
 
