@@ -49,7 +49,7 @@ class Seen:
         self.pause_s, self.now = pause_s, 0.0
         self.hashes, self.problems, self.looks = [], set(), 0
         self.registry = Engine(load(words[0].partition("=")[2])).registry
-        self.watch = AdapterWatch([folder], self._load, Copies(2, lambda path: False), clock=lambda: self.now)
+        self.watch = AdapterWatch([folder], self._load, Copies(lambda name, path: False), clock=lambda: self.now)
 
     def _load(self, name, path):
         version = self.registry.load(name, path, replace=True)
