@@ -47,9 +47,11 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure servers and training.", no_args_is_help=True)
 ab_app = typer.Typer(help="Look at experiments.", no_args_is_help=True)
 data_app = typer.Typer(help="Look at training rows.", no_args_is_help=True)
+adapters_app = typer.Typer(help="Look at adapters, convert, compare, merge and extract them.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 app.add_typer(ab_app, name="ab")
 app.add_typer(data_app, name="data")
+app.add_typer(adapters_app, name="adapters")
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write every number to FILE.")
@@ -136,18 +138,25 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in adapter_path, once this one has ended.")
     ] = False,
+    serve_to: Annotated[
+        str | None,
+        typer.Option(help="Tell this running server of every checkpoint: the address `lathe serve` prints."),
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="LATHE_API_KEY", help="Of that server.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Train an adapter, or the whole model, from a recipe."""
     from train.recipe.recipe import load_recipe
     from train.run import run
 
+    keys = _as_overrides({"serve_to": serve_to})
     summary = run(
-        load_recipe(recipe, overrides or ()),
+        load_recipe(recipe, [*keys, *(overrides or ())]),
         dry_run=dry_run,
         resume=resume,
         overwrite=overwrite,
         console=_console(),
+        api_key=api_key,
     )
     raise typer.Exit(summary.exit_code)
 
@@ -187,6 +196,10 @@ def serve(
     adapter: Adapters = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    adapter_watch: Annotated[
+        list[Path] | None,
+        typer.Option(help="Load what appears in this folder, a run's or one of adapters; repeatable."),
+    ] = None,
     memory_budget_gib: Annotated[
         float | None, typer.Option(help="Memory of keys, values, prefixes and adapters.")
     ] = None,
@@ -243,6 +256,7 @@ def serve(
     from serve.api.server import run
 
     keys = {
+        "adapter_watch": [str(each.absolute()) for each in adapter_watch or ()] or None,
         "memory_budget_gib": memory_budget_gib,
         "prefix_cache_gib": prefix_cache_gib,
         "prefix_cache_dir": str(prefix_cache_dir.absolute()) if prefix_cache_dir else None,

@@ -28,6 +28,7 @@ COMMANDS = (
     "ab report",
     "ab runs",
     "ab drop",
+    "adapters",
     "export",
     "bench",
     "bench serve",
@@ -70,7 +71,7 @@ def test_every_command_explains_itself(command):
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-@pytest.mark.parametrize("command", [each for each in COMMANDS if each not in ("ab", "bench")])
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each not in ("ab", "adapters", "bench")])
 def test_help_cuts_no_option_and_no_default(command, width):
     found = typer.main.get_command(lathe.app)
     for word in command.split():
@@ -87,13 +88,13 @@ def test_help_cuts_no_option_and_no_default(command, width):
 
 
 def test_the_list_of_commands_here_is_complete():
-    groups = {"": lathe.app, "ab ": lathe.ab_app, "bench ": lathe.bench_app}
+    groups = {"": lathe.app, "ab ": lathe.ab_app, "adapters ": lathe.adapters_app, "bench ": lathe.bench_app}
     named = {
         prefix + (command.name or command.callback.__name__)
         for prefix, group in groups.items()
         for command in group.registered_commands
     }
-    assert named | {"ab", "bench"} == set(COMMANDS)
+    assert named | {"ab", "adapters", "bench"} == set(COMMANDS)
 
 
 FLAGS_OF_MEDIA = {

@@ -104,6 +104,11 @@ class Engine:
         """True while any request waits or runs, or a step is to be read."""
         return self.scheduler.has_work or bool(self._flights)
 
+    @property
+    def can_step(self) -> bool:
+        """Whether `step` has anything to do: False while all that is open waits for adapters on their way."""
+        return bool(self._flights) or (self.scheduler.has_work and not self.scheduler.is_asleep)
+
     def max_context_at(self, precision: KvPrecision) -> int:
         """Tokens of prompt and answer together that a row of this precision may have. Safe to call from any thread.
 
@@ -210,6 +215,7 @@ class Engine:
             self._flights.append(flight)
             self._num_steps += 1
             events += self._see(flight)
+        events += self._refuse()
         is_last = plan.is_empty or not self.scheduler.has_work
         while self._flights and (len(self._flights) > self._ahead or is_last):
             events += self._land(self._flights.popleft())
@@ -224,6 +230,14 @@ class Engine:
             for restore in plan.restores:
                 assert self.prefixes is not None
                 self.prefixes.release(restore.prefix)
+
+    def _refuse(self) -> list[Event]:
+        """Whose adapter cannot come, ends here: each with its own error."""
+        failed = self.scheduler.take_failed()
+        events = [self._ended(sequence, error) for sequence, error in failed]
+        if failed:
+            self._forget([sequence for sequence, _ in failed])
+        return events
 
     def _see(self, flight: Flight) -> list[Event]:
         """What a started step encodes is at hand for the next; whose picture could not be, ends here."""

@@ -52,6 +52,12 @@ class SequenceState:
     """Numbers of the prompt's media whose features are kept for it."""
     sought: set[int] = field(default_factory=set)
     """Numbers of those that have had features, and are counted."""
+    slot: int = 0
+    """Its adapter's place in the bank while `has_slot`; 0 is the base."""
+    has_slot: bool = False
+    """The slot is kept for it: it has a row."""
+    num_passed: int = 0
+    """So many others were given slots while it waited for one."""
     is_sound: bool = True
     """As far as is known, its row holds numbers."""
     generated: list[int] = field(default_factory=list)
@@ -67,8 +73,6 @@ class SequenceState:
         """Tokens of prompt and answer at most. The last one is never written."""
         self.group = self.request.group or self.request.id
         """Whose it is."""
-        self.slot = self.request.adapter.slot if self.request.adapter is not None else 0
-        """Its adapter's place in the bank; 0 is the base."""
         self.precision = self.request.precision or PLAIN
         self.quantize_after = prompt.whole(self.precision.start_after)
         """A row of at most so many tokens is plain: as `start_after` says, or as many as end before a block there."""

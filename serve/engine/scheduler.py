@@ -10,6 +10,8 @@ row. Steps take turns: one begins with the oldest prompt, the next with the grou
 short prompts pass long ones, and long ones have every second step.
 Pictures are encoded in a step before the one that computes their tokens: `encode_patches` a step, or one picture,
 beside the same decode tokens. A chunk ends before the first picture that is not encoded, and never inside a block.
+Who has a row holds a slot of its adapter. Whose adapter is on its way is passed by others, and keeps its turn; who
+waits for others to let a slot go, is passed by as many as there are rows.
 
 A step may be planned before the one in flight is read: plans rest on `num_planned_tokens`, which `schedule` moves,
 and `commit` follows with what was drawn. A sequence that turns out to have ended has run a token too many.
@@ -28,6 +30,7 @@ from serve.cache.capacity import Bucket, RowCost, positions_capacity
 from serve.cache.features import FeatureKey
 from serve.engine.placement import Arrangement, Tenant, arrange, least_bytes
 from serve.engine.plan import Capture, Chunk, Drawn, Encode, Found, Plan, Restore, SequenceState
+from serve.errors import LatheError
 
 ANSWER_HEADROOM_TOKENS = 256
 """Positions beyond its present ones that a row claims: a row that asks for 32,000 tokens keeps nobody out."""
@@ -78,6 +81,41 @@ class Features(Protocol):
         """It has no row now: what can be encoded again need not be kept for it."""
 
 
+class Adapters(Protocol):
+    """What the scheduler asks of the adapters' places on the device."""
+
+    def hold(self, sequence: SequenceState) -> bool:
+        """Whether its adapter has a slot, or it needs none. If so, that is kept for it until `let_go`, and
+        `sequence.slot` is it. Otherwise it is on its way; it is asked for again after `Scheduler.wake`, or when a
+        row has been given up.
+
+        Raises LatheError where it cannot come; the sequence ends with that.
+        """
+
+    def let_go(self, sequence: SequenceState) -> None:
+        """It has no row now. Called once for each `hold` that was true."""
+
+    def lacks_slot(self, sequence: SequenceState) -> bool:
+        """Of one for which `hold` was false: whether all slots are held, so that nothing is on its way to it."""
+
+
+class AllResident:
+    """Where every version that is known has a slot."""
+
+    def hold(self, sequence: SequenceState) -> bool:
+        """It is the version's."""
+        adapter = sequence.request.adapter
+        sequence.slot = adapter.slot if adapter is not None else 0
+        return True
+
+    def let_go(self, sequence: SequenceState) -> None:
+        """Whoever holds the version keeps it."""
+
+    def lacks_slot(self, sequence: SequenceState) -> bool:
+        """Nobody does."""
+        return False
+
+
 class NoFeatures:
     """Where no prompt has media."""
 
@@ -108,7 +146,11 @@ class Scheduler:
     """Owns every SequenceState from `add` to `remove`."""
 
     def __init__(
-        self, budget: Budget, prefixes: Prefixes | None = None, features: Features | None = None
+        self,
+        budget: Budget,
+        prefixes: Prefixes | None = None,
+        features: Features | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.budget = budget
         self.waiting: list[SequenceState] = []  # in order of arrival
@@ -118,6 +160,9 @@ class Scheduler:
         self.num_preempted = 0
         self._prefixes = prefixes or NoPrefixes()
         self._features = features or NoFeatures()
+        self._adapters = adapters or AllResident()
+        self._absent: set[SequenceState] = set()  # waiting; their adapters were not there when last asked for
+        self._failed: list[tuple[SequenceState, LatheError]] = []  # in no other list; nobody has been told
         self._max_bytes = budget.max_bytes
         self._capacities: dict[Bucket, int] = {}
         self._departures: list[Capture] = []  # copies of rows that are free since the last plan
@@ -135,6 +180,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """True while any sequence waits or runs."""
         return bool(self.waiting or self.prefilling or self.decoding)
+
+    @property
+    def is_asleep(self) -> bool:
+        """Nobody runs, and whoever waits, waits for an adapter: nothing changes until `wake`."""
+        return not (self.prefilling or self.decoding or self._departures or self._may_admit)
 
     @property
     def running(self) -> list[SequenceState]:
@@ -157,6 +207,17 @@ class Scheduler:
         self._num_arrived += 1
         self.waiting.append(sequence)
         self._may_admit = True
+
+    def wake(self) -> None:
+        """An adapter has come, or cannot, or a slot is free: whoever waits for one asks again."""
+        if self._absent:
+            self._absent.clear()
+            self._may_admit = True
+
+    def take_failed(self) -> list[tuple[SequenceState, LatheError]]:
+        """Who is out because its adapter cannot come, and why. Told once."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def schedule(self) -> Plan:
         """The next step. Admits what fits, gives every running sequence its row, and says which rows move."""
@@ -263,6 +324,7 @@ class Scheduler:
         if not gone:
             return
         self.waiting = [sequence for sequence in self.waiting if sequence not in gone]
+        self._absent -= gone
         self.ending = [sequence for sequence in self.ending if sequence not in gone]
         self._free(gone, is_sound)
         groups = {sequence.group for sequence in (*self.waiting, *self.running)}
@@ -297,8 +359,11 @@ class Scheduler:
         assert all(place.row < self._capacities[place.bucket] for place in places), (
             "a row is outside its buffer"
         )
+        assert self._absent <= set(self.waiting), "who does not wait, waits for an adapter"
+        assert all(sequence.has_slot for sequence in running), "a row without a slot"
         for sequence in (*self.waiting, *self.ending):
             assert sequence.place is None, "a sequence that does not run keeps a row"
+            assert not sequence.has_slot, "a sequence that does not run keeps a slot"
         for sequence in self.waiting:
             assert sequence.num_planned_tokens == 0, "a waiting sequence holds positions"
         for sequence in self.prefilling:
@@ -366,19 +431,44 @@ class Scheduler:
     def _admit(self) -> None:
         # Claims only grow while nobody comes, goes or changes buckets: what does not fit now waits until then.
         self._may_admit = False
-        while self.waiting:
+        passed: list[SequenceState] = []  # whose turn it is before the others', but for a slot
+        while candidates := [one for one in self.waiting if one not in self._absent]:
             held = Counter(sequence.group for sequence in self.running)
-            first = min(self.waiting, key=lambda sequence: (held[sequence.group], sequence.arrival))
+            first = min(candidates, key=lambda sequence: (held[sequence.group], sequence.arrival))
             if first.num_in_flight:  # preempted a moment ago: its next token is not known yet
                 self._may_admit = True
                 return
             victims = self._victims_for(first, held)
             if victims is None:
                 return
+            if not self._holds(first, passed):
+                continue
             self._preempt(victims)
             self.waiting.remove(first)
             insort(self.prefilling, first, key=_by_arrival)
             self._is_moved = True
+
+    def _holds(self, first: SequenceState, passed: list[SequenceState]) -> bool:
+        """Whether its adapter has a slot, which it then has too. Otherwise it is out of the way of others."""
+        needs_slot = first.request.adapter is not None
+        if needs_slot and any(one.num_passed >= self.budget.max_rows for one in passed):
+            self._absent.add(first)
+            return False
+        try:
+            first.has_slot = self._adapters.hold(first)
+        except LatheError as error:
+            self.waiting.remove(first)
+            self._failed.append((first, error))
+            return False
+        if first.has_slot:
+            first.num_passed = 0
+            for one in passed if needs_slot else ():
+                one.num_passed += 1
+        else:
+            self._absent.add(first)
+            if self._adapters.lacks_slot(first):
+                passed.append(first)
+        return first.has_slot
 
     def _victims_for(self, first: SequenceState, held: Counter[str]) -> list[SequenceState] | None:
         """Rows to take back so that `first` fits, most often none; None where it does not fit even so."""
@@ -423,6 +513,10 @@ class Scheduler:
             if is_sound and sequence.place is not None:
                 self._departures += self._departure(sequence)
             sequence.place, sequence.state_row = None, -1
+            if sequence.has_slot:
+                sequence.has_slot = False
+                self._adapters.let_go(sequence)
+                self._absent.clear()
         self.prefilling = [sequence for sequence in self.prefilling if sequence not in gone]
         self.decoding = [sequence for sequence in self.decoding if sequence not in gone]
         if not self.running:

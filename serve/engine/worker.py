@@ -158,8 +158,8 @@ class Worker:
 
     def _turn(self) -> None:
         """What was asked meanwhile, then one step. Waits for something to do where there is nothing."""
-        self._do_commands(wait=not self._has_work())
-        if self._has_work() and not self._stopping:
+        self._do_commands(wait=not self._can_step())
+        if self._can_step() and not self._stopping:
             self._deliver(self._step())
 
     def _step(self) -> list[Event]:
@@ -174,8 +174,8 @@ class Worker:
         self._has_just_failed = False
         return events
 
-    def _has_work(self) -> bool:
-        return self.failure is None and self.engine.has_work
+    def _can_step(self) -> bool:
+        return self.failure is None and self.engine.can_step
 
     def _give_up(self, error: BaseException) -> None:
         with self._lock:
