@@ -47,7 +47,9 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure servers and training.", no_args_is_help=True)
 ab_app = typer.Typer(help="Look at experiments.", no_args_is_help=True)
 data_app = typer.Typer(help="Look at training rows.", no_args_is_help=True)
-adapters_app = typer.Typer(help="Look at adapters, convert, compare, merge and extract them.", no_args_is_help=True)
+adapters_app = typer.Typer(
+    help="Look at adapters, convert, compare, merge and extract them.", no_args_is_help=True
+)
 app.add_typer(bench_app, name="bench")
 app.add_typer(ab_app, name="ab")
 app.add_typer(data_app, name="data")
