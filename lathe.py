@@ -642,8 +642,8 @@ def bench_serve(
     """Measure any OpenAI-compatible server: time to first token, time per token, gaps, tokens per second, goodput."""
     from contextlib import ExitStack
 
+    from serve.bench import dataset, lengths, plots
     from serve.bench import goodput as good
-    from serve.bench import lengths, plots
     from serve.bench.summary import notes, table
     from serve.bench.sweep import Sweep, run
     from serve.bench.workload import Prefixes, Workload
@@ -671,6 +671,7 @@ def bench_serve(
         lengths.parse(max_tokens, "--max-tokens"),
     )
     objective = good.parse(goodput) if goodput else None
+    lines = dataset.read(dataset_path) if dataset_path else None
     _check_writable(json_file)
     _check_writable(png, "--png")
     with ExitStack() as stack:
@@ -684,7 +685,7 @@ def bench_serve(
             max_tokens=answers,
             model_exponent=zipf,
             prefixes=Prefixes(num_prefixes, prefix_tokens, prefix_zipf) if num_prefixes else None,
-            dataset=dataset_path,
+            dataset=lines,
             seed=seed,
         )
         sweep = Sweep(
