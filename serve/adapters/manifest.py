@@ -34,8 +34,9 @@ CONFIG_FILE = "adapter_config.json"
 MOST_CONFIG_BYTES = 16 << 20
 MOST_HEADER_BYTES = 100_000_000
 """As the format has it."""
-FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-OTHERS = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
+FLOATS = {"F16": 2, "BF16": 2, "F32": 4}
+"""What an update is made of. MLX reads no F64."""
+OTHERS = {"F64": 8, "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
 ITEM_BYTES = {**FLOATS, **OTHERS, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
 """Of the dtypes in safetensors headers."""
 
