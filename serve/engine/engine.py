@@ -338,7 +338,7 @@ class Engine:
         return events + blind
 
     def _note_time(self, flight: Flight) -> None:
-        """How long a step took that was read a moment ago; one that copied rows or encoded pictures is not counted."""
+        """How long the step took that was read a moment ago, unless it also copied rows or encoded pictures."""
         now, plan = time.perf_counter(), flight.plan
         duration_s, self._landed_s = now - max(flight.began_s, self._landed_s), now
         if not (plan.encodes or plan.moves or plan.restores or plan.departures):

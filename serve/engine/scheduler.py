@@ -6,8 +6,8 @@ more gives its youngest back. Nobody else overtakes it, so nobody starves.
 A row claims memory for what it holds and ANSWER_HEADROOM_TOKENS more. When rows outgrow the budget, the youngest is
 preempted: it goes back into the queue, keeps its arrival, and goes on from what the prefix cache has kept of it.
 Prompts are computed in chunks beside one decode token for every running row: as much as those may wait for
-(`Pace`), or `prefill_chunk_tokens` where nobody decodes. Steps take turns: one begins with the oldest prompt, the next
-with the group that has had least computed, so short prompts pass long ones, and long ones have every second step.
+(`Pace`), or `prefill_chunk_tokens` where nobody decodes. Steps take turns: one begins with the oldest prompt, the
+next with the group that has had least computed, so short prompts pass long ones, and long ones have every second step.
 Pictures are encoded in a step before the one that computes their tokens: `encode_patches` a step, or one picture,
 beside the same decode tokens. A chunk ends before the first picture that is not encoded, and never inside a block.
 Who has a row holds a slot of its adapter. Whose adapter is on its way is passed by others, and keeps its turn; who
