@@ -1,4 +1,4 @@
-"""What the registry says of adapters → what /v1/adapters answers: where versions are, who holds them, what they do."""
+"""What the registry says of adapters → what /v1/adapters answers: where versions are, who holds them, their making."""
 
 from __future__ import annotations
 
