@@ -85,6 +85,15 @@ class ServeConfig(Strict):
     allowed_adapter_roots: tuple[Path, ...] | None = None
     """Folders under which /v1/load_lora_adapter may read. Left out: everywhere when bound to loopback, else
     nowhere."""
+    adapter_watch: tuple[Path, ...] = ()
+    """Folders that are watched: a run's or an adapter's, or one that holds such folders. What a run publishes, and
+    what is put there, becomes a new version of the adapter that is called as the folder. Each under
+    allowed_adapter_roots, where these are named."""
+    adapter_watch_interval_s: float = Field(1.0, gt=0)
+    """Seconds between two looks at them."""
+    adapter_watch_keep: int = Field(8, ge=1)
+    """Of each watched adapter the newest so many stay on disk, in a temporary folder, whatever a trainer deletes; an
+    older one as long as a request holds it."""
     allowed_media_roots: tuple[Path, ...] | None = None
     """Folders whose files a request may show by their paths. Left out: everything when bound to loopback, else
     nothing."""
@@ -200,6 +209,23 @@ class ServeConfig(Strict):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def watch_roots(self) -> tuple[Path, ...] | None:
+        """Where files of watched adapters may be, links followed; None: anywhere. ConfigError where a watched folder
+        is not there itself."""
+        roots = self.allowed_adapter_roots
+        if roots is None:
+            return None if self.is_loopback else self.adapter_watch
+        allowed = [root.expanduser().resolve() for root in roots]
+        for folder in self.adapter_watch:
+            place = folder.expanduser().resolve()
+            if not any(place.is_relative_to(root) for root in allowed):
+                raise ConfigError(
+                    f"adapter_watch: {folder} is under none of allowed_adapter_roots "
+                    f"({', '.join(map(str, roots)) or 'none'})"
+                )
+        return roots
 
     @property
     def media_roots(self) -> tuple[Path, ...]:
@@ -382,6 +408,7 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
     }
     if config.allowed_adapter_roots is not None:
         changes["allowed_adapter_roots"] = tuple(_under(folder, r) for r in config.allowed_adapter_roots)
+    changes["adapter_watch"] = tuple(_under(folder, watched) for watched in config.adapter_watch)
     if config.allowed_media_roots is not None:
         changes["allowed_media_roots"] = tuple(_under(folder, r) for r in config.allowed_media_roots)
     if config.adapter_dirs:

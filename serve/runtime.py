@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from serve.adapters.copies import Copies
 from serve.adapters.registry import Registry
 from serve.adapters.resolver import Resolver
 from serve.adapters.version import AdapterVersion
+from serve.adapters.watch import AdapterWatch
 from serve.config import ServeConfig
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.worker import Worker
+from serve.errors import AdapterError
 from serve.experiments.recorder import Recorder
 from serve.experiments.store import Run, Store
 from serve.model.loading import LoadedModel, load
@@ -43,6 +47,8 @@ class Runtime:
     """None without experiments."""
     resolver: Resolver
     """Where names that nobody loaded are looked up."""
+    watch: AdapterWatch | None = None
+    """None where no folder is watched."""
 
     @property
     def registry(self) -> Registry:
@@ -68,6 +74,7 @@ class Runtime:
     @classmethod
     def start(cls, config: ServeConfig) -> Runtime:
         """Load the model and the adapters, open the store, start the engine's thread. Raises LatheError."""
+        config.watch_roots  # noqa: B018 - before anything is loaded
         model = load(
             config.model,
             name=config.base_name,
@@ -92,14 +99,42 @@ class Runtime:
         worker = Worker(engine)
         worker.start()
         resolver = Resolver(engine.registry, config.adapter_dirs, config.adapter_hub)
-        return cls(config, model, engine, worker, template, sight, experiments, recorder, resolver)
+        watch = _watch_of(config, engine.registry, experiments)
+        return cls(config, model, engine, worker, template, sight, experiments, recorder, resolver, watch)
 
     def close(self) -> None:
         """Stop the engine's thread, whose open requests end with an error, and finish writing."""
+        if self.watch is not None:
+            self.watch.close()
         self.worker.stop()
         self.engine.close()
         if self.recorder is not None:
             self.recorder.close()
+
+
+def _watch_of(config: ServeConfig, registry: Registry, experiments: Mapping[str, Run]) -> AdapterWatch | None:
+    """What follows the watched folders, started; the engine's thread runs."""
+    if not config.adapter_watch:
+        return None
+
+    def load(name: str, path: Path) -> AdapterVersion:
+        if name in experiments:
+            raise AdapterError(f"{name!r} is the public name of an experiment; call the folder otherwise")
+        return registry.load(name, path, replace=True)
+
+    def is_in_use(path: Path) -> bool:
+        return any(each.path == str(path) and registry.num_pins(each) for each in registry.versions())
+
+    watch = AdapterWatch(
+        config.adapter_watch,
+        load,
+        Copies(config.adapter_watch_keep, is_in_use),
+        roots=config.watch_roots,
+        interval_s=config.adapter_watch_interval_s,
+        max_bytes=registry.max_bytes,
+    )
+    watch.start()
+    return watch
 
 
 def _limits(config: ServeConfig) -> EngineLimits:

@@ -55,26 +55,38 @@ def _sum(path: str, parts: Sequence[Part], problems: list[str]) -> LowRank | Non
     if gain is not None and bool(mx.any(mx.abs(1 + gain) < LEAST_LENGTH)):
         problems.append(f"{path}: with DoRA's lengths weighted so, rows of its weights would vanish")
         return None
+    if gain is not None and any(part.update.a is None for part in parts):
+        problems.append(f"{path}: a whole weight and DoRA's lengths are added, which have no form together")
+        return None
     scaled = [_scaled(part, gain) for part in parts]
-    dense = [update for update in scaled if update.a is None]
-    stacked = [update for update in scaled if update.a is not None]
-    a = mx.concatenate([update.a for update in stacked], axis=-1) if stacked else None
-    b = mx.concatenate([update.b for update in stacked], axis=-2) if stacked else None
-    if dense:
-        whole = [update.b for update in dense] + ([a @ b] if a is not None else [])
-        a, b = None, sum(whole[1:], whole[0])
-    return LowRank(a, b, gain)
+    bias = _added([part.weight * _wide(part.update.bias) for part in parts if part.update.bias is not None])
+    stacked = [(update.a, update.b) for update in scaled if update.a is not None]
+    whole = [update.b for update in scaled if update.a is None]
+    if whole:
+        whole += [a @ b for a, b in stacked]
+        return LowRank(None, sum(whole[1:], whole[0]), None, bias)
+    a = mx.concatenate([a for a, _ in stacked], axis=-1)
+    return LowRank(a, mx.concatenate([b for _, b in stacked], axis=-2), gain, bias)
 
 
 def _gain(parts: Sequence[Part]) -> mx.array | None:
-    gains = [part.weight * part.update.gain for part in parts if part.update.gain is not None]
-    return sum(gains[1:], gains[0]) if gains else None
+    return _added([part.weight * _wide(part.update.gain) for part in parts if part.update.gain is not None])
+
+
+def _added(arrays: Sequence[mx.array]) -> mx.array | None:
+    return sum(arrays[1:], arrays[0]) if arrays else None
 
 
 def _scaled(part: Part, gain: mx.array | None) -> LowRank:
     """The part as it is added: its B takes the weight, and what the common gain leaves of its own."""
     update = part.update
+    a, b = None if update.a is None else _wide(update.a), _wide(update.b)
     if gain is None:
-        return LowRank(update.a, update.b * part.weight)
-    own = 1 if update.gain is None else 1 + update.gain
-    return LowRank(update.a, update.b * (part.weight * own / (1 + gain)))
+        return LowRank(a, b * part.weight)
+    own = 1 if update.gain is None else 1 + _wide(update.gain)
+    return LowRank(a, b * (part.weight * own / (1 + gain)))
+
+
+def _wide(array: mx.array) -> mx.array:
+    """Residents are kept in the network's dtype; sums are made in float32."""
+    return array.astype(mx.float32)

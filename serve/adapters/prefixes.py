@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 CONTAINERS = frozenset(
-    ("base_model", "model", "language_model", "text_model", "thinker", "transformer", "backbone")
+    ("base_model", "model", "language_model", "text_model", "thinker", "transformer", "backbone", "_orig_mod")
 )
 """Parts of names that say what a layer is inside of, and not which it is."""
 

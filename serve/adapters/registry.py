@@ -22,6 +22,7 @@ from serve.adapters.contents import Contents, Tier
 from serve.adapters.fit import LowRank
 from serve.adapters.names import name_problem
 from serve.adapters.residency import Residency, Run, Standing
+from serve.adapters.shelf import num_bytes_of
 from serve.adapters.source import Content, Fitting, FolderSource, Outline, Source
 from serve.adapters.version import AdapterVersion
 from serve.errors import AdapterError, NotFoundError
@@ -185,8 +186,8 @@ class Registry:
             with ExitStack() as stack:
                 with self.residency.reading(name, outline.sizes, outline.num_values):
                     content = source.read(name, self._fitting)
-                    version = self._make(name, source, outline, content, admitted)
                     updates = self.contents.prepared(content.updates)
+                    version = self._make(name, source, outline, content, admitted, num_bytes_of(updates))
                     del content
                     self.contents.add(version, source)
                     stack.callback(self._drop_unless_known, version)
@@ -513,7 +514,13 @@ class Registry:
                 self.residency.leave(each.version)
 
     def _make(
-        self, name: str, source: Source, outline: Outline, content: Content, admitted: Admitted
+        self,
+        name: str,
+        source: Source,
+        outline: Outline,
+        content: Content,
+        admitted: Admitted,
+        num_bytes: int,
     ) -> AdapterVersion:
         lineage = outline.lineage
         return AdapterVersion(
@@ -530,7 +537,7 @@ class Registry:
             format=outline.format,
             sizes=outline.sizes,
             num_values=outline.num_values,
-            num_bytes=self.contents.num_bytes(outline.num_values),
+            num_bytes=num_bytes,
             created_s=time.time(),
         )
 

@@ -17,7 +17,7 @@ from serve.adapters.experts import LoRAExperts
 from serve.adapters.fit import check_fit
 from serve.adapters.lora import LEAVES, AdaptedLayer, LoRALinear
 from serve.adapters.manifest import AdapterConfig, FineTuneType, specs_of
-from serve.adapters.paths import with_own_names
+from serve.adapters.own import own_layout
 from serve.errors import AdapterError
 from serve.model.network import Network
 from serve.model.weights import EXPERTS, expert_modules, linear_modules
@@ -37,7 +37,7 @@ def place_adapter(
     whole = {name: value for name, value in tensors.items() if name not in updates}
     check_fit(source, specs_of(updates), config, network, max_rank=ANY_RANK)
     put_weights(network, whole, source)
-    own = with_own_names(updates, network)
+    own, config = own_layout(updates, config, network)
     layers = {**linear_modules(network.module), **expert_modules(network.module)}
     placed = [
         (path, _adapted(layers[path], _parts(own, path), config.fine_tune_type, config.scale_of(path)))
