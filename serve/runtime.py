@@ -11,6 +11,7 @@ from pathlib import Path
 
 from serve.adapters.copies import Copies
 from serve.adapters.registry import Registry
+from serve.adapters.resolver import Resolver
 from serve.adapters.version import AdapterVersion
 from serve.adapters.watch import AdapterWatch
 from serve.config import ServeConfig
@@ -44,6 +45,8 @@ class Runtime:
     """By public name."""
     recorder: Recorder | None
     """None without experiments."""
+    resolver: Resolver
+    """Where names that nobody loaded are looked up."""
     watch: AdapterWatch | None = None
     """None where no folder is watched."""
 
@@ -55,6 +58,13 @@ class Runtime:
     def template_of(self, version: AdapterVersion | None) -> ChatTemplate:
         """The chat template that an adapter version answers under, or the base (None)."""
         return version.template if version is not None and version.template is not None else self.template
+
+    def prefix_bytes(self, version: AdapterVersion | None) -> int:
+        """Memory that holds keys and values of prefixes under an adapter, or the base (None). Blocks until a step has
+        ended."""
+        found: list[int] = []
+        self.worker.call(lambda: found.append(self.engine.prefix_bytes(version)))
+        return found[0]
 
     @property
     def max_context(self) -> int:
@@ -88,8 +98,11 @@ class Runtime:
         experiments = {run.experiment.name: run for run in runs}
         worker = Worker(engine)
         worker.start()
+        resolver = Resolver(engine.registry, config.adapter_dirs, config.adapter_hub)
         watch = _watch_of(config, engine.registry, experiments)
-        return cls(config, model, engine, worker, template, sight, experiments, recorder, watch)
+        return cls(
+            config, model, engine, worker, template, sight, experiments, recorder, resolver, watch
+        )
 
     def close(self) -> None:
         """Stop the engine's thread, whose open requests end with an error, and finish writing."""
@@ -135,6 +148,8 @@ def _limits(config: ServeConfig) -> EngineLimits:
         memory_budget_bytes=_bytes(config.memory_budget_gib),
         kv_budget_bytes=_bytes(config.kv_budget_gib),
         adapter_budget_bytes=_bytes(config.adapter_budget_gib),
+        adapter_host_bytes=_bytes(config.adapter_host_gib),
+        adapter_file_bytes=int(config.adapter_file_gib * 2**30),
         prefix_cache_bytes=_bytes(config.prefix_cache_gib),
         prefix_cache_dir=config.prefix_cache_dir,
         prefix_cache_disk_bytes=_bytes(config.prefix_cache_disk_gib),
@@ -145,6 +160,7 @@ def _limits(config: ServeConfig) -> EngineLimits:
         precision=config.kv_precision,
         ahead=AHEAD[config.one_step_ahead],
         max_adapters=config.max_adapters,
+        adapter_versions=config.adapter_versions,
         max_rank=config.max_rank,
         allow_other_base=config.allow_other_base,
     )

@@ -134,6 +134,15 @@ class Bank:
         """Memory of the whole bank. From any thread."""
         return sum(group.num_bytes for group in self._distinct())
 
+    def slot_bytes(self, slot: int) -> int:
+        """Memory of one adapter's entries. From any thread."""
+        return sum(
+            stack.num_bytes(1, stack.size)
+            for group in self._distinct()
+            if slot in group.entries
+            for stack in group.stacks.values()
+        )
+
     def peak_bytes(self, sizes: Mapping[str, Size]) -> int:
         """Memory of the bank with an adapter of these sizes added, and of the largest copy that is made meanwhile.
 

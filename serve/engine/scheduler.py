@@ -99,17 +99,17 @@ class Adapters(Protocol):
         """Of one for which `hold` was false: whether all slots are held, so that nothing is on its way to it."""
 
 
-class AllResident:
-    """Where every version that is known has a slot."""
+class NoAdapters:
+    """Where all requests are the base's."""
 
     def hold(self, sequence: SequenceState) -> bool:
-        """It is the version's."""
-        adapter = sequence.request.adapter
-        sequence.slot = adapter.slot if adapter is not None else 0
+        """It needs no slot."""
+        assert sequence.request.adapter is None, "nobody is there to give adapters slots"
+        sequence.slot = 0
         return True
 
     def let_go(self, sequence: SequenceState) -> None:
-        """Whoever holds the version keeps it."""
+        """Nothing was held."""
 
     def lacks_slot(self, sequence: SequenceState) -> bool:
         """Nobody does."""
@@ -160,7 +160,7 @@ class Scheduler:
         self.num_preempted = 0
         self._prefixes = prefixes or NoPrefixes()
         self._features = features or NoFeatures()
-        self._adapters = adapters or AllResident()
+        self._adapters = adapters or NoAdapters()
         self._absent: set[SequenceState] = set()  # waiting; their adapters were not there when last asked for
         self._failed: list[tuple[SequenceState, LatheError]] = []  # in no other list; nobody has been told
         self._max_bytes = budget.max_bytes

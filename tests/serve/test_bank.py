@@ -139,7 +139,7 @@ def test_a_batch_reads_only_what_its_own_adapters_touch(moe_folder, make_kind, m
     for _, module in engine.model.network.module.named_modules():
         if isinstance(module, BankedLinear | BankedExperts):
             stack = module._stack
-            if lora.slot not in stack.sizes:
+            if engine.registry.slot_of(lora) not in stack.sizes:
                 stack.a, stack.b = stack.a + mx.nan, stack.b + mx.nan
             if stack.gain is not None:
                 stack.gain = stack.gain + mx.nan
@@ -174,7 +174,7 @@ def test_an_adapter_in_a_place_that_had_lengths_has_none_beside_one_that_has(
         "first"
     )  # the head's rank is lower: it takes the first one's entry, and no array grows
     versions = engine.registry.load("head", make_kind("head")), engine.registry.resolve("second")
-    answers = generate(engine, [make_request(str(v.slot), adapter=v) for v in versions])
+    answers = generate(engine, [make_request(v.id, adapter=v) for v in versions])
     assert answers[0].token_ids == expected
 
 
