@@ -89,6 +89,7 @@ class Runtime:
         """As `start`, on a model that is loaded already and named config.base_name."""
         rules = TemplateRules(config.special_tokens_in_messages)
         engine = Engine(model, _limits(config), rules)
+        engine.bank.measure()
         template = make_template(model.tokenizer, rules)
         sight = sight_of(model, config)
         for adapter in config.adapters:
