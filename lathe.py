@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from serve.adapters.tools import Written
     from serve.config import ServeConfig
     from serve.conversation import Conversation
     from serve.errors import LatheError
     from serve.experiments.store import Store
+    from serve.model.loading import LoadedModel
 
 HOME = Path(__file__).resolve().parent
 """Where data/ and recipes/ stand: a checkout of the project."""
@@ -47,18 +49,27 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure servers and training.", no_args_is_help=True)
 ab_app = typer.Typer(help="Look at experiments.", no_args_is_help=True)
 data_app = typer.Typer(help="Look at training rows.", no_args_is_help=True)
+adapters_app = typer.Typer(
+    help="Look at adapters, convert, compare, merge and extract them.", no_args_is_help=True
+)
 app.add_typer(bench_app, name="bench")
 app.add_typer(ab_app, name="ab")
 app.add_typer(data_app, name="data")
+app.add_typer(adapters_app, name="adapters")
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write every number to FILE.")
 ]
+PngFile = Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Also draw the numbers to FILE.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key, e.g. a.b=3.")
 ]
 Adapters = Annotated[
     list[str] | None, typer.Option("--adapter", metavar="NAME=PATH", help="Load this adapter; repeatable.")
+]
+
+BaseModel = Annotated[
+    str | None, typer.Option("--base", help="Their base, where names or experts differ between libraries.")
 ]
 
 ExperimentName = Annotated[str, typer.Argument(metavar="NAME", help="The experiment's public name.")]
@@ -135,18 +146,25 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in adapter_path, once this one has ended.")
     ] = False,
+    serve_to: Annotated[
+        str | None,
+        typer.Option(help="Tell this running server of every checkpoint: the address `lathe serve` prints."),
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="LATHE_API_KEY", help="Of that server.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Train an adapter, or the whole model, from a recipe."""
     from train.recipe.recipe import load_recipe
     from train.run import run
 
+    keys = _as_overrides({"serve_to": serve_to})
     summary = run(
-        load_recipe(recipe, overrides or ()),
+        load_recipe(recipe, [*keys, *(overrides or ())]),
         dry_run=dry_run,
         resume=resume,
         overwrite=overwrite,
         console=_console(),
+        api_key=api_key,
     )
     raise typer.Exit(summary.exit_code)
 
@@ -186,6 +204,10 @@ def serve(
     adapter: Adapters = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    adapter_watch: Annotated[
+        list[Path] | None,
+        typer.Option(help="Load what appears in this folder, a run's or one of adapters; repeatable."),
+    ] = None,
     memory_budget_gib: Annotated[
         float | None, typer.Option(help="Memory of keys, values, prefixes and adapters.")
     ] = None,
@@ -242,6 +264,7 @@ def serve(
     from serve.api.server import run
 
     keys = {
+        "adapter_watch": [str(each.absolute()) for each in adapter_watch or ()] or None,
         "memory_budget_gib": memory_budget_gib,
         "prefix_cache_gib": prefix_cache_gib,
         "prefix_cache_dir": str(prefix_cache_dir.absolute()) if prefix_cache_dir else None,
@@ -367,6 +390,108 @@ def ab_drop(
     _console().print(f"deleted {what}", markup=False, highlight=False, soft_wrap=True)
 
 
+@adapters_app.command("inspect")
+def adapters_inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter: a folder, or a file.")],
+    model: Annotated[str | None, typer.Option(help="Say whether it fits this model, too.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Say what an adapter is, module by module, and what is wrong with it."""
+    from serve.adapters.inspection import inspect, tables
+    from serve.tables import show
+
+    _check_writable(json_file)
+    found = inspect(path, _base(model))
+    show(_console(), *tables(found))
+    _save_json(json_file, found.as_json())
+    found.check()
+
+
+@adapters_app.command("convert")
+def adapters_convert(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter: a folder, or a file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="peft or mlx.")],
+    base: BaseModel = None,
+) -> None:
+    """Write an adapter in PEFT's or in mlx-lm's layout; the way back gives the same bytes."""
+    from serve.adapters.tools import convert
+
+    _tell_written(convert(path, out, _layout(to), _base(base)))
+
+
+@adapters_app.command("diff")
+def adapters_diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="An adapter.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    base: BaseModel = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Say how far apart the updates of two adapters are, module by module."""
+    from serve.adapters.difference import difference, tables
+    from serve.adapters.opened import open_adapter
+    from serve.tables import show
+
+    _check_writable(json_file)
+    model = _base(base)
+    network = None if model is None else model.network
+    found = difference(open_adapter(first, network), open_adapter(second, network))
+    show(_console(), *tables(found, str(first), str(second)))
+    _save_json(json_file, found.as_json())
+
+
+@adapters_app.command("merge")
+def adapters_merge(
+    parts: Annotated[
+        list[str], typer.Argument(metavar="PATH:WEIGHT…", help="Adapters, and how much of each.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    method: Annotated[
+        str, typer.Option(help="cat, svd, linear, ties, dare_linear, dare_ties or magnitude_prune.")
+    ] = "cat",
+    rank: Annotated[
+        int | None, typer.Option(help="svd: of the result; else the largest of the parts.")
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Of what prunes: the share that is kept.")] = None,
+    seed: Annotated[int, typer.Option(help="dare: of what is dropped.")] = 0,
+    to: Annotated[str | None, typer.Option(help="peft or mlx; else as the first part.")] = None,
+    base: BaseModel = None,
+) -> None:
+    """Make one adapter of several, as PEFT's add_weighted_adapter does."""
+    from typing import cast
+
+    from serve.adapters.merging import Merge, Method
+    from serve.adapters.tools import merge
+
+    how = Merge(cast("Method", method), rank, density, seed)
+    _tell_written(merge(parts, out, how, None if to is None else _layout(to), _base(base)))
+
+
+@adapters_app.command("extract")
+def adapters_extract(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A fine-tuned model, folder or hub name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    base: Annotated[str, typer.Option(help="The model that it was tuned from.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of each module's update.")] = 16,
+    to: Annotated[str, typer.Option(help="peft or mlx.")] = "mlx",
+    json_file: JsonFile = None,
+) -> None:
+    """Make an adapter of what a full fine-tune changed: of each matrix the nearest update of that rank."""
+    from serve.adapters import extraction, tools
+    from serve.tables import show
+
+    layout = _layout(to)
+    _check_writable(json_file)
+    tools.check_out(out)
+    tuned, original = _loaded(model), _loaded(base)
+    with _progress() as progress:
+        found = extraction.extract(tuned, original, rank, progress)
+    written = tools.save_extraction(found, out, layout, tuned, original)
+    show(_console(), *extraction.tables(found))
+    _save_json(json_file, found.as_json())
+    _tell_written(written)
+
+
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="An adapter folder.")],
@@ -409,90 +534,345 @@ def export(
 @bench_app.command("serve")
 def bench_serve(
     url: Annotated[
-        str, typer.Option(help="The address that `lathe serve` prints.")
-    ] = f"http://127.0.0.1:{DEFAULT_PORT}",
+        str | None,
+        typer.Option(
+            help="The address that `lathe serve` prints; http://127.0.0.1:8000 if nothing is started."
+        ),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Start a server for it: what `lathe serve` takes, or tiny, 29M, 0.6B, 1.7B for a random model.",
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Models to ask in turn, a,b,c; else the first listed.")
     ] = None,
+    adapters: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Ask so many of the server's adapters; a random model is started with so many."
+        ),
+    ] = None,
+    zipf: Annotated[
+        float | None,
+        typer.Option(min=0, help="Draw the models: the k-th 1/k^ZIPF as often as the first. Else in turn."),
+    ] = None,
     concurrency: Annotated[
-        str, typer.Option(help="Numbers of clients, measured one after the other.")
-    ] = "1,4,16",
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    max_tokens: Annotated[int, typer.Option(min=2)] = 64,
-    requests: Annotated[int | None, typer.Option(min=1, help="At each level; default: 4 a client.")] = None,
+        str | None,
+        typer.Option(
+            "--concurrency",
+            "--max-concurrency",
+            help="Numbers of clients, one after the other (1,4,16); with a rate, the most under way.",
+        ),
+    ] = None,
+    request_rate: Annotated[
+        str | None,
+        typer.Option(help="Open loop: requests a second, one rate after the other; inf is a burst."),
+    ] = None,
+    burstiness: Annotated[
+        float,
+        typer.Option(help="Of arrivals at a rate: 1 is Poisson, inf evenly spaced, less than 1 burstier."),
+    ] = 1.0,
+    requests: Annotated[
+        int | None,
+        typer.Option(
+            "--requests", "--num-prompts", min=1, help="At each level; else 4 a client, or 10 s of a rate."
+        ),
+    ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds of each level: later no request is sent, and a minute later none is heard."
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        str,
+        typer.Option(
+            "--prompt-tokens",
+            "--random-input-len",
+            metavar="LENGTHS",
+            help="128, uniform:64:512 or lognormal:MEDIAN:SIGMA[:MAX].",
+        ),
+    ] = "128",
+    max_tokens: Annotated[
+        str,
+        typer.Option(
+            "--max-tokens", "--random-output-len", metavar="LENGTHS", help="Of answers; as prompts."
+        ),
+    ] = "64",
+    dataset_path: Annotated[
+        Path | None,
+        typer.Option(help="JSONL: prompt, messages or prompt_tokens a line, and output_tokens if it likes."),
+    ] = None,
+    num_prefixes: Annotated[
+        int,
+        typer.Option(
+            "--num-prefixes", "--prefix-repetition-num-prefixes", min=0, help="Beginnings that prompts share."
+        ),
+    ] = 0,
+    prefix_tokens: Annotated[
+        int,
+        typer.Option(
+            "--prefix-tokens",
+            "--prefix-repetition-prefix-len",
+            min=1,
+            help="Of each, beside --prompt-tokens.",
+        ),
+    ] = 256,
+    prefix_zipf: Annotated[
+        float, typer.Option(min=0, help="The k-th prefix 1/k^PREFIX_ZIPF as often as the first.")
+    ] = 1.0,
+    goodput: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:MS", help="What is good: ttft:500, tpot:50, e2el:2000; repeatable."),
+    ] = None,
     endpoint: Annotated[str, typer.Option(help="chat or completions.")] = "chat",
     ignore_eos: Annotated[
         bool, typer.Option(help="Ask for full-length answers, where the server can.")
     ] = False,
     tokenizer: Annotated[Path | None, typer.Option(help="Size prompts with this folder's tokenizer.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same one, the same requests.")] = 0,
+    overrides: Overrides = None,
     api_key: Annotated[str | None, typer.Option(envvar="LATHE_API_KEY")] = None,
     json_file: JsonFile = None,
+    png: PngFile = None,
 ) -> None:
-    """Measure any OpenAI-compatible server: time to first token, time per token, tokens per second."""
+    """Measure any OpenAI-compatible server: time to first token, time per token, gaps, tokens per second, goodput."""
+    from contextlib import ExitStack
+
+    from serve.bench import dataset, lengths, plots
+    from serve.bench import goodput as good
     from serve.bench.summary import notes, table
     from serve.bench.sweep import Sweep, run
-    from serve.remote import choose_model
+    from serve.bench.workload import Prefixes, Workload
     from serve.tables import show
 
-    levels = _numbers(concurrency, "--concurrency")
+    rates = _rates(request_rate)
+    levels = _numbers(concurrency or "1,4,16", "--concurrency")
     _one_of(endpoint, ("chat", "completions"), "--endpoint")
-    sweep = Sweep(
-        url=url,
-        models=tuple(_words(model)) if model else (choose_model(url, None, api_key),),
-        concurrency=levels,
-        num_prompt_tokens=prompt_tokens,
-        max_tokens=max_tokens,
-        num_requests=requests,
-        endpoint="completions" if endpoint == "completions" else "chat",
-        tokenizer=tokenizer,
-        extra={"ignore_eos": True} if ignore_eos else {},
-        api_key=api_key,
+    _at_least(burstiness, "--burstiness")
+    _at_least(time_limit, "--time-limit")
+    if burstiness != 1.0 and not rates:
+        raise typer.BadParameter(
+            "clients are no arrivals; give --request-rate too", param_hint="--burstiness"
+        )
+    if start is None and overrides:
+        raise typer.BadParameter("is of a server that --start starts", param_hint="--set")
+    if start is not None and url is not None:
+        raise typer.BadParameter("name a running server, or --start one", param_hint="--url, --start")
+    if model is not None and adapters is not None:
+        raise typer.BadParameter(
+            "name the models, or say how many adapters", param_hint="--model, --adapters"
+        )
+    prompts, answers = (
+        lengths.parse(prompt_tokens, "--prompt-tokens"),
+        lengths.parse(max_tokens, "--max-tokens"),
     )
-    with _progress() as progress:
-        summaries = run(sweep, progress)
-    title = f"{url}, {prompt_tokens} prompt tokens asked, {max_tokens} new; p50 / p95"
-    show(_console(), table(title, summaries), *_dim(notes(summaries)))
-    _save_json(json_file, {"settings": sweep.as_json(), "results": [each.as_json() for each in summaries]})
+    objective = good.parse(goodput) if goodput else None
+    lines = dataset.read(dataset_path) if dataset_path else None
+    _check_writable(json_file)
+    _check_writable(png, "--png")
+    with ExitStack() as stack:
+        progress = stack.enter_context(_progress())
+        if start is not None:
+            url = stack.enter_context(_benched_server(start, adapters, overrides or [], progress))
+        url = url or f"http://127.0.0.1:{DEFAULT_PORT}"
+        workload = Workload(
+            models=_benched_models(url, model, adapters, api_key),
+            prompt_tokens=prompts,
+            max_tokens=answers,
+            model_exponent=zipf,
+            prefixes=Prefixes(num_prefixes, prefix_tokens, prefix_zipf) if num_prefixes else None,
+            dataset=lines,
+            seed=seed,
+        )
+        sweep = Sweep(
+            url=url,
+            workload=workload,
+            concurrency=levels if concurrency or not rates else (),
+            request_rates=rates,
+            burstiness=burstiness,
+            num_requests=requests,
+            time_limit_s=time_limit,
+            endpoint="completions" if endpoint == "completions" else "chat",
+            tokenizer=tokenizer,
+            extra={"ignore_eos": True} if ignore_eos else {},
+            objective=objective,
+            api_key=api_key,
+        )
+        outcome = run(sweep, progress)
+    asked = f"{url}, {prompt_tokens} prompt tokens asked, {max_tokens} new"
+    title = f"{asked}; p50 / p95 (gaps p50 / p95 / p99 / longest)"
+    show(_console(), table(title, outcome.summaries), *_dim(notes(outcome.summaries)))
+    _save_json(json_file, outcome.as_json(sweep))
+    if png is not None:
+        plots.save(plots.served(asked, outcome.rounds, outcome.summaries), png)
+
+
+@contextmanager
+def _benched_server(
+    start: str, adapters: int | None, overrides: Sequence[str], progress: Callable[[str], None]
+) -> Iterator[str]:
+    """The address of a server that is there for as long as it is measured."""
+    import tempfile
+
+    from serve.bench import servers, standin
+
+    with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary:
+        folder, model, paths = Path(temporary), start, {}
+        if start in standin.SIZES:
+            progress("writing a random model")
+            model, size = str(folder / "model"), standin.SIZES[start]
+            standin.write_model(Path(model), standin.default_dtype(), size)
+            if adapters is not None:
+                progress(f"writing {adapters} adapters")
+                paths = standin.write_adapters(folder / "adapters", adapters, size)
+        progress(f"starting a server for {start}")
+        with servers.lathe(model, folder / "lathe.log", adapters=paths, overrides=overrides) as server:
+            yield server.url
+
+
+def _benched_models(
+    url: str, model: str | None, adapters: int | None, api_key: str | None
+) -> tuple[str, ...]:
+    """Whom requests name."""
+    from serve.errors import NotFoundError
+    from serve.remote import choose_model, served_adapters
+
+    if model is not None:
+        return tuple(_words(model))
+    if adapters is None:
+        return (choose_model(url, None, api_key),)
+    found = served_adapters(url, api_key)
+    if len(found) < adapters:
+        raise NotFoundError(f"{url} lists {len(found)} adapters; --adapters asks for {adapters}")
+    return tuple(found[:adapters])
 
 
 @bench_app.command("compare")
 def bench_compare(
-    concurrency: Annotated[str, typer.Option(help="Numbers of clients.")] = "1,4,16",
+    concurrency: Annotated[str, typer.Option(help="Numbers of clients.")] = "1,4,16,32,64",
+    only: Annotated[
+        str, typer.Option(help="Who takes part, any of them.")
+    ] = "lathe,bare,mlx_lm,mlx_vlm,vllm_mlx,unused,one,mixed8,mixed32",
     prompt_tokens: Annotated[int, typer.Option(min=16)] = 74,
     max_tokens: Annotated[int, typer.Option(min=2)] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Servers take turns this many times.")] = 3,
-    size: Annotated[str, typer.Option(help="Parameters of the random model: 29M, 0.6B or 1.7B.")] = "29M",
+    rounds: Annotated[int, typer.Option(min=1, help="They take turns this many times.")] = 3,
+    requests: Annotated[int, typer.Option(min=1, help="Of each client in a round.")] = 2,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Seconds of all rounds; what would not end in time is not begun.")
+    ] = None,
+    size: Annotated[
+        str, typer.Option(help="Parameters of the random model: tiny, 29M, 0.6B or 1.7B.")
+    ] = "29M",
+    vllm_mlx: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LATHE_VLLM_MLX", metavar="EXECUTABLE", help="vllm-mlx's, where it is not on the path."
+        ),
+    ] = None,
     folder: Annotated[Path | None, typer.Option(help="Keep model, adapters and server logs here.")] = None,
     json_file: JsonFile = None,
+    png: PngFile = None,
 ) -> None:
-    """Measure Lathe, mlx_lm.server and mlx_vlm.server on one random model, in turns."""
+    """Measure Lathe, its mixes of adapters, a bare batched loop and other servers on one random model, in turns."""
     import tempfile
 
-    from serve.bench import compare
+    from serve.bench import compare, contest, plots, servers
     from serve.bench.standin import SIZES
     from serve.bench.summary import notes, table
     from serve.tables import show
 
+    _at_least(time_limit, "--time-limit")
     asked = compare.Comparison(
         size=_one_of(size, tuple(SIZES), "--size"),
         concurrency=_numbers(concurrency, "--concurrency"),
         num_prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
         rounds=rounds,
+        requests_per_client=requests,
+        only=tuple(_one_of(key, tuple(contest.KEYS), "--only") for key in _words(only) or [only]),
+        time_limit_s=time_limit,
     )
     _check_writable(json_file)
+    _check_writable(png, "--png")
 
     def keep(so_far: compare.Outcome) -> None:
         _save_json(json_file, so_far.as_json(asked))
 
     with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
-        outcome = compare.run(asked, folder or Path(temporary), progress, keep)
+        executable = vllm_mlx or servers.find_vllm_mlx()
+        outcome = compare.run(asked, folder or Path(temporary), progress, keep, executable)
+    keep(outcome)
+    title = "p50 / p95 over all rounds (gaps p50 / p95 / p99 / longest)"
     show(
         _console(),
-        table("p50 / p95 over all rounds", outcome.summaries),
+        table(title, outcome.summaries),
         compare.table(outcome),
         *_dim([*notes(outcome.summaries), *compare.notes(outcome)]),
     )
+    if png is not None:
+        asked_for = f"{size} model, {prompt_tokens} prompt tokens, {max_tokens} new, {rounds} rounds"
+        plots.save(plots.compared(asked_for, outcome), png)
+
+
+@bench_app.command("adapters")
+def bench_adapters(
+    parts: Annotated[str, typer.Option(help="Any of them.")] = "mixes,unused,ranks,load,many",
+    rounds: Annotated[int, typer.Option(min=1, help="What is compared takes turns this many times.")] = 3,
+    rows: Annotated[int, typer.Option(min=1, help="mixes, unused: requests that run together.")] = 32,
+    ranked: Annotated[int, typer.Option(min=1, help="ranks: adapters of ranks 4 to 128, a row each.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=16)] = 74,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 48,
+    streams: Annotated[int, typer.Option(min=1, help="load: rows that stream meanwhile.")] = 16,
+    loads: Annotated[int, typer.Option(min=1, help="load: adapters loaded, replaced and unloaded.")] = 5,
+    many: Annotated[int, typer.Option(min=2, help="many: adapters on disk.")] = 1000,
+    slots: Annotated[int, typer.Option(min=1, help="many: that fit on the device together.")] = 16,
+    clients: Annotated[int, typer.Option(min=1, help="many: clients.")] = 16,
+    zipf: Annotated[float, typer.Option(min=0, help="many: the k-th 1/k^ZIPF as often as the first.")] = 1.0,
+    size: Annotated[
+        str, typer.Option(help="Parameters of the random model: tiny, 29M, 0.6B or 1.7B.")
+    ] = "29M",
+    folder: Annotated[Path | None, typer.Option(help="Keep model, adapters and server logs here.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure what adapters cost: mixed, unused, of many ranks, loaded beside streams, and more than fit."""
+    import tempfile
+
+    from serve.bench import adapters, crowd, disturb, finding
+    from serve.bench.standin import SIZES
+    from serve.tables import show
+
+    asked = adapters.Setting(
+        parts=tuple(_one_of(part, adapters.PARTS, "--parts") for part in _words(parts) or [parts]),
+        size=SIZES[_one_of(size, tuple(SIZES), "--size")],
+        rows=rows,
+        num_ranked=ranked,
+        num_prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        rounds=rounds,
+        load=disturb.Setting(num_rows=streams, rounds=loads),
+        crowd=crowd.Setting(
+            num_adapters=many,
+            num_slots=slots,
+            exponent=zipf,
+            clients=clients,
+            num_prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+            rounds=rounds,
+        ),
+    )
+    _check_writable(json_file)
+
+    def keep(so_far: list[finding.Finding]) -> None:
+        _save_json(json_file, adapters.as_json(asked, so_far))
+
+    with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
+        findings = adapters.run(asked, folder or Path(temporary), progress, keep)
+    title = f"Median of {rounds} round(s), and extremes"
+    show(_console(), finding.table(title, findings), *_dim(finding.notes(findings)))
 
 
 @bench_app.command("step")
@@ -526,7 +906,9 @@ def bench_cache(
     prefill_tokens: Annotated[int, typer.Option(min=64, help="precision: the prompt's length.")] = 4096,
     clients: Annotated[int, typer.Option(min=1, help="throughput: clients.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=8, help="ragged and throughput: of each answer.")] = 64,
-    size: Annotated[str, typer.Option(help="Parameters of the random model: 29M, 0.6B or 1.7B.")] = "29M",
+    size: Annotated[
+        str, typer.Option(help="Parameters of the random model: tiny, 29M, 0.6B or 1.7B.")
+    ] = "29M",
     folder: Annotated[Path | None, typer.Option(help="Keep model, prefixes and server logs here.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -611,7 +993,9 @@ def bench_conversations(
         float, typer.Option(min=0.001, max=1, help="Share of the conversations that the caches hold.")
     ] = 0.25,
     clients: Annotated[int, typer.Option(min=1)] = 4,
-    size: Annotated[str, typer.Option(help="Parameters of the random model: 29M, 0.6B or 1.7B.")] = "29M",
+    size: Annotated[
+        str, typer.Option(help="Parameters of the random model: tiny, 29M, 0.6B or 1.7B.")
+    ] = "29M",
     folder: Annotated[Path | None, typer.Option(help="Keep model and server logs here.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -736,6 +1120,31 @@ def _serve_config(
     return load_config(model, overrides, **changes)
 
 
+def _base(name: str | None) -> LoadedModel | None:
+    return None if name is None else _loaded(name)
+
+
+def _loaded(name: str) -> LoadedModel:
+    """A model in full precision."""
+    from serve.model.loading import load
+
+    return load(name, dequantize=True)
+
+
+def _layout(word: str) -> Any:
+    """'mlx' or 'peft' -> the layout."""
+    from serve.adapters.tools import LAYOUTS
+
+    return LAYOUTS[_one_of(word, tuple(LAYOUTS), "--to")]
+
+
+def _tell_written(written: Written) -> None:
+    said = f"wrote {written.out}: {written.layout}, {written.num_modules} modules"
+    _console().print(said, markup=False, highlight=False, soft_wrap=True)
+    for note in written.notes:
+        _console().print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 def _as_overrides(keys: Mapping[str, float | str | list[str] | None]) -> list[str]:
     """The keys that were given, as --set takes them: part of the file before it is checked."""
     import json
@@ -842,7 +1251,7 @@ def _save_json(path: Path | None, numbers: dict[str, Any]) -> None:
         raise StorageError(f"{path}: cannot be written: {error}") from error
 
 
-def _check_writable(path: Path | None) -> None:
+def _check_writable(path: Path | None, option: str = "--json") -> None:
     """Before minutes of work, not after them."""
     if path is None:
         return
@@ -850,7 +1259,7 @@ def _check_writable(path: Path | None) -> None:
 
     there = next(each for each in (path, *path.absolute().parents) if each.exists())
     if path.is_dir() or not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
-        raise typer.BadParameter(f"{path} cannot be written; expected a file", param_hint="--json")
+        raise typer.BadParameter(f"{path} cannot be written; expected a file", param_hint=option)
 
 
 def _words(text: str) -> list[str]:
@@ -865,6 +1274,27 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
             f"found {text!r}; expected positive whole numbers like 1,4,16", param_hint=option
         )
     return tuple(int(word) for word in words)
+
+
+def _rates(text: str | None) -> tuple[float, ...]:
+    """'0.5,4,inf' -> (0.5, 4.0, inf); nothing -> ()."""
+    if text is None:
+        return ()
+    try:
+        rates = tuple(float(word) for word in _words(text))
+    except ValueError:
+        rates = ()
+    if not rates or not all(rate > 0 for rate in rates):
+        raise typer.BadParameter(
+            f"found {text!r}; expected requests a second like 0.5,4,inf", param_hint="--request-rate"
+        )
+    return rates
+
+
+def _at_least(found: float | None, option: str) -> None:
+    """A number above nothing; NaN is none."""
+    if found is not None and not found > 0:
+        raise typer.BadParameter(f"found {found}; expected a number above 0", param_hint=option)
 
 
 def _one_of(found: Any, choices: tuple[Any, ...], option: str) -> Any:

@@ -85,6 +85,12 @@ class ServeConfig(Strict):
     allowed_adapter_roots: tuple[Path, ...] | None = None
     """Folders under which /v1/load_lora_adapter may read. Left out: everywhere when bound to loopback, else
     nowhere."""
+    adapter_watch: tuple[Path, ...] = ()
+    """Folders that are watched: a run's or an adapter's, or one that holds such folders. What a run publishes, and
+    what is put there, becomes a new version of the adapter that is called as the folder. Each under
+    allowed_adapter_roots, where these are named."""
+    adapter_watch_interval_s: float = Field(1.0, gt=0)
+    """Seconds between two looks at them."""
     allowed_media_roots: tuple[Path, ...] | None = None
     """Folders whose files a request may show by their paths. Left out: everything when bound to loopback, else
     nothing."""
@@ -106,8 +112,14 @@ class ServeConfig(Strict):
     kv_budget_gib: float | None = Field(None, gt=0)
     """Of it, at most so much for keys, values, recurrent state and prefixes, in GiB; three quarters, if left out."""
     adapter_budget_gib: float | None = Field(None, gt=0)
-    """Of it, at most so much for adapters, in GiB, with the copies made while one is loaded; a quarter, if left out.
-    A load that needs more answers 507."""
+    """Of it, at most so much for adapters on the device, in GiB, with the copies made while one is loaded; a quarter,
+    if left out. A load that needs more answers 507."""
+    adapter_host_gib: float | None = Field(None, ge=0)
+    """At most so much for adapters in host memory, from where they come to a slot without being read again, in GiB;
+    what those on the device leave of adapter_budget_gib, if left out; with CUDA a quarter of the host's free one."""
+    adapter_file_gib: float = Field(4, ge=0)
+    """At most so much, in GiB, for files of adapters that left memory and that nobody else has any more, since their
+    folder was written over: in a folder of the server's own, removed when it ends."""
     prefix_cache_gib: float | None = Field(None, ge=0)
     """Of the keys' and values' memory, at most so much for prefixes of earlier prompts and answers, in GiB: all that
     the running rows leave, if left out; 0 keeps none."""
@@ -145,7 +157,16 @@ class ServeConfig(Strict):
     """Build a step before the tokens of the one before it are read, so that the device does not wait for Python;
     auto: everywhere but on CPU."""
     max_adapters: int = Field(64, ge=1)
-    """Adapters that can be asked for at once. A version that was replaced while requests hold it counts no more."""
+    """Adapters that are on the device at once. Others that are known come there when they are asked for. A version
+    that was replaced while requests hold it counts no more."""
+    adapter_versions: int = Field(8, ge=0)
+    """Earlier versions of a name that can be asked for as name@N, and rolled back to."""
+    adapter_dirs: tuple[Path, ...] = ()
+    """Folders in which a model name that is not known is looked up: the adapter folder of that name is loaded by the
+    first request that asks for it. Links that lead out of them are refused."""
+    adapter_hub: tuple[str, ...] = ()
+    """Owners and repositories (`owner`, `owner/name`) that are looked up on the Hugging Face hub the same way, after
+    adapter_dirs; of a repository the adapter's files alone are fetched."""
     max_rank: int = Field(256, ge=1)
     """Largest rank an adapter may have."""
     allow_other_base: bool = False
@@ -187,6 +208,23 @@ class ServeConfig(Strict):
             return False
 
     @property
+    def watch_roots(self) -> tuple[Path, ...] | None:
+        """Where files of watched adapters may be, links followed; None: anywhere. ConfigError where a watched folder
+        is not there itself."""
+        roots = self.allowed_adapter_roots
+        if roots is None:
+            return None if self.is_loopback else self.adapter_watch
+        allowed = [root.expanduser().resolve() for root in roots]
+        for folder in self.adapter_watch:
+            place = folder.expanduser().resolve()
+            if not any(place.is_relative_to(root) for root in allowed):
+                raise ConfigError(
+                    f"adapter_watch: {folder} is under none of allowed_adapter_roots "
+                    f"({', '.join(map(str, roots)) or 'none'})"
+                )
+        return roots
+
+    @property
     def media_roots(self) -> tuple[Path, ...]:
         """Folders whose files a request may show, links followed."""
         roots = self.allowed_media_roots
@@ -226,6 +264,7 @@ class ServeConfig(Strict):
             *self._experiment_problems(),
             *self._memory_problems(),
             *self._precision_problems(),
+            *self._hub_problems(),
             *self.media.problems(),
         ]
         if problems:
@@ -237,6 +276,7 @@ class ServeConfig(Strict):
         for key, whole_key in (
             ("kv_budget_gib", "memory_budget_gib"),
             ("adapter_budget_gib", "memory_budget_gib"),
+            ("adapter_host_gib", "memory_budget_gib"),
             ("prefix_cache_gib", "memory_budget_gib"),
             ("prefix_cache_gib", "kv_budget_gib"),
             ("feature_cache_gib", "memory_budget_gib"),
@@ -267,6 +307,13 @@ class ServeConfig(Strict):
             self.kv_precision  # noqa: B018
         except RequestError as error:
             yield error.param or "kv_bits", str(error)
+
+    def _hub_problems(self) -> Iterator[tuple[str, str]]:
+        """What can be neither an owner nor a repository."""
+        for index, name in enumerate(self.adapter_hub):
+            parts = name.split("/")
+            if len(parts) > 2 or not all(parts) or name_problem(name):
+                yield f"adapter_hub.{index}", f"found {name!a:.80}; expected an owner, or owner/name"
 
     def _experiment_problems(self) -> Iterator[tuple[str, str]]:
         """Arms of one name, arms that are experiments, names that reports and headers cannot say."""
@@ -358,8 +405,11 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
     }
     if config.allowed_adapter_roots is not None:
         changes["allowed_adapter_roots"] = tuple(_under(folder, r) for r in config.allowed_adapter_roots)
+    changes["adapter_watch"] = tuple(_under(folder, watched) for watched in config.adapter_watch)
     if config.allowed_media_roots is not None:
         changes["allowed_media_roots"] = tuple(_under(folder, r) for r in config.allowed_media_roots)
+    if config.adapter_dirs:
+        changes["adapter_dirs"] = tuple(_under(folder, each) for each in config.adapter_dirs)
     for key in ("prefix_cache_dir", "feature_cache_dir"):
         if (path := getattr(config, key)) is not None:
             changes[key] = _under(folder, path)

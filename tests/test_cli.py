@@ -28,10 +28,17 @@ COMMANDS = (
     "ab report",
     "ab runs",
     "ab drop",
+    "adapters",
+    "adapters inspect",
+    "adapters convert",
+    "adapters diff",
+    "adapters merge",
+    "adapters extract",
     "export",
     "bench",
     "bench serve",
     "bench compare",
+    "bench adapters",
     "bench step",
     "bench cache",
     "bench conversations",
@@ -69,7 +76,7 @@ def test_every_command_explains_itself(command):
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-@pytest.mark.parametrize("command", [each for each in COMMANDS if each not in ("ab", "bench")])
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each not in ("ab", "adapters", "bench")])
 def test_help_cuts_no_option_and_no_default(command, width):
     found = typer.main.get_command(lathe.app)
     for word in command.split():
@@ -86,13 +93,13 @@ def test_help_cuts_no_option_and_no_default(command, width):
 
 
 def test_the_list_of_commands_here_is_complete():
-    groups = {"": lathe.app, "ab ": lathe.ab_app, "bench ": lathe.bench_app}
+    groups = {"": lathe.app, "ab ": lathe.ab_app, "adapters ": lathe.adapters_app, "bench ": lathe.bench_app}
     named = {
         prefix + (command.name or command.callback.__name__)
         for prefix, group in groups.items()
         for command in group.registered_commands
     }
-    assert named | {"ab", "bench"} == set(COMMANDS)
+    assert named | {"ab", "adapters", "bench"} == set(COMMANDS)
 
 
 FLAGS_OF_MEDIA = {
@@ -165,6 +172,25 @@ BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\nite
         ("bench train --model nowhere/at-all", ("nowhere/at-all",)),
         ("bench train --json /dev/null/numbers.json", ("/dev/null/numbers.json", "cannot be written")),
         ("bench serve --endpoint mail", ("--endpoint", "completions")),
+        ("bench serve --prompt-tokens 0", ("--prompt-tokens", "'0'", "uniform:64:512")),
+        ("bench serve --max-tokens uniform:9:3", ("--max-tokens", "uniform:9:3")),
+        ("bench serve --request-rate 0", ("--request-rate", "0.5,4,inf")),
+        ("bench serve --request-rate nan", ("--request-rate", "nan")),
+        ("bench serve --burstiness 2", ("--burstiness", "--request-rate")),
+        ("bench serve --request-rate 1 --burstiness nan", ("--burstiness", "above 0")),
+        ("bench serve --time-limit 0", ("--time-limit", "above 0")),
+        ("bench serve --goodput itl:5", ("--goodput", "itl:5", "ttft:500")),
+        ("bench serve --goodput ttft:5,ttft:6", ("--goodput", "twice")),
+        ("bench serve --model a --adapters 3", ("--model", "--adapters")),
+        ("bench serve --set max_rows=3", ("--set", "--start")),
+        ("bench serve --start tiny --url http://127.0.0.1:1", ("--start", "--url")),
+        ("bench serve --png /dev/null/picture.png", ("--png", "/dev/null/picture.png")),
+        ("bench compare --only lathe", ("--only", "lathe", "mixed32")),
+        ("bench compare --only lathe,ollama", ("--only", "ollama", "vllm_mlx")),
+        ("bench compare --time-limit -1", ("--time-limit", "above 0")),
+        ("bench compare --png /dev/null/picture.png", ("--png", "/dev/null/picture.png")),
+        ("bench adapters --parts mixes,none", ("--parts", "none", "ranks")),
+        ("bench adapters --size 3B", ("--size", "29M")),
         ("demo --folder {tmp}", ("another folder",)),
         ("no-such-command", ("no-such-command",)),
     ],

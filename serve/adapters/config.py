@@ -13,15 +13,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import ValidationError
 
+from serve.adapters.prefixes import without_containers
 from serve.errors import AdapterError
 from serve.model.quantization import Quantization
 
 FineTuneType = Literal["lora", "dora", "full"]
+Sides = Literal["own", "peft", "unsaid"]
 
+PEFT_MARK = "peft_type"
+"""The key by which PEFT's configs are known."""
 PARAMETERS = ("rank", "scale", "alpha", "dropout", "keys", "init_lora_weights")
 """What `lora_parameters` may hold."""
 ELSEWHERE = frozenset(
@@ -99,10 +103,39 @@ class AdapterConfig:
     init_lora_weights: str = "default"
     """How A and B began; after pissa the folder holds an update of twice the recipe's rank."""
     lineage: Lineage | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """By module path, where another than `rank`; whatever containers stand before the path."""
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """Likewise, where another than `scale`."""
+    sides: Sides = "own"
+    """Of stacks of experts, on which side A is. own: of the inputs; peft: as PEFT since 0.19; unsaid: shapes tell."""
+
+    def rank_of(self, path: str) -> int:
+        """R of the update of the module at `path`, by its name in the file or in the model."""
+        return _of_module(self.ranks, path, self.rank)
+
+    def scale_of(self, path: str) -> float:
+        """The factor on that module's B(Ax)."""
+        return _of_module(self.scales, path, self.scale)
+
+
+T = TypeVar("T")
+
+
+def _of_module(named: Mapping[str, T], path: str, otherwise: T) -> T:
+    if not named:
+        return otherwise
+    wanted = without_containers(path)
+    return next((value for name, value in named.items() if without_containers(name) == wanted), otherwise)
 
 
 def config_json(config: AdapterConfig) -> dict[str, Any]:
-    """What `adapter_config.json` holds: mlx-lm's keys first."""
+    """What `adapter_config.json` holds: mlx-lm's keys first. AdapterError for ranks and scales by module, which that
+    layout has no words for."""
+    if config.ranks or config.scales:
+        raise AdapterError(
+            "mlx-lm's layout has one rank and one scale for all modules, and these differ by module"
+        )
     parameters: dict[str, Any] = {"rank": config.rank, "scale": config.scale, "dropout": config.dropout}
     if config.keys:
         parameters["keys"] = list(config.keys)
@@ -117,26 +150,41 @@ def config_json(config: AdapterConfig) -> dict[str, Any]:
 
 
 def parse_config(text: str, path: Path) -> AdapterConfig:
-    """The config written in `text`. AdapterError names `path` and every key that is wrong."""
+    """The config written in `text`, in mlx-lm's layout. AdapterError names `path` and every key that is wrong."""
+    raw = parse_object(text, path)
+    if PEFT_MARK in raw:
+        raise AdapterError(f"{path}: is PEFT's ({shown(raw[PEFT_MARK])}), mlx-lm's layout was expected")
+    return config_of(raw, path)
+
+
+def parse_object(text: str, path: Path) -> dict[str, Any]:
+    """The JSON object written in `text`, in no layout yet. AdapterError names `path`."""
     try:
-        raw = json.loads(text, object_pairs_hook=_without_repeats)
+        raw = json.loads(text, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: not JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise AdapterError(f"{path}: holds {_shown(raw)}, an object was expected")
-    if "peft_type" in raw:
-        raise AdapterError(
-            f"{path}: is a PEFT adapter ({_shown(raw['peft_type'])}); this version reads mlx-lm's layout"
-        )
+        raise AdapterError(f"{path}: holds {shown(raw)}, an object was expected")
+    return raw
+
+
+def config_of(raw: Mapping[str, Any], path: Path) -> AdapterConfig:
+    """What an object in mlx-lm's layout says. AdapterError names `path` and every key that is wrong."""
     problems: list[str] = []
     config = _config(raw, problems)
-    if problems:
-        lines = [f"{path}: {problems[0]}"] if len(problems) == 1 else [f"{path}:", *problems]
-        raise AdapterError("\n  ".join(lines))
+    raise_problems(path, problems)
     return config
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def raise_problems(path: Path, problems: list[str]) -> None:
+    """AdapterError of all of them, if any."""
+    if problems:
+        lines = [f"{path}: {problems[0]}"] if len(problems) == 1 else [f"{path}:", *problems]
+        raise AdapterError("\n  ".join(lines))
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: ValueError where a key stands twice, of which it would take the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -147,46 +195,44 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _config(raw: Mapping[str, Any], problems: list[str]) -> AdapterConfig:
     kind = raw.get("fine_tune_type", "lora")
     if not isinstance(kind, str) or kind not in get_args(FineTuneType):
-        problems.append(f"fine_tune_type is {_shown(kind)}; this version reads lora, dora and full")
+        problems.append(f"fine_tune_type is {shown(kind)}; this version reads lora, dora and full")
     num_layers = raw.get("num_layers", -1)
-    if not _is_count(num_layers, -1):
-        problems.append(f"num_layers is {_shown(num_layers)}; a whole number was expected, -1 for all")
+    if not is_count(num_layers, -1):
+        problems.append(f"num_layers is {shown(num_layers)}; a whole number was expected, -1 for all")
     for name in sorted(ELSEWHERE & raw.keys()):
-        if not _asks_nothing(raw[name]):
+        if not asks_nothing(raw[name]):
             said = INSTEAD.get(name, "lora_parameters is where this version reads what an adapter is")
-            problems.append(f"{name} is {_shown(raw[name])}, beside lora_parameters: {said}")
+            problems.append(f"{name} is {shown(raw[name])}, beside lora_parameters: {said}")
     parameters = {} if kind == "full" else _parameters(raw.get("lora_parameters"), problems)
-    lineage = None if raw.get("lineage") is None else _lineage(raw["lineage"], problems)
+    lineage = None if raw.get("lineage") is None else parse_lineage(raw["lineage"], problems)
     return AdapterConfig(fine_tune_type=kind, num_layers=num_layers, lineage=lineage, **parameters)
 
 
 def _parameters(raw: Any, problems: list[str]) -> dict[str, Any]:
     """The fields of AdapterConfig that `lora_parameters` holds."""
     if not isinstance(raw, dict):
-        found = "missing" if raw is None else _shown(raw)
+        found = "missing" if raw is None else shown(raw)
         problems.append(f"lora_parameters is {found}; an object with rank and {STRENGTH}, was expected")
         return {}
     for name in sorted(raw.keys() - set(PARAMETERS)):
-        if not _asks_nothing(raw[name]):
+        if not asks_nothing(raw[name]):
             known = f"this version reads {', '.join(PARAMETERS)}"
-            problems.append(
-                f"lora_parameters.{_key(name)} is {_shown(raw[name])}; {INSTEAD.get(name, known)}"
-            )
+            problems.append(f"lora_parameters.{_key(name)} is {shown(raw[name])}; {INSTEAD.get(name, known)}")
     rank, dropout = raw.get("rank"), raw.get("dropout", 0.0)
     keys, init = raw.get("keys"), raw.get("init_lora_weights")
-    if not _is_count(rank, 1):
-        found = "missing" if "rank" not in raw else _shown(rank)
+    if not is_count(rank, 1):
+        found = "missing" if "rank" not in raw else shown(rank)
         problems.append(f"lora_parameters.rank is {found}; a whole number from 1 was expected")
         rank = None
-    if not _is_number(dropout) or not 0 <= dropout < 1:
+    if not is_number(dropout) or not 0 <= dropout < 1:
         problems.append(
-            f"lora_parameters.dropout is {_shown(dropout)}; a number from 0 to below 1 was expected"
+            f"lora_parameters.dropout is {shown(dropout)}; a number from 0 to below 1 was expected"
         )
-    if keys is not None and not _are_names(keys):
-        problems.append(f"lora_parameters.keys is {_shown(keys)}; a list of module names was expected")
+    if keys is not None and not are_names(keys):
+        problems.append(f"lora_parameters.keys is {shown(keys)}; a list of module names was expected")
     if init is not None and not (isinstance(init, str) and INIT.fullmatch(init)):
         problems.append(
-            f"lora_parameters.init_lora_weights is {_shown(init)}; default, pissa or pissa_niter_N was expected"
+            f"lora_parameters.init_lora_weights is {shown(init)}; default, pissa or pissa_niter_N was expected"
         )
     return {
         "rank": rank,
@@ -202,9 +248,9 @@ def _scale(raw: Mapping[str, Any], rank: int | None, problems: list[str]) -> flo
     written = {name: raw[name] for name in ("scale", "alpha") if raw.get(name) is not None}
     if not written:
         problems.append(f"lora_parameters has neither scale nor alpha; write {STRENGTH}")
-    wrong = [name for name, value in written.items() if not _is_number(value) or not value > 0]
+    wrong = [name for name, value in written.items() if not is_number(value) or not value > 0]
     for name in wrong:
-        problems.append(f"lora_parameters.{name} is {_shown(written[name])}; a number above 0 was expected")
+        problems.append(f"lora_parameters.{name} is {shown(written[name])}; a number above 0 was expected")
     if not written or wrong or rank is None:
         return 0.0
     by_alpha = float(written["alpha"]) / rank if "alpha" in written else None
@@ -217,10 +263,10 @@ def _scale(raw: Mapping[str, Any], rank: int | None, problems: list[str]) -> flo
     return scale
 
 
-def _lineage(raw: Any, problems: list[str]) -> Lineage | None:
-    """Keys of a later version are left out."""
+def parse_lineage(raw: Any, problems: list[str]) -> Lineage | None:
+    """What the key `lineage` says. Keys of a later version are left out."""
     if not isinstance(raw, dict):
-        problems.append(f"lineage is {_shown(raw)}; an object was expected")
+        problems.append(f"lineage is {shown(raw)}; an object was expected")
         return None
     before = len(problems)
     values: dict[str, Any] = {}
@@ -232,7 +278,7 @@ def _lineage(raw: Any, problems: list[str]) -> Lineage | None:
             continue
         expected = _not_a_lineage(name, value)
         if expected:
-            problems.append(f"lineage.{name} is {_shown(value)}; {expected} was expected")
+            problems.append(f"lineage.{name} is {shown(value)}; {expected} was expected")
         values[name] = tuple(value) if isinstance(value, list) and not expected else value
     return Lineage(**values) if len(problems) == before else None
 
@@ -245,7 +291,7 @@ def _not_a_lineage(name: str, value: Any) -> str | None:
     if name == "chat_template_kwargs":
         return None if isinstance(value, dict) else "an object"
     if name == "stop_ids":
-        is_fine = isinstance(value, list) and all(_is_count(number, 0) for number in value)
+        is_fine = isinstance(value, list) and all(is_count(number, 0) for number in value)
         return None if is_fine else "a list of token ids"
     if name == "quantize":
         return None if value is None or _is_quantization(value) else "mode, bits and group_size, or null,"
@@ -260,11 +306,12 @@ def _is_quantization(value: Any) -> bool:
     return True
 
 
-def _is_count(value: Any, lowest: int) -> bool:
+def is_count(value: Any, lowest: int) -> bool:
+    """A whole number from `lowest` on."""
     return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= LARGEST_COUNT
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """A finite number that a float holds."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
@@ -274,7 +321,8 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _are_names(value: Any) -> bool:
+def are_names(value: Any) -> bool:
+    """A list of names, not empty."""
     return isinstance(value, list) and bool(value) and all(_is_text(name) and name for name in value)
 
 
@@ -283,7 +331,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
-def _asks_nothing(value: Any) -> bool:
+def asks_nothing(value: Any) -> bool:
     """An option that is off."""
     return (
         value is None or value is False or value == "none" or (isinstance(value, dict | list) and not value)
@@ -291,10 +339,10 @@ def _asks_nothing(value: Any) -> bool:
 
 
 def _key(name: str) -> str:
-    return name if name.isidentifier() and name.isascii() else _shown(name)
+    return name if name.isidentifier() and name.isascii() else shown(name)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """What was found, on one short line."""
     try:
         text = ascii(value) if isinstance(value, str) else json.dumps(value)

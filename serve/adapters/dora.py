@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from serve.adapters.lora import LoRALinear, fused_linear
-from serve.model.weights import dense_weight, linear_shape, project, squared_row_norms
+from serve.model.weights import QUANTIZED, dense_weight, linear_shape, project, squared_row_norms
 
 
 def adapted_norms(
@@ -25,7 +25,7 @@ def adapted_norms(
     A w, for all rows at once, is one product of R rows with the packed W. A zero row counts as length 1.
     """
     a, b = lora_a.astype(mx.float32), lora_b.astype(mx.float32)  # [D, R], [R, O]
-    dtype = linear.weight.dtype if isinstance(linear, nn.Linear) else mx.float32
+    dtype = mx.float32 if isinstance(linear, QUANTIZED) else linear.weight.dtype
     crossed = project(linear, a.T.astype(dtype)).astype(mx.float32)  # [R, O]
     total = squared + (b * (2 * scale * crossed + scale * scale * ((a.T @ a) @ b))).sum(axis=0)
     # Rounding may leave −1e-9 of a row that the update cancels.

@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+import mlx.nn as nn
+
+from serve.adapters.prefixes import without_containers
 from serve.errors import AdapterError
 from serve.model.network import Network
 from serve.model.weights import expert_modules, linear_modules
 
-CONTAINERS = frozenset(
-    ("base_model", "model", "language_model", "text_model", "thinker", "transformer", "backbone")
-)
-"""Parts of names that say what a layer is inside of, and not which it is."""
+ALSO_CALLED = {"visual": "vision_tower", "block_sparse_moe": "mlp", "feed_forward": "mlp"}
+"""Parts of names that say the same in transformers and here."""
+LEFT_OUT = ("vision_model",)
+"""Parts of names inside a tower that one of them has."""
 
 T = TypeVar("T")
 
@@ -41,19 +44,40 @@ def with_own_names(named: Mapping[str, T], network: Network) -> dict[str, T]:
 
 def own_paths(paths: Iterable[str], network: Network) -> dict[str, str]:
     """Each path → the model's own one for the layer it means; itself where it means none."""
-    own = {**linear_modules(network.module), **expert_modules(network.module)}
+    own = adaptable_modules(network)
     by_end: dict[str, list[str]] = {}
     for path in own:
-        by_end.setdefault(_end(path), []).append(path)
+        for end in {without_containers(path), _with_one_name(path)}:
+            by_end.setdefault(end, []).append(path)
     found = {}
     for path in paths:
-        meant = by_end.get(_end(path), [])
+        meant = by_end.get(without_containers(path)) or by_end.get(_with_one_name(path), [])
         found[path] = meant[0] if path not in own and len(meant) == 1 else path
     return found
 
 
-def _end(path: str) -> str:
-    parts = path.split(".")
-    while len(parts) > 1 and parts[0] in CONTAINERS:
-        parts.pop(0)
-    return ".".join(parts)
+def adaptable_modules(network: Network) -> dict[str, nn.Module]:
+    """Every layer that an update may be of, by path: linear ones, stacks of experts, and where the embeddings are the
+    head, those, by the path that a head would have."""
+    heads = {head: unwrapped(module_at(network.module, path)) for head, path in network.tied_head.items()}
+    return {**linear_modules(network.module), **expert_modules(network.module), **heads}
+
+
+def module_at(root: nn.Module, path: str) -> nn.Module:
+    """The module there; parts of paths may be numbers in lists."""
+    found: object = root
+    for part in path.split(".") if path else []:
+        found = found[int(part)] if isinstance(found, list) else found[part]  # type: ignore[index]
+    assert isinstance(found, nn.Module), f"{path} is a module"
+    return found
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The base's layer, without the bank or the adapter around it."""
+    return module.linear if getattr(module, "wraps_linear", False) else module
+
+
+def _with_one_name(path: str) -> str:
+    """The end of a path, with one name for what libraries call differently."""
+    parts = without_containers(path).split(".")
+    return ".".join(ALSO_CALLED.get(part, part) for part in parts if part not in LEFT_OUT)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from serve.adapters.version import AdapterVersion
+from serve.api.services import Services
 from serve.errors import NotFoundError, OverloadedError
 from serve.experiments.assignment import Variant, assign
 from serve.experiments.store import Run
@@ -14,6 +15,10 @@ from serve.runtime import Runtime
 
 VARIANT_RETRY_AFTER_S = 5.0
 MAX_HEADER_CHARS = 512
+MAX_LOOKUPS = 3
+"""Of one name: between being found and being held it may have been unloaded."""
+MAX_NAMES = 50
+"""That an answer lists."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +59,19 @@ class Target:
         return headers
 
 
-@contextmanager
-def held_target(runtime: Runtime, model: str, unit: str) -> Iterator[Target]:
-    """What `model` stands for now; an adapter version is held inside the block. NotFoundError, OverloadedError."""
-    target = _find(runtime, model, unit)
+@asynccontextmanager
+async def held_target(services: Services, model: str, unit: str) -> AsyncIterator[Target]:
+    """What `model` stands for now; an adapter version is held inside the block.
+
+    A name that nobody has loaded is looked up where the configuration allows it, off the event loop. NotFoundError,
+    ForbiddenError, OverloadedError, and what loading raises.
+    """
+    target = await _find(services, model, unit)
     try:
         yield target
     finally:
         if target.version is not None:
-            runtime.registry.release(target.version)
+            services.runtime.registry.release(target.version)
 
 
 def served_names(runtime: Runtime) -> list[str]:
@@ -70,17 +79,18 @@ def served_names(runtime: Runtime) -> list[str]:
     return [runtime.model.name, *runtime.registry.names(), *runtime.experiments]
 
 
-def _find(runtime: Runtime, model: str, unit: str) -> Target:
+async def _find(services: Services, model: str, unit: str) -> Target:
+    runtime = services.runtime
     base = runtime.model.name
     run = runtime.experiments.get(model)
     if run is None:
-        return Target(model, base, None if model == base else _acquire(runtime, model))
+        return Target(model, base, None if model == base else await _acquire(services, model))
     variant = assign(run.experiment, unit)
     assignment = Assignment(run, variant, unit)
     if variant.model == base:
         return Target(model, base, None, assignment)
     try:
-        return Target(model, base, runtime.registry.acquire(variant.model), assignment)
+        return Target(model, base, await _looked_up(services, variant.model), assignment)
     except NotFoundError:
         error = OverloadedError(
             f"variant {variant.name!r} of experiment {model!r} needs adapter {variant.model!r}, which is not loaded; "
@@ -91,12 +101,31 @@ def _find(runtime: Runtime, model: str, unit: str) -> Target:
         raise error from None
 
 
-def _acquire(runtime: Runtime, model: str) -> AdapterVersion:
+async def _acquire(services: Services, model: str) -> AdapterVersion:
+    runtime = services.runtime
     try:
-        return runtime.registry.acquire(model)
-    except NotFoundError:
-        there = ", ".join(served_names(runtime))
+        return await _looked_up(services, model)
+    except NotFoundError as error:
+        if "@" in model and model.partition("@")[0] in runtime.registry.names():
+            raise NotFoundError(f"model {model!r} is not served here: {error}") from None
+        names = served_names(runtime)
+        there = ", ".join(names[:MAX_NAMES]) + (
+            f" and {len(names) - MAX_NAMES} more" * (len(names) > MAX_NAMES)
+        )
         raise NotFoundError(f"model {model!r} is not served here; there are {there}") from None
+
+
+async def _looked_up(services: Services, model: str) -> AdapterVersion:
+    """The version, held; the name is looked up where it is not known."""
+    runtime = services.runtime
+    for _ in range(MAX_LOOKUPS):
+        try:
+            return runtime.registry.acquire(model)
+        except NotFoundError:
+            if not runtime.resolver.looks_up:
+                raise
+        await services.look_up(lambda: runtime.resolver.find(model))
+    return runtime.registry.acquire(model)
 
 
 def _header(value: str) -> str:

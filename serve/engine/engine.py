@@ -11,6 +11,7 @@ from dataclasses import replace
 from serve import device
 from serve.adapters.bank import Bank
 from serve.adapters.registry import Registry
+from serve.adapters.version import AdapterVersion
 from serve.cache.capacity import MAX_REMEMBERED
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
@@ -52,7 +53,10 @@ class Engine:
             model,
             self.bank,
             max_bytes=self.memory.adapters,
-            max_adapters=limits.max_adapters,
+            host_bytes=self.memory.host,
+            file_bytes=limits.adapter_file_bytes,
+            max_slots=limits.max_adapters,
+            max_others=limits.adapter_versions,
             max_rank=limits.max_rank,
             allow_other_base=limits.allow_other_base,
             rules=rules,
@@ -76,14 +80,15 @@ class Engine:
         budget = Budget(
             max_rows=limits.max_rows,
             prefill_chunk_tokens=limits.prefill_chunk_tokens,
-            max_bytes=self.memory.max_row_bytes(self.memory.adapters),
+            max_bytes=self.memory.max_row_bytes(self.memory.adapters, self.memory.host or 0),
             row_cost=cost,
             encode_patches=limits.encode_patches,
             row_chunk_tokens=limits.row_chunk(has_windows=cost.has_windows, on_cpu=on_cpu),
         )
         self.prefixes = SequencePrefixes.make(limits, self.memory.kv, model, self._runner.rows)
         """None where the limits want none."""
-        self.scheduler = Scheduler(budget, self.prefixes, self.features, pace=self.pace)
+        self.scheduler = Scheduler(budget, self.prefixes, self.features, self.registry.residency, self.pace)
+        self.registry.residency.wake = self.scheduler.wake
         self._max_contexts: dict[KvPrecision, int] = {}
         self.max_context = self.max_context_at(limits.precision)
         """Tokens of prompt and answer together: what model, limits and memory allow one row."""
@@ -97,7 +102,7 @@ class Engine:
         self._flights: deque[Flight] = deque()  # steps that have been started and not read
         self._eos = frozenset(model.tokenizer.eos_token_ids)
         self._landed_s = 0.0  # when the last step was read
-        self._num_bank_changes = -1
+        self._num_adapter_changes = (-1, -1)
         self._kv_bytes = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
@@ -213,6 +218,7 @@ class Engine:
         before. What goes wrong with one row ends that row, by an error event. Only a forward that fails raises; then
         `recover` says whose it was.
         """
+        self.registry.residency.catch_up()
         plan = self._planned()
         events: list[Event] = []
         if not plan.is_empty:
@@ -292,10 +298,11 @@ class Engine:
 
     def make_room(self) -> None:
         """Where adapters have come or gone, prefixes and coming rows have what these leave. Between two steps."""
-        if self._num_bank_changes == self.bank.num_changes:
+        num_changes = (self.bank.num_changes, self.registry.contents.shelf.num_changes)
+        if self._num_adapter_changes == num_changes:
             return
-        self._num_bank_changes = self.bank.num_changes
-        self.scheduler.max_bytes = self.memory.max_row_bytes(self.bank.num_bytes)
+        self._num_adapter_changes = num_changes
+        self.scheduler.max_bytes = self.memory.max_row_bytes(self.bank.num_bytes, self.registry.host_bytes)
         self._share(self.scheduler.max_bytes - self._kv_bytes)
 
     def _planned(self) -> Plan:
@@ -373,6 +380,7 @@ class Engine:
                 prefix_bytes=self.prefixes.num_bytes if self.prefixes else 0,
                 feature_bytes=self.features.num_bytes if self.features else 0,
                 adapter_bytes=self.bank.num_bytes,
+                adapter_host_bytes=self.registry.host_bytes,
                 budget_bytes=self.memory.total,
             ),
             prefixes=self.prefixes.stats if self.prefixes else PrefixStats(),
@@ -385,6 +393,10 @@ class Engine:
         """Whether there is a prefix cache."""
         return self.prefixes is not None
 
+    def prefix_bytes(self, version: AdapterVersion | None) -> int:
+        """Memory of prefixes under an adapter, whoever's, or under the base (None)."""
+        return self.prefixes.bytes_of(version.effect_hash if version else "") if self.prefixes else 0
+
     def forget(self, tenant: str | None = None) -> None:
         """Drop a tenant's prefixes and features, in memory and on disk; everybody's, where none is named."""
         if self.prefixes is not None:
@@ -394,6 +406,7 @@ class Engine:
 
     def close(self) -> None:
         """Write what waits for the disk, and let go of its folders. No step follows."""
+        self.registry.close()
         if self.prefixes is not None:
             self.prefixes.cache.close()
         if self.features is not None:

@@ -7,7 +7,7 @@ A row claims memory for what it holds and ANSWER_HEADROOM_TOKENS more. When rows
 preempted: it goes back into the queue, keeps its arrival, and goes on from what the prefix cache has kept of it.
 Prompts are computed in chunks beside one decode token for every running row: as much as those may wait for
 (`Pace`), or `prefill_chunk_tokens` where nobody decodes. Steps take turns: one begins with the oldest prompt, the
-next with the group that has had least computed, so short prompts pass long ones, and long ones have every second step.
+next with the group that has had least computed, so short prompts pass long ones, which have every second step.
 Pictures are encoded in a step before the one that computes their tokens: `encode_patches` a step, or one picture,
 beside the same decode tokens. A chunk ends before the first picture that is not encoded, and never inside a block.
 Who has a row holds a slot of its adapter. Whose adapter is on its way is passed by others, and keeps its turn; who
@@ -112,17 +112,17 @@ class Adapters(Protocol):
         """Of one for which `hold` was false: whether all slots are held, so that nothing is on its way to it."""
 
 
-class AllResident:
-    """Where every version that is known has a slot."""
+class NoAdapters:
+    """Where all requests are the base's."""
 
     def hold(self, sequence: SequenceState) -> bool:
-        """It is the version's."""
-        adapter = sequence.request.adapter
-        sequence.slot = adapter.slot if adapter is not None else 0
+        """It needs no slot."""
+        assert sequence.request.adapter is None, "nobody is there to give adapters slots"
+        sequence.slot = 0
         return True
 
     def let_go(self, sequence: SequenceState) -> None:
-        """Whoever holds the version keeps it."""
+        """Nothing was held."""
 
     def lacks_slot(self, sequence: SequenceState) -> bool:
         """Nobody does."""
@@ -175,7 +175,7 @@ class Scheduler:
         self.num_preempted = 0
         self._prefixes = prefixes or NoPrefixes()
         self._features = features or NoFeatures()
-        self._adapters = adapters or AllResident()
+        self._adapters = adapters or NoAdapters()
         self._pace = pace
         self._absent: set[SequenceState] = set()  # waiting; their adapters were not there when last asked for
         self._failed: list[tuple[SequenceState, LatheError]] = []  # in no other list; nobody has been told

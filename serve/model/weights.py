@@ -81,7 +81,7 @@ def _dequantize(module: nn.Module, weight: mx.array, scales: mx.array, biases: m
 
 def project(linear: nn.Module, x: mx.array) -> mx.array:
     """x [..., D] → x Wᵀ [..., O], without the bias; packed weights stay packed."""
-    if not isinstance(linear, nn.QuantizedLinear):
+    if not isinstance(linear, QUANTIZED):
         return x @ linear.weight.T
     return mx.quantized_matmul(
         x,

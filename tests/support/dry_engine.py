@@ -47,7 +47,7 @@ def sequence(name: str, num_prompt_tokens: int = 8, max_tokens: int = 8, **field
 
 def adapter(name: str) -> AdapterVersion:
     """A version of which nobody knows a slot."""
-    return AdapterVersion(name, 1, content_hash=name, slot=-1, path="")
+    return AdapterVersion(name, 1, content_hash=name, path="")
 
 
 def media(key: str, start: int, length: int, num_patches: int) -> Media:

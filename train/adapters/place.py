@@ -16,8 +16,8 @@ from serve.adapters.dora import DoRALinear
 from serve.adapters.experts import LoRAExperts
 from serve.adapters.fit import check_fit
 from serve.adapters.lora import LEAVES, AdaptedLayer, LoRALinear
-from serve.adapters.manifest import AdapterConfig, specs_of
-from serve.adapters.paths import with_own_names
+from serve.adapters.manifest import AdapterConfig, FineTuneType, specs_of
+from serve.adapters.own import own_layout
 from serve.errors import AdapterError
 from serve.model.network import Network
 from serve.model.weights import EXPERTS, expert_modules, linear_modules
@@ -37,10 +37,10 @@ def place_adapter(
     whole = {name: value for name, value in tensors.items() if name not in updates}
     check_fit(source, specs_of(updates), config, network, max_rank=ANY_RANK)
     put_weights(network, whole, source)
-    own = with_own_names(updates, network)
+    own, config = own_layout(updates, config, network)
     layers = {**linear_modules(network.module), **expert_modules(network.module)}
     placed = [
-        (path, _adapted(layers[path], _parts(own, path), config))
+        (path, _adapted(layers[path], _parts(own, path), config.fine_tune_type, config.scale_of(path)))
         for path in sorted({name.rpartition(".")[0] for name in own})
     ]
     network.module.update_modules(tree_unflatten(placed))
@@ -66,10 +66,10 @@ def _parts(named: Mapping[str, mx.array], path: str) -> dict[str, mx.array]:
     return {part: named[f"{path}.{part}"].astype(mx.float32) for part in LEAVES if f"{path}.{part}" in named}
 
 
-def _adapted(layer: nn.Module, parts: Mapping[str, Any], config: AdapterConfig) -> AdaptedLayer:
+def _adapted(layer: nn.Module, parts: Mapping[str, Any], kind: FineTuneType, scale: float) -> AdaptedLayer:
     a, b = parts["lora_a"], parts["lora_b"]
     if isinstance(layer, EXPERTS):
-        return LoRAExperts(layer, a, b, config.scale)
-    if config.fine_tune_type == "dora":
-        return DoRALinear(layer, a, b, parts["m"], config.scale, 0.0)
-    return LoRALinear(layer, a, b, config.scale)
+        return LoRAExperts(layer, a, b, scale)
+    if kind == "dora":
+        return DoRALinear(layer, a, b, parts["m"], scale, 0.0)
+    return LoRALinear(layer, a, b, scale)

@@ -31,15 +31,16 @@ from serve.adapters.manifest import (
     read_tensors,
     write_adapter,
 )
+from serve.adapters.published import CHECKPOINTS
+from serve.adapters.published import STATE_FILE as STATE_FILE
 from serve.errors import AdapterError, NotFoundError, StorageError, TrainingError
 from train.adapters.warm_start import load_tensors
 from train.loop.trainer import TrainState
 
+FOLDER = CHECKPOINTS
 OPTIMIZER_FILE = "optimizer.safetensors"
 NEW, OLD = ".new-", ".old-"
 """Prefixes of what is not yet in its place, and of what has left it."""
-STATE_FILE = "state.json"
-FOLDER = "checkpoints"
 FORMAT = 1
 
 

@@ -32,6 +32,8 @@ PLACES = frozenset(
         "adapter_path",
         "resume_adapter_file",
         "resume_from_checkpoint",
+        "serve_to",
+        "serve_as",
         "train",
         "config",
     }

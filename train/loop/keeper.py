@@ -72,9 +72,9 @@ class Keeper:
                 state.forget_best()
         return told
 
-    def save(self, state: TrainState, metrics_bytes: int) -> None:
-        """Publish a checkpoint, and remove those beyond save_total_limit."""
-        checkpoint.save(
+    def save(self, state: TrainState, metrics_bytes: int) -> Path:
+        """Publish a checkpoint, and remove those beyond save_total_limit. Returns its folder."""
+        folder = checkpoint.save(
             self.folder,
             adapter_tensors(self._network),
             self._optimizer,
@@ -84,6 +84,7 @@ class Keeper:
             metrics_bytes,
         )
         checkpoint.prune(self.folder, self._recipe.save_total_limit, state.best_step)
+        return folder
 
     def roll_back(self) -> None:
         """Put the last checkpoint's weights and optimizer in place."""

@@ -33,7 +33,9 @@ def lineage_of(
     stop_ids  tokens that the rows teach to end an answer with
     created   when the run began, ISO 8601 in UTC; "": now
     """
-    keys = recipe.model_dump(mode="json", exclude={"adapter_path", "resume_from_checkpoint"})
+    keys = recipe.model_dump(
+        mode="json", exclude={"adapter_path", "resume_from_checkpoint", "serve_to", "serve_as"}
+    )
     parent = recipe.resume_adapter_file
     return Lineage(
         base_model=recipe.model,
