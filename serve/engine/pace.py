@@ -32,7 +32,9 @@ class Pace:
     def __init__(self, max_gap_s: float | None = None) -> None:
         """`max_gap_s`: the longest that rows are to wait in one step; None: see GAP_FORWARDS."""
         self.max_gap_s = max_gap_s
-        self._decode: dict[int, deque[tuple[int, float]]] = {}  # by bits of the number of rows: (rows, seconds)
+        self._decode: dict[
+            int, deque[tuple[int, float]]
+        ] = {}  # by bits of the number of rows: (rows, seconds)
         self._prefill: deque[tuple[int, int, float]] = deque(maxlen=NUM_KEPT)  # (rows, tokens, seconds)
         self._max_tokens: int | None = None  # None: to be worked out
 
