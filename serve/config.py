@@ -91,9 +91,6 @@ class ServeConfig(Strict):
     allowed_adapter_roots, where these are named."""
     adapter_watch_interval_s: float = Field(1.0, gt=0)
     """Seconds between two looks at them."""
-    adapter_watch_keep: int = Field(8, ge=1)
-    """Of each watched adapter the newest so many stay on disk, in a temporary folder, whatever a trainer deletes; an
-    older one as long as a request holds it."""
     allowed_media_roots: tuple[Path, ...] | None = None
     """Folders whose files a request may show by their paths. Left out: everything when bound to loopback, else
     nothing."""

@@ -89,6 +89,7 @@ class Runtime:
         """As `start`, on a model that is loaded already and named config.base_name."""
         rules = TemplateRules(config.special_tokens_in_messages)
         engine = Engine(model, _limits(config), rules)
+        engine.bank.measure()
         template = make_template(model.tokenizer, rules)
         sight = sight_of(model, config)
         for adapter in config.adapters:
@@ -96,13 +97,13 @@ class Runtime:
         recorder = Recorder(Store(config.store)) if config.experiments else None
         runs = [recorder.store.begin_run(each.build()) for each in config.experiments] if recorder else []
         experiments = {run.experiment.name: run for run in runs}
+        watch = _watch_of(config, engine.registry, experiments)
         worker = Worker(engine)
         worker.start()
+        if watch is not None:
+            watch.start()
         resolver = Resolver(engine.registry, config.adapter_dirs, config.adapter_hub)
-        watch = _watch_of(config, engine.registry, experiments)
-        return cls(
-            config, model, engine, worker, template, sight, experiments, recorder, resolver, watch
-        )
+        return cls(config, model, engine, worker, template, sight, experiments, recorder, resolver, watch)
 
     def close(self) -> None:
         """Stop the engine's thread, whose open requests end with an error, and finish writing."""
@@ -115,7 +116,7 @@ class Runtime:
 
 
 def _watch_of(config: ServeConfig, registry: Registry, experiments: Mapping[str, Run]) -> AdapterWatch | None:
-    """What follows the watched folders, started; the engine's thread runs."""
+    """What follows the watched folders, to be started once the engine's thread runs."""
     if not config.adapter_watch:
         return None
 
@@ -124,19 +125,19 @@ def _watch_of(config: ServeConfig, registry: Registry, experiments: Mapping[str,
             raise AdapterError(f"{name!r} is the public name of an experiment; call the folder otherwise")
         return registry.load(name, path, replace=True)
 
-    def is_in_use(path: Path) -> bool:
-        return any(each.path == str(path) and registry.num_pins(each) for each in registry.versions())
+    def is_known(name: str, path: Path) -> bool:
+        shown = registry.find(name)
+        known = [each.version for each in shown.versions] if shown else []
+        return any(each.path == str(path) for each in (*known, *registry.versions()))
 
-    watch = AdapterWatch(
+    return AdapterWatch(
         config.adapter_watch,
         load,
-        Copies(config.adapter_watch_keep, is_in_use),
+        Copies(is_known),
         roots=config.watch_roots,
         interval_s=config.adapter_watch_interval_s,
         max_bytes=registry.max_bytes,
     )
-    watch.start()
-    return watch
 
 
 def _limits(config: ServeConfig) -> EngineLimits:

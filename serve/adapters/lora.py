@@ -126,18 +126,28 @@ def fused_linear(linear: nn.Module, weight: mx.array, dtype: mx.Dtype) -> nn.Lin
     return fused
 
 
-def banked_delta(x: mx.array, a: mx.array, b: mx.array, rows: mx.array, slots: mx.array) -> mx.array:
-    """Low-rank update, each row with its own adapter.
+def gathered(x: mx.array, factors: mx.array, lhs: mx.array, rhs: mx.array) -> mx.array:
+    """Products of entries with matrices of a stack: x[lhs[i]] · factors[rhs[i]].
 
-    x      [B, T, D]  activations
-    a      [S, D, R]  down projections, one a slot
-    b      [S, R, O]  up projections, the scale folded in
-    rows   [B] uint32 0 … B-1
-    slots  [B] uint32 row -> slot; slot 0 is the base (zero update)
-    Returns [B, T, O] in x.dtype, to be added to the layer's output.
+    x        [N, T, K]
+    factors  [S, K, O]
+    lhs, rhs [M] uint32. Without lhs, gather_mm would make it anew in each call: a hundred small operations a step.
+    Returns [M, T, O], of float32 where MLX's CPU backend multiplies nothing else.
     """
-    # Without lhs_indices, gather_mm would make them anew in each of its calls: a hundred small operations a step.
-    return gathered_update(x, a, b, lhs_indices=rows, rhs_indices=slots).astype(x.dtype)
+    backend = device.backend()
+    num_outputs = factors.shape[-1]
+    if backend == "cpu" and not x.dtype == factors.dtype == mx.float32:
+        x, factors = x.astype(mx.float32), factors.astype(mx.float32)
+    if num_outputs % LANES:
+        factors = whole_lanes(factors, -1)
+    if backend == "cuda":
+        parts = [
+            mx.gather_mm(part, factors, lhs_indices=lhs, rhs_indices=rhs) for part in _parts(x, factors.dtype)
+        ]
+        update = mx.concatenate(parts, axis=-2) if len(parts) > 1 else parts[0]
+    else:
+        update = mx.gather_mm(x, factors, lhs_indices=lhs, rhs_indices=rhs)
+    return update[..., :num_outputs] if num_outputs % LANES else update
 
 
 def gathered_update(x: mx.array, a: mx.array, b: mx.array, **indices: Any) -> mx.array:
