@@ -21,6 +21,7 @@ peft = pytest.importorskip("peft", reason="the oracle: pip install '.[dev]'")
 from peft_bases import adaptable, logits_of, network_of, torch_logits_of  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from serve.adapters.bank import Bank  # noqa: E402
 from serve.adapters.files import AdapterFiles, read_adapter  # noqa: E402
 from serve.adapters.fit import LowRank, check_fit, fit  # noqa: E402
 from serve.adapters.paths import adaptable_modules, module_at  # noqa: E402
@@ -683,3 +684,21 @@ def test_a_square_stack_of_an_early_peft_is_refused_for_it_does_not_say_which_si
         else:
             with pytest.raises(AdapterError, match=told):
                 updates_of(files, moe)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_of_the_base_and_of_such_an_adapter_share_a_batch(name, made, network):
+    case, there = CASES[name], made(name)
+    shared = fresh(case.family)
+    bank = Bank(shared)
+    updates = updates_of(read_adapter(there.folder), network(case.family))
+    for part in bank.parts(updates):
+        bank.install(1, part)
+    for slots in ((1, 0), (0, 1), (1, 1)):
+        bank.rows.set(slots)
+        expected = np.stack([(there.expected if slot else there.base)[row] for row, slot in enumerate(slots)])
+        assert apart(logits_of(shared), expected) < CLOSE, slots
+    bank.leave(1)
+    while bank.tidy():
+        pass
+    assert bank.num_bytes == 0
