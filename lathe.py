@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from serve.adapters.tools import Written
     from serve.config import ServeConfig
     from serve.conversation import Conversation
     from serve.errors import LatheError
     from serve.experiments.store import Store
+    from serve.model.loading import LoadedModel
 
 HOME = Path(__file__).resolve().parent
 """Where data/ and recipes/ stand: a checkout of the project."""
@@ -64,6 +66,10 @@ Overrides = Annotated[
 ]
 Adapters = Annotated[
     list[str] | None, typer.Option("--adapter", metavar="NAME=PATH", help="Load this adapter; repeatable.")
+]
+
+BaseModel = Annotated[
+    str | None, typer.Option("--base", help="Their base, where names or experts differ between libraries.")
 ]
 
 ExperimentName = Annotated[str, typer.Argument(metavar="NAME", help="The experiment's public name.")]
@@ -384,6 +390,108 @@ def ab_drop(
     _console().print(f"deleted {what}", markup=False, highlight=False, soft_wrap=True)
 
 
+@adapters_app.command("inspect")
+def adapters_inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter: a folder, or a file.")],
+    model: Annotated[str | None, typer.Option(help="Say whether it fits this model, too.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Say what an adapter is, module by module, and what is wrong with it."""
+    from serve.adapters.inspection import inspect, tables
+    from serve.tables import show
+
+    _check_writable(json_file)
+    found = inspect(path, _base(model))
+    show(_console(), *tables(found))
+    _save_json(json_file, found.as_json())
+    found.check()
+
+
+@adapters_app.command("convert")
+def adapters_convert(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An adapter: a folder, or a file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="peft or mlx.")],
+    base: BaseModel = None,
+) -> None:
+    """Write an adapter in PEFT's or in mlx-lm's layout; the way back gives the same bytes."""
+    from serve.adapters.tools import convert
+
+    _tell_written(convert(path, out, _layout(to), _base(base)))
+
+
+@adapters_app.command("diff")
+def adapters_diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="An adapter.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    base: BaseModel = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Say how far apart the updates of two adapters are, module by module."""
+    from serve.adapters.difference import difference, tables
+    from serve.adapters.opened import open_adapter
+    from serve.tables import show
+
+    _check_writable(json_file)
+    model = _base(base)
+    network = None if model is None else model.network
+    found = difference(open_adapter(first, network), open_adapter(second, network))
+    show(_console(), *tables(found, str(first), str(second)))
+    _save_json(json_file, found.as_json())
+
+
+@adapters_app.command("merge")
+def adapters_merge(
+    parts: Annotated[
+        list[str], typer.Argument(metavar="PATH:WEIGHT…", help="Adapters, and how much of each.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    method: Annotated[
+        str, typer.Option(help="cat, svd, linear, ties, dare_linear, dare_ties or magnitude_prune.")
+    ] = "cat",
+    rank: Annotated[
+        int | None, typer.Option(help="svd: of the result; else the largest of the parts.")
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Of what prunes: the share that is kept.")] = None,
+    seed: Annotated[int, typer.Option(help="dare: of what is dropped.")] = 0,
+    to: Annotated[str | None, typer.Option(help="peft or mlx; else as the first part.")] = None,
+    base: BaseModel = None,
+) -> None:
+    """Make one adapter of several, as PEFT's add_weighted_adapter does."""
+    from typing import cast
+
+    from serve.adapters.merging import Merge, Method
+    from serve.adapters.tools import merge
+
+    how = Merge(cast("Method", method), rank, density, seed)
+    _tell_written(merge(parts, out, how, None if to is None else _layout(to), _base(base)))
+
+
+@adapters_app.command("extract")
+def adapters_extract(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A fine-tuned model, folder or hub name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    base: Annotated[str, typer.Option(help="The model that it was tuned from.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of each module's update.")] = 16,
+    to: Annotated[str, typer.Option(help="peft or mlx.")] = "mlx",
+    json_file: JsonFile = None,
+) -> None:
+    """Make an adapter of what a full fine-tune changed: of each matrix the nearest update of that rank."""
+    from serve.adapters import extraction, tools
+    from serve.tables import show
+
+    layout = _layout(to)
+    _check_writable(json_file)
+    tools.check_out(out)
+    tuned, original = _loaded(model), _loaded(base)
+    with _progress() as progress:
+        found = extraction.extract(tuned, original, rank, progress)
+    written = tools.save_extraction(found, out, layout, tuned, original)
+    show(_console(), *extraction.tables(found))
+    _save_json(json_file, found.as_json())
+    _tell_written(written)
+
+
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="An adapter folder.")],
@@ -534,8 +642,8 @@ def bench_serve(
     """Measure any OpenAI-compatible server: time to first token, time per token, gaps, tokens per second, goodput."""
     from contextlib import ExitStack
 
+    from serve.bench import dataset, lengths, plots
     from serve.bench import goodput as good
-    from serve.bench import lengths, plots
     from serve.bench.summary import notes, table
     from serve.bench.sweep import Sweep, run
     from serve.bench.workload import Prefixes, Workload
@@ -563,6 +671,7 @@ def bench_serve(
         lengths.parse(max_tokens, "--max-tokens"),
     )
     objective = good.parse(goodput) if goodput else None
+    lines = dataset.read(dataset_path) if dataset_path else None
     _check_writable(json_file)
     _check_writable(png, "--png")
     with ExitStack() as stack:
@@ -576,7 +685,7 @@ def bench_serve(
             max_tokens=answers,
             model_exponent=zipf,
             prefixes=Prefixes(num_prefixes, prefix_tokens, prefix_zipf) if num_prefixes else None,
-            dataset=dataset_path,
+            dataset=lines,
             seed=seed,
         )
         sweep = Sweep(
@@ -1022,6 +1131,31 @@ def _serve_config(
     if adapters:
         changes["adapters"] = [_adapter(words) for words in adapters]
     return load_config(model, overrides, **changes)
+
+
+def _base(name: str | None) -> LoadedModel | None:
+    return None if name is None else _loaded(name)
+
+
+def _loaded(name: str) -> LoadedModel:
+    """A model in full precision."""
+    from serve.model.loading import load
+
+    return load(name, dequantize=True)
+
+
+def _layout(word: str) -> Any:
+    """'mlx' or 'peft' -> the layout."""
+    from serve.adapters.tools import LAYOUTS
+
+    return LAYOUTS[_one_of(word, tuple(LAYOUTS), "--to")]
+
+
+def _tell_written(written: Written) -> None:
+    said = f"wrote {written.out}: {written.layout}, {written.num_modules} modules"
+    _console().print(said, markup=False, highlight=False, soft_wrap=True)
+    for note in written.notes:
+        _console().print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _as_overrides(keys: Mapping[str, float | str | list[str] | None]) -> list[str]:

@@ -91,9 +91,6 @@ class ServeConfig(Strict):
     allowed_adapter_roots, where these are named."""
     adapter_watch_interval_s: float = Field(1.0, gt=0)
     """Seconds between two looks at them."""
-    adapter_watch_keep: int = Field(8, ge=1)
-    """Of each watched adapter the newest so many stay on disk, in a temporary folder, whatever a trainer deletes; an
-    older one as long as a request holds it."""
     allowed_media_roots: tuple[Path, ...] | None = None
     """Folders whose files a request may show by their paths. Left out: everything when bound to loopback, else
     nothing."""
@@ -115,8 +112,14 @@ class ServeConfig(Strict):
     kv_budget_gib: float | None = Field(None, gt=0)
     """Of it, at most so much for keys, values, recurrent state and prefixes, in GiB; three quarters, if left out."""
     adapter_budget_gib: float | None = Field(None, gt=0)
-    """Of it, at most so much for adapters, in GiB, with the copies made while one is loaded; a quarter, if left out.
-    A load that needs more answers 507."""
+    """Of it, at most so much for adapters on the device, in GiB, with the copies made while one is loaded; a quarter,
+    if left out. A load that needs more answers 507."""
+    adapter_host_gib: float | None = Field(None, ge=0)
+    """At most so much for adapters in host memory, from where they come to a slot without being read again, in GiB;
+    what those on the device leave of adapter_budget_gib, if left out; with CUDA a quarter of the host's free one."""
+    adapter_file_gib: float = Field(4, ge=0)
+    """At most so much, in GiB, for files of adapters that left memory and that nobody else has any more, since their
+    folder was written over: in a folder of the server's own, removed when it ends."""
     prefix_cache_gib: float | None = Field(None, ge=0)
     """Of the keys' and values' memory, at most so much for prefixes of earlier prompts and answers, in GiB: all that
     the running rows leave, if left out; 0 keeps none."""
@@ -154,7 +157,16 @@ class ServeConfig(Strict):
     """Build a step before the tokens of the one before it are read, so that the device does not wait for Python;
     auto: everywhere but on CPU."""
     max_adapters: int = Field(64, ge=1)
-    """Adapters that can be asked for at once. A version that was replaced while requests hold it counts no more."""
+    """Adapters that are on the device at once. Others that are known come there when they are asked for. A version
+    that was replaced while requests hold it counts no more."""
+    adapter_versions: int = Field(8, ge=0)
+    """Earlier versions of a name that can be asked for as name@N, and rolled back to."""
+    adapter_dirs: tuple[Path, ...] = ()
+    """Folders in which a model name that is not known is looked up: the adapter folder of that name is loaded by the
+    first request that asks for it. Links that lead out of them are refused."""
+    adapter_hub: tuple[str, ...] = ()
+    """Owners and repositories (`owner`, `owner/name`) that are looked up on the Hugging Face hub the same way, after
+    adapter_dirs; of a repository the adapter's files alone are fetched."""
     max_rank: int = Field(256, ge=1)
     """Largest rank an adapter may have."""
     allow_other_base: bool = False
@@ -252,6 +264,7 @@ class ServeConfig(Strict):
             *self._experiment_problems(),
             *self._memory_problems(),
             *self._precision_problems(),
+            *self._hub_problems(),
             *self.media.problems(),
         ]
         if problems:
@@ -263,6 +276,7 @@ class ServeConfig(Strict):
         for key, whole_key in (
             ("kv_budget_gib", "memory_budget_gib"),
             ("adapter_budget_gib", "memory_budget_gib"),
+            ("adapter_host_gib", "memory_budget_gib"),
             ("prefix_cache_gib", "memory_budget_gib"),
             ("prefix_cache_gib", "kv_budget_gib"),
             ("feature_cache_gib", "memory_budget_gib"),
@@ -293,6 +307,13 @@ class ServeConfig(Strict):
             self.kv_precision  # noqa: B018
         except RequestError as error:
             yield error.param or "kv_bits", str(error)
+
+    def _hub_problems(self) -> Iterator[tuple[str, str]]:
+        """What can be neither an owner nor a repository."""
+        for index, name in enumerate(self.adapter_hub):
+            parts = name.split("/")
+            if len(parts) > 2 or not all(parts) or name_problem(name):
+                yield f"adapter_hub.{index}", f"found {name!a:.80}; expected an owner, or owner/name"
 
     def _experiment_problems(self) -> Iterator[tuple[str, str]]:
         """Arms of one name, arms that are experiments, names that reports and headers cannot say."""
@@ -387,6 +408,8 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
     changes["adapter_watch"] = tuple(_under(folder, watched) for watched in config.adapter_watch)
     if config.allowed_media_roots is not None:
         changes["allowed_media_roots"] = tuple(_under(folder, r) for r in config.allowed_media_roots)
+    if config.adapter_dirs:
+        changes["adapter_dirs"] = tuple(_under(folder, each) for each in config.adapter_dirs)
     for key in ("prefix_cache_dir", "feature_cache_dir"):
         if (path := getattr(config, key)) is not None:
             changes[key] = _under(folder, path)

@@ -147,6 +147,13 @@ def free_memory_bytes() -> int:
     return max(int(total or psutil.virtual_memory().available) - mx.get_active_memory(), 0)
 
 
+def free_host_bytes() -> int:
+    """Memory that this process may still take beside the device's."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def matmul_gflops(size: int = 1024, repeats: int = 3) -> float:
     """Measured float32 matmul rate of the default device, best of `repeats`, in GFLOP/s."""
     import mlx.core as mx

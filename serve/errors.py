@@ -6,6 +6,7 @@ LatheError                        500 internal_error
 ├── ModelError (ValueError)       400 invalid_model
 ├── AdapterError (ValueError)     400 invalid_adapter
 ├── AdapterMemoryError (MemoryError) 507 adapter_memory
+├── AdapterGoneError (LookupError) 410 adapter_gone
 ├── RequestError (ValueError)     400 invalid_request_error
 │   └── ContextLengthError        400 context_length_exceeded
 ├── NotFoundError (LookupError)   404 model_not_found
@@ -60,6 +61,13 @@ class AdapterMemoryError(LatheError, MemoryError):
 
     status = 507
     code = "adapter_memory"
+
+
+class AdapterGoneError(LatheError, LookupError):
+    """A version that is known, and whose content is nowhere any more; the message says where it was looked for."""
+
+    status = 410
+    code = "adapter_gone"
 
 
 class RequestError(LatheError, ValueError):

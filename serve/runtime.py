@@ -11,6 +11,7 @@ from pathlib import Path
 
 from serve.adapters.copies import Copies
 from serve.adapters.registry import Registry
+from serve.adapters.resolver import Resolver
 from serve.adapters.version import AdapterVersion
 from serve.adapters.watch import AdapterWatch
 from serve.config import ServeConfig
@@ -44,6 +45,8 @@ class Runtime:
     """By public name."""
     recorder: Recorder | None
     """None without experiments."""
+    resolver: Resolver
+    """Where names that nobody loaded are looked up."""
     watch: AdapterWatch | None = None
     """None where no folder is watched."""
 
@@ -55,6 +58,13 @@ class Runtime:
     def template_of(self, version: AdapterVersion | None) -> ChatTemplate:
         """The chat template that an adapter version answers under, or the base (None)."""
         return version.template if version is not None and version.template is not None else self.template
+
+    def prefix_bytes(self, version: AdapterVersion | None) -> int:
+        """Memory that holds keys and values of prefixes under an adapter, or the base (None). Blocks until a step has
+        ended."""
+        found: list[int] = []
+        self.worker.call(lambda: found.append(self.engine.prefix_bytes(version)))
+        return found[0]
 
     @property
     def max_context(self) -> int:
@@ -87,10 +97,13 @@ class Runtime:
         recorder = Recorder(Store(config.store)) if config.experiments else None
         runs = [recorder.store.begin_run(each.build()) for each in config.experiments] if recorder else []
         experiments = {run.experiment.name: run for run in runs}
+        watch = _watch_of(config, engine.registry, experiments)
         worker = Worker(engine)
         worker.start()
-        watch = _watch_of(config, engine.registry, experiments)
-        return cls(config, model, engine, worker, template, sight, experiments, recorder, watch)
+        if watch is not None:
+            watch.start()
+        resolver = Resolver(engine.registry, config.adapter_dirs, config.adapter_hub)
+        return cls(config, model, engine, worker, template, sight, experiments, recorder, resolver, watch)
 
     def close(self) -> None:
         """Stop the engine's thread, whose open requests end with an error, and finish writing."""
@@ -103,7 +116,7 @@ class Runtime:
 
 
 def _watch_of(config: ServeConfig, registry: Registry, experiments: Mapping[str, Run]) -> AdapterWatch | None:
-    """What follows the watched folders, started; the engine's thread runs."""
+    """What follows the watched folders, to be started once the engine's thread runs."""
     if not config.adapter_watch:
         return None
 
@@ -112,19 +125,19 @@ def _watch_of(config: ServeConfig, registry: Registry, experiments: Mapping[str,
             raise AdapterError(f"{name!r} is the public name of an experiment; call the folder otherwise")
         return registry.load(name, path, replace=True)
 
-    def is_in_use(path: Path) -> bool:
-        return any(each.path == str(path) and registry.num_pins(each) for each in registry.versions())
+    def is_known(name: str, path: Path) -> bool:
+        shown = registry.find(name)
+        known = [each.version for each in shown.versions] if shown else []
+        return any(each.path == str(path) for each in (*known, *registry.versions()))
 
-    watch = AdapterWatch(
+    return AdapterWatch(
         config.adapter_watch,
         load,
-        Copies(config.adapter_watch_keep, is_in_use),
+        Copies(is_known),
         roots=config.watch_roots,
         interval_s=config.adapter_watch_interval_s,
         max_bytes=registry.max_bytes,
     )
-    watch.start()
-    return watch
 
 
 def _limits(config: ServeConfig) -> EngineLimits:
@@ -136,6 +149,8 @@ def _limits(config: ServeConfig) -> EngineLimits:
         memory_budget_bytes=_bytes(config.memory_budget_gib),
         kv_budget_bytes=_bytes(config.kv_budget_gib),
         adapter_budget_bytes=_bytes(config.adapter_budget_gib),
+        adapter_host_bytes=_bytes(config.adapter_host_gib),
+        adapter_file_bytes=int(config.adapter_file_gib * 2**30),
         prefix_cache_bytes=_bytes(config.prefix_cache_gib),
         prefix_cache_dir=config.prefix_cache_dir,
         prefix_cache_disk_bytes=_bytes(config.prefix_cache_disk_gib),
@@ -146,6 +161,7 @@ def _limits(config: ServeConfig) -> EngineLimits:
         precision=config.kv_precision,
         ahead=AHEAD[config.one_step_ahead],
         max_adapters=config.max_adapters,
+        adapter_versions=config.adapter_versions,
         max_rank=config.max_rank,
         allow_other_base=config.allow_other_base,
     )

@@ -18,6 +18,7 @@ import lathe
 from serve import combinations, doctor
 from serve.bench import compare as serve_compare
 from serve.bench import conversations, finding, step
+from serve.bench.goodput import Goodput
 from serve.bench.scripts import Setting
 from serve.bench.summary import Spread, Summary
 from serve.bench.summary import table as summary_table
@@ -173,7 +174,7 @@ def vars_of(device: Device) -> dict:
 
 
 def summary() -> Summary:
-    slow = Spread(1.0, 1.276, 123.456, 200.0)
+    slow = Spread(1.0, 1.276, 123.456, 150.0, 200.0)
     given = dict.fromkeys((each.name for each in fields(Summary)), 0)
     given |= {
         "label": f"lathe, {LONG}",
@@ -181,21 +182,36 @@ def summary() -> Summary:
         "num_requests": 9_876_543,
         "num_errors": 1_234_567,
     }
-    given |= {"tokens_per_s": 1_234_567.8, "ttft_s": slow, "tpot_s": slow}
+    given |= {"tokens_per_s": 1_234_567.8, "ttft_s": slow, "tpot_s": slow, "gap_s": slow}
+    given |= {"request_rate": 12345.5, "goodput": Goodput("ttft:1", 98765.43, 0.4321)}
     return Summary(**given)
 
 
 def serving_bench() -> Case:
-    must = [LONG, "1,234,567.8", "1,276", "123,456", "1,234,567", "9,876,543", "1024"]
+    must = [
+        LONG,
+        "1,234,567.8",
+        "1,276",
+        "123,456",
+        "150,000",
+        "200,000",
+        "1,234,567",
+        "9,876,543",
+        "1024",
+        "12345.5",
+        "98,765.43",
+        "(43%)",
+    ]
     return lambda console: show(console, summary_table(f"http://127.0.0.1:1/{LONGER}", [summary()])), must
 
 
 def serving_comparison() -> Case:
     ratios = [
-        serve_compare.Ratio(LONG, f"{LONG}-b", level, 1234.5, 1000.25, 98765.75) for level in (1, 4, 16, 64)
+        serve_compare.Ratio(LONG, f"{LONG}-b", level, 1234.5, 1000.25, 98765.75, asked=1235.25, is_met=False)
+        for level in (1, 4, 16, 64)
     ]
     outcome = serve_compare.Outcome([], ratios, {})
-    must = [LONG, f"{LONG}-b", "1234.50", "(1000.25,", "98765.75)"]
+    must = [LONG, f"{LONG}-b", "1234.50", "(1000.25,", "98765.75)", "1235.25", "✗"]
     return lambda console: show(console, serve_compare.table(outcome)), must
 
 
@@ -214,7 +230,7 @@ def cache_bench() -> Case:
 
 
 def conversations_bench() -> Case:
-    slow = Spread(1.0, 1.276, 123.456, 200.0)
+    slow = Spread(1.0, 1.276, 123.456, 150.0, 200.0)
     given = dict.fromkeys((each.name for each in fields(conversations.Result)), 0.0)
     given |= {"label": f"lathe-{LONG}", "num_turns": 9_876_543, "num_errors": 1_234_567, "hit_rate": 0.9876}
     given |= {"most_possible": 0.9987, "ttft_s": slow, "first_turns_ttft_s": slow, "answers_per_s": 1234.5}

@@ -22,6 +22,7 @@ from serve.errors import AdapterError
 from serve.model.quantization import Quantization
 
 FineTuneType = Literal["lora", "dora", "full"]
+Sides = Literal["own", "peft", "unsaid"]
 
 PEFT_MARK = "peft_type"
 """The key by which PEFT's configs are known."""
@@ -106,8 +107,8 @@ class AdapterConfig:
     """By module path, where another than `rank`; whatever containers stand before the path."""
     scales: Mapping[str, float] = field(default_factory=dict)
     """Likewise, where another than `scale`."""
-    knows_sides: bool = True
-    """Of stacks of experts: A is known to be on the side of the inputs, whatever the shapes say."""
+    sides: Sides = "own"
+    """Of stacks of experts, on which side A is. own: of the inputs; peft: as PEFT since 0.19; unsaid: shapes tell."""
 
     def rank_of(self, path: str) -> int:
         """R of the update of the module at `path`, by its name in the file or in the model."""

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from serve.adapters.published import Published, signature_of
+from serve.errors import StorageError
 
 PREFIX = "lathe-watch-"
 ABANDONED_S = 60.0
@@ -26,17 +27,19 @@ PIECE_BYTES = 1 << 20
 class Copies:
     """Not safe to call from several threads.
 
-    keep       copies of a name that stay, the newest; an older one goes when nobody holds its version
-    is_in_use  of a copy's folder: whether a request holds the version that was made of it
+    is_known  of a name and a copy's folder: whether the version that was made of it can still be asked for
     """
 
-    def __init__(self, keep: int, is_in_use: Callable[[Path], bool]) -> None:
-        self._keep = keep
-        self._is_in_use = is_in_use
+    def __init__(self, is_known: Callable[[str, Path], bool]) -> None:
+        """StorageError where no temporary folder can be made."""
+        self._is_known = is_known
         self._numbers = itertools.count(1)
         self._made: dict[str, list[Path]] = {}
         clear_abandoned()
-        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
+        except OSError as error:
+            raise StorageError(f"no temporary folder for copies of watched adapters: {error}") from error
         # A locked folder is also left alone by what cleans temporary folders up.
         self._lock = os.open(self.folder, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,10 +69,9 @@ class Copies:
         shutil.rmtree(copy, ignore_errors=True)
 
     def trim(self, name: str) -> None:
-        """Remove those of a name that are too many."""
-        for copy in self._made[name][: -self._keep]:
-            if not self._is_in_use(copy):
-                self.drop(name, copy)
+        """Remove those of a name whose versions are forgotten."""
+        for copy in [each for each in self._made[name] if not self._is_known(name, each)]:
+            self.drop(name, copy)
 
     def close(self) -> None:
         """Remove all of them."""

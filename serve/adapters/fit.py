@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -11,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from serve.adapters.dora import adapted_norms
-from serve.adapters.manifest import AdapterConfig, TensorSpec
+from serve.adapters.manifest import FLOATS, AdapterConfig, TensorSpec
 from serve.adapters.own import own_layout
 from serve.adapters.paths import adaptable_modules, module_at, unwrapped
 from serve.adapters.prefixes import without_containers
@@ -31,6 +32,9 @@ PARTS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
 BESIDE = {"lora": ("weight", "base_weight", "bias", "lora_bias"), "dora": ("weight", "base_weight", "bias")}
 """What a linear layer's may have beside it, or instead: see `files`."""
 
+EXPECTED = ", ".join(FLOATS)
+LARGEST_UPDATE = 1e15
+"""Norms square what they are given, in float32: what is larger than that makes infinities of any text."""
 PACKING_SLACK = 1.2
 """How much farther, in squares, a copy of packed weights may be from them than packing it anew would take it."""
 
@@ -223,7 +227,9 @@ def _check_shapes(
             needed = ", ".join(str(size) for size in wanted[part])
             problems.append(f"{path}.{part} is {spec.shape}, the model needs ({needed})")
         if not spec.is_floating:
-            problems.append(f"{path}.{part} holds {spec.dtype}, floating-point values were expected")
+            problems.append(
+                f"{path}.{part} holds {spec.dtype}, floating-point values were expected: {EXPECTED}"
+            )
     if rank > max_rank:
         problems.append(f"{path} has rank {rank}, this server takes up to {max_rank}")
     elif len(problems) == before and "lora_a" in parts and rank != config.rank_of(path):
@@ -315,13 +321,29 @@ def _bias(wide: Mapping[str, mx.array], module: nn.Module, scale: float) -> mx.a
 
 
 def _check_range(path: str, update: LowRank, scale: float, dtype: mx.Dtype, problems: list[str]) -> None:
+    name = str(dtype).rpartition(".")[2]
+    before = len(problems)
     for part, value in update.arrays().items():
         if not _is_finite(value.astype(dtype)):
             scaled = f", times its scale of {scale:g}," if part == "lora_b" else ""
-            name = str(dtype).rpartition(".")[2]
             problems.append(
                 f"{path}.{part}{scaled} has values that {name}, which the model computes in, cannot hold"
             )
+    largest = _largest(update)
+    if len(problems) == before and largest > LARGEST_UPDATE:
+        problems.append(
+            f"{path}: its update may be {largest:.1e} times as large as what it is given, which no numbers after it "
+            f"can hold; up to {LARGEST_UPDATE:.0e} was expected"
+        )
+
+
+def _largest(update: LowRank) -> float:
+    """At least as large as what the update makes of an input of length 1."""
+    arrays = [array for array in (update.a, update.b) if array is not None]
+    sizes = [float(mx.abs(array).max()) * math.sqrt(array.shape[-1] * array.shape[-2]) for array in arrays]
+    bias = 0.0 if update.bias is None else float(mx.abs(update.bias).max())
+    gain = 0.0 if update.gain is None else float(mx.abs(update.gain).max())
+    return max(math.prod(sizes) * (1 + gain), gain, bias)
 
 
 def _in_range(update: LowRank, config: AdapterConfig, dtype: mx.Dtype) -> LowRank:

@@ -20,9 +20,11 @@ from serve.adapters.config import AdapterConfig, config_json
 from serve.errors import AdapterError
 
 Layout = Literal["mlx-lm", "peft"]
-OF_PEFT = "peft"
-"""In mlx-lm's config: what the PEFT folder said that it was made of."""
+OF_PEFT, OF_MLX = "peft", "mlx_lm"
+"""In either layout's config, under the other one's name: what the folder said that it was made of."""
 IN_LAYER = re.compile(r"(.*?)\b(?:layers|h|blocks)\.\d+\.(.+)")
+PARTS = ("lora_a", "lora_b", "m")
+"""Of an update of low rank."""
 RANK_AXES = {2: (1, 0), 3: (1, 2)}
 """By the number of axes, which one of lora_a and of lora_b is the rank's."""
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32, "float64": mx.float64}
@@ -36,6 +38,11 @@ class Contents:
     tensors: dict[str, mx.array]
     settings: dict[str, Any]
     notes: tuple[str, ...] = ()
+
+    @property
+    def num_modules(self) -> int:
+        """Modules, or parameters, with an update."""
+        return sum(name.endswith((".lora_a", ".lora_A.weight")) for name in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -58,13 +65,12 @@ def as_mlx(tensors: Mapping[str, mx.array], config: AdapterConfig) -> Contents:
     """In mlx-lm's layout, which has one rank and one scale: smaller ranks are filled up with zeros, and B takes what
     other scales differ by.
 
-    AdapterError names whole weights, which that layout has no place for.
+    AdapterError names whole weights and biases, which that layout has no place for.
     """
-    whole = sorted(name for name in tensors if name.endswith((".weight", ".bias")))
-    if whole:
+    if others := others_of(tensors):
         raise AdapterError(
-            f"mlx-lm's layout has no place for whole weights: {', '.join(whole)}; a PEFT folder holds them, and is "
-            f"served as it is"
+            f"mlx-lm's layout has no place for {', '.join(others)}; a PEFT folder holds them, and is served as it "
+            f"is. If weights among them are copies of the base's, name it with --base"
         )
     paths = paths_of(tensors)
     ranks = {path: rank_in(tensors, path) for path in paths}
@@ -121,6 +127,11 @@ def restored(
             _to(b, axis_b, rank) if ratio == 1 else _to(b, axis_b, rank) / ratio
         ).astype(dtype)
     return made, before
+
+
+def others_of(tensors: Iterable[str]) -> list[str]:
+    """Tensors that belong to no update of low rank: whole weights, and biases."""
+    return sorted(name for name in tensors if name.rpartition(".")[2] not in PARTS)
 
 
 def paths_of(tensors: Iterable[str]) -> list[str]:

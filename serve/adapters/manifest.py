@@ -34,8 +34,9 @@ CONFIG_FILE = "adapter_config.json"
 MOST_CONFIG_BYTES = 16 << 20
 MOST_HEADER_BYTES = 100_000_000
 """As the format has it."""
-FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-OTHERS = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
+FLOATS = {"F16": 2, "BF16": 2, "F32": 4}
+"""What an update is made of. MLX reads no F64."""
+OTHERS = {"F64": 8, "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
 ITEM_BYTES = {**FLOATS, **OTHERS, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
 """Of the dtypes in safetensors headers."""
 
@@ -207,31 +208,44 @@ def effect_hash(tensors_hash: str, config: AdapterConfig) -> str:
 
 
 def write_adapter(folder: Path, tensors: dict[str, mx.array], config: AdapterConfig) -> AdapterConfig:
-    """Write both files; what was in the folder stays whole until both new ones are safely on disk.
-
-    Returns the config with its content hash. Raises StorageError when the disk refuses.
-    """
+    """Write both files in mlx-lm's layout. Returns the config with its content hash. StorageError: `write_files`."""
     if config.lineage is not None:
         lineage = dataclasses.replace(config.lineage, content_hash=content_hash(tensors))
         config = dataclasses.replace(config, lineage=lineage)
-    new_tensors = folder / f".new-{TENSORS_FILE}"
+    write_files(folder, tensors, config_json(config))
+    return config
+
+
+def write_files(
+    folder: Path,
+    tensors: dict[str, mx.array],
+    settings: Mapping[str, Any],
+    *,
+    tensors_file: str = TENSORS_FILE,
+    framework: str = "mlx",
+) -> None:
+    """Write tensors and CONFIG_FILE; what was in the folder stays whole until both are safely on disk.
+
+    framework  whose tensors they are, as safetensors' readers ask
+    StorageError when the disk refuses.
+    """
+    new_tensors = folder / f".new-{tensors_file}"
     new_config = folder / f".new-{CONFIG_FILE}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        mx.save_safetensors(str(new_tensors), tensors, metadata={"format": "mlx"})
+        mx.save_safetensors(str(new_tensors), tensors, metadata={"format": framework})
         check_whole(new_tensors)
-        new_config.write_text(json.dumps(config_json(config), indent=2) + "\n")
+        new_config.write_text(json.dumps(settings, indent=2) + "\n")
         for path in (new_tensors, new_config):
             _sync(path)
         # The config first: between the two, its content hash gives away the tensors that are not its own.
         os.replace(new_config, folder / CONFIG_FILE)
-        os.replace(new_tensors, folder / TENSORS_FILE)
+        os.replace(new_tensors, folder / tensors_file)
         _sync(folder)
     except (OSError, RuntimeError, AdapterError) as error:
         for path in (new_tensors, new_config):
             path.unlink(missing_ok=True)
         raise StorageError(f"{folder}: the adapter could not be saved: {error}") from error
-    return config
 
 
 def _sync(path: Path) -> None:

@@ -109,7 +109,7 @@ class _Layout:
 
     def place(self, module: str, own: str, parts: Parts) -> None:
         """Find a place for one module of the file; `own` is its path here if it has one."""
-        stacks, number = ((), None) if own in self._modules else self._stacks_of(module)
+        stacks, number = self._stacks_of(module, own)
         if stacks and number is not None:
             self._singles.setdefault(stacks[0], {})
             if number in self._singles[stacks[0]]:
@@ -170,8 +170,11 @@ class _Layout:
     def _keep(self, path: str, module: str, parts: Parts) -> None:
         self._add(path, module, {part: _Recipe((name,)) for part, name in parts.items()})
 
-    def _stacks_of(self, module: str) -> tuple[tuple[str, ...], int | None]:
+    def _stacks_of(self, module: str, own: str) -> tuple[tuple[str, ...], int | None]:
         """The stacks that a module or parameter of transformers' experts means, and of which expert it is."""
+        if own in self._modules:
+            is_parameter = isinstance(self._modules[own], EXPERTS) and self._config.sides != "own"
+            return ((own,) if is_parameter else ()), None
         found = EXPERT.fullmatch(module)
         if found is None:
             return (), None
@@ -199,7 +202,7 @@ class _Layout:
         for which, path in enumerate(stacks):
             start = sum(outputs[:which])
             rows = slice(start, start + outputs[which])
-            if len(stacks) > 1 and self._family and self._family[0] in INTERLEAVED:
+            if len(stacks) > 1 and self._is_of(INTERLEAVED):
                 rows = slice(which, None, len(stacks))
             recipes = {
                 "lora_a": _Recipe((a,), _turned if is_turned else None),
@@ -215,12 +218,15 @@ class _Layout:
             )
         if inputs != outputs:
             return a == outputs
-        if not self._config.knows_sides:
+        if self._config.sides == "unsaid":
             raise AdapterError(
                 f"{module}: {inputs} inputs and as many outputs, and a PEFT before 0.19 wrote it: its shapes do not "
                 f"say on which side A is; save it with a newer PEFT"
             )
-        return bool(self._family) and self._family[0] in TURNED
+        return self._config.sides == "peft" and self._is_of(TURNED)
+
+    def _is_of(self, families: Sequence[str]) -> bool:
+        return bool(self._family) and self._family[0] in families
 
     def _pieces_of(self, path: str) -> tuple[str, ...]:
         """The layers that a fused layer of transformers is here, in the order of its outputs."""

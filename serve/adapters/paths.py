@@ -19,6 +19,8 @@ from serve.model.weights import expert_modules, linear_modules
 
 ALSO_CALLED = {"visual": "vision_tower", "block_sparse_moe": "mlp", "feed_forward": "mlp"}
 """Parts of names that say the same in transformers and here."""
+LEFT_OUT = ("vision_model",)
+"""Parts of names inside a tower that one of them has."""
 
 T = TypeVar("T")
 
@@ -77,4 +79,5 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def _with_one_name(path: str) -> str:
     """The end of a path, with one name for what libraries call differently."""
-    return ".".join(ALSO_CALLED.get(part, part) for part in without_containers(path).split("."))
+    parts = without_containers(path).split(".")
+    return ".".join(ALSO_CALLED.get(part, part) for part in parts if part not in LEFT_OUT)

@@ -208,7 +208,7 @@ def arrange(
         lineage=peft.lineage,
         ranks={path: rank for path, rank in ranks.items() if rank != peft.r},
         scales={path: factor for path, factor in scales.items() if factor != scale},
-        knows_sides=peft.knows_sides,
+        sides="peft" if peft.knows_sides else "unsaid",
     )
     return pieces, config
 

@@ -17,6 +17,8 @@ from serve.errors import AdapterError
 BLOCKS = {"mlp.switch_mlp": "mlp.experts", "block_sparse_moe.switch_mlp": "mlp.experts"}
 """Ends of the names of blocks: mlx-lm's → Hugging Face's. Other families pack, or order, their experts otherwise."""
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+THEIRS = ("gate_up_proj", "down_proj")
+"""Parameters of Hugging Face's own modules, which are called experts."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Packed:
 
 
 def packed(stacks: Mapping[str, Stack], their_name: Callable[[str], str]) -> list[Packed]:
-    """By mlx-lm's paths of stacks; `their_name` says what Hugging Face calls a module.
+    """By mlx-lm's paths of stacks, or Hugging Face's of parameters; `their_name` says what that calls a module.
 
     AdapterError names blocks whose family keeps its experts otherwise.
     """
@@ -52,7 +54,7 @@ def packed(stacks: Mapping[str, Stack], their_name: Callable[[str], str]) -> lis
     made = []
     for block, leaves in blocks.items():
         module = their_name(_their_block(block, leaves))
-        joined = _gate_and_up(leaves)
+        joined = leaves.get(THEIRS[0]) or _gate_and_up(leaves)
         both = joined is not None and DOWN in leaves
         if joined is not None:
             made.append(_pack(f"{module}.gate_up_proj", f"{module}.base_layer" if both else module, joined))
@@ -62,6 +64,8 @@ def packed(stacks: Mapping[str, Stack], their_name: Callable[[str], str]) -> lis
 
 
 def _their_block(block: str, leaves: Mapping[str, Stack]) -> str:
+    if block.endswith(".experts") and leaves.keys() <= {*THEIRS}:
+        return block
     end = next((end for end in BLOCKS if block.endswith(f".{end}") or block == end), None)
     if end is None or leaves.keys() - {GATE, UP, DOWN}:
         raise AdapterError(

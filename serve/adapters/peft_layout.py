@@ -7,8 +7,9 @@ packed as PEFT packs `target_parameters`.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,10 @@ PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnit
 INSIDE = "language_model"
 """Where mlx-vlm's models have layers and head."""
 HEADS = ("lm_head", "output", "embed_out")
+SIDES_KNOWN = "0.19.0"
+"""The first PEFT that took a parameter's last axis for the inputs, as this does."""
+WRAPPERS = re.compile(r"^(?:base_model\.model\.|_orig_mod\.)+")
+"""What PEFT and torch.compile put before the names of a model that they wrap."""
 ULPS = 4
 
 
@@ -48,14 +53,12 @@ def as_peft(tensors: Mapping[str, mx.array], config: AdapterConfig, base: str) -
         ranks[each.parameter], scales[each.parameter] = each.rank, each.scale
         made[f"{PREFIX}{each.key}.lora_A.weight"] = each.a
         made[f"{PREFIX}{each.key}.lora_B.weight"] = each.b
-    whole = {name: their_name(name) for name in tensors if name.endswith((".weight", ".bias"))}
-    made |= {f"{PREFIX}{theirs}": tensors[name] for name, theirs in whole.items()}
     settings = _settings(config, base, ranks, scales)
     settings["target_modules"] = sorted(named.values())
     settings["target_parameters"] = sorted(each.parameter for each in experts) or None
-    settings["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole.values()}) or None
     if experts:
         settings["lora_dropout"] = 0.0  # PEFT refuses any other beside target_parameters
+        settings["peft_version"] = SIDES_KNOWN
     return Contents("peft", made, settings)
 
 
@@ -75,12 +78,28 @@ def their_name(name: str) -> str:
     return name
 
 
+def our_names(names: Iterable[str]) -> dict[str, str]:
+    """The inverse: Hugging Face's names of modules, or of tensors of them → mlx-lm's."""
+    start = f"model.{INSIDE}."
+    plain = {name: WRAPPERS.sub("", name) for name in names}
+    is_inside = any(name.startswith(start) for name in plain.values())
+    made = {}
+    for theirs, name in plain.items():
+        if name.startswith(start):
+            made[theirs] = f"{INSIDE}.model.{name.removeprefix(start)}"
+        else:
+            made[theirs] = f"{INSIDE}.{name}" if is_inside and name.partition(".")[0] in HEADS else name
+    return made
+
+
 def alpha_of(scale: float, rank: int) -> int | float:
     """The number that, divided by `rank`, is `scale`; one that is as near as there is where no float gives it."""
     near = [scale * rank]
     for _ in range(ULPS):
         near = [math.nextafter(near[0], 0), *near, math.nextafter(near[-1], math.inf)]
-    near.sort(key=lambda alpha: (abs(alpha / rank - scale), abs(alpha - scale * rank)))
+    near.sort(
+        key=lambda alpha: (abs(alpha / rank - scale), not alpha.is_integer(), abs(alpha - scale * rank))
+    )
     return int(near[0]) if near[0].is_integer() and near[0] < 2**53 else near[0]
 
 

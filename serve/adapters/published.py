@@ -15,6 +15,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from serve.adapters.files import PEFT_TENSORS_FILE
 from serve.adapters.manifest import CONFIG_FILE, TENSORS_FILE
 
 CHECKPOINTS = "checkpoints"
@@ -22,8 +23,8 @@ STATE_FILE = "state.json"
 SUMMARY_FILE = "summary.json"
 RECORD_FILE = "run.json"
 STEP = re.compile(r"step-(\d+)")
-TENSORS_FILES = (TENSORS_FILE, "adapter_model.safetensors")
-"""mlx-lm's, and PEFT's."""
+FILES = (CONFIG_FILE, TENSORS_FILE, PEFT_TENSORS_FILE)
+"""Of an adapter, whichever are there."""
 
 Signature = tuple[tuple[str, int, int, int], ...]
 """Of each of an adapter's files: name, bytes, when it was written and when it was last touched, in ns. Without inode
@@ -66,19 +67,13 @@ def published_in(folder: Path) -> Published | None:
 
 def stands_for_itself(folder: Path) -> bool:
     """True of a run's folder and of an adapter's; False of one that may hold such folders."""
-    return any((folder / name).exists() for name in (RECORD_FILE, CHECKPOINTS, CONFIG_FILE, *TENSORS_FILES))
+    return any((folder / name).exists() for name in (RECORD_FILE, CHECKPOINTS, *FILES))
 
 
 def signature_of(folder: Path) -> Signature | None:
-    """Of the adapter's config and tensors; None where one of them is missing."""
-    config = _stamp(folder, CONFIG_FILE)
-    if config is None:
-        return None
-    for name in TENSORS_FILES:
-        tensors = _stamp(folder, name)
-        if tensors is not None:
-            return config, tensors
-    return None
+    """Of the adapter's files that are there; None where none is."""
+    stamps = [_stamp(folder, name) for name in FILES]
+    return tuple(stamp for stamp in stamps if stamp is not None) or None
 
 
 def _stamp(folder: Path, name: str) -> tuple[str, int, int, int] | None:

@@ -1,41 +1,39 @@
-"""Names → versions → slots. Who holds which version, and when its memory is free again. No arrays of its own.
+"""Names → versions: which one new requests get, which are known beside it, who holds what until when. No arrays.
 
-A load makes `name@N`. New requests get the newest version at once; a version that was replaced or unloaded stays in
-memory until the last request that holds it has ended. `max_adapters` counts names, so a version can always be
-replaced; bytes are bounded by `max_bytes`, whoever holds them. Safe to call from any thread.
+A load makes `name@N`. New requests get the newest version at once; those that run end with the one they began with.
+What was replaced stays known, a bounded number of versions a name: it can be asked for as `name@N`, and the name can
+be rolled back to it. Where a version is (device, host memory, disk), and how it gets to the device, is `residency`'s.
+Safe to call from any thread.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import logging
 import threading
-from collections.abc import Callable, Mapping
-from functools import cached_property
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import mlx.core as mx
-
-from serve.adapters import manifest
+from serve.adapters.admission import Admission, Admitted
 from serve.adapters.bank import Bank
-from serve.adapters.fit import LowRank, Size, check_fit, fit
+from serve.adapters.contents import Contents, Tier
+from serve.adapters.fit import LowRank
 from serve.adapters.names import name_problem
-from serve.adapters.paths import with_own_names
+from serve.adapters.residency import Residency, Run, Standing
+from serve.adapters.shelf import num_bytes_of
+from serve.adapters.source import Content, Fitting, FolderSource, Outline, Source
 from serve.adapters.version import AdapterVersion
-from serve.errors import AdapterError, AdapterMemoryError, ConfigError, LatheError, NotFoundError
+from serve.errors import AdapterError, NotFoundError
 from serve.model.loading import LoadedModel
-from serve.model.quantization import Quantization
-from serve.model.template import ChatTemplate
-from serve.model.template_rules import TemplateRules, make_template
-from serve.model.vocabulary import vocabulary_hash
+from serve.model.template_rules import TemplateRules
 
-logger = logging.getLogger(__name__)
-
-BYTES_A_VALUE_READ = 8
-"""Of an adapter that is loaded: its tensors as stored, in float32 at most, and the updates made of them."""
-
-Run = Callable[[Callable[[], None]], None]
+MAX_COMBINED = 256
+"""Combinations that are known beside those that requests hold."""
+MAX_NAMES = 1 << 14
+"""A name costs little, and not nothing."""
+FILE_BYTES = 4 << 30
 
 
 def run_here(function: Callable[[], None]) -> None:
@@ -47,13 +45,61 @@ def do_later(_function: Callable[[], None]) -> None:
     """Leave it: the next load or unload tidies first."""
 
 
+@dataclass(eq=False)
+class Known:
+    """A version, and who needs it."""
+
+    version: AdapterVersion
+    source: Source
+    num_requests: int = 0
+    """That hold it now."""
+
+
+@dataclass(eq=False)
+class Name:
+    """What a name stands for."""
+
+    current: Known
+    others: dict[int, Known] = field(default_factory=dict)
+    """Versions that it stood for, and may stand for again, by number."""
+    is_pinned: bool = False
+    is_found: bool = False
+    """It was looked up for a request, and may be again."""
+
+
+@dataclass(frozen=True)
+class ShownVersion:
+    """A version as it is now."""
+
+    version: AdapterVersion
+    is_current: bool
+    num_requests: int
+    tier: Tier
+    """Where its content is, beside the device."""
+    standing: Standing
+
+
+@dataclass(frozen=True)
+class ShownName:
+    """A name as it is now, its newest version first."""
+
+    name: str
+    is_pinned: bool
+    is_found: bool
+    versions: tuple[ShownVersion, ...]
+
+
 class Registry:
     """The adapters a server knows.
 
     run   executes a function on the thread that owns the arrays, and waits
     post  has it executed there soon, and does not wait
-    max_bytes  of all adapters, and what is copied while one is loaded; a load that needs more is refused
-    rules      of the base's chat template; an adapter's own template, and its variables, take their place in them
+    max_bytes   of all adapters on the device, and what is copied while one is loaded
+    host_bytes  of those in host memory; None: as much as the device's leave of `max_bytes`
+    max_slots   versions on the device; names there may be many more
+    max_others  versions of a name that are known beside the current one and those that requests hold
+    max_found   names that were looked up for requests and are not forgotten
+    rules       of the base's chat template; an adapter's own template, and its variables, take their place in them
     """
 
     def __init__(
@@ -62,7 +108,11 @@ class Registry:
         bank: Bank,
         *,
         max_bytes: int,
-        max_adapters: int = 64,
+        host_bytes: int | None = None,
+        file_bytes: int = FILE_BYTES,
+        max_slots: int = 64,
+        max_others: int = 8,
+        max_found: int = 4096,
         max_rank: int = 256,
         allow_other_base: bool = False,
         rules: TemplateRules = TemplateRules(),
@@ -70,290 +120,491 @@ class Registry:
         self.run: Run = run_here
         self.post: Run = do_later
         self._model = model
-        self._bank = bank
-        self.max_bytes = max_bytes
-        self._max_adapters = max_adapters
-        self._max_rank = max_rank
-        self._allow_other_base = allow_other_base
-        self._rules = rules
-        self._loading = threading.Lock()  # one load at a time; held while files are read
-        self._squared_norms: dict[str, mx.array] = {}  # of the base's rows; under _loading
-        self._slots = itertools.count(1)  # under _loading
+        self._fitting = Fitting(model.network, max_rank)
+        self._admission = Admission(model, rules, allow_other_base=allow_other_base)
+        self.contents = Contents(self._fitting, model.network.parameters_dtype(), max_file_bytes=file_bytes)
+        self.residency = Residency(
+            bank,
+            Bank(model.network),
+            self.contents,
+            max_slots=max_slots,
+            max_bytes=max_bytes,
+            host_bytes=host_bytes,
+            run=lambda function: self.run(function),
+            post=lambda function: self.post(function),
+        )
+        self.residency.lose = self._lose
+        self._max_others = max_others
+        self._max_found = max_found
         self._lock = threading.Lock()  # guards everything below; held for dictionary work alone
-        self._current: dict[str, AdapterVersion] = {}
-        self._live: dict[str, AdapterVersion] = {}  # by id; current, or still held by requests
-        self._pins: dict[str, int] = {}
+        self._names: dict[str, Name] = {}
+        self._known: dict[str, Known] = {}  # by id; of a name, or still held by requests
+        self._found: OrderedDict[str, None] = (
+            OrderedDict()
+        )  # names that were looked up, the one used last at the end
         self._last_number: dict[str, int] = {}
+        self._busy: dict[str, _Turn] = {}  # names of which a version is made or changed
+
+    @property
+    def max_bytes(self) -> int:
+        """What adapters may take on the device, copies while one is loaded included."""
+        return self.residency.max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, value: int) -> None:
+        self.residency.max_bytes = value
+
+    @property
+    def host_bytes(self) -> int:
+        """What they take in host memory."""
+        return self.contents.shelf.num_bytes
+
+    # Versions come and go
 
     def load(self, name: str, path: str | Path, *, replace: bool = False) -> AdapterVersion:
-        """Read, check and install an adapter; new requests for `name` use it from here on.
+        """As `add`, from an adapter folder."""
+        return self.add(name, FolderSource(path), replace=replace)
 
-        Blocks while the files are read; running streams go on. Nothing changes when it raises:
-        NotFoundError, AdapterError (unreadable, does not fit, name taken, as many names as there may be),
-        AdapterMemoryError.
+    def add(
+        self,
+        name: str,
+        source: Source,
+        *,
+        replace: bool = False,
+        is_found: bool = False,
+        is_combined: bool = False,
+    ) -> AdapterVersion:
+        """Read and check an adapter; new requests for `name` use it from here on.
+
+        is_found     it was looked up for a request: what the name stands for already will do, and it may be forgotten
+        is_combined  it is other versions, added: named by them, listed apart, and the only one of its name
+
+        Blocks while it is read; running streams go on. It gets a slot at once where one is free, or its name's
+        earlier version has one; else when it is asked for. Nothing changes when it raises: NotFoundError,
+        AdapterError (unreadable, does not fit, name taken), AdapterMemoryError (never enough, or not now).
         """
-        with self._loading:
-            self._check_name(name, replace)
-            folder = _folder(path)
-            config = manifest.read_config(folder)
-            specs = manifest.read_specs(folder / manifest.TENSORS_FILE)
-            notes = self._check_lineage(name, config)
-            template = self._own_template(name, config.lineage)
-            sizes = check_fit(name, specs, config, self._model.network, max_rank=self._max_rank)
-            self._tidy_all()
-            self._check_memory(name, sizes, sum(spec.num_values for spec in specs.values()))
-            content_hash, tower_hash, updates = self._read(name, folder, config)
-            version = AdapterVersion(
-                name,
-                self._last_number.get(name, 0) + 1,
-                content_hash,
-                next(self._slots),
-                str(folder),
-                notes,
-                stop_ids=config.lineage.stop_ids if config.lineage else (),
-                effect_hash=manifest.effect_hash(content_hash, config),
-                tower_hash=tower_hash and manifest.effect_hash(tower_hash, config),
-                template=template,
-            )
-            self._install(version, updates)
+        with self._turn(name):
+            known = self._current(name) if is_found else None
+            if known is not None:
+                return known
+            if not is_combined:
+                self._check_name(name, replace)
+            outline = source.look(name, self._fitting)
+            admitted = self._admission.check(name, outline.lineage)
+            self.residency.check_alone(name, outline.sizes, outline.num_values)
+            before = self._current(name)
+            with ExitStack() as stack:
+                with self.residency.reading(name, outline.sizes, outline.num_values):
+                    content = source.read(name, self._fitting)
+                    number = 0 if is_combined else self._last_number.get(name, 0) + 1
+                    updates = self.contents.prepared(content.updates)
+                    version = self._make(
+                        name, number, source, outline, content, admitted, num_bytes_of(updates)
+                    )
+                    del content
+                    self.contents.add(version, source)
+                    stack.callback(self._drop_unless_known, version)
+                    stack.enter_context(self.residency.at_hand(version))
+                    self.residency.put(version, updates)
+                    del updates
+                self.residency.place(version, instead_of=before)
+                self._publish(Known(version, source), before, is_found=is_found)
             return version
 
     def unload(self, name: str) -> None:
         """New requests for `name` are refused at once; running ones end with the version they hold."""
         with self._lock:
-            if name not in self._current:
+            if name not in self._names:
                 raise NotFoundError(f"no adapter {name!r} is loaded")
-            self._retire(self._current.pop(name))
+            left = self._forget_name(name)
+        self._leave(left)
+
+    def rollback(self, name: str, number: int | None = None) -> AdapterVersion:
+        """New requests for `name` get an earlier version again; the one before the current one, if none is named.
+
+        NotFoundError where it is not known, AdapterGoneError where it is known and its content is nowhere any more.
+        """
+        with self._turn(name):
+            before = self._current(name)
+            if before is None:
+                raise NotFoundError(f"no adapter {name!r} is loaded")
+            known = self._earlier(name, before, number)
+            if known.version == before:
+                return before
+            version = known.version
+            with self.residency.at_hand(version):
+                if self.residency.slot_of(version) is None:
+                    self.residency.fetch(version)
+                    self.residency.place(version, instead_of=before)
+                self._publish(known, before)
+            return version
+
+    def pin(self, name: str) -> AdapterVersion:
+        """Keep a slot for whatever `name` stands for. NotFoundError; AdapterMemoryError if no slot would be left."""
+        with self._turn(name):
+            entry = self._entry(name)
+            self.residency.pin(entry.current.version)
+            entry.is_pinned = True
+            return entry.current.version
+
+    def unpin(self, name: str) -> AdapterVersion:
+        """It may be evicted again. NotFoundError."""
+        with self._turn(name):
+            entry = self._entry(name)
+            self.residency.unpin(entry.current.version)
+            entry.is_pinned = False
+            return entry.current.version
+
+    # Requests hold versions
 
     def acquire(self, name: str) -> AdapterVersion:
-        """The version a new request for `name` or `name@N` uses, pinned until `release`."""
+        """The version a new request for `name` or `name@N` uses, held until `release`. It need not have a slot."""
         with self._lock:
-            version = self._find(name)
-            self._pins[version.id] += 1
-            return version
+            known = self._find(name)
+            known.num_requests += 1
+            if name in self._found:
+                self._found.move_to_end(name)
+            self.contents.hold(known.version)
+            return known.version
 
     def release(self, version: AdapterVersion) -> None:
         """The request that held `version` has ended."""
+        left: list[Known] = []
         with self._lock:
-            self._pins[version.id] -= 1
-            assert self._pins[version.id] >= 0, f"{version.id} released more often than acquired"
-            if self._pins[version.id] == 0 and self._current.get(version.name) != version:
-                self._free(version)
+            known = self._known[version.id]
+            assert known.num_requests > 0, f"{version.id} released more often than acquired"
+            known.num_requests -= 1
+            self.contents.let_go(version)
+            if not known.num_requests and not self._is_current(known):
+                left.append(known)
+                left += self._drop_old(known.version.name)
+        self._leave(left)
+        self.residency.release()
+
+    def read(self, version: AdapterVersion) -> Mapping[str, LowRank]:
+        """Its updates by module path, as the bank computes with them; whoever asks holds it. Blocks.
+
+        AdapterGoneError, AdapterMemoryError.
+        """
+        with self.residency.at_hand(version):
+            self.residency.fetch(version)
+            return self.contents.read(version)
 
     def resolve(self, name: str) -> AdapterVersion:
         """The version `name` or `name@N` stands for now, without holding it."""
         with self._lock:
-            return self._find(name)
+            return self._find(name).version
+
+    def knows(self, name: str) -> bool:
+        """Whether `name`, or `name@N`, is an adapter; combinations are none."""
+        with self._lock:
+            entry = self._names.get(name)
+            known = entry.current if entry is not None else self._known.get(name)
+            return known is not None and not known.version.is_combined
+
+    # What there is
 
     def versions(self) -> list[AdapterVersion]:
-        """Every version in memory: the current one of each name, and older ones that requests still hold."""
+        """Every version that answers requests: the current one of each name, and others that requests hold."""
         with self._lock:
-            return list(self._live.values())
+            return [known.version for known in self._known.values() if self._is_in_use(known)]
+
+    def current(self) -> list[AdapterVersion]:
+        """What each name stands for."""
+        with self._lock:
+            versions = [entry.current.version for entry in self._names.values()]
+        return [version for version in versions if not version.is_combined]
 
     def names(self) -> list[str]:
         """Names that new requests may ask for."""
+        return [version.name for version in self.current()]
+
+    def combinations(self) -> list[str]:
+        """What requests had added, and is kept."""
         with self._lock:
-            return list(self._current)
+            return [name for name, entry in self._names.items() if entry.current.version.is_combined]
 
     def num_pins(self, version: AdapterVersion) -> int:
         """How many requests hold `version`."""
         with self._lock:
-            return self._pins.get(version.id, 0)
+            known = self._known.get(version.id)
+            return known.num_requests if known else 0
+
+    def slot_of(self, version: AdapterVersion) -> int | None:
+        """Its number in the bank; None while it has none."""
+        return self.residency.slot_of(version)
+
+    def device_bytes(self, version: AdapterVersion) -> int:
+        """What it takes on the device; 0 without a slot."""
+        return self.residency.device_bytes(version)
+
+    def show(self, name: str) -> ShownName:
+        """A name, and its versions as they are. NotFoundError."""
+        found = self.find(name)
+        if found is None:
+            raise NotFoundError(f"no adapter {name!r} is loaded")
+        return found
+
+    def find(self, name: str) -> ShownName | None:
+        """As `show`; None where there is none."""
+        with self._lock:
+            entry = self._names.get(name)
+            if entry is None:
+                return None
+            known = [entry.current, *entry.others.values()]
+            counts = [each.num_requests for each in known]
+            is_pinned, is_found, current = entry.is_pinned, entry.is_found, entry.current.version
+        shown = [
+            ShownVersion(
+                each.version,
+                each.version == current,
+                count,
+                self.contents.tier(each.version),
+                self.residency.standing(each.version),
+            )
+            for each, count in zip(known, counts, strict=True)
+        ]
+        shown.sort(key=lambda each: -each.version.number)
+        return ShownName(name, is_pinned, is_found, tuple(shown))
+
+    def close(self) -> None:
+        """Delete the files that were written here. Nothing is loaded afterwards."""
+        self.contents.shelf.close()
 
     def check_integrity(self) -> None:
-        """Between two loads: what is live is current or held, and the bank holds exactly that."""
+        """Between two loads: names, versions, slots and bytes agree."""
         with self._lock:
-            live = self._live.values()
-            assert self._pins.keys() == self._live.keys(), "every live version has a count of its requests"
-            assert all(version.id == id for id, version in self._live.items())
-            for name, version in self._current.items():
-                assert version.name == name, f"{version.id} is current as {name}"
-                assert self._live.get(version.id) == version, f"{version.id} is not live"
-                assert version.number == self._last_number[name], f"{version.id} is not the newest"
-            for version in live:
-                is_current = self._current.get(version.name) == version
-                assert self._pins[version.id] >= (0 if is_current else 1), f"nobody holds {version.id}"
-            slots = [version.slot for version in live]
-            assert len({0, *slots}) == 1 + len(slots), f"two versions share a slot, or the base's: {live}"
-            assert self._bank.slots == set(slots), f"the bank holds {self._bank.slots}, live are {slots}"
-            assert len(self._current) <= self._max_adapters, f"more than {self._max_adapters} names"
+            for name, entry in self._names.items():
+                known = {each.version.number: each for each in (entry.current, *entry.others.values())}
+                assert len(known) == 1 + len(entry.others), f"a version of {name} is known twice"
+                assert all(each.version.name == name for each in known.values()), f"another name's in {name}"
+                assert all(self._known.get(each.version.id) is each for each in known.values())
+                assert max(known) <= self._last_number[name], f"{name} has a version that was never made"
+                idle = [each for each in entry.others.values() if not each.num_requests]
+                assert len(idle) <= self._max_others, (
+                    f"more than {self._max_others} versions of {name} are kept"
+                )
+            assert all(known.version.id == id for id, known in self._known.items())
+            assert all(known.num_requests >= 0 for known in self._known.values())
+            for id, one in self._known.items():
+                assert self._is_of_name(one) or one.num_requests, f"nobody holds {id}"
+            assert set(self._found) <= self._names.keys(), "a name that was found is known no more"
+            assert not self._busy, "a version is being made"
+            keys = {known.version.effect_hash for known in self._known.values()}
+            in_use = [id for id, known in self._known.items() if self._is_in_use(known)]
+        assert self.contents.keys == keys, "content of versions that are not known"
+        self.residency.check_integrity(in_use)
 
-    def _find(self, name: str) -> AdapterVersion:
-        version = self._current.get(name) or self._live.get(name)
-        if version is None:
+    # Under the lock
+
+    def _find(self, name: str) -> Known:
+        entry = self._names.get(name)
+        known = entry.current if entry is not None else self._known.get(name)
+        if known is None:
+            base, _, number = name.partition("@")
+            entry = self._names.get(base)
+            if entry is not None and number.isdecimal():
+                raise NotFoundError(self._unknown_number(base, entry, int(number)))
             raise NotFoundError(f"no adapter {name!r} is loaded")
-        return version
+        return known
+
+    def _unknown_number(self, name: str, entry: Name, number: int) -> str:
+        numbers = sorted((entry.current.version.number, *entry.others))
+        known = ", ".join(map(str, numbers))
+        if number > self._last_number[name] or number < 1:
+            return f"adapter {name!r} has no version {number}; there are {known}"
+        return (
+            f"version {number} of adapter {name!r} is known no more; there are {known}, for {self._max_others} are "
+            f"kept beside the current one (adapter_versions)"
+        )
+
+    def _is_current(self, known: Known) -> bool:
+        entry = self._names.get(known.version.name)
+        return entry is not None and entry.current is known
+
+    def _is_of_name(self, known: Known) -> bool:
+        entry = self._names.get(known.version.name)
+        return entry is not None and (
+            entry.current is known or entry.others.get(known.version.number) is known
+        )
+
+    def _is_in_use(self, known: Known) -> bool:
+        return known.num_requests > 0 or self._is_current(known)
+
+    def _forget_name(self, name: str) -> list[Known]:
+        """A name is gone; its versions that nobody holds."""
+        entry = self._names.pop(name)
+        self._found.pop(name, None)
+        if entry.current.version.is_combined:
+            self._last_number.pop(name, None)
+        return [each for each in (entry.current, *entry.others.values()) if not each.num_requests]
+
+    def _drop_old(self, name: str) -> list[Known]:
+        """The oldest versions of a name beyond those that are kept."""
+        entry = self._names.get(name)
+        if entry is None:
+            return []
+        idle = [number for number, each in sorted(entry.others.items()) if not each.num_requests]
+        return [entry.others.pop(number) for number in idle[: max(len(idle) - self._max_others, 0)]]
+
+    def _drop_found(self) -> list[Known]:
+        """What was not asked for longest, of more names than are kept that were looked up."""
+        left: list[Known] = []
+        combined = [name for name in self._found if self._names[name].current.version.is_combined]
+        most = len(combined) - MAX_COMBINED, len(self._found) - self._max_found
+        old = [*combined[: max(most[0], 0)], *list(self._found)[: max(most[1], 0)]]
+        for name in dict.fromkeys(old):
+            entry = self._names[name]
+            is_held = any(each.num_requests for each in (entry.current, *entry.others.values()))
+            if not entry.is_pinned and not is_held:
+                left += self._forget_name(name)
+        return left
+
+    # Making versions
+
+    @contextmanager
+    def _turn(self, name: str) -> Iterator[None]:
+        """One at a time makes or changes versions of a name."""
+        with self._lock:
+            turn = self._busy.setdefault(name, _Turn())
+            turn.num_waiting += 1
+        try:
+            with turn.lock:
+                yield
+        finally:
+            with self._lock:
+                turn.num_waiting -= 1
+                if not turn.num_waiting:
+                    del self._busy[name]
+
+    def _current(self, name: str) -> AdapterVersion | None:
+        with self._lock:
+            entry = self._names.get(name)
+            return entry.current.version if entry else None
+
+    def _entry(self, name: str) -> Name:
+        with self._lock:
+            entry = self._names.get(name)
+            if entry is None:
+                raise NotFoundError(f"no adapter {name!r} is loaded")
+            return entry
+
+    def _earlier(self, name: str, before: AdapterVersion, number: int | None) -> Known:
+        entry = self._entry(name)
+        with self._lock:
+            if number == before.number:
+                return entry.current
+            if number is None:
+                number = max((each for each in entry.others if each < before.number), default=0)
+                if not number:
+                    raise NotFoundError(f"adapter {name!r} has no version before {before.id!r}")
+            if number not in entry.others:
+                raise NotFoundError(self._unknown_number(name, entry, number))
+            return entry.others[number]
+
+    def _publish(self, known: Known, before: AdapterVersion | None, *, is_found: bool = False) -> None:
+        """From here on the name stands for it."""
+        version = known.version
+        left: list[Known] = []
+        with self._lock:
+            entry = self._names.get(version.name)
+            if entry is None:
+                entry = self._names[version.name] = Name(known, is_found=is_found)
+                if is_found:
+                    self._found[version.name] = None
+            elif entry.current is not known:
+                entry.others.pop(version.number, None)
+                entry.others[entry.current.version.number] = entry.current
+                entry.current = known
+            self._known[version.id] = known
+            self._last_number[version.name] = max(version.number, self._last_number.get(version.name, 0))
+            replaced = self._known.get(before.id) if before is not None else None
+            if replaced is not None and not replaced.num_requests:
+                left.append(replaced)
+            gone = [*self._drop_old(version.name), *self._drop_found()]
+        if before is not None:
+            self.residency.move_pin(before, version)
+            self.residency.retire(before)
+        self.residency.revive(version)
+        self._leave([*left, *gone])
+
+    def _leave(self, known: list[Known]) -> None:
+        """Of versions that nobody uses the slots are free; those that no name has are known no more."""
+        for each in known:
+            with self._lock:
+                if self._is_in_use(each):
+                    continue
+                is_gone = not self._is_of_name(each)
+                if is_gone:
+                    self._known.pop(each.version.id, None)
+            if is_gone:
+                self.residency.forget(each.version)
+                self.contents.drop(each.version)
+            else:
+                self.residency.leave(each.version)
+
+    def _make(
+        self,
+        name: str,
+        number: int,
+        source: Source,
+        outline: Outline,
+        content: Content,
+        admitted: Admitted,
+        num_bytes: int,
+    ) -> AdapterVersion:
+        lineage = outline.lineage
+        return AdapterVersion(
+            name,
+            number,
+            content.content_hash,
+            source.path,
+            admitted.notes,
+            stop_ids=lineage.stop_ids if lineage else (),
+            effect_hash=content.effect_hash,
+            tower_hash=content.tower_hash,
+            template=admitted.template,
+            lineage=lineage,
+            format=outline.format,
+            sizes=outline.sizes,
+            num_values=outline.num_values,
+            num_bytes=num_bytes,
+            created_s=time.time(),
+        )
+
+    def _lose(self, version: AdapterVersion) -> None:
+        """Its content is nowhere any more. What was found for a request may be found again, as it is now."""
+        with self._lock:
+            entry = self._names.get(version.name)
+            is_over = entry is not None and entry.is_found and entry.current.version == version
+            left = self._forget_name(version.name) if is_over else []
+        self._leave(left)
+
+    def _drop_unless_known(self, version: AdapterVersion) -> None:
+        with self._lock:
+            is_known = version.id in self._known
+        if not is_known:
+            self.contents.drop(version)
 
     def _check_name(self, name: str, replace: bool) -> None:
         expected = name_problem(name) or ("a name is not the base's" if name == self._model.name else None)
         if expected:
             raise AdapterError(f"an adapter cannot be called {name!a:.80}: {expected}")
         with self._lock:
-            if name in self._current and not replace:
+            if name in self._names and not replace:
                 raise AdapterError(
                     f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in "
                     f"place, set 'load_inplace' to True."
                 )
-            if name not in self._current and len(self._current) >= self._max_adapters:
+            if name not in self._names and len(self._names) >= MAX_NAMES:
                 raise AdapterError(
-                    f"adapter {name!r}: {self._max_adapters} adapters are loaded, which is max_adapters; unload or "
-                    f"replace one, or raise max_adapters"
+                    f"adapter {name!r}: {MAX_NAMES:,} adapters are known, and no more are; unload one"
                 )
 
-    def _check_lineage(self, name: str, config: manifest.AdapterConfig) -> tuple[str, ...]:
-        """AdapterError where the adapter was made for other weights or token ids. Returns what is to be said of the
-        rest: a template matters to chats alone, and a fixed one is a fair reason for another."""
-        lineage = config.lineage
-        if lineage is None:
-            return ()
-        problems: list[str] = []
-        if lineage.base_fingerprint not in ("", self._model.fingerprint):
-            problems.append(
-                f"was trained on other weights than these: its manifest names {lineage.base_model} "
-                f"({lineage.base_fingerprint[:19]}…){_packed(lineage)}, this server runs {self._model.name} "
-                f"({self._model.fingerprint[:19]}…)"
-            )
-        if lineage.vocabulary_hash not in ("", self._vocabulary_hash):
-            problems.append(
-                f"was trained with another tokenizer: the vocabulary in its manifest is "
-                f"{lineage.vocabulary_hash[:19]}…, the one of {self._model.name} {self._vocabulary_hash[:19]}…"
-            )
-        if problems and not self._allow_other_base:
-            lines = "\n  ".join([f"adapter {name!r}:", *problems] if len(problems) > 1 else [])
-            raise AdapterError(
-                f"{lines or f'adapter {name!r} {problems[0]}'}; start the server with allow_other_base to load it "
-                f"all the same"
-            )
-        notes = [f"adapter {name!r} {problem}" for problem in problems]
-        if not lineage.chat_template and lineage.template_hash not in ("", self._template_hash):
-            notes.append(
-                f"adapter {name!r} was trained with another chat template ({lineage.template_hash[:19]}…) than the "
-                f"one here ({self._template_hash[:19]}…): its chats may look otherwise than those it learned from"
-            )
-        for note in notes:
-            logger.warning("%s", note)
-        return tuple(notes)
 
-    @cached_property
-    def _vocabulary_hash(self) -> str:
-        return vocabulary_hash(self._model.tokenizer)
+@dataclass(eq=False)
+class _Turn:
+    """Whoever makes versions of one name, one after the other."""
 
-    @cached_property
-    def _template_hash(self) -> str:
-        return make_template(self._model.tokenizer).hash
-
-    def _own_template(self, name: str, lineage: manifest.Lineage | None) -> ChatTemplate | None:
-        """What its manifest says of chats. AdapterError for a template that is none, or was changed since."""
-        if lineage is None or not (lineage.chat_template or lineage.chat_template_kwargs):
-            return None
-        rules = dataclasses.replace(
-            self._rules,
-            source=lineage.chat_template or self._rules.source,
-            variables={**self._rules.variables, **lineage.chat_template_kwargs},
-        )
-        try:
-            template = make_template(self._model.tokenizer, rules)
-        except ConfigError as error:
-            raise AdapterError(f"adapter {name!r}: lineage.{error}") from error
-        if lineage.chat_template and template.hash != lineage.template_hash:
-            raise AdapterError(
-                f"adapter {name!r}: its chat template is not the one it was trained with: the text in its manifest "
-                f"is {template.hash[:19]}…, template_hash {lineage.template_hash[:19]}…"
-            )
-        return template
-
-    def _check_memory(self, name: str, sizes: Mapping[str, Size], num_values: int) -> None:
-        """AdapterMemoryError unless the adapter fits beside the others, with all that is copied meanwhile."""
-        now = self._bank.num_bytes
-        read = num_values * BYTES_A_VALUE_READ
-        needed = max(now + read, self._bank.peak_bytes(sizes) + read // 2)
-        if needed <= self.max_bytes:
-            return
-        with self._lock:
-            held = sum(self._current.get(version.name) != version for version in self._live.values())
-            count = len(self._live)
-        rank = max(size.rank for size in sizes.values())
-        waiting = f", wait for the requests that still hold {held} replaced versions" if held else ""
-        raise AdapterMemoryError(
-            f"adapter {name!r} of rank {rank} needs {_mib(needed)} of memory for adapters while it is loaded, the "
-            f"others in its layers padded to its rank; adapter_budget_gib allows {_mib(self.max_bytes)}, and "
-            f"{count} versions take {_mib(now)} now. Unload one{waiting}, load one of a lower rank, or raise "
-            f"adapter_budget_gib"
-        )
-
-    def _read(
-        self, name: str, folder: Path, config: manifest.AdapterConfig
-    ) -> tuple[str, str, dict[str, LowRank]]:
-        """The tensors' hash, that of those outside the language part ("": none), and the updates made of all; the
-        tensors themselves are let go."""
-        tensors = manifest.read_tensors(folder, config)
-        network, norms = self._model.network, self._squared_norms
-        # Of what was read, not of the header looked at before: the file may have been replaced meanwhile.
-        check_fit(name, manifest.specs_of(tensors), config, network, max_rank=self._max_rank)
-        prefix = f"{network.text_path}." if network.text_path else ""
-        own = with_own_names(tensors, network)
-        outside = {path: tensor for path, tensor in own.items() if not path.startswith(prefix)}
-        return (
-            manifest.content_hash(tensors),
-            manifest.content_hash(outside) if outside else "",
-            fit(name, tensors, config, network, squared_norms=norms),
-        )
-
-    def _install(self, version: AdapterVersion, updates: Mapping[str, LowRank]) -> None:
-        try:
-            for part in self._bank.parts(updates):
-                self.run(lambda part=part: self._bank.install(version.slot, part))  # type: ignore[misc]
-        except BaseException as error:
-            self._bank.leave(version.slot)
-            self.post(self._tidy)
-            if isinstance(error, RuntimeError | MemoryError) and not isinstance(error, LatheError):
-                raise AdapterMemoryError(
-                    f"adapter {version.name!r} could not be installed: {error}"
-                ) from error
-            raise
-        with self._lock:
-            self._last_number[version.name] = version.number
-            self._live[version.id] = version
-            self._pins[version.id] = 0
-            previous = self._current.get(version.name)
-            self._current[version.name] = version
-            if previous is not None:
-                self._retire(previous)
-
-    def _retire(self, version: AdapterVersion) -> None:
-        if self._pins[version.id] == 0:
-            self._free(version)
-
-    def _free(self, version: AdapterVersion) -> None:
-        del self._live[version.id]
-        del self._pins[version.id]
-        self._bank.leave(version.slot)
-        self.post(self._tidy)
-
-    def _tidy(self) -> None:
-        if self._bank.tidy():
-            self.post(self._tidy)
-
-    def _tidy_all(self) -> None:
-        """As much at a time as a running stream may be held up."""
-        is_more = [True]
-        while is_more[0]:
-            self.run(lambda: is_more.__setitem__(0, self._bank.tidy()))
-
-
-def _folder(path: str | Path) -> Path:
-    try:
-        return Path(path).expanduser().resolve()
-    except (RuntimeError, OSError, ValueError) as error:  # ~nobody, too long, a null byte
-        raise NotFoundError(f"no adapter folder at {str(path)!a:.200}: {error}") from error
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.1f} MiB"
-
-
-def _packed(lineage: manifest.Lineage) -> str:
-    if lineage.quantize is None:
-        return ""
-    how = Quantization(**lineage.quantize)
-    return f", packed to {how} as it was loaded (serve it with the same quantize)"
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    num_waiting: int = 0

@@ -15,9 +15,10 @@ from typing import Protocol
 import mlx.core as mx
 
 from serve.adapters import manifest
+from serve.adapters.files import find_files, read_adapter
 from serve.adapters.fit import LowRank, Size, check_fit, fit
-from serve.adapters.paths import with_own_names
-from serve.errors import NotFoundError
+from serve.adapters.own import own_layout
+from serve.errors import AdapterError, NotFoundError
 from serve.model.network import Network
 
 
@@ -76,12 +77,13 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """An adapter folder."""
+    """An adapter on disk, of any layout: see `files`."""
 
     def __init__(self, path: str | Path) -> None:
         """NotFoundError where no path can be."""
         self._folder = _resolved(path)
-        self._marks: tuple[object, ...] | None = None
+        self._marks: tuple[object, ...] | None = None  # of the files, when they held what was given first
+        self._given = ""  # its effect hash
 
     @property
     def path(self) -> str:
@@ -92,36 +94,37 @@ class FolderSource:
         return self._marks is not None and self._marks == self._marks_now()
 
     def look(self, name: str, fitting: Fitting) -> Outline:
-        config = manifest.read_config(self._folder)
-        specs = manifest.read_specs(self._folder / manifest.TENSORS_FILE)
-        sizes = check_fit(name, specs, config, fitting.network, max_rank=fitting.max_rank)
-        return Outline(sizes, sum(spec.num_values for spec in specs.values()), config.lineage)
+        files = read_adapter(self._folder)
+        sizes = check_fit(name, files.specs, files.config, fitting.network, max_rank=fitting.max_rank)
+        num_values = sum(spec.num_values for spec in files.specs.values())
+        return Outline(sizes, num_values, files.config.lineage, files.format)
 
     def read(self, name: str, fitting: Fitting) -> Content:
         marks = self._marks_now()
-        config = manifest.read_config(self._folder)
-        tensors = manifest.read_tensors(self._folder, config)
-        network = fitting.network
+        files, network = read_adapter(self._folder), fitting.network
+        tensors = files.read()
         # Of what was read, not of the header looked at before: the file may have been replaced meanwhile.
-        check_fit(name, manifest.specs_of(tensors), config, network, max_rank=fitting.max_rank)
-        updates = fit(name, tensors, config, network, squared_norms=fitting.squared_norms)
+        check_fit(name, manifest.specs_of(tensors), files.config, network, max_rank=fitting.max_rank)
+        updates = fit(name, tensors, files.config, network, squared_norms=fitting.squared_norms)
         prefix = f"{network.text_path}." if network.text_path else ""
-        own = with_own_names(tensors, network)
+        own, config = own_layout(tensors, files.config, network)
         outside = {path: tensor for path, tensor in own.items() if not path.startswith(prefix)}
         tensors_hash = manifest.content_hash(tensors)
-        self._marks = marks
+        effect_hash = manifest.effect_hash(tensors_hash, files.config)
+        if self._given in ("", effect_hash):
+            self._given, self._marks = effect_hash, marks
         return Content(
             updates,
             tensors_hash,
-            manifest.effect_hash(tensors_hash, config),
+            effect_hash,
             manifest.effect_hash(manifest.content_hash(outside), config) if outside else "",
         )
 
     def _marks_now(self) -> tuple[object, ...] | None:
         """What changes with the files; None where they are not there."""
         try:
-            found = [os.stat(self._folder / name) for name in (manifest.TENSORS_FILE, manifest.CONFIG_FILE)]
-        except OSError:
+            found = [os.stat(path) for path in find_files(self._folder) if path is not None]
+        except (OSError, AdapterError, NotFoundError):
             return None
         return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
 

@@ -11,7 +11,6 @@ is told once and tried again when it changes. A folder that goes leaves its name
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import threading
@@ -19,12 +18,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from serve.adapters.copies import Copies
-from serve.adapters.manifest import CONFIG_FILE, MOST_CONFIG_BYTES, read_specs
+from serve.adapters.files import AdapterFiles, read_adapter
+from serve.adapters.manifest import effect_hash
 from serve.adapters.names import name_problem
-from serve.adapters.published import TENSORS_FILES, Published, Signature, published_in, stands_for_itself
+from serve.adapters.published import Published, Signature, published_in, stands_for_itself
 from serve.adapters.version import AdapterVersion
 from serve.errors import AdapterError, AdapterMemoryError, ForbiddenError, LatheError
 
@@ -220,8 +219,8 @@ class AdapterWatch:
     def _take(self, followed: _Followed, found: Published, is_still: bool) -> None:
         """Load it, if it is whole. Raises what is wrong with it."""
         self._check_name(followed)
-        self._check_files(found)
-        if not is_still and not _written_hash(_config(found.folder)):
+        self._check_place(found)
+        if not is_still and not _written_hash(read_adapter(found.folder)):
             return
         copy = self._copies.take(followed.name, found)
         if copy is None:
@@ -250,20 +249,16 @@ class AdapterWatch:
             if other is not followed and other.name == followed.name and other.is_there and other.version:
                 raise AdapterError(f"{other.folder} is watched under that name too; rename one of them")
 
-    def _check_files(self, found: Published) -> None:
-        """Before they are copied. ForbiddenError, AdapterError, AdapterMemoryError."""
+    def _check_place(self, found: Published) -> None:
+        """Before its files are read. ForbiddenError, AdapterMemoryError."""
         for file, num_bytes, *_ in found.signature:
             place = (found.folder / file).resolve()
             if self._roots is not None and not any(place.is_relative_to(root) for root in self._roots):
                 raise ForbiddenError(f"{place} is under none of the folders that this server may read")
-            if file == CONFIG_FILE and num_bytes > MOST_CONFIG_BYTES:
-                raise AdapterError(f"{place} has {num_bytes:,} bytes, which no {CONFIG_FILE} needs")
-            if file != CONFIG_FILE and self._max_bytes is not None and num_bytes > self._max_bytes:
+            if self._max_bytes is not None and num_bytes > self._max_bytes:
                 raise AdapterMemoryError(
                     f"{place} has {num_bytes:,} bytes; adapter_budget_gib allows {self._max_bytes:,}"
                 )
-            if file != CONFIG_FILE:
-                read_specs(place)
 
     def _refuse(self, followed: _Followed, found: Published | None, error: Exception | None) -> None:
         """Tell it once, and leave it until it changes; what may pass by itself is tried again later."""
@@ -325,29 +320,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def content_of(folder: Path) -> str:
-    """A hash of what an adapter is: of its tensors and its config, its lineage aside. OSError as it comes."""
-    config = _config(folder)
-    tensors_hash = _written_hash(config)
+    """A hash of what an adapter does, not of where it came from. OSError, AdapterError as they come."""
+    files = read_adapter(folder)
+    tensors_hash = _written_hash(files)
     if not tensors_hash:
-        tensors = next(folder / name for name in TENSORS_FILES if (folder / name).exists())
-        with tensors.open("rb") as stream:
+        with files.tensors_path.open("rb") as stream:
             tensors_hash = hashlib.file_digest(stream, "sha256").hexdigest()
-    settings = {key: value for key, value in config.items() if key != "lineage"}
-    text = json.dumps([tensors_hash, settings], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return effect_hash(tensors_hash, files.config)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """What the config says, as far as it is one: what is wrong with it, whoever loads it tells."""
-    try:
-        raw = json.loads((folder / CONFIG_FILE).read_bytes())
-    except (ValueError, RecursionError):
-        return {}
-    return raw if isinstance(raw, dict) else {}
-
-
-def _written_hash(config: dict[str, Any]) -> str:
-    """The content hash in a manifest's lineage; "" where there is none."""
-    lineage = config.get("lineage")
-    written = lineage.get("content_hash") if isinstance(lineage, dict) else None
-    return written if isinstance(written, str) else ""
+def _written_hash(files: AdapterFiles) -> str:
+    """The content hash in the manifest; "" where there is none."""
+    return files.config.lineage.content_hash if files.config.lineage else ""

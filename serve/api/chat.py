@@ -88,7 +88,7 @@ async def _begun(body: ChatBody, http: Request, services: Services, tenant: str)
     """The answer under way; None if the client has left before. Nothing here outlives the call: pixels are the
     engine's to drop."""
     id = new_id("chatcmpl")
-    with held_target(services.runtime, body.model, body.user or id) as target:
+    async with held_target(services, body.model, body.user or id) as target:
         template = _template(services, target)
         media = await _look(services, body, http)
         if media is None:

@@ -400,6 +400,17 @@ class UnloadAdapterBody(Body):
     lora_name: Label
 
 
+class RollbackBody(Body):
+    """POST /v1/adapters/{name}/rollback."""
+
+    version: int | None = Field(None, ge=1)
+    """Its number; the one before the current one, if left out."""
+
+
+class PinAdapterBody(Body):
+    """POST /v1/adapters/{name}/pin and /unpin: nothing is to be said."""
+
+
 class FeedbackBody(Body):
     """POST /v1/feedback: how one completion turned out."""
 

@@ -170,7 +170,7 @@ def run(
     work = Work(comparison.num_prompt_tokens, comparison.max_tokens)
     with ExitStack() as stack:
         contestants = Field(labels, work, model, paths, folder, vllm_mlx).start(stack, progress)
-        measuring = _Measuring(contestants, comparison, progress)
+        measuring = Measuring(contestants, comparison, progress)
         rounds = measuring.run(lambda so_far: keep(outcome_of(so_far, left_out)))
     return outcome_of(rounds, [*left_out, *measuring.left_out])
 
@@ -181,7 +181,7 @@ def outcome_of(rounds: Rounds, left_out: Sequence[str] = ()) -> Outcome:
     return Outcome(summaries, ratios_of(rounds), _same_text(rounds), tuple(left_out))
 
 
-class _Measuring:
+class Measuring:
     """The rounds of a comparison, within its time."""
 
     def __init__(

@@ -31,7 +31,15 @@ class Record:
     """Messages before the prompt."""
 
 
-def read(path: Path) -> list[Record]:
+@dataclass(frozen=True)
+class Dataset:
+    """A file's lines."""
+
+    path: Path
+    records: tuple[Record, ...]
+
+
+def read(path: Path) -> Dataset:
     """All lines of the file. ConfigError for one that is no request, with its number."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -40,7 +48,7 @@ def read(path: Path) -> list[Record]:
     records = [_record(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not records:
         raise ConfigError(f"--dataset-path: {path} holds no line")
-    return records
+    return Dataset(path, tuple(records))
 
 
 def _record(path: Path, number: int, line: str) -> Record:

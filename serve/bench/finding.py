@@ -49,5 +49,5 @@ def notes(findings: Iterable[Finding]) -> list[str]:
     said = []
     for each in findings:
         values = ", ".join(f"{name} {median(found):,.4g}" for name, found in each.values.items())
-        said.append(f"{each.what}: {values}")
+        said += [f"{each.what}: {values}"] if values else []
     return said

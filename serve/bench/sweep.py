@@ -65,7 +65,7 @@ class Sweep:
         work["prompt_tokens"], work["max_tokens"] = (
             str(each) for each in (self.workload.prompt_tokens, self.workload.max_tokens)
         )
-        work["dataset"] = str(self.workload.dataset) if self.workload.dataset else None
+        work["dataset"] = str(self.workload.dataset.path) if self.workload.dataset else None
         shown["tokenizer"] = str(self.tokenizer) if self.tokenizer else None
         shown["objective"] = str(self.objective) if self.objective else None
         return {

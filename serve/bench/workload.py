@@ -6,10 +6,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 
-from serve.bench import dataset
-from serve.bench.dataset import Record
+from serve.bench.dataset import Dataset, Record
 from serve.bench.lengths import Lengths
 from serve.bench.prompts import PromptMaker, WordCost
 from serve.bench.zipf import Zipf
@@ -36,8 +34,8 @@ class Workload:
     model_exponent: float | None = None
     """The k-th model is asked for as Zipf has it; 0: each as likely. None: they take turns."""
     prefixes: Prefixes | None = None
-    dataset: Path | None = None
-    """A JSONL file whose lines take the place of made-up prompts, one after the other, again and again."""
+    dataset: Dataset | None = None
+    """Its lines take the place of made-up prompts, one after the other, again and again."""
     seed: int = 0
 
 
@@ -52,7 +50,7 @@ class Wanted:
 
 
 class WorkloadMaker:
-    """An endless supply of a workload's requests. ConfigError for a data set that cannot be read.
+    """An endless supply of a workload's requests.
 
     cost  of a prompt's words in tokens, for this server
     """
@@ -62,7 +60,7 @@ class WorkloadMaker:
         self._cost = cost
         self._random = random.Random(workload.seed)
         self._own = PromptMaker(workload.seed)
-        self._records: list[Record] = dataset.read(workload.dataset) if workload.dataset else []
+        self._records = workload.dataset.records if workload.dataset else ()
         self._models = Zipf(len(workload.models), workload.model_exponent or 0.0)
         shared = workload.prefixes
         # Prefixes are words of another seed, so no prompt's own words repeat them.

@@ -124,6 +124,9 @@ class MemoryUse:
     feature_bytes: int = 0
     """Of pictures that were encoded."""
     adapter_bytes: int = 0
+    """On the device."""
+    adapter_host_bytes: int = 0
+    """Of adapters in host memory."""
     budget_bytes: int = 0
 
 

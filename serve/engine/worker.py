@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from serve.adapters.version import AdapterVersion
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 Sink = Callable[[Event], None]
 STOP_TIMEOUT_S = 30.0
+NUM_LOADERS = 4
+"""Threads that bring adapters to the device: one that waits for a slow disk holds up no other."""
 
 
 @dataclass
@@ -49,14 +52,18 @@ class Worker:
         self._is_accepting = False
         self._has_just_failed = False  # the worker's thread alone
         self._stopping = False
+        self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="lathe-adapters")
         self._thread = threading.Thread(target=self._run, name="lathe-engine", daemon=True)
 
     def start(self) -> None:
         """Take over the engine's arrays."""
         self._is_accepting = True
-        self.engine.registry.run = self.call
-        self.engine.registry.post = self._commands.put
+        registry = self.engine.registry
+        registry.run = self.call
+        registry.post = self._commands.put
         self._thread.start()
+        wake = self.engine.scheduler.wake
+        registry.residency.use_loaders(self._loaders.submit, lambda: self._commands.put(wake))
 
     def stop(self) -> None:
         """Fail what is open, end the thread, and wait for it: a running thread at interpreter exit would abort it."""
@@ -65,6 +72,7 @@ class Worker:
             self._commands.put(self._stop)
         if self._thread.is_alive():
             self._thread.join(STOP_TIMEOUT_S)
+        self._loaders.shutdown(cancel_futures=True)
 
     def submit(self, request: Request, sink: Sink, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Queue a request; as `submit_all`, of one."""

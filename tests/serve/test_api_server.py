@@ -263,14 +263,14 @@ NAMES = [
 def test_whatever_a_name_holds_a_header_can_say_it():
     run = Run(1, Experiment("e", "e", (Variant("v", "m"), Variant("w", "m"))), 0.0)
     for name in [*NAMES, *(f"{chr(i)}a{chr(i)}b{chr(i)}" for i in range(0x250))]:
-        version = AdapterVersion(name, 1, "sha256:0", 1, "/a")
+        version = AdapterVersion(name, 1, "sha256:0", "/a")
         target = Target(name, "base", version, Assignment(run, Variant(name, "m"), "unit"))
         for key, value in target.headers.items():
             h11.Response(status_code=200, headers=[(key, value)])  # raises for what no header may hold
             assert len(value) < 4000
             assert value.isascii()
             assert value.isprintable()
-    assert Target("x", "base", AdapterVersion("a b", 2, "", 1, "")).headers["x-lathe-model"] == "a b@2"
+    assert Target("x", "base", AdapterVersion("a b", 2, "", "")).headers["x-lathe-model"] == "a b@2"
 
 
 def test_idle_connections_outlive_those_of_clients(start):

@@ -144,7 +144,9 @@ def test_a_batch_reads_only_what_its_own_adapters_touch(moe_folder, make_kind, m
     before, base = answer(engine, lora), answer(engine, None)
     for name in ("dora", "experts", "head"):
         engine.registry.load(name, make_kind(name))
-    spoiled = [stack for stack in stacks_of(engine.bank) if lora.slot not in stack.entries]
+    spoiled = [
+        stack for stack in stacks_of(engine.bank) if engine.registry.slot_of(lora) not in stack.entries
+    ]
     assert len(spoiled) > 10
     for stack in spoiled:
         stack.arrays = [array + mx.nan for array in stack.arrays]
@@ -179,7 +181,7 @@ def test_an_adapter_in_a_place_that_had_lengths_has_none_beside_one_that_has(
         "first"
     )  # the head's rank is lower: it takes the first one's entry, and no array grows
     versions = engine.registry.load("head", make_kind("head")), engine.registry.resolve("second")
-    answers = generate(engine, [make_request(str(v.slot), adapter=v) for v in versions])
+    answers = generate(engine, [make_request(v.id, adapter=v) for v in versions])
     assert answers[0].token_ids == expected
 
 

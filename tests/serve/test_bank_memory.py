@@ -109,8 +109,6 @@ def test_a_version_can_be_replaced_while_streams_hold_every_earlier_one(model, m
         streams.start(make_request(f"r{seed}", adapter=version), version)
         streams.step()
         engine.registry.check_integrity()
-        with pytest.raises(AdapterError, match="1 adapters are loaded, which is max_adapters"):
-            engine.registry.load("y", make_one(1))
     assert len(engine.registry.versions()) == len(RANKS)
     engine.registry.unload("x")
     with pytest.raises(NotFoundError):
@@ -146,7 +144,8 @@ def test_after_any_loads_and_unloads_the_bank_is_as_small_as_what_is_in_it_and_e
             streams.start(request, version)
         streams.step()
         engine.registry.check_integrity()
-        check_sizes(engine, {v.slot: seeds[v.id] for v in engine.registry.versions()})
+        slots = {engine.registry.slot_of(v): seeds[v.id] for v in engine.registry.versions()}
+        check_sizes(engine, {slot: seed for slot, seed in slots.items() if slot is not None})
     streams.finish()
     assert len(streams.tokens) > 5
     for request_id, tokens in streams.tokens.items():
@@ -240,6 +239,7 @@ def test_what_does_not_fit_is_refused_with_every_number_and_changes_nothing(mode
     with pytest.raises(AdapterMemoryError, match="requests that still hold 1 replaced versions"):
         engine.registry.load("big", make_adapter(7, rank=48))
     engine.registry.release(held)
+    engine.registry.check_integrity()
 
 
 def peak_of_load(engine: Engine, name: str, folder) -> int:
@@ -259,29 +259,26 @@ def test_a_load_never_takes_more_than_the_smallest_budget_that_allows_it(fresh_e
     def make_one(seed: int):
         return make_adapter(seed, rank=8 * RANKS[seed], keys=KEYS.get(seed))
 
-    def with_budget(num_bytes: int | None) -> Engine:
-        engine = fresh_engine(adapter_budget_bytes=num_bytes)
-        engine.registry.max_bytes = 1 << 40
-        for number, seed in enumerate(earlier):
-            engine.registry.load(f"n{number}", make_one(seed))
-        if num_bytes is not None:
-            engine.registry.max_bytes = num_bytes
-        return engine
+    def needed(seed: int) -> float:
+        with pytest.raises(AdapterMemoryError) as caught:
+            fresh_engine(adapter_budget_bytes=1).registry.load("x", make_one(seed))
+        told = re.search(r"needs ([\d,.]+) MiB", str(caught.value))
+        assert told is not None
+        return float(told[1].replace(",", "")) * 2**20
 
-    engine = with_budget(1)
-    with pytest.raises(AdapterMemoryError) as caught:
-        engine.registry.load("last", make_one(last))
-    needed = re.search(r"needs ([\d,.]+) MiB", str(caught.value))
-    assert needed is not None
-    told = float(needed[1].replace(",", "")) * 2**20
+    told = max(map(needed, order))
+    largest = max(order, key=needed)
     with pytest.raises(AdapterMemoryError):
-        with_budget(int(told * 0.8)).registry.load("last", make_one(last))
-    engine = with_budget(int(told * 1.2))
+        fresh_engine(adapter_budget_bytes=int(told * 0.8)).registry.load("x", make_one(largest))
+    engine = fresh_engine(adapter_budget_bytes=int(told * 1.1))
+    for number, seed in enumerate(earlier):
+        engine.registry.load(f"n{number}", make_one(seed))
     peak = peak_of_load(engine, "last", make_one(last))
+    assert peak >= needed(last) / 4, "and not a multiple of what is needed"
+    told *= 1.1
     num_layers = sum(isinstance(module, Banked) for _, module in engine.model.network.module.named_modules())
     rounding = 4 * num_layers * CUDA_PAGE if device.backend() == "cuda" else 0
     assert peak <= told + 60_000 + rounding, "as far as the message rounds it"
-    assert peak >= told / 4, "and not a multiple of what is needed"
 
 
 def test_no_array_of_slots_is_made_while_the_rows_stay_the_same(engine, make_one, make_request):
