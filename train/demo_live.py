@@ -102,6 +102,8 @@ def run(
         try:
             while not is_warm.wait(LOOK_S) and not looking.done():
                 pass
+            if looking.done():
+                looking.result()  # which raises
             summary = trained(recipe, console)
         finally:
             is_over.set()

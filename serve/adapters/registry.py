@@ -22,6 +22,7 @@ from serve.adapters.contents import Contents, Tier
 from serve.adapters.fit import LowRank
 from serve.adapters.names import name_problem
 from serve.adapters.residency import Residency, Run, Standing
+from serve.adapters.shelf import num_bytes_of
 from serve.adapters.source import Content, Fitting, FolderSource, Outline, Source
 from serve.adapters.version import AdapterVersion
 from serve.errors import AdapterError, NotFoundError
@@ -197,8 +198,10 @@ class Registry:
                 with self.residency.reading(name, outline.sizes, outline.num_values):
                     content = source.read(name, self._fitting)
                     number = 0 if is_combined else self._last_number.get(name, 0) + 1
-                    version = self._make(name, number, source, outline, content, admitted)
                     updates = self.contents.prepared(content.updates)
+                    version = self._make(
+                        name, number, source, outline, content, admitted, num_bytes_of(updates)
+                    )
                     del content
                     self.contents.add(version, source)
                     stack.callback(self._drop_unless_known, version)
@@ -549,6 +552,7 @@ class Registry:
         outline: Outline,
         content: Content,
         admitted: Admitted,
+        num_bytes: int,
     ) -> AdapterVersion:
         lineage = outline.lineage
         return AdapterVersion(
@@ -565,7 +569,7 @@ class Registry:
             format=outline.format,
             sizes=outline.sizes,
             num_values=outline.num_values,
-            num_bytes=self.contents.num_bytes(outline.num_values),
+            num_bytes=num_bytes,
             created_s=time.time(),
         )
 

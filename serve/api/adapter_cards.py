@@ -1,4 +1,4 @@
-"""What the registry says of adapters → what /v1/adapters answers: where versions are, who holds them, and so on."""
+"""What a registry says of adapters → what /v1/adapters answers: where versions are, who holds them, what they are."""
 
 from __future__ import annotations
 

@@ -416,6 +416,24 @@ def test_copies_outlive_their_originals_as_long_as_their_versions_are_known(star
     assert len(copies()) == 3
 
 
+def test_a_copy_is_of_one_moment_or_not_there(put, tmp_path):
+    (tmp_path / "watched").mkdir()
+    copies = Copies(lambda name, path: False)
+    folder = put("a", 1)
+    found = published_in(folder)
+    for change in (
+        lambda: os.utime(folder / CONFIG_FILE, ns=(1, 1)),
+        lambda: put("a", 2),
+        lambda: (folder / TENSORS_FILE).unlink(),
+        lambda: shutil.rmtree(folder),
+    ):
+        change()
+        assert copies.take("a", found) is None
+        assert list(copies.folder.glob("a/*")) == []
+        found = published_in(folder) or found
+    copies.close()
+
+
 def test_copies_of_a_server_that_was_killed_are_cleared_by_the_next_and_no_others(tmp_path):
     ours = Copies(lambda name, path: False)
     dead = ours.folder.with_name(f"{PREFIX}dead-{os.getpid()}")
@@ -548,6 +566,7 @@ def test_watched_folders_stand_under_the_allowed_roots_where_these_are_named(mod
         Runtime.start(config)
 
 
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clock of a thread here")
 def test_a_folder_of_thousands_takes_a_small_share_of_the_time_and_adapters_in_it_are_found(start, put):
     setting = start(interval_s=0.001)
     for number in range(3000):
