@@ -82,7 +82,8 @@ class FolderSource:
     def __init__(self, path: str | Path) -> None:
         """NotFoundError where no path can be."""
         self._folder = _resolved(path)
-        self._marks: tuple[object, ...] | None = None
+        self._marks: tuple[object, ...] | None = None  # of the files, when they held what was given first
+        self._given = ""  # its effect hash
 
     @property
     def path(self) -> str:
@@ -109,11 +110,13 @@ class FolderSource:
         own, config = own_layout(tensors, files.config, network)
         outside = {path: tensor for path, tensor in own.items() if not path.startswith(prefix)}
         tensors_hash = manifest.content_hash(tensors)
-        self._marks = marks
+        effect_hash = manifest.effect_hash(tensors_hash, files.config)
+        if self._given in ("", effect_hash):
+            self._given, self._marks = effect_hash, marks
         return Content(
             updates,
             tensors_hash,
-            manifest.effect_hash(tensors_hash, files.config),
+            effect_hash,
             manifest.effect_hash(manifest.content_hash(outside), config) if outside else "",
         )
 

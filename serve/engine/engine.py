@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from serve.engine.features import SequenceFeatures
 from serve.engine.finish import FinishRule
 from serve.engine.limits import EngineLimits as EngineLimits
 from serve.engine.limits import MemoryBudget
+from serve.engine.pace import Pace
 from serve.engine.plan import Drawn, Plan, SequenceState
 from serve.engine.prefixes import SequencePrefixes
 from serve.engine.request import EngineStats, Event, MemoryUse, Request
@@ -70,20 +72,24 @@ class Engine:
             model.network,
             self.bank,
             Sights(model.vision, self.features) if model.vision and self.features else None,
-            prefill_chunk_tokens=limits.prefill_chunk_tokens,
+            row_chunk_tokens=limits.window_chunk_tokens,
             ahead=self._ahead,
         )
         cost = self._runner.rows.cost
+        self.pace = Pace(None if limits.max_gap_ms is None else limits.max_gap_ms / 1000)
         budget = Budget(
             max_rows=limits.max_rows,
             prefill_chunk_tokens=limits.prefill_chunk_tokens,
             max_bytes=self.memory.max_row_bytes(self.memory.adapters, self.memory.host or 0),
             row_cost=cost,
             encode_patches=limits.encode_patches,
+            row_chunk_tokens=limits.row_chunk(has_windows=cost.has_windows, on_cpu=on_cpu),
         )
         self.prefixes = SequencePrefixes.make(limits, self.memory.kv, model, self._runner.rows)
         """None where the limits want none."""
-        self.scheduler = Scheduler(budget, self.prefixes, self.features, self.registry.residency)
+        self.scheduler = Scheduler(
+            budget, self.prefixes, self.features, self.registry.residency, pace=self.pace
+        )
         self.registry.residency.wake = self.scheduler.wake
         self._max_contexts: dict[KvPrecision, int] = {}
         self.max_context = self.max_context_at(limits.precision)
@@ -97,6 +103,7 @@ class Engine:
         self._by_id: dict[str, SequenceState] = {}
         self._flights: deque[Flight] = deque()  # steps that have been started and not read
         self._eos = frozenset(model.tokenizer.eos_token_ids)
+        self._landed_s = 0.0  # when the last step was read
         self._num_adapter_changes = (-1, -1)
         self._kv_bytes = 0
         self._num_steps = 0
@@ -181,11 +188,11 @@ class Engine:
         if self.model.network.takes_positions and any(media.kind != "audio" for media in prompt.media):
             assert prompt.rope is not None, "this family's media have positions"
         longest = max((stop - start for start, stop in prompt.blocks), default=0)
-        window = any(layer.window is not None for layer in self.scheduler.budget.row_cost.layers)
-        if window and longest > self.limits.prefill_chunk_tokens:
+        most = self.limits.window_chunk_tokens
+        if self.scheduler.budget.row_cost.has_windows and longest > most:
             raise RequestError(
                 f"{longest} tokens of the prompt see one another and are computed in one step; this server takes "
-                f"{self.limits.prefill_chunk_tokens} at most, by prefill_chunk_tokens",
+                f"{most} at most, by row_chunk_tokens",
                 "prompt",
             )
 
@@ -320,6 +327,7 @@ class Engine:
     def _land(self, flight: Flight) -> list[Event]:
         """The events of a step that was started."""
         drawn = self._runner.read(flight)
+        self._note_time(flight)
         self.scheduler.commit(flight.plan, drawn)
         self._num_prompt_tokens += flight.plan.num_prefilled
         blind = self._settle(flight) if self.features is not None else []
@@ -337,6 +345,13 @@ class Engine:
                 [alive[event.request_id] for event in ended if event.finish == "error"], is_sound=False
             )
         return events + blind
+
+    def _note_time(self, flight: Flight) -> None:
+        """How long the step took that was read a moment ago, unless it also copied rows or encoded pictures."""
+        now, plan = time.perf_counter(), flight.plan
+        duration_s, self._landed_s = now - max(flight.began_s, self._landed_s), now
+        if not (plan.encodes or plan.moves or plan.restores or plan.departures):
+            self.pace.note(plan.num_single, plan.num_padded, duration_s)
 
     def recover(self, error: BaseException) -> list[Event]:
         """End every row that a failed step may have left in any state, and go on with an empty batch.

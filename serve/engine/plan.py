@@ -203,6 +203,12 @@ class Plan:
     """Tokens of prompts, and of answers that are computed anew."""
 
     @property
+    def num_padded(self) -> int:
+        """Tokens of the second forward, padding included."""
+        others = self.chunks[self.num_single :]
+        return len(others) * max((chunk.num_tokens for chunk in others), default=0)
+
+    @property
     def is_empty(self) -> bool:
         """Nothing to run, and nothing to copy."""
         return not self.chunks and not self.departures and not self.encodes

@@ -5,9 +5,9 @@ oldest of the group that holds fewest rows, and where there is no room for it, a
 more gives its youngest back. Nobody else overtakes it, so nobody starves.
 A row claims memory for what it holds and ANSWER_HEADROOM_TOKENS more. When rows outgrow the budget, the youngest is
 preempted: it goes back into the queue, keeps its arrival, and goes on from what the prefix cache has kept of it.
-Prompts are computed in chunks of at most `prefill_chunk_tokens` a step, beside one decode token for every running
-row. Steps take turns: one begins with the oldest prompt, the next with the group that has had least computed, so
-short prompts pass long ones, and long ones have every second step.
+Prompts are computed in chunks beside one decode token for every running row: as much as those may wait for
+(`Pace`), or `prefill_chunk_tokens` where nobody decodes. Steps take turns: one begins with the oldest prompt, the
+next with the group that has had least computed, so short prompts pass long ones, and long ones have every second step.
 Pictures are encoded in a step before the one that computes their tokens: `encode_patches` a step, or one picture,
 beside the same decode tokens. A chunk ends before the first picture that is not encoded, and never inside a block.
 Who has a row holds a slot of its adapter. Whose adapter is on its way is passed by others, and keeps its turn; who
@@ -28,12 +28,22 @@ from typing import Protocol
 
 from serve.cache.capacity import Bucket, RowCost, positions_capacity
 from serve.cache.features import FeatureKey
+from serve.engine.pace import Pace
 from serve.engine.placement import Arrangement, Tenant, arrange, least_bytes
 from serve.engine.plan import Capture, Chunk, Drawn, Encode, Found, Plan, Restore, SequenceState
 from serve.errors import LatheError
 
 ANSWER_HEADROOM_TOKENS = 256
 """Positions beyond its present ones that a row claims: a row that asks for 32,000 tokens keeps nobody out."""
+
+MAX_SCORES = 1 << 23
+"""Tokens of a forward times the positions that they look back on, of each head: backends without a kernel for it hold
+all of them at once. Up to LEAST_CHUNK tokens are computed in any case."""
+LEAST_CHUNK = 256
+ALONE_TOKENS = 64
+"""A chunk that would be computed in a step of its own costs about so many tokens more: what padding may take."""
+MAX_SKIPPED = 4
+"""Prompts that do not fit beside a step's others and are passed in it by those behind them."""
 
 _by_arrival = attrgetter("arrival")
 
@@ -44,9 +54,12 @@ class Budget:
 
     max_rows: int
     prefill_chunk_tokens: int
+    """Tokens of prompts in one step, padding included."""
     max_bytes: int
     """Memory of all rows together, their buffers' rounding included."""
     row_cost: RowCost
+    row_chunk_tokens: int | None = None
+    """Of one prompt among them; None: all."""
     encode_patches: int = 1024
 
     @property
@@ -151,7 +164,9 @@ class Scheduler:
         prefixes: Prefixes | None = None,
         features: Features | None = None,
         adapters: Adapters | None = None,
+        pace: Pace | None = None,
     ) -> None:
+        """`pace`: what a step's prompts may cost decoding rows; None: nobody minds."""
         self.budget = budget
         self.waiting: list[SequenceState] = []  # in order of arrival
         self.prefilling: list[SequenceState] = []  # in order of arrival
@@ -161,6 +176,7 @@ class Scheduler:
         self._prefixes = prefixes or NoPrefixes()
         self._features = features or NoFeatures()
         self._adapters = adapters or NoAdapters()
+        self._pace = pace
         self._absent: set[SequenceState] = set()  # waiting; their adapters were not there when last asked for
         self._failed: list[tuple[SequenceState, LatheError]] = []  # in no other list; nobody has been told
         self._max_bytes = budget.max_bytes
@@ -568,32 +584,39 @@ class Scheduler:
             order = sorted(order, key=lambda sequence: self._num_prefilled[sequence.group])
         restores: list[Restore] = []
         chunks: list[Chunk] = []
-        padded: list[Chunk] = []  # those of the second forward
+        padded = Padded(self._max_prefill())  # those of the second forward
         encodes = Encodes(self.budget.encode_patches)
+        num_skipped = 0
         for sequence in order:
-            width = max((one.num_tokens for one in padded), default=0)
-            if width * (len(padded) + 1) > self.budget.prefill_chunk_tokens:
+            if padded.is_full or num_skipped > MAX_SKIPPED:
                 break
             prefix = self._prefixes.find(sequence) if sequence.num_planned_tokens == 0 else None
             start = prefix.num_tokens if prefix else sequence.num_planned_tokens
-            stop = self._sighted(sequence, start, self._reach(sequence, start), encodes)
+            reach = self._reach(sequence, start, padded.max_tokens)
+            stop = self._sighted(sequence, start, reach, encodes)
             chunk = self._next_chunk(sequence, start, stop, padded) if stop > start else None
             if chunk is None:
                 if prefix is not None:
                     self._prefixes.release(prefix)
-                if stop == start:
-                    continue
-                break
+                num_skipped += stop > start
+                continue
             if prefix is not None:
                 restores.append(Restore(sequence, prefix))
             chunks.append(chunk)
             if not self._is_single(chunk):
-                padded.append(chunk)
+                padded.chunks.append(chunk)
         return restores, chunks, encodes
 
-    def _reach(self, sequence: SequenceState, start: int) -> int:
+    def _max_prefill(self) -> int:
+        """Tokens of prompts that this step may hold, padding included."""
+        hard = self.budget.prefill_chunk_tokens
+        return min(hard, self._pace.max_tokens) if self._pace is not None and self.decoding else hard
+
+    def _reach(self, sequence: SequenceState, start: int, max_tokens: int) -> int:
         """Where the chunk that begins at `start` ends, if it is alone in its step and all pictures are encoded."""
-        stop = min(sequence.num_tokens, start + self.budget.prefill_chunk_tokens)
+        most = min(max_tokens, self.budget.row_chunk_tokens or max_tokens)
+        most = min(most, max(MAX_SCORES // sequence.num_tokens, LEAST_CHUNK))
+        stop = min(sequence.num_tokens, start + most)
         for end in (sequence.quantize_after, sequence.num_shared_tokens):
             if start < end:
                 stop = min(stop, end)
@@ -614,21 +637,19 @@ class Scheduler:
             end = min(end, first)
         return prompt.whole(end)
 
-    def _next_chunk(
-        self, sequence: SequenceState, start: int, stop: int, padded: Sequence[Chunk]
-    ) -> Chunk | None:
+    def _next_chunk(self, sequence: SequenceState, start: int, stop: int, padded: Padded) -> Chunk | None:
+        """The chunk, or as much of it as can be beside the others; None where nothing can."""
         chunk = _chunk(sequence, start, stop - start)
-        if not padded or self._is_single(chunk):
+        if not padded.chunks or self._is_single(chunk):
             return chunk
-        width = max(chunk.num_tokens, *(one.num_tokens for one in padded))
         if self.budget.is_recurrent:
-            first = padded[0]
+            first = padded.chunks[0]
             width = first.num_tokens
             is_cut = sequence.request.prompt.whole(start + width) < start + width
             if chunk.num_tokens < width or chunk.begins != first.begins or is_cut:
                 return None
             chunk = _chunk(sequence, start, width)
-        return chunk if width * (len(padded) + 1) <= self.budget.prefill_chunk_tokens else None
+        return chunk if padded.takes(chunk) else None
 
     def _is_single(self, chunk: Chunk) -> bool:
         """Whether it runs beside decoding rows. A recurrent row that begins may not, for it has no state yet."""
@@ -642,6 +663,32 @@ class Scheduler:
             self._last_singles = now
             self._composition += 1
         return self._composition
+
+
+class Padded:
+    """The chunks of one forward, padded to the longest of them."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.chunks: list[Chunk] = []
+
+    @property
+    def width(self) -> int:
+        """Of the forward as it is."""
+        return max((chunk.num_tokens for chunk in self.chunks), default=0)
+
+    @property
+    def is_full(self) -> bool:
+        """No further chunk has room, however short."""
+        return self.width * (len(self.chunks) + 1) > self.max_tokens
+
+    def takes(self, chunk: Chunk) -> bool:
+        """Whether one more has room, and would not cost more here than in a step of its own."""
+        before, width = self.width, max(self.width, chunk.num_tokens)
+        num_tokens = width * (len(self.chunks) + 1)
+        longest = max(chunk.stop, *(one.stop for one in self.chunks))
+        is_dear = num_tokens - before * len(self.chunks) > 2 * chunk.num_tokens + ALONE_TOKENS
+        return num_tokens <= min(self.max_tokens, max(MAX_SCORES // longest, LEAST_CHUNK)) and not is_dear
 
 
 class Encodes:

@@ -116,16 +116,13 @@ def test_sides_in_lockstep_answer_everything_and_let_go_of_their_versions(tiny, 
     assert not any(side.engine.has_work for side in sides)
 
 
-def test_a_row_that_fails_ends_the_measurement(tiny, tmp_path):
-    """Of an adapter whose answers are not numbers."""
-    (path,) = standin.write_adapters(tmp_path, 1, standin.TINY).values()
-    tensors = manifest.read_tensors(path)
-    name = next(name for name in tensors if name.endswith("lora_b"))
-    tensors[name] = tensors[name] + 1e38
-    manifest.write_adapter(path, tensors, manifest.read_config(path))
-    side = Side(engine_of(tiny, {"huge": path}, 2), ["huge"])
-    with pytest.raises(StoppedError, match=r"a row failed: .*huge"):
-        lockstep.run([side], [[10, 11, 12]], 4)
+def test_a_row_that_fails_ends_the_measurement(tiny):
+    """Of a base whose answers are not numbers."""
+    engine = engine_of(tiny, {}, 2)
+    head = engine.model.network.module.lm_head
+    head.weight = head.weight * float("nan")
+    with pytest.raises(StoppedError, match=r"a row failed: .* not numbers"):
+        lockstep.run([Side(engine)], [[10, 11, 12]], 4)
 
 
 # Disturbances.
@@ -186,6 +183,20 @@ def test_bench_adapters_measures_each_part_against_what_is_asked(run_bench):
     assert [(each["asked"], each["sense"]) for each in gaps] == [(2.0, "at most")] * 6
     assert told["settings"]["rows"] == 4
     assert told["machine"]
+
+
+def test_many_adapters_on_disk_are_served_through_few_slots_without_a_failure(run_bench, tmp_path):
+    told = run_bench(
+        "bench adapters --parts many --size tiny --many 30 --slots 3 --clients 4 --rounds 2 --max-tokens 3 "
+        f"--prompt-tokens 40 --folder {tmp_path}/kept"
+    )
+    by_wall, by_cpu, failed = told["findings"]
+    assert "30 adapters, Zipf(1), 3 slots" in by_wall["what"]
+    assert (by_wall["asked"], by_cpu["asked"]) == (0.7, 0.7)
+    assert all(0.01 < ratio < 100 for ratio in (*by_wall["ratios"], *by_cpu["ratios"]))
+    assert (failed["ratios"], failed["values"]["requests"]) == ([0.0, 0.0], [16, 16])
+    assert min(by_wall["values"]["adapters asked for"]) > 3
+    assert len(list((tmp_path / "kept" / "many").iterdir())) == 30
 
 
 def test_bench_compare_measures_all_in_turns_with_the_same_prompts(run_bench, tmp_path):
