@@ -423,7 +423,9 @@ class Registry:
     def _drop_found(self) -> list[Known]:
         """What was not asked for longest, of more names than are kept that were looked up."""
         left: list[Known] = []
-        for name in list(self._found)[: max(len(self._found) - self._max_found, 0)]:
+        for name in list(self._found):
+            if len(self._found) <= self._max_found:
+                break
             entry = self._names[name]
             is_held = any(each.num_requests for each in (entry.current, *entry.others.values()))
             if not entry.is_pinned and not is_held:
