@@ -161,14 +161,14 @@ def test_an_adapter_says_where_it_is_who_holds_it_and_what_it_is(model_folder, m
         assert listed["slots"] == {"max": 2, "taken": 2, "awaited": 0}
         assert listed["bytes"]["device"] == runtime.engine.bank.num_bytes
         assert listed["bytes"]["host"] == runtime.registry.host_bytes
-        body = {**ASK, "model": "n2", "stream": True, "max_tokens": 900, "n": 4, "temperature": 1}
-        with http.stream("POST", "/v1/completions", json=body) as stream:
-            next(stream.iter_lines())
-            held = http.get("/v1/adapters/n2").json()["versions"][0]["held_by"]
-            assert (held["requests"], held["rows"], len(held["ids"])) == (4, 4, 4)
-            put(http, "n2", make_one(4))
-            states = {each["id"]: each["state"] for each in http.get("/v1/adapters/n2").json()["versions"]}
-            assert states == {"n2@1": "resident", "n2@2": "resident"}, "the stream keeps its version's slot"
+        held = runtime.registry.acquire("n2")
+        assert http.get("/v1/adapters/n2").json()["versions"][0]["held_by"]["requests"] == 1
+        put(http, "n2", make_one(4))
+        states = {each["id"]: each["state"] for each in http.get("/v1/adapters/n2").json()["versions"]}
+        assert states == {"n2@1": "resident", "n2@2": "resident"}, "who holds a version keeps its slot"
+        runtime.registry.release(held)
+        states = {each["id"]: each["state"] for each in http.get("/v1/adapters/n2").json()["versions"]}
+        assert states == {"n2@1": "host", "n2@2": "resident"}
         metrics = http.get("/metrics").text
         assert "lathe_adapter_names 3.0" in metrics
         assert "lathe_adapter_slots 2.0" in metrics

@@ -18,7 +18,8 @@ import lathe
 from serve.adapters import manifest
 from serve.bench import bare_child, disturb, lockstep, standin
 from serve.bench.client import Answer
-from serve.bench.compare import Comparison, Measuring
+from serve.bench.compare import Comparison, Measuring, outcome_of
+from serve.bench.contest import PEERS
 from serve.bench.load import Round, TimeLimit
 from serve.bench.lockstep import Side
 from serve.engine.engine import Engine, EngineLimits
@@ -116,16 +117,13 @@ def test_sides_in_lockstep_answer_everything_and_let_go_of_their_versions(tiny, 
     assert not any(side.engine.has_work for side in sides)
 
 
-def test_a_row_that_fails_ends_the_measurement(tiny, tmp_path):
-    """Of an adapter whose answers are not numbers."""
-    (path,) = standin.write_adapters(tmp_path, 1, standin.TINY).values()
-    tensors = manifest.read_tensors(path)
-    name = next(name for name in tensors if name.endswith("lora_b"))
-    tensors[name] = tensors[name] + 1e38
-    manifest.write_adapter(path, tensors, manifest.read_config(path))
-    side = Side(engine_of(tiny, {"huge": path}, 2), ["huge"])
-    with pytest.raises(StoppedError, match=r"a row failed: .*huge"):
-        lockstep.run([side], [[10, 11, 12]], 4)
+def test_a_row_that_fails_ends_the_measurement(tiny):
+    """Of a base whose answers are not numbers."""
+    engine = engine_of(tiny, {}, 2)
+    head = engine.model.network.module.lm_head
+    head.weight = head.weight * float("nan")
+    with pytest.raises(StoppedError, match=r"a row failed: .* not numbers"):
+        lockstep.run([Side(engine)], [[10, 11, 12]], 4)
 
 
 # Disturbances.
@@ -186,6 +184,20 @@ def test_bench_adapters_measures_each_part_against_what_is_asked(run_bench):
     assert [(each["asked"], each["sense"]) for each in gaps] == [(2.0, "at most")] * 6
     assert told["settings"]["rows"] == 4
     assert told["machine"]
+
+
+def test_many_adapters_on_disk_are_served_through_few_slots_without_a_failure(run_bench, tmp_path):
+    told = run_bench(
+        "bench adapters --parts many --size tiny --many 30 --slots 3 --clients 4 --rounds 2 --max-tokens 3 "
+        f"--prompt-tokens 40 --folder {tmp_path}/kept"
+    )
+    by_wall, by_cpu, failed = told["findings"]
+    assert "30 adapters, Zipf(1), 3 slots" in by_wall["what"]
+    assert (by_wall["asked"], by_cpu["asked"]) == (0.7, 0.7)
+    assert all(0.01 < ratio < 100 for ratio in (*by_wall["ratios"], *by_cpu["ratios"]))
+    assert (failed["ratios"], failed["values"]["requests"]) == ([0.0, 0.0], [16, 16])
+    assert min(by_wall["values"]["adapters asked for"]) > 3
+    assert len(list((tmp_path / "kept" / "many").iterdir())) == 30
 
 
 def test_bench_compare_measures_all_in_turns_with_the_same_prompts(run_bench, tmp_path):
@@ -287,3 +299,28 @@ def test_a_round_of_nothing_but_errors_ends_the_comparison_by_the_name():
     runners = [Runner("lathe", 1.0), Runner("bare loop", 1.0, kind="HTTP 503")]
     with pytest.raises(StoppedError, match="bare loop: all 2 requests failed: HTTP 503"):
         Measuring(runners, Comparison(concurrency=(1,)), lambda _: None).run(lambda _: None)
+
+
+def test_a_peer_that_fails_is_left_out_from_then_on_and_told():
+    peers = [Runner(PEERS[0], 2.0, kind="HTTP 503"), Runner(PEERS[1], 2.0)]
+    runners = [Runner("lathe", 1.0), *peers]
+    measuring = Measuring(runners, Comparison(concurrency=(1, 4), rounds=2), lambda _: None)
+    rounds = measuring.run(lambda _: None)
+    assert {label for label, _ in rounds} == {"lathe", PEERS[1]}
+    assert len(peers[0].taken) == 2  # the estimate, and the turn that failed
+    (said,) = measuring.left_out
+    assert said.startswith(f"{PEERS[0]}: all 2 requests failed: HTTP 503")
+
+
+def test_the_best_peer_is_found_among_those_that_still_had_turns():
+    """One peer was dropped after the first of two rounds, in which it was the best."""
+    walls = {"lathe": [1.0, 1.0], PEERS[0]: [2.0], PEERS[1]: [4.0, 4.0]}
+    rounds = {
+        (label, 1): [Round(1, wall_s, (answer_of(None),)) for wall_s in each] for label, each in walls.items()
+    }
+    outcome = outcome_of(rounds)
+    (best,) = (
+        each for each in outcome.ratios if each.to == "the best peer" and each.what == "tokens a second"
+    )
+    assert (best.min, best.max) == (2.0, 4.0)
+    assert outcome.same_text == {PEERS[0]: 1.0, PEERS[1]: 1.0}
