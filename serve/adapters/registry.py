@@ -452,13 +452,17 @@ class Registry:
         """What was not asked for longest, of more names than are kept that were looked up."""
         left: list[Known] = []
         combined = [name for name in self._found if self._names[name].current.version.is_combined]
-        most = len(combined) - self._max_combined, len(self._found) - self._max_found
-        old = [*combined[: max(most[0], 0)], *list(self._found)[: max(most[1], 0)]]
-        for name in dict.fromkeys(old):
-            entry = self._names[name]
-            is_held = any(each.num_requests for each in (entry.current, *entry.others.values()))
-            if not entry.is_pinned and not is_held:
-                left += self._forget_name(name)
+        for names, most in ((combined, self._max_combined), (list(self._found), self._max_found)):
+            there = [name for name in names if name in self._found]
+            num_over = len(there) - most
+            for name in there:
+                if num_over <= 0:
+                    break
+                entry = self._names[name]
+                is_held = any(each.num_requests for each in (entry.current, *entry.others.values()))
+                if not entry.is_pinned and not is_held:
+                    left += self._forget_name(name)
+                    num_over -= 1
         return left
 
     # Making versions
