@@ -949,16 +949,29 @@ def bench_step(
     rows: Annotated[str, typer.Option(help="Numbers of rows, measured one after the other.")] = "16,64",
     rounds: Annotated[int, typer.Option(min=1, help="Loop and engine take turns this many times.")] = 10,
     steps: Annotated[int, typer.Option(min=1, help="Of each in a round.")] = 20,
+    adapters: Annotated[
+        bool,
+        typer.Option(
+            help="Of a 29M model's step instead: with adapters, mixed and alone, over the bare one."
+        ),
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Measure what a decode step takes over mlx-lm's bare loop, on a tiny model, and where its time goes."""
     import tempfile
 
-    from serve.bench import step
+    from serve.bench import mixtures, step
     from serve.tables import show
 
     asked = step.Setting(_numbers(rows, "--rows"), rounds, steps)
     _check_writable(json_file)
+    if adapters:
+        mixed = mixtures.Setting(asked.rows, rounds)
+        with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
+            found = mixtures.run(mixed, Path(temporary), progress)
+        show(_console(), mixtures.table(found))
+        _save_json(json_file, mixtures.as_json(mixed, found))
+        return
     with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
         results = step.run(asked, Path(temporary), progress)
     show(_console(), step.table(results), step.parts_table(results))
