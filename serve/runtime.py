@@ -144,7 +144,12 @@ def _limits(config: ServeConfig) -> EngineLimits:
     return EngineLimits(
         max_rows=config.max_rows,
         max_waiting=config.max_waiting,
+        max_tenant_requests=config.max_tenant_requests,
+        shares={"" if name == config.base_name else name: share for name, share in config.shares.items()},
+        tenant_shares=config.tenant_shares,
         prefill_chunk_tokens=config.prefill_chunk_tokens,
+        row_chunk_tokens=config.row_chunk_tokens,
+        max_gap_ms=config.max_gap_ms,
         max_context=config.max_context,
         memory_budget_bytes=_bytes(config.memory_budget_gib),
         kv_budget_bytes=_bytes(config.kv_budget_gib),

@@ -29,8 +29,6 @@ from serve.errors import AdapterError, NotFoundError
 from serve.model.loading import LoadedModel
 from serve.model.template_rules import TemplateRules
 
-MAX_COMBINED = 256
-"""Combinations that are known beside those that requests hold."""
 MAX_NAMES = 1 << 14
 """A name costs little, and not nothing."""
 FILE_BYTES = 4 << 30
@@ -99,6 +97,7 @@ class Registry:
     max_slots   versions on the device; names there may be many more
     max_others  versions of a name that are known beside the current one and those that requests hold
     max_found   names that were looked up for requests and are not forgotten
+    max_combined  combinations that are known beside those that requests hold
     rules       of the base's chat template; an adapter's own template, and its variables, take their place in them
     """
 
@@ -113,6 +112,7 @@ class Registry:
         max_slots: int = 64,
         max_others: int = 8,
         max_found: int = 4096,
+        max_combined: int = 256,
         max_rank: int = 256,
         allow_other_base: bool = False,
         rules: TemplateRules = TemplateRules(),
@@ -136,6 +136,7 @@ class Registry:
         self.residency.lose = self._lose
         self._max_others = max_others
         self._max_found = max_found
+        self._max_combined = max_combined
         self._lock = threading.Lock()  # guards everything below; held for dictionary work alone
         self._names: dict[str, Name] = {}
         self._known: dict[str, Known] = {}  # by id; of a name, or still held by requests
@@ -451,7 +452,7 @@ class Registry:
         """What was not asked for longest, of more names than are kept that were looked up."""
         left: list[Known] = []
         combined = [name for name in self._found if self._names[name].current.version.is_combined]
-        most = len(combined) - MAX_COMBINED, len(self._found) - self._max_found
+        most = len(combined) - self._max_combined, len(self._found) - self._max_found
         old = [*combined[: max(most[0], 0)], *list(self._found)[: max(most[1], 0)]]
         for name in dict.fromkeys(old):
             entry = self._names[name]

@@ -32,7 +32,7 @@ class Resolver:
 
     folders   where `name` may be an adapter's folder or file, deeper ones as `a/b`; links there lead nowhere else
     hub       owners and repositories (`owner`, `owner/name`) that may be fetched from the hub
-    endpoint  the hub's address; None: the one that huggingface_hub knows
+    endpoint, cache  the hub's address, and where it is kept; None: those that huggingface_hub knows
     """
 
     def __init__(
@@ -41,11 +41,12 @@ class Resolver:
         folders: Sequence[Path] = (),
         hub: Sequence[str] = (),
         endpoint: str | None = None,
+        cache: Path | None = None,
     ) -> None:
         self._registry = registry
         self._folders = [folder.expanduser() for folder in folders]
         self._hub = frozenset(hub)
-        self._endpoint = endpoint
+        self._endpoint, self._cache = endpoint, cache
 
     @property
     def looks_up(self) -> bool:
@@ -86,7 +87,11 @@ class Resolver:
         from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
         try:
-            return str(snapshot_download(name, allow_patterns=list(FILES), endpoint=self._endpoint))
+            return str(
+                snapshot_download(
+                    name, allow_patterns=list(FILES), endpoint=self._endpoint, cache_dir=self._cache
+                )
+            )
         except (RepositoryNotFoundError, HFValidationError):  # a private one too, for whoever may not see it
             raise NotFoundError(f"no adapter {name!a:.200} is loaded, and the hub has none") from None
         except Exception as error:  # the hub's client raises whatever its transport does

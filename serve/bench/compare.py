@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -145,7 +146,9 @@ def run(
     keep: Callable[[Outcome], None],
     vllm_mlx: str | None = None,
 ) -> Outcome:
-    """Write the model into `folder`, start everybody, measure, stop them. Raises StoppedError if one fails.
+    """Write the model into `folder`, start everybody, measure, stop them.
+
+    A peer that fails is left out from then on. Raises StoppedError or ConfigError if Lathe or the bare loop fails.
 
     keep      is given what is known so far each time that all had their turn, so a run cut off has told it
     vllm_mlx  the executable of vllm-mlx; None: it is not installed
@@ -169,7 +172,7 @@ def run(
     mx.clear_cache()
     work = Work(comparison.num_prompt_tokens, comparison.max_tokens)
     with ExitStack() as stack:
-        contestants = Field(labels, work, model, paths, folder, vllm_mlx).start(stack, progress)
+        contestants = Field(labels, work, model, paths, folder, vllm_mlx).start(stack, progress, left_out)
         measuring = Measuring(contestants, comparison, progress)
         rounds = measuring.run(lambda so_far: keep(outcome_of(so_far, left_out)))
     return outcome_of(rounds, [*left_out, *measuring.left_out])
@@ -187,7 +190,7 @@ class Measuring:
     def __init__(
         self, contestants: Sequence[Contestant], comparison: Comparison, progress: Callable[[str], None]
     ) -> None:
-        self._contestants = contestants
+        self._contestants = list(contestants)
         self._comparison = comparison
         self._progress = progress
         self._took_s: dict[int, float] = {}
@@ -218,7 +221,8 @@ class Measuring:
         return rounds
 
     def _turns(self, number: int, concurrency: int, rounds: dict[tuple[str, int], list[Round]]) -> None:
-        """Everybody once, at so many clients. What was cut off by the time limit is thrown away."""
+        """Everybody once, at so many clients. What was cut off by the time limit is thrown away; a peer all of whose
+        requests failed takes no more turns."""
         start_s = time.monotonic()
         done: dict[str, Round] = {}
         for each in self._contestants if number % 2 == 0 else reversed(self._contestants):
@@ -234,10 +238,21 @@ class Measuring:
                     f"round {number + 1} at {concurrency} client(s): the time limit cut it off"
                 )
                 return
-            _check(each.label, done[each.label])
-        for each in self._contestants:
-            rounds.setdefault((each.label, concurrency), []).append(done[each.label])
+        for each in list(self._contestants):
+            if all(answer.error is not None for answer in done[each.label].answers):
+                self._drop(each, done[each.label])
+            else:
+                rounds.setdefault((each.label, concurrency), []).append(done[each.label])
         self._took_s[concurrency] = time.monotonic() - start_s
+
+    def _drop(self, contestant: Contestant, done: Round) -> None:
+        """Failed requests are counted and shown; a round of nothing else has no rate to show. Raises StoppedError for
+        one that nothing can be told without."""
+        said = f"{contestant.label}: all {len(done.answers)} requests failed: {done.answers[0].error}"
+        if contestant.label not in PEERS:
+            raise StoppedError(said)
+        self._contestants.remove(contestant)
+        self.left_out.append(f"{said}; it took no more turns")
 
     def _guess(self) -> None:
         """How long everybody's turn takes at each level, from one request of each."""
@@ -259,12 +274,6 @@ class Measuring:
 
 def _count(comparison: Comparison, concurrency: int) -> int:
     return max(2, comparison.requests_per_client * concurrency)
-
-
-def _check(label: str, done: Round) -> None:
-    """Failed requests are counted and shown; a round of nothing else has no rate to show."""
-    if all(answer.error is not None for answer in done.answers):
-        raise StoppedError(f"{label}: all {len(done.answers)} requests failed: {done.answers[0].error}")
 
 
 def ratios_of(rounds: Rounds) -> list[Ratio]:
@@ -292,9 +301,9 @@ def _values(label: str, what: What, concurrency: int, rounds: Rounds) -> list[fl
         return [_value(each, what) for each in rounds.get((label, concurrency), ())]
     peers = [_values(peer, what, concurrency, rounds) for peer in PEERS if (peer, concurrency) in rounds]
     best = min if what == "longest gap" else max
+    # One that was dropped has fewer rounds, and those are the first ones.
     return [
-        best((value for value in each if value is not None), default=None)
-        for each in zip(*peers, strict=True)
+        best((value for value in each if value is not None), default=None) for each in zip_longest(*peers)
     ]
 
 
@@ -317,8 +326,9 @@ def _same_text(rounds: Rounds) -> dict[str, float]:
 
 
 def _overlap(ours: Sequence[Sequence[str]], theirs: Sequence[Sequence[str]]) -> float:
-    shared = sum(text in there for here, there in zip(ours, theirs, strict=True) for text in here)
-    return shared / max(1, sum(len(here) for here in ours))
+    pairs = list(zip(ours, theirs, strict=False))
+    shared = sum(text in there for here, there in pairs for text in here)
+    return shared / max(1, sum(len(here) for here, _ in pairs))
 
 
 def table(outcome: Outcome) -> Table:

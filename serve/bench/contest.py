@@ -21,6 +21,7 @@ from serve.bench.process import ServerProcess, cpu_s
 from serve.bench.prompts import calibrate
 from serve.bench.sweep import GREETING, Sweep, SweepRunner, count_tokens
 from serve.bench.workload import Workload, WorkloadMaker
+from serve.errors import ConfigError, StoppedError
 
 FEW, MANY = 8, 32
 """Adapters in the two mixes; all of MANY are loaded in the server that has any."""
@@ -127,24 +128,35 @@ class Field:
     vllm_mlx: str | None
     """Its executable."""
 
-    def start(self, stack: ExitStack, progress: Callable[[str], None]) -> list[Contestant]:
-        """Everybody in `labels`, warmed up and paused; `stack` stops them. Raises StoppedError if one fails."""
+    def start(
+        self, stack: ExitStack, progress: Callable[[str], None], left_out: list[str]
+    ) -> list[Contestant]:
+        """Everybody in `labels`, warmed up and paused; `stack` stops them. A peer that fails is left out, and why is
+        added to `left_out`; another one that fails raises StoppedError or ConfigError."""
         started: dict[str, ServerProcess] = {}
         contestants: list[Contestant] = []
         for label in self.labels:
-            if label == BARE:
-                progress(f"starting the {BARE}")
-                loop = stack.enter_context(BareLoop(self.model, self.folder / "bare.log"))
-                contestants.append(Bare(loop, self.model, self.work))
+            progress(f"starting {label}")
+            try:
+                contestant = self._start(label, started, stack)
+                contestant.warm_up()
+            except (StoppedError, ConfigError) as error:
+                if label not in PEERS:
+                    raise
+                left_out.append(f"{label}: {error}")
             else:
-                key = label if label in (LATHE, *PEERS) else "lathe with adapters"
-                if key not in started:
-                    progress(f"starting {key}")
-                    started[key] = stack.enter_context(self._server(key))
-                contestants.append(Served(label, started[key], self._models(label), self.work))
-            progress(f"warming up {label}")
-            contestants[-1].warm_up()
+                contestants.append(contestant)
         return contestants
+
+    def _start(self, label: str, started: dict[str, ServerProcess], stack: ExitStack) -> Contestant:
+        """One of them; its server, if it has one, is started or is in `started`."""
+        if label == BARE:
+            loop = stack.enter_context(BareLoop(self.model, self.folder / "bare.log"))
+            return Bare(loop, self.model, self.work)
+        key = label if label in (LATHE, *PEERS) else "lathe with adapters"
+        if key not in started:
+            started[key] = stack.enter_context(self._server(key))
+        return Served(label, started[key], self._models(label), self.work)
 
     def _server(self, key: str) -> ServerProcess:
         log = self.folder / f"{key.replace(' ', '-')}.log"

@@ -17,6 +17,8 @@ from serve.errors import StoppedError
 
 POLL_S = 0.1
 STOP_S = 15.0
+START_S = 300.0
+"""Seconds are usual; a machine that does other things as well takes minutes."""
 
 
 def free_port() -> int:
@@ -69,7 +71,7 @@ class ServerProcess:
                 start_new_session=True,
             )
 
-    def wait_ready(self, timeout_s: float = 120.0) -> None:
+    def wait_ready(self, timeout_s: float = START_S) -> None:
         """Return once /health answers 200. Raises StoppedError if the process ends or takes too long."""
         deadline_s = time.monotonic() + timeout_s
         while not self._answers():

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from serve import device
 from serve.cache.precision import PLAIN, KvPrecision
+from serve.engine.shares import Shares
 
 SHARE_OF_FREE_MEMORY = 0.8
 KV_SHARE = 0.75
 """Of the memory budget; the rest is for adapters."""
+ROW_CHUNK = 256
 HOST_SHARE = 0.25
 """Of the host's memory that is free, where the device has its own: for adapters that have no slot."""
-ROW_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,11 @@ class EngineLimits:
 
     max_rows: int = 64
     max_waiting: int = 256
+    max_tenant_requests: int | None = None
+    """Of one tenant, running or waiting; None: no bound of its own."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Weights of adapters by name, of the base by ""; see serve/engine/shares.py."""
+    tenant_shares: Mapping[str, float] = field(default_factory=dict)
     prefill_chunk_tokens: int = 2048
     """Of prompts in one step, padding included. Beside decoding rows a step has as many as `max_gap_ms` allows."""
     row_chunk_tokens: int | None = None
@@ -64,6 +71,10 @@ class EngineLimits:
     max_rank: int = 256
     allow_other_base: bool = False
     """Load adapters whose manifest names other base weights, or another tokenizer."""
+
+    def make_shares(self) -> Shares:
+        """What rows are shared out by."""
+        return Shares(self.shares, self.tenant_shares)
 
     @property
     def window_chunk_tokens(self) -> int:

@@ -58,6 +58,8 @@ class SequenceState:
     """The slot is kept for it: it has a row."""
     num_passed: int = 0
     """So many others were given slots while it waited for one."""
+    is_gone: bool = False
+    """It was taken out."""
     is_sound: bool = True
     """As far as is known, its row holds numbers."""
     generated: list[int] = field(default_factory=list)

@@ -1,13 +1,17 @@
 """Who runs next: requests in, a Plan out, finished sequences taken away. Holds no arrays and imports no mlx.
 
-Rows are shared out between groups (the rows of one HTTP request are one group): the next to be admitted is the
-oldest of the group that holds fewest rows, and where there is no room for it, a group that holds at least two rows
-more gives its youngest back. Nobody else overtakes it, so nobody starves.
-A row claims memory for what it holds and ANSWER_HEADROOM_TOKENS more. When rows outgrow the budget, the youngest is
-preempted: it goes back into the queue, keeps its arrival, and goes on from what the prefix cache has kept of it.
+Rows are shared out by priority (the lower, the earlier), then by shares of tenants and adapters (`Shares`), then
+between groups (the rows of one HTTP request are one group): the next to be admitted is the oldest of the group that
+holds fewest rows, and where there is no room for it, a group that holds at least two rows more gives its youngest
+back. Nobody else overtakes it, and whoever has waited longest is passed for priority's sake MAX_OVERTAKEN times at
+most, so nobody starves.
+A row claims memory for what it holds and ANSWER_HEADROOM_TOKENS more. When rows outgrow the budget, the youngest of
+the latest priority is preempted: it goes back into the queue, keeps its arrival, and goes on from what the prefix
+cache has kept of it.
 Prompts are computed in chunks beside one decode token for every running row: as much as those may wait for
 (`Pace`), or `prefill_chunk_tokens` where nobody decodes. Steps take turns: one begins with the oldest prompt, the
-next with the group that has had least computed, so short prompts pass long ones, and long ones have every second step.
+next with the group that has had least computed, so short prompts pass long ones, which have every second step; the
+oldest of the earliest priority begins every other of those.
 Pictures are encoded in a step before the one that computes their tokens: `encode_patches` a step, or one picture,
 beside the same decode tokens. A chunk ends before the first picture that is not encoded, and never inside a block.
 Who has a row holds a slot of its adapter. Whose adapter is on its way is passed by others, and keeps its turn; who
@@ -31,6 +35,7 @@ from serve.cache.features import FeatureKey
 from serve.engine.pace import Pace
 from serve.engine.placement import Arrangement, Tenant, arrange, least_bytes
 from serve.engine.plan import Capture, Chunk, Drawn, Encode, Found, Plan, Restore, SequenceState
+from serve.engine.shares import Shares
 from serve.errors import LatheError
 
 ANSWER_HEADROOM_TOKENS = 256
@@ -42,10 +47,17 @@ all of them at once. Up to LEAST_CHUNK tokens are computed in any case."""
 LEAST_CHUNK = 256
 ALONE_TOKENS = 64
 """A chunk that would be computed in a step of its own costs about so many tokens more: what padding may take."""
+MAX_OVERTAKEN = 32
+"""So many are admitted before the one that has waited longest, for their priority is earlier; then it is its turn."""
 MAX_SKIPPED = 4
 """Prompts that do not fit beside a step's others and are passed in it by those behind them."""
 
 _by_arrival = attrgetter("arrival")
+
+
+def _by_priority(sequence: SequenceState) -> tuple[int, int]:
+    """The largest is the first to give its row back."""
+    return sequence.request.priority, sequence.arrival
 
 
 @dataclass(frozen=True)
@@ -165,8 +177,9 @@ class Scheduler:
         features: Features | None = None,
         adapters: Adapters | None = None,
         pace: Pace | None = None,
+        shares: Shares | None = None,
     ) -> None:
-        """`pace`: what a step's prompts may cost decoding rows; None: nobody minds."""
+        """`pace`: what a step's prompts may cost decoding rows; None: nobody minds. `shares`: None: all are one."""
         self.budget = budget
         self.waiting: list[SequenceState] = []  # in order of arrival
         self.prefilling: list[SequenceState] = []  # in order of arrival
@@ -177,6 +190,8 @@ class Scheduler:
         self._features = features or NoFeatures()
         self._adapters = adapters or NoAdapters()
         self._pace = pace
+        self._shares = shares if shares is not None and shares.is_used else None
+        self._num_overtaken = 0  # times in a row that the oldest was passed for an earlier priority
         self._absent: set[SequenceState] = set()  # waiting; their adapters were not there when last asked for
         self._failed: list[tuple[SequenceState, LatheError]] = []  # in no other list; nobody has been told
         self._max_bytes = budget.max_bytes
@@ -223,6 +238,8 @@ class Scheduler:
         self._num_arrived += 1
         self.waiting.append(sequence)
         self._may_admit = True
+        if self._shares is not None:
+            self._shares.enter(sequence)
 
     def wake(self) -> None:
         """An adapter has come, or cannot, or a slot is free: whoever waits for one asks again."""
@@ -243,6 +260,8 @@ class Scheduler:
             chunk.sequence.num_planned_tokens = chunk.stop
             chunk.sequence.num_in_flight += 1
         self._last_plan = plan
+        if self._shares is not None:
+            self._shares.charge((chunk.sequence, chunk.num_tokens) for chunk in plan.chunks)
         return plan
 
     def _same_again(self) -> Plan | None:
@@ -272,7 +291,7 @@ class Scheduler:
             if arrangement.num_bytes <= self._max_bytes or len(arrangement.places) < 2:
                 break
             self._release(restores)
-            self._preempt([max(self.running, key=_by_arrival)])
+            self._preempt([max(self.running, key=_by_priority)])
         return self._take_effect(restores, prefill, encodes, arrangement)
 
     def _take_effect(
@@ -343,6 +362,12 @@ class Scheduler:
         self._absent -= gone
         self.ending = [sequence for sequence in self.ending if sequence not in gone]
         self._free(gone, is_sound)
+        if self._shares is not None:
+            for sequence in gone:
+                if not sequence.is_gone:
+                    self._shares.leave(sequence)
+        for sequence in gone:
+            sequence.is_gone = True
         groups = {sequence.group for sequence in (*self.waiting, *self.running)}
         for sequence in gone:
             if sequence.group not in groups:
@@ -450,19 +475,33 @@ class Scheduler:
         passed: list[SequenceState] = []  # whose turn it is before the others', but for a slot
         while candidates := [one for one in self.waiting if one not in self._absent]:
             held = Counter(sequence.group for sequence in self.running)
-            first = min(candidates, key=lambda sequence: (held[sequence.group], sequence.arrival))
+            first = self._first_of(candidates, held)
             if first.num_in_flight:  # preempted a moment ago: its next token is not known yet
                 self._may_admit = True
                 return
-            victims = self._victims_for(first, held)
+            victims = self._victims_for(first)
             if victims is None:
                 return
             if not self._holds(first, passed):
                 continue
             self._preempt(victims)
+            is_overtaking = first.request.priority < candidates[0].request.priority
+            self._num_overtaken = self._num_overtaken + 1 if is_overtaking else 0
             self.waiting.remove(first)
             insort(self.prefilling, first, key=_by_arrival)
             self._is_moved = True
+
+    def _first_of(self, candidates: Sequence[SequenceState], held: Counter[str]) -> SequenceState:
+        """Whose turn it is. `candidates` are in order of arrival."""
+        if self._num_overtaken >= MAX_OVERTAKEN:
+            return candidates[0]
+        shares = self._shares
+
+        def turn(one: SequenceState) -> tuple[object, ...]:
+            charged = shares.turn(one) if shares is not None else ()
+            return one.request.priority, charged, held[one.group], one.arrival
+
+        return min(candidates, key=turn)
 
     def _holds(self, first: SequenceState, passed: list[SequenceState]) -> bool:
         """Whether its adapter has a slot, which it then has too. Otherwise it is out of the way of others."""
@@ -473,8 +512,8 @@ class Scheduler:
         try:
             first.has_slot = self._adapters.hold(first)
         except LatheError as error:
-            self.waiting.remove(first)
             self._failed.append((first, error))
+            self.remove([first])
             return False
         if first.has_slot:
             first.num_passed = 0
@@ -486,13 +525,16 @@ class Scheduler:
                 passed.append(first)
         return first.has_slot
 
-    def _victims_for(self, first: SequenceState, held: Counter[str]) -> list[SequenceState] | None:
+    def _victims_for(self, first: SequenceState) -> list[SequenceState] | None:
         """Rows to take back so that `first` fits, most often none; None where it does not fit even so."""
-        running, held = self.running, held.copy()
+        running = self.running
+        # Nobody gives a row back to a later priority.
+        held = Counter(one.group for one in running if one.request.priority >= first.request.priority)
+        wanted = sum(one.group == first.group for one in running)
         victims: list[SequenceState] = []
         while not self._fits([*running, first]):
             group, most = max(held.items(), key=lambda item: item[1], default=("", 0))
-            if most < held[first.group] + 2:
+            if most < wanted + 2:
                 return None
             victim = max((sequence for sequence in running if sequence.group == group), key=_by_arrival)
             victims.append(victim)
@@ -501,11 +543,11 @@ class Scheduler:
         return victims
 
     def _preempt_for_memory(self) -> None:
-        """Take the youngest back until the others' next tokens fit."""
+        """Take the youngest of the latest priority back until the others' next tokens fit."""
         while len(running := self.running) > 1:
             if least_bytes(map(self._present, running), self.budget.row_cost) <= self._max_bytes:
                 return
-            self._preempt([max(running, key=_by_arrival)])
+            self._preempt([max(running, key=_by_priority)])
 
     def _preempt(self, sequences: Collection[SequenceState]) -> None:
         self._free(set(sequences), is_sound=True)
@@ -582,6 +624,8 @@ class Scheduler:
         order = self.prefilling
         if self._num_plans % 2:
             order = sorted(order, key=lambda sequence: self._num_prefilled[sequence.group])
+        elif self._num_plans % 4:
+            order = sorted(order, key=_by_priority)
         restores: list[Restore] = []
         chunks: list[Chunk] = []
         padded = Padded(self._max_prefill())  # those of the second forward

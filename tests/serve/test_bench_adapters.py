@@ -18,7 +18,8 @@ import lathe
 from serve.adapters import manifest
 from serve.bench import bare_child, disturb, lockstep, standin
 from serve.bench.client import Answer
-from serve.bench.compare import Comparison, Measuring
+from serve.bench.compare import Comparison, Measuring, outcome_of
+from serve.bench.contest import PEERS
 from serve.bench.load import Round, TimeLimit
 from serve.bench.lockstep import Side
 from serve.engine.engine import Engine, EngineLimits
@@ -298,3 +299,28 @@ def test_a_round_of_nothing_but_errors_ends_the_comparison_by_the_name():
     runners = [Runner("lathe", 1.0), Runner("bare loop", 1.0, kind="HTTP 503")]
     with pytest.raises(StoppedError, match="bare loop: all 2 requests failed: HTTP 503"):
         Measuring(runners, Comparison(concurrency=(1,)), lambda _: None).run(lambda _: None)
+
+
+def test_a_peer_that_fails_is_left_out_from_then_on_and_told():
+    peers = [Runner(PEERS[0], 2.0, kind="HTTP 503"), Runner(PEERS[1], 2.0)]
+    runners = [Runner("lathe", 1.0), *peers]
+    measuring = Measuring(runners, Comparison(concurrency=(1, 4), rounds=2), lambda _: None)
+    rounds = measuring.run(lambda _: None)
+    assert {label for label, _ in rounds} == {"lathe", PEERS[1]}
+    assert len(peers[0].taken) == 2  # the estimate, and the turn that failed
+    (said,) = measuring.left_out
+    assert said.startswith(f"{PEERS[0]}: all 2 requests failed: HTTP 503")
+
+
+def test_the_best_peer_is_found_among_those_that_still_had_turns():
+    """One peer was dropped after the first of two rounds, in which it was the best."""
+    walls = {"lathe": [1.0, 1.0], PEERS[0]: [2.0], PEERS[1]: [4.0, 4.0]}
+    rounds = {
+        (label, 1): [Round(1, wall_s, (answer_of(None),)) for wall_s in each] for label, each in walls.items()
+    }
+    outcome = outcome_of(rounds)
+    (best,) = (
+        each for each in outcome.ratios if each.to == "the best peer" and each.what == "tokens a second"
+    )
+    assert (best.min, best.max) == (2.0, 4.0)
+    assert outcome.same_text == {PEERS[0]: 1.0, PEERS[1]: 1.0}
