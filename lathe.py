@@ -36,6 +36,7 @@ HOME = Path(__file__).resolve().parent
 """Where data/ and recipes/ stand: a checkout of the project."""
 EMBEDDED_MODEL = HOME / "data" / "tickets"
 DEFAULT_PORT = 8000
+DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
 DEFAULT_STORE = "sqlite:///lathe.sqlite"
 
 app = typer.Typer(
@@ -72,6 +73,9 @@ BaseModel = Annotated[
     str | None, typer.Option("--base", help="Their base, where names or experts differ between libraries.")
 ]
 
+AdapterName = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name on the server.")]
+ServerUrl = Annotated[str, typer.Option("--url", help="A running server's address.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="LATHE_API_KEY", help="Of that server.")]
 ExperimentName = Annotated[str, typer.Argument(metavar="NAME", help="The experiment's public name.")]
 StoreUrl = Annotated[str, typer.Option(help="The server's `store`.")]
 
@@ -492,6 +496,71 @@ def adapters_extract(
     _tell_written(written)
 
 
+@adapters_app.command("list")
+def adapters_list(url: ServerUrl = DEFAULT_URL, api_key: ApiKey = None, json_file: JsonFile = None) -> None:
+    """List a running server's adapters: their versions, where each is, and who holds it."""
+    from serve.remote_adapters import RemoteAdapters, summary, table
+    from serve.tables import show
+
+    _check_writable(json_file)
+    found = RemoteAdapters(url, api_key).listing()
+    show(_console(), table(found), summary(found))
+    _save_json(json_file, found)
+
+
+@adapters_app.command("load")
+def adapters_load(
+    name: AdapterName,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="The adapter, where the server runs.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Take the place of the name's version.")] = False,
+    url: ServerUrl = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Load an adapter into a running server."""
+    from serve.remote_adapters import RemoteAdapters
+
+    _say(RemoteAdapters(url, api_key).load(name, path, replace=replace))
+
+
+@adapters_app.command("unload")
+def adapters_unload(name: AdapterName, url: ServerUrl = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """Take an adapter and all its versions out of a running server."""
+    from serve.remote_adapters import RemoteAdapters
+
+    _say(RemoteAdapters(url, api_key).unload(name))
+
+
+@adapters_app.command("rollback")
+def adapters_rollback(
+    name: AdapterName,
+    version: Annotated[
+        int | None, typer.Option(min=1, help="Its number; the one before, if left out.")
+    ] = None,
+    url: ServerUrl = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Give new requests an earlier version of an adapter again."""
+    from serve.remote_adapters import RemoteAdapters, told
+
+    _say(told(RemoteAdapters(url, api_key).change(name, "rollback", {"version": version})))
+
+
+@adapters_app.command("pin")
+def adapters_pin(name: AdapterName, url: ServerUrl = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """Keep a slot for an adapter, whatever others are asked for."""
+    from serve.remote_adapters import RemoteAdapters, told
+
+    _say(told(RemoteAdapters(url, api_key).change(name, "pin", {})))
+
+
+@adapters_app.command("unpin")
+def adapters_unpin(name: AdapterName, url: ServerUrl = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """Let an adapter give way again to others that are asked for."""
+    from serve.remote_adapters import RemoteAdapters, told
+
+    _say(told(RemoteAdapters(url, api_key).change(name, "unpin", {})))
+
+
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="An adapter folder.")],
@@ -880,16 +949,29 @@ def bench_step(
     rows: Annotated[str, typer.Option(help="Numbers of rows, measured one after the other.")] = "16,64",
     rounds: Annotated[int, typer.Option(min=1, help="Loop and engine take turns this many times.")] = 10,
     steps: Annotated[int, typer.Option(min=1, help="Of each in a round.")] = 20,
+    adapters: Annotated[
+        bool,
+        typer.Option(
+            help="Of a 29M model's step instead: with adapters, mixed and alone, over the bare one."
+        ),
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Measure what a decode step takes over mlx-lm's bare loop, on a tiny model, and where its time goes."""
     import tempfile
 
-    from serve.bench import step
+    from serve.bench import mixtures, step
     from serve.tables import show
 
     asked = step.Setting(_numbers(rows, "--rows"), rounds, steps)
     _check_writable(json_file)
+    if adapters:
+        mixed = mixtures.Setting(asked.rows, rounds)
+        with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
+            found = mixtures.run(mixed, Path(temporary), progress)
+        show(_console(), mixtures.table(found))
+        _save_json(json_file, mixtures.as_json(mixed, found))
+        return
     with tempfile.TemporaryDirectory(prefix="lathe-bench-") as temporary, _progress() as progress:
         results = step.run(asked, Path(temporary), progress)
     show(_console(), step.table(results), step.parts_table(results))
@@ -1136,6 +1218,10 @@ def _layout(word: str) -> Any:
     from serve.adapters.tools import LAYOUTS
 
     return LAYOUTS[_one_of(word, tuple(LAYOUTS), "--to")]
+
+
+def _say(text: str) -> None:
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _tell_written(written: Written) -> None:

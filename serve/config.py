@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +19,7 @@ from serve.media_config import MediaConfig, MediaLimitsConfig
 from serve.model.quantization import Quantization
 from serve.settings import Problems, Strict, load_yaml
 
+Weight = Annotated[float, Field(gt=0, lt=math.inf)]
 SQLITE_PREFIX = "sqlite:///"
 ELSEWHERE = {
     "quantized_kv_start": "write kv_quantize_after",
@@ -102,8 +104,23 @@ class ServeConfig(Strict):
     """Requests that run at once."""
     max_waiting: int = Field(256, ge=0)
     """Requests that wait for a row; more answer 503 with Retry-After."""
-    prefill_chunk_tokens: int = Field(256, ge=1)
-    """Prompt tokens computed between two decode steps: the longest a running stream is held up."""
+    max_tenant_requests: int | None = Field(None, ge=1)
+    """Requests of one tenant (X-Tenant) that run or wait at once; more answer 429 with Retry-After. No bound but
+    everybody's, if left out."""
+    shares: dict[str, Weight] = Field(default_factory=dict)
+    """Weights of adapters and of the base, by name: rows go to whoever has had least for its weight, which is 1 for
+    those that are not named. If left out, rows go by arrival."""
+    tenant_shares: dict[str, Weight] = Field(default_factory=dict)
+    """The same of tenants (X-Tenant; "" for requests that name none); adapters' shares hold inside one then."""
+    max_gap_ms: float | None = Field(None, gt=0)
+    """Milliseconds that a running stream waits for other requests' prompts between two of its tokens; from how long
+    steps take follows how much is computed. If left out, 20 times what a forward takes at least: a burst is then
+    computed nearly as fast as if no stream ran beside it."""
+    prefill_chunk_tokens: int = Field(2048, ge=1)
+    """Prompt tokens computed in one step at most, padding included: all of them where no stream runs."""
+    row_chunk_tokens: int | None = Field(None, ge=1)
+    """Of one prompt among them. If left out, all; 256 on CPU, where longer chunks are no faster, and in models with
+    sliding windows, whose memory has room for a chunk beside each row's window."""
     max_context: int | None = Field(None, ge=1)
     """Tokens of prompt and answer together; what the model was made for, if left out."""
     memory_budget_gib: float | None = Field(None, gt=0)

@@ -12,6 +12,8 @@ LatheError                        500 internal_error
 ├── NotFoundError (LookupError)   404 model_not_found
 ├── ForbiddenError (PermissionError) 403 forbidden
 ├── OverloadedError (RuntimeError) 503 overloaded
+│   └── TenantLimitError          429 rate_limit_exceeded
+├── DeadlineError (TimeoutError)  504 deadline_exceeded
 ├── StoppedError (RuntimeError)   503 engine_stopped
 ├── GenerationError (RuntimeError) 500 generation_failed
 ├── TrainingError (RuntimeError)  500 training_failed
@@ -110,6 +112,20 @@ class OverloadedError(LatheError, RuntimeError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class TenantLimitError(OverloadedError):
+    """One tenant asks for more at once than it may; others are served."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+
+class DeadlineError(LatheError, TimeoutError):
+    """The time in which a request wanted its answer has passed."""
+
+    status = 504
+    code = "deadline_exceeded"
 
 
 class StoppedError(LatheError, RuntimeError):

@@ -97,10 +97,12 @@ class Runtime:
         recorder = Recorder(Store(config.store)) if config.experiments else None
         runs = [recorder.store.begin_run(each.build()) for each in config.experiments] if recorder else []
         experiments = {run.experiment.name: run for run in runs}
+        watch = _watch_of(config, engine.registry, experiments)
         worker = Worker(engine)
         worker.start()
+        if watch is not None:
+            watch.start()
         resolver = Resolver(engine.registry, config.adapter_dirs, config.adapter_hub)
-        watch = _watch_of(config, engine.registry, experiments)
         return cls(config, model, engine, worker, template, sight, experiments, recorder, resolver, watch)
 
     def close(self) -> None:
@@ -114,7 +116,7 @@ class Runtime:
 
 
 def _watch_of(config: ServeConfig, registry: Registry, experiments: Mapping[str, Run]) -> AdapterWatch | None:
-    """What follows the watched folders, started; the engine's thread runs."""
+    """What follows the watched folders, to be started once the engine's thread runs."""
     if not config.adapter_watch:
         return None
 
@@ -128,7 +130,7 @@ def _watch_of(config: ServeConfig, registry: Registry, experiments: Mapping[str,
         known = [each.version for each in shown.versions] if shown else []
         return any(each.path == str(path) for each in (*known, *registry.versions()))
 
-    watch = AdapterWatch(
+    return AdapterWatch(
         config.adapter_watch,
         load,
         Copies(is_known),
@@ -136,15 +138,18 @@ def _watch_of(config: ServeConfig, registry: Registry, experiments: Mapping[str,
         interval_s=config.adapter_watch_interval_s,
         max_bytes=registry.max_bytes,
     )
-    watch.start()
-    return watch
 
 
 def _limits(config: ServeConfig) -> EngineLimits:
     return EngineLimits(
         max_rows=config.max_rows,
         max_waiting=config.max_waiting,
+        max_tenant_requests=config.max_tenant_requests,
+        shares={"" if name == config.base_name else name: share for name, share in config.shares.items()},
+        tenant_shares=config.tenant_shares,
         prefill_chunk_tokens=config.prefill_chunk_tokens,
+        row_chunk_tokens=config.row_chunk_tokens,
+        max_gap_ms=config.max_gap_ms,
         max_context=config.max_context,
         memory_budget_bytes=_bytes(config.memory_budget_gib),
         kv_budget_bytes=_bytes(config.kv_budget_gib),

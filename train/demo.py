@@ -55,6 +55,8 @@ ADAPTERS = ("tickets-all", "tickets-attn")
 """Names of the adapters, and of their recipes. The first is served from the start, the second while it trains."""
 SAVE_EVERY = 30
 """Batches between two versions of the second."""
+BESIDE_TRAINING = {"OPENBLAS_NUM_THREADS": "1"}
+"""Of the server's environment: two programs with as many BLAS threads as cores wait for each other, by spinning."""
 EXPERIMENT = "ticket-router"
 OUTCOME = "exact_match"
 EXPORT_BITS: Literal[4, 8] = 8
@@ -91,7 +93,8 @@ def run(home: Path, folder: Path, console: Console, *, keep: bool = False) -> di
     rows = held_out(home, DATA)
     with ExitStack() as stack:
         console.rule("Serving", align="left")
-        server = ServerProcess("lathe serve", _command(home, folder), folder / "server.log")
+        command = _command(home, folder)
+        server = ServerProcess("lathe serve", command, folder / "server.log", BESIDE_TRAINING)
         stack.enter_context(server)
         telling = recipe_of(home, folder, second, save_every=SAVE_EVERY, serve_to=server.url)
         training[second], live = demo_live.run(server.url, first, telling, rows, console)

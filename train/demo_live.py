@@ -102,6 +102,8 @@ def run(
         try:
             while not is_warm.wait(LOOK_S) and not looking.done():
                 pass
+            if looking.done():
+                looking.result()  # which raises
             summary = trained(recipe, console)
         finally:
             is_over.set()
@@ -227,13 +229,13 @@ async def _go_back(
 def _show(live: Live, console: Console) -> None:
     drawn = tables.Table(
         "version",
-        *tables.numbers("step", "exact", "of"),
-        "its answer to the first",
+        *tables.numbers("step", "exact"),
+        tables.words("its answer to the first"),
         title=f"{live.adapter}, asked {live.num_probes} held-out prompts as its checkpoints came",
     )
     for each in live.versions:
         step = "the end" if each.step is None else str(each.step)
-        drawn.add(each.version, step, str(each.num_exact), str(live.num_probes), each.answer)
+        drawn.add(each.version, step, f"{each.num_exact} of {live.num_probes}", each.answer)
     back = live.went_back
     tables.show(console, drawn)
     console.print(

@@ -53,6 +53,13 @@ class Contents:
             self._sources.pop(key, None)
         self.shelf.forget(key)
 
+    def sweep(self, version: AdapterVersion) -> None:
+        """Something may have been put on the shelf for a version that was dropped meanwhile."""
+        with self._lock:
+            is_known = version.effect_hash in self._sources
+        if not is_known:
+            self.shelf.forget(version.effect_hash)
+
     def hold(self, version: AdapterVersion) -> None:
         """A request needs it from now on: it must not be lost, even if its source is intact for now."""
         with self._lock:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from serve.adapters.published import Published, signature_of
+from serve.errors import StorageError
 
 PREFIX = "lathe-watch-"
 ABANDONED_S = 60.0
@@ -30,11 +31,15 @@ class Copies:
     """
 
     def __init__(self, is_known: Callable[[str, Path], bool]) -> None:
+        """StorageError where no temporary folder can be made."""
         self._is_known = is_known
         self._numbers = itertools.count(1)
         self._made: dict[str, list[Path]] = {}
         clear_abandoned()
-        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
+        except OSError as error:
+            raise StorageError(f"no temporary folder for copies of watched adapters: {error}") from error
         # A locked folder is also left alone by what cleans temporary folders up.
         self._lock = os.open(self.folder, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

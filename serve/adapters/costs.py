@@ -9,14 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 
+from serve import device
 from serve.adapters.lora import gathered
 
 TILES = (1, 2, 4, 8, 16, 32)
 """Tokens of one product that are measured. With more, a row's own are enough to keep the machine busy."""
-ENTRIES = 16
+FEW, MANY = 4, 16
+"""Products that are timed together."""
 RANK = 16
 REPEATS = 5
 
@@ -74,30 +77,42 @@ ON_GPU = Costs({1: 1.0}, 1.0, 5.0)
 
 
 def measure(inputs: int, outputs: int, dtype: mx.Dtype) -> Costs:
-    """What a layer of that shape takes here and now: some milliseconds on a CPU, the least of several times each."""
-    a = mx.random.normal((ENTRIES, inputs, RANK)).astype(dtype)
-    b = mx.random.normal((ENTRIES, RANK, outputs)).astype(dtype)
-    every = mx.arange(ENTRIES, dtype=mx.uint32)
-    order = mx.array([(7 * i) % (4 * ENTRIES) for i in range(4 * ENTRIES)], dtype=mx.uint32)
+    """What a layer of that shape takes here and now: some milliseconds on a CPU, the least of several times each.
+
+    A product counts by what one more of them adds: a GPU does many at once, and moving rows is then worth nothing.
+    """
+    a = mx.random.normal((MANY, inputs, RANK)).astype(dtype)
+    b = mx.random.normal((MANY, RANK, outputs)).astype(dtype)
+    tiny, every = mx.zeros(8, dtype), mx.arange(MANY, dtype=mx.uint32)
     product: dict[int, float] = {}
     for size in TILES:
-        x = mx.random.normal((ENTRIES, size, inputs)).astype(dtype)
-        mx.eval(x, a, b, every, order)
-        chain = _least_us(lambda x=x: gathered(gathered(x, a, every, every), b, every, every))  # type: ignore[misc]
-        product[size] = chain / ENTRIES
-    rows, out = (mx.random.normal((4 * ENTRIES, 1, width)).astype(dtype) for width in (inputs, outputs))
-    tiny = mx.zeros(8, dtype)
-    mx.eval(rows, out, tiny)
-    start = _least_us(lambda: tiny + tiny)
-    moved = _least_us(lambda: (mx.take(rows, order, axis=0), mx.take(out, order, axis=0)))
-    return Costs(product, max(moved - 2 * start, 0.0) / (4 * ENTRIES), start)
+        x = mx.random.normal((MANY, size, inputs)).astype(dtype)
+        few, many = (_least_us(partial(_products, x, a, b, every[:count])) for count in (FEW, MANY))
+        product[size] = max(many - few, 0.01) / (MANY - FEW)
+    for smaller, larger in zip(TILES[-2::-1], TILES[:0:-1], strict=True):
+        product[smaller] = min(product[smaller], product[larger])  # whatever else the machine did meanwhile
+    order = mx.array([(7 * i) % (4 * MANY) for i in range(4 * MANY)], dtype=mx.uint32)
+    rows, out = (mx.random.normal((4 * MANY, 1, width)).astype(dtype) for width in (inputs, outputs))
+    mx.eval(rows, out, order, tiny)
+    start = _least_us(lambda: [tiny + tiny])
+    moved = _least_us(lambda: [mx.take(rows, order, axis=0), mx.take(out, order, axis=0)])
+    return Costs(product, max(moved - 2 * start, 0.0) / (4 * MANY), start)
 
 
-def _least_us(make: Callable[[], object]) -> float:
-    """Microseconds of what `make` describes, eight of them at once: the least of a few times."""
+def _products(x: mx.array, a: mx.array, b: mx.array, entries: mx.array) -> list[mx.array]:
+    return [gathered(gathered(x, a, entries, entries), b, entries, entries)]
+
+
+def _least_us(make: Callable[[], list[mx.array]]) -> float:
+    """Microseconds of what `make` describes, eight of them at once: the least of a few times.
+
+    On a CPU of this process alone, so that others on the machine count little.
+    """
+    now = time.process_time if device.backend() == "cpu" else time.perf_counter
     times = []
+    mx.eval(make())
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        start = now()
         mx.eval([make() for _ in range(8)])
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return min(times) / 8 * 1e6

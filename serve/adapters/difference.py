@@ -60,7 +60,10 @@ class Difference:
 
 
 def difference(first: Opened, second: Opened) -> Difference:
-    """AdapterError where a module has other dimensions in each: they are not of one base."""
+    """AdapterError where a module has other dimensions in each: they are not of one base; and for values that are no
+    numbers."""
+    for each in (first, second):
+        each.check_finite()
     ours, theirs = first.modules_by_end(), second.modules_by_end()
     both = [(ours[end][0], ours[end][1], theirs[end][1]) for end in ours if end in theirs]
     problems = [
@@ -84,18 +87,14 @@ def _shape(module: Factors) -> tuple[int, ...]:
 
 def _apart(path: str, first: Factors, second: Factors) -> Apart:
     norms = Core.of([first]).norm, Core.of([second]).norm
-    largest = max(norms)
-    gap = (
-        Core.of([first, Factors(second.a, second.b, -second.scale)]).norm
-        if not _is_same(first, second)
-        else 0.0
-    )
+    largest, is_same = max(norms), _is_same(first, second)
+    gap = 0.0 if is_same else Core.of([first, Factors(second.a, second.b, -second.scale)]).norm
     cosine = inner(first, second) / (norms[0] * norms[1]) if min(norms) else None
     return Apart(
         path,
         *norms,
         gap / largest if largest else 0.0,
-        None if cosine is None else max(-1.0, min(1.0, cosine)),
+        None if cosine is None else 1.0 if is_same else max(-1.0, min(1.0, cosine)),
         _lengths_apart(first, second),
     )
 

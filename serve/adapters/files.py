@@ -108,6 +108,20 @@ def read_adapter(path: Path) -> AdapterFiles:
     return AdapterFiles(path, tensors_path, config_path, kind, config, raw, made, pieces)
 
 
+def located(path: str | Path) -> Path:
+    """Where that is, absolute. Links are followed, but for a file's own: its config is beside the link.
+
+    NotFoundError where no path can be.
+    """
+    try:
+        named = Path(path).expanduser()
+        resolved = named.resolve()
+        return resolved if resolved.is_dir() else named.parent.resolve() / named.name
+    except (RuntimeError, OSError, ValueError) as error:  # ~nobody, too long, a null byte
+        reason = getattr(error, "strerror", None) or error  # without the path once more
+        raise NotFoundError(f"no adapter folder at {str(path)!a:.200}: {reason}") from error
+
+
 def find_files(path: Path) -> tuple[Path, Path | None]:
     """The file of tensors and that of the config, neither opened; None: it is in the file of tensors.
 
@@ -115,11 +129,10 @@ def find_files(path: Path) -> tuple[Path, Path | None]:
     """
     if os.path.isdir(path):  # unlike Path.is_dir it says no to what is too long, or not allowed
         return _of_folder(path), path / CONFIG_FILE
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         raise NotFoundError(f"no adapter folder at {str(path)!a:.200}")
     if path.suffix in PICKLES:
         raise AdapterError(_pickled(path))
-    check_is_file(path)
     if path.suffix != SUFFIX:
         raise AdapterError(f"{path}: a folder or a {SUFFIX} file was expected")
     beside = (path.with_suffix(".json"), path.parent / CONFIG_FILE)

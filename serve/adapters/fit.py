@@ -332,8 +332,8 @@ def _check_range(path: str, update: LowRank, scale: float, dtype: mx.Dtype, prob
     largest = _largest(update)
     if len(problems) == before and largest > LARGEST_UPDATE:
         problems.append(
-            f"{path}: its update may be {largest:.1e} times as large as what it is given, which no numbers after it "
-            f"can hold; up to {LARGEST_UPDATE:.0e} was expected"
+            f"{path}: its update, times its scale of {scale:g}, may be {largest:.1e} times as large as what it is "
+            f"given, which no numbers after it can hold; up to {LARGEST_UPDATE:.0e} was expected"
         )
 
 

@@ -7,13 +7,11 @@ comparison; a name that means two layers is neither's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Iterable
 
 import mlx.nn as nn
 
 from serve.adapters.prefixes import without_containers
-from serve.errors import AdapterError
 from serve.model.network import Network
 from serve.model.weights import expert_modules, linear_modules
 
@@ -21,25 +19,6 @@ ALSO_CALLED = {"visual": "vision_tower", "block_sparse_moe": "mlp", "feed_forwar
 """Parts of names that say the same in transformers and here."""
 LEFT_OUT = ("vision_model",)
 """Parts of names inside a tower that one of them has."""
-
-T = TypeVar("T")
-
-
-def with_own_names(named: Mapping[str, T], network: Network) -> dict[str, T]:
-    """`path.tensor` → value, with paths as this model has them. Names that fit nothing stay what they are.
-
-    AdapterError where two names mean the same tensor.
-    """
-    paths = own_paths((name.rpartition(".")[0] for name in named), network)
-    renamed: dict[str, T] = {}
-    origins: dict[str, str] = {}
-    for name, value in named.items():
-        path, _, part = name.rpartition(".")
-        own = f"{paths[path]}.{part}" if path else name
-        if own in renamed:
-            raise AdapterError(f"two tensors are the same layer's {part}: {origins[own]} and {name}")
-        renamed[own], origins[own] = value, name
-    return renamed
 
 
 def own_paths(paths: Iterable[str], network: Network) -> dict[str, str]:

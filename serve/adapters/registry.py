@@ -22,6 +22,7 @@ from serve.adapters.contents import Contents, Tier
 from serve.adapters.fit import LowRank
 from serve.adapters.names import name_problem
 from serve.adapters.residency import Residency, Run, Standing
+from serve.adapters.shelf import num_bytes_of
 from serve.adapters.source import Content, Fitting, FolderSource, Outline, Source
 from serve.adapters.version import AdapterVersion
 from serve.errors import AdapterError, NotFoundError
@@ -96,6 +97,7 @@ class Registry:
     max_slots   versions on the device; names there may be many more
     max_others  versions of a name that are known beside the current one and those that requests hold
     max_found   names that were looked up for requests and are not forgotten
+    max_combined  combinations that are known beside those that requests hold
     rules       of the base's chat template; an adapter's own template, and its variables, take their place in them
     """
 
@@ -110,6 +112,7 @@ class Registry:
         max_slots: int = 64,
         max_others: int = 8,
         max_found: int = 4096,
+        max_combined: int = 256,
         max_rank: int = 256,
         allow_other_base: bool = False,
         rules: TemplateRules = TemplateRules(),
@@ -133,6 +136,7 @@ class Registry:
         self.residency.lose = self._lose
         self._max_others = max_others
         self._max_found = max_found
+        self._max_combined = max_combined
         self._lock = threading.Lock()  # guards everything below; held for dictionary work alone
         self._names: dict[str, Name] = {}
         self._known: dict[str, Known] = {}  # by id; of a name, or still held by requests
@@ -163,11 +167,18 @@ class Registry:
         return self.add(name, FolderSource(path), replace=replace)
 
     def add(
-        self, name: str, source: Source, *, replace: bool = False, is_found: bool = False
+        self,
+        name: str,
+        source: Source,
+        *,
+        replace: bool = False,
+        is_found: bool = False,
+        is_combined: bool = False,
     ) -> AdapterVersion:
         """Read and check an adapter; new requests for `name` use it from here on.
 
-        is_found  it was looked up for a request: what the name stands for already will do, and it may be forgotten
+        is_found     it was looked up for a request: what the name stands for already will do, and it may be forgotten
+        is_combined  it is other versions, added: named by them, listed apart, and the only one of its name
 
         Blocks while it is read; running streams go on. It gets a slot at once where one is free, or its name's
         earlier version has one; else when it is asked for. Nothing changes when it raises: NotFoundError,
@@ -177,7 +188,8 @@ class Registry:
             known = self._current(name) if is_found else None
             if known is not None:
                 return known
-            self._check_name(name, replace)
+            if not is_combined:
+                self._check_name(name, replace)
             outline = source.look(name, self._fitting)
             admitted = self._admission.check(name, outline.lineage)
             self.residency.check_alone(name, outline.sizes, outline.num_values)
@@ -185,8 +197,11 @@ class Registry:
             with ExitStack() as stack:
                 with self.residency.reading(name, outline.sizes, outline.num_values):
                     content = source.read(name, self._fitting)
-                    version = self._make(name, source, outline, content, admitted)
+                    number = 0 if is_combined else self._last_number.get(name, 0) + 1
                     updates = self.contents.prepared(content.updates)
+                    version = self._make(
+                        name, number, source, outline, content, admitted, num_bytes_of(updates)
+                    )
                     del content
                     self.contents.add(version, source)
                     stack.callback(self._drop_unless_known, version)
@@ -281,6 +296,13 @@ class Registry:
         with self._lock:
             return self._find(name).version
 
+    def knows(self, name: str) -> bool:
+        """Whether `name`, or `name@N`, is an adapter; combinations are none."""
+        with self._lock:
+            entry = self._names.get(name)
+            known = entry.current if entry is not None else self._known.get(name)
+            return known is not None and not known.version.is_combined
+
     # What there is
 
     def versions(self) -> list[AdapterVersion]:
@@ -291,12 +313,17 @@ class Registry:
     def current(self) -> list[AdapterVersion]:
         """What each name stands for."""
         with self._lock:
-            return [entry.current.version for entry in self._names.values()]
+            versions = [entry.current.version for entry in self._names.values()]
+        return [version for version in versions if not version.is_combined]
 
     def names(self) -> list[str]:
         """Names that new requests may ask for."""
+        return [version.name for version in self.current()]
+
+    def combinations(self) -> list[str]:
+        """What requests had added, and is kept."""
         with self._lock:
-            return list(self._names)
+            return [name for name, entry in self._names.items() if entry.current.version.is_combined]
 
     def num_pins(self, version: AdapterVersion) -> int:
         """How many requests hold `version`."""
@@ -409,6 +436,8 @@ class Registry:
         """A name is gone; its versions that nobody holds."""
         entry = self._names.pop(name)
         self._found.pop(name, None)
+        if entry.current.version.is_combined:
+            self._last_number.pop(name, None)
         return [each for each in (entry.current, *entry.others.values()) if not each.num_requests]
 
     def _drop_old(self, name: str) -> list[Known]:
@@ -422,7 +451,10 @@ class Registry:
     def _drop_found(self) -> list[Known]:
         """What was not asked for longest, of more names than are kept that were looked up."""
         left: list[Known] = []
-        for name in list(self._found)[: max(len(self._found) - self._max_found, 0)]:
+        combined = [name for name in self._found if self._names[name].current.version.is_combined]
+        most = len(combined) - self._max_combined, len(self._found) - self._max_found
+        old = [*combined[: max(most[0], 0)], *list(self._found)[: max(most[1], 0)]]
+        for name in dict.fromkeys(old):
             entry = self._names[name]
             is_held = any(each.num_requests for each in (entry.current, *entry.others.values()))
             if not entry.is_pinned and not is_held:
@@ -513,12 +545,19 @@ class Registry:
                 self.residency.leave(each.version)
 
     def _make(
-        self, name: str, source: Source, outline: Outline, content: Content, admitted: Admitted
+        self,
+        name: str,
+        number: int,
+        source: Source,
+        outline: Outline,
+        content: Content,
+        admitted: Admitted,
+        num_bytes: int,
     ) -> AdapterVersion:
         lineage = outline.lineage
         return AdapterVersion(
             name,
-            self._last_number.get(name, 0) + 1,
+            number,
             content.content_hash,
             source.path,
             admitted.notes,
@@ -530,7 +569,7 @@ class Registry:
             format=outline.format,
             sizes=outline.sizes,
             num_values=outline.num_values,
-            num_bytes=self.contents.num_bytes(outline.num_values),
+            num_bytes=num_bytes,
             created_s=time.time(),
         )
 

@@ -172,6 +172,7 @@ class Residency:
         self._slots = itertools.count(1)
         self._uses = itertools.count(1)
         self._totals = Record()
+        self._is_short = False  # somebody wants a slot, and none is closed for it
         self._num_evicted = self._num_failed = 0
 
     # What the scheduler asks, on the engine's thread
@@ -186,29 +187,44 @@ class Residency:
             error = self._errors.pop(sequence, None)
             if error is not None:
                 raise error
-            record = self._records.setdefault(version.id, Record())
             seat = self._seats.get(version.id)
-            want = self._wants.get(version.id)
-            if seat is not None and seat.is_ready and not seat.is_closing:
-                seat.rows.add(sequence)
-                seat.used = next(self._uses)
-                sequence.slot = seat.slot
-                for each in (record, self._totals):
-                    each.num_hits += want is None or sequence not in want.sequences
-                if want is not None:
-                    want.sequences.discard(sequence)
-                    if not want.sequences:
-                        del self._wants[version.id]
-                return True
-            is_new = want is None
-            if want is None:
-                want = self._wants[version.id] = Want(version)
-            for each in (record, self._totals):
-                each.num_misses += sequence not in want.sequences
-            want.sequences.add(sequence)
-        if is_new:
+            has_slot = seat is not None and seat.is_ready and not seat.is_closing
+            if has_slot:
+                assert seat is not None
+                self._take_row(seat, sequence)
+                is_due = self._is_short
+            else:
+                is_due = self._ask_for(version, sequence)
+        if is_due:
             self._assign()
-        return False
+        return has_slot
+
+    def _take_row(self, seat: Seat, sequence: SequenceState) -> None:
+        seat.rows.add(sequence)
+        seat.used = next(self._uses)
+        sequence.slot = seat.slot
+        want = self._wants.get(seat.version.id)
+        has_waited = want is not None and sequence in want.sequences
+        for each in (self._record(seat.version), self._totals):
+            each.num_hits += not has_waited
+        if want is not None:
+            want.sequences.discard(sequence)
+            if not want.sequences:
+                del self._wants[seat.version.id]
+
+    def _ask_for(self, version: AdapterVersion, sequence: SequenceState) -> bool:
+        """Put a row's version among those that are wanted; whether it was not."""
+        want = self._wants.get(version.id)
+        is_new = want is None
+        if want is None:
+            want = self._wants[version.id] = Want(version)
+        for each in (self._record(version), self._totals):
+            each.num_misses += sequence not in want.sequences
+        want.sequences.add(sequence)
+        return is_new
+
+    def _record(self, version: AdapterVersion) -> Record:
+        return self._records.setdefault(version.id, Record())
 
     def let_go(self, sequence: SequenceState) -> None:
         """As `Adapters.let_go`: it has no row now."""
@@ -223,11 +239,8 @@ class Residency:
             self._assign()
 
     def lacks_slot(self, sequence: SequenceState) -> bool:
-        """As `Adapters.lacks_slot`: whether nothing is on its way to it, since rows are on all slots."""
-        version = sequence.request.adapter
-        with self._lock:
-            seat = self._seats.get(version.id) if version is not None else None
-            return version is not None and (seat is None or seat.is_closing)
+        """As `Adapters.lacks_slot`: never. Slots are closed for whoever waits longest: one is always on its way."""
+        return False
 
     def use_loaders(self, start: Callable[[Callable[[], None]], object], wake: Callable[[], None]) -> None:
         """From here on `start` has work done on another thread, and the engine's thread is woken by `wake`."""
@@ -276,6 +289,7 @@ class Residency:
             yield
         finally:
             shelf.release(version.effect_hash)
+            self._contents.sweep(version)
             shelf.make_room(self._shelf_bound())
 
     def fetch(self, version: AdapterVersion, *, is_patient: bool = False) -> None:
@@ -461,33 +475,34 @@ class Residency:
 
     def _assign(self) -> None:
         """Free slots to whoever waits longest, and those in use closed for as many as may be."""
-        seats: list[Seat] = []
+        given: list[Seat] = []
         with self._lock:
-            before = {seat for seat in self._seats.values() if seat.is_closing}
-            for seat in before:
-                seat.is_closing = False
             for version_id in [id for id, want in self._wants.items() if self._is_over(want)]:
                 del self._wants[version_id]
-            num_left = max(1, self.max_slots // CLOSING_SHARE)
-            has_left = False
-            for want in list(self._wants.values()):
-                own = self._seats.get(want.version.id)
-                if own is not None:
-                    continue
-                given, has_evicted = self._find_seat(want)
+            max_closing = max(1, self.max_slots // CLOSING_SHARE)
+            closing: list[Seat] = []
+            has_left = self._is_short = False
+            for want in [each for id, each in self._wants.items() if id not in self._seats]:
+                seat, has_evicted = self._find_seat(want)
                 has_left |= has_evicted
-                if given is not None:
-                    seats.append(given)
-                elif num_left > 0:
-                    num_left -= self._close_one(before)
+                if seat is not None:
+                    given.append(seat)
+                elif len(closing) < max_closing:
+                    closed = self._to_close(closing)
+                    closing += closed
+                    self._is_short |= not closed
                 elif self._num_counted() >= self.max_slots:
                     break
-            is_woken = any(not seat.is_closing for seat in before)
+            reopened = [seat for seat in self._seats.values() if seat.is_closing and seat not in closing]
+            for seat in reopened:
+                seat.is_closing = False
+            for seat in closing:
+                seat.is_closing = True
         if has_left:
             self._post(self.tidy)
-        for seat in seats:
+        for seat in given:
             self.start(lambda seat=seat: self._bring(seat))  # type: ignore[misc]
-        if is_woken:
+        if reopened:
             self.wake()
 
     def _find_seat(self, want: Want) -> tuple[Seat | None, bool]:
@@ -506,24 +521,21 @@ class Residency:
         """Nobody waits for it any more."""
         return not want.sequences and want.version.id not in self._pinned
 
-    def _close_one(self, before: Collection[Seat]) -> int:
-        """Keep new rows from the seat that serves fewest, rather one that was closed `before`; 0 if there is none."""
-        open = [
+    def _to_close(self, taken: Collection[Seat]) -> list[Seat]:
+        """Who is to get no new rows, beside those `taken`: rather who is closed already, else who serves fewest."""
+        busy = [
             seat
             for seat in self._seats.values()
-            if seat.is_ready and seat.rows and not seat.is_closing and seat.version.id not in self._pinned
+            if seat.is_ready and seat.rows and seat not in taken and seat.version.id not in self._pinned
         ]
-        if not open:
-            return 0
-        min(open, key=lambda seat: (seat not in before, len(seat.rows), seat.used)).is_closing = True
-        return 1
+        return sorted(busy, key=lambda seat: (not seat.is_closing, len(seat.rows), seat.used))[:1]
 
     def _evict(self) -> bool:
         """Take the slot that was not used longest from its version, if there is one that nobody uses."""
         idle = [seat for seat in self._seats.values() if self._is_idle(seat)]
         if not idle:
             return False
-        self._take_seat(min(idle, key=lambda seat: seat.used))
+        self._take_seat(min(idle, key=lambda seat: (not seat.is_closing, seat.used)))
         self._num_evicted += 1
         return True
 
@@ -617,10 +629,11 @@ class Residency:
         """It is all there: whoever waits for it may have it."""
         with self._lock:
             seat.is_ready = True
-            record = self._records.setdefault(seat.version.id, Record())
-            record.problem = None
-            for each in (record, self._totals):
-                each.num_loads += 1
+            self._totals.num_loads += 1
+            if not seat.is_left:
+                record = self._record(seat.version)
+                record.problem = None
+                record.num_loads += 1
             want = self._wants.get(seat.version.id)
             if want is not None and not want.sequences:
                 del self._wants[seat.version.id]
@@ -646,7 +659,7 @@ class Residency:
         with self._lock:
             self._num_failed += 1
             if not seat.is_left:
-                self._records.setdefault(seat.version.id, Record()).problem = str(error)
+                self._record(seat.version).problem = str(error)
             want = self._wants.pop(seat.version.id, None)
             for sequence in want.sequences if want else ():
                 self._errors[sequence] = error

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from serve.adapters.files import PEFT_TENSORS_FILE, SUFFIX, find_files
 from serve.adapters.manifest import CONFIG_FILE, TENSORS_FILE
 from serve.adapters.names import name_problem
 from serve.adapters.registry import Registry
@@ -20,7 +21,7 @@ from serve.errors import ForbiddenError, NotFoundError, OverloadedError
 
 logger = logging.getLogger(__name__)
 
-FILES = (CONFIG_FILE, TENSORS_FILE, "adapter_model.safetensors")
+FILES = (CONFIG_FILE, TENSORS_FILE, PEFT_TENSORS_FILE)
 """Of an adapter's repository, all that is fetched."""
 MAX_LISTED = 1000
 HUB_RETRY_AFTER_S = 10.0
@@ -29,9 +30,9 @@ HUB_RETRY_AFTER_S = 10.0
 class Resolver:
     """Looks names up. Safe to call from any thread.
 
-    folders   where `name` may be a folder, also one level deeper as `owner/name`; links inside lead nowhere else
+    folders   where `name` may be an adapter's folder or file, deeper ones as `a/b`; links there lead nowhere else
     hub       owners and repositories (`owner`, `owner/name`) that may be fetched from the hub
-    endpoint  the hub's address; None: the one that huggingface_hub knows
+    endpoint, cache  the hub's address, and where it is kept; None: those that huggingface_hub knows
     """
 
     def __init__(
@@ -40,11 +41,12 @@ class Resolver:
         folders: Sequence[Path] = (),
         hub: Sequence[str] = (),
         endpoint: str | None = None,
+        cache: Path | None = None,
     ) -> None:
         self._registry = registry
         self._folders = [folder.expanduser() for folder in folders]
         self._hub = frozenset(hub)
-        self._endpoint = endpoint
+        self._endpoint, self._cache = endpoint, cache
 
     @property
     def looks_up(self) -> bool:
@@ -85,7 +87,11 @@ class Resolver:
         from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
         try:
-            return str(snapshot_download(name, allow_patterns=list(FILES), endpoint=self._endpoint))
+            return str(
+                snapshot_download(
+                    name, allow_patterns=list(FILES), endpoint=self._endpoint, cache_dir=self._cache
+                )
+            )
         except (RepositoryNotFoundError, HFValidationError):  # a private one too, for whoever may not see it
             raise NotFoundError(f"no adapter {name!a:.200} is loaded, and the hub has none") from None
         except Exception as error:  # the hub's client raises whatever its transport does
@@ -96,32 +102,49 @@ class Resolver:
 
 
 def _inside(folder: Path, name: str) -> Path | None:
-    """The adapter's folder of that name; None where there is none. ForbiddenError where links lead elsewhere."""
+    """The adapter of that name in a folder: a folder, or a file without its ending; None where there is none.
+
+    ForbiddenError where the name or a link leads out of it; AdapterError for what is there and is no adapter.
+    """
     parts = PurePosixPath(name).parts
     if ".." in parts or PurePosixPath(name).is_absolute() or "\\" in name:
         raise ForbiddenError(
             f"model {name!a:.200} leads out of adapter_dirs; a name is of a folder inside one"
         )
-    path = folder.joinpath(*parts)
     # One name an adapter: "a//b" and "a/./b" are others than "a/b".
-    if not parts or "/".join(parts) != name or not os.path.isfile(path / CONFIG_FILE):
+    if not parts or "/".join(parts) != name:
         return None
+    for path in (folder / name, folder / f"{name}{SUFFIX}"):
+        if _is_adapter(path):
+            _check_inside(folder, name, path)
+            return path
+    return None
+
+
+def _is_adapter(path: Path) -> bool:
+    """By its looks: a folder with a config, or a file of tensors."""
+    if os.path.isdir(path):
+        return os.path.lexists(path / CONFIG_FILE)
+    return path.suffix == SUFFIX and os.path.isfile(path)
+
+
+def _check_inside(folder: Path, name: str, path: Path) -> None:
     root = os.path.realpath(folder)
-    for each in (path, *(path / file for file in FILES)):
-        if not Path(os.path.realpath(each)).is_relative_to(root):
+    for each in (path, *find_files(path)):
+        if each is not None and not Path(os.path.realpath(each)).is_relative_to(root):
             raise ForbiddenError(
                 f"model {name!r}: {each} is a link that leads out of {folder}, which adapter_dirs names"
             )
-    return path
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """Adapters' folders in one folder, by name."""
+    """Adapters in one folder, as they are asked for."""
     try:
-        entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        entries = sorted(os.listdir(folder))
     except OSError as error:
         logger.warning("%s, of adapter_dirs, cannot be read: %s", folder, error)
         return
     for name in entries:
-        if name_problem(name) is None and os.path.isfile(folder / name / CONFIG_FILE):
-            yield name
+        asked = name.removesuffix(SUFFIX)
+        if name_problem(asked) is None and _is_adapter(folder / name):
+            yield asked

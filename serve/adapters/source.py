@@ -15,7 +15,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from serve.adapters import manifest
-from serve.adapters.files import find_files, read_adapter
+from serve.adapters.files import find_files, located, read_adapter
 from serve.adapters.fit import LowRank, Size, check_fit, fit
 from serve.adapters.own import own_layout
 from serve.errors import AdapterError, NotFoundError
@@ -81,26 +81,27 @@ class FolderSource:
 
     def __init__(self, path: str | Path) -> None:
         """NotFoundError where no path can be."""
-        self._folder = _resolved(path)
-        self._marks: tuple[object, ...] | None = None
+        self._path = located(path)
+        self._marks: tuple[object, ...] | None = None  # of the files, when they held what was given first
+        self._given = ""  # its effect hash
 
     @property
     def path(self) -> str:
-        return str(self._folder)
+        return str(self._path)
 
     @property
     def is_intact(self) -> bool:
         return self._marks is not None and self._marks == self._marks_now()
 
     def look(self, name: str, fitting: Fitting) -> Outline:
-        files = read_adapter(self._folder)
+        files = read_adapter(self._path)
         sizes = check_fit(name, files.specs, files.config, fitting.network, max_rank=fitting.max_rank)
         num_values = sum(spec.num_values for spec in files.specs.values())
         return Outline(sizes, num_values, files.config.lineage, files.format)
 
     def read(self, name: str, fitting: Fitting) -> Content:
         marks = self._marks_now()
-        files, network = read_adapter(self._folder), fitting.network
+        files, network = read_adapter(self._path), fitting.network
         tensors = files.read()
         # Of what was read, not of the header looked at before: the file may have been replaced meanwhile.
         check_fit(name, manifest.specs_of(tensors), files.config, network, max_rank=fitting.max_rank)
@@ -109,25 +110,20 @@ class FolderSource:
         own, config = own_layout(tensors, files.config, network)
         outside = {path: tensor for path, tensor in own.items() if not path.startswith(prefix)}
         tensors_hash = manifest.content_hash(tensors)
-        self._marks = marks
+        effect_hash = manifest.effect_hash(tensors_hash, files.config)
+        if self._given in ("", effect_hash):
+            self._given, self._marks = effect_hash, marks
         return Content(
             updates,
             tensors_hash,
-            manifest.effect_hash(tensors_hash, files.config),
+            effect_hash,
             manifest.effect_hash(manifest.content_hash(outside), config) if outside else "",
         )
 
     def _marks_now(self) -> tuple[object, ...] | None:
         """What changes with the files; None where they are not there."""
         try:
-            found = [os.stat(path) for path in find_files(self._folder) if path is not None]
+            found = [os.stat(path) for path in find_files(self._path) if path is not None]
         except (OSError, AdapterError, NotFoundError):
             return None
         return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
-
-
-def _resolved(path: str | Path) -> Path:
-    try:
-        return Path(path).expanduser().resolve()
-    except (RuntimeError, OSError, ValueError) as error:  # ~nobody, too long, a null byte
-        raise NotFoundError(f"no adapter folder at {str(path)!a:.200}: {error}") from error

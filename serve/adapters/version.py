@@ -14,7 +14,10 @@ if TYPE_CHECKING:  # the scheduler plans with versions, and imports no mlx
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """`name@number`, immutable. Requests hold the version they began with until they end."""
+    """`name@number`, immutable. Requests hold the version they began with until they end.
+
+    A combination of versions is named by theirs, and its number is 0.
+    """
 
     name: str
     number: int
@@ -46,7 +49,12 @@ class AdapterVersion:
     @property
     def id(self) -> str:
         """How a request may ask for exactly this version, and how responses name it."""
-        return f"{self.name}@{self.number}"
+        return self.name if self.is_combined else f"{self.name}@{self.number}"
+
+    @property
+    def is_combined(self) -> bool:
+        """Whether it is others, weighted and added."""
+        return self.number == 0
 
     @property
     def num_modules(self) -> int:

@@ -1,4 +1,4 @@
-"""What the registry says of adapters → what /v1/adapters answers: where versions are, who holds them, what they do."""
+"""What a registry says of adapters → what /v1/adapters answers: where versions are, who holds them, what they are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def listing(runtime: Runtime) -> dict[str, Any]:
     """Every adapter, and what all of them take. Blocks: it asks the disk."""
     registry, stats = runtime.registry, runtime.registry.residency.stats()
     cards = []
-    for name in registry.names():
+    for name in (*registry.names(), *registry.combinations()):
         shown = registry.find(name)
         if shown is not None:  # it may have been unloaded meanwhile
             cards.append(_card(runtime, shown))
@@ -51,7 +51,7 @@ def _card(runtime: Runtime, shown: ShownName) -> dict[str, Any]:
     current = next(each for each in shown.versions if each.is_current)
     return {
         "name": shown.name,
-        "object": "adapter",
+        "object": "combination" if current.version.is_combined else "adapter",
         "current": current.version.id,
         "base": runtime.model.name,
         "state": _state(current),

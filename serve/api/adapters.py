@@ -5,6 +5,8 @@ Streams go on meanwhile.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 
+from serve.adapters.files import find_files, located
 from serve.adapters.version import AdapterVersion
 from serve.api.adapter_cards import adapter_card, listing
 from serve.api.body import JsonRoute
@@ -104,25 +107,39 @@ def _ranks(version: AdapterVersion) -> str:
 
 
 def allowed_path(path: str, config: ServeConfig) -> Path:
-    """The folder behind `path`, links followed. ForbiddenError where this server may not read; NotFoundError where
-    no folder is; RequestError where no path can be."""
+    """The folder or the file of tensors behind `path`, links followed. ForbiddenError where this server may not read,
+    be it one of the adapter's files; NotFoundError where nothing is; RequestError where no path can be."""
     roots = config.allowed_adapter_roots
     if roots is None and not config.is_loopback:
         raise ForbiddenError(
             f"{path} may not be loaded: this server listens on {config.host} and names no allowed_adapter_roots"
         )
     try:
-        resolved = Path(path).expanduser().resolve()
-        is_allowed = roots is None or any(
-            resolved.is_relative_to(root.expanduser().resolve()) for root in roots
-        )
-        is_folder = is_allowed and resolved.is_dir()
-    except (ValueError, RuntimeError, OSError) as error:
+        resolved = located(path)
+        allowed = None if roots is None else [root.expanduser().resolve() for root in roots]
+        is_allowed = _is_under(resolved, allowed)
+        is_there = is_allowed and resolved.exists()
+    except (ValueError, RuntimeError, OSError, NotFoundError) as error:
         # A null byte; a user that is not there, a loop of links; too long a name, no permission.
         message = f"lora_path: {path[:MAX_PATH_CHARS]!r} cannot be looked up: {error}"
         raise RequestError(message, "lora_path") from None
     if not is_allowed:
         raise ForbiddenError(f"{path} is under none of this server's allowed_adapter_roots")
-    if not is_folder:
-        raise NotFoundError(f"No adapter found for {path}: there is no such folder")
+    if not is_there:
+        raise NotFoundError(f"No adapter found for {path}: there is no such folder or file")
+    for file in _files_in(resolved):
+        if not _is_under(Path(os.path.realpath(file)), allowed):
+            raise ForbiddenError(f"{file} is a link that leads out of this server's allowed_adapter_roots")
     return resolved
+
+
+def _files_in(path: Path) -> list[Path]:
+    """The files that a load would read; none where it would find none, and say why."""
+    try:
+        return [file for file in find_files(path) if file is not None]
+    except AdapterError:
+        return []
+
+
+def _is_under(path: Path, roots: Sequence[Path] | None) -> bool:
+    return roots is None or any(path.is_relative_to(root) for root in roots)

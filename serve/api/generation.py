@@ -191,6 +191,8 @@ async def build_requests(
             precision=precision,
             tenant=tenant,
             cache_salt=body.cache_salt or "",
+            priority=body.priority or 0,
+            deadline_s=body.deadline_s,
         )
         for p, prompt in enumerate(prompts)
         for choice in range(num_choices)

@@ -20,6 +20,8 @@ E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 MAX_GONE = 16
 """Names of unloaded adapters whose last counts wait for a scrape."""
+COMBINED = "(combined)"
+"""What all combinations of adapters are counted as."""
 
 
 class Metrics:
@@ -66,7 +68,8 @@ class Metrics:
     def _gone(self) -> set[str]:
         """Names that were counted, and that neither new requests nor running ones use."""
         registry = self._runtime.registry
-        served = {self._runtime.model.name, *registry.names(), *(v.name for v in registry.versions())}
+        versions = (version.name for version in registry.versions())
+        served = {self._runtime.model.name, COMBINED, *registry.names(), *versions}
         return {
             sample.labels["model"]
             for metric in self._by_model

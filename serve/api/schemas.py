@@ -3,10 +3,11 @@ accepted with their neutral values only. Hints, which ask nothing of the answer,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from serve.api.parts import Part, Shown, TextPart
 from serve.api.strict import Body, Neutral
@@ -18,8 +19,10 @@ MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_SALT_CHARS = 1024
 """vLLM's bound."""
+MAX_TIMEOUT_S = 7 * 24 * 3600.0
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Label = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 """Text that databases and file systems take as a name."""
 # One wrong entry is told, not a million of them.
@@ -97,6 +100,12 @@ class GenerationBody(Body):
     kv_plain_layers: int | None = Field(None, ge=0)
     cache_salt: str | None = Field(None, min_length=1, max_length=MAX_SALT_CHARS)
     """vLLM's: prefixes are shared with requests of the same salt alone."""
+    priority: Priority | None = None
+    """vLLM's: the lower, the earlier; 0, if left out."""
+    timeout: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S)
+    """Seconds, from when the body was read, after which the answer is of no use: 504 then, and nothing more is
+    computed. A stream that has begun ends with that error."""
+    _read_s: float = PrivateAttr(default_factory=time.monotonic)
 
     @field_validator("stop")
     @classmethod
@@ -149,6 +158,11 @@ class GenerationBody(Body):
         if precision.scheme == "turbo" and self.kv_group_size is not None:
             raise RequestError("kv_group_size: TurboQuant has no groups; leave it out", "kv_group_size")
         return precision
+
+    @property
+    def deadline_s(self) -> float | None:
+        """By time.monotonic; None: whenever."""
+        return None if self.timeout is None else self._read_s + self.timeout
 
     @property
     def stops(self) -> tuple[str, ...]:

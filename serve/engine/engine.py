@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,13 +20,21 @@ from serve.engine.features import SequenceFeatures
 from serve.engine.finish import FinishRule
 from serve.engine.limits import EngineLimits as EngineLimits
 from serve.engine.limits import MemoryBudget
+from serve.engine.pace import Pace
 from serve.engine.plan import Drawn, Plan, SequenceState
 from serve.engine.prefixes import SequencePrefixes
 from serve.engine.request import EngineStats, Event, MemoryUse, Request
 from serve.engine.runner import Captured, Flight, Runner
 from serve.engine.scheduler import Budget, Scheduler
 from serve.engine.sights import Sights
-from serve.errors import ConfigError, ContextLengthError, GenerationError, LatheError, RequestError
+from serve.errors import (
+    ConfigError,
+    ContextLengthError,
+    DeadlineError,
+    GenerationError,
+    LatheError,
+    RequestError,
+)
 from serve.model.loading import LoadedModel
 from serve.model.prompt import Prompt
 from serve.model.template_rules import TemplateRules
@@ -70,20 +80,24 @@ class Engine:
             model.network,
             self.bank,
             Sights(model.vision, self.features) if model.vision and self.features else None,
-            prefill_chunk_tokens=limits.prefill_chunk_tokens,
+            row_chunk_tokens=limits.window_chunk_tokens,
             ahead=self._ahead,
         )
         cost = self._runner.rows.cost
+        self.pace = Pace(None if limits.max_gap_ms is None else limits.max_gap_ms / 1000)
         budget = Budget(
             max_rows=limits.max_rows,
             prefill_chunk_tokens=limits.prefill_chunk_tokens,
             max_bytes=self.memory.max_row_bytes(self.memory.adapters, self.memory.host or 0),
             row_cost=cost,
             encode_patches=limits.encode_patches,
+            row_chunk_tokens=limits.row_chunk(has_windows=cost.has_windows, on_cpu=on_cpu),
         )
         self.prefixes = SequencePrefixes.make(limits, self.memory.kv, model, self._runner.rows)
         """None where the limits want none."""
-        self.scheduler = Scheduler(budget, self.prefixes, self.features, self.registry.residency)
+        self.scheduler = Scheduler(
+            budget, self.prefixes, self.features, self.registry.residency, self.pace, limits.make_shares()
+        )
         self.registry.residency.wake = self.scheduler.wake
         self._max_contexts: dict[KvPrecision, int] = {}
         self.max_context = self.max_context_at(limits.precision)
@@ -97,6 +111,8 @@ class Engine:
         self._by_id: dict[str, SequenceState] = {}
         self._flights: deque[Flight] = deque()  # steps that have been started and not read
         self._eos = frozenset(model.tokenizer.eos_token_ids)
+        self._deadlines: list[tuple[float, str]] = []  # a heap; those that have ended stay until they come up
+        self._landed_s = 0.0  # when the last step was read
         self._num_adapter_changes = (-1, -1)
         self._kv_bytes = 0
         self._num_steps = 0
@@ -112,7 +128,16 @@ class Engine:
     @property
     def can_step(self) -> bool:
         """Whether `step` has anything to do: False while all that is open waits for adapters on their way."""
-        return bool(self._flights) or (self.scheduler.has_work and not self.scheduler.is_asleep)
+        if self._flights or (self.scheduler.has_work and not self.scheduler.is_asleep):
+            return True
+        return self.sleep_s == 0
+
+    @property
+    def sleep_s(self) -> float | None:
+        """Seconds until some request's deadline has passed; None where none has one."""
+        while self._deadlines and self._deadlines[0][1] not in self._by_id:
+            heapq.heappop(self._deadlines)
+        return max(self._deadlines[0][0] - time.monotonic(), 0.0) if self._deadlines else None
 
     def max_context_at(self, precision: KvPrecision) -> int:
         """Tokens of prompt and answer together that a row of this precision may have. Safe to call from any thread.
@@ -155,6 +180,8 @@ class Engine:
         self._check_media(request.prompt)
         precision = request.precision or self.limits.precision
         max_context = self.max_context_at(precision)
+        if request.deadline_s is not None and request.deadline_s <= time.monotonic():
+            raise DeadlineError("timeout: the time that the request has set has passed before it was queued")
         remaining = max_context - len(prompt)
         if remaining < 1:
             raise ContextLengthError(context_message(max_context, len(prompt)), "prompt")
@@ -181,11 +208,11 @@ class Engine:
         if self.model.network.takes_positions and any(media.kind != "audio" for media in prompt.media):
             assert prompt.rope is not None, "this family's media have positions"
         longest = max((stop - start for start, stop in prompt.blocks), default=0)
-        window = any(layer.window is not None for layer in self.scheduler.budget.row_cost.layers)
-        if window and longest > self.limits.prefill_chunk_tokens:
+        most = self.limits.window_chunk_tokens
+        if self.scheduler.budget.row_cost.has_windows and longest > most:
             raise RequestError(
                 f"{longest} tokens of the prompt see one another and are computed in one step; this server takes "
-                f"{self.limits.prefill_chunk_tokens} at most, by prefill_chunk_tokens",
+                f"{most} at most, by row_chunk_tokens",
                 "prompt",
             )
 
@@ -196,6 +223,8 @@ class Engine:
         self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
         self._by_id[request.id] = sequence
         self.scheduler.add(sequence)
+        if request.deadline_s is not None:
+            heapq.heappush(self._deadlines, (request.deadline_s, request.id))
 
     def cancel(self, request_id: str) -> Event | None:
         """Take a request out; its final event, or None if it had ended already."""
@@ -214,8 +243,8 @@ class Engine:
         `recover` says whose it was.
         """
         self.registry.residency.catch_up()
+        events = self._expire()
         plan = self._planned()
-        events: list[Event] = []
         if not plan.is_empty:
             flight = self._start(plan)
             self._flights.append(flight)
@@ -236,6 +265,17 @@ class Engine:
             for restore in plan.restores:
                 assert self.prefixes is not None
                 self.prefixes.release(restore.prefix)
+
+    def _expire(self) -> list[Event]:
+        """Whose deadline has passed, ends here, whether it has a row or waits for one."""
+        late: list[SequenceState] = []
+        while self.sleep_s == 0:
+            late.append(self._by_id.pop(heapq.heappop(self._deadlines)[1]))
+        self._by_id |= {sequence.request.id: sequence for sequence in late}
+        events = [self._ended(sequence, _late(sequence)) for sequence in late]
+        if late:
+            self._forget(late)
+        return events
 
     def _refuse(self) -> list[Event]:
         """Whose adapter cannot come, ends here: each with its own error."""
@@ -320,6 +360,7 @@ class Engine:
     def _land(self, flight: Flight) -> list[Event]:
         """The events of a step that was started."""
         drawn = self._runner.read(flight)
+        self._note_time(flight)
         self.scheduler.commit(flight.plan, drawn)
         self._num_prompt_tokens += flight.plan.num_prefilled
         blind = self._settle(flight) if self.features is not None else []
@@ -337,6 +378,13 @@ class Engine:
                 [alive[event.request_id] for event in ended if event.finish == "error"], is_sound=False
             )
         return events + blind
+
+    def _note_time(self, flight: Flight) -> None:
+        """How long the step took that was read a moment ago, unless it also copied rows or encoded pictures."""
+        now, plan = time.perf_counter(), flight.plan
+        duration_s, self._landed_s = now - max(flight.began_s, self._landed_s), now
+        if not (plan.encodes or plan.moves or plan.restores or plan.departures):
+            self.pace.note(plan.num_single, plan.num_padded, duration_s)
 
     def recover(self, error: BaseException) -> list[Event]:
         """End every row that a failed step may have left in any state, and go on with an empty batch.
@@ -464,6 +512,12 @@ class Engine:
         del self._rules[sequence.request.id]
         if self.features is not None:
             self.features.release(sequence)
+
+
+def _late(sequence: SequenceState) -> DeadlineError:
+    count = len(sequence.generated)
+    done = f"after {count} tokens of the answer" if count else "before the answer began"
+    return DeadlineError(f"timeout: the time that the request has set has passed {done}")
 
 
 def context_message(max_context: int, num_prompt_tokens: int) -> str:

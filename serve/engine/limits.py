@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from serve import device
 from serve.cache.precision import PLAIN, KvPrecision
+from serve.engine.shares import Shares
 
 SHARE_OF_FREE_MEMORY = 0.8
 KV_SHARE = 0.75
 """Of the memory budget; the rest is for adapters."""
+ROW_CHUNK = 256
 HOST_SHARE = 0.25
 """Of the host's memory that is free, where the device has its own: for adapters that have no slot."""
 
@@ -21,7 +24,18 @@ class EngineLimits:
 
     max_rows: int = 64
     max_waiting: int = 256
-    prefill_chunk_tokens: int = 256
+    max_tenant_requests: int | None = None
+    """Of one tenant, running or waiting; None: no bound of its own."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Weights of adapters by name, of the base by ""; see serve/engine/shares.py."""
+    tenant_shares: Mapping[str, float] = field(default_factory=dict)
+    prefill_chunk_tokens: int = 2048
+    """Of prompts in one step, padding included. Beside decoding rows a step has as many as `max_gap_ms` allows."""
+    row_chunk_tokens: int | None = None
+    """Of one prompt among them. None: all; ROW_CHUNK on CPU, where long chunks are no faster, and in models with
+    sliding windows, whose buffers have room for a chunk beside the window."""
+    max_gap_ms: float | None = None
+    """What decoding rows wait for prompts in one step; None: see serve/engine/pace.py."""
     max_context: int | None = None
     """Tokens; None: what the model was made for."""
     memory_budget_bytes: int | None = None
@@ -57,6 +71,21 @@ class EngineLimits:
     max_rank: int = 256
     allow_other_base: bool = False
     """Load adapters whose manifest names other base weights, or another tokenizer."""
+
+    def make_shares(self) -> Shares:
+        """What rows are shared out by."""
+        return Shares(self.shares, self.tenant_shares)
+
+    @property
+    def window_chunk_tokens(self) -> int:
+        """Of a prompt, in one step of a model with sliding windows."""
+        return min(self.row_chunk_tokens or ROW_CHUNK, self.prefill_chunk_tokens)
+
+    def row_chunk(self, *, has_windows: bool, on_cpu: bool) -> int:
+        """Of a prompt, in one step."""
+        if has_windows or (on_cpu and self.row_chunk_tokens is None):
+            return self.window_chunk_tokens
+        return min(self.row_chunk_tokens or self.prefill_chunk_tokens, self.prefill_chunk_tokens)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,8 @@ class SequenceState:
     """The slot is kept for it: it has a row."""
     num_passed: int = 0
     """So many others were given slots while it waited for one."""
+    is_gone: bool = False
+    """It was taken out."""
     is_sound: bool = True
     """As far as is known, its row holds numbers."""
     generated: list[int] = field(default_factory=list)
@@ -201,6 +203,12 @@ class Plan:
     """Of all rows while this plan is the last."""
     num_prefilled: int = 0
     """Tokens of prompts, and of answers that are computed anew."""
+
+    @property
+    def num_padded(self) -> int:
+        """Tokens of the second forward, padding included."""
+        others = self.chunks[self.num_single :]
+        return len(others) * max((chunk.num_tokens for chunk in others), default=0)
 
     @property
     def is_empty(self) -> bool:

@@ -82,6 +82,10 @@ class Request:
     """Prefixes are shared inside a tenant alone."""
     cache_salt: str = ""
     """The same among those who send the same salt."""
+    priority: int = 0
+    """The lower, the earlier it has a row, as in vLLM."""
+    deadline_s: float | None = None
+    """By time.monotonic: once that has passed, it ends with a DeadlineError and costs nothing more."""
 
     @property
     def all_stop_ids(self) -> tuple[int, ...]:

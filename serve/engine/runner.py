@@ -7,6 +7,7 @@ read.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -58,6 +59,8 @@ class Flight:
     plan: Plan
     sequences: list[SequenceState]
     """[B] those that draw a token, in the order of the batch."""
+    began_s: float = 0.0
+    """By time.perf_counter."""
     drawn: mx.array | None = None
     """[B] token ids."""
     is_sound: mx.array | None = None
@@ -94,7 +97,7 @@ class Runner:
         bank: Bank,
         sights: Sights | None = None,
         *,
-        prefill_chunk_tokens: int,
+        row_chunk_tokens: int,
         ahead: bool = False,
     ) -> None:
         """Raises ModelError where a family's rows cannot be what its own cache is.
@@ -105,7 +108,7 @@ class Runner:
         self._bank = bank
         self._sights = sights
         self._evaluate = mx.async_eval if ahead else mx.eval
-        self.rows = make_rows(network, prefill_chunk_tokens=prefill_chunk_tokens)
+        self.rows = make_rows(network, prefill_chunk_tokens=row_chunk_tokens)
         self.rows.prove()
         self._capacities: Mapping[Bucket, int] = {}
         self._decoding: Decoding | None = None
@@ -117,12 +120,14 @@ class Runner:
 
         Feeds on the tokens of the step before it, read or not.
         """
+        began_s = time.perf_counter()
         captured = self.capture(plan.departures)
         encoded = [self._encode(each) for each in plan.encodes]
         self._place(plan)
         hidden, chunks = self._hidden(plan)
         captured += self.capture(plan.captures)
-        flight = Flight(plan, [chunk.sequence for chunk in chunks], captured=captured, encoded=encoded)
+        sequences = [chunk.sequence for chunk in chunks]
+        flight = Flight(plan, sequences, began_s, captured=captured, encoded=encoded)
         if hidden is not None:
             self._draw(flight, hidden, chunks)
         # The step's one evaluation. The rows are named because a prompt's middle chunk leads to no token.

@@ -1,13 +1,17 @@
 """Who runs next: requests in, a Plan out, finished sequences taken away. Holds no arrays and imports no mlx.
 
-Rows are shared out between groups (the rows of one HTTP request are one group): the next to be admitted is the
-oldest of the group that holds fewest rows, and where there is no room for it, a group that holds at least two rows
-more gives its youngest back. Nobody else overtakes it, so nobody starves.
-A row claims memory for what it holds and ANSWER_HEADROOM_TOKENS more. When rows outgrow the budget, the youngest is
-preempted: it goes back into the queue, keeps its arrival, and goes on from what the prefix cache has kept of it.
-Prompts are computed in chunks of at most `prefill_chunk_tokens` a step, beside one decode token for every running
-row. Steps take turns: one begins with the oldest prompt, the next with the group that has had least computed, so
-short prompts pass long ones, and long ones have every second step.
+Rows are shared out by priority (the lower, the earlier), then by shares of tenants and adapters (`Shares`), then
+between groups (the rows of one HTTP request are one group): the next to be admitted is the oldest of the group that
+holds fewest rows, and where there is no room for it, a group that holds at least two rows more gives its youngest
+back. Nobody else overtakes it, and whoever has waited longest is passed for priority's sake MAX_OVERTAKEN times at
+most, so nobody starves.
+A row claims memory for what it holds and ANSWER_HEADROOM_TOKENS more. When rows outgrow the budget, the youngest of
+the latest priority is preempted: it goes back into the queue, keeps its arrival, and goes on from what the prefix
+cache has kept of it.
+Prompts are computed in chunks beside one decode token for every running row: as much as those may wait for
+(`Pace`), or `prefill_chunk_tokens` where nobody decodes. Steps take turns: one begins with the oldest prompt, the
+next with the group that has had least computed, so short prompts pass long ones, which have every second step; the
+oldest of the earliest priority begins every other of those.
 Pictures are encoded in a step before the one that computes their tokens: `encode_patches` a step, or one picture,
 beside the same decode tokens. A chunk ends before the first picture that is not encoded, and never inside a block.
 Who has a row holds a slot of its adapter. Whose adapter is on its way is passed by others, and keeps its turn; who
@@ -28,14 +32,32 @@ from typing import Protocol
 
 from serve.cache.capacity import Bucket, RowCost, positions_capacity
 from serve.cache.features import FeatureKey
+from serve.engine.pace import Pace
 from serve.engine.placement import Arrangement, Tenant, arrange, least_bytes
 from serve.engine.plan import Capture, Chunk, Drawn, Encode, Found, Plan, Restore, SequenceState
+from serve.engine.shares import Shares
 from serve.errors import LatheError
 
 ANSWER_HEADROOM_TOKENS = 256
 """Positions beyond its present ones that a row claims: a row that asks for 32,000 tokens keeps nobody out."""
 
+MAX_SCORES = 1 << 23
+"""Tokens of a forward times the positions that they look back on, of each head: backends without a kernel for it hold
+all of them at once. Up to LEAST_CHUNK tokens are computed in any case."""
+LEAST_CHUNK = 256
+ALONE_TOKENS = 64
+"""A chunk that would be computed in a step of its own costs about so many tokens more: what padding may take."""
+MAX_OVERTAKEN = 32
+"""So many are admitted before the one that has waited longest, for their priority is earlier; then it is its turn."""
+MAX_SKIPPED = 4
+"""Prompts that do not fit beside a step's others and are passed in it by those behind them."""
+
 _by_arrival = attrgetter("arrival")
+
+
+def _by_priority(sequence: SequenceState) -> tuple[int, int]:
+    """The largest is the first to give its row back."""
+    return sequence.request.priority, sequence.arrival
 
 
 @dataclass(frozen=True)
@@ -44,9 +66,12 @@ class Budget:
 
     max_rows: int
     prefill_chunk_tokens: int
+    """Tokens of prompts in one step, padding included."""
     max_bytes: int
     """Memory of all rows together, their buffers' rounding included."""
     row_cost: RowCost
+    row_chunk_tokens: int | None = None
+    """Of one prompt among them; None: all."""
     encode_patches: int = 1024
 
     @property
@@ -151,7 +176,10 @@ class Scheduler:
         prefixes: Prefixes | None = None,
         features: Features | None = None,
         adapters: Adapters | None = None,
+        pace: Pace | None = None,
+        shares: Shares | None = None,
     ) -> None:
+        """`pace`: what a step's prompts may cost decoding rows; None: nobody minds. `shares`: None: all are one."""
         self.budget = budget
         self.waiting: list[SequenceState] = []  # in order of arrival
         self.prefilling: list[SequenceState] = []  # in order of arrival
@@ -161,6 +189,9 @@ class Scheduler:
         self._prefixes = prefixes or NoPrefixes()
         self._features = features or NoFeatures()
         self._adapters = adapters or NoAdapters()
+        self._pace = pace
+        self._shares = shares if shares is not None and shares.is_used else None
+        self._num_overtaken = 0  # times in a row that the oldest was passed for an earlier priority
         self._absent: set[SequenceState] = set()  # waiting; their adapters were not there when last asked for
         self._failed: list[tuple[SequenceState, LatheError]] = []  # in no other list; nobody has been told
         self._max_bytes = budget.max_bytes
@@ -207,6 +238,8 @@ class Scheduler:
         self._num_arrived += 1
         self.waiting.append(sequence)
         self._may_admit = True
+        if self._shares is not None:
+            self._shares.enter(sequence)
 
     def wake(self) -> None:
         """An adapter has come, or cannot, or a slot is free: whoever waits for one asks again."""
@@ -227,6 +260,8 @@ class Scheduler:
             chunk.sequence.num_planned_tokens = chunk.stop
             chunk.sequence.num_in_flight += 1
         self._last_plan = plan
+        if self._shares is not None:
+            self._shares.charge((chunk.sequence, chunk.num_tokens) for chunk in plan.chunks)
         return plan
 
     def _same_again(self) -> Plan | None:
@@ -256,7 +291,7 @@ class Scheduler:
             if arrangement.num_bytes <= self._max_bytes or len(arrangement.places) < 2:
                 break
             self._release(restores)
-            self._preempt([max(self.running, key=_by_arrival)])
+            self._preempt([max(self.running, key=_by_priority)])
         return self._take_effect(restores, prefill, encodes, arrangement)
 
     def _take_effect(
@@ -327,6 +362,12 @@ class Scheduler:
         self._absent -= gone
         self.ending = [sequence for sequence in self.ending if sequence not in gone]
         self._free(gone, is_sound)
+        if self._shares is not None:
+            for sequence in gone:
+                if not sequence.is_gone:
+                    self._shares.leave(sequence)
+        for sequence in gone:
+            sequence.is_gone = True
         groups = {sequence.group for sequence in (*self.waiting, *self.running)}
         for sequence in gone:
             if sequence.group not in groups:
@@ -434,19 +475,33 @@ class Scheduler:
         passed: list[SequenceState] = []  # whose turn it is before the others', but for a slot
         while candidates := [one for one in self.waiting if one not in self._absent]:
             held = Counter(sequence.group for sequence in self.running)
-            first = min(candidates, key=lambda sequence: (held[sequence.group], sequence.arrival))
+            first = self._first_of(candidates, held)
             if first.num_in_flight:  # preempted a moment ago: its next token is not known yet
                 self._may_admit = True
                 return
-            victims = self._victims_for(first, held)
+            victims = self._victims_for(first)
             if victims is None:
                 return
             if not self._holds(first, passed):
                 continue
             self._preempt(victims)
+            is_overtaking = first.request.priority < candidates[0].request.priority
+            self._num_overtaken = self._num_overtaken + 1 if is_overtaking else 0
             self.waiting.remove(first)
             insort(self.prefilling, first, key=_by_arrival)
             self._is_moved = True
+
+    def _first_of(self, candidates: Sequence[SequenceState], held: Counter[str]) -> SequenceState:
+        """Whose turn it is. `candidates` are in order of arrival."""
+        if self._num_overtaken >= MAX_OVERTAKEN:
+            return candidates[0]
+        shares = self._shares
+
+        def turn(one: SequenceState) -> tuple[object, ...]:
+            charged = shares.turn(one) if shares is not None else ()
+            return one.request.priority, charged, held[one.group], one.arrival
+
+        return min(candidates, key=turn)
 
     def _holds(self, first: SequenceState, passed: list[SequenceState]) -> bool:
         """Whether its adapter has a slot, which it then has too. Otherwise it is out of the way of others."""
@@ -457,8 +512,8 @@ class Scheduler:
         try:
             first.has_slot = self._adapters.hold(first)
         except LatheError as error:
-            self.waiting.remove(first)
             self._failed.append((first, error))
+            self.remove([first])
             return False
         if first.has_slot:
             first.num_passed = 0
@@ -470,13 +525,16 @@ class Scheduler:
                 passed.append(first)
         return first.has_slot
 
-    def _victims_for(self, first: SequenceState, held: Counter[str]) -> list[SequenceState] | None:
+    def _victims_for(self, first: SequenceState) -> list[SequenceState] | None:
         """Rows to take back so that `first` fits, most often none; None where it does not fit even so."""
-        running, held = self.running, held.copy()
+        running = self.running
+        # Nobody gives a row back to a later priority.
+        held = Counter(one.group for one in running if one.request.priority >= first.request.priority)
+        wanted = sum(one.group == first.group for one in running)
         victims: list[SequenceState] = []
         while not self._fits([*running, first]):
             group, most = max(held.items(), key=lambda item: item[1], default=("", 0))
-            if most < held[first.group] + 2:
+            if most < wanted + 2:
                 return None
             victim = max((sequence for sequence in running if sequence.group == group), key=_by_arrival)
             victims.append(victim)
@@ -485,11 +543,11 @@ class Scheduler:
         return victims
 
     def _preempt_for_memory(self) -> None:
-        """Take the youngest back until the others' next tokens fit."""
+        """Take the youngest of the latest priority back until the others' next tokens fit."""
         while len(running := self.running) > 1:
             if least_bytes(map(self._present, running), self.budget.row_cost) <= self._max_bytes:
                 return
-            self._preempt([max(running, key=_by_arrival)])
+            self._preempt([max(running, key=_by_priority)])
 
     def _preempt(self, sequences: Collection[SequenceState]) -> None:
         self._free(set(sequences), is_sound=True)
@@ -566,34 +624,43 @@ class Scheduler:
         order = self.prefilling
         if self._num_plans % 2:
             order = sorted(order, key=lambda sequence: self._num_prefilled[sequence.group])
+        elif self._num_plans % 4:
+            order = sorted(order, key=_by_priority)
         restores: list[Restore] = []
         chunks: list[Chunk] = []
-        padded: list[Chunk] = []  # those of the second forward
+        padded = Padded(self._max_prefill())  # those of the second forward
         encodes = Encodes(self.budget.encode_patches)
+        num_skipped = 0
         for sequence in order:
-            width = max((one.num_tokens for one in padded), default=0)
-            if width * (len(padded) + 1) > self.budget.prefill_chunk_tokens:
+            if padded.is_full or num_skipped > MAX_SKIPPED:
                 break
             prefix = self._prefixes.find(sequence) if sequence.num_planned_tokens == 0 else None
             start = prefix.num_tokens if prefix else sequence.num_planned_tokens
-            stop = self._sighted(sequence, start, self._reach(sequence, start), encodes)
+            reach = self._reach(sequence, start, padded.max_tokens)
+            stop = self._sighted(sequence, start, reach, encodes)
             chunk = self._next_chunk(sequence, start, stop, padded) if stop > start else None
             if chunk is None:
                 if prefix is not None:
                     self._prefixes.release(prefix)
-                if stop == start:
-                    continue
-                break
+                num_skipped += stop > start
+                continue
             if prefix is not None:
                 restores.append(Restore(sequence, prefix))
             chunks.append(chunk)
             if not self._is_single(chunk):
-                padded.append(chunk)
+                padded.chunks.append(chunk)
         return restores, chunks, encodes
 
-    def _reach(self, sequence: SequenceState, start: int) -> int:
+    def _max_prefill(self) -> int:
+        """Tokens of prompts that this step may hold, padding included."""
+        hard = self.budget.prefill_chunk_tokens
+        return min(hard, self._pace.max_tokens) if self._pace is not None and self.decoding else hard
+
+    def _reach(self, sequence: SequenceState, start: int, max_tokens: int) -> int:
         """Where the chunk that begins at `start` ends, if it is alone in its step and all pictures are encoded."""
-        stop = min(sequence.num_tokens, start + self.budget.prefill_chunk_tokens)
+        most = min(max_tokens, self.budget.row_chunk_tokens or max_tokens)
+        most = min(most, max(MAX_SCORES // sequence.num_tokens, LEAST_CHUNK))
+        stop = min(sequence.num_tokens, start + most)
         for end in (sequence.quantize_after, sequence.num_shared_tokens):
             if start < end:
                 stop = min(stop, end)
@@ -614,21 +681,19 @@ class Scheduler:
             end = min(end, first)
         return prompt.whole(end)
 
-    def _next_chunk(
-        self, sequence: SequenceState, start: int, stop: int, padded: Sequence[Chunk]
-    ) -> Chunk | None:
+    def _next_chunk(self, sequence: SequenceState, start: int, stop: int, padded: Padded) -> Chunk | None:
+        """The chunk, or as much of it as can be beside the others; None where nothing can."""
         chunk = _chunk(sequence, start, stop - start)
-        if not padded or self._is_single(chunk):
+        if not padded.chunks or self._is_single(chunk):
             return chunk
-        width = max(chunk.num_tokens, *(one.num_tokens for one in padded))
         if self.budget.is_recurrent:
-            first = padded[0]
+            first = padded.chunks[0]
             width = first.num_tokens
             is_cut = sequence.request.prompt.whole(start + width) < start + width
             if chunk.num_tokens < width or chunk.begins != first.begins or is_cut:
                 return None
             chunk = _chunk(sequence, start, width)
-        return chunk if width * (len(padded) + 1) <= self.budget.prefill_chunk_tokens else None
+        return chunk if padded.takes(chunk) else None
 
     def _is_single(self, chunk: Chunk) -> bool:
         """Whether it runs beside decoding rows. A recurrent row that begins may not, for it has no state yet."""
@@ -642,6 +707,32 @@ class Scheduler:
             self._last_singles = now
             self._composition += 1
         return self._composition
+
+
+class Padded:
+    """The chunks of one forward, padded to the longest of them."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.chunks: list[Chunk] = []
+
+    @property
+    def width(self) -> int:
+        """Of the forward as it is."""
+        return max((chunk.num_tokens for chunk in self.chunks), default=0)
+
+    @property
+    def is_full(self) -> bool:
+        """No further chunk has room, however short."""
+        return self.width * (len(self.chunks) + 1) > self.max_tokens
+
+    def takes(self, chunk: Chunk) -> bool:
+        """Whether one more has room, and would not cost more here than in a step of its own."""
+        before, width = self.width, max(self.width, chunk.num_tokens)
+        num_tokens = width * (len(self.chunks) + 1)
+        longest = max(chunk.stop, *(one.stop for one in self.chunks))
+        is_dear = num_tokens - before * len(self.chunks) > 2 * chunk.num_tokens + ALONE_TOKENS
+        return num_tokens <= min(self.max_tokens, max(MAX_SCORES // longest, LEAST_CHUNK)) and not is_dear
 
 
 class Encodes:

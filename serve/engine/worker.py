@@ -11,6 +11,7 @@ import asyncio
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,14 @@ from dataclasses import dataclass
 from serve.adapters.version import AdapterVersion
 from serve.engine.engine import Engine
 from serve.engine.request import EngineStats, Event, Request
-from serve.errors import GenerationError, LatheError, OverloadedError, RequestError, StoppedError
+from serve.errors import (
+    GenerationError,
+    LatheError,
+    OverloadedError,
+    RequestError,
+    StoppedError,
+    TenantLimitError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +43,7 @@ class _Open:
     id: str
     adapter: AdapterVersion | None
     sink: Sink
+    tenant: str
     loop: asyncio.AbstractEventLoop | None = None
     """Set when `sink` must run on that loop."""
 
@@ -49,6 +58,7 @@ class Worker:
         self._open: dict[str, _Open] = {}  # the worker's thread alone
         self._lock = threading.Lock()  # guards what follows
         self._num_open = 0
+        self._num_of_tenant: Counter[str] = Counter()
         self._is_accepting = False
         self._has_just_failed = False  # the worker's thread alone
         self._stopping = False
@@ -93,7 +103,10 @@ class Worker:
             checked = [self.engine.check(request) for request in requests]
             self._enter(
                 checked,
-                [_Open(each.id, each.adapter, sink, loop) for each, sink in zip(checked, sinks, strict=True)],
+                [
+                    _Open(each.id, each.adapter, sink, each.tenant, loop)
+                    for each, sink in zip(checked, sinks, strict=True)
+                ],
             )
         except LatheError:
             for request in requests:
@@ -142,9 +155,28 @@ class Worker:
                 raise OverloadedError(
                     f"{self._num_open} requests are running or waiting; this server takes {room} at most"
                 )
+            self._check_tenant(opened)
             self._num_open += len(opened)
+            self._num_of_tenant[opened[0].tenant] += len(opened)
             # Under the lock, so that nothing is queued behind `_stop`.
             self._commands.put(lambda: self._admit(requests, opened))
+
+    def _check_tenant(self, opened: Sequence[_Open]) -> None:
+        """One tenant's bound; those who send no name are one too."""
+        most, tenant = self.engine.limits.max_tenant_requests, opened[0].tenant
+        now = self._num_of_tenant[tenant]
+        if most is None or now + len(opened) <= most:
+            return
+        whose = f"tenant {tenant!r}" if tenant else "requests without a tenant"
+        if len(opened) > most:
+            raise RequestError(
+                f"n: this asks for {len(opened)} answers at once; {whose} may have {most} at most, by "
+                f"max_tenant_requests",
+                "n",
+            )
+        raise TenantLimitError(
+            f"{now} requests of {whose} are running or waiting; this server takes {most} of a tenant at most"
+        )
 
     def _stopped(self) -> StoppedError:
         if self.failure is not None:
@@ -204,7 +236,11 @@ class Worker:
 
     def _do_commands(self, *, wait: bool) -> None:
         if wait:
-            self._commands.get()()
+            try:
+                # Until something is asked, or somebody's time is up.
+                self._commands.get(timeout=self.engine.sleep_s)()
+            except queue.Empty:
+                return
         for _ in range(self._commands.qsize()):  # what comes meanwhile waits: a step is due
             self._commands.get()()
 
@@ -261,6 +297,9 @@ class Worker:
         self._release(opened.adapter)
         with self._lock:
             self._num_open -= 1
+            self._num_of_tenant[opened.tenant] -= 1
+            if not self._num_of_tenant[opened.tenant]:
+                del self._num_of_tenant[opened.tenant]
 
 
 def _put_all(batch: list[tuple[Sink, Event]]) -> None:

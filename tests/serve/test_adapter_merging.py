@@ -152,7 +152,8 @@ def test_dare_is_decided_by_its_seed_alone(method):
 
     first, again, other = (merged(seed, ["first", "second"]) for seed in (7, 7, 8))
     for path in SHAPES:
-        assert np.array_equal(first[path].a, again[path].a) and np.array_equal(first[path].b, again[path].b)
+        assert np.array_equal(first[path].a, again[path].a)
+        assert np.array_equal(first[path].b, again[path].b)
         assert not np.array_equal(first[path].a, other[path].a)
     alone = merge([{"one": parts["first"]["one"]}], [1.0], Merge(method, density=0.5, seed=7), ["first"])
     whole = merge([parts["first"]], [1.0], Merge(method, density=0.5, seed=7), ["first"])

@@ -159,6 +159,45 @@ def test_a_full_queue_answers_503_with_retry_after(start):
         assert [answer.result().status_code for answer in taken] == [200, 200]
 
 
+def test_a_tenant_that_asks_for_too_much_at_once_answers_429_and_others_are_served(start):
+    runtime = start(max_rows=2, max_waiting=4, max_tenant_requests=1, shares={"lively": 2.0})
+    with browsing(runtime) as http, ThreadPoolExecutor(1) as pool:
+        mine = {"X-Tenant": "much"}
+        taken = pool.submit(http.post, "/v1/completions", json={**LONG, "max_tokens": 200}, headers=mine)
+        assert wait_for(http, lambda health: health["num_decoding"] == 1)
+        for stream in (False, True):
+            answer = http.post("/v1/completions", json={**LONG, "stream": stream}, headers=mine)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (429, "rate_limit_exceeded")
+            assert error["type"] == "rate_limit_error"
+            assert int(answer.headers["retry-after"]) >= 1
+        short = {**LONG, "max_tokens": 2, "priority": -1}
+        assert http.post("/v1/completions", json=short).status_code == 200
+        assert taken.result().status_code == 200
+
+
+def test_a_request_whose_time_is_up_answers_504_and_leaves_its_row(start):
+    runtime = start(max_rows=2)
+    with browsing(runtime) as http:
+        answer = http.post("/v1/completions", json={**LONG, "timeout": 0.05})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (504, "deadline_exceeded")
+        assert error["message"].startswith("timeout: the time that the request has set has passed")
+        assert answer.headers["x-should-retry"] == "false"
+        assert runtime.worker.stats().num_finished.get("cancelled") is None
+        assert wait_for(http, lambda health: health["num_decoding"] == 0)
+        assert http.post("/v1/completions", json={**LONG, "max_tokens": 3, "timeout": 60}).status_code == 200
+
+
+def test_a_priority_or_timeout_that_says_nothing_is_refused_by_its_name(start):
+    bad = {"priority": [1.5, "high", 2**40, True], "timeout": [0, -1, "x", 1e9]}
+    with browsing(start()) as http:
+        for field, values in bad.items():
+            for value in values:
+                answer = http.post("/v1/completions", json={**LONG, "max_tokens": 2, field: value})
+                assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), value
+
+
 def test_a_failed_step_ends_its_streams_and_a_second_in_a_row_turns_health_to_503(start):
     runtime = start()
     with browsing(runtime) as http:

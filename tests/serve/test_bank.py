@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from serve.adapters.bank import Bank, BankedLinear
-from serve.adapters.fit import balanced
+from serve.adapters.fit import LowRank, balanced
 from serve.adapters.group import LinearGroup
 from serve.adapters.manifest import AdapterConfig, read_config, read_tensors, write_adapter
 from serve.adapters.stack import Stack
@@ -229,3 +229,41 @@ def test_warming_up_runs_on_any_dtype_and_leaves_nothing_behind(model_folder):
         engine.bank.warm_up(9)
         assert engine.bank.num_bytes == 0
         assert not [m for _, m in engine.model.network.module.named_modules() if isinstance(m, BankedLinear)]
+
+
+def tied(make_model, family: str, **more: object) -> Path:
+    config = {key: value for key, value in MOE.items() if "expert" not in key and key != "mlp_only_layers"}
+    return make_model(f"tied-{family}", {**config, **more, "model_type": family, "tie_word_embeddings": True})
+
+
+def test_an_update_of_a_tied_head_is_the_heads_and_no_embeddings(make_model):
+    network = load(str(tied(make_model, "qwen3"))).network
+    tokens = mx.array([[1, 2, 3], [1, 2, 3]])
+    hidden = network.hidden(tokens)
+    before = network.logits(hidden)
+    bank = Bank(network)
+    a, b, bias = mx.random.normal((64, 4)), mx.random.normal((4, 259)), mx.random.normal((259,))
+    bank.install(1, {"lm_head": LowRank(a, b, None, bias)})
+    bank.rows.set([0, 1])
+    assert mx.array_equal(network.hidden(tokens), hidden)
+    found = network.logits(hidden)
+    assert mx.allclose(found[0], before[0], atol=1e-4)
+    assert mx.allclose(found[1], before[1] + hidden[1] @ a @ b + bias, atol=1e-3)
+    assert mx.abs(found[1] - before[1]).max() > 1
+    bank.leave(1)
+    bank.tidy()
+    bank.rows.set([0, 1])
+    assert mx.allclose(network.logits(hidden), before, atol=1e-4)
+
+
+def test_a_family_that_multiplies_by_its_embeddings_itself_refuses_an_update_of_them(make_model):
+    network = load(str(tied(make_model, "seed_oss", attention_bias=False))).network
+    bank = Bank(network)
+    hidden = network.hidden(mx.array([[1, 2, 3]]))
+    before = network.logits(hidden)
+    with pytest.raises(AdapterError, match=r"lm_head: .*seed_oss multiplies by its embeddings"):
+        bank.install(1, {"lm_head": LowRank(mx.zeros((64, 4)), mx.zeros((4, 259)))})
+    assert mx.array_equal(network.logits(hidden), before)
+    bank.leave(1)
+    bank.tidy()
+    assert bank.num_bytes == 0

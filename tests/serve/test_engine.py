@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
+import re
+import time
 from dataclasses import replace
 
 import mlx.core as mx
@@ -13,7 +16,7 @@ from serve.cache.precision import PLAIN
 from serve.engine.generate import generate
 from serve.engine.request import Event, Request, Sampling, TokenLogprob
 from serve.engine.sampler import Sampler
-from serve.errors import ContextLengthError, RequestError
+from serve.errors import ContextLengthError, DeadlineError, RequestError
 from serve.model.loading import load
 from serve.model.prompt import Prompt
 from serve.model.token_bytes import TokenBytes
@@ -373,3 +376,39 @@ def test_logprobs_are_those_of_the_whole_model(model, make_request, make_engine)
         assert entry.logprob == pytest.approx(expected[step, entry.token_id].item(), abs=1e-3)
         assert next(token for token, _ in entry.top) == entry.token_id
         assert len(entry.top) == 3
+
+
+def test_whose_time_is_up_ends_with_its_own_error_wherever_it_is_and_costs_nothing_more(
+    model, make_request, make_engine, assert_drawn
+):
+    engine = make_engine(model, max_rows=2)
+    requests = [make_request(name, max_tokens=400) for name in ("runs late", "runs", "waits late", "waits")]
+    for request in requests:
+        engine.add(engine.check(request))
+    events = []
+    for _ in range(4):
+        events += engine.step()
+    # As if the two had been given a time that is over now.
+    for name in ("runs late", "waits late"):
+        heapq.heappush(engine._deadlines, (time.monotonic(), name))
+    late = engine.step()
+    ended = {event.request_id: event for event in late if event.finish}
+    assert set(ended) == {"runs late", "waits late"}
+    assert all(isinstance(event.error, DeadlineError) for event in ended.values())
+    assert "before the answer began" in str(ended["waits late"].error)
+    assert re.search(r"after \d tokens of the answer", str(ended["runs late"].error))
+    held = {sequence.request.id for sequence in [*engine.scheduler.running, *engine.scheduler.waiting]}
+    assert held == {"runs", "waits"}
+    while engine.has_work:
+        events += engine.step()
+    tokens = [t for event in [*events, *late] if event.request_id == "runs" for t in event.token_ids]
+    assert_drawn(requests[1], tokens, model.network.module)
+    assert engine.sleep_s is None
+
+
+def test_a_deadline_that_has_passed_is_refused_before_anything_is_queued(model, make_request, make_engine):
+    engine = make_engine(model)
+    request = replace(make_request("late"), deadline_s=time.monotonic())
+    with pytest.raises(DeadlineError, match="before it was queued"):
+        engine.check(request)
+    engine.check(replace(request, deadline_s=time.monotonic() + 60))

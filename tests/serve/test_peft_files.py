@@ -21,6 +21,7 @@ peft = pytest.importorskip("peft", reason="the oracle: pip install '.[dev]'")
 from peft_bases import adaptable, logits_of, network_of, torch_logits_of  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from serve.adapters.bank import Bank  # noqa: E402
 from serve.adapters.files import AdapterFiles, read_adapter  # noqa: E402
 from serve.adapters.fit import LowRank, check_fit, fit  # noqa: E402
 from serve.adapters.paths import adaptable_modules, module_at  # noqa: E402
@@ -178,6 +179,9 @@ CASES: dict[str, Case] = {
     ),
     "experts and their router": Case(
         "qwen3_moe", {"target_parameters": [*EXPERTS, "gate.weight"], "target_modules": []}, 8
+    ),
+    "experts as wide as they are deep": Case(
+        "square_moe", {"target_parameters": EXPERTS[1:], "target_modules": []}, 2
     ),
     "experts of mixtral": Case(
         "mixtral", {"target_parameters": EXPERTS, "target_modules": ["gate", "q_proj"]}, 10
@@ -663,23 +667,93 @@ def test_the_bases_own_embeddings_beside_an_adapter_change_nothing(network, tmp_
     }
 
 
-def test_a_square_stack_of_an_early_peft_is_refused_for_it_does_not_say_which_side_a_is_on(tmp_path):
+def test_on_which_side_a_is_in_a_stack_of_an_early_peft_is_told_by_its_shapes_or_refused(tmp_path):
     """Before 0.19 A was on the side of the first axis, whatever that was; a later one says so by its version."""
-    moe = fresh("qwen3_moe")
     path = "base_model.model.model.layers.0.mlp.experts"
-    for width, height, told in ((24, 32, None), (32, 24, None), (24, 24, "A has 24 inputs and B 24 outputs")):
-        tensors = {
-            f"{path}.lora_A.weight": torch.randn(12, width),
-            f"{path}.lora_B.weight": torch.randn(height, 12),
-        }
+
+    def update(family: str, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+        """What is added to the weights here, [E, O, D], and PEFT's own product of A and B."""
+        a, b = torch.randn(12, width), torch.randn(height, 12)
+        tensors = {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
         config = {"target_parameters": ["mlp.experts.down_proj"], "peft_version": "0.18.0"}
         files = read_adapter(write_peft(tmp_path / f"{width}{height}", tensors, **config))
-        if told is None:
-            (update,) = updates_of(files, moe).values()
-            a, b = (tensors[f"{path}.lora_{side}.weight"].numpy() for side in "AB")
-            whole = np.einsum("ore,eri->eoi", b.reshape(height, 3, 4), a.reshape(4, 3, width)) * 5 / 3
-            wanted = whole if width == 24 else whole.swapaxes(1, 2)  # [E, O = 32, D = 24]
-            assert np.abs(np.array(update.a @ update.b).swapaxes(1, 2) - wanted).max() < 1e-4
-        else:
-            with pytest.raises(AdapterError, match=told):
-                updates_of(files, moe)
+        (found,) = updates_of(files, fresh(family)).values()
+        by_expert = a.numpy().reshape(4, 3, width), b.numpy().reshape(height, 3, 4)
+        whole = np.einsum("eri,ore->eoi", *by_expert) * 5 / 3
+        return np.array(found.a @ found.b).swapaxes(1, 2), whole
+
+    later, whole = update("qwen3_moe", 24, 32)
+    assert np.abs(later - whole).max() < 1e-4
+    early, whole = update("qwen3_moe", 32, 24)
+    assert np.abs(early - whole.swapaxes(1, 2)).max() < 1e-4
+    with pytest.raises(
+        AdapterError, match="A has 24 inputs and B 24 outputs; the experts here have 24 and 32"
+    ):
+        update("qwen3_moe", 24, 24)
+    with pytest.raises(
+        AdapterError, match=r"its shapes do not say on which side A is; save it with a newer PEFT"
+    ):
+        update("square_moe", 32, 32)
+
+
+def test_a_layer_that_is_one_there_and_three_here_is_cut_by_its_outputs(network, tmp_path):
+    torch.manual_seed(5)
+    layer = "base_model.model.model.layers.1"
+    shapes = {"self_attn.qkv_proj": (64, 32), "mlp.gate_up_proj": (96, 32)}
+    tensors = {}
+    for name, (outputs, inputs) in shapes.items():
+        tensors[f"{layer}.{name}.lora_A.weight"] = torch.randn(3, inputs)
+        tensors[f"{layer}.{name}.lora_B.weight"] = torch.randn(outputs, 3)
+    config = {"target_modules": ["qkv_proj", "gate_up_proj"], "alpha_pattern": {"gate_up_proj": 9}}
+    updates = updates_of(read_adapter(write_peft(tmp_path / "x", tensors, **config)), network("qwen3"))
+    cuts = {"self_attn": {"q_proj": (0, 32), "k_proj": (32, 48), "v_proj": (48, 64)}}
+    cuts["mlp"] = {"gate_proj": (0, 48), "up_proj": (48, 96)}
+    assert updates.keys() == {
+        f"model.layers.1.{block}.{leaf}" for block, leaves in cuts.items() for leaf in leaves
+    }
+    for block, fused, scale in (("self_attn", "qkv_proj", 5 / 3), ("mlp", "gate_up_proj", 9 / 3)):
+        a, b = (tensors[f"{layer}.{block}.{fused}.lora_{side}.weight"] for side in "AB")
+        whole = (b @ a).numpy() * scale
+        for leaf, (start, stop) in cuts[block].items():
+            found = updates[f"model.layers.1.{block}.{leaf}"]
+            assert np.abs(np.array(found.a @ found.b).T - whole[start:stop]).max() < 1e-4
+    tensors[f"{layer}.self_attn.qkv_proj.lora_B.weight"] = torch.randn(63, 3)
+    with pytest.raises(AdapterError, match=r"64 outputs were expected, for q_proj, k_proj, v_proj here"):
+        updates_of(read_adapter(write_peft(tmp_path / "x", tensors, **config)), network("qwen3"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_over_packed_weights_a_head_is_what_it_was_trained_to_be_and_a_copy_is_none(bits, made, tmp_path):
+    """The difference of a whole head is to what the packed one stands for; the copy that PEFT saves beside LoRA on
+    the head is the base's own, packed or not."""
+    there = made("a whole head")
+    packed = fresh("qwen3")
+    nn.quantize(packed.module, 32, bits, class_predicate=lambda path, _: path == "lm_head")
+    trained = load_file(there.folder / TENSORS)["base_model.model.lm_head.weight"].numpy()
+    update = updates_of(read_adapter(there.folder), packed)["lm_head"]
+    assert update.a is None
+    stands_for = np.array(dense_weight(packed.module.lm_head))
+    assert np.abs(stands_for + np.array(update.b).T - trained).max() < 1e-6
+
+    beside = updates_of(read_adapter(made("LoRA on the head").folder), packed)["lm_head"]
+    assert (beside.a is not None, beside.size.rank) == (True, 3)
+    changed = updates_of(read_adapter(made("LoRA on a head that was changed").folder), packed)["lm_head"]
+    assert changed.a is None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_of_the_base_and_of_such_an_adapter_share_a_batch(name, made, network):
+    case, there = CASES[name], made(name)
+    shared = fresh(case.family)
+    bank = Bank(shared)
+    updates = updates_of(read_adapter(there.folder), network(case.family))
+    for part in bank.parts(updates):
+        bank.install(1, part)
+    for slots in ((1, 0), (0, 1), (1, 1)):
+        bank.rows.set(slots)
+        expected = np.stack([(there.expected if slot else there.base)[row] for row, slot in enumerate(slots)])
+        assert apart(logits_of(shared), expected) < CLOSE, slots
+    bank.leave(1)
+    while bank.tidy():
+        pass
+    assert bank.num_bytes == 0

@@ -16,7 +16,8 @@ from vlm_families import Reference, picture
 
 from serve.adapters.bank import Bank
 from serve.adapters.manifest import AdapterConfig, read_config, read_tensors, write_adapter
-from serve.adapters.paths import own_paths, with_own_names
+from serve.adapters.own import own_layout
+from serve.adapters.paths import own_paths
 from serve.adapters.registry import Registry
 from serve.errors import AdapterError
 from serve.model.loading import LoadedModel, load
@@ -61,7 +62,7 @@ def test_two_names_of_one_tensor_are_refused(opened: Callable[[str], LoadedModel
         "language_model.model.layers.0.self_attn.q_proj.lora_a",
     ]
     with pytest.raises(AdapterError, match="two tensors are the same layer's lora_a"):
-        with_own_names(dict.fromkeys(names, 0), opened("qwen2_vl").network)
+        own_layout(dict.fromkeys(names, mx.zeros(3)), AdapterConfig("lora", -1), opened("qwen2_vl").network)
 
 
 def renamed(folder: Path, source: Path, old: str, new: str) -> Path:

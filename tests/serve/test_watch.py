@@ -27,7 +27,8 @@ from serve.adapters.manifest import (
 )
 from serve.adapters.published import Published, published_in
 from serve.adapters.registry import Registry
-from serve.adapters.watch import FIRST_AGAIN_S, REST, STILL_S, AdapterWatch, Watched
+from serve.adapters.tools import convert
+from serve.adapters.watch import FIRST_AGAIN_S, STILL_S, AdapterWatch, Watched
 from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.engine.engine import Engine, EngineLimits
@@ -158,6 +159,19 @@ def test_a_folder_that_is_an_adapter_itself_is_known_by_its_own_name(start, put,
     shutil.copytree(put("b", 2), later)
     assert setting.look() == ["z@1"], "and b, beside a, is not watched"
     assert setting.watch.troubles() == {}
+
+
+def test_a_peft_folder_is_followed_like_any_other(start, put, tmp_path):
+    setting = start()
+    for seed in (1, 2):
+        convert(put("plain", seed), tmp_path / f"peft-{seed}", "peft")
+        new = setting.folder / ".new"
+        shutil.copytree(tmp_path / f"peft-{seed}", new)
+        shutil.rmtree(setting.folder / "a", ignore_errors=True)
+        os.replace(new, setting.folder / "a")
+        assert f"a@{seed}" in setting.settle()
+    assert setting.of("a").problem == ""
+    assert setting.registry.resolve("a").format == "peft"
 
 
 def test_files_that_were_touched_or_written_anew_with_the_same_content_are_no_new_version(start, put):
@@ -416,6 +430,24 @@ def test_copies_outlive_their_originals_as_long_as_their_versions_are_known(star
     assert len(copies()) == 3
 
 
+def test_a_copy_is_of_one_moment_or_not_there(put, tmp_path):
+    (tmp_path / "watched").mkdir()
+    copies = Copies(lambda name, path: False)
+    folder = put("a", 1)
+    found = published_in(folder)
+    for change in (
+        lambda: os.utime(folder / CONFIG_FILE, ns=(1, 1)),
+        lambda: put("a", 2),
+        lambda: (folder / TENSORS_FILE).unlink(),
+        lambda: shutil.rmtree(folder),
+    ):
+        change()
+        assert copies.take("a", found) is None
+        assert list(copies.folder.glob("a/*")) == []
+        found = published_in(folder) or found
+    copies.close()
+
+
 def test_copies_of_a_server_that_was_killed_are_cleared_by_the_next_and_no_others(tmp_path):
     ours = Copies(lambda name, path: False)
     dead = ours.folder.with_name(f"{PREFIX}dead-{os.getpid()}")
@@ -548,6 +580,7 @@ def test_watched_folders_stand_under_the_allowed_roots_where_these_are_named(mod
         Runtime.start(config)
 
 
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clock of a thread here")
 def test_a_folder_of_thousands_takes_a_small_share_of_the_time_and_adapters_in_it_are_found(start, put):
     setting = start(interval_s=0.001)
     for number in range(3000):
@@ -562,7 +595,7 @@ def test_a_folder_of_thousands_takes_a_small_share_of_the_time_and_adapters_in_i
         assert time.monotonic() - begun_s < 300
     clock = time.pthread_getcpuclockid(setting.watch._thread.ident)
     share = time.clock_gettime(clock) / (time.monotonic() - begun_s)
-    assert share < 2 / (1 + REST)
+    assert share < 0.2, "a tenth, and what one entry takes"
 
 
 def test_closing_waits_for_the_load_under_way(start, put):

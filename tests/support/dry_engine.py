@@ -16,6 +16,7 @@ from serve.cache.precision import PLAIN
 from serve.engine.plan import Capture, Chunk, Drawn, Plan, SequenceState
 from serve.engine.request import Request, Sampling
 from serve.engine.scheduler import Budget, NoPrefixes, Scheduler
+from serve.engine.shares import Shares
 from serve.errors import AdapterError, LatheError
 from serve.model.prompt import Media, Prompt
 
@@ -47,7 +48,7 @@ def sequence(name: str, num_prompt_tokens: int = 8, max_tokens: int = 8, **field
 
 def adapter(name: str) -> AdapterVersion:
     """A version of which nobody knows a slot."""
-    return AdapterVersion(name, 1, content_hash=name, slot=-1, path="")
+    return AdapterVersion(name, 1, content_hash=name, path="")
 
 
 def media(key: str, start: int, length: int, num_patches: int) -> Media:
@@ -264,11 +265,12 @@ class Machine:
         ahead: bool = False,
         has_prefixes: bool = False,
         slots: Slots | None = None,
+        shares: Shares | None = None,
     ) -> None:
         self.tree = Tree() if has_prefixes else None
         self.towers = Towers(random.Random(0))
         self.slots = slots
-        self.scheduler = Scheduler(bounds, self.tree or NoPrefixes(), self.towers, slots)
+        self.scheduler = Scheduler(bounds, self.tree or NoPrefixes(), self.towers, slots, shares=shares)
         self.ahead = ahead
         self.rows: dict[Place, list[int]] = {}
         self.states: dict[int, list[int]] = {}

@@ -125,6 +125,17 @@ BASES: Mapping[str, Base] = {
         {"num_experts": 4},
         _one_by_one(QWEN_EXPERTS),
     ),
+    "square_moe": Base(
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {
+            **{"head_dim": 8, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+            **{"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+            "tie_word_embeddings": False,
+        },
+        {"num_experts": 4},
+        _one_by_one(QWEN_EXPERTS),
+    ),
     "mixtral": Base(
         "MixtralForCausalLM",
         "MixtralConfig",

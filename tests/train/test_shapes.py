@@ -5,11 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import random
-import re
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,8 @@ from PIL import Image
 
 import serve as serve  # before mlx: it brings a real BLAS
 from serve.model.loading import load_tokenizer
-from train.data.picture_chats import LIST, ORDINALS, SEED, WHICH_BIN, WHICH_WAY, write_all
-from train.data.shapes import COLOURS, PLACES, SHAPES, draw_move, film
+from train.data.picture_chats import SEED, WHICH_BIN, WHICH_WAY, write_all
+from train.data.shapes import COLOURS, PLACES, SHAPES
 from train.data.tokenizer_bpe import contents, train_tokenizer, words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,18 +42,13 @@ def rows(path: Path) -> list[list[dict[str, Any]]]:
 
 
 def pictures(path: Path) -> Iterator[np.ndarray]:
-    """[H, W, 3] of every picture and every frame of a file, in order."""
+    """[H, W, 3] of every picture of a file, in order."""
     for row in rows(path):
         for message in row:
             for part in message["content"]:
                 if isinstance(part, dict) and part["type"] == "image_url":
-                    yield opened(part["image_url"]["url"])
-                elif isinstance(part, dict) and part["type"] == "video":
-                    yield from map(opened, part["video"])
-
-
-def opened(uri: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
+                    file = io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2]))
+                    yield np.asarray(Image.open(file))
 
 
 def texts(path: Path) -> list[str]:
@@ -116,8 +108,7 @@ def test_pretraining_never_asks_for_a_task_nor_answers_a_picture_as_one(made):
         for message in row:
             text = words(message["content"])
             assert not any(asked in text for asked in TASKS.values())
-            is_answer = has_picture and message["role"] == "assistant"
-            assert not (is_answer and any(word in text for word in (" bin ", "go ", "stay")))
+            assert not (has_picture and any(word in text for word in (" bin ", "go ", "stay")))
 
 
 def test_every_colour_shape_and_place_stands_in_every_task_file(made):
@@ -158,41 +149,10 @@ def test_the_embedded_model_has_the_files_it_started_from(path):
     assert (MODEL / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_clip_begins_and_ends_in_its_corners_and_shows_each_picture_twice():
-    rng = random.Random(3)
-    for _ in range(50):
-        move = draw_move(rng)
-        frames = [np.asarray(frame).astype(int) for frame in film(rng, move)]
-        assert all(np.array_equal(*pair) for pair in zip(frames[::2], frames[1::2], strict=True))
-        assert len({frame.tobytes() for frame in frames}) == len(frames) // 2 > 1
-        for frame, place in ((frames[0], move.begin), (frames[-1], move.end)):
-            half = len(frame) // 2
-            differs = np.abs(frame - frame[half, half]).sum(axis=-1) > 60  # the middle of the picture is ground
-            x, y = (int(share > 0.5) for share in PLACES[place])
-            quarter = differs[y * half : (y + 1) * half, x * half : (x + 1) * half]
-            assert quarter.sum() > 0.9 * differs.sum() > 0
-
-
-def test_questions_about_one_of_several_pictures_are_answered_from_that_one(made):
-    """Each ordinal is asked about, and of all that stands in a list the asked one alone is the answer."""
-    asked: Counter[str] = Counter()
-    for row in rows(made / "base" / "train.jsonl"):
-        listed = [m["content"] for q, m in pairwise(row) if words(q["content"]) in LIST]
-        for question, answer in pairwise(row):
-            ordinal = re.fullmatch(r"Which (?:one )?is (?:the )?(\w+)\?", words(question["content"]))
-            if listed and question["role"] == "user" and ordinal and ordinal[1] in ORDINALS:
-                asked[ordinal[1]] += 1
-                assert listed[0].split(", ")[ORDINALS.index(ordinal[1])] == f"{ordinal[1]} {answer['content']}"
-    assert set(asked) == set(ORDINALS)
-
-
 def test_the_embedded_model_describes_pictures_but_knows_no_task(made):
-    chats = rows(made / "base" / "test.jsonl")
-    one = [row for row in chats if num_pictures(row[0]) == 1][:20]
-    several = [row for row in chats if num_pictures(row[0]) > 1][:20]
+    first = [row for row in rows(made / "base" / "test.jsonl") if num_pictures(row[0]) == 1][:20]
     tasks = [row for task in TASKS for row in rows(made / task / "test.jsonl")[:5]]
-    assert share_right(one) >= 0.9
-    assert share_right(several) >= 0.9
+    assert share_right(first) >= 0.8
     assert share_right(tasks) <= 0.1
 
 
@@ -213,6 +173,6 @@ def share_right(chats: list[list[dict[str, Any]]]) -> float:
         text = processor.tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
         shown = [part["image_url"]["url"] for part in asked["content"] if part["type"] == "image_url"]
         opened = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in shown]
-        made = generate(model, processor, text, image=opened, max_tokens=64, temperature=0.0, verbose=False)
+        made = generate(model, processor, text, image=opened, max_tokens=16, temperature=0.0, verbose=False)
         right += made.text == answered["content"]
     return right / len(chats)

@@ -35,10 +35,17 @@ def place_adapter(
     """
     updates = {name: value for name, value in tensors.items() if name.rpartition(".")[2] in LEAVES}
     whole = {name: value for name, value in tensors.items() if name not in updates}
-    check_fit(source, specs_of(updates), config, network, max_rank=ANY_RANK)
+    if updates:
+        check_fit(source, specs_of(updates), config, network, max_rank=ANY_RANK)
     put_weights(network, whole, source)
     own, config = own_layout(updates, config, network)
     layers = {**linear_modules(network.module), **expert_modules(network.module)}
+    tied = sorted({name.rpartition(".")[0] for name in own} & network.tied_head.keys())
+    if tied:
+        raise AdapterError(
+            f"{source}: adapts {tied[0]}, which is the embeddings in this model: put into its weights, the update "
+            f"would change both; serve it as an adapter"
+        )
     placed = [
         (path, _adapted(layers[path], _parts(own, path), config.fine_tune_type, config.scale_of(path)))
         for path in sorted({name.rpartition(".")[0] for name in own})

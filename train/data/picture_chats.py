@@ -1,7 +1,7 @@
 """Seeded chats about pictures of shapes: a number in, JSONL folders out, the same pixels and words each time.
 
 `single/` and then `base/` hold what the embedded vision model is pre-trained on, `bins/` and `moves/` the tasks left
-for adapters to learn. Pictures and the frames of clips stand in the rows as data URIs, as clients send them. Run as
+for adapters to learn. Pictures stand in the rows as data URIs, as clients send them. Run as
 `python -m train.data.picture_chats OUT`. It knows nothing of tokenizers, templates or models.
 """
 
@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.data.shapes import COLOURS, PLACES, SHAPES, Move, Scene, data_uri, draw_move, draw_scene, film, paint
+from train.data.shapes import COLOURS, PLACES, SHAPES, Scene, data_uri, draw_scene, paint
 from train.data.tickets import write_rows
 
 SEED = 11
-SINGLE_ROWS = {"train": 6400, "valid": 60}
-WORDS_ROWS = {"train": 8000, "valid": 100}
+SINGLE_ROWS = {"train": 4800, "valid": 60}
 BASE_ROWS = {"train": 6400, "valid": 100, "test": 300}
 TASK_ROWS = {"train": 240, "valid": 50, "test": 100}
-ORDINALS = ("first", "second", "third", "fourth", "fifth")
-COUNTS = ("one", "two", "three", "four", "five")
+ORDINALS = ("first", "second", "third")
+COUNTS = ("one", "two", "three")
 SHARE_PLAIN = 0.12
-SHARE_PLAIN_OF_SEVERAL = 0.25
-MANY = (2, 3, 3, 4, 5)
-"""How many pictures a chat about several shows."""
 
 Part = dict[str, Any]
 Message = dict[str, Any]
@@ -45,15 +41,6 @@ def name(scene: Scene) -> str:
     return f"the {scene.colour} {scene.shape or 'one'}"
 
 
-def describe_clip(move: Move) -> str:
-    article = "an" if move.colour[0] in "aeiou" else "a"
-    return f"{article} {move.colour} {move.shape} from the {move.begin} to the {move.end}"
-
-
-def list_all(scenes: Sequence[Scene]) -> str:
-    return ", ".join(f"{ordinal} {name(scene)}" for ordinal, scene in zip(ORDINALS, scenes, strict=False))
-
-
 # What may be asked about the picture at hand: the ways to ask, and the answer.
 QUESTIONS: tuple[tuple[tuple[str, ...], Answer], ...] = (
     (("What colour is it?", "Which colour is it?", "What is the colour?"), lambda scene: scene.colour),
@@ -65,7 +52,7 @@ QUESTIONS: tuple[tuple[tuple[str, ...], Answer], ...] = (
 )
 DESCRIBE = ("Describe the picture.", "What is in the picture?", "What do you see?", "Describe it.")
 
-# The same about one of several; {n} is an ordinal.
+# The same about one of several; {n} is first, second or third.
 NUMBERED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     (
         ("What colour is the {n} picture?", "Which colour is the {n}?", "What colour is the {n}?"),
@@ -76,19 +63,6 @@ NUMBERED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     (("Describe the {n} picture.", "What is in the {n} picture?", "Describe the {n}."), describe),
     (("Which is {n}?", "Which is the {n}?", "Which one is {n}?"), name),
 )
-
-# About all of them, in order.
-LIST = ("List the pictures.", "List them.", "What is in the pictures?", "Which pictures do you see?")
-HOW_MANY = ("How many pictures?", "How many pictures are there?")
-
-# About a clip.
-CLIP_QUESTIONS: tuple[tuple[tuple[str, ...], Callable[[Move], str]], ...] = (
-    (QUESTIONS[0][0], lambda move: move.colour),
-    (QUESTIONS[1][0], lambda move: move.shape),
-    (("Where does it begin?", "Where does it come from?"), lambda move: move.begin),
-    (("Where does it end?", "Where does it go to?"), lambda move: move.end),
-)
-DESCRIBE_CLIP = ("Describe the clip.", "What happens?", "What happens in the clip?", "Describe it.")
 
 SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (("Hello", "Hello!", "Hi", "Hi!", "Hey", "hello", "hi", "Good morning"), "Hello! Show me a picture."),
@@ -139,7 +113,6 @@ def write_all(
     out: Path,
     seed: int = SEED,
     single_rows: Mapping[str, int] = SINGLE_ROWS,
-    words_rows: Mapping[str, int] = WORDS_ROWS,
     base_rows: Mapping[str, int] = BASE_ROWS,
 ) -> None:
     """Write `bins/`, `moves/`, `single/` and `base/` under `out`, a file each split; no picture is shared."""
@@ -148,7 +121,6 @@ def write_all(
         "bins": (TASK_ROWS, bins_row),
         "moves": (TASK_ROWS, moves_row),
         "single": (single_rows, single_row),
-        "words": (words_rows, words_row),
         "base": (base_rows, base_row),
     }
     for folder, (sizes, draw) in tasks.items():
@@ -172,15 +144,6 @@ class Album:
             if uri not in self.seen:
                 self.seen.add(uri)
                 return scene, {"type": "image_url", "image_url": {"url": uri}}
-
-    def clip(self) -> tuple[Move, Part]:
-        """A new clip: what moves in it, and the part that carries its frames."""
-        while True:
-            move = draw_move(self.rng)
-            uris = [data_uri(frame) for frame in film(self.rng, move)]
-            if not self.seen & set(uris):
-                self.seen |= set(uris)
-                return move, {"type": "video", "video": uris}
 
 
 def asked(text: str, *pictures: Part, is_first: bool = False) -> Message:
@@ -206,29 +169,13 @@ def moves_row(album: Album) -> Row:
 
 
 def single_row(album: Album) -> Row:
-    """One chat of the first stage of pre-training, in which the tower learns to see: little but the picture to read."""
-    scene, picture = album.page()
-    return {"messages": chat(album.rng, [(album.rng.choice(DESCRIBE), describe(scene))], [picture])}
-
-
-def words_row(album: Album) -> Row:
-    """One chat of the stage between: as `several_at_once`, with words in the pictures' places. What is learned here at
-    little cost is to find the second of several things; where it stands, a picture can stand as well."""
-    rng = album.rng
-    scenes = [draw_scene(rng, SHARE_PLAIN_OF_SEVERAL) for _ in range(rng.choice(MANY))]
-    shown = "".join(f"#{number} {describe(scene)}" for number, scene in enumerate(scenes, 1))
-    turns = [numbered_question(rng, scenes) for _ in range(4)]
-    turns.insert(rng.randint(0, 4), (rng.choice(LIST), list_all(scenes)))
-    first, *others = turns
-    is_first = rng.random() < 0.25
-    opening = f"{first[0]}{shown}" if is_first else f"{shown}{first[0]}"
-    return {"messages": chat(rng, [(opening, first[1]), *others], [])}
+    """One chat of the first stage of pre-training, in which the tower learns to see."""
+    return {"messages": one_picture(album)}
 
 
 def base_row(album: Album) -> Row:
     """One chat of the second stage's mixture."""
-    kinds = (one_picture, several_at_once, one_a_turn, one_clip, talk)
-    draw = album.rng.choices(kinds, weights=(20, 36, 18, 12, 14))[0]
+    draw = album.rng.choices((one_picture, several_at_once, one_a_turn, talk), weights=(34, 27, 23, 16))[0]
     return {"messages": draw(album)}
 
 
@@ -238,55 +185,44 @@ def one_picture(album: Album) -> list[Message]:
     scene, picture = album.page()
     turns = [(rng.choice(asks), answer(scene)) for asks, answer in rng.sample(QUESTIONS, k=2)]
     turns.insert(rng.choice((0, 2, 2, 2)), (rng.choice(DESCRIBE), describe(scene)))
-    return chat(rng, turns, [picture])
-
-
-def one_clip(album: Album) -> list[Message]:
-    """Two questions about a clip, and what happens in it."""
-    rng = album.rng
-    moved, clip = album.clip()
-    turns = [(rng.choice(asks), answer(moved)) for asks, answer in rng.sample(CLIP_QUESTIONS, k=2)]
-    turns.insert(rng.choice((0, 2)), (rng.choice(DESCRIBE_CLIP), describe_clip(moved)))
-    return chat(rng, turns, [clip])
+    messages = []
+    for number, (question, answer) in enumerate(turns):
+        pictures = [picture] if number == 0 else []
+        messages += [asked(question, *pictures, is_first=rng.random() < 0.25), answered(answer)]
+    return messages
 
 
 def several_at_once(album: Album) -> list[Message]:
-    """Two to five pictures in one message, all of them listed, and four questions about one or another."""
+    """Two or three pictures in one message, and three questions about one or another."""
     rng = album.rng
-    pages = [album.page(SHARE_PLAIN_OF_SEVERAL) for _ in range(rng.choice(MANY))]
-    scenes = [scene for scene, _ in pages]
-    turns = [numbered_question(rng, scenes) for _ in range(4)]
-    turns.insert(rng.randint(0, 4), (rng.choice(LIST), list_all(scenes)))
-    return chat(rng, turns, [picture for _, picture in pages])
-
-
-def chat(rng: random.Random, turns: Sequence[tuple[str, str]], shown: Sequence[Part]) -> list[Message]:
-    """Questions and answers, with what they are about in the first of them."""
+    pages = [album.page() for _ in range(rng.randint(2, 3))]
+    turns = [numbered_question(rng, [scene for scene, _ in pages]) for _ in range(3)]
     messages = []
     for number, (question, answer) in enumerate(turns):
-        parts = shown if number == 0 else []
-        messages += [asked(question, *parts, is_first=rng.random() < 0.25), answered(answer)]
+        pictures = [picture for _, picture in pages] if number == 0 else []
+        messages += [asked(question, *pictures, is_first=rng.random() < 0.25), answered(answer)]
     return messages
 
 
 def one_a_turn(album: Album) -> list[Message]:
-    """Two to five pictures, each with a question of its own, then three questions about one or another."""
+    """Two or three pictures, each with a question of its own, then two questions about one or another."""
     rng = album.rng
     messages, scenes = [], []
-    for _ in range(rng.choice(MANY)):
-        scene, picture = album.page(SHARE_PLAIN_OF_SEVERAL)
+    for _ in range(rng.randint(2, 3)):
+        scene, picture = album.page()
         scenes.append(scene)
         asks, answer = rng.choice((*QUESTIONS, (DESCRIBE, describe)))
-        messages += chat(rng, [(rng.choice(asks), answer(scene))], [picture])
-    turns = [numbered_question(rng, scenes) for _ in range(3)]
-    if rng.random() < 0.5:
-        turns.append((rng.choice(LIST), list_all(scenes)))
-    return messages + chat(rng, turns, [])
+        message = asked(rng.choice(asks), picture, is_first=rng.random() < 0.25)
+        messages += [message, answered(answer(scene))]
+    for _ in range(2):
+        question, text = numbered_question(rng, scenes)
+        messages += [asked(question), answered(text)]
+    return messages
 
 
 def numbered_question(rng: random.Random, scenes: list[Scene]) -> tuple[str, str]:
-    if rng.random() < 0.05:
-        return rng.choice(HOW_MANY), COUNTS[len(scenes) - 1]
+    if rng.random() < 0.08:
+        return rng.choice(("How many pictures?", "How many pictures are there?")), COUNTS[len(scenes) - 1]
     number = rng.randrange(len(scenes))
     asks, answer = rng.choice(NUMBERED)
     return rng.choice(asks).format(n=ORDINALS[number]), answer(scenes[number])

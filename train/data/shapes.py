@@ -1,4 +1,4 @@
-"""The small world of shapes: `Scene`, what one picture shows, `Move`, what a clip does, and how they are drawn.
+"""The small world of shapes: `Scene`, what one picture shows, and how it is drawn.
 
 Equal generators in equal states give equal pixels. It knows nothing of chats or files.
 """
@@ -34,10 +34,6 @@ PLACES = {
 
 SIZES = (56, 64, 84, 112, 128)
 """Edges in pixels; the model's processor makes 56 x 56 of each."""
-RADII = (0.18, 0.22)
-"""Of shapes, as shares of the edge."""
-FILM_STEPS = (2, 3, 4)
-"""Pictures of a clip, each of them two frames."""
 FINER = 3
 """Pixels are drawn so many times finer, then averaged: soft edges."""
 
@@ -51,21 +47,6 @@ class Scene:
     colour: str
     shape: str | None = None
     place: str | None = None
-
-
-@dataclass(frozen=True)
-class Move:
-    """One shape of one colour that goes from one quarter of the picture to another."""
-
-    colour: str
-    shape: str
-    begin: str
-    end: str
-
-
-def draw_move(rng: random.Random) -> Move:
-    begin, end = rng.sample(list(PLACES), 2)
-    return Move(rng.choice(list(COLOURS)), rng.choice(SHAPES), begin, end)
 
 
 def draw_scene(rng: random.Random, share_plain: float = 0.0) -> Scene:
@@ -82,43 +63,12 @@ def paint(rng: random.Random, scene: Scene) -> Image.Image:
     colour = _near(rng, COLOURS[scene.colour], 12)
     if scene.shape is None or scene.place is None:
         return Image.new("RGB", (edge, edge), colour)
-    ground = _ground(rng)
-    return _draw(edge, ground, scene.shape, _centre(rng, scene.place), rng.uniform(*RADII), colour)
-
-
-def film(rng: random.Random, move: Move) -> list[Image.Image]:
-    """The move as frames, two of each picture, as the tower takes them: it begins and ends in its corners."""
-    edge = rng.choice(SIZES)
-    colour = _near(rng, COLOURS[move.colour], 12)
-    ground, radius = _ground(rng), rng.uniform(*RADII)
-    begin, end = _centre(rng, move.begin), _centre(rng, move.end)
-    steps = rng.choice(FILM_STEPS)
-    frames = []
-    for step in range(steps):
-        share = step / (steps - 1)
-        centre = (begin[0] + (end[0] - begin[0]) * share, begin[1] + (end[1] - begin[1]) * share)
-        frames += [_draw(edge, ground, move.shape, centre, radius, colour)] * 2
-    return frames
-
-
-def _ground(rng: random.Random) -> Rgb:
     grey = rng.randint(20, 60)
-    return _near(rng, (grey, grey, grey), 8)
-
-
-def _centre(rng: random.Random, place: str) -> tuple[float, float]:
-    x, y = PLACES[place]
-    return x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03)
-
-
-def _draw(
-    edge: int, ground: Rgb, shape: str, centre: tuple[float, float], radius: float, colour: Rgb
-) -> Image.Image:
-    """`centre` and `radius` as shares of the edge."""
     fine = edge * FINER
-    picture = Image.new("RGB", (fine, fine), ground)
-    x, y = centre
-    _shape(ImageDraw.Draw(picture), shape, (x * fine, y * fine), radius * fine, colour)
+    picture = Image.new("RGB", (fine, fine), _near(rng, (grey, grey, grey), 8))
+    x, y = PLACES[scene.place]
+    centre = ((x + rng.uniform(-0.03, 0.03)) * fine, (y + rng.uniform(-0.03, 0.03)) * fine)
+    _shape(ImageDraw.Draw(picture), scene.shape, centre, rng.uniform(0.18, 0.22) * fine, colour)
     return picture.resize((edge, edge), Image.Resampling.BOX)
 
 

@@ -100,9 +100,10 @@ class ServeTo:
         while (folder := self._next()) is not None:
             refusal = self._ask(folder)
             with self._changed:
-                self._note(folder, refusal)
-                if self._wanted != folder:
-                    continue  # a newer one waits
+                is_newest = self._wanted == folder
+                self._note(folder, refusal, is_newest)
+                if not is_newest:
+                    continue
                 if refusal is None or not refusal.may_pass or self._is_ending:
                     self._wanted, wait_s = None, FIRST_AGAIN_S
                     self._changed.notify_all()
@@ -116,11 +117,12 @@ class ServeTo:
             self._changed.wait_for(lambda: self._wanted is not None or self._is_ending)
             return self._wanted
 
-    def _note(self, folder: Path, refusal: _Refusal | None) -> None:
+    def _note(self, folder: Path, refusal: _Refusal | None, is_newest: bool) -> None:
         self._refusal = refusal
         if refusal is None:
             self._num_loaded += 1
-        elif refusal.reason not in self._told and not self._is_ending:
+        # An older one may be refused because the run has deleted it.
+        elif is_newest and refusal.reason not in self._told and not self._is_ending:
             self._told.add(refusal.reason)
             self._notes.append(
                 f"{self._url} has not loaded {folder.name}: {refusal.reason}; training goes on"
