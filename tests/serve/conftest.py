@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from sighted import Alone, Eyes
 
 from serve.adapters.manifest import AdapterConfig, read_config, read_tensors, write_adapter
+from serve.adapters.tools import convert
 from serve.engine.engine import Engine, EngineLimits
 from serve.model.loading import LoadedModel, load
 from serve.model.network import Network
@@ -104,6 +105,26 @@ def _merge(module: nn.Module, adapter_folder: Path) -> None:
         module.load_weights([(f"{path}.weight", mx.array(weight).astype(old.dtype))], strict=False)
 
 
+def _add_up(module: nn.Module, parts: Sequence[tuple[Path, float]]) -> None:
+    """W + Σ w (W' − W), each W' being what one adapter alone makes of W."""
+    layers = {**linear_modules(module), **expert_modules(module)}
+    old = {path: np.array(dense_weight(each).astype(mx.float32), np.float64) for path, each in layers.items()}
+    new = {path: weight.copy() for path, weight in old.items()}
+    dtype = {path: dense_weight(each).dtype for path, each in layers.items()}
+
+    def put(weights: Mapping[str, np.ndarray]) -> None:
+        module.load_weights(
+            [(f"{path}.weight", mx.array(w).astype(dtype[path])) for path, w in weights.items()], strict=False
+        )
+
+    for folder, share in parts:
+        _merge(module, folder)
+        for path, layer in layers.items():
+            new[path] += share * (np.array(dense_weight(layer).astype(mx.float32), np.float64) - old[path])
+        put(old)
+    put(new)
+
+
 def _layers_of(kind: str, module: nn.Module) -> dict[str, nn.Module]:
     """What an adapter of this kind touches: attention, of DoRA the head too; or the experts and their routers.
 
@@ -175,9 +196,22 @@ class Lively:
             write_adapter(folder, tensors, AdapterConfig(tuner, -1, rank, SCALE, keys=keys))
         return folder
 
+    def in_pefts_layout(self, name: str, kind: str, number: int = 0) -> Path:
+        """The same adapter as PEFT has it on disk."""
+        folder = self._root / f"{name}-{kind}-{number}-peft"
+        if not folder.exists():
+            convert(self.adapter(name, kind, number), folder, "peft", load(str(self.folder(name))))
+        return folder
+
     def _module(self, name: str, kind: str, number: int = 0) -> nn.Module | Alone:
         model = load(str(self.folder(name)))
-        if kind != "base":
+        first, _, more = kind.partition(" and ")
+        if more:
+            parts = [
+                (self.adapter(name, each, 1 + number), share) for each, share in ((first, 0.7), ("lora", 0.4))
+            ]
+            _add_up(model.network.module, parts)
+        elif kind != "base":
             _merge(model.network.module, self.adapter(name, kind, number))
         return model.network.module if model.vision is None else Alone(model)
 
