@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-FIRST_TOKENS = 256
+FIRST_TOKENS = 512
 """Of prompts beside decoding rows, while nothing is known of how long they take."""
 LEAST_TOKENS = 16
 """A step has so many tokens of prompts whatever they take: prompts go on."""
-GAP_FORWARDS = 20
+GAP_FORWARDS = 28
 """What decoding rows wait where nobody says: so many times the fixed part of a forward. To stop for them costs the
 prompts one such part or two, so a prompt is computed nearly as fast as if nobody decoded."""
 USUAL_ROWS = 32

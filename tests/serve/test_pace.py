@@ -34,7 +34,7 @@ def costs(plan: Plan) -> tuple[int, int]:
 
 @pytest.mark.parametrize("step_s", MACHINES.values(), ids=MACHINES)
 @pytest.mark.parametrize("max_gap_s", [0.05, 0.3, 2.0])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_rows_wait_for_prompts_no_longer_than_is_said_on_any_machine(step_s, max_gap_s, seed):
     """With noise, with steps that compile, and with padding counted. The bound is used too, where there is demand."""
     rng = random.Random(seed)
@@ -42,8 +42,8 @@ def test_rows_wait_for_prompts_no_longer_than_is_said_on_any_machine(step_s, max
     bounds = Budget(max_rows=32, prefill_chunk_tokens=4096, max_bytes=10**9, row_cost=BUDGET.row_cost)
     scheduler = Scheduler(bounds, pace=pace)
     waits = []
-    for step in range(400):
-        if step % 100 < 60 and len(scheduler.waiting) < 40:
+    for step in range(250):
+        if step % 100 < 60 and len(scheduler.waiting) < 20:
             for number in range(rng.choice([0, 0, 2, 8])):
                 length = rng.choice([20, 74, 300, 2500, 5000])
                 scheduler.add(sequence(f"s{step}-{number}", length, rng.randint(5, 60)))
