@@ -772,7 +772,7 @@ def bench_serve(
             api_key=api_key,
         )
         outcome = run(sweep, progress)
-    asked = f"{url}, {prompt_tokens} prompt tokens asked, {max_tokens} new"
+    asked = f"{start or url}, {prompt_tokens} prompt tokens asked, {max_tokens} new"
     title = f"{asked}; p50 / p95 (gaps p50 / p95 / p99 / longest)"
     show(_console(), table(title, outcome.summaries), *_dim(notes(outcome.summaries)))
     _save_json(json_file, outcome.as_json(sweep))

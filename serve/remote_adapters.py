@@ -17,7 +17,7 @@ MIB = 2**20
 
 
 class RemoteAdapters:
-    """The adapters at an address. What the server refuses is raised with its own words; ConfigError if none answers."""
+    """The adapters at an address. What the server refuses is raised in its own words; ConfigError if none answers."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self._url = url
@@ -69,8 +69,8 @@ def table(listing: Mapping[str, Any]) -> Table:
             made.add(
                 f"{version['id']}{'' if is_current else ' (earlier)'}",
                 f"{version['state']}{pinned if is_current else ''}",
-                "–" if version["slot"] is None else str(version["slot"]),
-                str(low) if low == high else f"{low}–{high}",
+                "-" if version["slot"] is None else str(version["slot"]),
+                str(low) if low == high else f"{low}-{high}",
                 str(version["modules"]),
                 f"{version['bytes']['content'] / MIB:.1f}",
                 str(version["hits"]),

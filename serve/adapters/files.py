@@ -24,9 +24,9 @@ from serve.adapters.manifest import (
     CONFIG_FILE,
     TENSORS_FILE,
     TensorSpec,
-    check_is_file,
     load_tensors,
     read_header,
+    read_specs,
     read_text,
 )
 from serve.adapters.peft import Piece, arrange, parse_peft
@@ -88,24 +88,30 @@ def read_adapter(path: Path) -> AdapterFiles:
     NotFoundError where nothing is; AdapterError names what is wrong with what is there, all of the config at once.
     """
     tensors_path, config_path = find_files(path)
-    check_is_file(tensors_path)
-    specs, metadata = read_header(tensors_path)
     if config_path is None:
-        config_path, raw = tensors_path, _config_inside(tensors_path, metadata)
+        config_path, raw = tensors_path, _config_inside(tensors_path)
     else:
         raw = parse_object(read_text(config_path), config_path)
     is_peft = PEFT_MARK in raw
     _check_one_layout(tensors_path, config_path, is_peft)
-    if not specs:
-        raise AdapterError(f"{tensors_path}: holds no tensors")
     if is_peft:
-        pieces, config = arrange(specs, parse_peft(raw, config_path), tensors_path)
+        peft = parse_peft(raw, config_path)
+        specs = _some(tensors_path)
+        pieces, config = arrange(specs, peft, tensors_path)
     else:
         config = config_of(raw, config_path)
+        specs = _some(tensors_path)
         pieces = {name: Piece(name, "") for name in specs}
     made = {name: _spec(piece, specs[piece.raw]) for name, piece in pieces.items()}
     kind: Format = "peft" if is_peft else "mlx-lm"
     return AdapterFiles(path, tensors_path, config_path, kind, config, raw, made, pieces)
+
+
+def _some(path: Path) -> dict[str, TensorSpec]:
+    specs = read_specs(path)
+    if not specs:
+        raise AdapterError(f"{path}: holds no tensors")
+    return specs
 
 
 def located(path: str | Path) -> Path:
@@ -166,7 +172,8 @@ def _pickled(path: Path) -> str:
     )
 
 
-def _config_inside(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _config_inside(path: Path) -> dict[str, Any]:
+    _, metadata = read_header(path)
     if CONFIG_INSIDE not in metadata:
         raise AdapterError(
             f"{path}: has no config: neither {path.with_suffix('.json').name} nor {CONFIG_FILE} is beside it, and "

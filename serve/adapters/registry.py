@@ -97,7 +97,7 @@ class Registry:
     max_slots   versions on the device; names there may be many more
     max_others  versions of a name that are known beside the current one and those that requests hold
     max_found   names that were looked up for requests and are not forgotten
-    max_combined  combinations that are known beside those that requests hold
+    max_combined  of those, combinations
     rules       of the base's chat template; an adapter's own template, and its variables, take their place in them
     """
 
@@ -449,16 +449,18 @@ class Registry:
         return [entry.others.pop(number) for number in idle[: max(len(idle) - self._max_others, 0)]]
 
     def _drop_found(self) -> list[Known]:
-        """What was not asked for longest, of more names than are kept that were looked up."""
+        """What was not asked for longest, of more names than are kept that were looked up, or added up."""
         left: list[Known] = []
-        combined = [name for name in self._found if self._names[name].current.version.is_combined]
-        most = len(combined) - self._max_combined, len(self._found) - self._max_found
-        old = [*combined[: max(most[0], 0)], *list(self._found)[: max(most[1], 0)]]
-        for name in dict.fromkeys(old):
+        num_combined = sum(self._names[name].current.version.is_combined for name in self._found)
+        for name in list(self._found):
             entry = self._names[name]
+            is_combined = entry.current.version.is_combined
+            is_over = len(self._found) > self._max_found
+            is_over = is_over or (is_combined and num_combined > self._max_combined)
             is_held = any(each.num_requests for each in (entry.current, *entry.others.values()))
-            if not entry.is_pinned and not is_held:
+            if is_over and not entry.is_pinned and not is_held:
                 left += self._forget_name(name)
+                num_combined -= is_combined
         return left
 
     # Making versions

@@ -207,7 +207,7 @@ def test_a_bounded_number_is_kept(model, make_adapter):
     for weight in (2.0, 3.0, 4.0, 5.0, 6.0, 2.0, 7.0):
         registry.release(combined(registry, ("b", weight)))
         registry.check_integrity()
-    assert registry.combinations() == [held.id, *(f"b@1:{weight}" for weight in (5.0, 6.0, 2.0, 7.0))]
+    assert registry.combinations() == [held.id, *(f"b@1:{weight}" for weight in (6.0, 2.0, 7.0))]
     assert registry.names() == ["a", "b"]
     registry.release(held)
     registry.release(combined(registry, ("b", 8.0)))

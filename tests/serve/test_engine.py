@@ -382,7 +382,7 @@ def test_whose_time_is_up_ends_with_its_own_error_wherever_it_is_and_costs_nothi
     model, make_request, make_engine, assert_drawn
 ):
     engine = make_engine(model, max_rows=2)
-    requests = [make_request(name, max_tokens=400) for name in ("runs late", "runs", "waits late", "waits")]
+    requests = [make_request(name, max_tokens=60) for name in ("runs late", "runs", "waits late", "waits")]
     for request in requests:
         engine.add(engine.check(request))
     events = []
@@ -392,6 +392,7 @@ def test_whose_time_is_up_ends_with_its_own_error_wherever_it_is_and_costs_nothi
     for name in ("runs late", "waits late"):
         heapq.heappush(engine._deadlines, (time.monotonic(), name))
     late = engine.step()
+    events += late
     ended = {event.request_id: event for event in late if event.finish}
     assert set(ended) == {"runs late", "waits late"}
     assert all(isinstance(event.error, DeadlineError) for event in ended.values())
@@ -401,7 +402,7 @@ def test_whose_time_is_up_ends_with_its_own_error_wherever_it_is_and_costs_nothi
     assert held == {"runs", "waits"}
     while engine.has_work:
         events += engine.step()
-    tokens = [t for event in [*events, *late] if event.request_id == "runs" for t in event.token_ids]
+    tokens = [t for event in events if event.request_id == "runs" for t in event.token_ids]
     assert_drawn(requests[1], tokens, model.network.module)
     assert engine.sleep_s is None
 

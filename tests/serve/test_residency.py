@@ -146,6 +146,24 @@ def test_more_adapters_than_slots_answer_each_as_its_own(
     registry.check_integrity()
 
 
+def test_who_holds_a_version_is_told(make_engine, make_one, asking):
+    engine = make_engine(max_adapters=1)
+    registry = engine.registry
+    for seed in range(2):
+        registry.load(f"n{seed}", make_one(seed))
+    asked = asking(engine)
+    for id, name in (("a", "n0"), ("b", "n0"), ("c", "n1")):
+        asked.ask(id, name, max_tokens=8)
+    for _ in range(3):
+        asked.step()
+    busy, awaited = (registry.show(name).versions[0] for name in ("n0", "n1"))
+    assert (busy.num_requests, set(busy.standing.request_ids), busy.standing.num_hits) == (2, {"a", "b"}, 2)
+    assert (awaited.num_requests, awaited.standing.slot, awaited.standing.num_waiting) == (1, None, 1)
+    asked.finish()
+    standing = registry.show("n1").versions[0].standing
+    assert (standing.num_hits, standing.num_misses, standing.num_loads, standing.request_ids) == (0, 1, 1, ())
+
+
 def test_the_slot_that_was_not_used_longest_gives_way(make_engine, make_one, make_request):
     engine = make_engine(max_adapters=3)
     registry = engine.registry
