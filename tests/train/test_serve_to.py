@@ -264,8 +264,8 @@ def test_a_server_that_comes_up_later_gets_the_newest(tmp_path, free_ports):
 
 
 def test_training_waits_for_no_answer_and_the_newest_is_told_next(train, tmp_path):
-    """The server answers the first question only when the run's last checkpoint stands: it waited for none of it."""
-    last = tmp_path / "out" / "checkpoints" / "step-000006"
+    """The server answers the first question only when the run has published its adapter: it waited for no answer."""
+    last = tmp_path / "out" / "adapters.safetensors"
 
     def answer(body: dict) -> tuple[int, str]:
         end_s = time.monotonic() + 60
