@@ -11,7 +11,7 @@ All but the last are measured in this process, engine beside engine (`lockstep.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,14 @@ def run(
 ) -> list[Finding]:
     """Write model and adapters into `folder` and measure. Raises StoppedError if a server or a request fails.
 
-    `keep` is given what is known so far after each part, so a run cut off has told it.
+    `keep` is given what is known so far after each finding, so a run cut off has told it.
     """
     progress("writing a random model")
     model = folder / "model"
     standin.write_model(model, standin.default_dtype(), setting.size)
     mx.clear_cache()
     measuring = _Measuring(setting, model, folder, progress)
-    parts: Mapping[str, Callable[[], list[Finding]]] = {
+    parts: Mapping[str, Callable[[], Iterable[Finding]]] = {
         "mixes": measuring.mixes,
         "unused": measuring.unused,
         "ranks": measuring.ranks,
@@ -76,8 +76,9 @@ def run(
     }
     findings: list[Finding] = []
     for part in setting.parts:
-        findings += parts[part]()
-        keep(findings)
+        for finding in parts[part]():
+            findings.append(finding)
+            keep(findings)
         mx.clear_cache()
     return findings
 
@@ -91,7 +92,7 @@ class _Measuring:
     folder: Path
     progress: Callable[[str], None]
 
-    def mixes(self) -> list[Finding]:
+    def mixes(self) -> Iterator[Finding]:
         setting = self.setting
         paths = self._adapters("mixes", setting.many)
         base, adapted = self._engine({}, setting.rows), self._engine(paths, setting.rows)
@@ -101,13 +102,9 @@ class _Measuring:
             (f"{setting.many} adapters mixed", names, ASKED_MANY),
             ("all rows on one adapter", names[:1], ASKED_ONE),
         )
-        return [
-            finding
-            for what, chosen, asked in cases
-            for finding in self._over(
-                f"{what}, over the base alone", Side(adapted, chosen), Side(base), setting.rows, asked
-            )
-        ]
+        for what, chosen, asked in cases:
+            ours, theirs = Side(adapted, chosen), Side(base)
+            yield from self._over(f"{what}, over the base alone", ours, theirs, setting.rows, asked)
 
     def unused(self) -> list[Finding]:
         setting = self.setting

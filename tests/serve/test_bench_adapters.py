@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import lathe
 from serve.adapters import manifest
-from serve.bench import bare_child, disturb, lockstep, standin
+from serve.bench import adapters, bare_child, disturb, lockstep, standin
 from serve.bench.client import Answer
 from serve.bench.compare import Comparison, Measuring, outcome_of
 from serve.bench.contest import PEERS
@@ -184,6 +184,16 @@ def test_bench_adapters_measures_each_part_against_what_is_asked(run_bench):
     assert [(each["asked"], each["sense"]) for each in gaps] == [(2.0, "at most")] * 6
     assert told["settings"]["rows"] == 4
     assert told["machine"]
+
+
+def test_what_is_known_is_told_finding_by_finding(tmp_path):
+    setting = adapters.Setting(
+        ("mixes",), standin.TINY, rows=2, few=1, many=2, num_prompt_tokens=4, max_tokens=2, rounds=1
+    )
+    told: list[int] = []
+    found = adapters.run(setting, tmp_path, lambda _: None, lambda so_far: told.append(len(so_far)))
+    assert told == [1, 2, 3, 4, 5, 6]
+    assert len(found) == 6
 
 
 def test_many_adapters_on_disk_are_served_through_few_slots_without_a_failure(run_bench, tmp_path):
