@@ -20,7 +20,7 @@ LEAST_TOKENS = 16
 GAP_FORWARDS = 28
 """What decoding rows wait where nobody says: so many times the fixed part of a forward. To stop for them costs the
 prompts one such part or two, so a prompt is computed nearly as fast as if nobody decoded."""
-USUAL_ROWS = 32
+USUAL_ROWS = 20
 """Decoding rows that take as long as the fixed part, most often."""
 NUM_KEPT = 9
 NUM_NEEDED = 2
