@@ -4,8 +4,8 @@ A forward takes a fixed time, for the weights are read once, and more for each r
 
     a step = [fixed + rows · each  if rows decode] + [fixed + tokens · each  if prompts are computed]
 
-What is noted is what a step ran and how long that took; medians of the last few leave out what a first touch, a
-compilation or a busy machine has cost.
+What is noted is what a step ran and how long that took; the shortest of the last few, and medians, leave out what a
+first touch, a compilation or a busy machine has cost.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEAST_TOKENS = 16
 GAP_FORWARDS = 28
 """What decoding rows wait where nobody says: so many times the fixed part of a forward. To stop for them costs the
 prompts one such part or two, so a prompt is computed nearly as fast as if nobody decoded."""
-USUAL_ROWS = 32
+USUAL_ROWS = 20
 """Decoding rows that take as long as the fixed part, most often."""
 NUM_KEPT = 9
 NUM_NEEDED = 2
@@ -78,7 +78,8 @@ class Pace:
     def _row_times(self) -> tuple[float, float]:
         """Of a decode step: its fixed part and what a row adds, in seconds; 0 while nothing is known."""
         points = [
-            (sum(rows for rows, _ in kept) / len(kept), _median([duration_s for _, duration_s in kept]))
+            # The shortest: such steps are so short that a busy machine makes most of them longer.
+            (sum(rows for rows, _ in kept) / len(kept), min(duration_s for _, duration_s in kept))
             for kept in self._decode.values()
             if len(kept) >= NUM_NEEDED
         ]
