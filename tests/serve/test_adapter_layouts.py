@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -386,6 +387,10 @@ def test_alpha_gives_the_scale_back(rank):
     exact = sum(alpha_of(scale, rank) / rank == scale for scale in scales)
     nearest = [abs(alpha_of(scale, rank) / rank - scale) / scale for scale in scales]
     assert max(nearest) <= 2**-52
+    for scale in scales:
+        ulp = math.ulp(scale * rank)
+        there_is = any((scale * rank + step * ulp) / rank == scale for step in range(-3, 4))
+        assert (alpha_of(scale, rank) / rank == scale) == there_is, scale
     assert exact == len(scales) or rank not in (1, 2, 4, 8, 16, 128)
     for alpha in range(1, 257):
         assert alpha_of(alpha / rank, rank) == alpha

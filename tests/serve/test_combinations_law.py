@@ -141,8 +141,9 @@ def test_order_and_repetition_do_not_matter(registry):
 def test_parts_that_do_the_same_are_one(registry, make_adapter):
     copy = registry.load("copy", make_adapter(1, rank=3))
     assert copy.effect_hash == registry.resolve("a").effect_hash
-    parts = added_up([Weighted(copy, 0.5), Weighted(registry.resolve("a"), 0.25)])
-    assert [(part.version.id, part.weight) for part in parts] == [("a@1", 0.75)]
+    both = [Weighted(registry.resolve("a"), 0.25), Weighted(copy, 0.5)]
+    for parts in (added_up(both), added_up(reversed(both))):
+        assert [(part.version.id, part.weight) for part in parts] == [("a@1", 0.75)]
 
 
 def test_an_update_of_a_part_makes_another_and_leaves_the_old_one(registry, make_adapter):
