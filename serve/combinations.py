@@ -49,6 +49,7 @@ MEDIA_TOKENS = 8
 """Of words before what is shown, and behind it."""
 CHUNK_TOKENS = 16
 """Of a prompt in a step, so that a prompt takes several."""
+ONE_BLOCK = "all tokens of its prompts see one another, so that none can be computed before the last is known"
 LARGEST_ID = 1000
 """Prompts are made of ids below it, or below the vocabulary's end."""
 MAX_DIFFERENCE, MAX_DIFFERENCE_HALF = 0.05, 0.5
@@ -218,6 +219,9 @@ def _fitting(engine: Engine, bits: float) -> KvPrecision:
 
 
 def _restores(pair: _Pair) -> str:
+    prompt = pair.engine.check(pair.request(1)).prompt
+    if not prompt.whole(len(prompt.token_ids) - 1):
+        raise GenerationError(ONE_BLOCK)
     cold = pair.earlier[pair.column] = pair.ask(1)
     if cold.num_cached_tokens:
         raise GenerationError("it found another's prefix")
