@@ -48,6 +48,8 @@ SHARED = {
     "quantized_kv_start": 3,
     "kv_plain_layers": 1,
     "cache_salt": "pepper",
+    "priority": 1,
+    "timeout": 60,
 }
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
 CHAT = {
@@ -75,6 +77,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "nowhere", "load_inplace": True},
     "/v1/unload_lora_adapter": {"lora_name": "x"},
     "/v1/feedback": {"id": "chatcmpl-1", "name": "correct", "value": 1.0},
+    "/v1/adapters/{name}/rollback": {"version": 1},
+    "/v1/adapters/{name}/pin": {},
+    "/v1/adapters/{name}/unpin": {},
 }
 """One body of each endpoint that takes one, with every field in it."""
 STREAMED = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
@@ -160,7 +165,7 @@ def test_the_bodies_above_have_every_field_there_is_and_are_valid(http):
 
     def fields(name: str) -> set[str]:
         # A switch holds no number and no text.
-        listed = [item for item in parts[name]["properties"].items() if not is_switch(item[1])]
+        listed = [item for item in parts[name].get("properties", {}).items() if not is_switch(item[1])]
         return {
             field for field, how in listed if "enum" not in how and how.get("description", "")[:6] != "A hint"
         }
@@ -207,7 +212,7 @@ def test_no_odd_value_anywhere_brings_the_server_down(http, quiet, values):
     quiet()
 
 
-@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("path", [path for path, body in BODIES.items() if body])
 def test_half_a_surrogate_pair_is_refused_wherever_it_stands_and_its_field_is_named(http, path):
     body = BODIES[path] | (STREAMED if "completions" in path else {})
     for at, value in places(body):
