@@ -144,7 +144,12 @@ def post(http: httpx.Client, path: str, body: Any) -> httpx.Response:
 
 
 def assert_told(answer: httpx.Response, context: object) -> dict:
-    """A deliberate answer: success, or an error of the client's in OpenAI's shape. Returns its body."""
+    """A deliberate answer: success, or an error of the client's in OpenAI's shape, or its own `timeout` that has
+    passed. Returns its body."""
+    if answer.status_code == 504:
+        error = answer.json()["error"]
+        assert error["code"] == "deadline_exceeded", (context, error)
+        return error
     assert answer.status_code < 500, (context, answer.text)
     if answer.status_code < 400:
         return {}
