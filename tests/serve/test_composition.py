@@ -354,14 +354,16 @@ class Scene:
         self.versions[name] = registry.load(name, folder, replace=True)
 
     def lose_slot(self) -> None:
-        """Another adapter answers while the asked one does not, and there are two slots."""
-        registry = self.engine.registry
-        registry.load("other", self.lively.adapter(self.setting.model, "lora", 3), replace=True)
-        self.versions["other"], self.sources["other"] = registry.resolve("other"), ("lora", 3)
-        talk, asked = self.talk(), self.versions["asked"]
-        talk.add(*(self.request(f"{name}-passing", self.tokens(5), 2) for name in ("beside", "other")))
+        """Two other adapters answer while the asked one does not, and there are two slots."""
+        registry, talk, asked = self.engine.registry, self.talk(), self.versions["asked"]
+        for number, name in enumerate(("other", "another")):
+            self.sources[name] = ("lora", 2 + number)
+            self.versions[name] = registry.load(
+                name, self.lively.adapter(self.setting.model, "lora", 2 + number)
+            )
+            talk.add(self.request(f"{name}-passing", self.tokens(5), 2))
         talk.finish()
-        assert asked is None or self.setting.beside == "base" or registry.slot_of(asked) is None
+        assert asked is None or registry.slot_of(asked) is None
 
     def update(self, request: Request) -> None:
         """Its name gets another version as soon as it has been asked for."""
