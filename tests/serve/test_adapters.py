@@ -249,14 +249,12 @@ def test_a_vocabulary_is_known_by_what_each_id_stands_for():
 
 def test_broken_files_are_named_and_nothing_changes(model, make_adapter, tmp_path):
     registry = Engine(model).registry
-    no_folders = (tmp_path / "nowhere", "~nosuchuser/a", "a\0b", "x" * 10_000)
+    no_folders = (tmp_path / "nowhere", "~nosuchuser/a", "a\0b", "x" * 10_000, "/dev/null")
     for path in no_folders:
         with pytest.raises(NotFoundError, match="no adapter folder at"):
             registry.load("a", path)
     with pytest.raises(AdapterError, match=r"a folder or a \.safetensors file was expected"):
         registry.load("a", make_adapter(1) / CONFIG_FILE)
-    with pytest.raises(AdapterError, match="/dev/null"):
-        registry.load("a", "/dev/null")
     cut = copy_of(make_adapter(1), tmp_path / "cut")
     whole = (cut / TENSORS_FILE).read_bytes()
     for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
