@@ -21,7 +21,8 @@ from serve.adapters.bank import Bank
 from serve.adapters.contents import Contents, Tier
 from serve.adapters.fit import LowRank
 from serve.adapters.names import name_problem
-from serve.adapters.residency import Residency, Run, Standing
+from serve.adapters.residency import Residency, Run
+from serve.adapters.seats import Standing
 from serve.adapters.shelf import num_bytes_of
 from serve.adapters.source import Content, Fitting, FolderSource, Outline, Source
 from serve.adapters.version import AdapterVersion
@@ -526,9 +527,7 @@ class Registry:
                 left.append(replaced)
             gone = [*self._drop_old(version.name), *self._drop_found()]
         if before is not None:
-            self.residency.move_pin(before, version)
-            self.residency.retire(before)
-        self.residency.revive(version)
+            self.residency.hand_over(before, version)
         self._leave([*left, *gone])
 
     def _leave(self, known: list[Known]) -> None:
