@@ -761,8 +761,9 @@ def test_what_is_unloaded_while_it_is_rolled_back_or_pinned_is_gone(make_engine,
     registry.residency.start = start
     with pytest.raises(NotFoundError, match="'n2'"):
         registry.pin("n2")
-    for work in later:
-        work()
+    registry.residency.start = later.append
+    while later:
+        later.pop()()
     registry.check_integrity()
     assert registry.pin("n0").id == "n0@1", "no slot is pinned for what is gone"
 

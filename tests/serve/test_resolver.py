@@ -144,6 +144,20 @@ def test_names_that_were_found_are_forgotten_when_there_are_too_many_but_not_tho
     registry.check_integrity()
 
 
+def test_what_somebody_loads_in_the_place_of_what_was_found_is_not_forgotten(make_resolver, shelf, make_one):
+    """The name would stand for the folder's again."""
+    resolver = make_resolver([shelf], max_found=1)
+    registry = resolver._registry
+    resolver.find("a")
+    version = registry.load("a", make_one(7), replace=True)
+    assert not registry.show("a").is_found
+    for name in ("b", "c"):
+        resolver.find(name)
+    assert registry.names() == ["a", "c"]
+    assert registry.resolve("a") == version
+    registry.check_integrity()
+
+
 def test_many_who_ask_for_one_name_at_once_load_it_once(make_resolver, shelf):
     resolver = make_resolver([shelf])
     found: list[str] = []
