@@ -51,7 +51,7 @@ class Known:
     version: AdapterVersion
     source: Source
     num_requests: int = 0
-    """That hold it now."""
+    """That hold it now, or what it is added to."""
 
 
 @dataclass(eq=False)
@@ -269,13 +269,13 @@ class Registry:
         """The request that held `version` has ended."""
         left: list[Known] = []
         with self._lock:
-            known = self._known[version.id]
-            assert known.num_requests > 0, f"{version.id} released more often than acquired"
-            known.num_requests -= 1
-            self.contents.let_go(version)
-            if not known.num_requests and not self._is_current(known):
-                left.append(known)
-                left += self._drop_old(known.version.name)
+            for known in self._with_parts(self._known[version.id]):
+                assert known.num_requests > 0, f"{known.version.id} released more often than acquired"
+                known.num_requests -= 1
+                self.contents.let_go(known.version)
+                if not known.num_requests and not self._is_current(known):
+                    left.append(known)
+                    left += self._drop_old(known.version.name)
         self._leave(left)
         self.residency.release()
 
@@ -396,8 +396,13 @@ class Registry:
     # Under the lock
 
     def _hold(self, known: Known) -> None:
-        known.num_requests += 1
-        self.contents.hold(known.version)
+        for each in self._with_parts(known):
+            each.num_requests += 1
+            self.contents.hold(each.version)
+
+    def _with_parts(self, known: Known) -> list[Known]:
+        """A version, and what it adds: it may be made again of that."""
+        return [known, *(self._known[id] for id in known.version.parts if id in self._known)]
 
     def _entry(self, name: str) -> Name:
         entry = self._names.get(name)

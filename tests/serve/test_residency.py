@@ -24,14 +24,6 @@ from serve.engine.worker import Worker
 from serve.errors import AdapterGoneError, AdapterMemoryError, NotFoundError
 from serve.model.loading import load
 
-KEYS = ["self_attn.q_proj", "mlp.up_proj"]
-
-
-@pytest.fixture
-def make_one(make_adapter) -> Callable[[int], Path]:
-    """make_one(seed) → folder of an adapter, of another rank with each seed."""
-    return lambda seed: make_adapter(seed, rank=2 + seed % 3, keys=KEYS)
-
 
 @pytest.fixture
 def copied(make_one, tmp_path) -> Callable[[str, int], Path]:
