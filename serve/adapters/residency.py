@@ -208,16 +208,18 @@ class Residency:
                 return False
             # It is counted when that one is not any more.
             seat = self._seats.seat(version, is_retired=replaced is not None)
+        is_there = False
         try:
             self._install(seat, may_evict=False)
+            is_there = True
         except NoRoomError:
-            self._unseat(seat)
-            return False
-        except BaseException:  # whatever it is, the slot is nobody's
-            self._unseat(seat)
-            raise
-        self._settle(seat)
-        return True
+            pass
+        finally:
+            if not is_there:
+                self._unseat(seat)
+        if is_there:
+            self._settle(seat)
+        return is_there
 
     def hand_over(self, old: AdapterVersion, new: AdapterVersion) -> None:
         """A name stands for `new` now, and no longer for `old`, whose slot serves who holds it. A pin goes along."""
