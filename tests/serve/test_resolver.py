@@ -156,8 +156,9 @@ def test_a_found_adapter_whose_folder_holds_another_one_is_found_anew(served, mo
     with served(model_folder, **settings) as (_, http):
         first = answer(http, "a")
         answer(http, "b")
-        shutil.copy(make_one(2) / TENSORS_FILE, shelf / "new")
-        (shelf / "new").rename(shelf / "a" / TENSORS_FILE)
+        for file in (TENSORS_FILE, CONFIG_FILE):
+            shutil.copy(make_one(2) / file, shelf / "new")
+            (shelf / "new").rename(shelf / "a" / file)
         gone = http.post("/v1/completions", json={**ASK, "model": "a"})
         assert (gone.status_code, gone.json()["error"]["code"]) == (410, "adapter_gone")
         assert "holds another one now" in gone.json()["error"]["message"]
@@ -273,7 +274,7 @@ def hub(make_one, tmp_path) -> Iterator[Hub]:
 
 def test_adapters_of_allowed_owners_come_from_the_hub_and_nothing_else_of_them(make_resolver, hub, tmp_path):
     resolver = make_resolver((), ["me", "you/three"], endpoint=hub.url, cache=tmp_path / "cache")
-    assert resolver.find("me/one").num_modules == 2
+    assert resolver.find("me/one").num_modules == 4
     assert any(path.endswith(TENSORS_FILE) for path in hub.asked)
     assert not any(
         "optimizer" in path.rpartition("/resolve/")[2] for path in hub.asked if "/resolve/" in path
