@@ -80,7 +80,8 @@ class Combination:
                 f"{fitting.max_rank} (max_rank)"
             )
         num_values = sum(part.version.num_values for part in self.parts)
-        return Outline(sizes, num_values, self._lineage(), FORMAT)
+        parts = tuple(part.version.id for part in self.parts)
+        return Outline(sizes, num_values, self._lineage(), FORMAT, parts)
 
     def read(self, name: str, fitting: Fitting) -> Content:
         """AdapterError where the sum has no form, or numbers that the network's dtype cannot hold.

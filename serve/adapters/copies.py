@@ -47,18 +47,18 @@ class Copies:
     def take(self, name: str, found: Published) -> Path | None:
         """The folder of a new copy; None where the adapter changed, or went, meanwhile. OSError as it comes."""
         target = self.folder / name / f"{next(self._numbers):06d}-{found.folder.name}"
+        is_of_one_moment = False
         try:
             target.mkdir(parents=True)
             for file, *_ in found.signature:
                 _copy(found.folder / file, target / file)
             is_of_one_moment = signature_of(found.folder) == found.signature
         except FileNotFoundError:
-            is_of_one_moment = False
-        except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
+            pass
+        finally:
+            if not is_of_one_moment:
+                shutil.rmtree(target, ignore_errors=True)
         if not is_of_one_moment:
-            shutil.rmtree(target, ignore_errors=True)
             return None
         self._made.setdefault(name, []).append(target)
         return target

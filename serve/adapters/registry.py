@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +21,8 @@ from serve.adapters.bank import Bank
 from serve.adapters.contents import Contents, Tier
 from serve.adapters.fit import LowRank
 from serve.adapters.names import name_problem
-from serve.adapters.residency import Residency, Run, Standing
+from serve.adapters.residency import Residency, Run
+from serve.adapters.seats import Standing
 from serve.adapters.shelf import num_bytes_of
 from serve.adapters.source import Content, Fitting, FolderSource, Outline, Source
 from serve.adapters.version import AdapterVersion
@@ -50,7 +51,7 @@ class Known:
     version: AdapterVersion
     source: Source
     num_requests: int = 0
-    """That hold it now."""
+    """That hold it now, or what it is added to."""
 
 
 @dataclass(eq=False)
@@ -61,8 +62,6 @@ class Name:
     others: dict[int, Known] = field(default_factory=dict)
     """Versions that it stood for, and may stand for again, by number."""
     is_pinned: bool = False
-    is_found: bool = False
-    """It was looked up for a request, and may be again."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,7 @@ class ShownName:
     name: str
     is_pinned: bool
     is_found: bool
+    """It was looked up for a request, and may be again."""
     versions: tuple[ShownVersion, ...]
 
 
@@ -225,14 +225,10 @@ class Registry:
 
         NotFoundError where it is not known, AdapterGoneError where it is known and its content is nowhere any more.
         """
-        with self._turn(name):
-            before = self._current(name)
-            if before is None:
-                raise NotFoundError(f"no adapter {name!r} is loaded")
-            known = self._earlier(name, before, number)
-            if known.version == before:
-                return before
-            version = known.version
+        with self._turn(name), self._held(lambda: self._earlier(name, number)) as known:
+            version, before = known.version, self._current(name)
+            if version == before:
+                return version
             with self.residency.at_hand(version):
                 if self.residency.slot_of(version) is None:
                     self.residency.fetch(version)
@@ -242,19 +238,21 @@ class Registry:
 
     def pin(self, name: str) -> AdapterVersion:
         """Keep a slot for whatever `name` stands for. NotFoundError; AdapterMemoryError if no slot would be left."""
-        with self._turn(name):
-            entry = self._entry(name)
-            self.residency.pin(entry.current.version)
-            entry.is_pinned = True
-            return entry.current.version
+        with self._turn(name), self._held(lambda: self._entry(name).current) as known:
+            self.residency.pin(known.version)
+            with self._lock:
+                self._entry(name).is_pinned = True
+            return known.version
 
     def unpin(self, name: str) -> AdapterVersion:
         """It may be evicted again. NotFoundError."""
         with self._turn(name):
-            entry = self._entry(name)
-            self.residency.unpin(entry.current.version)
-            entry.is_pinned = False
-            return entry.current.version
+            with self._lock:
+                entry = self._entry(name)
+                entry.is_pinned = False
+                version = entry.current.version
+            self.residency.unpin(version)
+            return version
 
     # Requests hold versions
 
@@ -262,23 +260,22 @@ class Registry:
         """The version a new request for `name` or `name@N` uses, held until `release`. It need not have a slot."""
         with self._lock:
             known = self._find(name)
-            known.num_requests += 1
             if name in self._found:
                 self._found.move_to_end(name)
-            self.contents.hold(known.version)
+            self._hold(known)
             return known.version
 
     def release(self, version: AdapterVersion) -> None:
         """The request that held `version` has ended."""
         left: list[Known] = []
         with self._lock:
-            known = self._known[version.id]
-            assert known.num_requests > 0, f"{version.id} released more often than acquired"
-            known.num_requests -= 1
-            self.contents.let_go(version)
-            if not known.num_requests and not self._is_current(known):
-                left.append(known)
-                left += self._drop_old(known.version.name)
+            for known in self._with_parts(self._known[version.id]):
+                assert known.num_requests > 0, f"{known.version.id} released more often than acquired"
+                known.num_requests -= 1
+                self.contents.let_go(known.version)
+                if not known.num_requests and not self._is_current(known):
+                    left.append(known)
+                    left += self._drop_old(known.version.name)
         self._leave(left)
         self.residency.release()
 
@@ -354,7 +351,7 @@ class Registry:
                 return None
             known = [entry.current, *entry.others.values()]
             counts = [each.num_requests for each in known]
-            is_pinned, is_found, current = entry.is_pinned, entry.is_found, entry.current.version
+            is_pinned, is_found, current = entry.is_pinned, name in self._found, entry.current.version
         shown = [
             ShownVersion(
                 each.version,
@@ -398,6 +395,35 @@ class Registry:
 
     # Under the lock
 
+    def _hold(self, known: Known) -> None:
+        for each in self._with_parts(known):
+            each.num_requests += 1
+            self.contents.hold(each.version)
+
+    def _with_parts(self, known: Known) -> list[Known]:
+        """A version, and what it adds: it may be made again of that."""
+        return [known, *(self._known[id] for id in known.version.parts if id in self._known)]
+
+    def _entry(self, name: str) -> Name:
+        entry = self._names.get(name)
+        if entry is None:
+            raise NotFoundError(f"no adapter {name!r} is loaded")
+        return entry
+
+    def _earlier(self, name: str, number: int | None) -> Known:
+        """A version of it by number; None: the one before the current one."""
+        entry = self._entry(name)
+        current = entry.current.version
+        if number == current.number:
+            return entry.current
+        if number is None:
+            number = max((each for each in entry.others if each < current.number), default=0)
+            if not number:
+                raise NotFoundError(f"adapter {name!r} has no version before {current.id!r}")
+        if number not in entry.others:
+            raise NotFoundError(self._unknown_number(name, entry, number))
+        return entry.others[number]
+
     def _find(self, name: str) -> Known:
         entry = self._names.get(name)
         known = entry.current if entry is not None else self._known.get(name)
@@ -439,6 +465,11 @@ class Registry:
         if entry.current.version.is_combined:
             self._last_number.pop(name, None)
         return [each for each in (entry.current, *entry.others.values()) if not each.num_requests]
+
+    def _forget_sums(self, part: AdapterVersion) -> list[Known]:
+        """A version is known no more, and nobody can ask for what it was added to."""
+        names = [name for name in self._found if part.id in self._names[name].current.version.parts]
+        return [known for name in names for known in self._forget_name(name)]
 
     def _drop_old(self, name: str) -> list[Known]:
         """The oldest versions of a name beyond those that are kept."""
@@ -485,25 +516,16 @@ class Registry:
             entry = self._names.get(name)
             return entry.current.version if entry else None
 
-    def _entry(self, name: str) -> Name:
+    @contextmanager
+    def _held(self, find: Callable[[], Known]) -> Iterator[Known]:
+        """What is found, under the lock, is not forgotten inside: others may leave, and its name may go."""
         with self._lock:
-            entry = self._names.get(name)
-            if entry is None:
-                raise NotFoundError(f"no adapter {name!r} is loaded")
-            return entry
-
-    def _earlier(self, name: str, before: AdapterVersion, number: int | None) -> Known:
-        entry = self._entry(name)
-        with self._lock:
-            if number == before.number:
-                return entry.current
-            if number is None:
-                number = max((each for each in entry.others if each < before.number), default=0)
-                if not number:
-                    raise NotFoundError(f"adapter {name!r} has no version before {before.id!r}")
-            if number not in entry.others:
-                raise NotFoundError(self._unknown_number(name, entry, number))
-            return entry.others[number]
+            known = find()
+            self._hold(known)
+        try:
+            yield known
+        finally:
+            self.release(known.version)
 
     def _publish(self, known: Known, before: AdapterVersion | None, *, is_found: bool = False) -> None:
         """From here on the name stands for it."""
@@ -512,10 +534,13 @@ class Registry:
         with self._lock:
             entry = self._names.get(version.name)
             if entry is None:
-                entry = self._names[version.name] = Name(known, is_found=is_found)
+                if version.id in self._known:
+                    raise NotFoundError(f"adapter {version.name!r} was unloaded meanwhile")
+                self._names[version.name] = Name(known)
                 if is_found:
                     self._found[version.name] = None
-            elif entry.current is not known:
+            else:
+                self._found.pop(version.name, None)  # somebody has decided what it stands for
                 entry.others.pop(version.number, None)
                 entry.others[entry.current.version.number] = entry.current
                 entry.current = known
@@ -526,20 +551,22 @@ class Registry:
                 left.append(replaced)
             gone = [*self._drop_old(version.name), *self._drop_found()]
         if before is not None:
-            self.residency.move_pin(before, version)
-            self.residency.retire(before)
-        self.residency.revive(version)
+            self.residency.hand_over(before, version)
         self._leave([*left, *gone])
 
     def _leave(self, known: list[Known]) -> None:
-        """Of versions that nobody uses the slots are free; those that no name has are known no more."""
-        for each in known:
+        """Of versions that nobody uses the slots are free; those that no name has are known no more, nor is what they
+        are added to."""
+        left = deque(known)
+        while left:
+            each = left.popleft()
             with self._lock:
                 if self._is_in_use(each):
                     continue
                 is_gone = not self._is_of_name(each)
                 if is_gone:
                     self._known.pop(each.version.id, None)
+                    left += self._forget_sums(each.version)
             if is_gone:
                 self.residency.forget(each.version)
                 self.contents.drop(each.version)
@@ -563,6 +590,7 @@ class Registry:
             content.content_hash,
             source.path,
             admitted.notes,
+            parts=outline.parts,
             stop_ids=lineage.stop_ids if lineage else (),
             effect_hash=content.effect_hash,
             tower_hash=content.tower_hash,
@@ -579,7 +607,7 @@ class Registry:
         """Its content is nowhere any more. What was found for a request may be found again, as it is now."""
         with self._lock:
             entry = self._names.get(version.name)
-            is_over = entry is not None and entry.is_found and entry.current.version == version
+            is_over = entry is not None and version.name in self._found and entry.current.version == version
             left = self._forget_name(version.name) if is_over else []
         self._leave(left)
 

@@ -42,6 +42,8 @@ class Outline:
     """Numbers in its tensors."""
     lineage: manifest.Lineage | None = None
     format: str = "mlx-lm"
+    parts: tuple[str, ...] = ()
+    """Ids of the versions that it adds, if it does."""
 
 
 @dataclass(frozen=True)

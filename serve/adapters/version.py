@@ -25,6 +25,8 @@ class AdapterVersion:
     path: str
     notes: tuple[str, ...] = ()
     """What whoever loaded it should know."""
+    parts: tuple[str, ...] = ()
+    """Of a combination: ids of the versions that it adds."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end its answers, besides the base's own."""
     effect_hash: str = ""

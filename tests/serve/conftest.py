@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,16 +14,20 @@ import pytest
 import serve as serve  # before mlx: it brings a real BLAS
 
 import mlx.core as mx  # isort: skip
+import httpx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from sighted import Alone, Eyes
 
 from serve.adapters.manifest import AdapterConfig, read_config, read_tensors, write_adapter
 from serve.adapters.tools import convert
+from serve.api.server import serving
+from serve.config import ServeConfig
 from serve.engine.engine import Engine, EngineLimits
 from serve.model.loading import LoadedModel, load
 from serve.model.network import Network
 from serve.model.weights import dense_weight, expert_modules, linear_modules, linear_shape
+from serve.runtime import Runtime
 
 COMMON = {
     "hidden_size": 64,
@@ -123,6 +129,23 @@ def _add_up(module: nn.Module, parts: Sequence[tuple[Path, float]]) -> None:
             new[path] += share * (np.array(dense_weight(layer).astype(mx.float32), np.float64) - old[path])
         put(old)
     put(new)
+
+
+def _summed(model_folder: Path, parts: Sequence[tuple[Path, float]]) -> nn.Module:
+    module = load(str(model_folder)).network.module
+    _add_up(module, parts)
+    return module
+
+
+@contextmanager
+def _served(model_folder: Path, **settings: Any) -> Iterator[tuple[Runtime, httpx.Client]]:
+    runtime = Runtime.start(ServeConfig(model=str(model_folder), name="lively", **settings))
+    try:
+        with serving(runtime) as url, httpx.Client(base_url=url, timeout=120) as http:
+            yield runtime, http
+        runtime.registry.check_integrity()
+    finally:
+        runtime.close()
 
 
 def _layers_of(kind: str, module: nn.Module) -> dict[str, nn.Module]:
@@ -254,3 +277,22 @@ def greedy_by_mlx_lm() -> Callable[[nn.Module, Sequence[int], int], tuple[int, .
 def merged() -> Callable[[Path, Path], nn.Module]:
     """merged(model_folder, adapter_folder) → the base with one adapter fused into its weights."""
     return _merged
+
+
+@pytest.fixture(scope="session")
+def summed() -> Callable[[Path, Sequence[tuple[Path, float]]], nn.Module]:
+    """summed(model_folder, [(adapter_folder, weight)…]) → the base with that sum fused into its weights."""
+    return _summed
+
+
+@pytest.fixture
+def make_one(make_adapter: Callable[..., Path]) -> Callable[[int], Path]:
+    """make_one(seed) → folder of an adapter of the lively model, of another rank with each seed."""
+    return lambda seed: make_adapter(seed, rank=2 + seed % 3, keys=["self_attn.q_proj", "mlp.up_proj"])
+
+
+@pytest.fixture
+def served() -> Callable[..., AbstractContextManager[tuple[Runtime, httpx.Client]]]:
+    """served(model_folder, **keys of the configuration): inside, a server and a client of it; when it is left, names,
+    slots and bytes agree."""
+    return _served

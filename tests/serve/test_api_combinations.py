@@ -178,6 +178,9 @@ def test_an_unloaded_part_takes_its_combinations_along(http):
         answer = http.post("/v1/chat/completions", json={"model": model, "messages": MESSAGES})
         assert answer.status_code == 404, model
         assert "adds 'a" in answer.json()["error"]["message"]
+    left = http.get("/v1/adapters").json()
+    assert [card["name"] for card in left["data"]] == ["b"], "nobody can ask for the sum"
+    assert left["slots"]["taken"] == 1
 
 
 def test_an_exact_name_comes_first(http, make_adapter):

@@ -1,43 +1,18 @@
-"""Versions, rollback, pins and what there is, over HTTP and by `lathe adapters`; all of it at once under streams."""
+"""Versions, rollback, pins and what there is, over HTTP and by `lathe adapters`."""
 
 from __future__ import annotations
 
 import json
-import random
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import pytest
 from typer.testing import CliRunner
 
 import lathe
 from serve.adapters.manifest import AdapterConfig, Lineage, read_tensors, write_adapter
-from serve.api.server import serving
-from serve.config import ServeConfig
-from serve.runtime import Runtime
 
 ASK = {"prompt": "hello there", "max_tokens": 10, "temperature": 0, "ignore_eos": True}
-
-
-@pytest.fixture
-def make_one(make_adapter) -> Callable[[int], Path]:
-    return lambda seed: make_adapter(seed, rank=2 + seed % 3, keys=["self_attn.q_proj", "mlp.up_proj"])
-
-
-@contextmanager
-def served(model_folder: Path, **settings) -> Iterator[tuple[Runtime, httpx.Client]]:
-    """A server; when it is left, names, slots and bytes agree."""
-    runtime = Runtime.start(ServeConfig(model=str(model_folder), name="lively", **settings))
-    try:
-        with serving(runtime) as url, httpx.Client(base_url=url, timeout=120) as http:
-            yield runtime, http
-        runtime.registry.check_integrity()
-    finally:
-        runtime.close()
 
 
 def post(http: httpx.Client, path: str, **fields) -> httpx.Response:
@@ -57,7 +32,7 @@ def answer(http: httpx.Client, model: str, **fields) -> tuple[str, str]:
     return found.json()["choices"][0]["text"], found.headers["x-lathe-model"]
 
 
-def test_a_name_is_rolled_back_and_forth_while_it_streams(model_folder, make_one):
+def test_a_name_is_rolled_back_and_forth_while_it_streams(served, model_folder, make_one):
     with served(model_folder, max_adapters=2) as (_, http):
         alone = {}
         for seed in (1, 2, 3):
@@ -91,7 +66,7 @@ def test_a_name_is_rolled_back_and_forth_while_it_streams(model_folder, make_one
         ]
 
 
-def test_what_cannot_be_done_to_an_adapter_says_why(model_folder, make_one):
+def test_what_cannot_be_done_to_an_adapter_says_why(served, model_folder, make_one):
     with served(model_folder, max_adapters=2) as (_, http):
         put(http, "x", make_one(1))
         put(http, "y", make_one(2))
@@ -117,7 +92,7 @@ def test_what_cannot_be_done_to_an_adapter_says_why(model_folder, make_one):
         assert (refused.status_code, "no version 7; there are 1" in refused.text) == (404, True)
 
 
-def test_an_adapter_says_where_it_is_who_holds_it_and_what_it_is(model_folder, make_one, tmp_path):
+def test_an_adapter_says_where_it_is_who_holds_it_and_what_it_is(served, model_folder, make_one, tmp_path):
     with served(model_folder, max_adapters=2) as (runtime, http):
         lineage = Lineage(
             *("base", runtime.model.fingerprint, "", "sha256:r", "sha256:d", "2026-01-01", "1"),
@@ -174,7 +149,7 @@ def test_an_adapter_says_where_it_is_who_holds_it_and_what_it_is(model_folder, m
         assert "lathe_adapter_slots 2.0" in metrics
 
 
-def test_the_command_does_what_the_endpoints_do(model_folder, make_one, tmp_path):
+def test_the_command_does_what_the_endpoints_do(served, model_folder, make_one, tmp_path):
     with served(model_folder, max_adapters=2) as (_, http):
 
         def run(*words: str):
@@ -199,7 +174,7 @@ def test_the_command_does_what_the_endpoints_do(model_folder, make_one, tmp_path
 
 
 def test_an_adapter_whose_content_is_gone_is_a_410_of_its_own_and_told_as_broken(
-    model_folder, make_one, tmp_path
+    served, model_folder, make_one, tmp_path
 ):
     with served(model_folder, max_adapters=1, adapter_host_gib=0, adapter_file_gib=0) as (_, http):
         for name, seed in (("x", 1), ("y", 2)):
@@ -218,96 +193,3 @@ def test_an_adapter_whose_content_is_gone_is_a_410_of_its_own_and_told_as_broken
         shutil.copytree(make_one(1), tmp_path / "x")
         assert answer(http, "x")[1] == "x@1"
         assert http.get("/v1/adapters/x").json()["state"] == "resident"
-
-
-def test_under_any_churn_every_answer_is_one_versions_and_nothing_is_left(model_folder, make_one, tmp_path):
-    """Loads, updates, rollbacks, pins, unloads and evictions beside streams; folders are written over meanwhile."""
-    seeds, names, num_each = range(5), [f"n{number}" for number in range(6)], 14
-    with served(model_folder) as (_, http):
-        alone = {}
-        for seed in seeds:
-            put(http, "x", make_one(seed))
-            alone[seed] = answer(http, "x")[0]
-    assert len(set(alone.values())) == len(seeds)
-    settings = {"max_adapters": 2, "max_rows": 8, "adapter_host_gib": 60_000 / 2**30, "adapter_versions": 3}
-    seed_of: dict[str, int] = {}
-    wrong: list[str] = []
-    counted: list[str] = []
-    with served(model_folder, **settings) as (runtime, http):
-
-        def change(name: str, rng: random.Random, client: httpx.Client) -> None:
-            """One thread alone changes a name, so it knows what each version holds."""
-            folder = tmp_path / name
-            number = 0
-            for _ in range(num_each):
-                choice = rng.random()
-                if choice < 0.5 or number == 0:
-                    seed = rng.choice(seeds)
-                    new = shutil.copytree(make_one(seed), tmp_path / f"{name}-new")
-                    shutil.rmtree(folder, ignore_errors=True)
-                    new.rename(folder)
-                    number += 1
-                    seed_of[f"{name}@{number}"] = seed
-                    put(client, name, folder)
-                elif choice < 0.7:
-                    found = post(client, f"adapters/{name}/rollback")
-                    if found.status_code not in (200, 404):
-                        wrong.append(f"rollback of {name}: {found.text}")
-                elif choice < 0.8:
-                    found = post(client, f"adapters/{name}/{rng.choice(['pin', 'unpin'])}")
-                    if found.status_code not in (200, 404, 507):
-                        wrong.append(f"pin of {name}: {found.text}")
-                elif choice < 0.9:
-                    post(client, "unload_lora_adapter", lora_name=name)
-
-        def ask(rng: random.Random, client: httpx.Client) -> None:
-            for _ in range(2 * num_each):
-                name, body = rng.choice(names), {**ASK, "stream": rng.random() < 0.5}
-                with client.stream("POST", "/v1/completions", json={**body, "model": name}) as found:
-                    if found.status_code == 404:
-                        found.read()
-                        continue
-                    version = found.headers["x-lathe-model"]
-                    whole = "".join(found.iter_text())
-                if found.status_code != 200 or '"error"' in whole:
-                    wrong.append(f"{name}: {found.status_code} {whole[:300]}")
-                    continue
-                if body["stream"]:
-                    parts = [
-                        json.loads(each[6:]) for each in whole.splitlines() if each.startswith("data: {")
-                    ]
-                else:
-                    parts = [json.loads(whole)]
-                text = "".join(part["choices"][0]["text"] for part in parts)
-                counted.append(version)
-                if text != alone[seed_of[version]]:
-                    wrong.append(f"{version} said {text!r}, and {alone[seed_of[version]]!r} is its own")
-
-        def run(work: Callable[[httpx.Client], None]) -> threading.Thread:
-            def inside() -> None:
-                with httpx.Client(base_url=http.base_url, timeout=120) as client:
-                    try:
-                        work(client)
-                    except Exception as error:
-                        wrong.append(repr(error))
-
-            thread = threading.Thread(target=inside)
-            thread.start()
-            return thread
-
-        threads = [
-            run(lambda client, name=name: change(name, random.Random(name), client)) for name in names
-        ] + [run(lambda client, number=number: ask(random.Random(number), client)) for number in range(4)]
-        for thread in threads:
-            thread.join()
-        assert wrong == []
-        assert len(counted) > 40
-        stats = runtime.registry.residency.stats()
-        assert stats.num_evicted > 5
-        for name in runtime.registry.names():
-            post(http, "unload_lora_adapter", lora_name=name)
-        while runtime.engine.bank.tidy_is_due or runtime.engine.bank.slots:
-            runtime.worker.call(lambda: None)
-        assert runtime.registry.versions() == []
-        assert (runtime.engine.bank.num_bytes, runtime.registry.host_bytes) == (0, 0)
-        assert runtime.registry.residency.stats().file_bytes == 0

@@ -7,7 +7,6 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,17 +17,10 @@ from serve.adapters.bank import Bank
 from serve.adapters.manifest import CONFIG_FILE, TENSORS_FILE
 from serve.adapters.registry import Registry
 from serve.adapters.resolver import MAX_LISTED, Resolver
-from serve.api.server import serving
-from serve.config import ServeConfig, load_config
+from serve.config import load_config
 from serve.errors import AdapterError, ConfigError, ForbiddenError, NotFoundError, OverloadedError
-from serve.runtime import Runtime
 
 ASK = {"prompt": "hello there", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-
-
-@pytest.fixture
-def make_one(make_adapter) -> Callable[[int], Path]:
-    return lambda seed: make_adapter(seed, keys=["self_attn.q_proj"])
 
 
 @pytest.fixture
@@ -48,24 +40,13 @@ def make_resolver(model) -> Callable[..., Resolver]:
     return make
 
 
-@contextmanager
-def served(model_folder: Path, **settings) -> Iterator[tuple[Runtime, httpx.Client]]:
-    runtime = Runtime.start(ServeConfig(model=str(model_folder), name="lively", **settings))
-    try:
-        with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
-            yield runtime, http
-        runtime.registry.check_integrity()
-    finally:
-        runtime.close()
-
-
 def answer(http: httpx.Client, model: str) -> str:
     found = http.post("/v1/completions", json={**ASK, "model": model})
     assert found.status_code == 200, found.text
     return found.json()["choices"][0]["text"]
 
 
-def test_the_first_request_for_a_name_loads_it_and_the_answer_is_its_own(model_folder, shelf):
+def test_the_first_request_for_a_name_loads_it_and_the_answer_is_its_own(served, model_folder, shelf):
     with served(model_folder, adapter_dirs=(shelf,), max_adapters=2) as (runtime, http):
         listed = [card["id"] for card in http.get("/v1/models").json()["data"]]
         assert listed == ["lively", "a", "b", "c"]
@@ -82,7 +63,7 @@ def test_the_first_request_for_a_name_loads_it_and_the_answer_is_its_own(model_f
         assert [card["id"] for card in http.get("/v1/models").json()["data"]].count("a") == 1
 
 
-def test_a_name_that_is_nowhere_is_a_404_until_it_is_there(model_folder, shelf, make_one):
+def test_a_name_that_is_nowhere_is_a_404_until_it_is_there(served, model_folder, shelf, make_one):
     with served(model_folder, adapter_dirs=(shelf,)) as (_, http):
         for name in ("later", "later@1", "a/", "a//b", "./a", "org", "x" * 300, "a\u200bb", "org/"):
             refused = http.post("/v1/completions", json={**ASK, "model": name})
@@ -144,6 +125,20 @@ def test_names_that_were_found_are_forgotten_when_there_are_too_many_but_not_tho
     registry.check_integrity()
 
 
+def test_what_somebody_loads_in_the_place_of_what_was_found_is_not_forgotten(make_resolver, shelf, make_one):
+    """The name would stand for the folder's again."""
+    resolver = make_resolver([shelf], max_found=1)
+    registry = resolver._registry
+    resolver.find("a")
+    version = registry.load("a", make_one(7), replace=True)
+    assert not registry.show("a").is_found
+    for name in ("b", "c"):
+        resolver.find(name)
+    assert registry.names() == ["a", "c"]
+    assert registry.resolve("a") == version
+    registry.check_integrity()
+
+
 def test_many_who_ask_for_one_name_at_once_load_it_once(make_resolver, shelf):
     resolver = make_resolver([shelf])
     found: list[str] = []
@@ -156,13 +151,14 @@ def test_many_who_ask_for_one_name_at_once_load_it_once(make_resolver, shelf):
     resolver._registry.check_integrity()
 
 
-def test_a_found_adapter_whose_folder_holds_another_one_is_found_anew(model_folder, shelf, make_one):
+def test_a_found_adapter_whose_folder_holds_another_one_is_found_anew(served, model_folder, shelf, make_one):
     settings = {"adapter_dirs": (shelf,), "max_adapters": 1, "adapter_host_gib": 0, "adapter_file_gib": 0}
     with served(model_folder, **settings) as (_, http):
         first = answer(http, "a")
         answer(http, "b")
-        shutil.copy(make_one(2) / TENSORS_FILE, shelf / "new")
-        (shelf / "new").rename(shelf / "a" / TENSORS_FILE)
+        for file in (TENSORS_FILE, CONFIG_FILE):
+            shutil.copy(make_one(2) / file, shelf / "new")
+            (shelf / "new").rename(shelf / "a" / file)
         gone = http.post("/v1/completions", json={**ASK, "model": "a"})
         assert (gone.status_code, gone.json()["error"]["code"]) == (410, "adapter_gone")
         assert "holds another one now" in gone.json()["error"]["message"]
@@ -178,7 +174,7 @@ def test_a_bounded_number_of_names_is_listed(make_resolver, tmp_path):
     assert make_resolver([tmp_path / "nowhere", tmp_path]).listed() == [f"{n:05}" for n in range(MAX_LISTED)]
 
 
-def test_an_arm_of_an_experiment_is_looked_up_too(model_folder, shelf, tmp_path):
+def test_an_arm_of_an_experiment_is_looked_up_too(served, model_folder, shelf, tmp_path):
     arms = [{"model": "a"}, {"model": "nowhere", "weight": 1e-9}]
     experiment = {"name": "public", "variants": arms}
     settings = {"adapter_dirs": (shelf,), "experiments": (experiment,), "store": f"sqlite:///{tmp_path}/x.db"}
@@ -278,7 +274,7 @@ def hub(make_one, tmp_path) -> Iterator[Hub]:
 
 def test_adapters_of_allowed_owners_come_from_the_hub_and_nothing_else_of_them(make_resolver, hub, tmp_path):
     resolver = make_resolver((), ["me", "you/three"], endpoint=hub.url, cache=tmp_path / "cache")
-    assert resolver.find("me/one").num_modules == 2
+    assert resolver.find("me/one").num_modules == 4
     assert any(path.endswith(TENSORS_FILE) for path in hub.asked)
     assert not any(
         "optimizer" in path.rpartition("/resolve/")[2] for path in hub.asked if "/resolve/" in path

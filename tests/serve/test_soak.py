@@ -243,8 +243,11 @@ class Held:
 
 
 def until_idle(worker: Worker) -> None:
-    while worker.engine.has_work:  # whoever left is cancelled between two steps
-        worker.call(lambda: None)
+    for _ in range(20_000):
+        if not worker.engine.has_work:
+            return
+        worker.call(lambda: None)  # whoever left is cancelled between two steps
+    raise AssertionError(f"it never ends: {worker.stats()}")
 
 
 def held_after_all(worker: Worker) -> Held:

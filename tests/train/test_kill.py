@@ -107,14 +107,8 @@ def of(folder):
 
 
 @pytest.fixture(scope="module")
-def rows_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("rows")
-    for split, count in (("train", 13), ("valid", 4), ("test", 2)):
-        rows = [
-            {"prompt": f"{split} {'ab' * (i % 4)} {i}?", "completion": f"no {i % 3}"} for i in range(count)
-        ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+def rows_folder(make_rows) -> Path:
+    return make_rows(train=13, valid=4, test=2)
 
 
 @pytest.fixture
