@@ -14,8 +14,7 @@ next with the group that has had least computed, so short prompts pass long ones
 oldest of the earliest priority begins every other of those.
 Pictures are encoded in a step before the one that computes their tokens: `encode_patches` a step, or one picture,
 beside the same decode tokens. A chunk ends before the first picture that is not encoded, and never inside a block.
-Who has a row holds a slot of its adapter. Whose adapter is on its way is passed by others, and keeps its turn; who
-waits for others to let a slot go, is passed by as many as there are rows.
+Who has a row holds a slot of its adapter. Whose adapter is on its way is passed by others, and keeps its turn.
 
 A step may be planned before the one in flight is read: plans rest on `num_planned_tokens`, which `schedule` moves,
 and `commit` follows with what was drawn. A sequence that turns out to have ended has run a token too many.
@@ -120,9 +119,6 @@ class Adapters(Protocol):
     def let_go(self, sequence: SequenceState) -> None:
         """It has no row now. Called once for each `hold` that was true."""
 
-    def lacks_slot(self, sequence: SequenceState) -> bool:
-        """Of one for which `hold` was false: whether all slots are held, so that nothing is on its way to it."""
-
 
 class NoAdapters:
     """Where all requests are the base's."""
@@ -135,10 +131,6 @@ class NoAdapters:
 
     def let_go(self, sequence: SequenceState) -> None:
         """Nothing was held."""
-
-    def lacks_slot(self, sequence: SequenceState) -> bool:
-        """Nobody does."""
-        return False
 
 
 class NoFeatures:
@@ -472,7 +464,6 @@ class Scheduler:
     def _admit(self) -> None:
         # Claims only grow while nobody comes, goes or changes buckets: what does not fit now waits until then.
         self._may_admit = False
-        passed: list[SequenceState] = []  # whose turn it is before the others', but for a slot
         while candidates := [one for one in self.waiting if one not in self._absent]:
             held = Counter(sequence.group for sequence in self.running)
             first = self._first_of(candidates, held)
@@ -482,7 +473,7 @@ class Scheduler:
             victims = self._victims_for(first)
             if victims is None:
                 return
-            if not self._holds(first, passed):
+            if not self._holds(first):
                 continue
             self._preempt(victims)
             is_overtaking = first.request.priority < candidates[0].request.priority
@@ -503,26 +494,16 @@ class Scheduler:
 
         return min(candidates, key=turn)
 
-    def _holds(self, first: SequenceState, passed: list[SequenceState]) -> bool:
+    def _holds(self, first: SequenceState) -> bool:
         """Whether its adapter has a slot, which it then has too. Otherwise it is out of the way of others."""
-        needs_slot = first.request.adapter is not None
-        if needs_slot and any(one.num_passed >= self.budget.max_rows for one in passed):
-            self._absent.add(first)
-            return False
         try:
             first.has_slot = self._adapters.hold(first)
         except LatheError as error:
             self._failed.append((first, error))
             self.remove([first])
             return False
-        if first.has_slot:
-            first.num_passed = 0
-            for one in passed if needs_slot else ():
-                one.num_passed += 1
-        else:
+        if not first.has_slot:
             self._absent.add(first)
-            if self._adapters.lacks_slot(first):
-                passed.append(first)
         return first.has_slot
 
     def _victims_for(self, first: SequenceState) -> list[SequenceState] | None:

@@ -260,6 +260,3 @@ class NeverThere:
 
     def let_go(self, sequence) -> None:
         raise AssertionError("nothing was held")
-
-    def lacks_slot(self, sequence) -> bool:
-        return False

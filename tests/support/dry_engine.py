@@ -182,7 +182,7 @@ class Towers:
 class Slots:
     """Fewer places than adapters: who is held by nobody makes room, the one let go first; a load takes `load_steps`.
 
-    Asked as the registry is: `tick` ends loads, and tells the scheduler.
+    `tick` ends loads. Rows that are held on and on keep others out: `Residency` sees to it that they do not.
     """
 
     def __init__(self, num_slots: int, load_steps: int = 3, broken: Sequence[str] = ()) -> None:
@@ -219,9 +219,6 @@ class Slots:
             self.holders[name] -= 1
             assert self.holders[name] >= 0, "let go more often than held"
             self.slots[name] = self.slots.pop(name)
-
-    def lacks_slot(self, sequence: SequenceState) -> bool:
-        return sequence.request.adapter.name not in self.loading
 
     def tick(self) -> bool:
         """Whether some load has ended."""
