@@ -464,35 +464,45 @@ class Scheduler:
     def _admit(self) -> None:
         # Claims only grow while nobody comes, goes or changes buckets: what does not fit now waits until then.
         self._may_admit = False
-        while candidates := [one for one in self.waiting if one not in self._absent]:
-            held = Counter(sequence.group for sequence in self.running)
-            first = self._first_of(candidates, held)
+        while self._admit_one():
+            pass
+
+    def _admit_one(self) -> bool:
+        """A row for whose turn it is, of those whose adapters are there; False where there is none."""
+        fitting: dict[tuple[Bucket, Bucket], bool] = {}  # beside those that run now
+        for first in self._in_turn([one for one in self.waiting if one not in self._absent]):
             if first.num_in_flight:  # preempted a moment ago: its next token is not known yet
                 self._may_admit = True
-                return
-            victims = self._victims_for(first)
+                return False
+            shape = self._claim(first), self._present(first)
+            if shape not in fitting:
+                fitting[shape] = self._fits([*self.running, first])
+            victims = [] if fitting[shape] else self._victims_for(first)
             if victims is None:
-                return
-            if not self._holds(first):
-                continue
-            self._preempt(victims)
-            is_overtaking = first.request.priority < candidates[0].request.priority
-            self._num_overtaken = self._num_overtaken + 1 if is_overtaking else 0
-            self.waiting.remove(first)
-            insort(self.prefilling, first, key=_by_arrival)
-            self._is_moved = True
+                return False
+            if self._holds(first):
+                oldest = next(one for one in self.waiting if one not in self._absent)
+                self._preempt(victims)
+                is_overtaking = first.request.priority < oldest.request.priority
+                self._num_overtaken = self._num_overtaken + 1 if is_overtaking else 0
+                self.waiting.remove(first)
+                insort(self.prefilling, first, key=_by_arrival)
+                self._is_moved = True
+                return True
+        return False
 
-    def _first_of(self, candidates: Sequence[SequenceState], held: Counter[str]) -> SequenceState:
-        """Whose turn it is. `candidates` are in order of arrival."""
+    def _in_turn(self, candidates: Sequence[SequenceState]) -> Sequence[SequenceState]:
+        """Whose turn it is, and whose it is after that. `candidates` are in order of arrival."""
         if self._num_overtaken >= MAX_OVERTAKEN:
-            return candidates[0]
+            return candidates
+        held = Counter(sequence.group for sequence in self.running)
         shares = self._shares
 
         def turn(one: SequenceState) -> tuple[object, ...]:
             charged = shares.turn(one) if shares is not None else ()
             return one.request.priority, charged, held[one.group], one.arrival
 
-        return min(candidates, key=turn)
+        return sorted(candidates, key=turn)
 
     def _holds(self, first: SequenceState) -> bool:
         """Whether its adapter has a slot, which it then has too. Otherwise it is out of the way of others."""

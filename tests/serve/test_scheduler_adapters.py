@@ -7,8 +7,10 @@ import random
 import pytest
 from dry_engine import Machine, Slots, adapter, budget, decode, names, run, sequence
 
+from serve.engine.plan import SequenceState
 from serve.engine.request import Request, Sampling
 from serve.engine.scheduler import Scheduler
+from serve.engine.shares import Shares
 from serve.errors import AdapterError
 from serve.model.prompt import Prompt
 
@@ -115,3 +117,37 @@ def test_requests_of_the_base_pass_whoever_waits_for_a_slot():
         run(scheduler)
         assert f"base{index}" in names([*scheduler.running, *decode(run(scheduler))])
     assert names(scheduler.waiting) == ["b"]
+
+
+@pytest.mark.parametrize("num_waiting", [50, 400])
+def test_who_waits_for_a_slot_costs_a_step_no_look_at_all_the_others(num_waiting):
+    """Work is counted, not timed: how often it is worked out whose turn it is."""
+    slots = Slots(4)
+    scheduler = Scheduler(budget(max_rows=8, max_bytes=10**6), adapters=slots, shares=(shares := Counting()))
+    for index in range(4):
+        scheduler.add(sequence(f"runs{index}", max_tokens=3, adapter=adapter(f"a{index}")))
+    scheduler.schedule()
+    while not slots.tick():
+        pass
+    scheduler.wake()
+    run(scheduler)
+    assert len(scheduler.running) == 4
+    for index in range(num_waiting):
+        scheduler.add(sequence(f"waits{index}", adapter=adapter(f"b{index}")))
+    shares.num_turns = 0
+    num_asked = slots.num_asked
+    run(scheduler)
+    assert slots.num_asked - num_asked == num_waiting, "not everybody is asked for"
+    assert shares.num_turns == num_waiting
+
+
+class Counting(Shares):
+    """Shares that count how often they are asked."""
+
+    def __init__(self) -> None:
+        super().__init__({"a0": 1.0})
+        self.num_turns = 0
+
+    def turn(self, one: SequenceState) -> tuple[float, ...]:
+        self.num_turns += 1
+        return super().turn(one)
