@@ -48,8 +48,7 @@ def test_a_scheduler_in_which_all_wait_for_adapters_is_asleep_until_it_is_woken(
     num_asked = slots.num_asked
     assert scheduler.schedule().is_empty
     assert slots.num_asked == num_asked, "nothing has changed, and yet it is asked"
-    while not slots.tick():
-        pass
+    slots.finish()
     scheduler.wake()
     assert not scheduler.is_asleep
     assert len(scheduler.schedule().chunks) == 3
@@ -107,8 +106,7 @@ def test_requests_of_the_base_pass_whoever_waits_for_a_slot():
     scheduler = Scheduler(budget(max_rows=4, max_bytes=10**6), adapters=slots)
     scheduler.add(sequence("a", max_tokens=500, adapter=adapter("a")))
     scheduler.schedule()
-    while not slots.tick():
-        pass
+    slots.finish()
     scheduler.wake()
     run(scheduler)
     scheduler.add(sequence("b", adapter=adapter("b")))
@@ -127,8 +125,7 @@ def test_who_waits_for_a_slot_costs_a_step_no_look_at_all_the_others(num_waiting
     for index in range(4):
         scheduler.add(sequence(f"runs{index}", max_tokens=3, adapter=adapter(f"a{index}")))
     scheduler.schedule()
-    while not slots.tick():
-        pass
+    slots.finish()
     scheduler.wake()
     run(scheduler)
     assert len(scheduler.running) == 4
