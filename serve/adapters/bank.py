@@ -128,7 +128,7 @@ class Bank:
     """All adapter weights on the device. A module is wrapped at first use, and memory taken as it is needed."""
 
     def __init__(self, network: Network, costs: Costs | None = None) -> None:
-        """`costs`: by which forms are chosen; those of this backend until `warm_up` measures, if left out."""
+        """`costs`: by which forms are chosen; those of this backend until `measure`, if left out."""
         self.rows = RowSlots(costs or (ON_CPU if device.backend() == "cpu" else ON_GPU))
         self.num_changes = 0
         """Grows whenever `num_bytes` may be another: for the thread that owns the bank."""
@@ -152,7 +152,7 @@ class Bank:
         logger.info("what adapters' updates take here: %s", self.rows.costs)
 
     def warm_up(self, num_tokens: int) -> None:
-        """Measure, and run an update of one row once, of one token and of `num_tokens`.
+        """Run an update of one row once, of one token and of `num_tokens`.
 
         Where kernels are compiled at first use (seconds on CUDA), a running stream then does not wait for them.
         """
@@ -163,7 +163,6 @@ class Bank:
         for length in (1, num_tokens):
             x = mx.zeros((1, length, inputs), dtype=self._dtype)
             mx.eval(gathered(gathered(x, a, one - 1, one), b, one - 1, one))
-        self.measure()
 
     @property
     def slots(self) -> frozenset[int]:

@@ -81,18 +81,18 @@ def measure(inputs: int, outputs: int, dtype: mx.Dtype) -> Costs:
 
     A product counts by what one more of them adds: a GPU does many at once, and moving rows is then worth nothing.
     """
-    a = mx.random.normal((MANY, inputs, RANK)).astype(dtype)
-    b = mx.random.normal((MANY, RANK, outputs)).astype(dtype)
+    draw = partial(mx.random.normal, key=mx.random.key(0))  # MLX's own state is whoever's who trains here
+    a, b = draw((MANY, inputs, RANK)).astype(dtype), draw((MANY, RANK, outputs)).astype(dtype)
     tiny, every = mx.zeros(8, dtype), mx.arange(MANY, dtype=mx.uint32)
     product: dict[int, float] = {}
     for size in TILES:
-        x = mx.random.normal((MANY, size, inputs)).astype(dtype)
+        x = draw((MANY, size, inputs)).astype(dtype)
         few, many = (_least_us(partial(_products, x, a, b, every[:count])) for count in (FEW, MANY))
         product[size] = max(many - few, 0.01) / (MANY - FEW)
     for smaller, larger in zip(TILES[-2::-1], TILES[:0:-1], strict=True):
         product[smaller] = min(product[smaller], product[larger])  # whatever else the machine did meanwhile
     order = mx.array([(7 * i) % (4 * MANY) for i in range(4 * MANY)], dtype=mx.uint32)
-    rows, out = (mx.random.normal((4 * MANY, 1, width)).astype(dtype) for width in (inputs, outputs))
+    rows, out = (draw((4 * MANY, 1, width)).astype(dtype) for width in (inputs, outputs))
     mx.eval(rows, out, order, tiny)
     start = _least_us(lambda: [tiny + tiny])
     moved = _least_us(lambda: [mx.take(rows, order, axis=0), mx.take(out, order, axis=0)])

@@ -129,10 +129,6 @@ class Residency:
         if is_due:
             self._assign()
 
-    def lacks_slot(self, sequence: SequenceState) -> bool:
-        """As `Adapters.lacks_slot`: never. Slots are closed for whoever waits longest: one is always on its way."""
-        return False
-
     def use_loaders(self, start: Callable[[Callable[[], None]], object], wake: Callable[[], None]) -> None:
         """From here on `start` has work done on another thread, and the engine's thread is woken by `wake`."""
         self.start, self.wake = start, wake

@@ -53,16 +53,13 @@ class Share(NamedTuple):
     """Rows in one product."""
     where: tuple[int, ...] = ()
     """[B] each row's number in the output, -1 where it has none; () where they are the batch's, in order."""
+    num_rows: int = 0
+    """So many of those have one."""
 
     @property
     def num_outputs(self) -> int:
         """Rows of the output."""
         return int(self.rhs.size) * self.tile
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the batch that it has."""
-        return sum(number >= 0 for number in self.where)
 
     def arrays(self) -> list[mx.array]:
         """What it is made of."""
@@ -170,9 +167,10 @@ class Composition:
                 order += own + own[:1] * (tile - len(own))
                 entries.append(entry)
         rhs, every = _indices(entries), mx.arange(len(entries), dtype=mx.uint32)
+        num_rows = sum(len(rows) for _, rows in rows_of)
         if tile == 1:
-            return Share(lhs=_indices(order), rhs=rhs, every=every, where=tuple(where))
-        return Share(every, rhs, every, _indices(order), tile, tuple(where))
+            return Share(_indices(order), rhs, every, where=tuple(where), num_rows=num_rows)
+        return Share(every, rhs, every, _indices(order), tile, tuple(where), num_rows)
 
 
 class RowSlots:

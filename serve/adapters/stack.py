@@ -63,10 +63,6 @@ class Stack:
         """Memory it would take with one adapter more, of entries of these shapes."""
         return self._bytes(self._entries_with_one_more(), shapes)
 
-    def index_of(self, slot: int) -> int | None:
-        """Its entry, or None."""
-        return self.entries.index(slot) + self.first if slot in self.entries else None
-
     def put(self, slot: int, values: Sequence[mx.array | None], shapes: Shapes | None = None) -> None:
         """Write an adapter's values into an entry of its own, smaller ones with zeros behind; None: zeros.
 

@@ -144,6 +144,7 @@ class _Measuring:
         """Of the model anew, since a bank wraps its layers; with all of `adapters` loaded, and no prefixes kept."""
         limits = EngineLimits(max_rows=num_rows, max_adapters=max(1, len(adapters) + 1), prefix_cache_bytes=0)
         engine = Engine(load(str(self.model)), limits)
+        engine.bank.measure()  # as a server does
         for name, path in adapters.items():
             engine.registry.load(name, path)
         return engine

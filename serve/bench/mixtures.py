@@ -29,9 +29,9 @@ from serve.tables import Table, numbers
 PROMPT_TOKENS = 74
 WARM_UP_STEPS = 2
 BY_ROWS = Costs({1: 1.0}, row=1e9, start=1e9)
-"""Each row by itself."""
+"""Each row by itself, zeros for the base's: nothing is worth moving."""
 BY_TILES = Costs({1: 1.0, 2: 1.01, 4: 1.02, 8: 1.03, 16: 1.04, 32: 1.05}, row=0.0, start=0.0)
-"""Rows of one adapter together, as many as there are."""
+"""Rows of one adapter together, as many as there are, and the base's left out."""
 FORMS: Mapping[str, Costs | None] = {"by rows": BY_ROWS, "by tiles": BY_TILES, "as measured": None}
 RANK = 16
 RANKS = (4, 8, 16, 32, 64, 128)

@@ -56,8 +56,6 @@ class SequenceState:
     """Its adapter's place in the bank while `has_slot`; 0 is the base."""
     has_slot: bool = False
     """The slot is kept for it: it has a row."""
-    num_passed: int = 0
-    """So many others were given slots while it waited for one."""
     is_gone: bool = False
     """It was taken out."""
     is_sound: bool = True

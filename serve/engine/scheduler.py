@@ -14,8 +14,7 @@ next with the group that has had least computed, so short prompts pass long ones
 oldest of the earliest priority begins every other of those.
 Pictures are encoded in a step before the one that computes their tokens: `encode_patches` a step, or one picture,
 beside the same decode tokens. A chunk ends before the first picture that is not encoded, and never inside a block.
-Who has a row holds a slot of its adapter. Whose adapter is on its way is passed by others, and keeps its turn; who
-waits for others to let a slot go, is passed by as many as there are rows.
+Who has a row holds a slot of its adapter. Whose adapter is on its way is passed by others, and keeps its turn.
 
 A step may be planned before the one in flight is read: plans rest on `num_planned_tokens`, which `schedule` moves,
 and `commit` follows with what was drawn. A sequence that turns out to have ended has run a token too many.
@@ -120,9 +119,6 @@ class Adapters(Protocol):
     def let_go(self, sequence: SequenceState) -> None:
         """It has no row now. Called once for each `hold` that was true."""
 
-    def lacks_slot(self, sequence: SequenceState) -> bool:
-        """Of one for which `hold` was false: whether all slots are held, so that nothing is on its way to it."""
-
 
 class NoAdapters:
     """Where all requests are the base's."""
@@ -135,10 +131,6 @@ class NoAdapters:
 
     def let_go(self, sequence: SequenceState) -> None:
         """Nothing was held."""
-
-    def lacks_slot(self, sequence: SequenceState) -> bool:
-        """Nobody does."""
-        return False
 
 
 class NoFeatures:
@@ -472,57 +464,56 @@ class Scheduler:
     def _admit(self) -> None:
         # Claims only grow while nobody comes, goes or changes buckets: what does not fit now waits until then.
         self._may_admit = False
-        passed: list[SequenceState] = []  # whose turn it is before the others', but for a slot
-        while candidates := [one for one in self.waiting if one not in self._absent]:
-            held = Counter(sequence.group for sequence in self.running)
-            first = self._first_of(candidates, held)
+        while self._admit_one():
+            pass
+
+    def _admit_one(self) -> bool:
+        """A row for whose turn it is, of those whose adapters are there; False where there is none."""
+        fitting: dict[tuple[Bucket, Bucket], bool] = {}  # beside those that run now
+        for first in self._in_turn([one for one in self.waiting if one not in self._absent]):
             if first.num_in_flight:  # preempted a moment ago: its next token is not known yet
                 self._may_admit = True
-                return
-            victims = self._victims_for(first)
+                return False
+            shape = self._claim(first), self._present(first)
+            if shape not in fitting:
+                fitting[shape] = self._fits([*self.running, first])
+            victims = [] if fitting[shape] else self._victims_for(first)
             if victims is None:
-                return
-            if not self._holds(first, passed):
-                continue
-            self._preempt(victims)
-            is_overtaking = first.request.priority < candidates[0].request.priority
-            self._num_overtaken = self._num_overtaken + 1 if is_overtaking else 0
-            self.waiting.remove(first)
-            insort(self.prefilling, first, key=_by_arrival)
-            self._is_moved = True
+                return False
+            if self._holds(first):
+                oldest = next(one for one in self.waiting if one not in self._absent)
+                self._preempt(victims)
+                is_overtaking = first.request.priority < oldest.request.priority
+                self._num_overtaken = self._num_overtaken + 1 if is_overtaking else 0
+                self.waiting.remove(first)
+                insort(self.prefilling, first, key=_by_arrival)
+                self._is_moved = True
+                return True
+        return False
 
-    def _first_of(self, candidates: Sequence[SequenceState], held: Counter[str]) -> SequenceState:
-        """Whose turn it is. `candidates` are in order of arrival."""
+    def _in_turn(self, candidates: Sequence[SequenceState]) -> Sequence[SequenceState]:
+        """Whose turn it is, and whose it is after that. `candidates` are in order of arrival."""
         if self._num_overtaken >= MAX_OVERTAKEN:
-            return candidates[0]
+            return candidates
+        held = Counter(sequence.group for sequence in self.running)
         shares = self._shares
 
         def turn(one: SequenceState) -> tuple[object, ...]:
             charged = shares.turn(one) if shares is not None else ()
             return one.request.priority, charged, held[one.group], one.arrival
 
-        return min(candidates, key=turn)
+        return sorted(candidates, key=turn)
 
-    def _holds(self, first: SequenceState, passed: list[SequenceState]) -> bool:
+    def _holds(self, first: SequenceState) -> bool:
         """Whether its adapter has a slot, which it then has too. Otherwise it is out of the way of others."""
-        needs_slot = first.request.adapter is not None
-        if needs_slot and any(one.num_passed >= self.budget.max_rows for one in passed):
-            self._absent.add(first)
-            return False
         try:
             first.has_slot = self._adapters.hold(first)
         except LatheError as error:
             self._failed.append((first, error))
             self.remove([first])
             return False
-        if first.has_slot:
-            first.num_passed = 0
-            for one in passed if needs_slot else ():
-                one.num_passed += 1
-        else:
+        if not first.has_slot:
             self._absent.add(first)
-            if self._adapters.lacks_slot(first):
-                passed.append(first)
         return first.has_slot
 
     def _victims_for(self, first: SequenceState) -> list[SequenceState] | None:

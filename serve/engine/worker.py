@@ -237,8 +237,8 @@ class Worker:
     def _do_commands(self, *, wait: bool) -> None:
         if wait:
             try:
-                # Until something is asked, or somebody's time is up.
-                self._commands.get(timeout=self.engine.sleep_s)()
+                # Until something is asked, or somebody's time is up whom nobody has told.
+                self._commands.get(timeout=self.engine.sleep_s if self.failure is None else None)()
             except queue.Empty:
                 return
         for _ in range(self._commands.qsize()):  # what comes meanwhile waits: a step is due

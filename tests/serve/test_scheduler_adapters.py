@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 
 import pytest
 from dry_engine import Machine, Slots, adapter, budget, decode, names, run, sequence
 
+from serve.engine.plan import SequenceState
 from serve.engine.request import Request, Sampling
 from serve.engine.scheduler import Scheduler
+from serve.engine.shares import Shares
 from serve.errors import AdapterError
 from serve.model.prompt import Prompt
 
@@ -47,8 +48,7 @@ def test_a_scheduler_in_which_all_wait_for_adapters_is_asleep_until_it_is_woken(
     num_asked = slots.num_asked
     assert scheduler.schedule().is_empty
     assert slots.num_asked == num_asked, "nothing has changed, and yet it is asked"
-    while not slots.tick():
-        pass
+    slots.finish()
     scheduler.wake()
     assert not scheduler.is_asleep
     assert len(scheduler.schedule().chunks) == 3
@@ -101,43 +101,50 @@ def test_every_adapter_gets_its_turn_however_few_slots_there_are(ahead, seed):
     assert {request.adapter.name for request, _ in machine.refused} == {"a2"}
 
 
-def test_no_stream_of_requests_for_one_adapter_keeps_another_out_of_the_only_slot():
-    slots = Slots(1)
-    machine = Machine(budget(max_rows=4, max_bytes=10**6), slots=slots)
-    answered: Counter[str] = Counter()
-    for step in range(400):
-        if len(machine.scheduler.waiting) < 3:  # always more of them than rows
-            machine.add(_of("popular", step))
-        if step == 40:
-            machine.add(_of("rare", step))
-        machine.step()
-        answered.update(request.adapter.name for request, _ in machine.answers)
-        machine.answers.clear()
-    assert answered["rare"] == 1
-    assert answered["popular"] > 30
-
-
 def test_requests_of_the_base_pass_whoever_waits_for_a_slot():
     slots = Slots(1)
     scheduler = Scheduler(budget(max_rows=4, max_bytes=10**6), adapters=slots)
     scheduler.add(sequence("a", max_tokens=500, adapter=adapter("a")))
     scheduler.schedule()
-    while not slots.tick():
-        pass
+    slots.finish()
     scheduler.wake()
     run(scheduler)
     scheduler.add(sequence("b", adapter=adapter("b")))
-    for index in range(6):
-        scheduler.add(sequence(f"a{index}", max_tokens=2, adapter=adapter("a")))
-    for _ in range(9):
-        run(scheduler)
-    assert names(scheduler.waiting) == ["b", "a4", "a5"], "as many as there are rows have passed it"
     for index in range(20):
         scheduler.add(sequence(f"base{index}", max_tokens=2))
         run(scheduler)
         assert f"base{index}" in names([*scheduler.running, *decode(run(scheduler))])
-    assert names(scheduler.waiting) == ["b", "a4", "a5"]
+    assert names(scheduler.waiting) == ["b"]
 
 
-def _of(name: str, step: int) -> Request:
-    return Request(f"{name}{step}", Prompt((step, 1, 2)), Sampling(max_tokens=12), adapter=adapter(name))
+@pytest.mark.parametrize("num_waiting", [50, 400])
+def test_who_waits_for_a_slot_costs_a_step_no_look_at_all_the_others(num_waiting):
+    """Work is counted, not timed: how often it is worked out whose turn it is."""
+    slots = Slots(4)
+    scheduler = Scheduler(budget(max_rows=8, max_bytes=10**6), adapters=slots, shares=(shares := Counting()))
+    for index in range(4):
+        scheduler.add(sequence(f"runs{index}", max_tokens=3, adapter=adapter(f"a{index}")))
+    scheduler.schedule()
+    slots.finish()
+    scheduler.wake()
+    run(scheduler)
+    assert len(scheduler.running) == 4
+    for index in range(num_waiting):
+        scheduler.add(sequence(f"waits{index}", adapter=adapter(f"b{index}")))
+    shares.num_turns = 0
+    num_asked = slots.num_asked
+    run(scheduler)
+    assert slots.num_asked - num_asked == num_waiting, "not everybody is asked for"
+    assert shares.num_turns == num_waiting
+
+
+class Counting(Shares):
+    """Shares that count how often they are asked."""
+
+    def __init__(self) -> None:
+        super().__init__({"a0": 1.0})
+        self.num_turns = 0
+
+    def turn(self, one: SequenceState) -> tuple[float, ...]:
+        self.num_turns += 1
+        return super().turn(one)

@@ -249,6 +249,19 @@ def test_a_worker_with_nothing_to_run_wakes_up_for_a_deadline(worker, make_reque
     assert never.num_asked == 1, "it was asked again and again meanwhile"
 
 
+def test_an_engine_that_has_failed_sleeps_though_deadlines_pass(model, make_engine, make_request):
+    """Whoever has set one has been told already, and nothing takes it out of the engine any more."""
+    worker = Worker(make_engine(model))
+    engine = worker.engine
+    engine.add(engine.check(replace(make_request("told"), deadline_s=time.monotonic() + 60)))
+    engine._deadlines = [(time.monotonic(), "told")]
+    worker.failure = RuntimeError("two steps have failed")
+    is_asked = threading.Event()
+    threading.Timer(0.2, worker._commands.put, [is_asked.set]).start()
+    worker._do_commands(wait=True)
+    assert is_asked.is_set(), "its thread spins"
+
+
 class NeverThere:
     """No adapter is there, and none comes."""
 
@@ -260,6 +273,3 @@ class NeverThere:
 
     def let_go(self, sequence) -> None:
         raise AssertionError("nothing was held")
-
-    def lacks_slot(self, sequence) -> bool:
-        return False

@@ -36,6 +36,10 @@ BUDGET = Budget(
 )
 
 
+MAX_STEPS = 50_000
+"""Of one scheduler: whoever waits for something that never happens is told."""
+
+
 def budget(**changes) -> Budget:
     return replace(BUDGET, **changes)
 
@@ -73,13 +77,18 @@ def pictured(first: int, length: int, *, block_kind: str | None = None) -> Promp
 
 def run(scheduler: Scheduler) -> Plan:
     """One step as the engine makes it: every row that draws gets a token, and one that has all of them leaves."""
-    plan = scheduler.schedule()
+    plan = _scheduled(scheduler)
     drawing = [chunk.sequence for chunk in plan.chunks if chunk.draws]
     scheduler.commit(plan, [Drawn(one, (7,)) for one in drawing])
     scheduler.check_integrity()
     scheduler.remove([one for one in drawing if one.num_tokens >= one.max_total_tokens])
     scheduler.check_integrity()
     return plan
+
+
+def _scheduled(scheduler: Scheduler) -> Plan:
+    assert scheduler._num_plans < MAX_STEPS, "what is waited for does not happen"
+    return scheduler.schedule()
 
 
 def names(sequences) -> list[str]:
@@ -182,7 +191,7 @@ class Towers:
 class Slots:
     """Fewer places than adapters: who is held by nobody makes room, the one let go first; a load takes `load_steps`.
 
-    Asked as the registry is: `tick` ends loads, and tells the scheduler.
+    `tick` ends loads. Rows that are held on and on keep others out: `Residency` sees to it that they do not.
     """
 
     def __init__(self, num_slots: int, load_steps: int = 3, broken: Sequence[str] = ()) -> None:
@@ -220,9 +229,6 @@ class Slots:
             assert self.holders[name] >= 0, "let go more often than held"
             self.slots[name] = self.slots.pop(name)
 
-    def lacks_slot(self, sequence: SequenceState) -> bool:
-        return sequence.request.adapter.name not in self.loading
-
     def tick(self) -> bool:
         """Whether some load has ended."""
         ended = [name for name, left in self.loading.items() if left <= 1]
@@ -234,6 +240,10 @@ class Slots:
                 self.num_loads += 1
                 self.slots[name] = self.num_loads
         return bool(ended)
+
+    def finish(self) -> None:
+        """Until a load has ended; one is under way."""
+        assert any(self.tick() for _ in range(self.load_steps)), "nothing is loaded"
 
     def _has_room(self) -> bool:
         if len(self.slots) + len(self.loading) < self.num_slots:
@@ -308,7 +318,7 @@ class Machine:
     def step(self) -> None:
         if self.slots is not None and self.slots.tick():
             self.scheduler.wake()
-        plan = self.scheduler.schedule()
+        plan = _scheduled(self.scheduler)
         for sequence, error in self.scheduler.take_failed():
             self.refused.append((sequence.request, error))
             self.cancel([sequence])
