@@ -332,6 +332,34 @@ def test_a_json_file_that_cannot_be_written_is_a_foreseen_failure(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "status"), [("runs", 1), ("bench step", 2), ("bench adapters", 2), ("adapters list", 2)]
+)
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_numbers_do_not_take_the_place_of_what_is_no_file(words, status, is_linked, tmp_path, capsys):
+    """A pipe, as /dev/stdout may be one; a device would be gone for everybody on the machine."""
+    pipe, named = tmp_path / "pipe", tmp_path / "named"
+    os.mkfifo(pipe)
+    if is_linked:
+        named.symlink_to(pipe)
+    with pytest.raises(SystemExit) as stop:
+        lathe.main([*words.split(), "--json", str(named if is_linked else pipe)])
+    assert stop.value.code == status
+    assert "cannot be written" in capsys.readouterr().err
+    assert pipe.is_fifo()
+    assert named.is_symlink() == is_linked
+
+
+def test_numbers_go_where_a_link_leads(tmp_path, capsys):
+    (tmp_path / "link.json").symlink_to(tmp_path / "there.json")
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            lathe.main(["runs", str(tmp_path), "--json", str(tmp_path / "link.json")])
+        assert not stop.value.code, capsys.readouterr().err
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "there.json").read_text()) is not None
+
+
 @pytest.fixture
 def experiment_store(tmp_path):
     """The URL of a store with two runs of `tickets`: slow answers, long names, and a misspelled outcome."""

@@ -35,8 +35,11 @@ def check_writable(path: Path | None, option: str = "--json") -> None:
     """Before minutes of work, not after them."""
     if path is None:
         return
-    there = next(each for each in (path, *path.absolute().parents) if each.exists())
-    if path.is_dir() or not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
+    target = Path(os.path.realpath(path))
+    there = next(each for each in target.parents if each.exists())
+    is_file = path.is_file() and os.access(path, os.W_OK)
+    is_free = not path.exists()
+    if not (is_file or is_free) or not there.is_dir() or not os.access(there, os.W_OK):
         raise typer.BadParameter(f"{path} cannot be written; expected a file", param_hint=option)
 
 

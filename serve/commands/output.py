@@ -53,11 +53,18 @@ def at_work(folder: Path | None = None) -> Iterator[tuple[Path, Callable[[str], 
 
 
 def save_json(path: Path | None, numbers: dict[str, Any]) -> None:
-    """Write `numbers` to `path`, if any: whole or not at all."""
+    """Write `numbers` to `path`, if any: whole or not at all. Raises StorageError.
+
+    What stands there is replaced, so it must be a file: a device or a pipe of that name would be gone for everybody.
+    """
     if path is None:
         return
     from serve.errors import StorageError
 
+    if path.exists() and not path.is_file():
+        raise StorageError(f"{path}: cannot be written: it is no file")
+    # Of a link, what it leads to is replaced, and not the link.
+    path = Path(os.path.realpath(path))
     new = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
