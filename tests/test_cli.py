@@ -180,21 +180,38 @@ FLAGS_GIVEN = {
 }
 
 
-def test_every_flag_of_serve_arrives_in_its_key():
+def serve_config(*words: str) -> ServeConfig:
+    """What `lathe serve m` and these words ask for."""
+    command = typer.main.get_command(lathe.app).commands["serve"]
+    return load_config("m", serving.keys_given(command.make_context("serve", ["m", *words]).params))
+
+
+def test_every_flag_of_serve_arrives_in_its_key_and_no_other_key_changes():
     flags = {each.name for each in typer.main.get_command(lathe.app).commands["serve"].params}
     assert set(FLAGS_GIVEN) == flags - set(serving.NOT_KEYS)
-    config, plain = load_config("m", serving.keys_given(FLAGS_GIVEN)), load_config("m")
+    plain = load_config("m")
+    assert serve_config() == plain, "what is not given is the file's"
     for flag, value in FLAGS_GIVEN.items():
-        found, unasked = config, plain
-        for name in serving.KEYS_OF.get(flag, flag).split("."):
-            found, unasked = getattr(found, name), getattr(unasked, name)
-        wanted = [each.absolute() for each in value] if isinstance(value, list) else value
-        wanted = value.absolute() if isinstance(value, Path) else wanted
-        found = [Path(each) for each in found] if isinstance(value, list) else found
-        assert (Path(found) if isinstance(value, Path) else found) == wanted, flag
-        assert found != unasked, f"{flag}: another value would tell more"
-    none = dict.fromkeys(FLAGS_GIVEN) | {"allow_private_hosts": False, "allowed_media_root": []}
-    assert serving.keys_given(none) == []
+        name = f"--{flag.replace('_', '-')}"
+        values = value if isinstance(value, list) else [value]
+        words = [name] if value is True else [word for each in values for word in (name, str(each))]
+        needed = ["--prefix-cache-dir", "p"] if flag == "prefix_cache_disk_gib" else []
+        needed = ["--feature-cache-dir", "p"] if flag == "feature_cache_disk_gib" else needed
+        needed = ["--kv-bits", "8"] if flag.startswith("kv_") and flag != "kv_bits" else needed
+        before, after = serve_config(*needed).model_dump(), serve_config(*needed, *words).model_dump()
+        *groups, key = serving.KEYS_OF.get(flag, flag).split(".")
+        inside_before, inside_after = before, after
+        for group in groups:
+            inside_before, inside_after = inside_before[group], inside_after[group]
+        was, found = inside_before.pop(key), inside_after.pop(key)
+        assert found != was, f"{flag}: another value would tell more"
+        if isinstance(values[0], Path):
+            assert [Path(each) for each in (found if isinstance(value, list) else [found])] == [
+                each.absolute() for each in values
+            ]
+        else:
+            assert found == value, flag
+        assert before == after, f"{flag} changes another key"
 
 
 BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\niters: many\n"

@@ -104,7 +104,7 @@ def serve(
     from serve.api.server import run
 
     # What was typed is read as a whole, so no flag can be taken and forgotten.
-    keys = keys_given({name: value for name, value in context.params.items() if name not in NOT_KEYS})
+    keys = keys_given(context.params)
     run(_serve_config(model, adapter or [], host, port, [*keys, *(overrides or [])]))
 
 
@@ -183,15 +183,17 @@ def _serve_config(
 
 
 def keys_given(flags: Mapping[str, Any]) -> list[str]:
-    """Flags of `lathe serve` as --set takes them. What was not given leaves the file's key alone."""
-    return overrides_of({KEYS_OF.get(name, name): _as_key(value) for name, value in flags.items()})
+    """Flags of `lathe serve`, as typer has them, as --set takes them. One that was not given leaves the file's key
+    alone."""
+    keys = {name: _as_key(value) for name, value in flags.items() if name not in NOT_KEYS}
+    return overrides_of({KEYS_OF.get(name, name): value for name, value in keys.items()})
 
 
 def _as_key(value: Any) -> float | str | list[str] | None:
     """A flag's value as the file would have it; None: it was not given."""
     if isinstance(value, Path):
         return str(value.absolute())
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):  # typer has a tuple, an empty one, where nothing was given
         return [str(each.absolute()) for each in value] or None
     return None if value is False else value
 
