@@ -11,16 +11,14 @@ All but the last are measured in this process, engine beside engine (`lockstep.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from serve.bench import crowd, disturb, lockstep, standin
-from serve.bench.about import about
-from serve.bench.finding import Finding
+from serve.bench.finding import Finding, Keep, collect
 from serve.bench.lockstep import Cost, Side
 from serve.bench.standin import Size
 from serve.engine.engine import Engine, EngineLimits
@@ -52,35 +50,21 @@ class Setting:
     crowd: crowd.Setting = field(default_factory=crowd.Setting)
 
 
-def run(
-    setting: Setting,
-    folder: Path,
-    progress: Callable[[str], None],
-    keep: Callable[[list[Finding]], None],
-) -> list[Finding]:
-    """Write model and adapters into `folder` and measure. Raises StoppedError if a server or a request fails.
-
-    `keep` is given what is known so far after each finding, so a run cut off has told it.
-    """
+def run(setting: Setting, folder: Path, progress: Callable[[str], None], keep: Keep) -> list[Finding]:
+    """Write model and adapters into `folder` and measure. Raises StoppedError if a server or a request fails."""
     progress("writing a random model")
     model = folder / "model"
     standin.write_model(model, standin.default_dtype(), setting.size)
     mx.clear_cache()
     measuring = _Measuring(setting, model, folder, progress)
-    parts: Mapping[str, Callable[[], Iterable[Finding]]] = {
+    parts = {
         "mixes": measuring.mixes,
         "unused": measuring.unused,
         "ranks": measuring.ranks,
         "load": measuring.load,
         "many": measuring.many,
     }
-    findings: list[Finding] = []
-    for part in setting.parts:
-        for finding in parts[part]():
-            findings.append(finding)
-            keep(findings)
-        mx.clear_cache()
-    return findings
+    return collect(parts, setting.parts, keep)
 
 
 @dataclass(frozen=True)
@@ -181,8 +165,3 @@ def _throughput(what: str, kind: str, costs: Sequence[tuple[Cost, Cost]], asked:
         "at least",
         {"s": ours, "s of the other": theirs},
     )
-
-
-def as_json(setting: Setting, findings: Sequence[Finding]) -> dict[str, Any]:
-    """Everything that was measured, and on what."""
-    return {**about(), "settings": asdict(setting), "findings": [each.as_json() for each in findings]}

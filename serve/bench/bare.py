@@ -9,18 +9,17 @@ import json
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from serve.bench.client import Answer
 from serve.bench.load import Round
+from serve.bench.process import see_end, tail_of
 from serve.bench.servers import PYTHON, bare_environment
 from serve.errors import StoppedError
 
 MODEL = "bare loop"
-QUOTED_LINES = 15
-STOP_S = 15.0
 
 
 class BareLoop:
@@ -35,6 +34,17 @@ class BareLoop:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> BareLoop:
+        with ExitStack() as undone:
+            undone.callback(self._stop)
+            self._start()
+            self._read()
+            undone.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def _start(self) -> None:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         environment = [f"{key}={value}" for key, value in bare_environment().items()]
         with self._log.open("wb") as log:
@@ -46,20 +56,6 @@ class BareLoop:
                 text=True,
                 start_new_session=True,
             )
-        try:
-            self._read()
-        except BaseException:
-            self._stop()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stop()
 
     @property
     def pid(self) -> int:
@@ -101,20 +97,16 @@ class BareLoop:
         return found
 
     def _ended(self) -> StoppedError:
-        lines = self._log.read_text(errors="replace").splitlines()[-QUOTED_LINES:]
-        said = "\n".join(f"  {line}" for line in lines) or "  it printed nothing"
-        return StoppedError(f"the bare loop's process has ended:\n{said}")
+        return StoppedError(f"the bare loop's process has ended:\n{tail_of(self._log)}")
 
     def _stop(self) -> None:
         if self._process is None:
             return
         for pipe in self._pipes:
-            pipe.close()
-        try:
-            self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            # What could not be written to a process that is gone is still in the buffer, and would be now.
+            with suppress(OSError):
+                pipe.close()
+        see_end(self._process)
 
 
 def _answers(found: Mapping[str, Any], start_s: float) -> list[Answer]:

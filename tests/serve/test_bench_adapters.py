@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import serve as serve  # before mlx: it brings a real BLAS
@@ -17,6 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import lathe
 from serve.adapters import manifest
 from serve.bench import adapters, bare_child, disturb, lockstep, standin
+from serve.bench.bare import BareLoop
 from serve.bench.client import Answer
 from serve.bench.compare import Comparison, Measuring, outcome_of
 from serve.bench.contest import PEERS
@@ -34,6 +37,17 @@ def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     standin.write_model(folder, mx.float32, standin.TINY)
     return folder
+
+
+@pytest.mark.parametrize("num_words", [1, 100_000], ids=["fits a buffer", "fits no pipe"])
+def test_a_bare_loop_that_is_gone_is_told_and_leaves_no_process(num_words, tiny, tmp_path):
+    with BareLoop(tiny, tmp_path / "bare.log") as loop:
+        process = psutil.Process(loop.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is dead, and not yet buried
+        with pytest.raises(StoppedError, match="bare loop's process has ended"):
+            loop.round(["word " * num_words], 2, 1)
+    assert not process.is_running()
 
 
 @pytest.fixture
