@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -112,21 +113,28 @@ class AdapterConfig:
 
     def rank_of(self, path: str) -> int:
         """R of the update of the module at `path`, by its name in the file or in the model."""
-        return _of_module(self.ranks, path, self.rank)
+        return self._rank_by_end.get(without_containers(path), self.rank)
 
     def scale_of(self, path: str) -> float:
         """The factor on that module's B(Ax)."""
-        return _of_module(self.scales, path, self.scale)
+        return self._scale_by_end.get(without_containers(path), self.scale)
+
+    # A file may name tens of thousands of modules: each is looked up, none is searched for.
+    @cached_property
+    def _rank_by_end(self) -> dict[str, int]:
+        return _by_end(self.ranks)
+
+    @cached_property
+    def _scale_by_end(self) -> dict[str, float]:
+        return _by_end(self.scales)
 
 
 T = TypeVar("T")
 
 
-def _of_module(named: Mapping[str, T], path: str, otherwise: T) -> T:
-    if not named:
-        return otherwise
-    wanted = without_containers(path)
-    return next((value for name, value in named.items() if without_containers(name) == wanted), otherwise)
+def _by_end(named: Mapping[str, T]) -> dict[str, T]:
+    """By what all libraries call a module; the first of several holds."""
+    return {without_containers(name): value for name, value in reversed([*named.items()])}
 
 
 def config_json(config: AdapterConfig) -> dict[str, Any]:

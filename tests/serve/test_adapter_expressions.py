@@ -152,7 +152,9 @@ def test_no_text_is_looked_at_for_long(text, names):
     start_s = time.process_time()
     with contextlib.suppress(RequestError):
         parse_expression(text, known(*names))
-    assert time.process_time() - start_s < 0.5, "0.1 s where it was measured; where numbers were read twice, 30 s"
+    assert time.process_time() - start_s < 0.5, (
+        "0.1 s where it was measured; where numbers were read twice, 30 s"
+    )
 
 
 INPUTS, OUTPUTS = 24, 20
