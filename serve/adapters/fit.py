@@ -322,7 +322,10 @@ def _bias(wide: Mapping[str, mx.array], module: nn.Module, scale: float) -> mx.a
 
 
 def check_range(path: str, update: LowRank, scaled: str, dtype: mx.Dtype, problems: list[str]) -> None:
-    """Can the network's `dtype` hold the update, and what it makes of its inputs? `scaled`: what B has taken, in words."""
+    """Can the network's `dtype` hold the update, and what it makes of its inputs?
+
+    scaled  what B has been multiplied by, in words
+    """
     name = str(dtype).rpartition(".")[2]
     before = len(problems)
     for part, value in update.arrays().items():

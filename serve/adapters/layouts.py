@@ -129,6 +129,16 @@ def restored(
     return made, before
 
 
+def check_distinct(source: str, names: Mapping[str, str]) -> None:
+    """AdapterError where two names become one, of which one would be lost."""
+    first: dict[str, str] = {}
+    for name, made in names.items():
+        if first.setdefault(made, name) != name:
+            raise AdapterError(
+                f"{source}: {first[made]} and {name} are the same layer's, and one was expected"
+            )
+
+
 def others_of(tensors: Iterable[str]) -> list[str]:
     """Tensors that belong to no update of low rank: whole weights, and biases."""
     return sorted(name for name in tensors if name.rpartition(".")[2] not in PARTS)
