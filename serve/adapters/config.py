@@ -23,6 +23,8 @@ from serve.errors import AdapterError
 from serve.model.quantization import Quantization
 
 FineTuneType = Literal["lora", "dora", "full"]
+Layout = Literal["mlx-lm", "peft"]
+"""Whose two files they are."""
 Sides = Literal["own", "peft", "unsaid"]
 
 PEFT_MARK = "peft_type"
@@ -225,7 +227,9 @@ def _parameters(raw: Any, problems: list[str]) -> dict[str, Any]:
     for name in sorted(raw.keys() - set(PARAMETERS)):
         if not asks_nothing(raw[name]):
             known = f"this version reads {', '.join(PARAMETERS)}"
-            problems.append(f"lora_parameters.{_key(name)} is {shown(raw[name])}; {INSTEAD.get(name, known)}")
+            problems.append(
+                f"lora_parameters.{shown_key(name)} is {shown(raw[name])}; {INSTEAD.get(name, known)}"
+            )
     rank, dropout = raw.get("rank"), raw.get("dropout", 0.0)
     keys, init = raw.get("keys"), raw.get("init_lora_weights")
     if not is_count(rank, 1):
@@ -346,10 +350,6 @@ def asks_nothing(value: Any) -> bool:
     )
 
 
-def _key(name: str) -> str:
-    return name if name.isidentifier() and name.isascii() else shown(name)
-
-
 def shown(value: Any) -> str:
     """What was found, on one short line."""
     try:
@@ -357,3 +357,8 @@ def shown(value: Any) -> str:
     except ValueError:  # an int of more digits than Python prints
         text = f"a number of {type(value).__name__} too long to print"
     return text if len(text) <= SHOWN_WIDTH else f"{text[: SHOWN_WIDTH - 1]}…"
+
+
+def shown_key(name: str) -> str:
+    """A key, likewise."""
+    return name if name.isidentifier() and name.isascii() else shown(name)

@@ -12,14 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 
-from serve.adapters.config import AdapterConfig, config_json
+from serve.adapters.config import AdapterConfig, Layout, config_json
 from serve.errors import AdapterError
 
-Layout = Literal["mlx-lm", "peft"]
 OF_PEFT, OF_MLX = "peft", "mlx_lm"
 """In either layout's config, under the other one's name: what the folder said that it was made of."""
 IN_LAYER = re.compile(r"(.*?)\b(?:layers|h|blocks)\.\d+\.(.+)")

@@ -27,11 +27,13 @@ from serve.adapters.config import (
     parse_lineage,
     raise_problems,
     shown,
+    shown_key,
 )
 from serve.adapters.manifest import TensorSpec
 from serve.adapters.patterns import Targets, is_expression, pattern_of
 
 PREFIX = "base_model.model."
+"""What PEFT puts before the names of the model that it wraps."""
 BASE_LAYER = ".base_layer"
 SAFE_INITS = ("gaussian", "eva", "orthogonal")
 """Beginnings that leave the base's weights as they are, beside true and false."""
@@ -135,7 +137,7 @@ def parse_peft(raw: Mapping[str, Any], path: Path) -> PeftConfig:
     for name in sorted(raw.keys() - NEUTRAL - READ):
         if not asks_nothing(raw[name]):
             reason = REFUSED.get(name, "this version does not know what that means for the tensors")
-            problems.append(f"{_name(name)} is {shown(raw[name])}: {reason}")
+            problems.append(f"{shown_key(name)} is {shown(raw[name])}: {reason}")
     _check_init(raw.get("init_lora_weights", True), problems)
     if raw.get("bias") not in (None, "none", "all", "lora_only"):
         problems.append(f"bias is {shown(raw['bias'])}; none, all or lora_only was expected")
@@ -428,7 +430,3 @@ def _is_alpha(value: Any) -> bool:
 def _version(value: Any) -> tuple[int, ...]:
     found = re.match(r"(\d{1,4})\.(\d{1,4})", value) if isinstance(value, str) else None
     return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
-def _name(key: str) -> str:
-    return key if key.isidentifier() and key.isascii() else shown(key)

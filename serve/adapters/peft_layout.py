@@ -16,18 +16,18 @@ import mlx.core as mx
 
 from serve.adapters.config import AdapterConfig
 from serve.adapters.layouts import Contents, check_distinct, paths_of, rank_in
+from serve.adapters.peft import PREFIX
 from serve.adapters.peft_experts import Stack, packed
 from serve.errors import AdapterError
 from serve.model.network import BACKBONE_NAMES
 
-PREFIX = "base_model.model."
 PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
 INSIDE = "language_model"
 """Where mlx-vlm's models have layers and head."""
 HEADS = ("lm_head", "output", "embed_out")
 SIDES_KNOWN = "0.19.0"
 """The first PEFT that took a parameter's last axis for the inputs, as this does."""
-WRAPPERS = re.compile(r"^(?:base_model\.model\.|_orig_mod\.)+")
+WRAPPERS = re.compile(rf"^(?:{re.escape(PREFIX)}|_orig_mod\.)+")
 """What PEFT and torch.compile put before the names of a model that they wrap."""
 ULPS = 4
 

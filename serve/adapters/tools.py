@@ -14,16 +14,16 @@ from typing import Any
 import mlx.core as mx
 
 from serve.adapters import merging
-from serve.adapters.config import AdapterConfig
+from serve.adapters.config import AdapterConfig, Layout
 from serve.adapters.expression import WEIGHT
 from serve.adapters.extraction import Extraction
 from serve.adapters.factors import Factors, tensors_of
+from serve.adapters.files import PEFT_TENSORS_FILE
 from serve.adapters.fit import fit
 from serve.adapters.layouts import (
     OF_MLX,
     OF_PEFT,
     Contents,
-    Layout,
     OfPeft,
     as_mlx,
     check_distinct,
@@ -46,7 +46,7 @@ LAYOUTS: Mapping[str, Layout] = {"mlx": "mlx-lm", "peft": "peft"}
 """What --to takes."""
 TENSORS_FILES: Mapping[Layout, tuple[str, str]] = {
     "mlx-lm": (TENSORS_FILE, "mlx"),
-    "peft": ("adapter_model.safetensors", "pt"),
+    "peft": (PEFT_TENSORS_FILE, "pt"),
 }
 """Of each layout, its file of tensors, and the framework that this names."""
 

@@ -25,15 +25,13 @@ CONTAINER_NAMES = ("language_model", "thinker")
 """What modules with towers, or of several parts, call what has the layers and the head."""
 HEAD_NAME = "lm_head"
 EMBEDDED_NAMES = (
-    *(
-        "embed_tokens",
-        "wte",
-        "tok_embeddings",
-        "token_embeddings",
-        "word_embeddings",
-        "embeddings",
-        "embedding",
-    ),
+    "embed_tokens",
+    "wte",
+    "tok_embeddings",
+    "token_embeddings",
+    "word_embeddings",
+    "embeddings",
+    "embedding",
 )
 """What backbones call the tokens' embeddings."""
 EMBEDDINGS_NAMES = ("input_embeddings", "inputs_embeds", "input_embeds")
