@@ -16,10 +16,9 @@ import regex
 from serve.errors import AdapterError
 
 TIMEOUT_S = 2.0
-"""For all the matching that one config asks for, of this thread's own time: a file of 18,432 experts asks often, and the
-machine may be busy with others."""
+"""Of this thread's own time, for all that one config asks: a file of 18,432 experts asks often, and others may be busy."""
 QUICK_S = 0.01
-"""A match may hold other threads up so long: giving way to them at each of thousands would take their time of each."""
+"""For so long a match may hold other threads up: to give way at each of thousands is to wait for them at each."""
 EVERY_LINEAR = "all-linear"
 
 

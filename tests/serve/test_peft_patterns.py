@@ -116,7 +116,7 @@ def test_the_first_pattern_that_pefts_own_rule_finds_is_the_one():
 
 
 def test_a_server_that_is_busy_takes_as_many_names_as_an_idle_one():
-    """What other threads do meanwhile is not counted: 3,000 of a file's 18,432 experts took 3 s beside four of them."""
+    """What other threads do meanwhile is not counted: a file of experts may have 18,432 names."""
     is_over, matcher = threading.Event(), Matcher(timeout_s=0.5)
 
     def work() -> None:
