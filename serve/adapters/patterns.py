@@ -16,7 +16,7 @@ import regex
 from serve.errors import AdapterError
 
 TIMEOUT_S = 2.0
-"""Of this thread's own time, for all that one config asks: a file of 18,432 experts asks often, and others may be busy."""
+"""Of this thread's own time, for all that one config asks: a file of experts asks often, and others may be busy."""
 QUICK_S = 0.01
 """For so long a match may hold other threads up: to give way at each of thousands is to wait for them at each."""
 EVERY_LINEAR = "all-linear"
