@@ -95,7 +95,7 @@ def data_show(
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Argument(help="An adapter folder.")],
+    adapter: Annotated[Path, typer.Argument(help="An adapter: a folder, or a file.")],
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
     bits: Annotated[int | None, typer.Option(help="Quantize to 4 or 8 bits.")] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,

@@ -133,6 +133,8 @@ async def _look(
                 await stream  # which raises
             await asyncio.sleep(LOOK_S)
         num_answers = await stream
+        if not seen:  # a run goes on without its server: what that said stands above, in the run's own notes
+            raise StoppedError(f"{url} was never told of a checkpoint of {name}, or took none")
         went_back = await _go_back(http, name, probes, seen)
     gaps = [later - earlier for earlier, later in pairwise(arrivals)]
     return Live(

@@ -18,7 +18,7 @@ import mlx.core as mx
 from serve.adapters.combine import combine
 from serve.adapters.config import Lineage
 from serve.adapters.contents import Contents
-from serve.adapters.fit import LowRank, Size
+from serve.adapters.fit import LowRank, Size, check_range
 from serve.adapters.source import Content, Fitting, Outline
 from serve.adapters.version import AdapterVersion
 from serve.errors import AdapterError, RequestError
@@ -84,7 +84,7 @@ class Combination:
         return Outline(sizes, num_values, self._lineage(), FORMAT, parts)
 
     def read(self, name: str, fitting: Fitting) -> Content:
-        """AdapterError where the sum has no form, or numbers that the network's dtype cannot hold.
+        """AdapterError where the sum has no form, or one that the network's numbers cannot hold.
 
         AdapterGoneError where a part is gone.
         """
@@ -144,15 +144,12 @@ def _chats(version: AdapterVersion) -> tuple[str, str]:
 
 
 def _check_held(name: str, updates: Mapping[str, LowRank], dtype: mx.Dtype) -> None:
-    """AdapterError where a weight makes numbers that the network's dtype cannot hold."""
+    """AdapterError where a weight makes an update that no file may hold."""
+    problems: list[str] = []
     for path, update in updates.items():
-        for part, array in update.arrays().items():
-            if not bool(mx.isfinite(array.astype(dtype)).all()):
-                word = str(dtype).rpartition(".")[2]
-                raise AdapterError(
-                    f"{name!a:.200}: {path}.{part}, weighted so, has values that {word}, which the model computes "
-                    f"in, cannot hold"
-                )
+        check_range(path, update, "weighted so", dtype, problems)
+        if problems:
+            raise AdapterError(f"{name!a:.200}: {problems[0]}")
 
 
 def _hash(parts: Sequence[tuple[str, float]]) -> str:

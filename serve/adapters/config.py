@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -22,6 +23,8 @@ from serve.errors import AdapterError
 from serve.model.quantization import Quantization
 
 FineTuneType = Literal["lora", "dora", "full"]
+Layout = Literal["mlx-lm", "peft"]
+"""Whose two files they are."""
 Sides = Literal["own", "peft", "unsaid"]
 
 PEFT_MARK = "peft_type"
@@ -112,21 +115,28 @@ class AdapterConfig:
 
     def rank_of(self, path: str) -> int:
         """R of the update of the module at `path`, by its name in the file or in the model."""
-        return _of_module(self.ranks, path, self.rank)
+        return self._rank_by_end.get(without_containers(path), self.rank)
 
     def scale_of(self, path: str) -> float:
         """The factor on that module's B(Ax)."""
-        return _of_module(self.scales, path, self.scale)
+        return self._scale_by_end.get(without_containers(path), self.scale)
+
+    # A file may name tens of thousands of modules: each is looked up, none is searched for.
+    @cached_property
+    def _rank_by_end(self) -> dict[str, int]:
+        return _by_end(self.ranks)
+
+    @cached_property
+    def _scale_by_end(self) -> dict[str, float]:
+        return _by_end(self.scales)
 
 
 T = TypeVar("T")
 
 
-def _of_module(named: Mapping[str, T], path: str, otherwise: T) -> T:
-    if not named:
-        return otherwise
-    wanted = without_containers(path)
-    return next((value for name, value in named.items() if without_containers(name) == wanted), otherwise)
+def _by_end(named: Mapping[str, T]) -> dict[str, T]:
+    """By what all libraries call a module; the first of several holds."""
+    return {without_containers(name): value for name, value in reversed([*named.items()])}
 
 
 def config_json(config: AdapterConfig) -> dict[str, Any]:
@@ -217,7 +227,9 @@ def _parameters(raw: Any, problems: list[str]) -> dict[str, Any]:
     for name in sorted(raw.keys() - set(PARAMETERS)):
         if not asks_nothing(raw[name]):
             known = f"this version reads {', '.join(PARAMETERS)}"
-            problems.append(f"lora_parameters.{_key(name)} is {shown(raw[name])}; {INSTEAD.get(name, known)}")
+            problems.append(
+                f"lora_parameters.{shown_key(name)} is {shown(raw[name])}; {INSTEAD.get(name, known)}"
+            )
     rank, dropout = raw.get("rank"), raw.get("dropout", 0.0)
     keys, init = raw.get("keys"), raw.get("init_lora_weights")
     if not is_count(rank, 1):
@@ -338,10 +350,6 @@ def asks_nothing(value: Any) -> bool:
     )
 
 
-def _key(name: str) -> str:
-    return name if name.isidentifier() and name.isascii() else shown(name)
-
-
 def shown(value: Any) -> str:
     """What was found, on one short line."""
     try:
@@ -349,3 +357,8 @@ def shown(value: Any) -> str:
     except ValueError:  # an int of more digits than Python prints
         text = f"a number of {type(value).__name__} too long to print"
     return text if len(text) <= SHOWN_WIDTH else f"{text[: SHOWN_WIDTH - 1]}…"
+
+
+def shown_key(name: str) -> str:
+    """A key, likewise."""
+    return name if name.isidentifier() and name.isascii() else shown(name)

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from serve.adapters.names import LONGEST_NAME
 from serve.errors import RequestError
 
 MOST_TERMS = 16
-NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
+NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?"
+"""Of one text in one way alone, so that no request is looked at for longer than it is long."""
 WEIGHT = re.compile(NUMBER, re.IGNORECASE | re.ASCII)
-TOKEN = re.compile(rf":{NUMBER}(?=\+|$)|[^+]|\+", re.IGNORECASE | re.ASCII | re.DOTALL)
+WEIGHTED = re.compile(rf":{NUMBER}(?=\+|$)", re.IGNORECASE | re.ASCII)
+MOST_PIECES = 4 * MOST_TERMS
+"""Between `+`: a name or a weight of each term may hold a few of them."""
 NO_NUMBERS = frozenset(("nan", "inf", "infinity"))
 """What other programs print for numbers that are none: meant as weights, whatever their sign."""
 EXPECTED = "expected a finite number like 0.5 or -1"
@@ -39,21 +43,24 @@ def parse_expression(
     """
     if is_known(text):
         return None
-    pieces = text.split("+")
-    terms = _known_terms(pieces, is_known) or _plain_terms(text)
+    if text.count("+") >= MOST_PIECES:
+        raise _too_many(text, text.count("+") + 1)
+    terms = _known_terms(text.split("+"), is_known) or _plain_terms(text)
     if terms is None:
         return None
     if len(terms) > MOST_TERMS:
-        raise RequestError(
-            f"model {text!a:.200} adds {len(terms)} adapters; at most {MOST_TERMS} are added", "model"
-        )
+        raise _too_many(text, len(terms))
     return tuple(terms)
+
+
+def _too_many(text: str, count: int) -> RequestError:
+    return RequestError(f"model {text!a:.200} adds {count} adapters; at most {MOST_TERMS} are added", "model")
 
 
 def _known_terms(pieces: Sequence[str], is_known: Callable[[str], bool]) -> list[Term] | None:
     """Terms of names that are all known, made of whole pieces; None if there is no such reading."""
-    if len(pieces) > 4 * MOST_TERMS:
-        return None  # a name or a weight of each term may hold a few of them
+    if sum(map(len, pieces)) > MOST_PIECES * LONGEST_NAME:
+        return None  # no names are so long
     best: list[list[Term] | None] = [None] * len(pieces) + [[]]
     for start in reversed(range(len(pieces))):
         for stop in range(len(pieces), start, -1):
@@ -76,23 +83,17 @@ def _known_term(text: str, is_known: Callable[[str], bool]) -> Term | None:
 
 def _plain_terms(text: str) -> list[Term] | None:
     """Terms of names that nobody knows, or with weights that are none."""
-    parts = list(_split(text))
+    parts = _split(text)
     has_weights = any(":" in part and _is_weight(part.rpartition(":")[2]) for part in parts)
     if not has_weights and (len(parts) == 1 or not all(parts)):
         return None  # "c++", or "llama:latest": a name like any other
     return [_term(part, text) for part in parts]
 
 
-def _split(text: str) -> Iterator[str]:
+def _split(text: str) -> list[str]:
     """At each `+` but those in a weight: `a:1e+3+b` is two terms."""
-    part = ""
-    for token in TOKEN.finditer(text):
-        if token[0] == "+":
-            yield part
-            part = ""
-        else:
-            part += token[0]
-    yield part
+    covered = WEIGHTED.sub(lambda weight: weight[0].replace("+", "\0"), text)  # which no name holds
+    return [part.replace("\0", "+") for part in covered.split("+")]
 
 
 def _is_weight(text: str) -> bool:

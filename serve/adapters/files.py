@@ -15,11 +15,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 
-from serve.adapters.config import PEFT_MARK, AdapterConfig, config_of, parse_object
+from serve.adapters.config import PEFT_MARK, AdapterConfig, Layout, config_of, parse_object
 from serve.adapters.manifest import (
     CONFIG_FILE,
     TENSORS_FILE,
@@ -31,8 +31,6 @@ from serve.adapters.manifest import (
 )
 from serve.adapters.peft import Piece, arrange, parse_peft
 from serve.errors import AdapterError, NotFoundError
-
-Format = Literal["mlx-lm", "peft"]
 
 PEFT_TENSORS_FILE = "adapter_model.safetensors"
 SUFFIX = ".safetensors"
@@ -51,7 +49,7 @@ class AdapterFiles:
     tensors_path: Path
     config_path: Path
     """The file of tensors where that holds the config too."""
-    format: Format
+    format: Layout
     config: AdapterConfig
     raw: Mapping[str, Any]
     """The config as it was written."""
@@ -103,7 +101,7 @@ def read_adapter(path: Path) -> AdapterFiles:
         specs = _some(tensors_path)
         pieces = {name: Piece(name, "") for name in specs}
     made = {name: _spec(piece, specs[piece.raw]) for name, piece in pieces.items()}
-    kind: Format = "peft" if is_peft else "mlx-lm"
+    kind: Layout = "peft" if is_peft else "mlx-lm"
     return AdapterFiles(path, tensors_path, config_path, kind, config, raw, made, pieces)
 
 

@@ -147,7 +147,8 @@ def fit(
         update = _update(path, parts, modules[path], config, norms, problems)
         if update is not None:
             updates[path] = _in_range(update, config, dtype)
-            _check_range(path, updates[path], config.scale_of(path), dtype, problems)
+            scaled = f"times its scale of {config.scale_of(path):g}"
+            check_range(path, updates[path], scaled, dtype, problems)
     if problems:
         raise _unfit(name, problems, config)
     # An array is evaluated on the thread that made it: MLX's streams are per thread.
@@ -320,19 +321,23 @@ def _bias(wide: Mapping[str, mx.array], module: nn.Module, scale: float) -> mx.a
     return total if bool(mx.any(total != 0)) else None
 
 
-def _check_range(path: str, update: LowRank, scale: float, dtype: mx.Dtype, problems: list[str]) -> None:
+def check_range(path: str, update: LowRank, scaled: str, dtype: mx.Dtype, problems: list[str]) -> None:
+    """Can the network's `dtype` hold the update, and what it makes of its inputs?
+
+    scaled  what B has been multiplied by, in words
+    """
     name = str(dtype).rpartition(".")[2]
     before = len(problems)
     for part, value in update.arrays().items():
         if not _is_finite(value.astype(dtype)):
-            scaled = f", times its scale of {scale:g}," if part == "lora_b" else ""
+            how = f", {scaled}," if part == "lora_b" else ""
             problems.append(
-                f"{path}.{part}{scaled} has values that {name}, which the model computes in, cannot hold"
+                f"{path}.{part}{how} has values that {name}, which the model computes in, cannot hold"
             )
     largest = _largest(update)
     if len(problems) == before and largest > LARGEST_UPDATE:
         problems.append(
-            f"{path}: its update, times its scale of {scale:g}, may be {largest:.1e} times as large as what it is "
+            f"{path}: its update, {scaled}, may be {largest:.1e} times as large as what it is "
             f"given, which no numbers after it can hold; up to {LARGEST_UPDATE:.0e} was expected"
         )
 

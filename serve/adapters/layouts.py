@@ -12,14 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 
-from serve.adapters.config import AdapterConfig, config_json
+from serve.adapters.config import AdapterConfig, Layout, config_json
 from serve.errors import AdapterError
 
-Layout = Literal["mlx-lm", "peft"]
 OF_PEFT, OF_MLX = "peft", "mlx_lm"
 """In either layout's config, under the other one's name: what the folder said that it was made of."""
 IN_LAYER = re.compile(r"(.*?)\b(?:layers|h|blocks)\.\d+\.(.+)")
@@ -127,6 +126,16 @@ def restored(
             _to(b, axis_b, rank) if ratio == 1 else _to(b, axis_b, rank) / ratio
         ).astype(dtype)
     return made, before
+
+
+def check_distinct(source: str, names: Mapping[str, str]) -> None:
+    """AdapterError where two names become one, of which one would be lost."""
+    first: dict[str, str] = {}
+    for name, made in names.items():
+        if first.setdefault(made, name) != name:
+            raise AdapterError(
+                f"{source}: {first[made]} and {name} are the same layer's, and one was expected"
+            )
 
 
 def others_of(tensors: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from serve.adapters.factors import Factors, factors_of
 from serve.adapters.files import AdapterFiles, read_adapter
-from serve.adapters.layouts import others_of
+from serve.adapters.layouts import check_distinct, others_of
 from serve.adapters.manifest import AdapterConfig
 from serve.adapters.own import own_layout
 from serve.adapters.prefixes import without_containers
@@ -52,8 +52,11 @@ class Opened:
         return [name for name, tensor in sorted(self.tensors.items()) if not bool(mx.isfinite(tensor).all())]
 
     def modules_by_end(self) -> dict[str, tuple[str, Factors]]:
-        """By what all libraries call a module: where other adapters name the same ones otherwise."""
-        return {without_containers(path): (path, each) for path, each in self.modules.items()}
+        """By what all libraries call a module: where other adapters name the same ones otherwise. AdapterError where
+        two of its modules are one."""
+        ends = {path: without_containers(path) for path in self.modules}
+        check_distinct(self.name, ends)
+        return {end: (path, self.modules[path]) for path, end in ends.items()}
 
 
 def open_adapter(path: Path, network: Network | None = None) -> Opened:

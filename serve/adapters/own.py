@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from serve.adapters.config import AdapterConfig
 from serve.adapters.manifest import TensorSpec
@@ -100,6 +101,7 @@ class _Layout:
         self.recipes: dict[str, _Recipe] = {}
         self._family = type(network.text).__module__.split(".")[2:3]
         self._modules = adaptable_modules(network)
+        self._stacks = _stacks_by_layer(self._modules)
         self._config = config
         self._shapes = shapes
         self._sources: dict[str, tuple[str, ...]] = {}
@@ -178,11 +180,7 @@ class _Layout:
         found = EXPERT.fullmatch(module)
         if found is None:
             return (), None
-        here = {
-            path.rpartition(".")[2]: path
-            for path, each in self._modules.items()
-            if isinstance(each, EXPERTS) and _layer(path) == _layer(module)
-        }
+        here = self._stacks.get(_layer(module), {})
         number = None if found["number"] is None else int(found["number"])
         for leaves in STACKS.get(found["leaf"], ()):
             if all(leaf in here for leaf in leaves):
@@ -290,6 +288,15 @@ def _rows(rows: slice, axis: int, *, is_turned: bool = False) -> Callable[[Seque
         return value[(slice(None),) * (axis % value.ndim) + (rows,)]
 
     return made
+
+
+def _stacks_by_layer(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
+    """Of each layer: what a stack is called there → its path."""
+    found: dict[str, dict[str, str]] = {}
+    for path, each in modules.items():
+        if isinstance(each, EXPERTS):
+            found.setdefault(_layer(path), {})[path.rpartition(".")[2]] = path
+    return found
 
 
 def _module(parts: Parts) -> str:

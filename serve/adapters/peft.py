@@ -27,11 +27,13 @@ from serve.adapters.config import (
     parse_lineage,
     raise_problems,
     shown,
+    shown_key,
 )
 from serve.adapters.manifest import TensorSpec
 from serve.adapters.patterns import Targets, is_expression, pattern_of
 
 PREFIX = "base_model.model."
+"""What PEFT puts before the names of the model that it wraps."""
 BASE_LAYER = ".base_layer"
 SAFE_INITS = ("gaussian", "eva", "orthogonal")
 """Beginnings that leave the base's weights as they are, beside true and false."""
@@ -135,7 +137,7 @@ def parse_peft(raw: Mapping[str, Any], path: Path) -> PeftConfig:
     for name in sorted(raw.keys() - NEUTRAL - READ):
         if not asks_nothing(raw[name]):
             reason = REFUSED.get(name, "this version does not know what that means for the tensors")
-            problems.append(f"{_name(name)} is {shown(raw[name])}: {reason}")
+            problems.append(f"{shown_key(name)} is {shown(raw[name])}: {reason}")
     _check_init(raw.get("init_lora_weights", True), problems)
     if raw.get("bias") not in (None, "none", "all", "lora_only"):
         problems.append(f"bias is {shown(raw['bias'])}; none, all or lora_only was expected")
@@ -179,7 +181,10 @@ def arrange(
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
     keys: set[str] = set()
-    depths = {(parsed.module, parsed.depth) for parsed in known.values() if parsed.is_update}
+    depths: dict[str, set[int]] = {}
+    for parsed in known.values():
+        if parsed.is_update:
+            depths.setdefault(parsed.module, set()).add(parsed.depth)
     for raw, parsed in known.items():
         target = (
             _target_of(parsed, peft, depths, problems) if parsed.is_update else _Target(parsed.module, "")
@@ -188,10 +193,11 @@ def arrange(
             continue
         num_experts = 0
         if target.key:
-            keys.add(target.key)
-            r, alpha = peft.of(target.key)
-            ranks[target.path], scales[target.path] = r, peft.scale(r, alpha)
-            num_experts = _num_experts(raw, specs[raw], parsed.part, target, r, problems)
+            if target.key not in keys:  # A and B have the same
+                keys.add(target.key)
+                r, alpha = peft.of(target.key)
+                ranks[target.path], scales[target.path] = r, peft.scale(r, alpha)
+            num_experts = _num_experts(raw, specs[raw], parsed.part, target, ranks[target.path], problems)
         own = f"{target.path}.{parsed.part}"
         if own in pieces:
             problems.append(f"two tensors are one: {pieces[own].raw} and {raw}")
@@ -259,23 +265,23 @@ def _why_unknown(raw: str) -> str:
 
 
 def _target_of(
-    parsed: _Parsed, peft: PeftConfig, depths: set[tuple[str, int]], problems: list[str]
+    parsed: _Parsed, peft: PeftConfig, depths: Mapping[str, set[int]], problems: list[str]
 ) -> _Target | None:
-    """What PEFT would put this tensor on."""
+    """What PEFT would put this tensor on. `depths`: by module, of all its wrappers."""
     name, targets = parsed.module, peft.targets
     if targets.is_module(name) and not parsed.depth:
         return _Target(name, name)
     parameters = targets.parameters_of(name)
-    wrapped = sorted(depth for module, depth in depths if module == name)
     if not parameters:
         problems.append(
             f"{name}: has {parsed.part}, and the config's target_modules, exclude_modules, modules_to_save, "
             f"layers_to_transform and target_parameters leave it out"
         )
         return None
-    if wrapped != list(range(len(parameters))):
+    if depths[name] != set(range(len(parameters))):
         problems.append(
-            f"{name}: target_parameters names {', '.join(parameters)} of it, and there are tensors of {len(wrapped)}"
+            f"{name}: target_parameters names {', '.join(parameters)} of it, and there are tensors of "
+            f"{len(depths[name])}"
         )
         return None
     # The first parameter is wrapped first, and so lies deepest.
@@ -424,7 +430,3 @@ def _is_alpha(value: Any) -> bool:
 def _version(value: Any) -> tuple[int, ...]:
     found = re.match(r"(\d{1,4})\.(\d{1,4})", value) if isinstance(value, str) else None
     return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
-def _name(key: str) -> str:
-    return key if key.isidentifier() and key.isascii() else shown(key)

@@ -15,19 +15,19 @@ from typing import Any
 import mlx.core as mx
 
 from serve.adapters.config import AdapterConfig
-from serve.adapters.layouts import Contents, paths_of, rank_in
+from serve.adapters.layouts import Contents, check_distinct, paths_of, rank_in
+from serve.adapters.peft import PREFIX
 from serve.adapters.peft_experts import Stack, packed
 from serve.errors import AdapterError
 from serve.model.network import BACKBONE_NAMES
 
-PREFIX = "base_model.model."
 PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
 INSIDE = "language_model"
 """Where mlx-vlm's models have layers and head."""
 HEADS = ("lm_head", "output", "embed_out")
 SIDES_KNOWN = "0.19.0"
 """The first PEFT that took a parameter's last axis for the inputs, as this does."""
-WRAPPERS = re.compile(r"^(?:base_model\.model\.|_orig_mod\.)+")
+WRAPPERS = re.compile(rf"^(?:{re.escape(PREFIX)}|_orig_mod\.)+")
 """What PEFT and torch.compile put before the names of a model that they wrap."""
 ULPS = 4
 
@@ -40,6 +40,7 @@ def as_peft(tensors: Mapping[str, mx.array], config: AdapterConfig, base: str) -
     low = [path for path in paths_of(tensors) if tensors[f"{path}.lora_a"].ndim == 2]
     stacks = [path for path in paths_of(tensors) if tensors[f"{path}.lora_a"].ndim == 3]
     named = {path: their_name(path) for path in low}
+    check_distinct("in PEFT's layout", named)
     made: dict[str, mx.array] = {}
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
@@ -50,6 +51,8 @@ def as_peft(tensors: Mapping[str, mx.array], config: AdapterConfig, base: str) -
                 made[f"{PREFIX}{name}.{theirs}"] = _turned(tensors[f"{path}.{part}"])
     experts = packed({path: _stack(tensors, config, path) for path in stacks}, their_name)
     for each in experts:
+        if each.parameter in ranks:
+            raise AdapterError(f"{each.parameter}: is adapted under several names, and one was expected")
         ranks[each.parameter], scales[each.parameter] = each.rank, each.scale
         made[f"{PREFIX}{each.key}.lora_A.weight"] = each.a
         made[f"{PREFIX}{each.key}.lora_B.weight"] = each.b

@@ -14,18 +14,19 @@ from typing import Any
 import mlx.core as mx
 
 from serve.adapters import merging
-from serve.adapters.config import AdapterConfig
+from serve.adapters.config import AdapterConfig, Layout
 from serve.adapters.expression import WEIGHT
 from serve.adapters.extraction import Extraction
-from serve.adapters.factors import tensors_of
+from serve.adapters.factors import Factors, tensors_of
+from serve.adapters.files import PEFT_TENSORS_FILE
 from serve.adapters.fit import fit
 from serve.adapters.layouts import (
     OF_MLX,
     OF_PEFT,
     Contents,
-    Layout,
     OfPeft,
     as_mlx,
+    check_distinct,
     of_peft,
     paths_of,
     restored,
@@ -45,7 +46,7 @@ LAYOUTS: Mapping[str, Layout] = {"mlx": "mlx-lm", "peft": "peft"}
 """What --to takes."""
 TENSORS_FILES: Mapping[Layout, tuple[str, str]] = {
     "mlx-lm": (TENSORS_FILE, "mlx"),
-    "peft": ("adapter_model.safetensors", "pt"),
+    "peft": (PEFT_TENSORS_FILE, "pt"),
 }
 """Of each layout, its file of tensors, and the framework that this names."""
 
@@ -98,7 +99,7 @@ def merge(
                 f"{each.name} brings {', '.join(each.others)}; updates of low rank alone are merged"
             )
     names = [f"{each.name} (part {number})" for number, each in enumerate(opened, 1)]
-    modules = [each.modules for each in opened]
+    modules = _by_one_name(opened)
     weights = [weight for _, weight in named]
     made = merging.merge(modules, weights, how, names)
     text = "+".join(f"{name}:{weight:g}" for name, weight in named)
@@ -106,6 +107,9 @@ def merge(
     lineage = merged_lineage(lineages, parent=text, created=_now())
     config = AdapterConfig("lora", -1, scale=1.0)
     to: Layout = layout or opened[0].files.format
+    if to == "mlx-lm" and base is None:
+        for each in opened:
+            _check_names(each)
     return _save(
         out, _contents(tensors_of(made), config, to, base.name if base else _base_of(opened)), lineage
     )
@@ -153,6 +157,16 @@ def check_out(out: Path) -> None:
         raise StorageError(f"{out}: cannot be written: {error}") from error
     if not is_free:
         raise ConfigError(f"{out} is there already; name a folder that is not, or an empty one")
+
+
+def _by_one_name(opened: Sequence[Opened]) -> list[dict[str, Factors]]:
+    """Each part's modules, by the path that the first part with such a module has for it."""
+    by_end = [each.modules_by_end() for each in opened]
+    paths: dict[str, str] = {}
+    for modules in by_end:
+        for end, (path, _) in modules.items():
+            paths.setdefault(end, path)
+    return [{paths[end]: module for end, (_, module) in modules.items()} for modules in by_end]
 
 
 def _to_peft(opened: Opened, base: str) -> Contents:
@@ -222,6 +236,7 @@ def _check_names(opened: Opened) -> None:
 def _renamed(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """By mlx-lm's names; ranks and scales are found by what all libraries call a module."""
     ours = our_names(tensors)
+    check_distinct("in mlx-lm's layout", ours)
     return {ours[name]: tensor for name, tensor in tensors.items()}
 
 
@@ -266,9 +281,8 @@ def _way_back(opened: Opened, contents: Contents, kept: OfPeft) -> tuple[OfPeft,
 
 
 def _contents(tensors: Mapping[str, mx.array], config: AdapterConfig, layout: Layout, base: str) -> Contents:
-    if layout == "peft":
-        return as_peft(tensors, config, base)
-    return as_mlx(_renamed(tensors), config)
+    ours = _renamed(tensors)
+    return as_peft(ours, config, base) if layout == "peft" else as_mlx(ours, config)
 
 
 def _save(out: Path, contents: Contents, lineage: Lineage | None) -> Written:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -129,6 +131,30 @@ def test_expressions_that_say_nothing_are_refused_precisely(text, said, names):
 def test_as_many_terms_as_there_may_be_are_read():
     found = parse_expression("+".join(["a:1e+0"] * MOST_TERMS), known("a"))
     assert len(found or ()) == MOST_TERMS
+
+
+HOSTILE = {
+    "digits": "a:" + "1" * 30_000 + "x",
+    "digits of an exponent": "a:1e" + "1" * 30_000 + "x",
+    "digits behind a point": "a:1." + "1" * 30_000 + "x",
+    "digits over and over": ("a:" + "1" * 900 + "x+") * 30,
+    "colons": ":1" * 30_000,
+    "pluses": "a+" * 1_000_000,
+    "a name that is none": "a+" * 20 + "x" * 3_000_000 + "+a" * 20,
+    "signs": "a:+1e+" * 30_000,
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+@pytest.mark.parametrize("names", [(), ("a", "b")])
+def test_no_text_is_looked_at_for_long(text, names):
+    """Which of a client's texts is an expression is asked on the event loop, before anything else is."""
+    start_s = time.process_time()
+    with contextlib.suppress(RequestError):
+        parse_expression(text, known(*names))
+    assert time.process_time() - start_s < 0.5, (
+        "0.1 s where it was measured; where numbers were read twice, 30 s"
+    )
 
 
 INPUTS, OUTPUTS = 24, 20

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models import qwen3_moe
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
@@ -22,6 +28,7 @@ from serve.adapters.peft_layout import alpha_of, our_names, their_name
 from serve.adapters.tools import convert
 from serve.errors import AdapterError, ConfigError
 from serve.model.loading import load
+from serve.model.network import Network
 from train.adapters.place import place_adapter
 
 TOKENS = list(b"the same answer, whoever asks")
@@ -446,3 +453,70 @@ def test_an_adapter_of_several_ranks_keeps_its_update(model_folder, tmp_path):
     files = read_adapter(tmp_path / "out")
     own, config = own_layout(files.specs, files.config, network)
     assert len(check_fit("it", own, config, network, max_rank=8)) == 2
+
+
+def steps_of(work: Callable[[], object]) -> int:
+    """How many instructions of Python's it takes, on a machine that may be busy with others."""
+    count = 0
+
+    def traced(frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
+        nonlocal count
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        count += 1
+        return traced
+
+    before = sys.gettrace()
+    sys.settrace(traced)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+MANY = {
+    "experts one by one": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    "of other ranks": {
+        "target_modules": r".*_proj",
+        "rank_pattern": {"up_proj": 2, r"experts\.[0-9]*[02468]\..*": 3},
+        "alpha_pattern": {"up_proj": 10, r"experts\.[0-9]*[02468]\..*": 6},
+    },
+    "of other scales": {"target_modules": "all-linear", "alpha_pattern": {".*_proj": 3}},
+    "that are none of the config's": {"target_parameters": ["experts.gate_up_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_what_looking_at_an_adapter_takes_grows_with_its_modules(kind, tmp_path):
+    """A model of 48 layers with 128 experts has 18,432 of them, and a server has others to serve meanwhile."""
+
+    def looked_at(layers: int) -> int:
+        tensors: dict[str, mx.array] = {}
+        for layer, expert, leaf in itertools.product(range(layers), range(8), ("gate", "up", "down")):
+            path = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{leaf}_proj"
+            rank = 4
+            if "rank_pattern" in MANY[kind]:
+                rank = 2 if leaf == "up" else 4 - (expert % 2 == 0)
+            inputs, outputs = (24, 32) if leaf == "down" else (32, 24)
+            tensors[f"{path}.lora_A.weight"] = mx.zeros((rank, inputs))
+            tensors[f"{path}.lora_B.weight"] = mx.zeros((outputs, rank))
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **MANY[kind]}
+        folder = tmp_path / str(layers)
+        write_files(folder, tensors, config, tensors_file="adapter_model.safetensors")
+        words = MOE | {"model_type": "qwen3_moe", "num_hidden_layers": layers, "num_experts": 8}
+        network = Network(qwen3_moe.Model(qwen3_moe.ModelArgs(**words)))
+        told: list[str] = []
+
+        def look() -> None:
+            try:
+                files = read_adapter(folder)
+                check_fit("it", files.specs, files.config, network, max_rank=8)
+            except AdapterError as error:
+                told.append(str(error))
+
+        look()  # whatever is made once
+        assert bool(told) == ("target_parameters" in MANY[kind]), told
+        return steps_of(look)
+
+    few, many = looked_at(4), looked_at(16)
+    assert many < 5 * few

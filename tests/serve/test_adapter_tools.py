@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from serve.adapters.extraction import extract, nearest
 from serve.adapters.factors import Core
 from serve.adapters.files import read_adapter
 from serve.adapters.inspection import inspect
-from serve.adapters.manifest import AdapterConfig, Lineage, read_tensors, write_adapter
+from serve.adapters.manifest import AdapterConfig, Lineage, read_tensors, write_adapter, write_files
 from serve.adapters.merging import METHODS, PRUNING, Merge
 from serve.adapters.opened import open_adapter
 from serve.adapters.tools import convert, merge, parse_part, save_extraction
@@ -179,6 +180,72 @@ def test_what_merge_writes_is_served(method, to, make_adapter, model_folder, tmp
     assert files.format == {"mlx": "mlx-lm", "peft": "peft"}[to]
     assert inspect(tmp_path / "out", load(str(model_folder), dequantize=True)).problems == ()
     assert apart(logits(model_folder, tmp_path / "out"), logits(model_folder)) > 0.01
+
+
+NAMED = {
+    "text": ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj"),
+    "a head": ("lm_head", "lm_head"),
+    "with towers": ("language_model.model.layers.1.mlp.up_proj", "model.language_model.layers.1.mlp.up_proj"),
+    "a head with towers": ("language_model.lm_head", "lm_head"),
+}
+"""A layer in mlx-lm, and in Hugging Face's model."""
+
+
+def in_every_layout(folder: Path, names: list[str]) -> dict[str, Path]:
+    """The same update of each of these layers of NAMED, as mlx-lm, PEFT, and PEFT in a wrapper more call them."""
+    mx.random.seed(0)
+    ours, theirs, wrapped = {}, {}, {}
+    for name in names:
+        mine, hers = NAMED[name]
+        a, b = mx.random.normal((24, 3)), mx.random.normal((3, 20))
+        ours |= {f"{mine}.lora_a": a, f"{mine}.lora_b": b}
+        for prefix, found in (("", theirs), ("base_model.model.", wrapped)):
+            found[f"base_model.model.{prefix}{hers}.lora_A.weight"] = mx.contiguous(a.T)
+            found[f"base_model.model.{prefix}{hers}.lora_B.weight"] = mx.contiguous(b.T)
+    write_adapter(folder / "mlx-lm", ours, AdapterConfig("lora", -1, 3, 2.0))
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": "all-linear"}
+    for layout, tensors in (("peft", theirs), ("wrapped", wrapped)):
+        write_files(folder / layout, tensors, config, tensors_file="adapter_model.safetensors")
+    return {layout: folder / layout for layout in ("mlx-lm", "peft", "wrapped")}
+
+
+@pytest.mark.parametrize("to", ["mlx-lm", "peft"])
+@pytest.mark.parametrize("names", [["text", "a head"], ["with towers", "a head with towers"]])
+def test_parts_that_call_a_layer_otherwise_are_added_up(names, to, tmp_path):
+    folders = in_every_layout(tmp_path, names)
+    alone = open_adapter(folders["mlx-lm"]).modules
+    wanted = {NAMED[name][to == "peft"]: 3.5 * alone[NAMED[name][0]].delta() for name in names}
+    for index, parts in enumerate(itertools.permutations(folders.values())):
+        weighted = [f"{path}:{weight}" for path, weight in zip(parts, (2, 1, 0.5), strict=True)]
+        merge(weighted, tmp_path / f"out{index}", Merge("cat"), to)
+        found = open_adapter(tmp_path / f"out{index}").modules
+        assert found.keys() == wanted.keys()
+        for path, module in found.items():
+            assert np.allclose(module.delta(), wanted[path], rtol=1e-4, atol=1e-4), path
+
+
+def test_two_updates_of_one_layer_are_refused_and_neither_is_lost(tmp_path):
+    folders = in_every_layout(tmp_path, ["text", "with towers"])
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": "all-linear"}
+    both = {}
+    for layout in ("peft", "wrapped"):
+        both |= mx.load(str(folders[layout] / "adapter_model.safetensors"))
+    write_files(tmp_path / "both", both, config, tensors_file="adapter_model.safetensors")
+    tensors = read_tensors(folders["mlx-lm"])
+    twice = {**tensors, **{name.replace("model.", "base_model.model.", 1): t for name, t in tensors.items()}}
+    write_adapter(tmp_path / "twice", twice, AdapterConfig("lora", -1, 3, 2.0))
+    one, out = folders["peft"], tmp_path / "out"
+    for words in (
+        ("convert", tmp_path / "both", out, "--to", "mlx"),
+        ("merge", tmp_path / "both", out, "--to", "mlx"),
+        ("merge", one, tmp_path / "both", out, "--to", "peft"),
+        ("merge", tmp_path / "twice", out, "--to", "peft"),
+        ("diff", one, tmp_path / "both"),
+    ):
+        status, _, said = run(*words)
+        assert status == 2, words
+        assert "are the same layer's, and one was expected" in said, words
+        assert not out.exists()
 
 
 def test_merged_lineage_is_what_the_parts_agree_on(make_adapter, tmp_path):

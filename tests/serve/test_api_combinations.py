@@ -234,7 +234,9 @@ REFUSED = [
     ("nobody:latest", 404, "model 'nobody:latest' is not served here; there are lively, a, b"),
     ("a+", 404, "model 'a+' is not served here"),
     ("+".join(["a:1"] * (MOST_TERMS + 1)), 400, f"adds {MOST_TERMS + 1} adapters; at most {MOST_TERMS}"),
-    ("a:1e39", 400, "has values that float32, which the model computes in, cannot hold"),
+    ("a:1e30", 400, "its update, weighted so, may be"),
+    ("a:1e20+b:-1e20", 400, "up to 1e+15 was expected"),
+    ("a:1e39", 400, "lora_b, weighted so, has values that float32, which the model computes in, cannot hold"),
     ("+".join([f"a:{n}" for n in ("1.7e308", "1.7e308")]), 400, "add up to inf"),
 ]
 

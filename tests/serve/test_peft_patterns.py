@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 
@@ -112,6 +113,26 @@ def test_the_first_pattern_that_pefts_own_rule_finds_is_the_one():
             )
             found.add(expected)
     assert set(PATTERNS) - found == {"1", "proj"}, "parts of a name's last word mean nothing"
+
+
+def test_a_server_that_is_busy_takes_as_many_names_as_an_idle_one():
+    """What other threads do meanwhile is not counted: a file of experts may have 18,432 names."""
+    is_over, matcher = threading.Event(), Matcher(timeout_s=0.5)
+
+    def work() -> None:
+        while not is_over.is_set():
+            sum(range(1000))
+
+    others = [threading.Thread(target=work) for _ in range(4)]
+    for thread in others:
+        thread.start()
+    try:
+        names = (f"model.layers.0.mlp.experts.{n}.up_proj" for n in range(3000))
+        assert all(matcher.match(r"(.*\.)?(up_proj)$", name) for name in names)
+    finally:
+        is_over.set()
+        for thread in others:
+            thread.join()
 
 
 def test_an_expression_that_would_match_for_ages_is_refused_in_time():

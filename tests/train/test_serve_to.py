@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import socket
@@ -21,8 +22,10 @@ import lathe
 from serve.adapters.manifest import read_config, read_tensors
 from serve.api.server import serving
 from serve.config import ServeConfig
-from serve.errors import ConfigError, TrainingError
+from serve.errors import ConfigError, StoppedError, TrainingError
 from serve.runtime import Runtime
+from train.asking import HeldOut
+from train.demo_live import _look
 from train.loop import checkpoint
 from train.recipe.recipe import load_recipe
 from train.run import run
@@ -80,6 +83,15 @@ def served(model_folder) -> Iterator[tuple[Runtime, str]]:
         yield runtime, url
     runtime.engine.registry.check_integrity()
     runtime.close()
+
+
+def test_a_demo_whose_server_took_no_checkpoint_says_so(served):
+    _, url = served
+    over = threading.Event()
+    over.set()
+    prompt = HeldOut([{"role": "user", "content": "what?"}], "that")
+    with pytest.raises(StoppedError, match="was never told of a checkpoint of nobody, or took none"):
+        asyncio.run(_look(url, "lively", "nobody", [prompt], threading.Event(), over))
 
 
 def hash_of(folder: Path) -> str:
