@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from serve import device
 from serve.adapters.version import AdapterVersion
 from serve.engine.engine import Engine
 from serve.engine.request import EngineStats, Event, Request
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 Sink = Callable[[Event], None]
 STOP_TIMEOUT_S = 30.0
+IDLE_S = 10.0
+"""Without a step for so long, memory that waits for the next one goes back to the system."""
 NUM_LOADERS = 4
 """Threads that bring adapters to the device: one that waits for a slow disk holds up no other."""
 
@@ -61,6 +64,7 @@ class Worker:
         self._num_of_tenant: Counter[str] = Counter()
         self._is_accepting = False
         self._has_just_failed = False  # the worker's thread alone
+        self._has_run = False  # so too: since memory was given back
         self._stopping = False
         self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="lathe-adapters")
         self._thread = threading.Thread(target=self._run, name="lathe-engine", daemon=True)
@@ -203,6 +207,7 @@ class Worker:
             self._deliver(self._step())
 
     def _step(self) -> list[Event]:
+        self._has_run = True
         try:
             events = self.engine.step()
         except Exception as error:
@@ -236,10 +241,15 @@ class Worker:
 
     def _do_commands(self, *, wait: bool) -> None:
         if wait:
+            # Until something is asked, or somebody's time is up whom nobody has told.
+            sleep_s = self.engine.sleep_s if self.failure is None else None
+            is_to_tidy = sleep_s is None and self._has_run
             try:
-                # Until something is asked, or somebody's time is up whom nobody has told.
-                self._commands.get(timeout=self.engine.sleep_s if self.failure is None else None)()
+                self._commands.get(timeout=IDLE_S if is_to_tidy else sleep_s)()
             except queue.Empty:
+                if is_to_tidy:
+                    self._has_run = False
+                    device.give_back_freed_memory()
                 return
         for _ in range(self._commands.qsize()):  # what comes meanwhile waits: a step is due
             self._commands.get()()
