@@ -18,7 +18,7 @@ import mlx.core as mx
 from serve.adapters.combine import combine
 from serve.adapters.config import Lineage
 from serve.adapters.contents import Contents
-from serve.adapters.fit import LowRank, Size, check_range
+from serve.adapters.fit import LowRank, Size, check_ranges
 from serve.adapters.source import Content, Fitting, Outline
 from serve.adapters.version import AdapterVersion
 from serve.errors import AdapterError, RequestError
@@ -146,10 +146,9 @@ def _chats(version: AdapterVersion) -> tuple[str, str]:
 def _check_held(name: str, updates: Mapping[str, LowRank], dtype: mx.Dtype) -> None:
     """AdapterError where a weight makes an update that no file may hold."""
     problems: list[str] = []
-    for path, update in updates.items():
-        check_range(path, update, "weighted so", dtype, problems)
-        if problems:
-            raise AdapterError(f"{name!a:.200}: {problems[0]}")
+    check_ranges(updates, dict.fromkeys(updates, "weighted so"), dtype, problems)
+    if problems:
+        raise AdapterError(f"{name!a:.200}: {problems[0]}")
 
 
 def _hash(parts: Sequence[tuple[str, float]]) -> str:
