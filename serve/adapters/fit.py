@@ -348,9 +348,7 @@ def check_ranges(
     }
     values = [value.astype(dtype) for value in named.values()]
     finite = dict(zip(named, _are_finite(values), strict=True))
-    largest: Any = (
-        mx.stack([mx.abs(value).max() for value in named.values()]).tolist() if named else []
-    )
+    largest: Any = mx.stack([mx.abs(value).max() for value in named.values()]).tolist() if named else []
     largest_of = dict(zip(named, largest, strict=True))
     for path, update in updates.items():
         before = len(problems)

@@ -1,0 +1,43 @@
+"""SiLU where MLX's own is slow: on CPU its sigmoid calls a function for each multiplication of each number.
+
+A sixth of a small model's forward went there. The same function by powers of two takes a third of that time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.layers import activations
+
+from serve import device
+
+_LOG2_E = math.log2(math.e)
+
+
+@mx.custom_function
+def _silu(x: mx.array) -> mx.array:
+    return x * _sigmoid(x)
+
+
+@_silu.vjp
+def _silu_vjp(x: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
+    s = _sigmoid(x)
+    return cotangent * s * (1 + x * (1 - s))
+
+
+def _sigmoid(x: mx.array) -> mx.array:
+    return mx.reciprocal(1 + mx.power(2.0, x * -_LOG2_E))
+
+
+def silu(x: mx.array) -> mx.array:
+    """x σ(x) with σ(x) = 1 / (1 + e⁻ˣ), of any shape. As exact as MLX's: a few units in float32's last place."""
+    return _silu(x) if x.dtype == mx.float32 else x * mx.sigmoid(x)
+
+
+def install() -> None:
+    """Let the families' code have it, on CPU; for training and serving alike. Safe to call again."""
+    if device.backend() == "cpu":
+        for module in (nn, nn.layers, activations):
+            module.silu = silu
