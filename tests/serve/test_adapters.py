@@ -16,7 +16,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from serve.adapters.manifest import (
+from serve.adapters.formats.manifest import (
     CONFIG_FILE,
     TENSORS_FILE,
     AdapterConfig,

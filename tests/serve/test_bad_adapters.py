@@ -15,8 +15,8 @@ import httpx
 import mlx.core as mx
 import pytest
 
-from serve.adapters.files import PEFT_TENSORS_FILE
-from serve.adapters.manifest import (
+from serve.adapters.formats.files import PEFT_TENSORS_FILE
+from serve.adapters.formats.manifest import (
     CONFIG_FILE,
     TENSORS_FILE,
     AdapterConfig,

@@ -20,8 +20,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from serve.adapters.lora import LoRALinear
-from serve.adapters.manifest import (
+from serve.adapters.formats.manifest import (
     AdapterConfig,
     Lineage,
     read_config,
@@ -29,7 +28,8 @@ from serve.adapters.manifest import (
     write_adapter,
     write_files,
 )
-from serve.adapters.tools import convert
+from serve.adapters.layers.lora import LoRALinear
+from serve.adapters.tools.writing import convert
 from serve.errors import AdapterError, ConfigError, DataError, NotFoundError
 from serve.model.loading import load
 from train.adapters.adapt import AdapterSettings, add_lora, trainable_tensors

@@ -16,9 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from serve.adapters.dora import DoRALinear
-from serve.adapters.experts import LoRAExperts
-from serve.adapters.lora import LEAVES, AdaptedLayer, LoRALinear
+from serve.adapters.layers.dora import DoRALinear
+from serve.adapters.layers.experts import LoRAExperts
+from serve.adapters.layers.lora import LEAVES, AdaptedLayer, LoRALinear
 from serve.errors import AdapterError, ConfigError
 from serve.model.network import Network
 from serve.model.weights import EXPERTS, QUANTIZED, linear_shape

@@ -12,12 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from serve.adapters.dora import DoRALinear
-from serve.adapters.experts import LoRAExperts
-from serve.adapters.fit import check_fit
-from serve.adapters.lora import LEAVES, AdaptedLayer, LoRALinear
-from serve.adapters.manifest import AdapterConfig, FineTuneType, specs_of
-from serve.adapters.own import own_layout
+from serve.adapters.fitting.fit import check_fit
+from serve.adapters.fitting.own import own_layout
+from serve.adapters.formats.manifest import AdapterConfig, FineTuneType, specs_of
+from serve.adapters.layers.dora import DoRALinear
+from serve.adapters.layers.experts import LoRAExperts
+from serve.adapters.layers.lora import LEAVES, AdaptedLayer, LoRALinear
 from serve.errors import AdapterError
 from serve.model.network import Network
 from serve.model.weights import EXPERTS, expert_modules, linear_modules
