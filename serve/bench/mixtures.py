@@ -18,7 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from serve.adapters.bank.bank import Bank
 from serve.adapters.bank.costs import Costs
-from serve.adapters.fitting.fit import LowRank
+from serve.adapters.fitting.update import LowRank
 from serve.bench import standin
 from serve.bench.about import about
 from serve.model.loading import load

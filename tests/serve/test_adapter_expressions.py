@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.adapters.fitting.fit import LowRank
+from serve.adapters.fitting.update import LowRank
 from serve.adapters.sums.combine import combine
 from serve.adapters.sums.expression import MOST_TERMS, Term, parse_expression
 from serve.errors import AdapterError, RequestError

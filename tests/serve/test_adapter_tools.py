@@ -15,8 +15,10 @@ from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
 import lathe
+from serve.adapters.formats.config import AdapterConfig
 from serve.adapters.formats.files import read_adapter
-from serve.adapters.formats.manifest import AdapterConfig, Lineage, read_tensors, write_adapter, write_files
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import read_tensors, write_adapter, write_files
 from serve.adapters.tools.difference import difference
 from serve.adapters.tools.extraction import extract, nearest
 from serve.adapters.tools.factors import Core

@@ -10,7 +10,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from serve.adapters.bank.bank import Bank
-from serve.adapters.formats.manifest import AdapterConfig, Lineage, read_tensors, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import read_tensors, write_adapter
 from serve.adapters.registry.registry import Registry
 from serve.adapters.sums.combination import Combination, Weighted, added_up
 from serve.adapters.tools.merging import Merge

@@ -12,7 +12,7 @@ import pytest
 from serve.adapters.bank.bank import Bank
 from serve.adapters.bank.costs import ON_CPU, measure
 from serve.adapters.bank.slots import Composition, One, Share
-from serve.adapters.fitting.fit import LowRank
+from serve.adapters.fitting.update import LowRank
 from serve.bench.mixtures import BY_ROWS, BY_TILES
 from serve.model.loading import load
 from serve.model.network import Network

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from vlm_families import Reference, message, picture
 
-from serve.adapters.fitting.fit import LowRank, check_fit, fit
+from serve.adapters.fitting.fit import check_fit, fit
+from serve.adapters.fitting.update import LowRank
 from serve.adapters.formats.config import AdapterConfig
 from serve.adapters.formats.files import read_adapter
 from serve.adapters.formats.manifest import write_adapter

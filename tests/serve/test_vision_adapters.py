@@ -17,7 +17,8 @@ from vlm_families import Reference, picture
 from serve.adapters.bank.bank import Bank
 from serve.adapters.fitting.own import own_layout
 from serve.adapters.fitting.paths import own_paths
-from serve.adapters.formats.manifest import AdapterConfig, read_config, read_tensors, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter
 from serve.adapters.registry.registry import Registry
 from serve.errors import AdapterError
 from serve.model.loading import LoadedModel, load

@@ -15,11 +15,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
 from serve.adapters.formats.manifest import (
     CONFIG_FILE,
     TENSORS_FILE,
-    AdapterConfig,
-    Lineage,
     read_config,
     read_tensors,
     write_adapter,

@@ -20,14 +20,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from serve.adapters.formats.manifest import (
-    AdapterConfig,
-    Lineage,
-    read_config,
-    read_tensors,
-    write_adapter,
-    write_files,
-)
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter, write_files
 from serve.adapters.layers.lora import LoRALinear
 from serve.adapters.tools.writing import convert
 from serve.errors import AdapterError, ConfigError, DataError, NotFoundError

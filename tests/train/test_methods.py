@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 
 from serve import device
-from serve.adapters.formats.manifest import AdapterConfig, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import write_adapter
 from serve.adapters.layers.dora import DoRALinear, adapted_norms
 from serve.adapters.layers.lora import AdaptedLayer, LoRALinear
 from serve.errors import ConfigError

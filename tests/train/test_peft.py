@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from serve.adapters.fitting.fit import check_fit
-from serve.adapters.formats.manifest import AdapterConfig, specs_of
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.header import specs_of
 from serve.adapters.layers.dora import DoRALinear
 from serve.adapters.layers.lora import LoRALinear
 from serve.errors import AdapterError

@@ -23,8 +23,8 @@ from serve.adapters.bank.costs import ON_CPU, ON_GPU, Costs, measure
 from serve.adapters.bank.group import ExpertGroup, Group, LinearGroup, input_groups
 from serve.adapters.bank.plan import LONG, GroupPlan
 from serve.adapters.bank.slots import Composition, Plan, RowSlots
-from serve.adapters.fitting.fit import LowRank, Size
 from serve.adapters.fitting.paths import adaptable_modules, module_at
+from serve.adapters.fitting.update import LowRank, Size
 from serve.adapters.layers.lora import LANES, gathered, gathered_update
 from serve.errors import AdapterError
 from serve.model.network import Network

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from serve.adapters.bank.stack import Shapes, Stack
-from serve.adapters.fitting.fit import LowRank, Size
+from serve.adapters.fitting.update import LowRank, Size
 from serve.adapters.layers.lora import LANES
 from serve.model.weights import linear_shape
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import mlx.core as mx
@@ -13,18 +13,14 @@ import numpy as np
 
 from serve.adapters.fitting.own import own_layout
 from serve.adapters.fitting.paths import adaptable_modules, module_at, unwrapped
-from serve.adapters.formats.manifest import FLOATS, AdapterConfig, TensorSpec
-from serve.adapters.formats.prefixes import without_containers
+from serve.adapters.fitting.update import LowRank, Size
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.header import FLOATS, TensorSpec
+from serve.adapters.formats.tensors import without_containers
 from serve.adapters.layers.dora import adapted_norms
 from serve.errors import AdapterError
 from serve.model.network import Network
-from serve.model.weights import (
-    EXPERTS,
-    QUANTIZED,
-    dense_weight,
-    linear_shape,
-    squared_row_norms,
-)
+from serve.model.weights import EXPERTS, QUANTIZED, dense_weight, linear_shape, squared_row_norms
 
 MAX_PROBLEMS_SHOWN = 12
 PARTS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
@@ -39,46 +35,6 @@ PACKING_SLACK = 1.2
 """How much farther, in squares, a copy of packed weights may be from them than packing it anew would take it."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Size:
-    """What an update takes in the bank."""
-
-    rank: int
-    """0 of one that is dense."""
-    has_gain: bool
-    is_dense: bool = False
-    """It is a whole weight's difference."""
-    has_bias: bool = False
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The update of one module, float32.
-
-    a     [D, R], of experts [E, D, R]; None: the identity, and b [D, O] is the whole difference of the weight
-    b     [R, O], of experts [E, R, O], with the scale folded in
-    gain  [O]  DoRA's m / ‖W + s·BA‖ − 1, by which the updated output is lengthened; None: not at all, as where a is
-    bias  [O]  added last, whatever the gain; None: nothing, as of experts
-    """
-
-    a: mx.array | None
-    b: mx.array
-    gain: mx.array | None = None
-    bias: mx.array | None = None
-
-    @property
-    def size(self) -> Size:
-        """What it takes in the bank."""
-        rank = 0 if self.a is None else self.a.shape[-1]
-        return Size(rank, self.gain is not None, self.a is None, self.bias is not None)
-
-    def arrays(self) -> dict[str, mx.array]:
-        """What there is, by the name of the tensor that it was made of."""
-        b = "lora_b" if self.a is not None else "weight"
-        made = {"lora_a": self.a, b: self.b, "m": self.gain, "bias": self.bias}
-        return {name: array for name, array in made.items() if array is not None}
 
 
 def check_fit(

@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from serve.adapters.fitting.paths import adaptable_modules, own_paths
 from serve.adapters.formats.config import AdapterConfig
-from serve.adapters.formats.manifest import TensorSpec
+from serve.adapters.formats.header import TensorSpec
 from serve.errors import AdapterError
 from serve.model.network import Network
 from serve.model.weights import EXPERTS, linear_shape

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import mlx.nn as nn
 
-from serve.adapters.formats.prefixes import without_containers
+from serve.adapters.formats.tensors import without_containers
 from serve.model.network import Network
 from serve.model.weights import expert_modules, linear_modules
 

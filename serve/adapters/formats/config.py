@@ -7,7 +7,6 @@ other keys at the top are left alone, while `lora_parameters` holds nothing that
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,11 +15,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import ValidationError
-
-from serve.adapters.formats.prefixes import without_containers
+from serve.adapters.formats.lineage import Lineage, parse_lineage
+from serve.adapters.formats.tensors import without_containers
+from serve.adapters.formats.values import (
+    are_names,
+    asks_nothing,
+    is_count,
+    is_number,
+    parse_object,
+    raise_problems,
+    shown,
+    shown_key,
+)
 from serve.errors import AdapterError
-from serve.model.quantization import Quantization
 
 FineTuneType = Literal["lora", "dora", "full"]
 Layout = Literal["mlx-lm", "peft"]
@@ -51,44 +58,8 @@ INSTEAD = {
 }
 STRENGTH = "scale, the factor on B(Ax), or alpha, which is scale * rank"
 INIT = re.compile(r"default|pissa|pissa_niter_[1-9]\d*")
-LARGEST_COUNT = 2**31 - 1
-SHOWN_WIDTH = 60
 SAME = 1e-6
 """How far scale and alpha / rank may be apart, relatively, and still be the same number."""
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """Where an adapter came from. Hashes are `sha256:…`; `created` is ISO 8601, UTC."""
-
-    base_model: str
-    base_fingerprint: str
-    template_hash: str
-    recipe_hash: str
-    data_hash: str
-    created: str
-    lathe_version: str
-    content_hash: str = ""
-    """Of the tensors; filled when the folder is written, checked when it is read."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    parent: str = ""
-    """Of a warm start: the adapter it began with, as the recipe names it."""
-    parent_hash: str = ""
-    """That adapter's content hash."""
-    objective: str = ""
-    """What was trained for: sft, dpo, …; nothing in manifests of earlier versions."""
-    quantize: dict[str, Any] | None = None
-    """How the base was packed as it was loaded (mode, bits, group_size). `base_fingerprint` is the packed one's."""
-    vocabulary_hash: str = ""
-    """Of the tokenizer: which text each id stands for; nothing in manifests of earlier versions."""
-    chat_template: str = ""
-    """The adapter's own template, Jinja; empty: the tokenizer's. `template_hash` is of it."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """What the template reads where a request does not say otherwise."""
-    template_day: str = ""
-    """The day that the template printed in training, YYYY-MM-DD; empty if it prints none. Serving prints its own."""
-    stop_ids: tuple[int, ...] = ()
-    """Tokens that ended the turns it learned from; its answers end at them, besides the base's own end tokens."""
 
 
 @dataclass(frozen=True)
@@ -167,39 +138,12 @@ def parse_config(text: str, path: Path) -> AdapterConfig:
     return config_of(raw, path)
 
 
-def parse_object(text: str, path: Path) -> dict[str, Any]:
-    """The JSON object written in `text`, in no layout yet. AdapterError names `path`."""
-    try:
-        raw = json.loads(text, object_pairs_hook=without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise AdapterError(f"{path}: holds {shown(raw)}, an object was expected")
-    return raw
-
-
 def config_of(raw: Mapping[str, Any], path: Path) -> AdapterConfig:
     """What an object in mlx-lm's layout says. AdapterError names `path` and every key that is wrong."""
     problems: list[str] = []
     config = _config(raw, problems)
     raise_problems(path, problems)
     return config
-
-
-def raise_problems(path: Path, problems: list[str]) -> None:
-    """AdapterError of all of them, if any."""
-    if problems:
-        lines = [f"{path}: {problems[0]}"] if len(problems) == 1 else [f"{path}:", *problems]
-        raise AdapterError("\n  ".join(lines))
-
-
-def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads: ValueError where a key stands twice, of which it would take the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
-    return found
 
 
 def _config(raw: Mapping[str, Any], problems: list[str]) -> AdapterConfig:
@@ -273,92 +217,3 @@ def _scale(raw: Mapping[str, Any], rank: int | None, problems: list[str]) -> flo
             f"lora_parameters.scale is {scale:g} and alpha / rank is {by_alpha:g}; they are the same factor, keep one"
         )
     return scale
-
-
-def parse_lineage(raw: Any, problems: list[str]) -> Lineage | None:
-    """What the key `lineage` says. Keys of a later version are left out."""
-    if not isinstance(raw, dict):
-        problems.append(f"lineage is {shown(raw)}; an object was expected")
-        return None
-    before = len(problems)
-    values: dict[str, Any] = {}
-    for entry in dataclasses.fields(Lineage):
-        name, value = entry.name, raw.get(entry.name)
-        if name not in raw:
-            if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
-                problems.append(f"lineage.{name} is missing")
-            continue
-        expected = _not_a_lineage(name, value)
-        if expected:
-            problems.append(f"lineage.{name} is {shown(value)}; {expected} was expected")
-        values[name] = tuple(value) if isinstance(value, list) and not expected else value
-    return Lineage(**values) if len(problems) == before else None
-
-
-def _not_a_lineage(name: str, value: Any) -> str | None:
-    """What should stand there instead; None if it does."""
-    if name == "metrics":
-        is_fine = isinstance(value, dict) and all(isinstance(v, int | float) for v in value.values())
-        return None if is_fine else "an object of numbers"
-    if name == "chat_template_kwargs":
-        return None if isinstance(value, dict) else "an object"
-    if name == "stop_ids":
-        is_fine = isinstance(value, list) and all(is_count(number, 0) for number in value)
-        return None if is_fine else "a list of token ids"
-    if name == "quantize":
-        return None if value is None or _is_quantization(value) else "mode, bits and group_size, or null,"
-    return None if _is_text(value) else "text"
-
-
-def _is_quantization(value: Any) -> bool:
-    try:
-        Quantization.model_validate(value)
-    except ValidationError:
-        return False
-    return True
-
-
-def is_count(value: Any, lowest: int) -> bool:
-    """A whole number from `lowest` on."""
-    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= LARGEST_COUNT
-
-
-def is_number(value: Any) -> bool:
-    """A finite number that a float holds."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except OverflowError:
-        return False
-
-
-def are_names(value: Any) -> bool:
-    """A list of names, not empty."""
-    return isinstance(value, list) and bool(value) and all(_is_text(name) and name for name in value)
-
-
-def _is_text(value: Any) -> bool:
-    """Text that can be written anywhere: half a surrogate pair cannot."""
-    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
-
-
-def asks_nothing(value: Any) -> bool:
-    """An option that is off."""
-    return (
-        value is None or value is False or value == "none" or (isinstance(value, dict | list) and not value)
-    )
-
-
-def shown(value: Any) -> str:
-    """What was found, on one short line."""
-    try:
-        text = ascii(value) if isinstance(value, str) else json.dumps(value)
-    except ValueError:  # an int of more digits than Python prints
-        text = f"a number of {type(value).__name__} too long to print"
-    return text if len(text) <= SHOWN_WIDTH else f"{text[: SHOWN_WIDTH - 1]}…"
-
-
-def shown_key(name: str) -> str:
-    """A key, likewise."""
-    return name if name.isidentifier() and name.isascii() else shown(name)

@@ -19,17 +19,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from serve.adapters.formats.config import PEFT_MARK, AdapterConfig, Layout, config_of, parse_object
-from serve.adapters.formats.manifest import (
-    CONFIG_FILE,
-    TENSORS_FILE,
-    TensorSpec,
-    load_tensors,
-    read_header,
-    read_specs,
-    read_text,
-)
+from serve.adapters.formats.config import PEFT_MARK, AdapterConfig, Layout, config_of
+from serve.adapters.formats.header import TensorSpec, read_header, read_specs
+from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE, load_tensors, read_text
 from serve.adapters.formats.peft.reading import Piece, arrange, parse_peft
+from serve.adapters.formats.values import parse_object
 from serve.errors import AdapterError, NotFoundError
 
 PEFT_TENSORS_FILE = "adapter_model.safetensors"

@@ -17,20 +17,17 @@ from typing import Any
 import mlx.core as mx
 
 from serve.adapters.formats.config import AdapterConfig, Layout, config_json
+from serve.adapters.formats.tensors import RANK_AXES, others_of, paths_of, rank_in
 from serve.errors import AdapterError
 
 OF_PEFT, OF_MLX = "peft", "mlx_lm"
 """In either layout's config, under the other one's name: what the folder said that it was made of."""
 IN_LAYER = re.compile(r"(.*?)\b(?:layers|h|blocks)\.\d+\.(.+)")
-PARTS = ("lora_a", "lora_b", "m")
-"""Of an update of low rank."""
-RANK_AXES = {2: (1, 0), 3: (1, 2)}
-"""By the number of axes, which one of lora_a and of lora_b is the rank's."""
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32, "float64": mx.float64}
 
 
 @dataclass(frozen=True)
-class Contents:
+class FolderContents:
     """What the two files of a folder hold. `notes`: what a person should know of how they were made."""
 
     layout: Layout
@@ -60,7 +57,7 @@ class OfPeft:
     """Of tensors that were called otherwise there than PEFT would call them → as they were called."""
 
 
-def as_mlx(tensors: Mapping[str, mx.array], config: AdapterConfig) -> Contents:
+def as_mlx(tensors: Mapping[str, mx.array], config: AdapterConfig) -> FolderContents:
     """In mlx-lm's layout, which has one rank and one scale: smaller ranks are filled up with zeros, and B takes what
     other scales differ by.
 
@@ -90,11 +87,11 @@ def as_mlx(tensors: Mapping[str, mx.array], config: AdapterConfig) -> Contents:
     if rounded:
         notes.append(f"{rounded} modules have another scale than {scale:g}: B took it, and was rounded once")
     uniform = dataclasses.replace(config, rank=rank, scale=scale, ranks={}, scales={}, keys=keys_of(paths))
-    return Contents("mlx-lm", made, config_json(uniform), tuple(notes))
+    return FolderContents("mlx-lm", made, config_json(uniform), tuple(notes))
 
 
 def of_peft(
-    tensors: Mapping[str, mx.array], config: AdapterConfig, raw: Mapping[str, Any], made: Contents
+    tensors: Mapping[str, mx.array], config: AdapterConfig, raw: Mapping[str, Any], made: FolderContents
 ) -> OfPeft:
     """What a folder `made` of these tensors keeps for the way back; names apart, which are found on it."""
     paths = paths_of(tensors)
@@ -126,32 +123,6 @@ def restored(
             _to(b, axis_b, rank) if ratio == 1 else _to(b, axis_b, rank) / ratio
         ).astype(dtype)
     return made, before
-
-
-def check_distinct(source: str, names: Mapping[str, str]) -> None:
-    """AdapterError where two names become one, of which one would be lost."""
-    first: dict[str, str] = {}
-    for name, made in names.items():
-        if first.setdefault(made, name) != name:
-            raise AdapterError(
-                f"{source}: {first[made]} and {name} are the same layer's, and one was expected"
-            )
-
-
-def others_of(tensors: Iterable[str]) -> list[str]:
-    """Tensors that belong to no update of low rank: whole weights, and biases."""
-    return sorted(name for name in tensors if name.rpartition(".")[2] not in PARTS)
-
-
-def paths_of(tensors: Iterable[str]) -> list[str]:
-    """Modules with an update of low rank, in order."""
-    return sorted(name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a"))
-
-
-def rank_in(tensors: Mapping[str, mx.array], path: str) -> int:
-    """R, by the shape of lora_a."""
-    a = tensors[f"{path}.lora_a"]
-    return int(a.shape[RANK_AXES[a.ndim][0]])
 
 
 def keys_of(paths: Iterable[str]) -> tuple[str, ...]:

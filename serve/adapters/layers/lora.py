@@ -15,8 +15,6 @@ import mlx.nn as nn
 from serve import device
 from serve.model.weights import dense_weight, linear_shape
 
-LEAVES = ("lora_a", "lora_b", "m")
-"""Names of the tensors an adapter folder may hold for a module, mlx-lm's."""
 LANES = 8
 """MLX's CUDA kernel of gather_mm reads eight numbers at once along the last axis: where a row is no multiple of them,
 it reads at addresses that no GPU can read eight from, and the whole process has lost its GPU."""

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 
-from serve.adapters.formats.config import Lineage
+from serve.adapters.formats.lineage import Lineage
 from serve.errors import AdapterError, ConfigError
 from serve.model.loading import LoadedModel
 from serve.model.quantization import Quantization

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from serve.adapters.bank.bank import Bank
-from serve.adapters.fitting.fit import LowRank
+from serve.adapters.fitting.update import LowRank
 from serve.adapters.registry.admission import Admission, Admitted
 from serve.adapters.residency.contents import Contents, Tier
 from serve.adapters.residency.residency import Residency, Run

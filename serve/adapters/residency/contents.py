@@ -11,7 +11,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from serve.adapters.fitting.fit import LowRank
+from serve.adapters.fitting.update import LowRank
 from serve.adapters.residency.shelf import Shelf, as_banked
 from serve.adapters.versions.source import Fitting, Source
 from serve.adapters.versions.version import AdapterVersion

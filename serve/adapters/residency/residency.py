@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from serve.adapters.bank.bank import Bank
-from serve.adapters.fitting.fit import LowRank, Size
+from serve.adapters.fitting.update import LowRank, Size
 from serve.adapters.residency.contents import Contents
 from serve.adapters.residency.seats import Seat, Seats, Standing
 from serve.adapters.residency.shelf import num_bytes_of

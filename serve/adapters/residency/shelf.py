@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import numpy as np
 
-from serve.adapters.fitting.fit import LowRank
+from serve.adapters.fitting.update import LowRank
 
 logger = logging.getLogger(__name__)
 

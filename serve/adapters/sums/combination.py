@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from serve.adapters.fitting.fit import LowRank, Size, check_range
-from serve.adapters.formats.config import Lineage
+from serve.adapters.fitting.fit import check_range
+from serve.adapters.fitting.update import LowRank, Size
+from serve.adapters.formats.lineage import Lineage
 from serve.adapters.residency.contents import Contents
 from serve.adapters.sums.combine import combine
 from serve.adapters.versions.source import Content, Fitting, Outline

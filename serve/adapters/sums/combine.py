@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from serve.adapters.fitting.fit import LowRank
+from serve.adapters.fitting.update import LowRank
 from serve.errors import AdapterError
 
 LEAST_LENGTH = 1e-3

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.tensors import paths_of
 
 Array = NDArray[np.floating]
 
@@ -53,7 +54,7 @@ class Factors:
 def factors_of(tensors: Mapping[str, mx.array], config: AdapterConfig) -> dict[str, Factors]:
     """By module path, from tensors with mlx-lm's names and orientation. Whole weights are left out."""
     found = {}
-    for path in sorted({name.rpartition(".")[0] for name in tensors if name.endswith(".lora_a")}):
+    for path in paths_of(tensors):
         a, b = (_numpy(tensors[f"{path}.{part}"]) for part in ("lora_a", "lora_b"))
         if a.ndim == 3:
             a, b = a.swapaxes(-1, -2), b.swapaxes(-1, -2)

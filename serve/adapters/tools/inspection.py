@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.adapters.fitting.fit import check_fit, fit
-from serve.adapters.formats.manifest import Lineage
+from serve.adapters.formats.lineage import Lineage
 from serve.adapters.tools.factors import Core, Factors
 from serve.adapters.tools.opened import Opened, open_adapter
 from serve.errors import AdapterError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from serve.adapters.formats.config import Lineage
+from serve.adapters.formats.lineage import Lineage
 from serve.errors import AdapterError
 
 AGREED = {

@@ -10,10 +10,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from serve.adapters.fitting.own import own_layout
+from serve.adapters.formats.config import AdapterConfig
 from serve.adapters.formats.files import AdapterFiles, read_adapter
-from serve.adapters.formats.layouts import check_distinct, others_of
-from serve.adapters.formats.manifest import AdapterConfig
-from serve.adapters.formats.prefixes import without_containers
+from serve.adapters.formats.tensors import check_distinct, others_of, without_containers
 from serve.adapters.tools.factors import Factors, factors_of
 from serve.errors import AdapterError
 from serve.model.network import Network

@@ -17,20 +17,11 @@ from serve.adapters.fitting.fit import fit
 from serve.adapters.fitting.own import EXPERT, STACKS
 from serve.adapters.formats.config import AdapterConfig, Layout
 from serve.adapters.formats.files import PEFT_TENSORS_FILE
-from serve.adapters.formats.layouts import (
-    OF_MLX,
-    OF_PEFT,
-    Contents,
-    OfPeft,
-    as_mlx,
-    check_distinct,
-    of_peft,
-    paths_of,
-    restored,
-)
-from serve.adapters.formats.manifest import TENSORS_FILE, Lineage, content_hash, write_files
+from serve.adapters.formats.layouts import OF_MLX, OF_PEFT, FolderContents, OfPeft, as_mlx, of_peft, restored
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import TENSORS_FILE, content_hash, write_files
 from serve.adapters.formats.peft.writing import as_peft, our_names
-from serve.adapters.formats.prefixes import without_containers
+from serve.adapters.formats.tensors import check_distinct, paths_of, without_containers
 from serve.adapters.sums.expression import WEIGHT
 from serve.adapters.tools import merging
 from serve.adapters.tools.extraction import Extraction
@@ -169,7 +160,7 @@ def _by_one_name(opened: Sequence[Opened]) -> list[dict[str, Factors]]:
     return [{paths[end]: module for end, (_, module) in modules.items()} for modules in by_end]
 
 
-def _to_peft(opened: Opened, base: str) -> Contents:
+def _to_peft(opened: Opened, base: str) -> FolderContents:
     kept = _kept(opened)
     before = restored(opened.tensors, opened.config, kept) if kept else None
     lineage = opened.config.lineage
@@ -192,7 +183,7 @@ def _kept(opened: Opened) -> OfPeft | None:
         return None
 
 
-def _to_mlx(opened: Opened, base: LoadedModel | None) -> Contents:
+def _to_mlx(opened: Opened, base: LoadedModel | None) -> FolderContents:
     copies = [] if base is None else _copies(opened, base)
     tensors = {name: tensor for name, tensor in opened.tensors.items() if name not in copies}
     config = opened.config
@@ -252,7 +243,7 @@ def _is_as(settings: Mapping[str, Any], was: Mapping[str, Any]) -> bool:
     return has_all and before.get("rank") == now["rank"] and math.isclose(scale, now["scale"], rel_tol=1e-12)
 
 
-def _way_back(opened: Opened, contents: Contents, kept: OfPeft) -> tuple[OfPeft, list[str]]:
+def _way_back(opened: Opened, contents: FolderContents, kept: OfPeft) -> tuple[OfPeft, list[str]]:
     """With the names that tensors had in the file, found by going back; and which of them come back otherwise."""
     config = AdapterConfig(
         contents.settings["fine_tune_type"],
@@ -280,12 +271,14 @@ def _way_back(opened: Opened, contents: Contents, kept: OfPeft) -> tuple[OfPeft,
     return dataclasses.replace(kept, names={name: was for name, was in names.items() if was != name}), notes
 
 
-def _contents(tensors: Mapping[str, mx.array], config: AdapterConfig, layout: Layout, base: str) -> Contents:
+def _contents(
+    tensors: Mapping[str, mx.array], config: AdapterConfig, layout: Layout, base: str
+) -> FolderContents:
     ours = _renamed(tensors)
     return as_peft(ours, config, base) if layout == "peft" else as_mlx(ours, config)
 
 
-def _save(out: Path, contents: Contents, lineage: Lineage | None) -> Written:
+def _save(out: Path, contents: FolderContents, lineage: Lineage | None) -> Written:
     settings = {name: value for name, value in contents.settings.items() if name != "lineage"}
     if lineage is not None:
         lineage = dataclasses.replace(lineage, content_hash=content_hash(contents.tensors))

@@ -14,10 +14,13 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from serve.adapters.fitting.fit import LowRank, Size, check_fit, fit
+from serve.adapters.fitting.fit import check_fit, fit
 from serve.adapters.fitting.own import own_layout
+from serve.adapters.fitting.update import LowRank, Size
 from serve.adapters.formats import manifest
 from serve.adapters.formats.files import find_files, located, read_adapter
+from serve.adapters.formats.header import specs_of
+from serve.adapters.formats.lineage import Lineage
 from serve.errors import AdapterError, NotFoundError
 from serve.model.network import Network
 
@@ -40,7 +43,7 @@ class Outline:
     """By the model's own module paths."""
     num_values: int
     """Numbers in its tensors."""
-    lineage: manifest.Lineage | None = None
+    lineage: Lineage | None = None
     format: str = "mlx-lm"
     parts: tuple[str, ...] = ()
     """Ids of the versions that it adds, if it does."""
@@ -106,7 +109,7 @@ class FolderSource:
         files, network = read_adapter(self._path), fitting.network
         tensors = files.read()
         # Of what was read, not of the header looked at before: the file may have been replaced meanwhile.
-        check_fit(name, manifest.specs_of(tensors), files.config, network, max_rank=fitting.max_rank)
+        check_fit(name, specs_of(tensors), files.config, network, max_rank=fitting.max_rank)
         updates = fit(name, tensors, files.config, network, squared_norms=fitting.squared_norms)
         prefix = f"{network.text_path}." if network.text_path else ""
         own, config = own_layout(tensors, files.config, network)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the scheduler plans with versions, and imports no mlx
-    from serve.adapters.fitting.fit import Size
-    from serve.adapters.formats.config import Lineage
+    from serve.adapters.fitting.update import Size
+    from serve.adapters.formats.lineage import Lineage
     from serve.model.template import ChatTemplate
 
 

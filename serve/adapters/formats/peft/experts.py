@@ -22,7 +22,7 @@ THEIRS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
-class Stack:
+class StackUpdate:
     """An update of one stack of experts: a [E, R, D], b [E, O, R]."""
 
     a: mx.array
@@ -42,12 +42,12 @@ class Packed:
     scale: float
 
 
-def packed(stacks: Mapping[str, Stack], their_name: Callable[[str], str]) -> list[Packed]:
+def packed(stacks: Mapping[str, StackUpdate], their_name: Callable[[str], str]) -> list[Packed]:
     """By mlx-lm's paths of stacks, or Hugging Face's of parameters; `their_name` says what that calls a module.
 
     AdapterError names blocks whose family keeps its experts otherwise.
     """
-    blocks: dict[str, dict[str, Stack]] = {}
+    blocks: dict[str, dict[str, StackUpdate]] = {}
     for path, stack in stacks.items():
         block, _, leaf = path.rpartition(".")
         blocks.setdefault(block, {})[leaf] = stack
@@ -63,7 +63,7 @@ def packed(stacks: Mapping[str, Stack], their_name: Callable[[str], str]) -> lis
     return made
 
 
-def _their_block(block: str, leaves: Mapping[str, Stack]) -> str:
+def _their_block(block: str, leaves: Mapping[str, StackUpdate]) -> str:
     if block.endswith(".experts") and leaves.keys() <= {*THEIRS}:
         return block
     end = next((end for end in BLOCKS if block.endswith(f".{end}") or block == end), None)
@@ -75,7 +75,7 @@ def _their_block(block: str, leaves: Mapping[str, Stack]) -> str:
     return block.removesuffix(end) + BLOCKS[end]
 
 
-def _gate_and_up(leaves: Mapping[str, Stack]) -> Stack | None:
+def _gate_and_up(leaves: Mapping[str, StackUpdate]) -> StackUpdate | None:
     """Both as one stack of twice the outputs: of the same rank if they share A, else of both ranks together."""
     gate, up = leaves.get(GATE), leaves.get(UP)
     if gate is None and up is None:
@@ -85,19 +85,19 @@ def _gate_and_up(leaves: Mapping[str, Stack]) -> Stack | None:
     if gate is None or up is None:
         nothing = mx.zeros_like(one.b)
         parts = [nothing, one.b] if gate is None else [one.b, nothing]
-        return Stack(one.a, mx.concatenate(parts, axis=1), one.scale)
+        return StackUpdate(one.a, mx.concatenate(parts, axis=1), one.scale)
     if gate.scale != up.scale:
-        up = Stack(up.a, up.b * (up.scale / gate.scale), gate.scale)
+        up = StackUpdate(up.a, up.b * (up.scale / gate.scale), gate.scale)
     if gate.a.shape == up.a.shape and bool(mx.array_equal(gate.a, up.a)):
-        return Stack(gate.a, mx.concatenate([gate.b, up.b], axis=1), gate.scale)
+        return StackUpdate(gate.a, mx.concatenate([gate.b, up.b], axis=1), gate.scale)
     aside = [
         mx.concatenate([gate.b, mx.zeros((*gate.b.shape[:2], up.b.shape[2]), gate.b.dtype)], axis=2),
         mx.concatenate([mx.zeros((*up.b.shape[:2], gate.b.shape[2]), up.b.dtype), up.b], axis=2),
     ]
-    return Stack(mx.concatenate([gate.a, up.a], axis=1), mx.concatenate(aside, axis=1), gate.scale)
+    return StackUpdate(mx.concatenate([gate.a, up.a], axis=1), mx.concatenate(aside, axis=1), gate.scale)
 
 
-def _pack(parameter: str, key: str, stack: Stack) -> Packed:
+def _pack(parameter: str, key: str, stack: StackUpdate) -> Packed:
     experts, rank, inputs = stack.a.shape
     a = mx.contiguous(stack.a.reshape(experts * rank, inputs))
     b = mx.contiguous(stack.b.transpose(1, 2, 0).reshape(stack.b.shape[1], rank * experts))

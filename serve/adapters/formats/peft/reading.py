@@ -16,21 +16,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from serve.adapters.formats.config import (
-    PEFT_MARK,
-    AdapterConfig,
-    Lineage,
+from serve.adapters.formats.config import PEFT_MARK, AdapterConfig
+from serve.adapters.formats.header import TensorSpec
+from serve.adapters.formats.lineage import Lineage, parse_lineage
+from serve.adapters.formats.peft.patterns import Targets, is_expression, pattern_of
+from serve.adapters.formats.values import (
     are_names,
     asks_nothing,
     is_count,
     is_number,
-    parse_lineage,
     raise_problems,
     shown,
     shown_key,
 )
-from serve.adapters.formats.manifest import TensorSpec
-from serve.adapters.formats.peft.patterns import Targets, is_expression, pattern_of
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the model that it wraps."""

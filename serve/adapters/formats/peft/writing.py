@@ -15,9 +15,10 @@ from typing import Any
 import mlx.core as mx
 
 from serve.adapters.formats.config import AdapterConfig
-from serve.adapters.formats.layouts import Contents, check_distinct, paths_of, rank_in
-from serve.adapters.formats.peft.experts import Stack, packed
+from serve.adapters.formats.layouts import FolderContents
+from serve.adapters.formats.peft.experts import StackUpdate, packed
 from serve.adapters.formats.peft.reading import PREFIX
+from serve.adapters.formats.tensors import check_distinct, paths_of, rank_in
 from serve.errors import AdapterError
 from serve.model.network import BACKBONE_NAMES
 
@@ -32,7 +33,7 @@ WRAPPERS = re.compile(rf"^(?:{re.escape(PREFIX)}|_orig_mod\.)+")
 ULPS = 4
 
 
-def as_peft(tensors: Mapping[str, mx.array], config: AdapterConfig, base: str) -> Contents:
+def as_peft(tensors: Mapping[str, mx.array], config: AdapterConfig, base: str) -> FolderContents:
     """In PEFT's layout; `base` is the name of the base model there, or empty.
 
     AdapterError names modules that have no counterpart there.
@@ -62,7 +63,7 @@ def as_peft(tensors: Mapping[str, mx.array], config: AdapterConfig, base: str) -
     if experts:
         settings["lora_dropout"] = 0.0  # PEFT refuses any other beside target_parameters
         settings["peft_version"] = SIDES_KNOWN
-    return Contents("peft", made, settings)
+    return FolderContents("peft", made, settings)
 
 
 def their_name(name: str) -> str:
@@ -131,8 +132,8 @@ def _settings(
     }
 
 
-def _stack(tensors: Mapping[str, mx.array], config: AdapterConfig, path: str) -> Stack:
-    return Stack(tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"], config.scale_of(path))
+def _stack(tensors: Mapping[str, mx.array], config: AdapterConfig, path: str) -> StackUpdate:
+    return StackUpdate(tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"], config.scale_of(path))
 
 
 def _turned(array: mx.array) -> mx.array:
