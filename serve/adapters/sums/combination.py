@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from serve.adapters.fitting.fit import check_range
+from serve.adapters.fitting.fit import check_ranges
 from serve.adapters.fitting.update import LowRank, Size
 from serve.adapters.formats.lineage import Lineage
 from serve.adapters.residency.contents import Contents
@@ -147,10 +147,9 @@ def _chats(version: AdapterVersion) -> tuple[str, str]:
 def _check_held(name: str, updates: Mapping[str, LowRank], dtype: mx.Dtype) -> None:
     """AdapterError where a weight makes an update that no file may hold."""
     problems: list[str] = []
-    for path, update in updates.items():
-        check_range(path, update, "weighted so", dtype, problems)
-        if problems:
-            raise AdapterError(f"{name!a:.200}: {problems[0]}")
+    check_ranges(updates, dict.fromkeys(updates, "weighted so"), dtype, problems)
+    if problems:
+        raise AdapterError(f"{name!a:.200}: {problems[0]}")
 
 
 def _hash(parts: Sequence[tuple[str, float]]) -> str:
