@@ -18,8 +18,9 @@ import mlx.nn as nn
 import numpy as np
 from rich.text import Text
 
-from serve.adapters.manifest import AdapterConfig, FineTuneType, write_adapter
-from serve.adapters.version import AdapterVersion
+from serve.adapters.formats.config import AdapterConfig, FineTuneType
+from serve.adapters.formats.manifest import write_adapter
+from serve.adapters.versions.version import AdapterVersion
 from serve.cache.capacity import Bucket, positions_capacity
 from serve.cache.precision import GROUP_SIZES, PLAIN, KvPrecision, precision
 from serve.engine.engine import Engine, EngineLimits

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from serve.adapters.names import label_problem, name_problem
+from serve.adapters.versions.names import label_problem, name_problem
 from serve.cache.precision import KvPrecision, KvScheme, precision
 from serve.errors import ConfigError, RequestError
 from serve.experiments.assignment import Experiment, Variant

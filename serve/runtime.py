@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve.adapters.copies import Copies
-from serve.adapters.registry import Registry
-from serve.adapters.resolver import Resolver
-from serve.adapters.version import AdapterVersion
-from serve.adapters.watch import AdapterWatch
+from serve.adapters.registry.copies import Copies
+from serve.adapters.registry.registry import Registry
+from serve.adapters.registry.resolver import Resolver
+from serve.adapters.registry.watch import AdapterWatch
+from serve.adapters.versions.version import AdapterVersion
 from serve.config import ServeConfig
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.worker import Worker

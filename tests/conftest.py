@@ -31,7 +31,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from vlm_families import Reference, write_random_lora, write_vlm
 
-from serve.adapters.manifest import AdapterConfig, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import write_adapter
 from serve.cache.precision import PLAIN, KvPrecision
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling

@@ -16,7 +16,7 @@ from rich.text import Text
 
 import lathe
 from serve import combinations, doctor, remote_adapters
-from serve.adapters import difference, extraction, inspection
+from serve.adapters.tools import difference, extraction, inspection
 from serve.bench import compare as serve_compare
 from serve.bench import conversations, finding, mixtures, step
 from serve.bench.goodput import Goodput
@@ -601,9 +601,9 @@ def test_tables_are_drawn_by_the_one_helper_and_every_one_is_above():
     assert not [path for path in SOURCES if names_used(path) & drawing]
     users = {path.relative_to(ROOT).as_posix() for path in SOURCES if builds_a_table(path)}
     assert users == {
-        "serve/adapters/difference.py",
-        "serve/adapters/extraction.py",
-        "serve/adapters/inspection.py",
+        "serve/adapters/tools/difference.py",
+        "serve/adapters/tools/extraction.py",
+        "serve/adapters/tools/inspection.py",
         "serve/combinations.py",
         "serve/doctor.py",
         "serve/bench/compare.py",

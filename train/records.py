@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from serve.adapters.manifest import Lineage
+from serve.adapters.formats.lineage import Lineage
 from serve.errors import StorageError
 from serve.model.loading import LoadedModel
 from serve.settings import dump

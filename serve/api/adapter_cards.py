@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from serve.adapters.registry import ShownName, ShownVersion
-from serve.adapters.version import AdapterVersion
+from serve.adapters.registry.registry import ShownName, ShownVersion
+from serve.adapters.versions.version import AdapterVersion
 from serve.runtime import Runtime
 
 MAX_REQUESTS_SHOWN = 16

@@ -14,8 +14,8 @@ from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 
-from serve.adapters.files import find_files, located
-from serve.adapters.version import AdapterVersion
+from serve.adapters.formats.files import find_files, located
+from serve.adapters.versions.version import AdapterVersion
 from serve.api.adapter_cards import adapter_card, listing
 from serve.api.body import JsonRoute
 from serve.api.errors import error_response

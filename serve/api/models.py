@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from serve.adapters.version import AdapterVersion
+from serve.adapters.versions.version import AdapterVersion
 from serve.api.services import Services, ServicesDep
 from serve.errors import NotFoundError
 from serve.sight import kinds_of

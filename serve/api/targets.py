@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from serve.adapters.combination import Combination, Weighted, added_up
-from serve.adapters.expression import Term, parse_expression
-from serve.adapters.version import AdapterVersion
+from serve.adapters.sums.combination import Combination, Weighted, added_up
+from serve.adapters.sums.expression import Term, parse_expression
+from serve.adapters.versions.version import AdapterVersion
 from serve.api.metrics import COMBINED
 from serve.api.services import Services
 from serve.errors import NotFoundError, OverloadedError, RequestError

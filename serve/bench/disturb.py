@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from serve.adapters.version import AdapterVersion
+from serve.adapters.versions.version import AdapterVersion
 from serve.bench.finding import Finding
 from serve.engine.engine import Engine
 from serve.engine.request import Event, Request, Sampling

@@ -16,9 +16,9 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from serve.adapters.bank import Bank
-from serve.adapters.costs import Costs
-from serve.adapters.fit import LowRank
+from serve.adapters.bank.bank import Bank
+from serve.adapters.bank.costs import Costs
+from serve.adapters.fitting.update import LowRank
 from serve.bench import standin
 from serve.bench.about import about
 from serve.model.loading import load

@@ -20,7 +20,8 @@ from mlx_lm.models import qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from serve import device
-from serve.adapters.manifest import CONFIG_FILE, TENSORS_FILE, AdapterConfig, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE, write_adapter
 from serve.bench.prompts import WORDS, PromptMaker
 
 

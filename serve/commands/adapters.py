@@ -11,7 +11,7 @@ from serve.commands.options import DEFAULT_URL, ApiKey, JsonFile, check_writable
 from serve.commands.output import new_console, reporting, save_json, say
 
 if TYPE_CHECKING:
-    from serve.adapters.tools import Written
+    from serve.adapters.tools.writing import Written
     from serve.model.loading import LoadedModel
 
 app = typer.Typer()
@@ -34,7 +34,7 @@ def adapters_inspect(
     json_file: JsonFile = None,
 ) -> None:
     """Say what an adapter is, module by module, and what is wrong with it."""
-    from serve.adapters.inspection import inspect, tables
+    from serve.adapters.tools.inspection import inspect, tables
     from serve.tables import show
 
     check_writable(json_file)
@@ -52,7 +52,7 @@ def adapters_convert(
     base: BaseModel = None,
 ) -> None:
     """Write an adapter in PEFT's or in mlx-lm's layout; the way back gives the same bytes."""
-    from serve.adapters.tools import convert
+    from serve.adapters.tools.writing import convert
 
     _tell_written(convert(path, out, _layout(to), _base(base)))
 
@@ -65,8 +65,8 @@ def adapters_diff(
     json_file: JsonFile = None,
 ) -> None:
     """Say how far apart the updates of two adapters are, module by module."""
-    from serve.adapters.difference import difference, tables
-    from serve.adapters.opened import open_adapter
+    from serve.adapters.tools.difference import difference, tables
+    from serve.adapters.tools.opened import open_adapter
     from serve.tables import show
 
     check_writable(json_file)
@@ -97,8 +97,8 @@ def adapters_merge(
     """Make one adapter of several, as PEFT's add_weighted_adapter does."""
     from typing import cast
 
-    from serve.adapters.merging import Merge, Method
-    from serve.adapters.tools import merge
+    from serve.adapters.tools.merging import Merge, Method
+    from serve.adapters.tools.writing import merge
 
     how = Merge(cast("Method", method), rank, density, seed)
     _tell_written(merge(parts, out, how, None if to is None else _layout(to), _base(base)))
@@ -114,16 +114,16 @@ def adapters_extract(
     json_file: JsonFile = None,
 ) -> None:
     """Make an adapter of what a full fine-tune changed: of each matrix the nearest update of that rank."""
-    from serve.adapters import extraction, tools
+    from serve.adapters.tools import extraction, writing
     from serve.tables import show
 
     layout = _layout(to)
     check_writable(json_file)
-    tools.check_out(out)
+    writing.check_out(out)
     tuned, original = _loaded(model), _loaded(base)
     with reporting() as progress:
         found = extraction.extract(tuned, original, rank, progress)
-    written = tools.save_extraction(found, out, layout, tuned, original)
+    written = writing.save_extraction(found, out, layout, tuned, original)
     show(new_console(), *extraction.tables(found))
     save_json(json_file, found.as_json())
     _tell_written(written)
@@ -207,7 +207,7 @@ def _loaded(name: str) -> LoadedModel:
 
 def _layout(word: str) -> Any:
     """'mlx' or 'peft' -> the layout."""
-    from serve.adapters.tools import LAYOUTS
+    from serve.adapters.tools.writing import LAYOUTS
 
     return LAYOUTS[one_of(word, tuple(LAYOUTS), "--to")]
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from serve import device
-from serve.adapters.bank import Bank
-from serve.adapters.registry import Registry
-from serve.adapters.version import AdapterVersion
+from serve.adapters.bank.bank import Bank
+from serve.adapters.registry.registry import Registry
+from serve.adapters.versions.version import AdapterVersion
 from serve.cache.capacity import MAX_REMEMBERED
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from serve.adapters.version import AdapterVersion
+from serve.adapters.versions.version import AdapterVersion
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
 from serve.errors import LatheError, RequestError

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from serve.adapters.bank import Bank
+from serve.adapters.bank.bank import Bank
 from serve.cache.capacity import Bucket
 from serve.cache.families import make_rows
 from serve.cache.segment import Segment

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from serve import device
-from serve.adapters.version import AdapterVersion
+from serve.adapters.versions.version import AdapterVersion
 from serve.engine.engine import Engine
 from serve.engine.request import EngineStats, Event, Request
 from serve.errors import (

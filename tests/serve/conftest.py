@@ -19,8 +19,9 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from sighted import Alone, Eyes
 
-from serve.adapters.manifest import AdapterConfig, read_config, read_tensors, write_adapter
-from serve.adapters.tools import convert
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter
+from serve.adapters.tools.writing import convert
 from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.engine.engine import Engine, EngineLimits

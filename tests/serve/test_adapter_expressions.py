@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.adapters.combine import combine
-from serve.adapters.expression import MOST_TERMS, Term, parse_expression
-from serve.adapters.fit import LowRank
+from serve.adapters.fitting.update import LowRank
+from serve.adapters.sums.combine import combine
+from serve.adapters.sums.expression import MOST_TERMS, Term, parse_expression
 from serve.errors import AdapterError, RequestError
 
 ODD_NAMES = ("a", "b", "c++", "llama:8b", "x:0.5", "a+b", "a@2", "+", ":", "a:b+c:1", "1e3", "-1", "é:ü+😀")

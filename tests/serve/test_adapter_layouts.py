@@ -19,13 +19,14 @@ from mlx_lm.models import qwen3_moe
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
-from serve.adapters.files import read_adapter
-from serve.adapters.fit import check_fit, fit
-from serve.adapters.layouts import as_mlx
-from serve.adapters.manifest import AdapterConfig, write_adapter, write_files
-from serve.adapters.own import own_layout
-from serve.adapters.peft_layout import alpha_of, our_names, their_name
-from serve.adapters.tools import convert
+from serve.adapters.fitting.fit import check_fit, fit
+from serve.adapters.fitting.own import own_layout
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.files import read_adapter
+from serve.adapters.formats.layouts import as_mlx
+from serve.adapters.formats.manifest import write_adapter, write_files
+from serve.adapters.formats.peft.writing import alpha_of, our_names, their_name
+from serve.adapters.tools.writing import convert
 from serve.errors import AdapterError, ConfigError
 from serve.model.loading import load
 from serve.model.network import Network
@@ -331,7 +332,8 @@ def test_a_changed_folder_is_converted_as_it_is_now(model_folder, tmp_path):
 def test_lineage_goes_along_and_names_the_new_files_tensors(make_adapter, tmp_path):
     from dataclasses import replace
 
-    from serve.adapters.manifest import Lineage, read_config, read_tensors
+    from serve.adapters.formats.lineage import Lineage
+    from serve.adapters.formats.manifest import read_config, read_tensors
 
     folder = tmp_path / "mine"
     tensors = read_tensors(make_adapter(3))
@@ -420,7 +422,7 @@ def test_names_of_models_with_towers_are_each_librarys_own(layers):
 
 
 def test_keys_name_layers_that_mlx_lm_finds(make_adapter):
-    from serve.adapters.layouts import keys_of
+    from serve.adapters.formats.layouts import keys_of
 
     assert keys_of(["model.layers.0.mlp.up_proj", "model.layers.11.mlp.up_proj", "lm_head"]) == (
         "lm_head",

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from serve.adapters.factors import Core, Factors, inner
-from serve.adapters.merging import METHODS, RANDOM, Merge, dropped, generator, largest, merge
+from serve.adapters.tools.factors import Core, Factors, inner
+from serve.adapters.tools.merging import METHODS, RANDOM, Merge, dropped, generator, largest, merge
 from serve.errors import AdapterError, ConfigError
 
 SHAPES = {"one": (24, 20), "two": (20, 12)}

@@ -15,15 +15,17 @@ from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
 import lathe
-from serve.adapters.difference import difference
-from serve.adapters.extraction import extract, nearest
-from serve.adapters.factors import Core
-from serve.adapters.files import read_adapter
-from serve.adapters.inspection import inspect
-from serve.adapters.manifest import AdapterConfig, Lineage, read_tensors, write_adapter, write_files
-from serve.adapters.merging import METHODS, PRUNING, Merge
-from serve.adapters.opened import open_adapter
-from serve.adapters.tools import convert, merge, parse_part, save_extraction
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.files import read_adapter
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import read_tensors, write_adapter, write_files
+from serve.adapters.tools.difference import difference
+from serve.adapters.tools.extraction import extract, nearest
+from serve.adapters.tools.factors import Core
+from serve.adapters.tools.inspection import inspect
+from serve.adapters.tools.merging import METHODS, PRUNING, Merge
+from serve.adapters.tools.opened import open_adapter
+from serve.adapters.tools.writing import convert, merge, parse_part, save_extraction
 from serve.errors import AdapterError, ConfigError, LatheError, ModelError
 from serve.model.loading import load
 from train.adapters.place import place_adapter

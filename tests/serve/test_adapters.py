@@ -16,11 +16,11 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from serve.adapters.manifest import (
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import (
     CONFIG_FILE,
     TENSORS_FILE,
-    AdapterConfig,
-    Lineage,
     content_hash,
     read_config,
     read_tensors,

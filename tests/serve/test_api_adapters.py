@@ -7,7 +7,9 @@ import httpx
 import openai
 import pytest
 
-from serve.adapters.manifest import AdapterConfig, Lineage, read_tensors, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import read_tensors, write_adapter
 from serve.api.adapters import allowed_path
 from serve.api.server import serving
 from serve.config import ServeConfig

@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.adapters.expression import MOST_TERMS
-from serve.adapters.merging import Merge
-from serve.adapters.tools import merge
+from serve.adapters.sums.expression import MOST_TERMS
+from serve.adapters.tools.merging import Merge
+from serve.adapters.tools.writing import merge
 from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.runtime import Runtime

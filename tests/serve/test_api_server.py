@@ -17,7 +17,7 @@ import httpx
 import openai
 import pytest
 
-from serve.adapters.version import AdapterVersion
+from serve.adapters.versions.version import AdapterVersion
 from serve.api.metrics import MAX_GONE
 from serve.api.server import bind, make_server, run, serving
 from serve.api.targets import Assignment, Target

@@ -10,7 +10,9 @@ import httpx
 from typer.testing import CliRunner
 
 import lathe
-from serve.adapters.manifest import AdapterConfig, Lineage, read_tensors, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import read_tensors, write_adapter
 
 ASK = {"prompt": "hello there", "max_tokens": 10, "temperature": 0, "ignore_eos": True}
 

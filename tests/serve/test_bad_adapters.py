@@ -15,15 +15,10 @@ import httpx
 import mlx.core as mx
 import pytest
 
-from serve.adapters.files import PEFT_TENSORS_FILE
-from serve.adapters.manifest import (
-    CONFIG_FILE,
-    TENSORS_FILE,
-    AdapterConfig,
-    Lineage,
-    read_tensors,
-    write_adapter,
-)
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.files import PEFT_TENSORS_FILE
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE, read_tensors, write_adapter
 from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.runtime import Runtime

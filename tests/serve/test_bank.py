@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from serve.adapters.bank import Bank, BankedLinear
-from serve.adapters.fit import LowRank, balanced
-from serve.adapters.group import LinearGroup
-from serve.adapters.manifest import AdapterConfig, read_config, read_tensors, write_adapter
-from serve.adapters.stack import Stack
+from serve.adapters.bank.bank import Bank, BankedLinear
+from serve.adapters.bank.group import LinearGroup
+from serve.adapters.bank.stack import Stack
+from serve.adapters.fitting.fit import balanced
+from serve.adapters.fitting.update import LowRank
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.errors import AdapterError

@@ -12,12 +12,12 @@ import mlx.core as mx
 import pytest
 
 from serve import device
-from serve.adapters.bank import Banked
-from serve.adapters.group import Key
-from serve.adapters.lora import LANES
-from serve.adapters.registry import run_here
-from serve.adapters.stack import Stack, entries_for
-from serve.adapters.version import AdapterVersion
+from serve.adapters.bank.bank import Banked
+from serve.adapters.bank.group import Key
+from serve.adapters.bank.stack import Stack, entries_for
+from serve.adapters.layers.lora import LANES
+from serve.adapters.registry.registry import run_here
+from serve.adapters.versions.version import AdapterVersion
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.engine.worker import Worker

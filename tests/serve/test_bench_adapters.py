@@ -17,7 +17,7 @@ from mlx_lm import load as mlx_lm_load
 from mlx_lm.models.cache import make_prompt_cache
 
 import lathe
-from serve.adapters import manifest
+from serve.adapters.formats import manifest
 from serve.bench import adapters, bare_child, disturb, lockstep, standin
 from serve.bench.bare import BareLoop
 from serve.bench.client import Answer

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from vision_rows import always
 
-from serve.adapters.manifest import read_config, read_tensors, write_adapter
+from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter
 from serve.combinations import BASE, COLUMNS, DISK, MEDIA, MEMORY, ONE_BLOCK, TOGETHER, probe
 from serve.errors import LatheError
 

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from serve.adapters.bank import Bank
-from serve.adapters.combination import Combination, Weighted, added_up
-from serve.adapters.manifest import AdapterConfig, Lineage, read_tensors, write_adapter
-from serve.adapters.merging import Merge
-from serve.adapters.registry import Registry
-from serve.adapters.tools import merge
-from serve.adapters.version import AdapterVersion
+from serve.adapters.bank.bank import Bank
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import read_tensors, write_adapter
+from serve.adapters.registry.registry import Registry
+from serve.adapters.sums.combination import Combination, Weighted, added_up
+from serve.adapters.tools.merging import Merge
+from serve.adapters.tools.writing import merge
+from serve.adapters.versions.version import AdapterVersion
 from serve.engine.engine import Engine, EngineLimits
 from serve.errors import AdapterError, AdapterGoneError, NotFoundError, RequestError
 from serve.model.loading import load

@@ -21,8 +21,8 @@ import pytest
 from sighted import moving, shown
 from vlm_families import VLM_FAMILIES
 
-from serve.adapters.combination import Combination, Weighted, added_up
-from serve.adapters.version import AdapterVersion
+from serve.adapters.sums.combination import Combination, Weighted, added_up
+from serve.adapters.versions.version import AdapterVersion
 from serve.cache.precision import PLAIN, KvPrecision, precision
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling

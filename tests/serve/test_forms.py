@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from serve.adapters.bank import Bank
-from serve.adapters.costs import ON_CPU, measure
-from serve.adapters.fit import LowRank
-from serve.adapters.slots import Composition, One, Share
+from serve.adapters.bank.bank import Bank
+from serve.adapters.bank.costs import ON_CPU, measure
+from serve.adapters.bank.slots import Composition, One, Share
+from serve.adapters.fitting.update import LowRank
 from serve.bench.mixtures import BY_ROWS, BY_TILES
 from serve.model.loading import load
 from serve.model.network import Network

@@ -21,10 +21,11 @@ peft = pytest.importorskip("peft", reason="the oracle: pip install '.[dev]'")
 from peft_bases import adaptable, logits_of, network_of, torch_logits_of  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from serve.adapters.bank import Bank  # noqa: E402
-from serve.adapters.files import AdapterFiles, read_adapter  # noqa: E402
-from serve.adapters.fit import LowRank, check_fit, fit  # noqa: E402
-from serve.adapters.paths import adaptable_modules, module_at  # noqa: E402
+from serve.adapters.bank.bank import Bank  # noqa: E402
+from serve.adapters.fitting.fit import check_fit, fit  # noqa: E402
+from serve.adapters.fitting.paths import adaptable_modules, module_at  # noqa: E402
+from serve.adapters.fitting.update import LowRank  # noqa: E402
+from serve.adapters.formats.files import AdapterFiles, read_adapter  # noqa: E402
 from serve.errors import AdapterError  # noqa: E402
 from serve.model.network import Network  # noqa: E402
 from serve.model.weights import dense_weight  # noqa: E402

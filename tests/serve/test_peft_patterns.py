@@ -12,7 +12,7 @@ peft = pytest.importorskip("peft", reason="the oracle: pip install '.[dev]'")
 from peft.tuners.tuners_utils import check_target_module_exists  # noqa: E402
 from peft.utils.other import get_pattern_key  # noqa: E402
 
-from serve.adapters.patterns import Matcher, Targets, is_expression, pattern_of  # noqa: E402
+from serve.adapters.formats.peft.patterns import Matcher, Targets, is_expression, pattern_of  # noqa: E402
 from serve.errors import AdapterError  # noqa: E402
 
 NAMES = [

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from vlm_families import Reference, message, picture
 
-from serve.adapters.config import AdapterConfig
-from serve.adapters.files import read_adapter
-from serve.adapters.fit import LowRank, check_fit, fit
-from serve.adapters.manifest import write_adapter
+from serve.adapters.fitting.fit import check_fit, fit
+from serve.adapters.fitting.update import LowRank
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.files import read_adapter
+from serve.adapters.formats.manifest import write_adapter
 from serve.model.loading import LoadedModel
 
 torch = pytest.importorskip("torch", reason="PEFT runs on torch: pip install '.[dev]'")

@@ -13,10 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from serve.adapters.manifest import CONFIG_FILE, TENSORS_FILE
-from serve.adapters.registry import run_here
-from serve.adapters.source import Content, Fitting, FolderSource, Outline
-from serve.adapters.version import AdapterVersion
+from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE
+from serve.adapters.registry.registry import run_here
+from serve.adapters.versions.source import Content, Fitting, FolderSource, Outline
+from serve.adapters.versions.version import AdapterVersion
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.engine.request import Event

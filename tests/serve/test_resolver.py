@@ -13,10 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve.adapters.bank import Bank
-from serve.adapters.manifest import CONFIG_FILE, TENSORS_FILE
-from serve.adapters.registry import Registry
-from serve.adapters.resolver import MAX_LISTED, Resolver
+from serve.adapters.bank.bank import Bank
+from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE
+from serve.adapters.registry.registry import Registry
+from serve.adapters.registry.resolver import MAX_LISTED, Resolver
 from serve.config import load_config
 from serve.errors import AdapterError, ConfigError, ForbiddenError, NotFoundError, OverloadedError
 

@@ -14,11 +14,12 @@ from mlx.utils import tree_flatten
 from vision_rows import Batch, always, away, messages_for, prompt_of
 from vlm_families import Reference, picture
 
-from serve.adapters.bank import Bank
-from serve.adapters.manifest import AdapterConfig, read_config, read_tensors, write_adapter
-from serve.adapters.own import own_layout
-from serve.adapters.paths import own_paths
-from serve.adapters.registry import Registry
+from serve.adapters.bank.bank import Bank
+from serve.adapters.fitting.own import own_layout
+from serve.adapters.fitting.paths import own_paths
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter
+from serve.adapters.registry.registry import Registry
 from serve.errors import AdapterError
 from serve.model.loading import LoadedModel, load
 from serve.model.weights import expert_modules, linear_modules, linear_shape

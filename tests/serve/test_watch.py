@@ -15,20 +15,20 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve.adapters.copies import ABANDONED_S, PREFIX, Copies, clear_abandoned
-from serve.adapters.manifest import (
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import (
     CONFIG_FILE,
     TENSORS_FILE,
-    AdapterConfig,
-    Lineage,
     read_config,
     read_tensors,
     write_adapter,
 )
-from serve.adapters.published import Published, published_in
-from serve.adapters.registry import Registry
-from serve.adapters.tools import convert
-from serve.adapters.watch import FIRST_AGAIN_S, STILL_S, AdapterWatch, Watched
+from serve.adapters.formats.published import Published, published_in
+from serve.adapters.registry.copies import ABANDONED_S, PREFIX, Copies, clear_abandoned
+from serve.adapters.registry.registry import Registry
+from serve.adapters.registry.watch import FIRST_AGAIN_S, STILL_S, AdapterWatch, Watched
+from serve.adapters.tools.writing import convert
 from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.engine.engine import Engine, EngineLimits

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from serve.adapters.version import AdapterVersion
+from serve.adapters.versions.version import AdapterVersion
 from serve.cache.capacity import Bucket, LayerShape, Place, RowCost
 from serve.cache.features import FeatureKey
 from serve.cache.precision import PLAIN

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from serve.adapters.source import Content, Fitting, FolderSource
+from serve.adapters.versions.source import Content, Fitting, FolderSource
 
 
 class Loud(FolderSource):

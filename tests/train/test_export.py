@@ -20,16 +20,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from serve.adapters.lora import LoRALinear
-from serve.adapters.manifest import (
-    AdapterConfig,
-    Lineage,
-    read_config,
-    read_tensors,
-    write_adapter,
-    write_files,
-)
-from serve.adapters.tools import convert
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter, write_files
+from serve.adapters.layers.lora import LoRALinear
+from serve.adapters.tools.writing import convert
 from serve.errors import AdapterError, ConfigError, DataError, NotFoundError
 from serve.model.loading import load
 from train.adapters.adapt import AdapterSettings, add_lora, trainable_tensors

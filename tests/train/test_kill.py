@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from serve.adapters.manifest import read_config, read_tensors
+from serve.adapters.formats.manifest import read_config, read_tensors
 from train.loop import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ from pathlib import Path
 from rich.console import Console
 from train.recipe.recipe import load_recipe
 from train.run import run
-from serve.adapters.manifest import read_config, read_tensors
+from serve.adapters.formats.manifest import read_config, read_tensors
 from serve.errors import AdapterError, NotFoundError
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}

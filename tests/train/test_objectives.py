@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 
 from serve import device
-from serve.adapters.manifest import read_tensors
+from serve.adapters.formats.manifest import read_tensors
 from serve.model.network import Network
 from train.adapters.adapt import AdapterSettings, adapters_off, add_lora
 from train.data.batches import Batch

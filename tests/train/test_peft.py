@@ -7,10 +7,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from serve.adapters.dora import DoRALinear
-from serve.adapters.fit import check_fit
-from serve.adapters.lora import LoRALinear
-from serve.adapters.manifest import AdapterConfig, specs_of
+from serve.adapters.fitting.fit import check_fit
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.header import specs_of
+from serve.adapters.layers.dora import DoRALinear
+from serve.adapters.layers.lora import LoRALinear
 from serve.errors import AdapterError
 from serve.model.loading import load
 from train.adapters.pissa import start_on_principal

@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 import lathe
-from serve.adapters.manifest import read_config, read_tensors
+from serve.adapters.formats.manifest import read_config, read_tensors
 from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.errors import ConfigError, StoppedError, TrainingError

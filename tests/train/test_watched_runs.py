@@ -30,9 +30,9 @@ import io, json, shutil, sys
 from pathlib import Path
 from rich.console import Console
 import serve
-from serve.adapters.copies import Copies
-from serve.adapters.manifest import read_config
-from serve.adapters.watch import AdapterWatch
+from serve.adapters.registry.copies import Copies
+from serve.adapters.formats.manifest import read_config
+from serve.adapters.registry.watch import AdapterWatch
 from serve.engine.engine import Engine
 from serve.model.loading import load
 from train.loop import checkpoint

@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from serve.adapters.manifest import read_config, read_tensors
+from serve.adapters.formats.manifest import read_config, read_tensors
 from serve.errors import ConfigError, NotFoundError, TrainingError
 from serve.model.loading import load
 from serve.tables import show

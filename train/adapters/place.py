@@ -12,12 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from serve.adapters.dora import DoRALinear
-from serve.adapters.experts import LoRAExperts
-from serve.adapters.fit import check_fit
-from serve.adapters.lora import LEAVES, AdaptedLayer, LoRALinear
-from serve.adapters.manifest import AdapterConfig, FineTuneType, specs_of
-from serve.adapters.own import own_layout
+from serve.adapters.fitting.fit import check_fit
+from serve.adapters.fitting.own import own_layout
+from serve.adapters.formats.config import AdapterConfig, FineTuneType
+from serve.adapters.formats.header import specs_of
+from serve.adapters.formats.tensors import PARTS
+from serve.adapters.layers.dora import DoRALinear
+from serve.adapters.layers.experts import LoRAExperts
+from serve.adapters.layers.lora import AdaptedLayer, LoRALinear
 from serve.errors import AdapterError
 from serve.model.network import Network
 from serve.model.weights import EXPERTS, expert_modules, linear_modules
@@ -33,7 +35,7 @@ def place_adapter(
     source  its folder, for messages
     AdapterError names each tensor that does not fit, and what would.
     """
-    updates = {name: value for name, value in tensors.items() if name.rpartition(".")[2] in LEAVES}
+    updates = {name: value for name, value in tensors.items() if name.rpartition(".")[2] in PARTS}
     whole = {name: value for name, value in tensors.items() if name not in updates}
     if updates:
         check_fit(source, specs_of(updates), config, network, max_rank=ANY_RANK)
@@ -70,7 +72,7 @@ def put_weights(network: Network, tensors: Mapping[str, mx.array], source: str) 
 
 
 def _parts(named: Mapping[str, mx.array], path: str) -> dict[str, mx.array]:
-    return {part: named[f"{path}.{part}"].astype(mx.float32) for part in LEAVES if f"{path}.{part}" in named}
+    return {part: named[f"{path}.{part}"].astype(mx.float32) for part in PARTS if f"{path}.{part}" in named}
 
 
 def _adapted(layer: nn.Module, parts: Mapping[str, Any], kind: FineTuneType, scale: float) -> AdaptedLayer:

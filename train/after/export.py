@@ -17,8 +17,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 from rich.console import Console
 
-from serve.adapters.files import read_adapter
-from serve.adapters.manifest import AdapterConfig
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.files import read_adapter
 from serve.errors import AdapterError, ConfigError, StorageError
 from serve.model.loading import LoadedModel, build_random, load, resolve
 from serve.model.loading import read_config as read_model_config

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import mlx.optimizers as mlx_optim
 
-from serve.adapters.manifest import AdapterConfig, Lineage, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import write_adapter
 from serve.model.network import Network
 from train.adapters.adapt import Adapted, adapter_tensors, manifest_keys, set_tensors
 from train.loop import checkpoint

@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from serve.adapters.names import name_problem
+from serve.adapters.versions.names import name_problem
 from serve.errors import ConfigError
 from serve.model.quantization import Quantization
 from serve.remote import base_url

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from serve.adapters.manifest import Lineage
+from serve.adapters.formats.lineage import Lineage
 from serve.model.loading import LoadedModel
 from serve.model.template import ChatTemplate
 from serve.model.vocabulary import vocabulary_hash

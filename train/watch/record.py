@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from serve.adapters.published import RECORD_FILE
+from serve.adapters.formats.published import RECORD_FILE
 from serve.errors import ConfigError, LatheError, StorageError
 from train.loop import checkpoint
 

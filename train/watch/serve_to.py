@@ -14,7 +14,7 @@ from types import TracebackType
 
 import httpx
 
-from serve.adapters.names import name_problem
+from serve.adapters.versions.names import name_problem
 from serve.errors import ConfigError
 from serve.remote import connect, message_of, trouble
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from serve.adapters.published import SUMMARY_FILE
+from serve.adapters.formats.published import SUMMARY_FILE
 from serve.errors import StorageError
 from train.loop import checkpoint
 from train.loop.trainer import TrainState, peak_memory_bytes
