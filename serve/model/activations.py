@@ -6,6 +6,7 @@ A sixth of a small model's forward went there. The same function by powers of tw
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,7 +34,7 @@ def _sigmoid(x: mx.array) -> mx.array:
 
 def silu(x: mx.array) -> mx.array:
     """x σ(x) with σ(x) = 1 / (1 + e⁻ˣ), of any shape. As exact as MLX's: a few units in float32's last place."""
-    return _silu(x) if x.dtype == mx.float32 else x * mx.sigmoid(x)
+    return cast(mx.array, _silu(x)) if x.dtype == mx.float32 else x * mx.sigmoid(x)
 
 
 def install() -> None:
