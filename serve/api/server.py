@@ -34,7 +34,8 @@ def run(config: ServeConfig, say: Callable[[str], None] = partial(print, flush=T
     with _ended_by_sigterm(), bind(config.host, config.port) as listener:
         runtime = Runtime.start(config)
         gc.collect()
-        gc.freeze()  # what lives as long as the server is looked through no more: a millisecond of a step now and then
+        # What lives as long as the server is looked through no more: a millisecond of a step now and then.
+        gc.freeze()
         try:
             say(f"Lathe serves {', '.join(served_names(runtime))} at {url_of(listener)}/v1")
             make_server(runtime).run(sockets=[listener])

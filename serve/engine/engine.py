@@ -16,6 +16,7 @@ from serve.adapters.version import AdapterVersion
 from serve.cache.capacity import MAX_REMEMBERED
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
+from serve.engine.edits import make_edit
 from serve.engine.features import SequenceFeatures
 from serve.engine.finish import FinishRule
 from serve.engine.limits import EngineLimits as EngineLimits
@@ -219,8 +220,8 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request that `check` has returned."""
         assert request.id not in self._by_id, f"request {request.id} is already here"
-        sequence = SequenceState(request)
-        self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
+        rule = self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
+        sequence = SequenceState(request, edit=make_edit(request, rule.ends))
         self._by_id[request.id] = sequence
         self.scheduler.add(sequence)
         if request.deadline_s is not None:
@@ -448,13 +449,17 @@ class Engine:
             self.features.close()
 
     def _event(self, drawn: Drawn) -> Event:
-        sequence, token_ids, logprobs, is_sound = drawn
+        sequence, token_ids, logprobs, is_sound, error = drawn
         request = sequence.request
+        if error is not None:
+            told = error if isinstance(error, LatheError) else None
+            return self._ended(
+                sequence, told or GenerationError(f"what may follow in the answer cannot be told: {error!r}")
+            )
         if not is_sound:
             whose = f"adapter {request.adapter.id!r}" if request.adapter else f"model {self.model.name!r}"
-            return self._ended(
-                sequence, GenerationError(f"{whose} gave logits that are not numbers; nothing can be drawn")
-            )
+            what = "that are not numbers" if sequence.edit is None else "by which nothing that may come can"
+            return self._ended(sequence, GenerationError(f"{whose} gave logits {what}; nothing can be drawn"))
         try:
             step = self._rules[request.id].push(token_ids)
         except Exception as error:  # one row's text is one row's trouble, whatever it is

@@ -34,12 +34,18 @@ class FinishRule:
         self._ends: dict[int, str | None] = (
             {} if sampling.ignore_eos else dict.fromkeys((*eos, *request.all_stop_ids))
         )
+        self._ends |= dict.fromkeys(sampling.stop_token_ids)
         for stop in sampling.stop:
             token_id = tokens.special_id(stop)
             if token_id is not None:
                 self._ends[token_id] = stop
         follows = request.prompt.token_ids if request.continues_prompt else None
         self._text = TextStream(tokens, sampling.stop, follows)
+
+    @property
+    def ends(self) -> Collection[int]:
+        """Tokens that end it."""
+        return self._ends.keys()
 
     def push(self, token_ids: Sequence[int]) -> Step:
         """The text that these tokens make final, and whether the answer ends among them."""

@@ -249,7 +249,7 @@ def test_a_token_that_cannot_come_is_minus_infinity_and_no_fault(model):
     logits = mx.array([[0.0, -mx.inf, 2.0], [mx.inf, 0.0, 0.0], [mx.nan, 0.0, 0.0], [-mx.inf] * 3])
     for temperature in (0.0, 1.0):
         sampler = Sampler([Sampling(temperature=temperature, num_logprobs=3)] * 4)
-        drawn = sampler.draw(logits, [0] * 4)
+        drawn = sampler.tokens(logits, [0] * 4)
         assert sampler.is_sound(logits, drawn).tolist() == [True, False, False, False]
     logprob = sampler.logprobs(logits, mx.array([1, 0, 0, 0])).drawn[0].item()
     assert logprob == -mx.inf

@@ -17,7 +17,7 @@ def draw_many(logits: mx.array, settings: Sampling, num_draws: int = NUM_DRAWS) 
     """Draws for seeds 0 … n-1, as rows of one batch."""
     rows = [Sampling(**{**settings.__dict__, "seed": seed}) for seed in range(num_draws)]
     batch = mx.broadcast_to(logits[None], (num_draws, logits.size))
-    return np.asarray(Sampler(rows).draw(batch, [3] * num_draws))
+    return np.asarray(Sampler(rows).tokens(batch, [3] * num_draws))
 
 
 def reference(logits: mx.array, settings: Sampling) -> np.ndarray:
@@ -61,11 +61,11 @@ def test_a_row_draws_the_same_alone_and_among_rows_of_every_kind():
     rows = [Sampling(**{**kinds[i % 4].__dict__, "seed": i}) for i in range(13)]
     logits = mx.random.normal((13, V)) * 3
     counters = list(range(13))
-    together = Sampler(rows).draw(logits, counters).tolist()
-    alone = [Sampler([row]).draw(logits[i : i + 1], [counters[i]]).item() for i, row in enumerate(rows)]
+    together = Sampler(rows).tokens(logits, counters).tolist()
+    alone = [Sampler([row]).tokens(logits[i : i + 1], [counters[i]]).item() for i, row in enumerate(rows)]
     assert together == alone
     shuffled = np.random.default_rng(0).permutation(13)
-    again = Sampler([rows[i] for i in shuffled]).draw(
+    again = Sampler([rows[i] for i in shuffled]).tokens(
         logits[mx.array(shuffled)], [counters[i] for i in shuffled]
     )
     assert again.tolist() == [together[i] for i in shuffled]
@@ -73,7 +73,7 @@ def test_a_row_draws_the_same_alone_and_among_rows_of_every_kind():
 
 def test_every_position_and_all_64_bits_of_a_seed_give_other_draws():
     logits = mx.zeros((1, V))
-    by_position = [Sampler([Sampling(1, seed=5)]).draw(logits, [k]).item() for k in range(40)]
-    by_high_bits = [Sampler([Sampling(1, seed=k << 40)]).draw(logits, [0]).item() for k in range(40)]
+    by_position = [Sampler([Sampling(1, seed=5)]).tokens(logits, [k]).item() for k in range(40)]
+    by_high_bits = [Sampler([Sampling(1, seed=k << 40)]).tokens(logits, [0]).item() for k in range(40)]
     assert len(set(by_position)) > 15
     assert len(set(by_high_bits)) > 15
