@@ -62,6 +62,8 @@ class SequenceState:
     is_sound: bool = True
     """As far as is known, its row holds numbers."""
     generated: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the prompt's tokens but the first, as far as they have been read."""
     edit: LogitsEdit | None = None
     """What changes its logits. The runner alone tells it of tokens."""
     num_told: int = 0
@@ -89,6 +91,12 @@ class SequenceState:
     def num_tokens(self) -> int:
         """Length of the prompt and of the answer so far."""
         return self.num_prompt_tokens + len(self.generated)
+
+    @property
+    def is_scoring(self) -> bool:
+        """Log-probabilities of its prompt are wanted, and not all known: nothing of it is taken from a prefix."""
+        wanted = self.request.sampling.num_prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     @property
     def is_spent(self) -> bool:

@@ -43,6 +43,8 @@ class Sampling:
     ignore_eos: bool = False
     num_logprobs: int | None = None
     """None: no log-probabilities. k: the sampled token's, and those of the k likeliest."""
+    num_prompt_logprobs: int | None = None
+    """As num_logprobs, of the prompt's tokens but the first. All of it is computed, whatever is cached."""
     repetition_penalty: float = 1.0
     """Of tokens of prompt and answer: their positive logits are divided by it, negative ones multiplied."""
     repetition_context_size: int | None = None
@@ -80,6 +82,10 @@ class Sampling:
                 f"strings that are not empty, of at most {MAX_STOP_CHARS:,} characters",
             ),
             "num_logprobs": (self.num_logprobs is None or self.num_logprobs >= 0, "0 or more"),
+            "num_prompt_logprobs": (
+                self.num_prompt_logprobs is None or self.num_prompt_logprobs >= 0,
+                "0 or more",
+            ),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a number, more than 0"),
             "presence_penalty": (math.isfinite(self.presence_penalty), "a number"),
             "frequency_penalty": (math.isfinite(self.frequency_penalty), "a number"),
@@ -135,11 +141,13 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """log p of one generated token under the row's unfiltered distribution at temperature 1, in nats; may be −inf."""
+    """log p of one token under the row's unfiltered distribution at temperature 1, in nats; may be −inf."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
+    """Of a prompt's token: 1 if nothing is likelier."""
 
 
 class Event(NamedTuple):
@@ -150,12 +158,15 @@ class Event(NamedTuple):
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
-    stop_reason: str | None = None
-    """With finish == "stop": the stop string that ended it; None where the model did (vLLM's `stop_reason`)."""
+    stop_reason: str | int | None = None
+    """With finish == "stop": the stop string or the token of `stop_token_ids` that ended it; None where the model did
+    (vLLM's `stop_reason`)."""
     num_cached_tokens: int = 0
     """With the first token and with the last event: tokens of the prompt that a prefix gave, and nobody computed."""
     error: LatheError | None = None
     """Set with finish == "error"."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """With the first token, where they were asked for: the prompt's, but for its first token."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from serve.engine.edits import LogitsChange
 from serve.engine.plan import Capture, Chunk, Drawn, Encode, Plan, SequenceState
 from serve.engine.request import TokenLogprob
 from serve.engine.sampler import Draws, Logprobs
+from serve.engine.scores import Scores, num_scored, scores_of
 from serve.engine.sights import NOTHING, Inputs, Sights, blocks_of
 from serve.model.network import Network
 from serve.model.vision import Features
@@ -64,6 +65,8 @@ class Flight:
     began_s: float = 0.0
     """By time.perf_counter."""
     draws: Draws | None = None
+    scores: list[Scores] = field(default_factory=list)
+    """Of prompts, in the order of their tokens."""
     errors: dict[int, Exception] = field(default_factory=dict)
     """What edits raised, by index in the batch."""
     captured: list[Captured] = field(default_factory=list)
@@ -71,7 +74,8 @@ class Flight:
 
     def arrays(self) -> list[mx.array]:
         """What is read of it."""
-        return self.draws.arrays() if self.draws is not None else []
+        of_scores = [array for each in self.scores for array in each.arrays()]
+        return [*(self.draws.arrays() if self.draws is not None else ()), *of_scores]
 
     def tokens(self) -> dict[SequenceState, int]:
         """What it draws, read now: whoever asks waits until it is computed."""
@@ -121,10 +125,11 @@ class Runner:
         captured = self.capture(plan.departures)
         encoded = [self._encode(each) for each in plan.encodes]
         self._place(plan)
-        hidden, chunks = self._hidden(plan)
+        scores: list[Scores] = []
+        hidden, chunks = self._hidden(plan, scores)
         captured += self.capture(plan.captures)
         sequences = [chunk.sequence for chunk in chunks]
-        flight = Flight(plan, sequences, began_s, captured=captured, encoded=encoded)
+        flight = Flight(plan, sequences, began_s, scores=scores, captured=captured, encoded=encoded)
         if hidden is not None:
             self._draw(flight, hidden, chunks)
         # The step's one evaluation. The rows are named because a prompt's middle chunk leads to no token.
@@ -187,20 +192,32 @@ class Runner:
             assert sequence.place is not None
             self.rows.put(sequence.place, sequence.state_row, prefix.segments, prefix.num_tokens)
 
-    def _hidden(self, plan: Plan) -> tuple[mx.array | None, list[Chunk]]:
-        """Final hidden states [B, 1, D] of every row that draws a token, and their chunks."""
+    def _hidden(self, plan: Plan, scores: list[Scores]) -> tuple[mx.array | None, list[Chunk]]:
+        """Final hidden states [B, 1, D] of every row that draws a token, and their chunks. Of prompts whose tokens'
+        log-probabilities are wanted, those are added to `scores`."""
         singles, others = plan.chunks[: plan.num_single], plan.chunks[plan.num_single :]
         parts: list[mx.array] = []
         drawing: list[Chunk] = []
         if singles:
             hidden = self._single(plan, singles)  # [B, 1, D]
+            if plan.num_prefilled:
+                scores += self._scores(hidden, singles)
             _choose(hidden, singles, [0] * len(singles), parts, drawing)
         if others:
             hidden = self._padded(plan, others)  # [B, T, D]
+            scores += self._scores(hidden, others)
             _choose(hidden, others, [chunk.num_tokens - 1 for chunk in others], parts, drawing)
         if not parts:
             return None, []
         return (parts[0] if len(parts) == 1 else mx.concatenate(parts)), drawing
+
+    def _scores(self, hidden: mx.array, chunks: Sequence[Chunk]) -> list[Scores]:
+        found: list[Scores] = []
+        for index, chunk in enumerate(chunks):
+            if num_scored(chunk):
+                self._bank.rows.set([chunk.sequence.slot])
+                found += scores_of(self._network, hidden[index], chunk)
+        return found
 
     def _single(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
         decoding = self._decoding
