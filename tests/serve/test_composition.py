@@ -391,7 +391,7 @@ class Scene:
         id: str,
         prompt: Items,
         max_tokens: int,
-        samplings: Sequence[dict[str, Any]] = ({}, *SEEDED),
+        samplings: Sequence[dict[str, Any]] = ({}, *SEEDED, *EDITED[:-1]),
         precisions: Sequence[KvPrecision] | None = None,
     ) -> Request:
         """`id` begins with whose adapter it is for: "asked" or "beside"."""
