@@ -10,9 +10,10 @@ import numpy as np
 from serve.engine.edits import LogitsChange
 from serve.engine.penalties import TokenChanges
 
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").view(
-    bool
-)  # [256, 8]
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # [256, 8]
+_BARS = np.where(_BITS, np.float32(0), np.float32(-np.inf))
+"""[256, 8] by a mask's byte, what is added to its tokens' logits: a choice by random bits takes a CPU four times as
+long."""
 
 
 def edited(logits: mx.array, changes: Mapping[int, LogitsChange]) -> mx.array:
@@ -29,12 +30,11 @@ def edited(logits: mx.array, changes: Mapping[int, LogitsChange]) -> mx.array:
     if of_tokens:
         logits = _with_tokens(logits, list(of_tokens), list(of_tokens.values()))
     if masks:
-        allowed = _unpacked(np.stack(list(masks.values())), logits.shape[1])  # [M, V]
-        rows = mx.array(list(masks))
-        logits[rows] = mx.where(allowed, logits[rows], -mx.inf)
+        bars = _unpacked(np.stack(list(masks.values())), logits.shape[1])  # [M, V]
+        logits = _with_rows(logits, list(masks), _of_rows(logits, list(masks)) + bars)
     if forced:
         is_it = mx.arange(logits.shape[1])[None] == mx.array(list(forced.values()))[:, None]  # [M, V]
-        logits[mx.array(list(forced))] = mx.where(is_it, 0.0, -mx.inf)
+        logits = _with_rows(logits, list(forced), mx.where(is_it, 0.0, -mx.inf))
     return logits
 
 
@@ -52,8 +52,25 @@ def _with_tokens(logits: mx.array, rows: Sequence[int], changes: Sequence[TokenC
     return mx.put_along_axis(flat, at, values, axis=0).reshape(logits.shape)
 
 
+def _of_rows(logits: mx.array, rows: Sequence[int]) -> mx.array:
+    return logits if _are_all(logits, rows) else logits[mx.array(rows)]
+
+
+def _with_rows(logits: mx.array, rows: Sequence[int], values: mx.array) -> mx.array:
+    """Logits whose rows `rows` are `values` [M, V]; a gather of whole rows, ten times as fast as writing them."""
+    if _are_all(logits, rows):
+        return values
+    index = np.arange(len(logits), dtype=np.int32)
+    index[list(rows)] = len(logits) + np.arange(len(rows))
+    return mx.concatenate([logits, values])[mx.array(index)]
+
+
+def _are_all(logits: mx.array, rows: Sequence[int]) -> bool:
+    return list(rows) == list(range(len(logits)))
+
+
 def _unpacked(packed: np.ndarray, size: int) -> mx.array:
-    """[M, V] bool of words [M, ceil(V / 32)]."""
+    """[M, V] float32 of words [M, ceil(V / 32)]: 0 where a token may come, and -inf elsewhere."""
     words = mx.array(np.ascontiguousarray(packed, dtype="<u4").view(np.uint8))  # [M, 4 · ceil(V / 32)]
-    bits = mx.array(_BITS)[words]  # [M, 4 · ceil(V / 32), 8]
-    return bits.reshape(len(packed), -1)[:, :size]
+    bars = mx.array(_BARS)[words]  # [M, 4 · ceil(V / 32), 8]
+    return bars.reshape(len(packed), -1)[:, :size]

@@ -216,3 +216,12 @@ def test_the_likeliest_few_are_those_of_a_whole_sort(size, count):
     for each in (values, mx.round(values), mx.where(values > 1, values, -mx.inf)):
         found, wanted = likeliest(each, count), mx.argsort(-each, axis=-1)[:, :count]
         assert found.tolist() == wanted.tolist()
+
+
+def test_tokens_that_cannot_come_do_not_widen_top_n_sigma():
+    logits = mx.random.normal((1, V), key=mx.random.key(3))
+    row = Sampling(1, top_n_sigma=1.0)
+    barred = mx.concatenate([logits, mx.full((1, 40), -mx.inf)], axis=1)
+    found = np.asarray(Sampler([row]).probabilities(barred, [0]))[0]
+    np.testing.assert_allclose(found[:V], by_mlx_lm(logits[0], row), rtol=1e-4, atol=1e-7)
+    assert not found[V:].any()
