@@ -13,10 +13,12 @@ from serve.api.logprobs import LogprobWriter, prompt_logprobs
 from serve.api.schemas import CompletionBody
 from serve.api.services import Services, ServicesDep
 from serve.api.streaming import EVENT_STREAM, Answer, Responder
-from serve.api.targets import held_target
+from serve.api.targets import Target, held_target
 from serve.api.tenant import TenantDep
 from serve.engine.request import Event, FinishReason, TokenLogprob
+from serve.engine.request import Request as EngineRequest
 from serve.engine.text import TextDecoder
+from serve.errors import RequestError
 from serve.model.prompt import Prompt
 from serve.model.token_bytes import TokenBytes
 
@@ -119,7 +121,7 @@ async def create_completion(
             tenant=tenant,
             continues_prompt=True,
         )
-        generation = Generation(services, id, "completions", target, requests, body.num_drawn)
+        generation = _generation(services, id, body, target, requests)
     tokens = services.runtime.engine.token_bytes
     echoed = [Echoed(_text(tokens, *each), each[1]) for each in zip(body.prompts, prompts, strict=True)]
     rows = [prompt for prompt in echoed for _ in range(body.num_drawn)]
@@ -139,6 +141,18 @@ async def create_completion(
             wants_usage=body.wants_usage_chunk, is_continuous=body.wants_continuous_usage
         )
     return await responder.whole()
+
+
+def _generation(
+    services: Services, id: str, body: CompletionBody, target: Target, requests: Sequence[EngineRequest]
+) -> Generation:
+    """Its rows, submitted. Where there are too many of them, RequestError names what asks for them."""
+    try:
+        return Generation(services, id, "completions", target, requests, body.num_drawn)
+    except RequestError as error:
+        if error.param == "n" and body.num_drawn > (body.n or 1):
+            raise RequestError(f"best_of{str(error).removeprefix('n')}", "best_of") from None
+        raise
 
 
 def _text(tokens: TokenBytes, asked: str | list[int], token_ids: Sequence[int]) -> str:

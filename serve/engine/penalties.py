@@ -17,6 +17,10 @@ import numpy as np
 
 from serve.engine.request import Sampling
 
+MAX_FACTOR = 1e6
+MAX_CHANGE = 1e9
+"""Beyond them nothing else counts, and single precision ends."""
+
 
 class TokenChanges(NamedTuple):
     """l → scaled(l + bias) − offset, for K tokens, none of them twice; scaled(l) is l / factor where l > 0, and
@@ -136,7 +140,7 @@ class Penalties:
         self._ids = ids
         self._own_biases = np.zeros(len(ids), dtype=np.float32)
         for token_id, bias in self._sampling.logit_bias:
-            self._own_biases[self._entry_of[token_id]] = bias
+            self._own_biases[self._entry_of[token_id]] = _bounded(bias)
         self._biases = self._own_biases.copy()
         self._factors = np.ones(len(ids), dtype=np.float32)
         self._offsets = np.zeros(len(ids), dtype=np.float32)
@@ -173,10 +177,11 @@ class Penalties:
     def _refresh(self, entries: int | slice) -> None:
         sampling = self._sampling
         has_come = self._repetition.counts[entries] > 0
-        self._factors[entries] = np.where(has_come, sampling.repetition_penalty, 1.0)
-        self._offsets[entries] = sampling.frequency_penalty * self._frequency.counts[
-            entries
-        ] + sampling.presence_penalty * (self._presence.counts[entries] > 0)
+        factor = min(max(sampling.repetition_penalty, 1 / MAX_FACTOR), MAX_FACTOR)
+        self._factors[entries] = np.where(has_come, factor, 1.0)
+        of_frequency = _bounded(sampling.frequency_penalty) * self._frequency.counts[entries]
+        of_presence = _bounded(sampling.presence_penalty) * (self._presence.counts[entries] > 0)
+        self._offsets[entries] = of_frequency + of_presence
 
     def _lift_or_lay_ban(self) -> None:
         if self._is_laid == self._is_banning:
@@ -184,3 +189,7 @@ class Penalties:
         self._is_laid = self._is_banning
         entries = [self._entry_of[token_id] for token_id in self._ends.tolist()]
         self._biases[entries] = -np.inf if self._is_laid else self._own_biases[entries]
+
+
+def _bounded(change: float) -> float:
+    return min(max(change, -MAX_CHANGE), MAX_CHANGE)

@@ -142,6 +142,7 @@ def test_what_says_nothing_is_a_400_that_names_the_field(http, path, changes, pa
         ({"best_of": 1, "n": 2}, "best_of", "n is 2"),
         ({"best_of": 2, "stream": True}, "best_of", "cannot be streamed"),
         ({"best_of": 129}, "best_of", "128"),
+        ({"best_of": 100}, "best_of", "best_of: this asks for 100 answers"),
         ({"max_tokens": 0}, "max_tokens", "with echo: true"),
         ({"echo": "yes"}, "echo", "boolean"),
     ],

@@ -329,3 +329,30 @@ def test_an_answer_with_min_tokens_is_at_least_that_long(model, make_request, ma
     answer = generate(engine, [held])[0].token_ids
     assert len(answer) >= 8
     assert not set(answer[:7]) & set(ends)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"repetition_penalty": 5e-324},
+        {"repetition_penalty": 1e308},
+        {"presence_penalty": -1e308},
+        {"frequency_penalty": 1e308},
+        {"logit_bias": ((5, 1e308),)},
+        {"logit_bias": tuple((token_id, -1e308) for token_id in range(V))},
+    ],
+)
+def test_the_edges_of_penalties_leave_something_to_draw(changes):
+    penalties = Penalties(Sampling(**changes), list(range(0, V, 2)), ends=())
+    penalties.push(list(range(0, V, 2)) * 3)
+    change = LogitsChange(penalties.changes())
+    for settings in ({"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.5}):
+        draws = Sampler([Sampling(**settings)]).draw(mx.random.normal((1, V)), [0], {0: change})
+        assert draws.is_sound.tolist() == [True]
+        assert np.isfinite(
+            np.asarray(
+                Sampler([Sampling(**settings)]).probabilities(
+                    edited(mx.random.normal((1, V)), {0: change}), [0]
+                )
+            )
+        ).all()
