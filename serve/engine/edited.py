@@ -53,7 +53,7 @@ def _with_tokens(logits: mx.array, rows: Sequence[int], changes: Sequence[TokenC
 
 
 def _of_rows(logits: mx.array, rows: Sequence[int]) -> mx.array:
-    return logits if _are_all(logits, rows) else logits[mx.array(rows)]
+    return logits if _are_all(logits, rows) else logits[mx.array(list(rows))]
 
 
 def _with_rows(logits: mx.array, rows: Sequence[int], values: mx.array) -> mx.array:
