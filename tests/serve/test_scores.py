@@ -88,17 +88,20 @@ def test_a_preempted_prompt_is_told_once_and_whole(model, make_request, make_eng
             assert_scored(request, told[0])
 
 
-def test_an_adapters_row_is_scored_by_the_adapter(
-    model, model_folder, make_adapter, make_request, make_engine, assert_scored, merged
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapters_row_is_scored_by_the_adapter_and_its_head(
+    lively, make_request, make_engine, assert_scored, kind
 ):
-    engine = make_engine(model)
-    version = engine.registry.load("a", make_adapter(1))
+    """The one of kind dora has the head too."""
+    engine = make_engine(load(str(lively.folder("full"))))
+    version = engine.registry.load("a", lively.adapter("full", kind, 0))
     engine.registry.acquire(version.id)
     request = make_request("r", TEXT, adapter=version, num_prompt_logprobs=3, max_tokens=2)
     beside = make_request("base", TEXT, num_prompt_logprobs=3, max_tokens=2)
-    answers = generate(engine, [request, beside])
-    assert_scored(request, answers[0].prompt_logprobs, merged(model_folder, make_adapter(1)))
-    alone = load(str(model_folder)).network.module
-    assert_scored(beside, answers[1].prompt_logprobs, alone)
+    answers = generate(engine, [beside, request, replace(beside, id="after")])
+    module, base = lively.module("full", kind, 0), lively.module("full", "base")
+    assert_scored(request, answers[1].prompt_logprobs, module)
+    for answer in (answers[0], answers[2]):
+        assert_scored(beside, answer.prompt_logprobs, base)
     with pytest.raises(AssertionError):
-        assert_scored(request, answers[0].prompt_logprobs, alone)
+        assert_scored(request, answers[1].prompt_logprobs, base)
