@@ -213,7 +213,8 @@ def _law(logits: np.ndarray, filters: dict) -> np.ndarray:
 def test_the_likeliest_few_are_those_of_a_whole_sort(size, count):
     mx.random.seed(size)
     values = mx.random.normal((3, size))
-    for each in (values, mx.round(values), mx.where(values > 1, values, -mx.inf)):
+    # Rounded to few values, the likeliest of some blocks are equal to those that are second in others.
+    for each in (values, mx.round(values), mx.round(values * 0.4), mx.where(values > 1, values, -mx.inf)):
         found, wanted = likeliest(each, count), mx.argsort(-each, axis=-1)[:, :count]
         assert found.tolist() == wanted.tolist()
 
