@@ -65,6 +65,21 @@ class ExperimentConfig(Strict):
         return Experiment(self.name, self.salt or self.name, variants)
 
 
+class DefaultSamplingConfig(Strict):
+    """How tokens are drawn for requests that do not say."""
+
+    temperature: float | None = Field(default=None, ge=0, lt=math.inf)
+    """0 is greedy; 1, if nobody says."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """1, if nobody says."""
+    top_k: int | None = Field(default=None, ge=0)
+    """0, the whole vocabulary, if nobody says."""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    """0, if nobody says."""
+    repetition_penalty: float | None = Field(default=None, gt=0, lt=math.inf)
+    """1, none, if nobody says."""
+
+
 class ServeConfig(Strict):
     """Everything `lathe serve` can be told."""
 
@@ -190,6 +205,11 @@ class ServeConfig(Strict):
     """Load adapters whose manifest names other base weights, or another tokenizer."""
     default_max_tokens: int | None = Field(None, ge=1)
     """Answer length of requests that name none, in tokens; the rest of the context, if left out."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """auto: a request that names no temperature, top_p, top_k, min_p or repetition_penalty has the model's, from the
+    generation_config.json beside its weights (vLLM's --generation-config). none: that file is not asked."""
+    default_sampling: DefaultSamplingConfig = Field(default_factory=DefaultSamplingConfig)
+    """The same by the server; it comes before the model's, and after the request's."""
     special_tokens_in_messages: Literal["words", "control"] = "words"
     """What the text of a special token is inside a message. words: its characters, so that nobody writes a turn into
     what they say. control: the token, for clients that build turns inside messages themselves."""

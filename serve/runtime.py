@@ -20,6 +20,7 @@ from serve.engine.worker import Worker
 from serve.errors import AdapterError
 from serve.experiments.recorder import Recorder
 from serve.experiments.store import Run, Store
+from serve.model.generation_config import SamplingDefaults, read_defaults
 from serve.model.loading import LoadedModel, load
 from serve.model.template import ChatTemplate
 from serve.model.template_rules import TemplateRules, make_template
@@ -47,6 +48,8 @@ class Runtime:
     """None without experiments."""
     resolver: Resolver
     """Where names that nobody loaded are looked up."""
+    sampling_defaults: SamplingDefaults
+    """Of requests that say nothing."""
     watch: AdapterWatch | None = None
     """None where no folder is watched."""
 
@@ -87,6 +90,9 @@ class Runtime:
     @classmethod
     def around(cls, model: LoadedModel, config: ServeConfig) -> Runtime:
         """As `start`, on a model that is loaded already and named config.base_name."""
+        defaults = SamplingDefaults(**config.default_sampling.model_dump())
+        if config.generation_config == "auto":
+            defaults = defaults.over(read_defaults(model.path))
         rules = TemplateRules(config.special_tokens_in_messages)
         engine = Engine(model, _limits(config), rules)
         engine.bank.measure()
@@ -103,7 +109,9 @@ class Runtime:
         if watch is not None:
             watch.start()
         resolver = Resolver(engine.registry, config.adapter_dirs, config.adapter_hub)
-        return cls(config, model, engine, worker, template, sight, experiments, recorder, resolver, watch)
+        return cls(
+            config, model, engine, worker, template, sight, experiments, recorder, resolver, defaults, watch
+        )
 
     def close(self) -> None:
         """Stop the engine's thread, whose open requests end with an error, and finish writing."""

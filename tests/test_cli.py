@@ -177,6 +177,12 @@ FLAGS_GIVEN = {
     "allow_private_hosts": True,
     "max_media": 3,
     "max_pixels": 50_000,
+    "generation_config": "none",
+    "temperature": 0.0,
+    "top_p": 0.5,
+    "top_k": 0,
+    "min_p": 0.25,
+    "repetition_penalty": 1.5,
 }
 
 

@@ -29,6 +29,10 @@ KEYS_OF = {
     "allow_private_hosts": "media_limits.allow_private_hosts",
     "max_media": "media_limits.max_items",
     "max_pixels": "media.max_pixels",
+    **{
+        name: f"default_sampling.{name}"
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    },
 }
 """Flags of `lathe serve` by other names than their keys': one is given several times, the others stand in groups."""
 NOT_KEYS = ("model", "adapter", "host", "port", "overrides")
@@ -85,6 +89,15 @@ def serve(
     one_step_ahead: Annotated[
         str | None, typer.Option(help="on, off or auto: build a step before the last one is read.")
     ] = None,
+    generation_config: Annotated[
+        str | None,
+        typer.Option(help="auto: requests that do not say are sampled as the model's file says; none: not."),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of requests that do not say.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Likewise.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Likewise.")] = None,
     allowed_media_root: Annotated[
         list[Path] | None,
         typer.Option(help="Requests may show files in this folder; repeatable. On loopback: any."),
@@ -122,7 +135,20 @@ def chat(
         typer.Option("--model", help="Which of the server's models or adapters; else its only --adapter."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="0 is greedy. What the server has, if left out; so are these:"),
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    top_k: Annotated[int | None, typer.Option(min=0)] = None,
+    min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    top_n_sigma: Annotated[float | None, typer.Option(min=0.0)] = None,
+    xtc_probability: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    xtc_threshold: Annotated[float | None, typer.Option(min=0.0, max=0.5)] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(min=0.0)] = None,
+    presence_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0)] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0)] = None,
+    seed: Annotated[int | None, typer.Option(help="The same talk again.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 512,
     api_key: ApiKey = None,
 ) -> None:
@@ -130,7 +156,21 @@ def chat(
     from serve.conversation import Conversation, Speaker
     from serve.remote import choose_model
 
-    sampling = {"temperature": temperature, "max_tokens": max_tokens}
+    said = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "top_n_sigma": top_n_sigma,
+        "xtc_probability": xtc_probability,
+        "xtc_threshold": xtc_threshold,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+    }
+    sampling = {name: value for name, value in said.items() if value is not None}
     with _server_for(model, adapter or [], url) as served_url:
         # Who names one adapter to serve here means to talk to it.
         only = _adapter(adapter[0])["name"] if url is None and adapter and len(adapter) == 1 else None

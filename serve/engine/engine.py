@@ -16,6 +16,7 @@ from serve.adapters.versions.version import AdapterVersion
 from serve.cache.capacity import MAX_REMEMBERED
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
+from serve.engine.edits import make_edit
 from serve.engine.features import SequenceFeatures
 from serve.engine.finish import FinishRule
 from serve.engine.limits import EngineLimits as EngineLimits
@@ -111,6 +112,7 @@ class Engine:
         self._by_id: dict[str, SequenceState] = {}
         self._flights: deque[Flight] = deque()  # steps that have been started and not read
         self._eos = frozenset(model.tokenizer.eos_token_ids)
+        self._newline = self.token_bytes.ids_of("\n")  # XTC spares it
         self._deadlines: list[tuple[float, str]] = []  # a heap; those that have ended stay until they come up
         self._landed_s = 0.0  # when the last step was read
         self._num_adapter_changes = (-1, -1)
@@ -182,12 +184,16 @@ class Engine:
         max_context = self.max_context_at(precision)
         if request.deadline_s is not None and request.deadline_s <= time.monotonic():
             raise DeadlineError("timeout: the time that the request has set has passed before it was queued")
+        self._check_tokens(request)
         remaining = max_context - len(prompt)
         if remaining < 1:
             raise ContextLengthError(context_message(max_context, len(prompt)), "prompt")
         wanted = remaining if sampling.max_tokens is None else min(sampling.max_tokens, remaining)
         if wanted != sampling.max_tokens:
             sampling = replace(sampling, max_tokens=wanted)
+        if sampling.xtc_probability and not sampling.xtc_special_tokens:
+            ends = (*self._eos, *request.all_stop_ids, *sampling.stop_token_ids)
+            sampling = replace(sampling, xtc_special_tokens=tuple({*self._newline, *ends}))
         return replace(request, sampling=sampling, precision=precision)
 
     def _with_blocks(self, prompt: Prompt) -> Prompt:
@@ -195,6 +201,17 @@ class Engine:
         if self.model.vision is None or prompt.blocks or prompt.media:
             return prompt
         return replace(prompt, blocks=self.model.vision.blocks(prompt.token_ids, ()))
+
+    def _check_tokens(self, request: Request) -> None:
+        """RequestError for a token that is named and is not in the vocabulary."""
+        vocabulary, sampling = self.model.network.vocab_size, request.sampling
+        biased = [token_id for token_id, _ in sampling.logit_bias]
+        for name, ids in (("logit_bias", biased), ("stop_token_ids", sampling.stop_token_ids)):
+            for token_id in ids:
+                if not 0 <= token_id < vocabulary:
+                    raise RequestError(
+                        f"{name}: token id {token_id} is not in this model's vocabulary of {vocabulary}", name
+                    )
 
     def _check_media(self, prompt: Prompt) -> None:
         """RequestError for what the network cannot be told, or not in one step."""
@@ -219,8 +236,8 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request that `check` has returned."""
         assert request.id not in self._by_id, f"request {request.id} is already here"
-        sequence = SequenceState(request)
-        self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
+        rule = self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
+        sequence = SequenceState(request, edit=make_edit(request, rule.ends))
         self._by_id[request.id] = sequence
         self.scheduler.add(sequence)
         if request.deadline_s is not None:
@@ -360,6 +377,11 @@ class Engine:
     def _land(self, flight: Flight) -> list[Event]:
         """The events of a step that was started."""
         drawn = self._runner.read(flight)
+        for scores in flight.scores:
+            known = scores.sequence.prompt_logprobs  # a prompt that is computed anew is told once
+            known += (
+                scores.entries()[len(known) - scores.first + 1 :] if len(known) >= scores.first - 1 else []
+            )
         self._note_time(flight)
         self.scheduler.commit(flight.plan, drawn)
         self._num_prompt_tokens += flight.plan.num_prefilled
@@ -448,13 +470,17 @@ class Engine:
             self.features.close()
 
     def _event(self, drawn: Drawn) -> Event:
-        sequence, token_ids, logprobs, is_sound = drawn
+        sequence, token_ids, logprobs, is_sound, error = drawn
         request = sequence.request
+        if error is not None:
+            told = error if isinstance(error, LatheError) else None
+            return self._ended(
+                sequence, told or GenerationError(f"what may follow in the answer cannot be told: {error!r}")
+            )
         if not is_sound:
             whose = f"adapter {request.adapter.id!r}" if request.adapter else f"model {self.model.name!r}"
-            return self._ended(
-                sequence, GenerationError(f"{whose} gave logits that are not numbers; nothing can be drawn")
-            )
+            what = "that are not numbers" if sequence.edit is None else "by which nothing that may come can"
+            return self._ended(sequence, GenerationError(f"{whose} gave logits {what}; nothing can be drawn"))
         try:
             step = self._rules[request.id].push(token_ids)
         except Exception as error:  # one row's text is one row's trouble, whatever it is
@@ -463,7 +489,8 @@ class Engine:
         self._num_generated_tokens += step.num_tokens
         if step.finish is not None:
             self._num_finished[step.finish] += 1
-        is_told = step.finish is not None or len(sequence.generated) == len(token_ids)
+        is_first = len(sequence.generated) == len(token_ids)
+        is_told = step.finish is not None or is_first
         return Event(
             request.id,
             step.text,
@@ -472,6 +499,7 @@ class Engine:
             step.finish,
             step.stop_reason,
             num_cached_tokens=(sequence.num_restored_tokens or 0) if is_told else 0,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first else (),
         )
 
     def _ended(self, sequence: SequenceState, error: LatheError) -> Event:

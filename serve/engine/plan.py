@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from serve.cache.capacity import Bucket, Move, Place
 from serve.cache.features import FeatureKey
 from serve.cache.precision import PLAIN, KvPrecision
+from serve.engine.edits import LogitsEdit
 from serve.engine.request import Request, TokenLogprob
 from serve.model.prompt import Media
 
@@ -61,6 +62,12 @@ class SequenceState:
     is_sound: bool = True
     """As far as is known, its row holds numbers."""
     generated: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the prompt's tokens but the first, as far as they have been read."""
+    edit: LogitsEdit | None = None
+    """What changes its logits. The runner alone tells it of tokens."""
+    num_told: int = 0
+    """Of the answer's tokens that the edit was told of."""
 
     def __post_init__(self) -> None:
         prompt = self.request.prompt
@@ -84,6 +91,12 @@ class SequenceState:
     def num_tokens(self) -> int:
         """Length of the prompt and of the answer so far."""
         return self.num_prompt_tokens + len(self.generated)
+
+    @property
+    def is_scoring(self) -> bool:
+        """Log-probabilities of its prompt are wanted, and not all known: nothing of it is taken from a prefix."""
+        wanted = self.request.sampling.num_prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     @property
     def is_spent(self) -> bool:
@@ -133,6 +146,11 @@ class Chunk(NamedTuple):
     def num_tokens(self) -> int:
         """How many run."""
         return self.stop - self.start
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens of the answer before the one that is drawn after it."""
+        return self.stop - self.sequence.num_prompt_tokens
 
 
 class Encode(NamedTuple):
@@ -222,4 +240,6 @@ class Drawn(NamedTuple):
     logprobs: tuple[TokenLogprob, ...] = ()
     """One a token, or none."""
     is_sound: bool = True
-    """False: no token could be drawn, for the logits held NaN or +inf."""
+    """False: no token could be drawn, for the logits held NaN or +inf, or nothing that may come."""
+    error: Exception | None = None
+    """What its edit raised; it is not sound then."""

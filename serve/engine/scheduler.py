@@ -625,7 +625,8 @@ class Scheduler:
         for sequence in order:
             if padded.is_full or num_skipped > MAX_SKIPPED:
                 break
-            prefix = self._prefixes.find(sequence) if sequence.num_planned_tokens == 0 else None
+            is_first = sequence.num_planned_tokens == 0 and not sequence.is_scoring
+            prefix = self._prefixes.find(sequence) if is_first else None
             start = prefix.num_tokens if prefix else sequence.num_planned_tokens
             reach = self._reach(sequence, start, padded.max_tokens)
             stop = self._sighted(sequence, start, reach, encodes)

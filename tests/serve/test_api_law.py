@@ -32,6 +32,9 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 1.0},
     {"temperature": 0.8, "top_p": 0.7},
+    {"temperature": 0.0, "repetition_penalty": 1.6, "repetition_context_size": 24},
+    {"temperature": 1.0, "frequency_penalty": 0.8, "presence_penalty": 0.5, "top_k": 20, "min_p": 0.02},
+    {"temperature": 1.3, "top_n_sigma": 1.5, "repetition_penalty": 1.2},
 )
 NUM_TOKENS = 12
 CASES = [

@@ -38,6 +38,17 @@ SEEING_SPECIAL_TOKENS = 30
 NUM_TOKENS = 20
 """Of the answer that is asked for; the others' differ."""
 SEEDED = ({"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.7}, {"temperature": 1.2, "top_k": 9})
+EDITED = (
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 1.4, "repetition_context_size": 20, "temperature": 0.9, "top_k": 40},
+    {"frequency_penalty": 0.9, "presence_penalty": 0.6, "temperature": 1.1, "min_p": 0.03},
+    {"presence_penalty": 1.5, "presence_context_size": 30, "logit_bias": ((40, 4.0), (50, -9.0))},
+    {
+        **{"stop_token_ids": tuple(range(3, 40)), "min_tokens": NUM_TOKENS, "temperature": 1.3},
+        **{"top_n_sigma": 1.5, "xtc_probability": 0.5, "xtc_threshold": 0.04, "xtc_special_tokens": (50,)},
+    },
+)
+"""What changes logits before they are drawn from, or looks at them otherwise."""
 ADAPTERS = ("base", "lora", "dora", "experts")
 
 Change = Callable[["Setting"], "Setting"]
@@ -195,7 +206,7 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
         "replaced": put(past="replaced"),
         "stranger": put(past="memory", tenant="another"),
     },
-    "drawn": {"greedy": put(), "seeded": put(samplings=SEEDED)},
+    "drawn": {"greedy": put(), "seeded": put(samplings=SEEDED), "edited": put(samplings=EDITED)},
     "placement": {
         "alone": put(),
         "mixed": put(place=mixed),
@@ -380,7 +391,7 @@ class Scene:
         id: str,
         prompt: Items,
         max_tokens: int,
-        samplings: Sequence[dict[str, Any]] = ({}, *SEEDED),
+        samplings: Sequence[dict[str, Any]] = ({}, *SEEDED, *EDITED[:-1]),
         precisions: Sequence[KvPrecision] | None = None,
     ) -> Request:
         """`id` begins with whose adapter it is for: "asked" or "beside"."""

@@ -249,7 +249,7 @@ def test_a_token_that_cannot_come_is_minus_infinity_and_no_fault(model):
     logits = mx.array([[0.0, -mx.inf, 2.0], [mx.inf, 0.0, 0.0], [mx.nan, 0.0, 0.0], [-mx.inf] * 3])
     for temperature in (0.0, 1.0):
         sampler = Sampler([Sampling(temperature=temperature, num_logprobs=3)] * 4)
-        drawn = sampler.draw(logits, [0] * 4)
+        drawn = sampler.tokens(logits, [0] * 4)
         assert sampler.is_sound(logits, drawn).tolist() == [True, False, False, False]
     logprob = sampler.logprobs(logits, mx.array([1, 0, 0, 0])).drawn[0].item()
     assert logprob == -mx.inf
@@ -331,6 +331,21 @@ def test_a_prompt_that_no_array_holds_is_refused_before_it_is_queued(model, ids,
         {"min_p": -1.0},
         {"min_p": 1.01},
         {"num_logprobs": -1},
+        {"num_prompt_logprobs": -1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("nan")},
+        {"repetition_context_size": 0},
+        {"presence_penalty": float("inf")},
+        {"presence_context_size": -1},
+        {"frequency_penalty": float("nan")},
+        {"frequency_context_size": 0},
+        {"logit_bias": ((5, float("inf")),)},
+        {"logit_bias": ((5, 1.0), (5, 2.0))},
+        {"min_tokens": -1},
+        {"top_n_sigma": -0.5},
+        {"top_n_sigma": float("inf")},
+        {"xtc_probability": 1.01},
+        {"xtc_threshold": 0.51},
         {"stop": ("a", "")},
         {"stop": ("a" * 1025,)},
     ],
@@ -355,6 +370,18 @@ def test_sampling_refuses_what_says_nothing(changes):
         {"seed": 2**200},
         {"max_tokens": 2**63},
         {"num_logprobs": 10_000},
+        {"num_prompt_logprobs": 10_000},
+        {"repetition_penalty": 5e-324},
+        {"repetition_penalty": 1e308},
+        {"repetition_context_size": 2**63},
+        {"presence_penalty": 1e308},
+        {"frequency_penalty": -1e308},
+        {"logit_bias": ((5, 1e308),)},
+        {"min_tokens": 2**63},
+        {"top_n_sigma": 5e-324},
+        {"top_n_sigma": 1e308},
+        {"xtc_probability": 5e-324},
+        {"xtc_probability": 1.0, "xtc_threshold": 0.0},
     ],
 )
 def test_the_edges_of_every_number_give_an_answer(model, make_request, changes, assert_drawn, make_engine):
