@@ -19,7 +19,6 @@ from mlx_lm.tokenizer_utils import load as mlx_lm_load_tokenizer
 
 from serve import device
 from serve.errors import ModelError, NotFoundError
-from serve.model import activations
 from serve.model.family_template import template_beside
 from serve.model.network import Network
 from serve.model.quantization import Quantization
@@ -200,7 +199,6 @@ def _finish(
     quantize: Quantization | None,
     notes: list[str],
 ) -> LoadedModel:
-    activations.install()
     module.eval()
     mx.eval(module.parameters())
     network = Network(module)

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
 from serve.errors import ModelError
+from serve.model import activations as activations  # SiLU for CPU
 from serve.model.weights import LINEAR
 
 BACKBONE_NAMES = ("model", "transformer", "backbone")
