@@ -1,7 +1,7 @@
 """SiLU where MLX's own is slow: on CPU its sigmoid calls a function for each multiplication of each number.
 
-A sixth of a small model's forward went there. The same function by powers of two takes a third of that time. Families'
-code finds it under MLX's name, for training and serving alike.
+A sixth of a small model's forward went there. The same function by powers of two takes a third of that time.
+Families' code finds it under MLX's name, for training and serving alike.
 """
 
 from __future__ import annotations
