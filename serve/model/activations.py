@@ -7,7 +7,6 @@ Families' code finds it under MLX's name, for training and serving alike.
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,29 +15,19 @@ from mlx.nn.layers import activations
 from serve import device
 
 _LOG2_E = math.log2(math.e)
-
-
-@mx.custom_function
-def _silu(x: mx.array) -> mx.array:
-    return x * _sigmoid(x)
-
-
-@_silu.vjp
-def _silu_vjp(x: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
-    s = _sigmoid(x)
-    return cotangent * s * (1 + x * (1 - s))
-
-
-def _sigmoid(x: mx.array) -> mx.array:
-    return mx.reciprocal(1 + mx.power(2.0, x * -_LOG2_E))
+_LARGEST = 126.0
 
 
 def silu(x: mx.array) -> mx.array:
     """x σ(x) with σ(x) = 1 / (1 + e⁻ˣ), of any shape. As exact as MLX's: a few units in float32's last place."""
-    return cast(mx.array, _silu(x)) if x.dtype == mx.float32 else x * mx.sigmoid(x)
+    if x.dtype != mx.float32:
+        return x * mx.sigmoid(x)
+    # Not up to infinity, whose gradient would be 0 · ∞. A custom gradient cannot be exported, and estimates export.
+    return x * mx.reciprocal(1 + mx.power(2.0, mx.minimum(x * -_LOG2_E, _LARGEST)))
 
 
 if device.backend() == "cpu":
     # On import, so that a process has one function from its first model to its last.
     for _module in (nn, nn.layers, activations):
         _module.silu = silu
+    nn.SiLU.__call__ = lambda _self, x: silu(x)
