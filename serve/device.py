@@ -7,6 +7,7 @@ This module must not import mlx at its top.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -122,24 +124,34 @@ def _is_cuda_wheel(root: Path) -> bool:
 
 @cache
 def find_openblas() -> Path | None:
-    """An OpenBLAS with unprefixed symbols.
+    """The first OpenBLAS there is, and that opens: a 32-bit one, or half of an installation, does not."""
+    return first_that_opens(openblas_files())
 
-    The system's, the one of many threads first; else opencv-python's own (a dependency of mlx-vlm), which is of 2021:
-    a decode step of many adapters takes a fifth longer with it.
+
+def openblas_files(root: Path = Path("/")) -> list[Path]:
+    """Every OpenBLAS with unprefixed symbols, the best first.
+
+    The system's under `root`, the one of many threads before that of one; then opencv-python's own (a dependency of
+    mlx-vlm), which is of 2021: a decode step of 32 adapters takes a sixth less with a system's of 2022.
     """
-    folders = [Path("/usr/local/lib"), Path("/usr/lib64"), Path("/usr/lib")]
+    folders = [root / "usr/local/lib", root / "usr/lib64", root / "usr/lib"]
     if multiarch := sysconfig.get_config_var("MULTIARCH"):
-        folders.insert(0, Path("/usr/lib") / multiarch)
-    for name in ("libopenblasp.so.0", "libopenblas.so.0"):
-        for folder in folders:
-            if (folder / name).exists():
-                return folder / name
+        folders.insert(1, root / "usr/lib" / multiarch)
+    found = [folder / name for name in ("libopenblasp.so.0", "libopenblas.so.0") for folder in folders]
     spec = importlib.util.find_spec("cv2")
     if spec is not None and spec.origin is not None:
         site = Path(spec.origin).parent.parent
         for inside in ("opencv_python.libs", "opencv_python_headless.libs"):
-            for found in sorted((site / inside).glob("libopenblas*.so*")):
-                return found
+            found += sorted((site / inside).glob("libopenblas*.so*"))
+    return [path for path in found if path.exists()]
+
+
+def first_that_opens(libraries: Iterable[Path]) -> Path | None:
+    """None where none of these does. Its symbols stay its own."""
+    for path in libraries:
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(str(path))
+            return path
     return None
 
 

@@ -378,10 +378,10 @@ class Engine:
         """The events of a step that was started."""
         drawn = self._runner.read(flight)
         for scores in flight.scores:
-            known = scores.sequence.prompt_logprobs  # a prompt that is computed anew is told once
-            known += (
-                scores.entries()[len(known) - scores.first + 1 :] if len(known) >= scores.first - 1 else []
-            )
+            known = scores.sequence.prompt_logprobs  # of tokens 1, 2, …
+            num_known = len(known) + 1 - scores.first  # of these: a prompt that is computed anew is told once
+            if num_known >= 0:
+                known += scores.entries()[num_known:]
         self._note_time(flight)
         self.scheduler.commit(flight.plan, drawn)
         self._num_prompt_tokens += flight.plan.num_prefilled

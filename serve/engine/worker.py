@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 Sink = Callable[[Event], None]
 STOP_TIMEOUT_S = 30.0
 IDLE_S = 10.0
-"""Without a step for so long, memory that waits for the next one goes back to the system."""
 NUM_LOADERS = 4
 """Threads that bring adapters to the device: one that waits for a slow disk holds up no other."""
 
@@ -54,8 +53,10 @@ class _Open:
 class Worker:
     """Runs an Engine. `start` before use, `stop` after; both once."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, idle_s: float = IDLE_S) -> None:
+        """idle_s: without a step for so long, memory that waits for the next one goes back to the system."""
         self.engine = engine
+        self._idle_s = idle_s
         self.failure: BaseException | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._open: dict[str, _Open] = {}  # the worker's thread alone
@@ -245,7 +246,7 @@ class Worker:
             sleep_s = self.engine.sleep_s if self.failure is None else None
             is_to_tidy = sleep_s is None and self._has_run
             try:
-                self._commands.get(timeout=IDLE_S if is_to_tidy else sleep_s)()
+                self._commands.get(timeout=self._idle_s if is_to_tidy else sleep_s)()
             except queue.Empty:
                 if is_to_tidy:
                     self._has_run = False

@@ -19,7 +19,11 @@ _LARGEST = 126.0
 
 
 def silu(x: mx.array) -> mx.array:
-    """x σ(x) with σ(x) = 1 / (1 + e⁻ˣ), of any shape. As exact as MLX's: a few units in float32's last place."""
+    """x σ(x) with σ(x) = 1 / (1 + e⁻ˣ), of any shape.
+
+    As exact as MLX's: within 6·10⁻⁷ of the value up to |x| = 10, within 4·10⁻⁶ up to 80; below −87 it is x · 2⁻¹²⁶,
+    where the value is nearer to 0.
+    """
     if x.dtype != mx.float32:
         return x * mx.sigmoid(x)
     # Not up to infinity, whose gradient would be 0 · ∞. A custom gradient cannot be exported, and estimates export.

@@ -22,20 +22,20 @@ ROWS_AT_ONCE = 4096
 
 def linear_modules(module: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer an adapter may touch, by its path in the base (a wrapper's own `.linear` is not shown)."""
-    return _unwrapped(_named_modules(module), LINEAR)
+    return _unwrapped(named_modules(module), LINEAR)
 
 
 def expert_modules(module: nn.Module) -> dict[str, nn.Module]:
     """Every stack of experts in a MoE block, likewise. Stacks that something else than an expert's choice indexes
     (deepseek_v41's grouped projection) are none."""
     kinds = _moe_blocks()
-    named = _named_modules(module)
+    named = named_modules(module)
     blocks = {path for path, child in named.items() if isinstance(child, kinds)}
     stacks = _unwrapped(named, EXPERTS)
     return {path: stack for path, stack in stacks.items() if path.rpartition(".")[0] in blocks}
 
 
-def _named_modules(module: nn.Module) -> dict[str, nn.Module]:
+def named_modules(module: nn.Module) -> dict[str, nn.Module]:
     """What Module.named_modules gives, in its order, in a tenth of its time: an adapter's load asks a dozen times."""
     found: dict[str, nn.Module] = {}
     stack: list[tuple[str, object]] = [("", module)]

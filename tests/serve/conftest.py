@@ -16,6 +16,7 @@ import serve as serve  # before mlx: it brings a real BLAS
 import mlx.core as mx  # isort: skip
 import httpx
 import mlx.nn as nn
+import openai
 from mlx_lm.models.cache import make_prompt_cache
 from sighted import Alone, Eyes
 
@@ -297,3 +298,17 @@ def served() -> Callable[..., AbstractContextManager[tuple[Runtime, httpx.Client
     """served(model_folder, **keys of the configuration): inside, a server and a client of it; when it is left, names,
     slots and bytes agree."""
     return _served
+
+
+@pytest.fixture(scope="module")
+def http(url: str) -> Iterator[httpx.Client]:
+    """A client of the server that a module's own `url` gives."""
+    with httpx.Client(base_url=url, timeout=60) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    """OpenAI's own, of the same server."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as opened:
+        yield opened

@@ -96,18 +96,6 @@ def url(runtime):
         yield found
 
 
-@pytest.fixture(scope="module")
-def http(url):
-    with httpx.Client(base_url=url, timeout=60) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as opened:
-        yield opened
-
-
 def complete(client, prompt=PROMPT, *, model="lively", headers=None, max_tokens=4, **fields):
     return client.completions.create(
         model=model,

@@ -26,18 +26,6 @@ def url(model_folder, make_adapter):
     runtime.close()
 
 
-@pytest.fixture(scope="module")
-def http(url):
-    with httpx.Client(base_url=url, timeout=60) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as opened:
-        yield opened
-
-
 def chat(client, **changes):
     fields = {"model": "lively", "messages": MESSAGES, "max_tokens": 24, "seed": 5, "extra_body": FREE}
     return client.chat.completions.create(**{**fields, **changes})

@@ -8,7 +8,6 @@ import shutil
 
 import httpx
 import numpy as np
-import openai
 import pytest
 
 from serve.api.server import serving
@@ -35,18 +34,6 @@ def runtime(model_folder, make_adapter):
 def url(runtime):
     with serving(runtime) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def http(url):
-    with httpx.Client(base_url=url, timeout=60) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as opened:
-        yield opened
 
 
 def body(path: str, **fields) -> dict:

@@ -142,14 +142,23 @@ def test_an_environment_that_tunes_malloc_is_left_alone():
 
 
 @needs_openblas
-def test_the_systems_openblas_comes_before_opencvs(tmp_path, monkeypatch):
-    find = device.find_openblas.__wrapped__
-    here = [path for path in map(Path, ("/usr/local/lib", "/usr/lib64", "/usr/lib")) if path.is_dir()]
-    there = {here[0] / "libopenblasp.so.0", here[-1] / "libopenblas.so.0"}
-    monkeypatch.setattr(Path, "exists", lambda path: path in there)
-    assert find() == here[0] / "libopenblasp.so.0"
-    there = set()
-    assert "opencv" in str(find())
+def test_a_systems_openblas_comes_before_opencvs_and_many_threads_before_one(tmp_path):
+    one, many = tmp_path / "usr/local/lib/libopenblas.so.0", tmp_path / "usr/lib/libopenblasp.so.0"
+    opencvs = device.openblas_files(tmp_path)
+    assert all("opencv" in str(path) for path in opencvs)
+    for path in (one, many):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert device.openblas_files(tmp_path) == [many, one, *opencvs]
+
+
+@needs_openblas
+def test_a_library_that_does_not_open_is_passed_by(tmp_path):
+    broken = tmp_path / "libopenblas.so.0"
+    broken.write_bytes(b"\x7fELF of another machine")
+    works = device.find_openblas()
+    assert device.first_that_opens([broken, works]) == works
+    assert device.first_that_opens([broken]) is None
 
 
 @needs_openblas

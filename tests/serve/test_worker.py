@@ -7,8 +7,11 @@ import threading
 import time
 from dataclasses import replace
 
+import mlx.core as mx
+import psutil
 import pytest
 
+from serve import device
 from serve.engine.worker import Worker
 from serve.errors import (
     ContextLengthError,
@@ -253,7 +256,7 @@ def test_an_engine_that_has_failed_sleeps_though_deadlines_pass(model, make_engi
     """Whoever has set one has been told already, and nothing takes it out of the engine any more."""
     worker = Worker(make_engine(model))
     engine = worker.engine
-    engine.add(engine.check(replace(make_request("told"), deadline_s=time.monotonic() + 60)))
+    engine.add(engine.check(replace(make_request("told"), deadline_s=time.monotonic() + 5)))
     engine._deadlines = [(time.monotonic(), "told")]
     worker.failure = RuntimeError("two steps have failed")
     is_asked = threading.Event()
@@ -273,3 +276,22 @@ class NeverThere:
 
     def let_go(self, sequence) -> None:
         raise AssertionError("nothing was held")
+
+
+@pytest.mark.skipif(not device.keep_freed_memory(), reason="this machine's malloc keeps nothing for us")
+def test_memory_that_steps_leave_goes_back_once_nobody_asks_for_a_while(model, make_engine, make_request):
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    worker = Worker(make_engine(model, max_rows=4, max_waiting=4), idle_s=0.05)
+    worker.start()
+    try:
+        worker.call(lambda: mx.eval([mx.ones((2500, 4000)) + i for i in range(8)]))  # 320 MB
+        held, sink = resident(), queue.SimpleQueue()
+        worker.submit(make_request("r", max_tokens=4), sink.put)
+        collect(sink)
+        end_s = time.monotonic() + 60
+        while resident() > held - 200_000_000:
+            assert time.monotonic() < end_s, "it is kept"
+    finally:
+        worker.stop()
