@@ -104,5 +104,5 @@ def make_edit(request: Request, ends: Collection[int]) -> LogitsEdit | None:
     """
     parts: list[LogitsEdit] = []
     if Penalties.are_wanted(request.sampling):
-        parts.append(PenaltyEdit(Penalties(request.sampling, request.prompt.token_ids, ends)))
+        parts.append(PenaltyEdit(Penalties(request.sampling, request.prompt, ends)))
     return None if not parts else parts[0] if len(parts) == 1 else Edits(tuple(parts))

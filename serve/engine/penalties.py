@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from serve.engine.request import Sampling
+from serve.model.prompt import Prompt
 
 MAX_FACTOR = 1e6
 MAX_CHANGE = 1e9
@@ -54,14 +55,15 @@ class Reach:
 
 
 class Penalties:
-    """Of one sequence. An entry is a token that has come or is named; it keeps its number."""
+    """Of one sequence. An entry is a token that has come or is named; it keeps its number. What the prompt holds is
+    counted once for all answers to it."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], ends: Collection[int]) -> None:
+    def __init__(self, sampling: Sampling, prompt: Prompt, ends: Collection[int]) -> None:
         """ends: tokens that would end the answer, which `min_tokens` keeps from coming."""
-        count = len(prompt)
+        count = len(prompt.token_ids)
         self._sampling = sampling
         self._num_prompt = count
-        self._tokens = list(prompt)
+        self._tokens = list(prompt.token_ids)
         self._repetition = Reach(sampling.repetition_context_size, count, has_prompt=True)
         self._presence = Reach(sampling.presence_context_size, count, has_prompt=False)
         self._frequency = Reach(sampling.frequency_context_size, count, has_prompt=False)
@@ -75,7 +77,7 @@ class Penalties:
             if is_used
         ]
         self._ends = np.asarray(sorted(ends) if sampling.min_tokens else [], dtype=np.int64)
-        self._begin(np.asarray(prompt, dtype=np.int64))
+        self._begin(prompt)
 
     @staticmethod
     def are_wanted(sampling: Sampling) -> bool:
@@ -120,7 +122,7 @@ class Penalties:
         """Of the next token's logits. Views, until the next push or pop."""
         if not self._reaches and not self._sampling.logit_bias and not self._is_banning:
             return None
-        count = len(self._entry_of)
+        count = self._num_entries
         if not count:
             return None
         return TokenChanges(
@@ -131,24 +133,35 @@ class Penalties:
     def _is_banning(self) -> bool:
         return bool(self._ends.size) and self.num_answer_tokens < self._sampling.min_tokens
 
-    def _begin(self, prompt: np.ndarray) -> None:
-        """Entries of what is named, and of what the prompt holds in reach."""
-        first = min((reach.first for reach in self._reaches), default=len(prompt))
-        named = np.asarray([token_id for token_id, _ in self._sampling.logit_bias], dtype=np.int64)
-        ids = np.unique(np.concatenate([prompt[first:], named, self._ends]))
-        self._entry_of = dict(zip(ids.tolist(), range(len(ids)), strict=True))
-        self._ids = ids
-        self._own_biases = np.zeros(len(ids), dtype=np.float32)
+    @property
+    def _num_entries(self) -> int:
+        return len(self._of_prompt) + len(self._entry_of)
+
+    def _begin(self, prompt: Prompt) -> None:
+        """Entries of what the prompt holds in reach, and of what is named."""
+        first = min((reach.first for reach in self._reaches), default=self._num_prompt)
+        self._of_prompt, counts = prompt.tally if first == 0 else _tally(prompt.token_ids[first:])
+        self._entry_of: dict[int, int] = {}
+        """Of tokens that the prompt does not hold in reach."""
+        named = [*(token_id for token_id, _ in self._sampling.logit_bias), *self._ends.tolist()]
+        others = [token_id for token_id in dict.fromkeys(named) if self._place(token_id) is None]
+        self._entry_of.update(zip(others, range(len(counts), len(counts) + len(others)), strict=True))
+        size = self._num_entries
+        self._ids = np.concatenate([self._of_prompt, np.asarray(others, dtype=np.int64)])
+        self._own_biases = np.zeros(size, dtype=np.float32)
         for token_id, bias in self._sampling.logit_bias:
-            self._own_biases[self._entry_of[token_id]] = _bounded(bias)
+            self._own_biases[self._entry(token_id)] = _bounded(bias)
         self._biases = self._own_biases.copy()
-        self._factors = np.ones(len(ids), dtype=np.float32)
-        self._offsets = np.zeros(len(ids), dtype=np.float32)
+        self._factors = np.ones(size, dtype=np.float32)
+        self._offsets = np.zeros(size, dtype=np.float32)
         for reach in (self._repetition, self._presence, self._frequency):
-            inside = prompt[reach.first :] if reach in self._reaches else prompt[:0]
-            entries = np.searchsorted(ids, inside)
-            reach.counts = np.bincount(entries, minlength=len(ids)).astype(np.int32)
-        self._refresh(slice(0, len(ids)))
+            reach.counts = np.zeros(size, dtype=np.int32)
+            if reach in self._reaches and reach.first == first:
+                reach.counts[: len(counts)] = counts
+            elif reach in self._reaches:
+                ids, some = _tally(prompt.token_ids[reach.first :])
+                reach.counts[np.searchsorted(self._of_prompt, ids)] = some
+        self._refresh(slice(0, size))
         self._is_laid = False
         self._lift_or_lay_ban()
 
@@ -157,8 +170,16 @@ class Penalties:
         reach.counts[entry] += step
         self._refresh(entry)
 
+    def _place(self, token_id: int) -> int | None:
+        """The entry of a token that the prompt holds in reach."""
+        at = int(np.searchsorted(self._of_prompt, token_id))
+        return at if at < len(self._of_prompt) and self._of_prompt[at] == token_id else None
+
     def _entry(self, token_id: int) -> int:
-        entry = self._entry_of.setdefault(token_id, len(self._entry_of))
+        place = self._place(token_id)
+        if place is not None:
+            return place
+        entry = self._entry_of.setdefault(token_id, self._num_entries)
         if entry == len(self._ids):
             self._grow()
         self._ids[entry] = token_id
@@ -187,8 +208,12 @@ class Penalties:
         if self._is_laid == self._is_banning:
             return
         self._is_laid = self._is_banning
-        entries = [self._entry_of[token_id] for token_id in self._ends.tolist()]
+        entries = [self._entry(token_id) for token_id in self._ends.tolist()]
         self._biases[entries] = -np.inf if self._is_laid else self._own_biases[entries]
+
+
+def _tally(token_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    return np.unique(np.asarray(token_ids, dtype=np.int64), return_counts=True)
 
 
 def _bounded(change: float) -> float:

@@ -17,6 +17,7 @@ from serve.engine.generate import generate
 from serve.engine.penalties import Penalties
 from serve.engine.request import Sampling
 from serve.engine.sampler import Sampler
+from serve.model.prompt import Prompt
 
 V = 70
 EVERYTHING = 1 << 20
@@ -73,7 +74,7 @@ def test_penalties_are_mlx_lms_whatever_is_asked_and_however_tokens_come(seed):
     rng = random.Random(seed)
     asked = some_sampling(rng)
     prompt = [rng.randrange(V) for _ in range(rng.choice([1, 2, 19, 60]))]
-    penalties, answer = Penalties(asked, prompt, ends=()), []
+    penalties, answer = Penalties(asked, Prompt(tuple(prompt)), ends=()), []
     for _ in range(12):
         logits = mx.array([rng.gauss(0, 3) for _ in range(V)])
         expected = np.asarray(by_mlx_lm(mx.array(logits), asked, prompt, answer))
@@ -99,11 +100,11 @@ def test_penalties_are_vllms_and_transformers(seed):
     )
     prompt, answer = ([rng.randrange(V) for _ in range(count)] for count in (15, 25))
     logits = np.asarray([rng.gauss(0, 3) for _ in range(V)], dtype=np.float32)
-    penalties = Penalties(asked, prompt, ends=())
+    penalties = Penalties(asked, Prompt(tuple(prompt)), ends=())
     penalties.push(answer)
     found = changed(mx.array(logits), penalties)
     np.testing.assert_allclose(found, by_vllm(logits, asked, prompt, answer), rtol=1e-5, atol=1e-5)
-    alone = Penalties(replace(asked, presence_penalty=0, frequency_penalty=0), prompt, ends=())
+    alone = Penalties(replace(asked, presence_penalty=0, frequency_penalty=0), Prompt(tuple(prompt)), ends=())
     alone.push(answer)
     processor = RepetitionPenaltyLogitsProcessor(asked.repetition_penalty)
     by_hf = processor(torch.tensor([prompt + answer]), torch.tensor(logits[None]))[0].numpy()
@@ -112,7 +113,7 @@ def test_penalties_are_vllms_and_transformers(seed):
 
 def test_nothing_ends_before_min_tokens_and_a_bias_on_an_end_counts_after_it():
     asked = Sampling(min_tokens=2, logit_bias=((5, 3.0),))
-    penalties, logits = Penalties(asked, [1], ends=(5, 9)), mx.zeros((V,))
+    penalties, logits = Penalties(asked, Prompt((1,)), ends=(5, 9)), mx.zeros((V,))
     for pushed in ((), (2,)):
         penalties.push(pushed)
         found = changed(logits, penalties)
@@ -121,7 +122,7 @@ def test_nothing_ends_before_min_tokens_and_a_bias_on_an_end_counts_after_it():
     assert (changed(logits, penalties)[5], changed(logits, penalties)[9]) == (3.0, 0.0)
     penalties.pop(1)
     assert set(np.flatnonzero(changed(logits, penalties) == -np.inf)) == {5, 9}
-    only = Penalties(Sampling(min_tokens=1), [1], ends=(5,))
+    only = Penalties(Sampling(min_tokens=1), Prompt((1,)), ends=(5,))
     only.push([1])
     assert only.changes() is None, "what does nothing any more costs nothing"
 
@@ -129,7 +130,7 @@ def test_nothing_ends_before_min_tokens_and_a_bias_on_an_end_counts_after_it():
 def some_change(rng: random.Random) -> LogitsChange | None:
     kind = rng.choice(["none", "tokens", "mask", "forced", "both"])
     asked = some_sampling(rng, logit_bias=((3, 1.5), (V - 1, -2.0)))
-    penalties = Penalties(asked, [rng.randrange(V) for _ in range(9)], ends=())
+    penalties = Penalties(asked, Prompt(tuple(rng.randrange(V) for _ in range(9))), ends=())
     words = np.asarray([rng.getrandbits(32) | 1 for _ in range(-(-V // 32))], dtype=np.uint32)
     return {
         "none": None,
@@ -343,7 +344,7 @@ def test_an_answer_with_min_tokens_is_at_least_that_long(model, make_request, ma
     ],
 )
 def test_the_edges_of_penalties_leave_something_to_draw(changes):
-    penalties = Penalties(Sampling(**changes), list(range(0, V, 2)), ends=())
+    penalties = Penalties(Sampling(**changes), Prompt(tuple(range(0, V, 2))), ends=())
     penalties.push(list(range(0, V, 2)) * 3)
     change = LogitsChange(penalties.changes())
     for settings in ({"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.5}):
@@ -365,3 +366,23 @@ def test_xtc_spares_newlines_and_whatever_ends_the_answer(model, make_request, m
     spared = {*newline, *model.tokenizer.eos_token_ids, 77, 88}
     assert set(engine.check(asked).sampling.xtc_special_tokens) == spared
     assert engine.check(make_request("r")).sampling.xtc_special_tokens == ()
+
+
+def test_answers_to_one_prompt_share_what_it_holds_and_nothing_that_comes_after():
+    asked = Sampling(
+        repetition_penalty=1.5,
+        frequency_penalty=0.5,
+        frequency_context_size=4,
+        logit_bias=((2, 3.0), (9, -1.0)),
+    )
+    prompt = Prompt((5, 2, 2, 7))
+    fresh = Penalties(asked, Prompt(prompt.token_ids), ends=()).changes()
+    one, other = (Penalties(asked, prompt, ends=()) for _ in range(2))
+    one.push([7, 8, 11])
+    for theirs, expected in zip(other.changes(), fresh, strict=True):
+        np.testing.assert_array_equal(theirs, expected)
+    one.pop(3)
+    again = dict(zip(one.changes().token_ids.tolist(), zip(*one.changes()[1:], strict=True), strict=True))
+    for token_id, values in zip(fresh.token_ids.tolist(), zip(*fresh[1:], strict=True), strict=True):
+        assert again.pop(token_id) == values
+    assert all(values == (0, 1, 0) for values in again.values()), "tokens taken back change nothing"
