@@ -18,8 +18,9 @@ import mlx.nn as nn
 import numpy as np
 from rich.text import Text
 
-from serve.adapters.manifest import AdapterConfig, FineTuneType, write_adapter
-from serve.adapters.version import AdapterVersion
+from serve.adapters.formats.config import AdapterConfig, FineTuneType
+from serve.adapters.formats.manifest import write_adapter
+from serve.adapters.versions.version import AdapterVersion
 from serve.cache.capacity import Bucket, positions_capacity
 from serve.cache.precision import GROUP_SIZES, PLAIN, KvPrecision, precision
 from serve.engine.engine import Engine, EngineLimits
@@ -49,6 +50,7 @@ MEDIA_TOKENS = 8
 """Of words before what is shown, and behind it."""
 CHUNK_TOKENS = 16
 """Of a prompt in a step, so that a prompt takes several."""
+ONE_BLOCK = "all tokens of its prompts see one another, so that none can be computed before the last is known"
 LARGEST_ID = 1000
 """Prompts are made of ids below it, or below the vocabulary's end."""
 MAX_DIFFERENCE, MAX_DIFFERENCE_HALF = 0.05, 0.5
@@ -218,6 +220,9 @@ def _fitting(engine: Engine, bits: float) -> KvPrecision:
 
 
 def _restores(pair: _Pair) -> str:
+    prompt = pair.engine.check(pair.request(1)).prompt
+    if not prompt.whole(len(prompt.token_ids) - 1):
+        raise GenerationError(ONE_BLOCK)
     cold = pair.earlier[pair.column] = pair.ask(1)
     if cold.num_cached_tokens:
         raise GenerationError("it found another's prefix")

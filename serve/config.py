@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from serve.adapters.names import label_problem, name_problem
+from serve.adapters.versions.names import label_problem, name_problem
 from serve.cache.precision import KvPrecision, KvScheme, precision
 from serve.errors import ConfigError, RequestError
 from serve.experiments.assignment import Experiment, Variant
@@ -18,6 +19,7 @@ from serve.media_config import MediaConfig, MediaLimitsConfig
 from serve.model.quantization import Quantization
 from serve.settings import Problems, Strict, load_yaml
 
+Weight = Annotated[float, Field(gt=0, lt=math.inf)]
 SQLITE_PREFIX = "sqlite:///"
 ELSEWHERE = {
     "quantized_kv_start": "write kv_quantize_after",
@@ -63,6 +65,21 @@ class ExperimentConfig(Strict):
         return Experiment(self.name, self.salt or self.name, variants)
 
 
+class DefaultSamplingConfig(Strict):
+    """How tokens are drawn for requests that do not say."""
+
+    temperature: float | None = Field(default=None, ge=0, lt=math.inf)
+    """0 is greedy; 1, if nobody says."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """1, if nobody says."""
+    top_k: int | None = Field(default=None, ge=0)
+    """0, the whole vocabulary, if nobody says."""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    """0, if nobody says."""
+    repetition_penalty: float | None = Field(default=None, gt=0, lt=math.inf)
+    """1, none, if nobody says."""
+
+
 class ServeConfig(Strict):
     """Everything `lathe serve` can be told."""
 
@@ -85,6 +102,12 @@ class ServeConfig(Strict):
     allowed_adapter_roots: tuple[Path, ...] | None = None
     """Folders under which /v1/load_lora_adapter may read. Left out: everywhere when bound to loopback, else
     nowhere."""
+    adapter_watch: tuple[Path, ...] = ()
+    """Folders that are watched: a run's or an adapter's, or one that holds such folders. What a run publishes, and
+    what is put there, becomes a new version of the adapter that is called as the folder. Each under
+    allowed_adapter_roots, where these are named."""
+    adapter_watch_interval_s: float = Field(1.0, gt=0)
+    """Seconds between two looks at them."""
     allowed_media_roots: tuple[Path, ...] | None = None
     """Folders whose files a request may show by their paths. Left out: everything when bound to loopback, else
     nothing."""
@@ -96,8 +119,23 @@ class ServeConfig(Strict):
     """Requests that run at once."""
     max_waiting: int = Field(256, ge=0)
     """Requests that wait for a row; more answer 503 with Retry-After."""
-    prefill_chunk_tokens: int = Field(256, ge=1)
-    """Prompt tokens computed between two decode steps: the longest a running stream is held up."""
+    max_tenant_requests: int | None = Field(None, ge=1)
+    """Requests of one tenant (X-Tenant) that run or wait at once; more answer 429 with Retry-After. No bound but
+    everybody's, if left out."""
+    shares: dict[str, Weight] = Field(default_factory=dict)
+    """Weights of adapters and of the base, by name: rows go to whoever has had least for its weight, which is 1 for
+    those that are not named. If left out, rows go by arrival."""
+    tenant_shares: dict[str, Weight] = Field(default_factory=dict)
+    """The same of tenants (X-Tenant; "" for requests that name none); adapters' shares hold inside one then."""
+    max_gap_ms: float | None = Field(None, gt=0)
+    """Milliseconds that a running stream waits for other requests' prompts between two of its tokens; from how long
+    steps take follows how much is computed. If left out, 28 times what a forward takes at least: a burst is then
+    computed nearly as fast as if no stream ran beside it."""
+    prefill_chunk_tokens: int = Field(2048, ge=1)
+    """Prompt tokens computed in one step at most, padding included: all of them where no stream runs."""
+    row_chunk_tokens: int | None = Field(None, ge=1)
+    """Of one prompt among them. If left out, all; 256 on CPU, where longer chunks are no faster, and in models with
+    sliding windows, whose memory has room for a chunk beside each row's window."""
     max_context: int | None = Field(None, ge=1)
     """Tokens of prompt and answer together; what the model was made for, if left out."""
     memory_budget_gib: float | None = Field(None, gt=0)
@@ -106,8 +144,14 @@ class ServeConfig(Strict):
     kv_budget_gib: float | None = Field(None, gt=0)
     """Of it, at most so much for keys, values, recurrent state and prefixes, in GiB; three quarters, if left out."""
     adapter_budget_gib: float | None = Field(None, gt=0)
-    """Of it, at most so much for adapters, in GiB, with the copies made while one is loaded; a quarter, if left out.
-    A load that needs more answers 507."""
+    """Of it, at most so much for adapters on the device, in GiB, with the copies made while one is loaded; a quarter,
+    if left out. A load that needs more answers 507."""
+    adapter_host_gib: float | None = Field(None, ge=0)
+    """At most so much for adapters in host memory, from where they come to a slot without being read again, in GiB;
+    what those on the device leave of adapter_budget_gib, if left out; with CUDA a quarter of the host's free one."""
+    adapter_file_gib: float = Field(4, ge=0)
+    """At most so much, in GiB, for files of adapters that left memory and that nobody else has any more, since their
+    folder was written over: in a folder of the server's own, removed when it ends."""
     prefix_cache_gib: float | None = Field(None, ge=0)
     """Of the keys' and values' memory, at most so much for prefixes of earlier prompts and answers, in GiB: all that
     the running rows leave, if left out; 0 keeps none."""
@@ -145,13 +189,27 @@ class ServeConfig(Strict):
     """Build a step before the tokens of the one before it are read, so that the device does not wait for Python;
     auto: everywhere but on CPU."""
     max_adapters: int = Field(64, ge=1)
-    """Adapters that can be asked for at once. A version that was replaced while requests hold it counts no more."""
+    """Adapters that are on the device at once. Others that are known come there when they are asked for. A version
+    that was replaced while requests hold it counts no more."""
+    adapter_versions: int = Field(8, ge=0)
+    """Earlier versions of a name that can be asked for as name@N, and rolled back to."""
+    adapter_dirs: tuple[Path, ...] = ()
+    """Folders in which a model name that is not known is looked up: the adapter folder of that name is loaded by the
+    first request that asks for it. Links that lead out of them are refused."""
+    adapter_hub: tuple[str, ...] = ()
+    """Owners and repositories (`owner`, `owner/name`) that are looked up on the Hugging Face hub the same way, after
+    adapter_dirs; of a repository the adapter's files alone are fetched."""
     max_rank: int = Field(256, ge=1)
     """Largest rank an adapter may have."""
     allow_other_base: bool = False
     """Load adapters whose manifest names other base weights, or another tokenizer."""
     default_max_tokens: int | None = Field(None, ge=1)
     """Answer length of requests that name none, in tokens; the rest of the context, if left out."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """auto: a request that names no temperature, top_p, top_k, min_p or repetition_penalty has the model's, from the
+    generation_config.json beside its weights (vLLM's --generation-config). none: that file is not asked."""
+    default_sampling: DefaultSamplingConfig = Field(default_factory=DefaultSamplingConfig)
+    """The same by the server; it comes before the model's, and after the request's."""
     special_tokens_in_messages: Literal["words", "control"] = "words"
     """What the text of a special token is inside a message. words: its characters, so that nobody writes a turn into
     what they say. control: the token, for clients that build turns inside messages themselves."""
@@ -185,6 +243,23 @@ class ServeConfig(Strict):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def watch_roots(self) -> tuple[Path, ...] | None:
+        """Where files of watched adapters may be, links followed; None: anywhere. ConfigError where a watched folder
+        is not there itself."""
+        roots = self.allowed_adapter_roots
+        if roots is None:
+            return None if self.is_loopback else self.adapter_watch
+        allowed = [root.expanduser().resolve() for root in roots]
+        for folder in self.adapter_watch:
+            place = folder.expanduser().resolve()
+            if not any(place.is_relative_to(root) for root in allowed):
+                raise ConfigError(
+                    f"adapter_watch: {folder} is under none of allowed_adapter_roots "
+                    f"({', '.join(map(str, roots)) or 'none'})"
+                )
+        return roots
 
     @property
     def media_roots(self) -> tuple[Path, ...]:
@@ -226,6 +301,7 @@ class ServeConfig(Strict):
             *self._experiment_problems(),
             *self._memory_problems(),
             *self._precision_problems(),
+            *self._hub_problems(),
             *self.media.problems(),
         ]
         if problems:
@@ -237,6 +313,7 @@ class ServeConfig(Strict):
         for key, whole_key in (
             ("kv_budget_gib", "memory_budget_gib"),
             ("adapter_budget_gib", "memory_budget_gib"),
+            ("adapter_host_gib", "memory_budget_gib"),
             ("prefix_cache_gib", "memory_budget_gib"),
             ("prefix_cache_gib", "kv_budget_gib"),
             ("feature_cache_gib", "memory_budget_gib"),
@@ -267,6 +344,13 @@ class ServeConfig(Strict):
             self.kv_precision  # noqa: B018
         except RequestError as error:
             yield error.param or "kv_bits", str(error)
+
+    def _hub_problems(self) -> Iterator[tuple[str, str]]:
+        """What can be neither an owner nor a repository."""
+        for index, name in enumerate(self.adapter_hub):
+            parts = name.split("/")
+            if len(parts) > 2 or not all(parts) or name_problem(name):
+                yield f"adapter_hub.{index}", f"found {name!a:.80}; expected an owner, or owner/name"
 
     def _experiment_problems(self) -> Iterator[tuple[str, str]]:
         """Arms of one name, arms that are experiments, names that reports and headers cannot say."""
@@ -358,8 +442,11 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
     }
     if config.allowed_adapter_roots is not None:
         changes["allowed_adapter_roots"] = tuple(_under(folder, r) for r in config.allowed_adapter_roots)
+    changes["adapter_watch"] = tuple(_under(folder, watched) for watched in config.adapter_watch)
     if config.allowed_media_roots is not None:
         changes["allowed_media_roots"] = tuple(_under(folder, r) for r in config.allowed_media_roots)
+    if config.adapter_dirs:
+        changes["adapter_dirs"] = tuple(_under(folder, each) for each in config.adapter_dirs)
     for key in ("prefix_cache_dir", "feature_cache_dir"):
         if (path := getattr(config, key)) is not None:
             changes[key] = _under(folder, path)

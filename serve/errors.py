@@ -6,11 +6,14 @@ LatheError                        500 internal_error
 ├── ModelError (ValueError)       400 invalid_model
 ├── AdapterError (ValueError)     400 invalid_adapter
 ├── AdapterMemoryError (MemoryError) 507 adapter_memory
+├── AdapterGoneError (LookupError) 410 adapter_gone
 ├── RequestError (ValueError)     400 invalid_request_error
 │   └── ContextLengthError        400 context_length_exceeded
 ├── NotFoundError (LookupError)   404 model_not_found
 ├── ForbiddenError (PermissionError) 403 forbidden
 ├── OverloadedError (RuntimeError) 503 overloaded
+│   └── TenantLimitError          429 rate_limit_exceeded
+├── DeadlineError (TimeoutError)  504 deadline_exceeded
 ├── StoppedError (RuntimeError)   503 engine_stopped
 ├── GenerationError (RuntimeError) 500 generation_failed
 ├── TrainingError (RuntimeError)  500 training_failed
@@ -62,6 +65,13 @@ class AdapterMemoryError(LatheError, MemoryError):
     code = "adapter_memory"
 
 
+class AdapterGoneError(LatheError, LookupError):
+    """A version that is known, and whose content is nowhere any more; the message says where it was looked for."""
+
+    status = 410
+    code = "adapter_gone"
+
+
 class RequestError(LatheError, ValueError):
     """A request that cannot be served as asked. `param` is the field at fault."""
 
@@ -102,6 +112,20 @@ class OverloadedError(LatheError, RuntimeError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class TenantLimitError(OverloadedError):
+    """One tenant asks for more at once than it may; others are served."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+
+class DeadlineError(LatheError, TimeoutError):
+    """The time in which a request wanted its answer has passed."""
+
+    status = 504
+    code = "deadline_exceeded"
 
 
 class StoppedError(LatheError, RuntimeError):

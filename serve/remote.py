@@ -88,6 +88,11 @@ def _is_loopback(host: str) -> bool:
 
 def served_models(url: str, api_key: str | None = None) -> list[str]:
     """The names a request's `model` may hold. Raises ConfigError saying what is there instead of such a server."""
+    return [str(entry["id"]) for entry in _listed(url, api_key)]
+
+
+def _listed(url: str, api_key: str | None) -> list[dict[str, Any]]:
+    """What /v1/models lists, each with an id. Raises ConfigError."""
     try:
         with connect(url, api_key) as http:
             listed = http.get("/v1/models", timeout=MODELS_TIMEOUT_S)
@@ -105,13 +110,18 @@ def served_models(url: str, api_key: str | None = None) -> list[str]:
             f"{url} sends on to {listed.headers['Location']}; give the address that it moved to"
         )
     try:
-        return [str(entry["id"]) for entry in listed.json()["data"]]
+        return [{**entry, "id": entry["id"]} for entry in listed.json()["data"]]
     except (ValueError, LookupError, TypeError):
         raise ConfigError(
             f"{url}: what answers there is no OpenAI-compatible server: {listed.url} gave "
             f"{listed.status_code}, {message_of(listed.text) or 'nothing'}\n"
             "  expected the address that `lathe serve MODEL` prints"
         ) from None
+
+
+def served_adapters(url: str, api_key: str | None = None) -> list[str]:
+    """Those of its models that say they stand on another one, in its order. Raises ConfigError."""
+    return [str(entry["id"]) for entry in _listed(url, api_key) if entry.get("parent")]
 
 
 def choose_model(url: str, model: str | None, api_key: str | None = None) -> str:

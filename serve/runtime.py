@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from serve.adapters.registry import Registry
-from serve.adapters.version import AdapterVersion
+from serve.adapters.registry.copies import Copies
+from serve.adapters.registry.registry import Registry
+from serve.adapters.registry.resolver import Resolver
+from serve.adapters.registry.watch import AdapterWatch
+from serve.adapters.versions.version import AdapterVersion
 from serve.config import ServeConfig
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.worker import Worker
+from serve.errors import AdapterError
 from serve.experiments.recorder import Recorder
 from serve.experiments.store import Run, Store
+from serve.model.generation_config import SamplingDefaults, read_defaults
 from serve.model.loading import LoadedModel, load
 from serve.model.template import ChatTemplate
 from serve.model.template_rules import TemplateRules, make_template
@@ -40,6 +46,12 @@ class Runtime:
     """By public name."""
     recorder: Recorder | None
     """None without experiments."""
+    resolver: Resolver
+    """Where names that nobody loaded are looked up."""
+    sampling_defaults: SamplingDefaults
+    """Of requests that say nothing."""
+    watch: AdapterWatch | None = None
+    """None where no folder is watched."""
 
     @property
     def registry(self) -> Registry:
@@ -50,6 +62,13 @@ class Runtime:
         """The chat template that an adapter version answers under, or the base (None)."""
         return version.template if version is not None and version.template is not None else self.template
 
+    def prefix_bytes(self, version: AdapterVersion | None) -> int:
+        """Memory that holds keys and values of prefixes under an adapter, or the base (None). Blocks until a step has
+        ended."""
+        found: list[int] = []
+        self.worker.call(lambda: found.append(self.engine.prefix_bytes(version)))
+        return found[0]
+
     @property
     def max_context(self) -> int:
         """Tokens of prompt and answer together."""
@@ -58,6 +77,7 @@ class Runtime:
     @classmethod
     def start(cls, config: ServeConfig) -> Runtime:
         """Load the model and the adapters, open the store, start the engine's thread. Raises LatheError."""
+        config.watch_roots  # noqa: B018 - before anything is loaded
         model = load(
             config.model,
             name=config.base_name,
@@ -70,8 +90,12 @@ class Runtime:
     @classmethod
     def around(cls, model: LoadedModel, config: ServeConfig) -> Runtime:
         """As `start`, on a model that is loaded already and named config.base_name."""
+        defaults = SamplingDefaults(**config.default_sampling.model_dump())
+        if config.generation_config == "auto":
+            defaults = defaults.over(read_defaults(model.path))
         rules = TemplateRules(config.special_tokens_in_messages)
         engine = Engine(model, _limits(config), rules)
+        engine.bank.measure()
         template = make_template(model.tokenizer, rules)
         sight = sight_of(model, config)
         for adapter in config.adapters:
@@ -79,27 +103,67 @@ class Runtime:
         recorder = Recorder(Store(config.store)) if config.experiments else None
         runs = [recorder.store.begin_run(each.build()) for each in config.experiments] if recorder else []
         experiments = {run.experiment.name: run for run in runs}
+        watch = _watch_of(config, engine.registry, experiments)
         worker = Worker(engine)
         worker.start()
-        return cls(config, model, engine, worker, template, sight, experiments, recorder)
+        if watch is not None:
+            watch.start()
+        resolver = Resolver(engine.registry, config.adapter_dirs, config.adapter_hub)
+        return cls(
+            config, model, engine, worker, template, sight, experiments, recorder, resolver, defaults, watch
+        )
 
     def close(self) -> None:
         """Stop the engine's thread, whose open requests end with an error, and finish writing."""
+        if self.watch is not None:
+            self.watch.close()
         self.worker.stop()
         self.engine.close()
         if self.recorder is not None:
             self.recorder.close()
 
 
+def _watch_of(config: ServeConfig, registry: Registry, experiments: Mapping[str, Run]) -> AdapterWatch | None:
+    """What follows the watched folders, to be started once the engine's thread runs."""
+    if not config.adapter_watch:
+        return None
+
+    def load(name: str, path: Path) -> AdapterVersion:
+        if name in experiments:
+            raise AdapterError(f"{name!r} is the public name of an experiment; call the folder otherwise")
+        return registry.load(name, path, replace=True)
+
+    def is_known(name: str, path: Path) -> bool:
+        shown = registry.find(name)
+        known = [each.version for each in shown.versions] if shown else []
+        return any(each.path == str(path) for each in (*known, *registry.versions()))
+
+    return AdapterWatch(
+        config.adapter_watch,
+        load,
+        Copies(is_known),
+        roots=config.watch_roots,
+        interval_s=config.adapter_watch_interval_s,
+        max_bytes=registry.max_bytes,
+    )
+
+
 def _limits(config: ServeConfig) -> EngineLimits:
     return EngineLimits(
         max_rows=config.max_rows,
         max_waiting=config.max_waiting,
+        max_tenant_requests=config.max_tenant_requests,
+        shares={"" if name == config.base_name else name: share for name, share in config.shares.items()},
+        tenant_shares=config.tenant_shares,
         prefill_chunk_tokens=config.prefill_chunk_tokens,
+        row_chunk_tokens=config.row_chunk_tokens,
+        max_gap_ms=config.max_gap_ms,
         max_context=config.max_context,
         memory_budget_bytes=_bytes(config.memory_budget_gib),
         kv_budget_bytes=_bytes(config.kv_budget_gib),
         adapter_budget_bytes=_bytes(config.adapter_budget_gib),
+        adapter_host_bytes=_bytes(config.adapter_host_gib),
+        adapter_file_bytes=int(config.adapter_file_gib * 2**30),
         prefix_cache_bytes=_bytes(config.prefix_cache_gib),
         prefix_cache_dir=config.prefix_cache_dir,
         prefix_cache_disk_bytes=_bytes(config.prefix_cache_disk_gib),
@@ -110,6 +174,7 @@ def _limits(config: ServeConfig) -> EngineLimits:
         precision=config.kv_precision,
         ahead=AHEAD[config.one_step_ahead],
         max_adapters=config.max_adapters,
+        adapter_versions=config.adapter_versions,
         max_rank=config.max_rank,
         allow_other_base=config.allow_other_base,
     )

@@ -26,12 +26,14 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors
 from sighted import Alone
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from vlm_families import Reference, write_random_lora, write_vlm
 
-from serve.adapters.manifest import AdapterConfig, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import write_adapter
 from serve.cache.precision import PLAIN, KvPrecision
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
@@ -340,11 +342,31 @@ def make_request() -> Callable[..., Request]:
     return make
 
 
-def _could_draw(logits: mx.array, request: Request, number: int, token_id: int) -> bool:
-    """Whether rounding can make the request's `number`-th token this one: logits [V], shaken by a near-tie."""
-    width = NEAR_TIE * mx.abs(logits).max()
+def _edited(logits: mx.array, request: Request, answer: Sequence[int]) -> mx.array:
+    """Logits [N, V] of the token after `answer` as the request's penalties have them, by mlx-lm's own processors."""
+    asked, everything = request.sampling, 1 << 30
+    reaches: dict[bool, dict[str, Any]] = {True: {"logit_bias": dict(asked.logit_bias)}, False: {}}
+    reaches[True]["repetition_penalty"] = asked.repetition_penalty
+    reaches[True]["repetition_context_size"] = asked.repetition_context_size or everything
+    for name in ("presence", "frequency"):
+        window = getattr(asked, f"{name}_context_size")
+        reaches[window is not None][f"{name}_penalty"] = getattr(asked, f"{name}_penalty")
+        reaches[window is not None][f"{name}_context_size"] = window or everything
+    for has_prompt, settings in reaches.items():
+        history = [*(request.prompt.token_ids if has_prompt else ()), *answer]
+        for processor in make_logits_processors(**settings):
+            logits = processor(mx.array(history), logits) if history else logits
+    if len(answer) < asked.min_tokens:
+        logits[:, list(asked.stop_token_ids)] = -mx.inf
+    return logits
+
+
+def _could_draw(logits: mx.array, request: Request, answer: Sequence[int], token_id: int) -> bool:
+    """Whether rounding can make the token after `answer` this one: logits [V], shaken by a near-tie."""
+    number, width = len(answer), NEAR_TIE * mx.abs(logits).max()
     shaken = logits + width * mx.random.normal((64, logits.size), key=mx.random.key(number))
-    return token_id in Sampler([request.sampling] * 64).draw(shaken, [number] * 64).tolist()
+    shaken = _edited(shaken, request, answer)
+    return token_id in Sampler([request.sampling] * 64).tokens(shaken, [number] * 64).tolist()
 
 
 class StoredCache(KVCache):
@@ -425,17 +447,18 @@ def _could_be_stored(request: Request, token_ids: Sequence[int], module: nn.Modu
     """Whether rounding can make it this token by way of a quantized key: one that lies between two codes may have
     either, which moves the logits of all that comes by what a code is worth."""
     shaken = _logits(request, token_ids[: number + 1], module, [3e-6] * 48)[:, number]
-    return any(_could_draw(logits, request, number, token_ids[number]) for logits in shaken)
+    return any(_could_draw(logits, request, token_ids[:number], token_ids[number]) for logits in shaken)
 
 
 def _assert_drawn(request: Request, token_ids: Sequence[int], module: nn.Module) -> None:
     count, is_plain = len(token_ids), request.precision is None or request.precision.is_plain
     logits = _logits(request, token_ids, module, [0.0])[0]
-    expected = Sampler([request.sampling] * count).draw(logits, range(count)).tolist()
+    changed = [_edited(logits[number][None], request, token_ids[:number]) for number in range(count)]
+    expected = Sampler([request.sampling] * count).tokens(mx.concatenate(changed), range(count)).tolist()
     for number, (found, wanted) in enumerate(zip(token_ids, expected, strict=True)):
         is_drawn = (
             found == wanted
-            or _could_draw(logits[number], request, number, found)
+            or _could_draw(logits[number], request, token_ids[:number], found)
             or (not is_plain and _could_be_stored(request, token_ids, module, number))
         )
         assert is_drawn, f"{request.id}: token {number} is {found}, the whole model draws {wanted}"

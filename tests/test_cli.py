@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 import lathe
+from serve.commands import serving
 from serve.config import ServeConfig, load_config
 from serve.experiments.assignment import Experiment, Variant
 from serve.experiments.store import Exposure, Store
@@ -28,10 +29,25 @@ COMMANDS = (
     "ab report",
     "ab runs",
     "ab drop",
+    "data",
+    "data show",
+    "adapters",
+    "adapters inspect",
+    "adapters convert",
+    "adapters diff",
+    "adapters merge",
+    "adapters extract",
+    "adapters list",
+    "adapters load",
+    "adapters unload",
+    "adapters rollback",
+    "adapters pin",
+    "adapters unpin",
     "export",
     "bench",
     "bench serve",
     "bench compare",
+    "bench adapters",
     "bench step",
     "bench cache",
     "bench conversations",
@@ -69,7 +85,9 @@ def test_every_command_explains_itself(command):
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-@pytest.mark.parametrize("command", [each for each in COMMANDS if each not in ("ab", "bench")])
+@pytest.mark.parametrize(
+    "command", [each for each in COMMANDS if each not in ("ab", "adapters", "bench", "data")]
+)
 def test_help_cuts_no_option_and_no_default(command, width):
     found = typer.main.get_command(lathe.app)
     for word in command.split():
@@ -86,28 +104,37 @@ def test_help_cuts_no_option_and_no_default(command, width):
 
 
 def test_the_list_of_commands_here_is_complete():
-    groups = {"": lathe.app, "ab ": lathe.ab_app, "bench ": lathe.bench_app}
-    named = {
-        prefix + (command.name or command.callback.__name__)
-        for prefix, group in groups.items()
-        for command in group.registered_commands
-    }
-    assert named | {"ab", "bench"} == set(COMMANDS)
+    there = typer.main.get_command(lathe.app).commands
+    within = {f"{group} {name}" for group in there for name in getattr(there[group], "commands", ())}
+    assert {*there, *within} == set(COMMANDS)
 
 
-FLAGS_OF_MEDIA = {
-    "allowed_media_root": "allowed_media_roots",
-    "allow_private_hosts": "media_limits.allow_private_hosts",
-    "max_media": "media_limits.max_items",
-    "max_pixels": "media.max_pixels",
-}
-"""Flags by other names than their keys': one is given several times, the others stand in groups."""
+def test_what_help_says_of_a_command_is_what_the_command_says_of_itself():
+    there = typer.main.get_command(lathe.app).commands
+    said = {name: there[name].get_short_help_str(1000) for name in there}
+    assert said == {name: said for name, (_, said) in lathe.COMMANDS.items()}
+
+
+def test_no_commands_help_loads_mlx():
+    """Options are read before what they are for is loaded."""
+    script = (
+        "import sys, lathe\n"
+        "from typer.testing import CliRunner\n"
+        f"for command in {COMMANDS!r}:\n"
+        "    result = CliRunner().invoke(lathe.app, [*command.split(), '--help'])\n"
+        "    assert 'Usage:' in result.output, command\n"
+        "print(sorted({'serve', 'train', 'mlx', 'numpy', 'httpx', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "['serve', 'train']"
 
 
 def test_the_flags_of_serve_are_keys_of_its_configuration():
     flags = {each.name: each for each in typer.main.get_command(lathe.app).commands["serve"].params}
     flags = {name: each for name, each in flags.items() if name not in ("model", "adapter", "overrides")}
-    for name, key in FLAGS_OF_MEDIA.items():
+    for name, key in serving.KEYS_OF.items():
         assert not flags.pop(name).default, "what is not given is the file's"
         group, _, inside = key.rpartition(".")
         fields = (ServeConfig.model_fields[group].annotation if group else ServeConfig).model_fields
@@ -127,6 +154,70 @@ def test_the_flags_of_serve_are_keys_of_its_configuration():
     for name, flag in flags.items():
         assert flag.opts == [f"--{name.replace('_', '-')}"]
         assert flag.default is None, "what is not given is the file's"
+
+
+FLAGS_GIVEN = {
+    "adapter_watch": [Path("w")],
+    "memory_budget_gib": 3.0,
+    "prefix_cache_gib": 0.5,
+    "prefix_cache_dir": Path("p"),
+    "prefix_cache_disk_gib": 1.5,
+    "encode_patches": 64,
+    "feature_cache_gib": 0.25,
+    "feature_cache_dir": Path("f"),
+    "feature_cache_disk_gib": 2.5,
+    "kv_bits": 8.0,
+    "kv_value_bits": 4.0,
+    "kv_scheme": "affine",
+    "kv_group_size": 32,
+    "kv_quantize_after": 7,
+    "kv_plain_layers": 2,
+    "one_step_ahead": "off",
+    "allowed_media_root": [Path("a"), Path("b")],
+    "allow_private_hosts": True,
+    "max_media": 3,
+    "max_pixels": 50_000,
+    "generation_config": "none",
+    "temperature": 0.0,
+    "top_p": 0.5,
+    "top_k": 0,
+    "min_p": 0.25,
+    "repetition_penalty": 1.5,
+}
+
+
+def serve_config(*words: str) -> ServeConfig:
+    """What `lathe serve m` and these words ask for."""
+    command = typer.main.get_command(lathe.app).commands["serve"]
+    return load_config("m", serving.keys_given(command.make_context("serve", ["m", *words]).params))
+
+
+def test_every_flag_of_serve_arrives_in_its_key_and_no_other_key_changes():
+    flags = {each.name for each in typer.main.get_command(lathe.app).commands["serve"].params}
+    assert set(FLAGS_GIVEN) == flags - set(serving.NOT_KEYS)
+    plain = load_config("m")
+    assert serve_config() == plain, "what is not given is the file's"
+    for flag, value in FLAGS_GIVEN.items():
+        name = f"--{flag.replace('_', '-')}"
+        values = value if isinstance(value, list) else [value]
+        words = [name] if value is True else [word for each in values for word in (name, str(each))]
+        needed = ["--prefix-cache-dir", "p"] if flag == "prefix_cache_disk_gib" else []
+        needed = ["--feature-cache-dir", "p"] if flag == "feature_cache_disk_gib" else needed
+        needed = ["--kv-bits", "8"] if flag.startswith("kv_") and flag != "kv_bits" else needed
+        before, after = serve_config(*needed).model_dump(), serve_config(*needed, *words).model_dump()
+        *groups, key = serving.KEYS_OF.get(flag, flag).split(".")
+        inside_before, inside_after = before, after
+        for group in groups:
+            inside_before, inside_after = inside_before[group], inside_after[group]
+        was, found = inside_before.pop(key), inside_after.pop(key)
+        assert found != was, f"{flag}: another value would tell more"
+        if isinstance(values[0], Path):
+            assert [Path(each) for each in (found if isinstance(value, list) else [found])] == [
+                each.absolute() for each in values
+            ]
+        else:
+            assert found == value, flag
+        assert before == after, f"{flag} changes another key"
 
 
 BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\niters: many\n"
@@ -165,6 +256,28 @@ BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\nite
         ("bench train --model nowhere/at-all", ("nowhere/at-all",)),
         ("bench train --json /dev/null/numbers.json", ("/dev/null/numbers.json", "cannot be written")),
         ("bench serve --endpoint mail", ("--endpoint", "completions")),
+        ("bench serve --prompt-tokens 0", ("--prompt-tokens", "'0'", "uniform:64:512")),
+        ("bench serve --max-tokens uniform:9:3", ("--max-tokens", "uniform:9:3")),
+        ("bench serve --request-rate 0", ("--request-rate", "0.5,4,inf")),
+        ("bench serve --request-rate nan", ("--request-rate", "nan")),
+        ("bench serve --burstiness 2", ("--burstiness", "--request-rate")),
+        ("bench serve --request-rate 1 --burstiness nan", ("--burstiness", "above 0")),
+        ("bench serve --time-limit 0", ("--time-limit", "above 0")),
+        ("bench serve --goodput itl:5", ("--goodput", "itl:5", "ttft:500")),
+        ("bench serve --goodput ttft:5,ttft:6", ("--goodput", "twice")),
+        ("bench serve --model a --adapters 3", ("--model", "--adapters")),
+        ("bench serve --model ,", ("--model", "a,b,c")),
+        ("bench serve --prefix-tokens 64", ("--prefix-tokens", "--num-prefixes")),
+        ("bench serve --prefix-zipf 2", ("--prefix-zipf", "--num-prefixes")),
+        ("bench serve --set max_rows=3", ("--set", "--start")),
+        ("bench serve --start tiny --url http://127.0.0.1:1", ("--start", "--url")),
+        ("bench serve --png /dev/null/picture.png", ("--png", "/dev/null/picture.png")),
+        ("bench compare --only lathe", ("--only", "lathe", "mixed32")),
+        ("bench compare --only lathe,ollama", ("--only", "ollama", "vllm_mlx")),
+        ("bench compare --time-limit -1", ("--time-limit", "above 0")),
+        ("bench compare --png /dev/null/picture.png", ("--png", "/dev/null/picture.png")),
+        ("bench adapters --parts mixes,none", ("--parts", "none", "ranks")),
+        ("bench adapters --size 3B", ("--size", "29M")),
         ("demo --folder {tmp}", ("another folder",)),
         ("no-such-command", ("no-such-command",)),
     ],
@@ -240,6 +353,34 @@ def test_a_json_file_that_cannot_be_written_is_a_foreseen_failure(tmp_path):
     assert done.returncode == 1
     assert "doctor.json" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status"), [("runs", 1), ("bench step", 2), ("bench adapters", 2), ("adapters list", 2)]
+)
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_numbers_do_not_take_the_place_of_what_is_no_file(words, status, is_linked, tmp_path, capsys):
+    """A pipe, as /dev/stdout may be one; a device would be gone for everybody on the machine."""
+    pipe, named = tmp_path / "pipe", tmp_path / "named"
+    os.mkfifo(pipe)
+    if is_linked:
+        named.symlink_to(pipe)
+    with pytest.raises(SystemExit) as stop:
+        lathe.main([*words.split(), "--json", str(named if is_linked else pipe)])
+    assert stop.value.code == status
+    assert "cannot be written" in capsys.readouterr().err
+    assert pipe.is_fifo()
+    assert named.is_symlink() == is_linked
+
+
+def test_numbers_go_where_a_link_leads(tmp_path, capsys):
+    (tmp_path / "link.json").symlink_to(tmp_path / "there.json")
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            lathe.main(["runs", str(tmp_path), "--json", str(tmp_path / "link.json")])
+        assert not stop.value.code, capsys.readouterr().err
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "there.json").read_text()) is not None
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -40,13 +41,40 @@ def test_the_base_cannot_do_the_task_and_both_adapters_can(demo):
         assert score["exact_match"] >= LEAST_OF_EACH
 
 
-def test_an_adapter_arrived_while_another_streamed(demo):
+def test_an_adapter_got_better_version_by_version_while_it_trained(demo):
+    _, numbers, printed = demo
+    live = numbers["live"]
+    versions = live["versions"]
+    assert len(versions) >= 4
+    order = [int(each["version"].rpartition("@")[2]) for each in versions]
+    assert order == sorted(set(order))
+    *steps, end = [each["step"] for each in versions]
+    assert end is None, "the adapter that the run came to"
+    assert steps == sorted(set(steps))
+    first, last = versions[0]["num_exact"], versions[-1]["num_exact"]
+    assert first <= live["num_probes"] / 2 < LEAST_OF_EACH * live["num_probes"] <= last
+    assert versions[-1]["answer"] == live["wanted"] != versions[0]["answer"]
+    shown = " ".join(printed.split())
+    assert not [each for each in versions if each["version"] not in shown or each["answer"] not in shown]
+
+
+def test_a_stream_went_on_all_the_while(demo):
+    _, numbers, printed = demo
+    live = numbers["live"]
+    before = [each["pieces_before"] for each in live["versions"][:-1]]
+    assert before[0] > 0
+    assert all(earlier < later for earlier, later in pairwise([*before, live["num_pieces"]]))
+    assert live["longest_gap_s"] < live["seconds"] / 4
+    assert f"longest gap {live['longest_gap_s'] * 1e3:.0f} ms" in printed
+
+
+def test_going_back_a_version_gives_its_answers_and_going_forward_the_newest(demo):
     _, numbers, _ = demo
-    seen = numbers["hot_load"]
-    assert seen["stream_went_on"]
-    assert seen["pieces_before"] > 0
-    assert seen["pieces_after"] > 0
-    assert seen["pieces_before"] + seen["pieces_during"] + seen["pieces_after"] > 100
+    live = numbers["live"]
+    back, first, last = live["went_back"], live["versions"][0], live["versions"][-1]
+    assert (back["version"], back["forward_to"]) == (first["version"], last["version"])
+    assert back["num_exact"] == first["num_exact"]
+    assert back["forward_num_exact"] == last["num_exact"]
 
 
 def test_the_experiment_saw_every_prompt_once_and_agrees_with_the_scores(demo):

@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.text import Text
 
 import lathe
-from serve import combinations, doctor
+from serve import combinations, doctor, remote_adapters
+from serve.adapters.tools import difference, extraction, inspection
 from serve.bench import compare as serve_compare
-from serve.bench import conversations, finding, step
+from serve.bench import conversations, finding, mixtures, step
+from serve.bench.goodput import Goodput
 from serve.bench.scripts import Setting
 from serve.bench.summary import Spread, Summary
 from serve.bench.summary import table as summary_table
@@ -35,7 +37,7 @@ from serve.experiments.report import (
 from serve.experiments.statistics import Interval
 from serve.experiments.store import Drop, Run, RunCounts
 from serve.tables import LEAST_OF_WORDS, Column, Table, numbers, show, words
-from train import demo
+from train import demo, demo_live
 from train.after import export
 from train.bench import compare as train_compare
 from train.bench import sighted_compare
@@ -173,7 +175,7 @@ def vars_of(device: Device) -> dict:
 
 
 def summary() -> Summary:
-    slow = Spread(1.0, 1.276, 123.456, 200.0)
+    slow = Spread(1.0, 1.276, 123.456, 150.0, 200.0)
     given = dict.fromkeys((each.name for each in fields(Summary)), 0)
     given |= {
         "label": f"lathe, {LONG}",
@@ -181,21 +183,36 @@ def summary() -> Summary:
         "num_requests": 9_876_543,
         "num_errors": 1_234_567,
     }
-    given |= {"tokens_per_s": 1_234_567.8, "ttft_s": slow, "tpot_s": slow}
+    given |= {"tokens_per_s": 1_234_567.8, "ttft_s": slow, "tpot_s": slow, "gap_s": slow}
+    given |= {"request_rate": 12345.5, "goodput": Goodput("ttft:1", 98765.43, 0.4321)}
     return Summary(**given)
 
 
 def serving_bench() -> Case:
-    must = [LONG, "1,234,567.8", "1,276", "123,456", "1,234,567", "9,876,543", "1024"]
+    must = [
+        LONG,
+        "1,234,567.8",
+        "1,276",
+        "123,456",
+        "150,000",
+        "200,000",
+        "1,234,567",
+        "9,876,543",
+        "1024",
+        "12345.5",
+        "98,765.43",
+        "(43%)",
+    ]
     return lambda console: show(console, summary_table(f"http://127.0.0.1:1/{LONGER}", [summary()])), must
 
 
 def serving_comparison() -> Case:
     ratios = [
-        serve_compare.Ratio(LONG, f"{LONG}-b", level, 1234.5, 1000.25, 98765.75) for level in (1, 4, 16, 64)
+        serve_compare.Ratio(LONG, f"{LONG}-b", level, 1234.5, 1000.25, 98765.75, asked=1235.25, is_met=False)
+        for level in (1, 4, 16, 64)
     ]
     outcome = serve_compare.Outcome([], ratios, {})
-    must = [LONG, f"{LONG}-b", "1234.50", "(1000.25,", "98765.75)"]
+    must = [LONG, f"{LONG}-b", "1234.50", "(1000.25,", "98765.75)", "1235.25", "✗"]
     return lambda console: show(console, serve_compare.table(outcome)), must
 
 
@@ -214,7 +231,7 @@ def cache_bench() -> Case:
 
 
 def conversations_bench() -> Case:
-    slow = Spread(1.0, 1.276, 123.456, 200.0)
+    slow = Spread(1.0, 1.276, 123.456, 150.0, 200.0)
     given = dict.fromkeys((each.name for each in fields(conversations.Result)), 0.0)
     given |= {"label": f"lathe-{LONG}", "num_turns": 9_876_543, "num_errors": 1_234_567, "hit_rate": 0.9876}
     given |= {"most_possible": 0.9987, "ttft_s": slow, "first_turns_ttft_s": slow, "answers_per_s": 1234.5}
@@ -358,6 +375,67 @@ def demo_result() -> Case:
     return lambda console: demo._show(numbers_, report, console), must
 
 
+def extracted() -> Case:
+    found = extraction.Extraction({}, (extraction.Kept(LONGER, 1.2345, 0.98765, 123_456),), {LONG: 0.5})
+    return lambda console: show(console, *extraction.tables(found)), [
+        LONGER,
+        "123.450%",
+        "98.765%",
+        "123456",
+        LONG,
+    ]
+
+
+def inspected() -> Case:
+    module = inspection.Module(LONGER, 12_345_678, 7_654_321, 128, 1024, 1234.5, "bfloat16", 98.76, False)
+    found = inspection.Inspection(LONG, "peft", "lora", (module,), (), 123_456_789, 2**40, None, ())
+    must = [LONGER, LONG, "128", "12345678", "7654321", "1024", "1234.5", "98.76", "bfloat16", "123,456,789"]
+    return lambda console: show(console, *inspection.tables(found)), must
+
+
+def adapters_apart() -> Case:
+    apart = difference.Apart(LONGER, 1.234e-06, 5678.0, 0.1234, -0.9876, 0.5432)
+    found = difference.Difference((apart,), (f"{LONG}.bias",))
+    must = [LONGER, "1.234e-06", "5678", "0.1234", "-0.9876", "0.5432", LONG, f"{LONG}-b", f"{LONG}.bias"]
+    return lambda console: show(console, *difference.tables(found, LONG, f"{LONG}-b")), must
+
+
+def adapters_served() -> Case:
+    version = {
+        "id": f"{LONG}@12345", "state": "resident", "slot": 1_234_567, "rank": {"min": 8, "max": 1024},
+        "modules": 7_654_321, "bytes": {"content": 123_456 * 2**20}, "hits": 9_876_543,
+        "held_by": {"requests": 3_456_789}, "path": f"/srv/{LONGER}",
+    }  # fmt: skip
+    listing = {"data": [{"pinned": True, "current": version["id"], "versions": [version]}]}
+    must = [f"{LONG}@12345", "pinned", "1234567", "8-1024", "7654321", "123456.0"]
+    must += ["9876543", "3456789", f"/srv/{LONGER}"]
+    return lambda console: show(console, remote_adapters.table(listing)), must
+
+
+def mixtures_bench() -> Case:
+    clocks = [mixtures.Clock(123_456.7, 1234.5)], [mixtures.Clock(246_913.4, 2469.0)]
+    found = mixtures.Result(1024, mixtures.Mixture(LONG, 32, (8,), 0.85), "tiles", *clocks)
+    must = ["1024", LONG, "tiles", "123456.7", "246913.4", "0.50", "0.85"]
+    return lambda console: show(console, mixtures.table([found])), must
+
+
+def demo_of_versions() -> Case:
+    kinds = {each.name for each in fields(demo_live.Probed)}
+    given = {"version": f"{LONG}@12345", "step": 1_234_567, "num_exact": 7_654_321, "answer": f"of {LONGER}"}
+    probed = demo_live.Probed(**{**dict.fromkeys(kinds, 0), **given})
+    back = demo_live.WentBack(f"{LONG}@1", 3, 1.0, f"{LONG}@2", 4)
+    live = {
+        "adapter": LONG,
+        "streamed": f"{LONG}-b",
+        "num_probes": 9_876_543,
+        "versions": (probed,),
+        "went_back": back,
+    }
+    live = {**dict.fromkeys((each.name for each in fields(demo_live.Live)), 0), **live}
+    must = [f"{LONG}@12345", "1234567", "7654321", "9876543", LONGER, f"{LONG}-b", f"{LONG}@1", f"{LONG}@2"]
+    return lambda console: demo_live._show(demo_live.Live(**live), console), must
+
+
 CASES = [
     experiment_report,
     experiment_runs,
@@ -376,6 +454,12 @@ CASES = [
     lengths,
     exported,
     demo_result,
+    extracted,
+    inspected,
+    adapters_apart,
+    adapters_served,
+    mixtures_bench,
+    demo_of_versions,
 ]
 
 
@@ -517,18 +601,24 @@ def test_tables_are_drawn_by_the_one_helper_and_every_one_is_above():
     assert not [path for path in SOURCES if names_used(path) & drawing]
     users = {path.relative_to(ROOT).as_posix() for path in SOURCES if builds_a_table(path)}
     assert users == {
+        "serve/adapters/tools/difference.py",
+        "serve/adapters/tools/extraction.py",
+        "serve/adapters/tools/inspection.py",
         "serve/combinations.py",
         "serve/doctor.py",
         "serve/bench/compare.py",
         "serve/bench/conversations.py",
         "serve/bench/finding.py",
+        "serve/bench/mixtures.py",
         "serve/bench/step.py",
         "serve/bench/summary.py",
         "serve/experiments/report.py",
         "train/bench/compare.py",
         "train/bench/sighted_compare.py",
         "train/data/tables.py",
+        "serve/remote_adapters.py",
         "train/demo.py",
+        "train/demo_live.py",
         "train/after/export.py",
         "train/watch/runs.py",
     }

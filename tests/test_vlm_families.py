@@ -38,7 +38,7 @@ from vlm_families import (
     write_vlm,
 )
 
-from serve.adapters.version import AdapterVersion
+from serve.adapters.versions.version import AdapterVersion
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.media.content import Clip, Content, Picture, Sound

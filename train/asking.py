@@ -52,13 +52,15 @@ class Score:
     num_rows: int
 
 
-def recipe_of(home: Path, folder: Path, name: str) -> Recipe:
-    """The recipe of that name, its model and data read from the checkout `home`, its run written into `folder`."""
+def recipe_of(home: Path, folder: Path, name: str, **more: str | int) -> Recipe:
+    """The recipe of that name, its model and data read from the checkout `home`, its run written into `folder`; with
+    `more` of its keys changed."""
     path = home / "recipes" / f"{name}.yaml"
     asked = load_recipe(path)
     changes = {"model": home / asked.model, "data": home / str(asked.data), "adapter_path": folder / name}
     # JSON quoting is YAML's too, whatever the path holds.
     overrides = [f"{key}={json.dumps(str(path))}" for key, path in changes.items()]
+    overrides += [f"{key}={json.dumps(value)}" for key, value in more.items()]
     return load_recipe(path, overrides)
 
 

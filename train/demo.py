@@ -1,7 +1,8 @@
 """`lathe demo`: the whole job once, with real parts, on the embedded model.
 
-Two recipes are trained, a server is started as a process of its own, the second adapter is loaded while a request
-streams, held-out prompts are scored over HTTP, an experiment compares the adapters, and the winner is exported.
+One recipe is trained, a server is started as a process of its own, and a second recipe is trained while its
+checkpoints are served; held-out prompts are scored over HTTP, an experiment compares the adapters, and the winner is
+exported.
 Everything it shows is in the numbers it returns.
 """
 
@@ -15,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +25,10 @@ from rich.console import Console
 
 from serve import tables
 from serve.bench.process import ServerProcess
-from serve.errors import ConfigError, StoppedError
+from serve.errors import ConfigError
 from serve.experiments.report import ExperimentReport, render, report
 from serve.experiments.store import Store
-from train import demo_pictures
+from train import demo_live, demo_pictures
 from train.after.export import ExportReport, Form, export
 from train.asking import (
     CLIENTS,
@@ -43,6 +43,7 @@ from train.asking import (
     score_of,
     trained,
 )
+from train.demo_live import Live
 from train.demo_pictures import Pictures
 from train.recipe.recipe import Recipe
 from train.watch.summary import RunSummary
@@ -51,34 +52,20 @@ MARKER = ".lathe-demo"
 BASE = "tickets"
 DATA = "routing"
 ADAPTERS = ("tickets-all", "tickets-attn")
-"""Names of the adapters, and of their recipes. The first is served from the start, the second joins later."""
+"""Names of the adapters, and of their recipes. The first is served from the start, the second while it trains."""
+SAVE_EVERY = 30
+"""Batches between two versions of the second."""
+BESIDE_TRAINING = {"OPENBLAS_NUM_THREADS": "1"}
+"""Of the server's environment: two programs with as many BLAS threads as cores wait for each other, by spinning."""
 EXPERIMENT = "ticket-router"
 OUTCOME = "exact_match"
-STREAM_TOKENS = 600
-STREAM_TEMPERATURE = 5.0
-"""Past its answer a trained adapter repeats the end token, which is no text; hot enough, it rambles on visibly."""
 EXPORT_BITS: Literal[4, 8] = 8
-
-
-@dataclass(frozen=True)
-class HotLoad:
-    """What a stream saw while an adapter was loaded beside it. Pieces are of streamed text."""
-
-    adapter: str
-    load_s: float
-    pieces_before: int
-    pieces_during: int
-    pieces_after: int
-    longest_gap_s: float
-    """Between two pieces, of those around the load."""
-    stream_went_on: bool
 
 
 @dataclass(frozen=True)
 class Served:
     """What was measured over HTTP."""
 
-    hot_load: HotLoad
     scores: dict[str, Score]
     num_requests: int
     num_tokens: int
@@ -100,20 +87,25 @@ def run(home: Path, folder: Path, console: Console, *, keep: bool = False) -> di
     start_s = time.perf_counter()
     folder = folder.absolute()
     _make_fresh(folder)
+    first, second = ADAPTERS
     recipes = {name: recipe_of(home, folder, name) for name in ADAPTERS}
-    training = {name: trained(recipe, console) for name, recipe in recipes.items()}
+    training = {first: trained(recipes[first], console)}
     rows = held_out(home, DATA)
     with ExitStack() as stack:
         console.rule("Serving", align="left")
-        server = ServerProcess("lathe serve", _command(home, folder), folder / "server.log")
+        command = _command(home, folder)
+        server = ServerProcess("lathe serve", command, folder / "server.log", BESIDE_TRAINING)
         stack.enter_context(server)
-        served = asyncio.run(_drive(server.url, folder, rows, console))
+        telling = recipe_of(home, folder, second, save_every=SAVE_EVERY, serve_to=server.url)
+        training[second], live = demo_live.run(server.url, first, telling, rows, console)
+        served = asyncio.run(_drive(server.url, rows, console))
         found = _report(folder)
         winner = _winner(served.scores)
         console.rule("Export", align="left")
         exported = _export(recipes[winner], folder, console)
         pictures = demo_pictures.run(home, folder, console)
-        numbers = _numbers(training, served, found, winner, exported, pictures, time.perf_counter() - start_s)
+        seconds = time.perf_counter() - start_s
+        numbers = _numbers(training, live, served, found, winner, exported, pictures, seconds)
         _show(numbers, found, console)
         if keep:
             _say_what_to_try(server, rows[0], console)
@@ -152,10 +144,8 @@ def _store_url(folder: Path) -> str:
 # Over HTTP, as any client would.
 
 
-async def _drive(url: str, folder: Path, rows: Sequence[HeldOut], console: Console) -> Served:
+async def _drive(url: str, rows: Sequence[HeldOut], console: Console) -> Served:
     async with client(url) as http:
-        hot_load = await _load_while_streaming(http, folder / ADAPTERS[1], rows[0])
-        _say_hot_load(hot_load, console)
         models = (BASE, *ADAPTERS)
         with Bar("held-out prompts, base and adapters mixed", len(rows) * len(models), console) as told:
             start_s = time.perf_counter()
@@ -169,62 +159,11 @@ async def _drive(url: str, folder: Path, rows: Sequence[HeldOut], console: Conso
             )
     hits = [(model, row.is_met_by(reply.text)) for (model, row), reply in zip(asked, replies, strict=True)]
     return Served(
-        hot_load=hot_load,
         scores={model: score_of([hit for name, hit in hits if name == model]) for model in models},
         num_requests=len(replies),
         num_tokens=sum(reply.num_tokens for reply in replies),
         seconds=seconds,
     )
-
-
-async def _load_while_streaming(http: httpx.AsyncClient, adapter: Path, row: HeldOut) -> HotLoad:
-    """Start a long answer, load the adapter after its first piece, see that the pieces keep coming."""
-    arrivals: list[float] = []
-    begun = asyncio.Event()
-    stream = asyncio.create_task(_watch(http, row, arrivals, begun))
-    waiting = asyncio.create_task(begun.wait())
-    await asyncio.wait({stream, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    start_s = time.perf_counter()
-    body = {"lora_name": adapter.name, "lora_path": str(adapter)}
-    checked(await http.post("/v1/load_lora_adapter", json=body))
-    end_s = time.perf_counter()
-    await stream
-    before = sum(arrival < start_s for arrival in arrivals)
-    after = sum(arrival > end_s for arrival in arrivals)
-    gaps = [later - earlier for earlier, later in pairwise(arrivals) if later > start_s and earlier < end_s]
-    return HotLoad(
-        adapter=adapter.name,
-        load_s=end_s - start_s,
-        pieces_before=before,
-        pieces_during=len(arrivals) - before - after,
-        pieces_after=after,
-        longest_gap_s=max(gaps, default=0.0),
-        stream_went_on=before > 0 and after > 0,
-    )
-
-
-async def _watch(http: httpx.AsyncClient, row: HeldOut, arrivals: list[float], begun: asyncio.Event) -> None:
-    """Stream one long answer of the first adapter, noting when each piece comes."""
-    body = {
-        "model": ADAPTERS[0],
-        "messages": row.messages,
-        "max_tokens": STREAM_TOKENS,
-        "temperature": STREAM_TEMPERATURE,
-        "seed": 0,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    async with http.stream("POST", "/v1/chat/completions", json=body) as response:
-        if response.status_code != 200:
-            await response.aread()
-            checked(response)
-        async for line in response.aiter_lines():
-            if line.startswith("data:") and '"content"' in line:
-                arrivals.append(time.perf_counter())
-                begun.set()
-            if '"error"' in line:
-                raise StoppedError(f"the stream broke: {line}")
 
 
 async def _experiment(http: httpx.AsyncClient, row: HeldOut, user: str, told: Callable[[], None]) -> None:
@@ -263,6 +202,7 @@ def _export(recipe: Recipe, folder: Path, console: Console) -> ExportReport:
 
 def _numbers(
     training: dict[str, RunSummary],
+    live: Live,
     served: Served,
     found: ExperimentReport,
     winner: str,
@@ -277,7 +217,7 @@ def _numbers(
             name: {**asdict(served.scores[name]), "training": asdict(summary)}
             for name, summary in training.items()
         },
-        "hot_load": asdict(served.hot_load),
+        "live": live.to_dict(),
         "serving": {
             "num_requests": served.num_requests,
             "num_tokens": served.num_tokens,
@@ -326,17 +266,6 @@ def _show(numbers: dict[str, Any], found: ExperimentReport, console: Console) ->
         f"{exported['top1_agreement']:.2%}, KL {exported['kl_mean']:.1e} nats a token\n"
         f"a picture and {pictures['question']!r} over HTTP: {said}\n"
         f"all of it took {numbers['seconds']:.0f} s",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _say_hot_load(seen: HotLoad, console: Console) -> None:
-    went = "the stream went on" if seen.stream_went_on else "[red]the stream did not go on[/red]"
-    console.print(
-        f"loaded {seen.adapter} in {seen.load_s * 1e3:.0f} ms while {ADAPTERS[0]} was streaming: {went}, "
-        f"{seen.pieces_before} pieces before, {seen.pieces_during} during, {seen.pieces_after} after, "
-        f"longest gap {seen.longest_gap_s * 1e3:.0f} ms",
         highlight=False,
         soft_wrap=True,
     )

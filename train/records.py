@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from serve.adapters.manifest import Lineage
+from serve.adapters.formats.lineage import Lineage
 from serve.errors import StorageError
 from serve.model.loading import LoadedModel
 from serve.settings import dump
@@ -27,6 +27,7 @@ from train.watch.metrics import MetricsLog
 from train.watch.progress import RunProgress
 from train.watch.record import RunRecord, home_of, running
 from train.watch.samples import answers_of
+from train.watch.serve_to import ServeTo
 from train.watch.wandb_log import WandbBoard
 
 RECIPE_FILE = "recipe.yaml"
@@ -40,10 +41,12 @@ def recording(
     saved: Checkpoint | None,
     state: TrainState,
     console: Console,
+    server: ServeTo | None = None,
 ) -> Iterator[Journal]:
     """The run's journal; inside, the folder is this process's. run.json, recipe.yaml, metrics and the progress line.
 
-    saved  the checkpoint that is continued, if any; what metrics say after it is cut off
+    saved   the checkpoint that is continued, if any; what metrics say after it is cut off
+    server  is told of each checkpoint
     """
     recipe, folder = flight.recipe, keeper.folder
     metrics_bytes = saved.metrics_bytes if saved else 0
@@ -66,7 +69,8 @@ def recording(
             ),
             shown=recipe.entry.shown,
             samples=(lambda: answers_of(model, prompts, samples, stop_ids)) if samples else tuple,
-            notes=flight.take_notes,
+            told=server.tell if server else lambda folder: None,
+            notes=lambda: [*flight.take_notes(), *(server.take_notes() if server else ())],
         )
 
 

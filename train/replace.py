@@ -13,7 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
-from serve.adapters.manifest import CONFIG_FILE, TENSORS_FILE
+from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE
 from serve.errors import StorageError
 from train.loop import checkpoint
 from train.watch import curve, metrics, record, summary

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from train.records import recording, tell
 from train.start import day_of_run, folder_of_run, give_up_later, put_in_place, starting_point
 from train.validation import metric_of, test_loss, validation
 from train.watch import summary
+from train.watch.serve_to import ServeTo
 from train.watch.summary import RunSummary
 from train.watch.wandb_log import check_installed
 
@@ -49,22 +50,27 @@ def run(
     overwrite: bool = False,
     console: Console | None = None,
     today: date | None = None,
+    api_key: str | None = None,
 ) -> RunSummary:
     """Train as the recipe says, or only look (`dry_run`).
 
     resume     a checkpoint or a run's folder to continue; True: the last checkpoint in the recipe's adapter_path
     overwrite  the run that adapter_path holds gives way when this one has ended
     today      what a chat template prints that prints the day; None: the real one. A run that goes on keeps its own
+    api_key    of the server that the recipe's serve_to names
     SIGINT and SIGTERM end the run after the step under way, with a checkpoint; the summary says so.
     Raises from the whole error tree; whatever is raised, published checkpoints stay whole.
     """
     start_s = time.perf_counter()
-    with losses_named():
+    with losses_named(), ExitStack() as stack:
         ranks = join()
         console = Console(quiet=True) if ranks.rank else console or Console()
         if "wandb" in (recipe.report_to or ()):
             check_installed()
         home = recipe
+        server = None
+        if recipe.serve_to is not None and not ranks.rank:
+            server = stack.enter_context(ServeTo(recipe.serve_to, recipe.served_name, api_key))
         folder = folder_of_run(recipe, resume, ranks, dry_run=dry_run, overwrite=overwrite, console=console)
         recipe = recipe.model_copy(update={"adapter_path": str(folder)})
         day = day_of_run(recipe, resume, today or date.today(), ranks)
@@ -80,17 +86,25 @@ def run(
         adapted = build_adapted(recipe, model.network, is_restored=ranks.gather(saved is not None)[0])
         console.print(adapted.line)
         tell(console, [*model.notes, *adapted.notes])
-        result = _train(flight, model, adapted, saved, console)
+        result = _train(flight, model, adapted, saved, console, server)
         result = dataclasses.replace(result, seconds=time.perf_counter() - start_s)
         if not ranks.rank:
             summary.write(result, folder)
             put_in_place(home, folder, result.status, console)
+            if server is not None:
+                has_ended = result.status in summary.ENDED
+                tell(console, server.finish(Path(home.adapter_path) if has_ended else folder))
         ranks.gather(None)  # the processes end together, when everything is written
     return result
 
 
 def _train(
-    flight: Preflight, model: LoadedModel, adapted: Adapted, saved: Checkpoint | None, console: Console
+    flight: Preflight,
+    model: LoadedModel,
+    adapted: Adapted,
+    saved: Checkpoint | None,
+    console: Console,
+    server: ServeTo | None,
 ) -> RunSummary:
     recipe, ranks, network = flight.recipe, flight.ranks, model.network
     created = saved.config.lineage.created if saved and saved.config.lineage else ""
@@ -111,7 +125,7 @@ def _train(
     state = TrainState.of(ranks.gather(dataclasses.asdict(saved.state if saved else TrainState()))[0])
     give_all = partial(spread, ranks, network, optimizer)
     give_all()
-    records = nullcontext() if ranks.rank else recording(flight, model, keeper, saved, state, console)
+    records = nullcontext() if ranks.rank else recording(flight, model, keeper, saved, state, console, server)
     with records as journal, wired(), caught_signals() as caught, losses_named():
         together = Together(journal, ranks, give_all)
         rollouts = flight.rollouts(model)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from serve.adapters.manifest import TENSORS_FILE, read_config
+from serve.adapters.formats.manifest import TENSORS_FILE, read_config
 from serve.errors import ConfigError, StorageError
 from train import replace
 from train.loop import checkpoint

@@ -1,17 +1,25 @@
-"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter, as vLLM has them. Streams go on meanwhile."""
+"""Adapters over HTTP: vLLM's load and unload, and what it has no word for: versions, rollback, pins, what there is.
+
+Streams go on meanwhile.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 
-from serve.adapters.version import AdapterVersion
+from serve.adapters.formats.files import find_files, located
+from serve.adapters.versions.version import AdapterVersion
+from serve.api.adapter_cards import adapter_card, listing
 from serve.api.body import JsonRoute
 from serve.api.errors import error_response
-from serve.api.schemas import LoadAdapterBody, UnloadAdapterBody
+from serve.api.schemas import LoadAdapterBody, PinAdapterBody, RollbackBody, UnloadAdapterBody
 from serve.api.services import ServicesDep
 from serve.config import ServeConfig
 from serve.errors import AdapterError, ForbiddenError, NotFoundError, RequestError
@@ -31,8 +39,9 @@ async def load_lora_adapter(body: LoadAdapterBody, services: ServicesDep) -> Res
         version = await run_in_threadpool(_load, services.runtime, body)
     except NotFoundError as error:
         return error_response(404, str(error), code="not_found", param="lora_path")
+    modules = f"\n{version.id} adapts {version.num_modules} modules, {_ranks(version)}."
     notes = "".join(f"\nWarning: {note}" for note in version.notes)
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.{notes}")
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.{modules}{notes}")
 
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
@@ -49,6 +58,42 @@ async def unload_lora_adapter(body: UnloadAdapterBody, services: ServicesDep) ->
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
+@router.get("/v1/adapters")
+async def list_adapters(services: ServicesDep) -> dict[str, Any]:
+    """All that are known: their versions, where each is, and who holds it; slots and bytes of all together."""
+    return await run_in_threadpool(listing, services.runtime)
+
+
+@router.post("/v1/adapters/{name:path}/rollback")
+async def roll_back(name: str, body: RollbackBody, services: ServicesDep) -> dict[str, Any]:
+    """Give new requests an earlier version again; the one before, if none is named."""
+    runtime = services.runtime
+    await run_in_threadpool(runtime.registry.rollback, name, body.version)
+    return await run_in_threadpool(adapter_card, runtime, name)
+
+
+@router.post("/v1/adapters/{name:path}/pin")
+async def pin(name: str, body: PinAdapterBody, services: ServicesDep) -> dict[str, Any]:
+    """Keep a slot for whatever version the name stands for."""
+    runtime = services.runtime
+    await run_in_threadpool(runtime.registry.pin, name)
+    return await run_in_threadpool(adapter_card, runtime, name)
+
+
+@router.post("/v1/adapters/{name:path}/unpin")
+async def unpin(name: str, body: PinAdapterBody, services: ServicesDep) -> dict[str, Any]:
+    """Let it give way again to adapters that are asked for."""
+    runtime = services.runtime
+    await run_in_threadpool(runtime.registry.unpin, name)
+    return await run_in_threadpool(adapter_card, runtime, name)
+
+
+@router.get("/v1/adapters/{name:path}")
+async def show_adapter(name: str, services: ServicesDep) -> dict[str, Any]:
+    """One of them, and its manifest: what it was made for, how it is asked, where its answers end."""
+    return await run_in_threadpool(adapter_card, services.runtime, name)
+
+
 def _load(runtime: Runtime, body: LoadAdapterBody) -> AdapterVersion:
     if body.lora_name in runtime.experiments:
         raise AdapterError(f"{body.lora_name!r} is the public name of an experiment; choose another")
@@ -56,26 +101,45 @@ def _load(runtime: Runtime, body: LoadAdapterBody) -> AdapterVersion:
     return runtime.registry.load(body.lora_name, path, replace=body.load_inplace)
 
 
+def _ranks(version: AdapterVersion) -> str:
+    low, high = version.ranks
+    return f"rank {low}" if low == high else f"ranks {low} to {high}"
+
+
 def allowed_path(path: str, config: ServeConfig) -> Path:
-    """The folder behind `path`, links followed. ForbiddenError where this server may not read; NotFoundError where
-    no folder is; RequestError where no path can be."""
+    """The folder or the file of tensors behind `path`, links followed. ForbiddenError where this server may not read,
+    be it one of the adapter's files; NotFoundError where nothing is; RequestError where no path can be."""
     roots = config.allowed_adapter_roots
     if roots is None and not config.is_loopback:
         raise ForbiddenError(
             f"{path} may not be loaded: this server listens on {config.host} and names no allowed_adapter_roots"
         )
     try:
-        resolved = Path(path).expanduser().resolve()
-        is_allowed = roots is None or any(
-            resolved.is_relative_to(root.expanduser().resolve()) for root in roots
-        )
-        is_folder = is_allowed and resolved.is_dir()
-    except (ValueError, RuntimeError, OSError) as error:
+        resolved = located(path)
+        allowed = None if roots is None else [root.expanduser().resolve() for root in roots]
+        is_allowed = _is_under(resolved, allowed)
+        is_there = is_allowed and resolved.exists()
+    except (ValueError, RuntimeError, OSError, NotFoundError) as error:
         # A null byte; a user that is not there, a loop of links; too long a name, no permission.
         message = f"lora_path: {path[:MAX_PATH_CHARS]!r} cannot be looked up: {error}"
         raise RequestError(message, "lora_path") from None
     if not is_allowed:
         raise ForbiddenError(f"{path} is under none of this server's allowed_adapter_roots")
-    if not is_folder:
-        raise NotFoundError(f"No adapter found for {path}: there is no such folder")
+    if not is_there:
+        raise NotFoundError(f"No adapter found for {path}: there is no such folder or file")
+    for file in _files_in(resolved):
+        if not _is_under(Path(os.path.realpath(file)), allowed):
+            raise ForbiddenError(f"{file} is a link that leads out of this server's allowed_adapter_roots")
     return resolved
+
+
+def _files_in(path: Path) -> list[Path]:
+    """The files that a load would read; none where it would find none, and say why."""
+    try:
+        return [file for file in find_files(path) if file is not None]
+    except AdapterError:
+        return []
+
+
+def _is_under(path: Path, roots: Sequence[Path] | None) -> bool:
+    return roots is None or any(path.is_relative_to(root) for root in roots)

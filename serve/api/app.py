@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
 
-from serve.api import adapters, cache, chat, completions, errors, feedback, health, models
+from serve.api import adapters, cache, chat, completions, errors, feedback, health, models, watch
 from serve.api.body import check_target
 from serve.api.metrics import CountErrors
 from serve.api.services import Services
@@ -25,6 +25,6 @@ def create_app(runtime: Runtime) -> FastAPI:
     app.state.services = services
     app.add_middleware(CountErrors, metrics=services.metrics)
     errors.install(app)
-    for part in (chat, completions, models, adapters, cache, feedback, health):
+    for part in (chat, completions, models, adapters, watch, cache, feedback, health):
         app.include_router(part.router)
     return app

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
 from serve.api.generation import Generation, build_requests, logprob_writers, new_id
 from serve.api.history import check_tools
-from serve.api.logprobs import LogprobWriter
+from serve.api.logprobs import LogprobWriter, prompt_logprobs
 from serve.api.schemas import ChatBody
 from serve.api.services import Services, ServicesDep
 from serve.api.streaming import EVENT_STREAM, Answer, ClientGoneError, Responder, unless_gone
@@ -20,6 +20,7 @@ from serve.engine.request import Event, TokenLogprob
 from serve.errors import RequestError
 from serve.media.processor import Processed
 from serve.model.template import ChatTemplate
+from serve.model.token_bytes import TokenBytes
 
 EFFORT = "reasoning_effort"
 
@@ -32,9 +33,13 @@ class ChatFormat:
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, writers: Sequence[LogprobWriter] | None) -> None:
-        """`writers`: one a choice, where log-probabilities are wanted."""
+    def __init__(
+        self, writers: Sequence[LogprobWriter] | None, tokens: TokenBytes, prompt_logprobs: int | None
+    ) -> None:
+        """writers: one a choice, where log-probabilities are wanted; prompt_logprobs: so many of the prompt's."""
         self._writers = writers
+        self._tokens = tokens
+        self._prompt_logprobs = prompt_logprobs
         self._begun: set[int] = set()
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
@@ -46,6 +51,12 @@ class ChatFormat:
             "finish_reason": answer.finish,
             "stop_reason": answer.stop_reason,
         }
+
+    def extra(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        if self._prompt_logprobs is None:
+            return {}
+        entries = answers[0].prompt_logprobs
+        return {"prompt_logprobs": prompt_logprobs(self._tokens, entries, self._prompt_logprobs)}
 
     def deltas(self, index: int, event: Event) -> Sequence[dict[str, Any]]:
         found = []
@@ -88,7 +99,7 @@ async def _begun(body: ChatBody, http: Request, services: Services, tenant: str)
     """The answer under way; None if the client has left before. Nothing here outlives the call: pixels are the
     engine's to drop."""
     id = new_id("chatcmpl")
-    with held_target(services.runtime, body.model, body.user or id) as target:
+    async with held_target(services, body.model, body.user or id) as target:
         template = _template(services, target)
         media = await _look(services, body, http)
         if media is None:
@@ -114,7 +125,8 @@ async def _begun(body: ChatBody, http: Request, services: Services, tenant: str)
             continues_prompt=bool(body.continue_final_message),
         )
         generation = Generation(services, id, "chat", target, requests, body.n or 1)
-    format = ChatFormat(logprob_writers(services, requests))
+    tokens = services.runtime.engine.token_bytes
+    format = ChatFormat(logprob_writers(services, body, requests), tokens, body.prompt_logprobs)
     keep_alive_s = services.runtime.config.stream_keep_alive_s
     return Responder(generation, format, len(token_ids), http.receive, keep_alive_s)
 

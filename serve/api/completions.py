@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 
 from serve.api.body import JsonRoute
 from serve.api.generation import Generation, build_requests, logprob_writers, new_id
-from serve.api.logprobs import LogprobWriter
+from serve.api.logprobs import LogprobWriter, prompt_logprobs
 from serve.api.schemas import CompletionBody
 from serve.api.services import Services, ServicesDep
 from serve.api.streaming import EVENT_STREAM, Answer, Responder
-from serve.api.targets import held_target
+from serve.api.targets import Target, held_target
 from serve.api.tenant import TenantDep
 from serve.engine.request import Event, FinishReason, TokenLogprob
+from serve.engine.request import Request as EngineRequest
+from serve.engine.text import TextDecoder
+from serve.errors import RequestError
 from serve.model.prompt import Prompt
+from serve.model.token_bytes import TokenBytes
 
 router = APIRouter(route_class=JsonRoute)
+
+
+class Echoed(NamedTuple):
+    """A prompt as it stands before its answer."""
+
+    text: str
+    token_ids: Sequence[int]
 
 
 class CompletionFormat:
@@ -27,30 +38,67 @@ class CompletionFormat:
     kind = "text_completion"
     chunk_kind = "text_completion"
 
-    def __init__(self, writers: Sequence[LogprobWriter] | None) -> None:
-        """`writers`: one a choice, where log-probabilities are wanted."""
+    def __init__(
+        self,
+        body: CompletionBody,
+        prompts: Sequence[Echoed],
+        writers: Sequence[LogprobWriter] | None,
+        tokens: TokenBytes,
+    ) -> None:
+        """`prompts`: one a choice. `writers`: likewise, where log-probabilities are wanted."""
+        self._prompts = prompts
         self._writers = writers
+        self._tokens = tokens
+        self._echoes = bool(body.echo)
+        self._is_answered = body.max_tokens != 0
+        self._prompt_logprobs = body.prompt_logprobs
+        self._begun: set[int] = set()
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        return self._choice(index, answer.text, answer.logprobs, answer.finish, answer.stop_reason)
+        found = self._choice(
+            index, answer.text, answer.logprobs, answer.prompt_logprobs, answer.finish, answer.stop_reason
+        )
+        if self._prompt_logprobs is not None:
+            entries = answer.prompt_logprobs
+            found["prompt_logprobs"] = prompt_logprobs(self._tokens, entries, self._prompt_logprobs)
+        return found
+
+    def extra(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        return {}
 
     def deltas(self, index: int, event: Event) -> Sequence[dict[str, Any]]:
-        if not (event.text or event.logprobs or event.finish):
+        if not (event.text or event.logprobs or event.finish or event.token_ids):
             return []
-        return [self._choice(index, event.text, event.logprobs, event.finish, event.stop_reason)]
+        found = self._choice(
+            index, event.text, event.logprobs, event.prompt_logprobs, event.finish, event.stop_reason
+        )
+        return [found] if found["text"] or event.logprobs or event.finish else []
 
     def _choice(
         self,
         index: int,
         text: str,
         logprobs: Sequence[TokenLogprob],
+        of_prompt: Sequence[TokenLogprob],
         finish: FinishReason | None,
-        stop_reason: str | None,
+        stop_reason: str | int | None,
     ) -> dict[str, Any]:
+        is_first = index not in self._begun
+        self._begun.add(index)
+        if not self._is_answered:
+            text, logprobs, stop_reason = "", (), None
+            finish = None if finish is None else "length"
+        written = None
+        if self._writers is not None:
+            writer = self._writers[index]
+            prompt_ids = self._prompts[index].token_ids
+            parts = [writer.prompt(prompt_ids, of_prompt)] if self._echoes and is_first else []
+            parts.append(writer.completion(logprobs))
+            written = {name: [value for part in parts for value in part[name]] for name in parts[0]}
         return {
             "index": index,
-            "text": text,
-            "logprobs": self._writers[index].completion(logprobs) if self._writers is not None else None,
+            "text": self._prompts[index].text + text if self._echoes and is_first else text,
+            "logprobs": written,
             "finish_reason": finish,
             "stop_reason": stop_reason,
         }
@@ -62,7 +110,7 @@ async def create_completion(
 ) -> Response:
     """OpenAI's completions, with prompts as text or token ids; vLLM's `top_k`, `min_p`, `ignore_eos` beside them."""
     id = new_id("cmpl")
-    with held_target(services.runtime, body.model, body.user or id) as target:
+    async with held_target(services, body.model, body.user or id) as target:
         prompts = await services.tokenize(lambda: [_encode(services, prompt) for prompt in body.prompts])
         requests = await build_requests(
             services,
@@ -73,15 +121,46 @@ async def create_completion(
             tenant=tenant,
             continues_prompt=True,
         )
-        generation = Generation(services, id, "completions", target, requests, body.n or 1)
-    format = CompletionFormat(logprob_writers(services, requests))
+        generation = _generation(services, id, body, target, requests)
+    tokens = services.runtime.engine.token_bytes
+    echoed = [Echoed(_text(tokens, *each), each[1]) for each in zip(body.prompts, prompts, strict=True)]
+    rows = [prompt for prompt in echoed for _ in range(body.num_drawn)]
+    format = CompletionFormat(body, rows, logprob_writers(services, body, requests), tokens)
     keep_alive_s = services.runtime.config.stream_keep_alive_s
-    responder = Responder(generation, format, sum(map(len, prompts)), http.receive, keep_alive_s)
+    responder = Responder(
+        generation,
+        format,
+        sum(map(len, prompts)),
+        http.receive,
+        keep_alive_s,
+        num_kept=body.n or 1,
+        has_answer=body.max_tokens != 0,
+    )
     if body.stream:
         return await responder.stream(
             wants_usage=body.wants_usage_chunk, is_continuous=body.wants_continuous_usage
         )
     return await responder.whole()
+
+
+def _generation(
+    services: Services, id: str, body: CompletionBody, target: Target, requests: Sequence[EngineRequest]
+) -> Generation:
+    """Its rows, submitted. Where there are too many of them, RequestError names what asks for them."""
+    try:
+        return Generation(services, id, "completions", target, requests, body.num_drawn)
+    except RequestError as error:
+        if error.param == "n" and body.num_drawn > (body.n or 1):
+            raise RequestError(f"best_of{str(error).removeprefix('n')}", "best_of") from None
+        raise
+
+
+def _text(tokens: TokenBytes, asked: str | list[int], token_ids: Sequence[int]) -> str:
+    """A prompt's text; of token ids what they say."""
+    if isinstance(asked, str):
+        return asked
+    decoder = TextDecoder(tokens)
+    return "".join(map(decoder.push, token_ids)) + decoder.finish()
 
 
 def _encode(services: Services, prompt: str | list[int]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from serve.api.strict import Body
-from serve.errors import LatheError, NotFoundError, OverloadedError, RequestError
+from serve.errors import DeadlineError, LatheError, NotFoundError, OverloadedError, RequestError
 
 STATUS_CODES = {
     404: "not_found",
@@ -56,6 +56,8 @@ def error_body(
         message = f"{message[:MAX_MESSAGE_CHARS]}… ({len(message)} characters)"
     message = message.encode("utf-8", "backslashreplace").decode()
     kind = "invalid_request_error" if status < 500 else "server_error"
+    if status == 429:
+        kind = "rate_limit_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -79,6 +81,8 @@ def response_of(error: LatheError) -> JSONResponse:
     headers = {}
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, DeadlineError):
+        headers["X-Should-Retry"] = "false"  # OpenAI's clients would ask for it all again
     return JSONResponse(body_of(error), error.status, headers)
 
 

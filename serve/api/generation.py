@@ -7,12 +7,13 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 
 import anyio.to_thread
 
 from serve.api.logprobs import LogprobWriter
-from serve.api.schemas import GenerationBody
+from serve.api.schemas import CompletionBody, GenerationBody
 from serve.api.services import Services
 from serve.api.targets import Target
 from serve.engine.request import Event, Request, Sampling
@@ -42,7 +43,8 @@ class Generation:
         self.created = int(time.time())
         self.target = target
         self.num_answer_tokens = 0
-        self._num_choices = num_choices
+        self.num_choices = num_choices
+        """Rows of one prompt."""
         self._num_cached_tokens: dict[int, int] = {}  # by row
         self._services = services
         self._endpoint = endpoint
@@ -70,7 +72,7 @@ class Generation:
     def num_cached_tokens(self) -> int:
         """Tokens of the prompts that were not computed, as far as is known. A prompt counts once, as its first choice
         found the cache: the other choices share what that one computes."""
-        return sum(self._num_cached_tokens.get(row, 0) for row in range(0, self._num_rows, self._num_choices))
+        return sum(self._num_cached_tokens.get(row, 0) for row in range(0, self._num_rows, self.num_choices))
 
     async def next(self) -> tuple[int, Event]:
         """The next event of any row, with the row's index. StoppedError or OverloadedError if the engine ended it."""
@@ -169,7 +171,7 @@ async def build_requests(
     tenant: str,
     continues_prompt: bool,
 ) -> list[Request]:
-    """One engine request per prompt and choice, all of one group; choice i draws with seed + i.
+    """One engine request per prompt and drawn answer, all of one group; answer i draws with seed + i.
 
     tenant, continues_prompt  as Request has them
     RequestError names the field that cannot be served.
@@ -178,33 +180,39 @@ async def build_requests(
     if precision is not None:
         # The first of a scheme imports what it needs, which takes seconds: not on the loop that serves everyone.
         await anyio.to_thread.run_sync(services.runtime.engine.max_context_at, precision)
-    num_choices = body.n or 1
+    num_choices = body.num_drawn
+    sampling = _sampling(services, body)
     seed = body.seed if body.seed is not None else secrets.randbits(32)
     return [
         Request(
             id=f"{id}-{p * num_choices + choice}",
             prompt=prompt,
-            sampling=_sampling(services, body, seed + choice),
+            sampling=replace(sampling, seed=seed + choice),
             adapter=target.version,
             group=id,
             continues_prompt=continues_prompt,
             precision=precision,
             tenant=tenant,
             cache_salt=body.cache_salt or "",
+            priority=body.priority or 0,
+            deadline_s=body.deadline_s,
         )
         for p, prompt in enumerate(prompts)
         for choice in range(num_choices)
     ]
 
 
-def logprob_writers(services: Services, requests: Sequence[Request]) -> list[LogprobWriter] | None:
+def logprob_writers(
+    services: Services, body: GenerationBody, requests: Sequence[Request]
+) -> list[LogprobWriter] | None:
     """One for each request; None where no log-probabilities were asked for."""
-    if requests[0].sampling.num_logprobs is None:
+    if body.num_logprobs is None:
         return None
+    echoes = isinstance(body, CompletionBody) and body.echo  # the prompt is written before
     return [
         LogprobWriter(
             services.runtime.engine.token_bytes,
-            request.prompt.token_ids if request.continues_prompt else None,
+            request.prompt.token_ids if request.continues_prompt and not echoes else None,
         )
         for request in requests
     ]
@@ -215,15 +223,21 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
-def _sampling(services: Services, body: GenerationBody, seed: int) -> Sampling:
-    return Sampling(
-        max_tokens=body.answer_limit or services.runtime.config.default_max_tokens,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(body.top_k or 0, 0),
-        min_p=body.min_p or 0.0,
-        seed=seed,
+def _sampling(services: Services, body: GenerationBody) -> Sampling:
+    runtime = services.runtime
+    num_logprobs = body.num_logprobs
+    if num_logprobs is None and body.num_drawn > (body.n or 1):
+        num_logprobs = 0  # by which the best are known
+    return replace(
+        body.drawing(runtime.sampling_defaults),
+        max_tokens=_max_tokens(body.answer_limit, runtime.config.default_max_tokens),
         stop=body.stops,
         ignore_eos=bool(body.ignore_eos),
-        num_logprobs=body.num_logprobs,
+        num_logprobs=num_logprobs,
+        num_prompt_logprobs=body.num_prompt_logprobs,
     )
+
+
+def _max_tokens(wanted: int | None, default: int | None) -> int | None:
+    """A prompt that is to have no answer draws a token that nobody sees."""
+    return default if wanted is None else max(wanted, 1)

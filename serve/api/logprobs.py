@@ -50,6 +50,18 @@ class LogprobWriter:
             "text_offset": offsets,
         }
 
+    def prompt(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The same of a prompt that stands before its answer; nothing is known of its first token."""
+        names, offsets = [self._name(token_ids[0])], [0]
+        self._decoder.push(token_ids[0])
+        found = self.completion(entries)
+        return {
+            "tokens": names + found["tokens"],
+            "token_logprobs": [None, *found["token_logprobs"]],
+            "top_logprobs": [None, *found["top_logprobs"]],
+            "text_offset": offsets + found["text_offset"],
+        }
+
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
         """By name; of two tokens with one name the likelier, which comes first."""
         top: dict[str, float] = {}
@@ -69,5 +81,25 @@ class LogprobWriter:
         }
 
 
+def prompt_logprobs(
+    tokens: TokenBytes, entries: Sequence[TokenLogprob], count: int
+) -> list[dict[str, Any] | None]:
+    """vLLM's `prompt_logprobs`: of each token, by id, itself and the `count` likeliest; none of the first."""
+    found: list[dict[str, Any] | None] = [None]
+    for entry in entries:
+        ranked = [*enumerate(entry.top[:count], start=1), (entry.rank, (entry.token_id, entry.logprob))]
+        found.append(
+            {
+                str(token_id): {
+                    "logprob": _number(logprob),
+                    "rank": rank,
+                    "decoded_token": tokens.name(token_id, tokens[token_id]),
+                }
+                for rank, (token_id, logprob) in ranked
+            }
+        )
+    return found
+
+
 def _number(logprob: float) -> float:
-    return max(logprob, NO_PROBABILITY)
+    return logprob if logprob > NO_PROBABILITY else NO_PROBABILITY

@@ -11,7 +11,7 @@ import asyncio
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,10 +29,20 @@ from serve.sight import Blind, Sight, kinds_of
 T = TypeVar("T")
 FETCHING_THREADS = 16
 MAX_WORKING_THREADS = 4
+FETCHES_OF_ONE = 4
+"""Threads that fetch for one request at a time; of those that work it has half. The others are for its neighbours."""
 KWARGS = "mm_processor_kwargs"
 RETRY_AFTER_S = 5.0
 
 _PLURAL: Mapping[MediaKind, str] = {"image": "images", "video": "videos", "audio": "sounds"}
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one request has of each pool's threads."""
+
+    fetching: asyncio.Semaphore
+    working: asyncio.Semaphore
 
 
 class MediaDesk:
@@ -49,6 +59,7 @@ class MediaDesk:
         # Threads end with the pools, and the pools with this object.
         self._fetching = ThreadPoolExecutor(FETCHING_THREADS, "lathe-fetch")
         self._working = ThreadPoolExecutor(num_working, "lathe-media")
+        self._works_of_one = num_working // 2
 
     async def look(self, messages: Sequence[Message], told: Mapping[str, Any] | None) -> list[Processed]:
         """What the messages show, in their order; nothing of text alone.
@@ -78,9 +89,10 @@ class MediaDesk:
                 f"{self._num_requests} requests that show something wait already", RETRY_AFTER_S
             )
         self._num_requests += 1
+        share = _Share(asyncio.Semaphore(FETCHES_OF_ONE), asyncio.Semaphore(self._works_of_one))
         try:
             async with asyncio.timeout(self._limit_s):
-                return await self._all(sight, parts, settings)
+                return await self._all(sight, parts, settings, share)
         except TimeoutError:
             raise OverloadedError(
                 f"what the messages show was not ready within {self._limit_s:g} s (media_limits.fetch_s and "
@@ -97,9 +109,9 @@ class MediaDesk:
         return await _run(self._working, partial(self._sight.processor.prompt, token_ids, processed))
 
     async def _all(
-        self, sight: Sight, parts: Sequence[MediaPart], settings: MediaSettings
+        self, sight: Sight, parts: Sequence[MediaPart], settings: MediaSettings, share: _Share
     ) -> list[Processed]:
-        tasks = [asyncio.ensure_future(self._one(sight, part, settings)) for part in parts]
+        tasks = [asyncio.ensure_future(self._one(sight, part, settings, share)) for part in parts]
         num_tokens = 0
         try:
             for done in asyncio.as_completed(tasks):
@@ -116,23 +128,25 @@ class MediaDesk:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _one(self, sight: Sight, part: MediaPart, settings: MediaSettings) -> Processed:
-        fetched = await self._fetched(sight, part)
+    async def _one(self, sight: Sight, part: MediaPart, settings: MediaSettings, share: _Share) -> Processed:
+        fetched = await self._fetched(sight, part, share)
 
         def work() -> Processed:
             content = sight.sources.load(fetched, settings)
             return sight.processor.process(content, fetched.settings.over(settings), part.name)
 
-        return await _run(self._working, work)
+        async with share.working:
+            return await _run(self._working, work)
 
-    async def _fetched(self, sight: Sight, part: MediaPart) -> MediaPart:
+    async def _fetched(self, sight: Sight, part: MediaPart, share: _Share) -> MediaPart:
         """The part with bytes where it had an address or a path."""
 
         async def read(source: Any, name: str) -> Any:
             if not isinstance(source, str) or source.lstrip()[:5].lower() == "data:":
                 return source
             kind: MediaKind = part.kind if source is part.source else "image"
-            return await _run(self._fetching, partial(sight.sources.read, source, kind, name))
+            async with share.fetching:
+                return await _run(self._fetching, partial(sight.sources.read, source, kind, name))
 
         source = part.source
         if not isinstance(source, list):

@@ -20,6 +20,8 @@ E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 MAX_GONE = 16
 """Names of unloaded adapters whose last counts wait for a scrape."""
+COMBINED = "(combined)"
+"""What all combinations of adapters are counted as."""
 
 
 class Metrics:
@@ -66,7 +68,8 @@ class Metrics:
     def _gone(self) -> set[str]:
         """Names that were counted, and that neither new requests nor running ones use."""
         registry = self._runtime.registry
-        served = {self._runtime.model.name, *registry.names(), *(v.name for v in registry.versions())}
+        versions = (version.name for version in registry.versions())
+        served = {self._runtime.model.name, COMBINED, *registry.names(), *versions}
         return {
             sample.labels["model"]
             for metric in self._by_model
@@ -117,8 +120,7 @@ class _EngineCollector(Collector):
         yield from _memory(stats.memory)
         yield from _prefixes(stats.prefixes)
         yield from _features(stats.features)
-        versions = len(self._runtime.registry.versions())
-        yield GaugeMetricFamily("lathe_adapter_versions", "Adapter versions in memory.", versions)
+        yield from _adapters(self._runtime)
         is_up = float(self._runtime.worker.failure is None)
         yield GaugeMetricFamily("lathe_engine_up", "0 once a step has failed.", is_up)
         yield CounterMetricFamily("lathe_steps", "Engine steps.", stats.num_steps)
@@ -136,12 +138,44 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("lathe_exposures_lost", "Exposures the store did not take.", lost)
 
 
+def _adapters(runtime: Runtime) -> Iterator[Metric]:
+    """Versions and slots; what was found on the device and what had to be brought there."""
+    registry = runtime.registry
+    stats = registry.residency.stats()
+    for name, what, value in (
+        ("lathe_adapter_names", "Adapters that requests may ask for by name.", len(registry.names())),
+        ("lathe_adapter_versions", "Adapter versions that answer requests.", len(registry.versions())),
+        ("lathe_adapter_slots", "Adapter versions that the device may hold at once.", stats.num_slots),
+        ("lathe_adapter_resident", "Adapter versions on the device, or on their way.", stats.num_seated),
+        (
+            "lathe_adapter_awaited",
+            "Adapter versions that requests wait for, and no slot is free.",
+            stats.num_wanted,
+        ),
+        ("lathe_adapter_file_bytes", "Bytes of files of adapters that are nowhere else.", stats.file_bytes),
+    ):
+        yield GaugeMetricFamily(name, what, value)
+    for name, what, value in (
+        ("lathe_adapter_hits", "Rows that found their adapter on the device.", stats.num_hits),
+        ("lathe_adapter_misses", "Rows that waited for their adapter.", stats.num_misses),
+        ("lathe_adapter_loads", "Times that an adapter was brought to the device.", stats.num_loads),
+        ("lathe_adapter_evicted", "Adapters that left the device for others.", stats.num_evicted),
+        (
+            "lathe_adapter_failed",
+            "Times that an adapter could not be brought to the device.",
+            stats.num_failed,
+        ),
+    ):
+        yield CounterMetricFamily(name, what, value)
+
+
 def _memory(memory: MemoryUse) -> Iterator[Metric]:
     for name, meaning, num_bytes in (
         ("lathe_kv_bytes", "Memory of keys, values and recurrent state of rows.", memory.kv_bytes),
         ("lathe_prefix_bytes", "Memory of prefixes.", memory.prefix_bytes),
         ("lathe_feature_bytes", "Memory of encoded pictures.", memory.feature_bytes),
-        ("lathe_adapter_bytes", "Memory of adapters.", memory.adapter_bytes),
+        ("lathe_adapter_bytes", "Memory of adapters on the device.", memory.adapter_bytes),
+        ("lathe_adapter_host_bytes", "Memory of adapters in host memory.", memory.adapter_host_bytes),
         ("lathe_memory_budget_bytes", "What these may be together.", memory.budget_bytes),
     ):
         yield GaugeMetricFamily(name, meaning, num_bytes)

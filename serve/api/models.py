@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from serve.adapters.version import AdapterVersion
+from serve.adapters.versions.version import AdapterVersion
 from serve.api.services import Services, ServicesDep
 from serve.errors import NotFoundError
 from serve.sight import kinds_of
@@ -16,28 +16,36 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(services: ServicesDep) -> dict[str, Any]:
-    """As vLLM lists them: an adapter's `parent` is the base, its `root` the folder it came from."""
-    return {"object": "list", "data": _cards(services)}
+    """As vLLM lists them: an adapter's `parent` is the base, its `root` the folder it came from. A bounded number of
+    those that nobody has asked for yet stand behind them, without a version."""
+    cards = _cards(services)
+    known = {card["id"] for card in cards}
+    found = await services.look_up(services.runtime.resolver.listed)
+    return {
+        "object": "list",
+        "data": [*cards, *(_found_card(services, name) for name in found if name not in known)],
+    }
 
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, services: ServicesDep) -> dict[str, Any]:
-    """One of them; `name@version` too, while that version is in memory."""
+    """One of them; `name@version` too, while that version is known."""
     for card in _cards(services):
         if card["id"] == model:
             return card
-    for version in services.runtime.registry.versions():
-        if version.id == model:
-            return _adapter_card(services, version, version.id)
-    raise NotFoundError(f"model {model!r} is not served here")
+    try:
+        version = services.runtime.registry.resolve(model)
+    except NotFoundError:
+        if model in await services.look_up(services.runtime.resolver.listed):
+            return _found_card(services, model)
+        raise NotFoundError(f"model {model!r} is not served here") from None
+    return _adapter_card(services, version, version.id)
 
 
 def _cards(services: Services) -> list[dict[str, Any]]:
     runtime = services.runtime
     base = _card(services, runtime.model.name, root=str(runtime.model.path), parent=None)
-    adapters = [
-        _adapter_card(services, runtime.registry.resolve(name), name) for name in runtime.registry.names()
-    ]
+    adapters = [_adapter_card(services, version, version.name) for version in runtime.registry.current()]
     experiments = [
         {
             **_card(services, name, root=None, parent=runtime.model.name),
@@ -46,6 +54,10 @@ def _cards(services: Services) -> list[dict[str, Any]]:
         for name, run in runtime.experiments.items()
     ]
     return [base, *adapters, *experiments]
+
+
+def _found_card(services: Services, name: str) -> dict[str, Any]:
+    return _card(services, name, root=None, parent=services.runtime.model.name)
 
 
 def _adapter_card(services: Services, version: AdapterVersion, id: str) -> dict[str, Any]:

@@ -3,12 +3,14 @@ accepted with their neutral values only. Hints, which ask nothing of the answer,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from serve.api.parts import Part, Shown, TextPart
+from serve.api.sampling import SamplingBody
 from serve.api.strict import Body, Neutral
 from serve.cache.precision import PLAIN, KvPrecision, KvScheme
 from serve.config import ServeConfig
@@ -18,8 +20,10 @@ MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_SALT_CHARS = 1024
 """vLLM's bound."""
+MAX_TIMEOUT_S = 7 * 24 * 3600.0
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Label = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 """Text that databases and file systems take as a name."""
 # One wrong entry is told, not a million of them.
@@ -53,7 +57,7 @@ _BESIDE_KV_BITS = (
 )
 
 
-class GenerationBody(Body):
+class GenerationBody(SamplingBody):
     """What chat and plain completions share. Null means left out, as everywhere in OpenAI's API."""
 
     hints = frozenset(
@@ -70,11 +74,6 @@ class GenerationBody(Body):
     )
 
     model: Label = Field(min_length=1)
-    temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
-    """0 and -1 keep the whole vocabulary, as every number beyond its size does."""
-    min_p: float | None = Field(None, ge=0, le=1)
     seed: Seed | None = None
     stop: str | Strings | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -84,6 +83,8 @@ class GenerationBody(Body):
     user: Label | None = None
     """The unit of an experiment: the same user meets the same variant. Without effect on other models."""
     ignore_eos: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """vLLM's: of each of the prompt's tokens log p, its rank, and so many of the likeliest. Not as a stream."""
     kv_bits: float | None = None
     """Bits of this request's stored keys and values, in place of the server's; 16: unquantized."""
     kv_value_bits: float | None = None
@@ -97,6 +98,12 @@ class GenerationBody(Body):
     kv_plain_layers: int | None = Field(None, ge=0)
     cache_salt: str | None = Field(None, min_length=1, max_length=MAX_SALT_CHARS)
     """vLLM's: prefixes are shared with requests of the same salt alone."""
+    priority: Priority | None = None
+    """vLLM's: the lower, the earlier; 0, if left out."""
+    timeout: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S)
+    """Seconds, from when the body was read, after which the answer is of no use: 504 then, and nothing more is
+    computed. A stream that has begun ends with that error."""
+    _read_s: float = PrivateAttr(default_factory=time.monotonic)
 
     @field_validator("stop")
     @classmethod
@@ -112,6 +119,21 @@ class GenerationBody(Body):
     def _stream_options_need_a_stream(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options: accepted with stream: true only", "stream_options")
+        return self
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_are_told_at_once(self) -> GenerationBody:
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs: accepted with stream: false only", "prompt_logprobs")
+        return self
+
+    @model_validator(mode="after")
+    def _min_tokens_are_no_more_than_all(self) -> GenerationBody:
+        limit = self.answer_limit
+        if self.min_tokens is not None and limit is not None and self.min_tokens > limit:
+            raise RequestError(
+                f"min_tokens: found {self.min_tokens}, but at most {limit} tokens are asked for", "min_tokens"
+            )
         return self
 
     @model_validator(mode="after")
@@ -151,6 +173,11 @@ class GenerationBody(Body):
         return precision
 
     @property
+    def deadline_s(self) -> float | None:
+        """By time.monotonic; None: whenever."""
+        return None if self.timeout is None else self._read_s + self.timeout
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """Stop strings, however they were written."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -175,6 +202,16 @@ class GenerationBody(Body):
     def num_logprobs(self) -> int | None:
         """None: none wanted; k: the token's and those of the k likeliest."""
         raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """As num_logprobs, of the prompt."""
+        return self.prompt_logprobs
+
+    @property
+    def num_drawn(self) -> int:
+        """Answers that are drawn for each prompt, `n` of which are sent."""
+        return self.n or 1
 
 
 class FunctionCall(Body):
@@ -253,12 +290,6 @@ class Message(Body):
         return turn
 
 
-_NEUTRAL_GENERATION: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0, None),
-    "presence_penalty": (0, None),
-    "repetition_penalty": (1, None),
-    "logit_bias": (None, {}),
-}
 _TEMPLATE_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
@@ -266,7 +297,6 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     neutral: ClassVar[Neutral] = {
-        **_NEUTRAL_GENERATION,
         "audio": (None,),
         "function_call": (None, "none"),
         "functions": (None, []),
@@ -347,15 +377,16 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    neutral: ClassVar[Neutral] = {
-        **_NEUTRAL_GENERATION,
-        "best_of": (None, 1),
-        "echo": (None, False),
-        "suffix": (None,),
-    }
+    neutral: ClassVar[Neutral] = {"suffix": (None,)}
 
     prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    max_tokens: int | None = Field(None, ge=0)
+    """0, with echo alone: no answer."""
+    echo: bool | None = None
+    """The prompt stands before its answer, with its log-probabilities where those are asked for."""
+    best_of: int | None = Field(None, ge=1, le=128)
+    """So many answers are drawn, and the `n` of the highest log-probability a token are sent; not as a stream."""
 
     @field_validator("prompt")
     @classmethod
@@ -363,6 +394,37 @@ class CompletionBody(GenerationBody):
         if not prompt or (isinstance(prompt, list) and not all(p or p == 0 for p in prompt)):
             raise RequestError("prompt: found an empty one; there is nothing to continue", "prompt")
         return prompt
+
+    @model_validator(mode="after")
+    def _no_answer_is_for_an_echo(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError(
+                "max_tokens: found 0; expected at least 1, or 0 with echo: true, which gives the prompt back",
+                "max_tokens",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_of_is_more_than_n(self) -> CompletionBody:
+        n = self.n or 1
+        if self.best_of is not None and self.best_of < n:
+            raise RequestError(f"best_of: found {self.best_of}, but n is {n}; expected at least n", "best_of")
+        if self.stream and self.best_of is not None and self.best_of > n:
+            raise RequestError(
+                "best_of: which answers are best is known at their end, so they cannot be streamed; send stream: "
+                "false, or a best_of as large as n",
+                "best_of",
+            )
+        return self
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
+
+    @property
+    def num_drawn(self) -> int:
+        return max(self.best_of or 1, self.n or 1)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -398,6 +460,17 @@ class UnloadAdapterBody(Body):
     neutral: ClassVar[Neutral] = {"lora_int_id": (None,)}
 
     lora_name: Label
+
+
+class RollbackBody(Body):
+    """POST /v1/adapters/{name}/rollback."""
+
+    version: int | None = Field(None, ge=1)
+    """Its number; the one before the current one, if left out."""
+
+
+class PinAdapterBody(Body):
+    """POST /v1/adapters/{name}/pin and /unpin: nothing is to be said."""
 
 
 class FeedbackBody(Body):

@@ -16,6 +16,8 @@ from serve.api.prompts import Prompts
 from serve.runtime import Runtime
 
 T = TypeVar("T")
+LOOKUPS = 8
+"""Names of models that are looked up at a time."""
 
 
 class Services:
@@ -27,8 +29,14 @@ class Services:
         self.created = int(time.time())
         # One at a time: a fast tokenizer refuses to be used by two threads at once.
         self._tokenizing = anyio.CapacityLimiter(1)
+        # Where a slow disk or the hub keeps all of them busy, requests for known names go on.
+        self._looking_up = anyio.CapacityLimiter(LOOKUPS)
         self.prompts = Prompts(runtime, self.tokenize)
         self.media = MediaDesk(runtime)
+
+    async def look_up(self, work: Callable[[], T]) -> T:
+        """Find or read adapters, on one of the threads for that."""
+        return await anyio.to_thread.run_sync(work, limiter=self._looking_up)
 
     async def tokenize(self, work: Callable[[], T]) -> T:
         """Run the tokenizer's work on its thread."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -33,7 +33,8 @@ class Answer:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: FinishReason | None = None
-    stop_reason: str | None = None
+    stop_reason: str | int | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
     def add(self, event: Event) -> None:
         """Append what an event brought."""
@@ -41,6 +42,22 @@ class Answer:
         self.logprobs += event.logprobs
         self.finish = event.finish
         self.stop_reason = event.stop_reason
+        self.prompt_logprobs = self.prompt_logprobs or event.prompt_logprobs
+
+
+def best_of(answers: Mapping[int, Answer], num_drawn: int, num_kept: int | None) -> list[int]:
+    """Rows of the answers to send, by prompt, and of each the best first if some are left out: those of the highest
+    log-probability a token."""
+    if num_kept is None or num_kept == num_drawn:
+        return sorted(answers)
+
+    def score(row: int) -> float:
+        values = [entry.logprob for entry in answers[row].logprobs]
+        return sum(values) / len(values) if values else 0.0
+
+    prompts = range(0, len(answers), num_drawn)
+    ranked = [sorted(range(first, first + num_drawn), key=score, reverse=True) for first in prompts]
+    return [row for rows in ranked for row in rows[:num_kept]]
 
 
 class Format(Protocol):
@@ -51,6 +68,9 @@ class Format(Protocol):
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """An entry of `choices` in a whole response."""
+
+    def extra(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """What a whole response says beside its choices."""
 
     def deltas(self, index: int, event: Event) -> Sequence[dict[str, Any]]:
         """Entries of `choices` that an event becomes in a stream, each in a chunk of its own."""
@@ -70,6 +90,10 @@ class Responder:
     receive: Receive
     keep_alive_s: float = 0
     """Longest silence of a stream; 0: no matter how long."""
+    num_kept: int | None = None
+    """Of the answers to one prompt, the best so many are sent; None: all."""
+    has_answer: bool = True
+    """False: the prompt is given back alone, and no token counts as an answer."""
 
     async def whole(self) -> Response:
         """Everything at once, when all rows have ended."""
@@ -86,12 +110,16 @@ class Responder:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         finally:
             self.generation.close()
-        choices = [self.format.choice(index, answer) for index, answer in sorted(answers.items())]
+        kept = best_of(answers, self.generation.num_choices, self.num_kept)
+        choices = [
+            {**self.format.choice(row, answers[row]), "index": index} for index, row in enumerate(kept)
+        ]
         return JSONResponse(
             {
                 **self._envelope(self.format.kind),
                 "choices": choices,
                 "usage": self._usage(self.generation.num_answer_tokens),
+                **self.format.extra([answers[row] for row in kept]),
             },
             headers=self.generation.target.headers,
         )
@@ -158,6 +186,7 @@ class Responder:
         }
 
     def _usage(self, num_answer_tokens: int) -> dict[str, Any]:
+        num_answer_tokens *= self.has_answer
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_answer_tokens,

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from serve.adapters.version import AdapterVersion
-from serve.errors import NotFoundError, OverloadedError
+from serve.adapters.sums.combination import Combination, Weighted, added_up
+from serve.adapters.sums.expression import Term, parse_expression
+from serve.adapters.versions.version import AdapterVersion
+from serve.api.metrics import COMBINED
+from serve.api.services import Services
+from serve.errors import NotFoundError, OverloadedError, RequestError
 from serve.experiments.assignment import Variant, assign
 from serve.experiments.store import Run
 from serve.runtime import Runtime
 
 VARIANT_RETRY_AFTER_S = 5.0
 MAX_HEADER_CHARS = 512
+MAX_LOOKUPS = 3
+"""Of one name: between being found and being held it may have been unloaded."""
+MAX_NAMES = 50
+"""That an answer lists."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,10 @@ class Target:
 
     @property
     def label(self) -> str:
-        """Name without version, for metrics."""
-        return self.version.name if self.version else self.base
+        """Name without version, for metrics; one for all combinations, of which there is no end."""
+        if self.version is None:
+            return self.base
+        return COMBINED if self.version.is_combined else self.version.name
 
     @property
     def headers(self) -> dict[str, str]:
@@ -54,15 +64,19 @@ class Target:
         return headers
 
 
-@contextmanager
-def held_target(runtime: Runtime, model: str, unit: str) -> Iterator[Target]:
-    """What `model` stands for now; an adapter version is held inside the block. NotFoundError, OverloadedError."""
-    target = _find(runtime, model, unit)
+@asynccontextmanager
+async def held_target(services: Services, model: str, unit: str) -> AsyncIterator[Target]:
+    """What `model` stands for now; an adapter version is held inside the block.
+
+    A name that nobody has loaded is looked up where the configuration allows it, off the event loop. NotFoundError,
+    ForbiddenError, OverloadedError, and what loading raises.
+    """
+    target = await _find(services, model, unit)
     try:
         yield target
     finally:
         if target.version is not None:
-            runtime.registry.release(target.version)
+            services.runtime.registry.release(target.version)
 
 
 def served_names(runtime: Runtime) -> list[str]:
@@ -70,17 +84,18 @@ def served_names(runtime: Runtime) -> list[str]:
     return [runtime.model.name, *runtime.registry.names(), *runtime.experiments]
 
 
-def _find(runtime: Runtime, model: str, unit: str) -> Target:
+async def _find(services: Services, model: str, unit: str) -> Target:
+    runtime = services.runtime
     base = runtime.model.name
     run = runtime.experiments.get(model)
     if run is None:
-        return Target(model, base, None if model == base else _acquire(runtime, model))
+        return Target(model, base, None if model == base else await _acquire(services, model))
     variant = assign(run.experiment, unit)
     assignment = Assignment(run, variant, unit)
     if variant.model == base:
         return Target(model, base, None, assignment)
     try:
-        return Target(model, base, runtime.registry.acquire(variant.model), assignment)
+        return Target(model, base, await _looked_up(services, variant.model), assignment)
     except NotFoundError:
         error = OverloadedError(
             f"variant {variant.name!r} of experiment {model!r} needs adapter {variant.model!r}, which is not loaded; "
@@ -91,12 +106,96 @@ def _find(runtime: Runtime, model: str, unit: str) -> Target:
         raise error from None
 
 
-def _acquire(runtime: Runtime, model: str) -> AdapterVersion:
+async def _acquire(services: Services, model: str) -> AdapterVersion | None:
+    runtime = services.runtime
     try:
-        return runtime.registry.acquire(model)
-    except NotFoundError:
-        there = ", ".join(served_names(runtime))
+        return await _looked_up(services, model)
+    except NotFoundError as error:
+        if parse_expression(model, runtime.registry.knows) is not None:
+            raise
+        if "@" in model and model.partition("@")[0] in runtime.registry.names():
+            raise NotFoundError(f"model {model!r} is not served here: {error}") from None
+        names = served_names(runtime)
+        there = ", ".join(names[:MAX_NAMES]) + (
+            f" and {len(names) - MAX_NAMES} more" * (len(names) > MAX_NAMES)
+        )
         raise NotFoundError(f"model {model!r} is not served here; there are {there}") from None
+
+
+async def _looked_up(services: Services, model: str) -> AdapterVersion | None:
+    """The version, held; of an expression that of what it adds, None where that is nothing.
+
+    Whatever is known, or found, by exactly that name comes before what may be read in it.
+    """
+    registry = services.runtime.registry
+    try:
+        version = await _of_name(services, model)
+    except NotFoundError:
+        terms = parse_expression(model, registry.knows)
+        if terms is None:
+            raise
+        return await _sum(services, model, terms)
+    if not version.is_combined:
+        return version
+    registry.release(version)  # what it adds may be known no more
+    terms = parse_expression(model, registry.knows)
+    assert terms is not None, "a combination is named by what it adds"
+    return await _sum(services, model, terms)
+
+
+async def _of_name(services: Services, name: str) -> AdapterVersion:
+    """The version, held; the name is looked up where it is not known."""
+    runtime = services.runtime
+    for _ in range(MAX_LOOKUPS):
+        try:
+            return runtime.registry.acquire(name)
+        except NotFoundError:
+            if not runtime.resolver.looks_up:
+                raise
+        await services.look_up(lambda: runtime.resolver.find(name))
+    return runtime.registry.acquire(name)
+
+
+async def _sum(services: Services, model: str, terms: Sequence[Term]) -> AdapterVersion | None:
+    """Several adapters as one version, held: of the versions that they are now."""
+    registry = services.runtime.registry
+    held: list[AdapterVersion] = []
+    try:
+        for term in terms:
+            held.append(await _part(services, model, term))
+        named = zip(held, terms, strict=True)
+        parts = added_up(Weighted(version, term.weight) for version, term in named)
+        if not parts:
+            return None
+        if len(parts) == 1 and parts[0].weight == 1:
+            return registry.acquire(parts[0].version.id)
+        source = Combination(parts, registry.contents)
+        for _ in range(MAX_LOOKUPS):
+            try:
+                return registry.acquire(source.name)
+            except NotFoundError:
+                await services.look_up(
+                    lambda: registry.add(source.name, source, is_found=True, is_combined=True)
+                )
+        return registry.acquire(source.name)
+    finally:
+        for version in held:
+            registry.release(version)
+
+
+async def _part(services: Services, model: str, term: Term) -> AdapterVersion:
+    """One of them, held. NotFoundError names it."""
+    if term.name == services.runtime.model.name:
+        raise RequestError(
+            f"model {model!a:.200} adds {term.name!r}, which is the base; adapters are added to it, name them alone",
+            "model",
+        )
+    try:
+        return await _of_name(services, term.name)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"model {model!a:.200} adds {term.name!a:.200}, which is not served here: {error}"
+        ) from None
 
 
 def _header(value: str) -> str:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import httpx
@@ -74,6 +75,15 @@ class Answer:
     """Of the prompt, those that a prefix cache had, as the server counts them; None if it does not say."""
     arrivals_s: tuple[float, ...] = ()
     """When each piece of text came, by `time.perf_counter`."""
+    error_kind: str | None = None
+    """The error's kind, for counting: a status, how the connection failed, `stream`, `unfinished`, `cut off`."""
+    start_s: float = 0.0
+    """When the request was sent, by `time.perf_counter`."""
+
+    @property
+    def gaps_s(self) -> tuple[float, ...]:
+        """Seconds between pieces of text that follow each other: inter-token gaps, where a token is a piece."""
+        return tuple(later - earlier for earlier, later in pairwise(self.arrivals_s))
 
     @property
     def tpot_s(self) -> float | None:
@@ -83,14 +93,23 @@ class Answer:
         return (self.last_s - self.first_s) / (self.num_tokens - 1)
 
 
-async def ask(http: httpx.AsyncClient, request: Ask, begun: asyncio.Event | None = None) -> Answer:
+async def ask(
+    http: httpx.AsyncClient,
+    request: Ask,
+    begun: asyncio.Event | None = None,
+    until_s: float | None = None,
+) -> Answer:
     """Send `request` and read its stream to the end. A failure is an Answer with `error`, not an exception.
 
-    begun  set once the answer's first text is there, or once there will be none
+    begun    set once the answer's first text is there, or once there will be none
+    until_s  by the event loop's clock: a stream that has not ended by then is cut off
     """
     reading = _Reading(request.model, begun)
     try:
-        return await _read(http, request, reading)
+        async with asyncio.timeout_at(until_s):
+            return await _read(http, request, reading)
+    except TimeoutError:
+        return reading.answer("cut off by the time limit", "cut off")
     finally:
         reading.tell()
 
@@ -100,12 +119,14 @@ async def _read(http: httpx.AsyncClient, request: Ask, reading: _Reading) -> Ans
         async with http.stream("POST", PATHS[request.endpoint], json=request.body()) as response:
             if response.status_code != 200:
                 await response.aread()
-                return reading.answer(f"HTTP {response.status_code}: {message_of(response.text)}")
+                kind = f"HTTP {response.status_code}"
+                return reading.answer(f"{kind}: {message_of(response.text)}", kind)
             async for chunk in _chunks(response):
                 reading.take(chunk)
     except (httpx.HTTPError, ValueError, AttributeError) as error:
-        return reading.answer(f"{type(error).__name__}: {error}".removesuffix(": "))
-    return reading.answer(reading.error)
+        kind = type(error).__name__
+        return reading.answer(f"{kind}: {error}".removesuffix(": "), kind)
+    return reading.answer(reading.error, "stream")
 
 
 class _Reading:
@@ -141,9 +162,10 @@ class _Reading:
         if self.begun is not None:
             self.begun.set()
 
-    def answer(self, error: str | None) -> Answer:
+    def answer(self, error: str | None, kind: str) -> Answer:
+        """What has come so far; `kind` is that of the error, if there is one."""
         if error is None and self.finish is None:
-            error = "the stream ended without a finish_reason"
+            error, kind = "the stream ended without a finish_reason", "unfinished"
         usage = self.usage or {}
         counted = usage.get("completion_tokens")
         return Answer(
@@ -158,6 +180,8 @@ class _Reading:
             error=error,
             num_cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
             arrivals_s=tuple(self.arrivals_s),
+            error_kind=None if error is None else kind,
+            start_s=self.start_s,
         )
 
 

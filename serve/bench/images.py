@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from serve.bench import servers, stall, standin, standin_vlm
-from serve.bench.about import about
 from serve.bench.client import Ask
-from serve.bench.finding import Finding
+from serve.bench.finding import Finding, Keep, collect
 from serve.bench.load import drive
 from serve.bench.pictures import PictureMaker, data_uri, image_part
 from serve.bench.process import ServerProcess
@@ -92,16 +91,8 @@ class _Asker:
         return count / done.wall_s
 
 
-def run(
-    setting: Setting,
-    folder: Path,
-    progress: Callable[[str], None],
-    keep: Callable[[list[Finding]], None],
-) -> list[Finding]:
-    """Write the model into `folder`, start both servers, measure, stop them. Raises StoppedError if one fails.
-
-    `keep` is given what is known so far after each part, so a run cut off has told it.
-    """
+def run(setting: Setting, folder: Path, progress: Callable[[str], None], keep: Keep) -> list[Finding]:
+    """Write the model into `folder`, start both servers, measure, stop them. Raises StoppedError if one fails."""
     progress("writing a random model")
     model = folder / "model"
     standin_vlm.write_model(model, standin.default_dtype(), setting.size)
@@ -119,7 +110,6 @@ def run(
             str(model),
         ),
     }
-    findings: list[Finding] = []
     with ExitStack() as stack:
         askers = []
         for seed, (name, (server, served)) in enumerate(started.items()):
@@ -130,16 +120,13 @@ def run(
                 PictureMaker(100 + seed, setting.edge).part()
             )  # a process's first is a slow one
             server.pause()
-        parts: Mapping[str, Callable[[], list[Finding]]] = {
+        parts = {
             "again": lambda: _again(setting, askers, progress),
             "clip": lambda: _clip(setting, askers, folder, progress),
             "requests": lambda: _requests(setting, askers, progress),
             "stall": lambda: _stall(setting, askers, progress),
         }
-        for part in setting.parts:
-            findings += parts[part]()
-            keep(findings)
-    return findings
+        return collect(parts, setting.parts, keep)
 
 
 def _turns(setting: Setting, askers: Sequence[_Asker]) -> Iterator[tuple[int, _Asker]]:
@@ -252,8 +239,3 @@ def _stall(setting: Setting, askers: Sequence[_Asker], progress: Callable[[str],
             values=values,
         )
     ]
-
-
-def as_json(setting: Setting, findings: list[Finding]) -> dict[str, Any]:
-    """Everything that was measured, and on what."""
-    return {**about(), "settings": asdict(setting), "findings": [each.as_json() for each in findings]}

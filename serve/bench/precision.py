@@ -60,7 +60,7 @@ def run(setting: Setting, model: Path, progress: Callable[[str], None]) -> list[
 def _row_bytes(model: Path, precisions: Sequence[KvPrecision], num_tokens: int) -> list[int]:
     """Of a row of so many tokens in each, as the rows count them where the model computes in 16 bit."""
     network = load(str(model), dtype="bfloat16").network
-    cost = make_rows(network, prefill_chunk_tokens=EngineLimits().prefill_chunk_tokens).cost
+    cost = make_rows(network, prefill_chunk_tokens=EngineLimits().window_chunk_tokens).cost
     positions = positions_capacity(num_tokens)
     return [cost.row_bytes(Bucket(form.at(num_tokens), positions)) for form in precisions]
 

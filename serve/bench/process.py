@@ -7,15 +7,20 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import httpx
+import psutil
 
 from serve.errors import StoppedError
 
 POLL_S = 0.1
 STOP_S = 15.0
+QUOTED_LINES = 15
+START_S = 300.0
+"""Seconds are usual; a machine that does other things as well takes minutes."""
 
 
 def free_port() -> int:
@@ -23,6 +28,28 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds on a processor that a process and those it started have had: no other process's work is in them."""
+    process = psutil.Process(pid)
+    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    return float(sum(each.user + each.system for each in times))
+
+
+def see_end(process: subprocess.Popen[Any]) -> None:
+    """Return once a process that was asked to end is gone; one that takes too long is made to."""
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def tail_of(log: Path) -> str:
+    """The last lines of what a process wrote, indented, to stand in a message."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return "\n".join(f"  {line}" for line in lines[-QUOTED_LINES:]) or "  it printed nothing"
 
 
 class ServerProcess:
@@ -61,14 +88,16 @@ class ServerProcess:
                 start_new_session=True,
             )
 
-    def wait_ready(self, timeout_s: float = 120.0) -> None:
+    def wait_ready(self, timeout_s: float = START_S) -> None:
         """Return once /health answers 200. Raises StoppedError if the process ends or takes too long."""
         deadline_s = time.monotonic() + timeout_s
         while not self._answers():
             if self._process is None or self._process.poll() is not None:
-                raise StoppedError(f"{self.name} ended while starting:\n{self._tail()}")
+                raise StoppedError(f"{self.name} ended while starting:\n{tail_of(self.log)}")
             if time.monotonic() > deadline_s:
-                raise StoppedError(f"{self.name} did not answer within {timeout_s:.0f} s:\n{self._tail()}")
+                raise StoppedError(
+                    f"{self.name} did not answer within {timeout_s:.0f} s:\n{tail_of(self.log)}"
+                )
             time.sleep(POLL_S)
 
     def pause(self) -> None:
@@ -84,27 +113,17 @@ class ServerProcess:
             return
         self.resume()
         self._process.terminate()
-        try:
-            self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        see_end(self._process)
 
     def __enter__(self) -> ServerProcess:
-        self.start()
-        try:
+        with ExitStack() as undone:
+            undone.callback(self.stop)
+            self.start()
             self.wait_ready()
-        except BaseException:
-            self.stop()
-            raise
+            undone.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def _signal(self, number: signal.Signals) -> None:
@@ -116,7 +135,3 @@ class ServerProcess:
             return httpx.get(f"{self.url}/health", timeout=5.0).status_code == 200
         except httpx.HTTPError:
             return False
-
-    def _tail(self, num_lines: int = 15) -> str:
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        return "\n".join(f"  {line}" for line in lines[-num_lines:]) or "  it printed nothing"

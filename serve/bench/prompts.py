@@ -6,7 +6,7 @@ How many tokens a word makes is not known here: it is measured, by asking the se
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 TEXT = """
@@ -38,6 +38,18 @@ def fit(short: tuple[int, int], long: tuple[int, int]) -> WordCost:
     """The cost from two measured (words, tokens) pairs of different lengths."""
     per_word = max((long[1] - short[1]) / (long[0] - short[0]), 1e-6)
     return WordCost(fixed=short[1] - per_word * short[0], per_word=per_word)
+
+
+CALIBRATION_WORDS = (16, 64)
+CALIBRATION_SEED = 0xCA11
+
+
+def calibrate(tokens_of: Callable[[str], int]) -> WordCost:
+    """The cost by which prompts are sized. The same two prompts are counted each time, so whoever counts them alike
+    makes prompts of the same words."""
+    maker = PromptMaker(CALIBRATION_SEED)
+    short, long = ((words, tokens_of(maker.prompt(words))) for words in CALIBRATION_WORDS)
+    return fit(short, long)
 
 
 class PromptMaker:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from serve import device
@@ -15,15 +17,18 @@ ADDRESS = ("--host", "127.0.0.1", "--port", "{port}")
 
 
 def lathe(
-    model: Path,
+    model: Path | str,
     log: Path,
     *,
     adapters: Mapping[str, Path] | None = None,
     settings: Mapping[str, object] | None = None,
+    overrides: Sequence[str] = (),
 ) -> ServerProcess:
-    """`lathe serve`. adapters: name → folder. settings: keys of the serving configuration."""
+    """`lathe serve`. adapters: name → folder. settings: keys of the serving configuration; overrides: more of them,
+    as KEY=VALUE."""
     words = [word for name, path in (adapters or {}).items() for word in ("--adapter", f"{name}={path}")]
     words += [word for key, value in (settings or {}).items() for word in ("--set", f"{key}={value}")]
+    words += [word for each in overrides for word in ("--set", each)]
     return ServerProcess("lathe", [*PYTHON, "lathe", "serve", str(model), *words, *ADDRESS], log, _own_blas())
 
 
@@ -42,6 +47,51 @@ def mlx_vlm(model: Path, log: Path, *, cache_bytes: int = 0, position_bytes: int
     words = ["mlx_vlm.server", "--model", str(model)]
     cache = _apc(cache_bytes, position_bytes) if cache_bytes else {}
     return ServerProcess("mlx_vlm.server", [*PYTHON, *words, *ADDRESS], log, {**_same_blas(), **cache})
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another project's server that is compared where it is installed: what starts it, and what its requests name.
+
+    Its words may hold {model}, the folder, and {port}. It is ready once /health answers 200.
+    """
+
+    label: str
+    words: tuple[str, ...]
+    served_name: str
+
+
+VLLM_MLX = Peer(
+    "vllm-mlx",
+    (
+        "serve",
+        "{model}",
+        "--served-model-name",
+        "standin",
+        "--continuous-batching",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "{port}",
+    ),
+    "standin",
+)
+
+
+def peer(asked: Peer, executable: str, model: Path, log: Path) -> ServerProcess:
+    """A peer's server. Its home is the log's folder: what it keeps there between runs would tell two runs apart."""
+    words = [executable, *(word.replace("{model}", str(model.absolute())) for word in asked.words)]
+    return ServerProcess(asked.label, words, log, {**_same_blas(), "HOME": str(log.parent.absolute())})
+
+
+def find_vllm_mlx() -> str | None:
+    """Its executable, beside this Python or on PATH; None where it is not installed."""
+    return shutil.which("vllm-mlx", path=str(Path(sys.executable).parent)) or shutil.which("vllm-mlx")
+
+
+def bare_environment() -> dict[str, str]:
+    """What a process of our own is told that runs mlx-lm without a server."""
+    return _own_blas()
 
 
 def _apc(cache_bytes: int, position_bytes: int, block_size: int = 16) -> dict[str, str]:

@@ -7,18 +7,21 @@ prompt, and hold no stop token: every server generates as many tokens as it is a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from serve import device
-from serve.adapters.manifest import AdapterConfig, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE, write_adapter
 from serve.bench.prompts import WORDS, PromptMaker
 
 
@@ -56,15 +59,16 @@ class Size:
 
 TOKENIZER_SIZE = 4096
 SMALLEST = Size(512, 8, 1536, 8, 4, 64, TOKENIZER_SIZE)
+TINY = Size(64, 2, 96, 4, 2, 16, 512)
+"""So small that a step's time is the host's."""
 SIZES: Mapping[str, Size] = {
+    "tiny": TINY,
     "29M": SMALLEST,
     "0.6B": Size(1024, 28, 3072, 16, 8, 128, 151936),
     "1.7B": Size(2048, 28, 6144, 16, 8, 128, 151936),
 }
-"""By what the name says: parameters of the small one; the layers of Qwen3-0.6B and Qwen3-1.7B. None ties its head."""
-
-TINY = Size(64, 2, 96, 4, 2, 16, 512)
-"""So small that a step's time is the host's."""
+"""By what the name says: one to try a benchmark with; parameters of the small one; the layers of Qwen3-0.6B and
+Qwen3-1.7B. None ties its head."""
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -143,21 +147,59 @@ def word_tokenizer(folder: Path, size: Size, more_specials: Sequence[str] = ()) 
 
 
 def write_adapters(
-    folder: Path, count: int, size: Size = SMALLEST, *, rank: int = 16, seed: int = 1
+    folder: Path, count: int, size: Size = SMALLEST, *, ranks: Sequence[int] = (16,), seed: int = 1
 ) -> dict[str, Path]:
-    """`count` random adapters of all linear layers, each in its own folder: name -> folder."""
-    config = AdapterConfig("lora", size.num_layers, rank=rank, scale=2.0, keys=tuple(size.shapes))
+    """`count` random adapters of all linear layers, each in its own folder: name -> folder.
+
+    ranks  they take turns at these
+    """
     paths = {f"adapter-{number}": folder / f"adapter-{number}" for number in range(count)}
     for number, path in enumerate(paths.values()):
+        rank = ranks[number % len(ranks)]
         keys = iter(mx.random.split(mx.random.key(seed + number), 2 * size.num_layers * len(size.shapes)))
-        tensors: dict[str, mx.array] = {}
-        for layer in range(size.num_layers):
-            for name, (num_in, num_out) in size.shapes.items():
-                prefix = f"model.layers.{layer}.{name}"
-                tensors[f"{prefix}.lora_a"] = mx.random.normal((num_in, rank), key=next(keys)) * num_in**-0.5
-                tensors[f"{prefix}.lora_b"] = mx.random.normal((rank, num_out), key=next(keys)) * 0.02
-        write_adapter(path, tensors, config)
+        tensors = {
+            name: mx.random.normal(shape, key=next(keys)) * scale
+            for name, shape, scale in _adapter_tensors(size, rank)
+        }
+        write_adapter(path, tensors, _adapter_config(size, rank))
     return paths
+
+
+def write_many_adapters(
+    folder: Path, count: int, size: Size = SMALLEST, *, rank: int = 8, seed: int = 1
+) -> dict[str, Path]:
+    """As `write_adapters`, many a second: none is synced to the disk, and only the first one's header is made."""
+    paths = write_adapters(folder, 1, size, ranks=(rank,), seed=seed)
+    ((name, first),) = paths.items()
+    written = (first / TENSORS_FILE).read_bytes()
+    tensors_at = 8 + int.from_bytes(written[:8], "little")  # behind the header and its length
+    # MLX writes tensors in an order of its own, all of one type: only their scales tell them apart.
+    shapes = {name: (math.prod(shape), scale) for name, shape, scale in _adapter_tensors(size, rank)}
+    header = json.loads(written[8:tensors_at])
+    order = sorted(shapes, key=lambda each: header[each]["data_offsets"][0])
+    scales = np.concatenate([np.full(*shapes[each], np.float32) for each in order])
+    drawn = np.random.default_rng(seed)
+    for number in range(1, count):
+        name = f"adapter-{number}"
+        paths[name] = folder / name
+        paths[name].mkdir()
+        (paths[name] / CONFIG_FILE).write_bytes((first / CONFIG_FILE).read_bytes())
+        values = drawn.standard_normal(len(scales), np.float32) * scales
+        (paths[name] / TENSORS_FILE).write_bytes(written[:tensors_at] + values.tobytes())
+    return paths
+
+
+def _adapter_config(size: Size, rank: int) -> AdapterConfig:
+    return AdapterConfig("lora", size.num_layers, rank=rank, scale=2.0, keys=tuple(size.shapes))
+
+
+def _adapter_tensors(size: Size, rank: int) -> Iterator[tuple[str, tuple[int, int], float]]:
+    """Name, shape and scale of each of a random adapter's tensors."""
+    for layer in range(size.num_layers):
+        for name, (num_in, num_out) in size.shapes.items():
+            prefix = f"model.layers.{layer}.{name}"
+            yield f"{prefix}.lora_a", (num_in, rank), num_in**-0.5
+            yield f"{prefix}.lora_b", (rank, num_out), 0.02
 
 
 def _tokenizer(num_tokens: int, specials: Sequence[str]) -> Tokenizer:

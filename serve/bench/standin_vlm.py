@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def write_model(folder: Path, dtype: mx.Dtype, size: Size, seed: int = 0) -> Non
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
-    weights = _weights(_build(config), tokenizer, seed, dtype)
+    speakable = standin.speakable(tokenizer, config["vocab_size"], dtype)
+    weights = random_weights(module_of(config), seed, dtype, speakable)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
 
 
@@ -121,11 +123,13 @@ def _preprocessor(kind: str, size: Size) -> dict[str, Any]:
     }
 
 
-def _build(config: Mapping[str, Any]) -> nn.Module:
-    """The family's module, as mlx-vlm's loader makes it."""
+def module_of(config: Mapping[str, Any]) -> nn.Module:
+    """The family's module for a config.json, as mlx-vlm's loader makes it."""
     from mlx_vlm.utils import get_model_and_args, update_module_configs
 
-    told = {**json.loads(json.dumps(config)), "text_config": {}, "audio_config": {}}
+    told = json.loads(json.dumps(config))
+    for part in ("text_config", "audio_config"):
+        told.setdefault(part, {})
     family, _ = get_model_and_args(told)
     parts = ["text", "vision", "perceiver", "projector", "audio"]
     made: nn.Module = family.Model(
@@ -134,7 +138,11 @@ def _build(config: Mapping[str, Any]) -> nn.Module:
     return made
 
 
-def _weights(module: nn.Module, tokenizer: Tokenizer, seed: int, dtype: mx.Dtype) -> dict[str, mx.array]:
+def random_weights(module: nn.Module, seed: int, dtype: mx.Dtype, speakable: mx.array) -> dict[str, mx.array]:
+    """Of every matrix columns of unit length on average, so that what a picture adds is as loud as a word.
+
+    speakable  [V]  1 for tokens that answers may hold, 0 for those that the head gives none of
+    """
     shapes = {name: tensor.shape for name, tensor in tree_flatten(module.parameters())}
     keys = mx.random.split(mx.random.key(seed), len(shapes))
     weights = {}
@@ -142,10 +150,8 @@ def _weights(module: nn.Module, tokenizer: Tokenizer, seed: int, dtype: mx.Dtype
         if len(shape) == 1:
             weights[name] = mx.zeros(shape, dtype) if name.endswith("bias") else mx.ones(shape, dtype)
         else:
-            num_inputs = 1
-            for length in shape[1:]:
-                num_inputs *= length
+            num_inputs = prod(shape[1:])
             weights[name] = (mx.random.normal(shape, key=key) * num_inputs**-0.5).astype(dtype)
     head = next(name for name in weights if name.endswith("lm_head.weight"))
-    weights[head] = weights[head] * standin.speakable(tokenizer, weights[head].shape[0], dtype)[:, None]
+    weights[head] = weights[head] * speakable[:, None]
     return weights

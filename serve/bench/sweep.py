@@ -1,23 +1,35 @@
-"""`lathe bench serve`: any OpenAI-compatible server at several numbers of clients.
+"""`lathe bench serve`: any OpenAI-compatible server at several numbers of clients, or at several rates of requests.
 
-Prompts are calibrated to a length in tokens, every model is warmed up, then each level of concurrency is run.
+Prompts are calibrated to a length in tokens, every model is warmed up, then each level is run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import cycle, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from serve.bench.arrivals import offsets
 from serve.bench.client import Answer, Ask, Endpoint
-from serve.bench.load import Round, drive
-from serve.bench.prompts import PromptMaker, WordCost, fit
+from serve.bench.goodput import Objective
+from serve.bench.load import NO_LIMIT, Round, TimeLimit, drive, drive_open
+from serve.bench.prompts import calibrate
 from serve.bench.summary import Summary, summarize
+from serve.bench.workload import Wanted, Workload, WorkloadMaker
 from serve.errors import ConfigError
 
-CALIBRATION_WORDS = (16, 64)
+GREETING = "hello there, this is a warm up"
+MOST_WARMED_UP = 8
+"""Models that are asked once before anything is measured; of more, the first ones."""
+DRAIN_S = 60.0
+"""How long streams that are under way at the time limit may take to end."""
+OPEN_LOOP_S = 10
+"""An open loop has as many requests as come in so long, where nothing else is said."""
+BURST_REQUESTS = 64
 
 
 @dataclass(frozen=True)
@@ -25,68 +37,106 @@ class Sweep:
     """What to measure."""
 
     url: str
-    models: tuple[str, ...]
-    """Requests go round these in turn."""
+    workload: Workload
     concurrency: tuple[int, ...] = (1, 4, 16)
-    num_prompt_tokens: int = 128
-    max_tokens: int = 64
+    """Closed loops of so many clients; where requests come at a rate, the most that may be under way, or ()."""
+    request_rates: tuple[float, ...] = ()
+    """Open loops of so many requests a second; inf: all at once. (): closed loops."""
+    burstiness: float = 1.0
+    """Of an open loop: 1 is Poisson, inf a request every 1/rate seconds."""
     num_requests: int | None = None
-    """Requests at each level; None: 4 for each client, at least 8."""
+    """Requests at each level; None: 4 for each client and at least 8, as many as a time limit allows, or what comes
+    in 10 seconds of an open loop (64 of a burst)."""
+    time_limit_s: float | None = None
+    """Of each level: later no request is sent, and those under way have a minute to end."""
     endpoint: Endpoint = "chat"
     tokenizer: Path | None = None
     """A folder whose tokenizer sizes the prompts; None: the server's own usage does."""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    objective: Objective | None = None
+    """What counts as good for goodput."""
     api_key: str | None = None
-    seed: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The settings, without the key."""
-        shown = {**asdict(self), "tokenizer": str(self.tokenizer) if self.tokenizer else None}
-        return {name: value for name, value in shown.items() if name != "api_key"}
+        shown = asdict(self)
+        del shown["api_key"]
+        work = shown["workload"]
+        work["prompt_tokens"], work["max_tokens"] = (
+            str(each) for each in (self.workload.prompt_tokens, self.workload.max_tokens)
+        )
+        work["dataset"] = str(self.workload.dataset.path) if self.workload.dataset else None
+        shown["tokenizer"] = str(self.tokenizer) if self.tokenizer else None
+        shown["objective"] = str(self.objective) if self.objective else None
+        return {
+            **shown,
+            "request_rates": [_finite(rate) for rate in self.request_rates],
+            "burstiness": _finite(self.burstiness),
+        }
+
+
+def _finite(number: float) -> float | str:
+    """JSON knows no infinity."""
+    return number if math.isfinite(number) else "inf"
 
 
 class SweepRunner:
-    """Holds what is measured once for a server: the cost of a word, and the prompts not yet used."""
+    """Holds what is measured once for a server: the cost of a word, and the requests not yet sent."""
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
-        self._prompts = PromptMaker(sweep.seed)
-        self._cost: WordCost | None = None
+        self._random = random.Random(sweep.workload.seed)
+        self._wanted: Iterator[Wanted] | None = None
 
     def warm_up(self) -> None:
         """One request to each model; the server must answer all of them. Also sizes the prompts.
 
         Raises ConfigError with the server's own words.
         """
-        for model in self.sweep.models:
-            self._one(model, CALIBRATION_WORDS[0], max_tokens=2)
-        short, long = (self._tokens_of(words) for words in CALIBRATION_WORDS)
-        self._cost = fit((CALIBRATION_WORDS[0], short), (CALIBRATION_WORDS[1], long))
+        for model in self.sweep.workload.models[:MOST_WARMED_UP]:
+            self._one(model, GREETING, max_tokens=2)
+        self._wanted = iter(WorkloadMaker(self.sweep.workload, calibrate(self._tokens_of)))
 
-    def level(self, concurrency: int, count: int) -> Round:
-        """One round of `count` requests at `concurrency` clients."""
-        assert self._cost is not None, "warm_up() comes first"
-        num_words = self._cost.words_for(self.sweep.num_prompt_tokens)
-        models = islice(cycle(self.sweep.models), count)
-        asks = [self._ask(model, num_words, self.sweep.max_tokens) for model in models]
-        return drive(self.sweep.url, asks, concurrency, self.sweep.api_key)
+    def level(self, concurrency: int, count: int | None, limit: TimeLimit = NO_LIMIT) -> Round:
+        """A closed loop: `count` requests at `concurrency` clients; None: as many as the limit allows."""
+        asks = self._asks() if count is None else islice(self._asks(), count)
+        return drive(self.sweep.url, asks, concurrency, self.sweep.api_key, limit)
 
-    def _ask(self, model: str, num_words: int, max_tokens: int) -> Ask:
-        prompt = self._prompts.prompt(num_words)
-        return Ask(model, prompt, max_tokens, self.sweep.endpoint, self.sweep.extra)
+    def open_level(
+        self, request_rate: float, count: int, max_concurrency: int | None, limit: TimeLimit = NO_LIMIT
+    ) -> Round:
+        """An open loop: `count` requests, `request_rate` a second."""
+        at_s = offsets(count, request_rate, self.sweep.burstiness, self._random)
+        asks = list(islice(self._asks(), count))
+        return drive_open(
+            self.sweep.url,
+            asks,
+            at_s,
+            request_rate,
+            self.sweep.api_key,
+            max_concurrency=max_concurrency,
+            limit=limit,
+        )
 
-    def _one(self, model: str, num_words: int, max_tokens: int) -> Answer:
-        asks = [self._ask(model, num_words, max_tokens)]
-        answer = drive(self.sweep.url, asks, 1, self.sweep.api_key).answers[0]
+    def _asks(self) -> Iterator[Ask]:
+        assert self._wanted is not None, "warm_up() comes first"
+        sweep = self.sweep
+        for each in self._wanted:
+            yield Ask(
+                each.model, each.prompt, each.max_tokens, sweep.endpoint, sweep.extra, history=each.history
+            )
+
+    def _one(self, model: str, prompt: str, max_tokens: int) -> Answer:
+        request = Ask(model, prompt, max_tokens, self.sweep.endpoint, self.sweep.extra)
+        answer = drive(self.sweep.url, [request], 1, self.sweep.api_key).answers[0]
         if answer.error is not None:
             raise ConfigError(f"{self.sweep.url}: model {model!r} does not answer\n  {answer.error}")
         return answer
 
-    def _tokens_of(self, num_words: int) -> int:
+    def _tokens_of(self, prompt: str) -> int:
         if self.sweep.tokenizer is not None:
-            prompt = self._prompts.prompt(num_words)
             return count_tokens(self.sweep.tokenizer, prompt, self.sweep.endpoint)
-        counted = self._one(self.sweep.models[0], num_words, max_tokens=1).num_prompt_tokens
+        counted = self._one(self.sweep.workload.models[0], prompt, max_tokens=1).num_prompt_tokens
         if counted is None:
             raise ConfigError(
                 f"{self.sweep.url} does not say how many tokens a prompt has (no usage in its stream), "
@@ -111,18 +161,58 @@ def count_tokens(folder: Path, prompt: str, endpoint: Endpoint) -> int:
     return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
-def run(sweep: Sweep, progress: Callable[[str], None]) -> list[Summary]:
+@dataclass(frozen=True)
+class Outcome:
+    """Everything `lathe bench serve` shows: a summary and a round for each level."""
+
+    summaries: list[Summary]
+    rounds: list[Round]
+
+    def as_json(self, sweep: Sweep) -> dict[str, Any]:
+        return {"settings": sweep.as_json(), "results": [each.as_json() for each in self.summaries]}
+
+
+def run(sweep: Sweep, progress: Callable[[str], None]) -> Outcome:
     """Warm up, then every level of `sweep`; `progress` is told what runs."""
     runner = SweepRunner(sweep)
-    progress(f"warming up {len(sweep.models)} model(s) and sizing prompts")
+    progress(f"warming up {len(sweep.workload.models)} model(s) and sizing prompts")
     runner.warm_up()
-    summaries = []
+    label = _label(sweep.workload.models)
+    rounds = list(_open_levels(runner, progress) if sweep.request_rates else _closed_levels(runner, progress))
+    return Outcome([summarize(label, [each], sweep.objective) for each in rounds], rounds)
+
+
+def _closed_levels(runner: SweepRunner, progress: Callable[[str], None]) -> Iterator[Round]:
+    sweep, limit = runner.sweep, _limit(runner.sweep)
     for concurrency in sweep.concurrency:
-        count = sweep.num_requests or max(8, 4 * concurrency)
-        progress(f"{count} requests from {concurrency} client(s)")
-        summaries.append(summarize(_label(sweep.models), [runner.level(concurrency, count)]))
-    return summaries
+        count = sweep.num_requests
+        if count is None and sweep.time_limit_s is None:
+            count = max(8, 4 * concurrency)
+        much = f"{count} requests" if count else f"{sweep.time_limit_s:g} s of requests"
+        progress(f"{much} from {concurrency} client(s)")
+        yield runner.level(concurrency, count, limit)
+
+
+def _open_levels(runner: SweepRunner, progress: Callable[[str], None]) -> Iterator[Round]:
+    sweep, limit = runner.sweep, _limit(runner.sweep)
+    for rate in sweep.request_rates:
+        count = sweep.num_requests or _open_count(rate, sweep.time_limit_s or OPEN_LOOP_S)
+        for most in sweep.concurrency or (None,):
+            beside = "" if most is None else f", at most {most} under way"
+            progress(f"{count} requests, {rate:g} a second{beside}")
+            yield runner.open_level(rate, count, most, limit)
+
+
+def _open_count(rate: float, time_s: float) -> int:
+    """So many requests come in that time; a burst has no length of its own."""
+    return BURST_REQUESTS if math.isinf(rate) else max(2, math.ceil(rate * time_s))
+
+
+def _limit(sweep: Sweep) -> TimeLimit:
+    if sweep.time_limit_s is None:
+        return NO_LIMIT
+    return TimeLimit(sweep.time_limit_s, sweep.time_limit_s + DRAIN_S)
 
 
 def _label(models: Sequence[str]) -> str:
-    return models[0] if len(models) == 1 else f"{len(models)} models in turn"
+    return models[0] if len(models) == 1 else f"{len(models)} models"

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from serve.bench import servers
 from serve.bench.finding import Finding
+from serve.bench.lengths import Fixed
 from serve.bench.sweep import Sweep, SweepRunner
+from serve.bench.workload import Workload
 from serve.errors import StoppedError
 
 ASKED = 0.97
@@ -41,10 +43,12 @@ def run(setting: Setting, model: Path, folder: Path, progress: Callable[[str], N
             runners[name] = SweepRunner(
                 Sweep(
                     server.url,
-                    (model.name,),
-                    num_prompt_tokens=setting.num_prompt_tokens,
-                    max_tokens=setting.max_tokens,
-                    seed=seed,
+                    Workload(
+                        (model.name,),
+                        Fixed(setting.num_prompt_tokens),
+                        Fixed(setting.max_tokens),
+                        seed=seed,
+                    ),
                 )
             )
             runners[name].warm_up()

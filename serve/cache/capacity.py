@@ -108,6 +108,11 @@ class RowCost:
     """The most tokens that one forward writes of a row: what a sliding window's buffer has room for beside it."""
     _bytes: dict[Bucket, int] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def has_windows(self) -> bool:
+        """Some layer looks back on so many positions and no more."""
+        return any(layer.window is not None for layer in self.layers)
+
     def row_bytes(self, bucket: Bucket) -> int:
         """Keys and values of one row of the bucket, whether it is used or not."""
         found = self._bytes.get(bucket)

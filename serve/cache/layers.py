@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from serve import device
 from serve.cache.attention import Mask, attend
 from serve.cache.capacity import Bucket, LayerShape, Move, Place
 from serve.cache.codecs import Form, make_codec
@@ -244,27 +245,27 @@ class LayerRows:
                 self.stores[bucket].resize(num_rows)
 
     def gather(self, groups: Groups) -> list[list[mx.array]]:
-        """Rows as they will stand in their target buckets, lazily, a list a group: what `scatter` puts there."""
+        """What rows hold, as their target buckets store it, lazily, a list a group: what `scatter` puts there."""
         return [self._gathered(key, moves) for key, moves in groups.items()]
 
     def scatter(self, groups: Groups, copies: Sequence[Sequence[mx.array]]) -> None:
-        """Overwrite whole rows with copies made before."""
+        """Overwrite whole rows with copies made before, and zeros behind them."""
         for ((_, target), moves), parts in zip(groups.items(), copies, strict=True):
-            rows = mx.array(np.asarray([move.target.row for move in moves], dtype=np.int32))
+            rows = [move.target.row for move in moves]
             for part, copy in zip(self.stores[target].parts, parts, strict=True):
-                part[rows] = copy
+                _overwrite(part, rows, copy)
 
     def _gathered(self, key: tuple[Bucket, Bucket], moves: Sequence[Move]) -> list[mx.array]:
         source, target = self.stores[key[0]], self.stores[key[1]]
-        rows = mx.array(np.asarray([move.source.row for move in moves], dtype=np.int32))
+        rows = [move.source.row for move in moves]
         longest = max(move.num_positions for move in moves)
         if source.capacity != target.capacity:
             assert longest <= min(source.capacity, target.capacity), "a row is longer than its place"
         extent = min(longest, source.capacity)
-        copies = [part[:, :, :extent][rows] for part in source.parts]
+        copies = [_copied(part, rows, extent) for part in source.parts]
         if source.form is not target.form:
             copies = list(target.form.encode(*source.form.decode(copies)))
-        return [pad_axis(copy, target.capacity, axis=2) for copy in copies]
+        return copies
 
     def take(self, place: Place, start: int, stop: int) -> tuple[mx.array, ...]:
         """Copies of a row's positions [start, stop), [H, stop - start, width] a part, lazily."""
@@ -292,3 +293,29 @@ class LayerRows:
                 for part, new in zip(store.parts, parts, strict=True):
                     part[place.row, :, at : at + count] = new[:, done : done + count]
                 done += count
+
+
+# MLX's CPU backend goes through what an array of indices names number by number, and copies slices whole.
+
+
+def _copied(part: mx.array, rows: Sequence[int], extent: int) -> mx.array:
+    """Positions [0, extent) of some rows of a buffer [C, H, P, ·], lazily; no view of the buffer."""
+    if device.backend() == "cpu" and len(rows) > 1:
+        return mx.concatenate([part[row : row + 1, :, :extent] for row in rows])
+    return part[:, :, :extent][_indices(rows)]
+
+
+def _overwrite(part: mx.array, rows: Sequence[int], values: mx.array) -> None:
+    """Put values [b, H, T, ·] into rows of a buffer [C, H, P, ·], and zeros behind the T positions."""
+    capacity, extent = part.shape[2], values.shape[2]
+    if device.backend() != "cpu":
+        part[_indices(rows)] = pad_axis(values, capacity, axis=2)
+        return
+    for index, row in enumerate(rows):
+        part[row, :, :extent] = values[index]
+        if extent < capacity:
+            part[row, :, extent:] = 0
+
+
+def _indices(rows: Sequence[int]) -> mx.array:
+    return mx.array(np.asarray(rows, dtype=np.int32))

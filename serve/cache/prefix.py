@@ -149,6 +149,16 @@ class PrefixCache:
                 self._tree.clear(space)
         self._settle()
 
+    def bytes_of(self, adapter: str) -> int:
+        """Memory held by segments of one adapter's spaces."""
+        nodes = (
+            node
+            for space in self._tree.spaces
+            if space.adapter == adapter
+            for node in self._tree.nodes(space)
+        )
+        return sum(node.kept[MEMORY].num_bytes for node in nodes if node.kept[MEMORY] is not None)
+
     def close(self) -> None:
         """Write what waits for the disk, and let go of its folder."""
         if self._disk is not None:

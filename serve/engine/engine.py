@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import replace
 
 from serve import device
-from serve.adapters.bank import Bank
-from serve.adapters.registry import Registry
+from serve.adapters.bank.bank import Bank
+from serve.adapters.registry.registry import Registry
+from serve.adapters.versions.version import AdapterVersion
 from serve.cache.capacity import MAX_REMEMBERED
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
+from serve.engine.edits import make_edit
 from serve.engine.features import SequenceFeatures
 from serve.engine.finish import FinishRule
 from serve.engine.limits import EngineLimits as EngineLimits
 from serve.engine.limits import MemoryBudget
+from serve.engine.pace import Pace
 from serve.engine.plan import Drawn, Plan, SequenceState
 from serve.engine.prefixes import SequencePrefixes
 from serve.engine.request import EngineStats, Event, MemoryUse, Request
 from serve.engine.runner import Captured, Flight, Runner
 from serve.engine.scheduler import Budget, Scheduler
 from serve.engine.sights import Sights
-from serve.errors import ConfigError, ContextLengthError, GenerationError, LatheError, RequestError
+from serve.errors import (
+    ConfigError,
+    ContextLengthError,
+    DeadlineError,
+    GenerationError,
+    LatheError,
+    RequestError,
+)
 from serve.model.loading import LoadedModel
 from serve.model.prompt import Prompt
 from serve.model.template_rules import TemplateRules
@@ -50,7 +62,10 @@ class Engine:
             model,
             self.bank,
             max_bytes=self.memory.adapters,
-            max_adapters=limits.max_adapters,
+            host_bytes=self.memory.host,
+            file_bytes=limits.adapter_file_bytes,
+            max_slots=limits.max_adapters,
+            max_others=limits.adapter_versions,
             max_rank=limits.max_rank,
             allow_other_base=limits.allow_other_base,
             rules=rules,
@@ -66,20 +81,25 @@ class Engine:
             model.network,
             self.bank,
             Sights(model.vision, self.features) if model.vision and self.features else None,
-            prefill_chunk_tokens=limits.prefill_chunk_tokens,
+            row_chunk_tokens=limits.window_chunk_tokens,
             ahead=self._ahead,
         )
         cost = self._runner.rows.cost
+        self.pace = Pace(None if limits.max_gap_ms is None else limits.max_gap_ms / 1000)
         budget = Budget(
             max_rows=limits.max_rows,
             prefill_chunk_tokens=limits.prefill_chunk_tokens,
-            max_bytes=self.memory.max_row_bytes(self.memory.adapters),
+            max_bytes=self.memory.max_row_bytes(self.memory.adapters, self.memory.host or 0),
             row_cost=cost,
             encode_patches=limits.encode_patches,
+            row_chunk_tokens=limits.row_chunk(has_windows=cost.has_windows, on_cpu=on_cpu),
         )
         self.prefixes = SequencePrefixes.make(limits, self.memory.kv, model, self._runner.rows)
         """None where the limits want none."""
-        self.scheduler = Scheduler(budget, self.prefixes, self.features)
+        self.scheduler = Scheduler(
+            budget, self.prefixes, self.features, self.registry.residency, self.pace, limits.make_shares()
+        )
+        self.registry.residency.wake = self.scheduler.wake
         self._max_contexts: dict[KvPrecision, int] = {}
         self.max_context = self.max_context_at(limits.precision)
         """Tokens of prompt and answer together: what model, limits and memory allow one row."""
@@ -92,7 +112,10 @@ class Engine:
         self._by_id: dict[str, SequenceState] = {}
         self._flights: deque[Flight] = deque()  # steps that have been started and not read
         self._eos = frozenset(model.tokenizer.eos_token_ids)
-        self._num_bank_changes = -1
+        self._newline = self.token_bytes.ids_of("\n")  # XTC spares it
+        self._deadlines: list[tuple[float, str]] = []  # a heap; those that have ended stay until they come up
+        self._landed_s = 0.0  # when the last step was read
+        self._num_adapter_changes = (-1, -1)
         self._kv_bytes = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
@@ -103,6 +126,20 @@ class Engine:
     def has_work(self) -> bool:
         """True while any request waits or runs, or a step is to be read."""
         return self.scheduler.has_work or bool(self._flights)
+
+    @property
+    def can_step(self) -> bool:
+        """Whether `step` has anything to do: False while all that is open waits for adapters on their way."""
+        if self._flights or (self.scheduler.has_work and not self.scheduler.is_asleep):
+            return True
+        return self.sleep_s == 0
+
+    @property
+    def sleep_s(self) -> float | None:
+        """Seconds until some request's deadline has passed; None where none has one."""
+        while self._deadlines and self._deadlines[0][1] not in self._by_id:
+            heapq.heappop(self._deadlines)
+        return max(self._deadlines[0][0] - time.monotonic(), 0.0) if self._deadlines else None
 
     def max_context_at(self, precision: KvPrecision) -> int:
         """Tokens of prompt and answer together that a row of this precision may have. Safe to call from any thread.
@@ -145,12 +182,18 @@ class Engine:
         self._check_media(request.prompt)
         precision = request.precision or self.limits.precision
         max_context = self.max_context_at(precision)
+        if request.deadline_s is not None and request.deadline_s <= time.monotonic():
+            raise DeadlineError("timeout: the time that the request has set has passed before it was queued")
+        self._check_tokens(request)
         remaining = max_context - len(prompt)
         if remaining < 1:
             raise ContextLengthError(context_message(max_context, len(prompt)), "prompt")
         wanted = remaining if sampling.max_tokens is None else min(sampling.max_tokens, remaining)
         if wanted != sampling.max_tokens:
             sampling = replace(sampling, max_tokens=wanted)
+        if sampling.xtc_probability and not sampling.xtc_special_tokens:
+            ends = (*self._eos, *request.all_stop_ids, *sampling.stop_token_ids)
+            sampling = replace(sampling, xtc_special_tokens=tuple({*self._newline, *ends}))
         return replace(request, sampling=sampling, precision=precision)
 
     def _with_blocks(self, prompt: Prompt) -> Prompt:
@@ -158,6 +201,17 @@ class Engine:
         if self.model.vision is None or prompt.blocks or prompt.media:
             return prompt
         return replace(prompt, blocks=self.model.vision.blocks(prompt.token_ids, ()))
+
+    def _check_tokens(self, request: Request) -> None:
+        """RequestError for a token that is named and is not in the vocabulary."""
+        vocabulary, sampling = self.model.network.vocab_size, request.sampling
+        biased = [token_id for token_id, _ in sampling.logit_bias]
+        for name, ids in (("logit_bias", biased), ("stop_token_ids", sampling.stop_token_ids)):
+            for token_id in ids:
+                if not 0 <= token_id < vocabulary:
+                    raise RequestError(
+                        f"{name}: token id {token_id} is not in this model's vocabulary of {vocabulary}", name
+                    )
 
     def _check_media(self, prompt: Prompt) -> None:
         """RequestError for what the network cannot be told, or not in one step."""
@@ -171,21 +225,23 @@ class Engine:
         if self.model.network.takes_positions and any(media.kind != "audio" for media in prompt.media):
             assert prompt.rope is not None, "this family's media have positions"
         longest = max((stop - start for start, stop in prompt.blocks), default=0)
-        window = any(layer.window is not None for layer in self.scheduler.budget.row_cost.layers)
-        if window and longest > self.limits.prefill_chunk_tokens:
+        most = self.limits.window_chunk_tokens
+        if self.scheduler.budget.row_cost.has_windows and longest > most:
             raise RequestError(
                 f"{longest} tokens of the prompt see one another and are computed in one step; this server takes "
-                f"{self.limits.prefill_chunk_tokens} at most, by prefill_chunk_tokens",
+                f"{most} at most, by row_chunk_tokens",
                 "prompt",
             )
 
     def add(self, request: Request) -> None:
         """Queue a request that `check` has returned."""
         assert request.id not in self._by_id, f"request {request.id} is already here"
-        sequence = SequenceState(request)
-        self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
+        rule = self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
+        sequence = SequenceState(request, edit=make_edit(request, rule.ends))
         self._by_id[request.id] = sequence
         self.scheduler.add(sequence)
+        if request.deadline_s is not None:
+            heapq.heappush(self._deadlines, (request.deadline_s, request.id))
 
     def cancel(self, request_id: str) -> Event | None:
         """Take a request out; its final event, or None if it had ended already."""
@@ -203,13 +259,15 @@ class Engine:
         before. What goes wrong with one row ends that row, by an error event. Only a forward that fails raises; then
         `recover` says whose it was.
         """
+        self.registry.residency.catch_up()
+        events = self._expire()
         plan = self._planned()
-        events: list[Event] = []
         if not plan.is_empty:
             flight = self._start(plan)
             self._flights.append(flight)
             self._num_steps += 1
             events += self._see(flight)
+        events += self._refuse()
         is_last = plan.is_empty or not self.scheduler.has_work
         while self._flights and (len(self._flights) > self._ahead or is_last):
             events += self._land(self._flights.popleft())
@@ -224,6 +282,25 @@ class Engine:
             for restore in plan.restores:
                 assert self.prefixes is not None
                 self.prefixes.release(restore.prefix)
+
+    def _expire(self) -> list[Event]:
+        """Whose deadline has passed, ends here, whether it has a row or waits for one."""
+        late: list[SequenceState] = []
+        while self.sleep_s == 0:
+            late.append(self._by_id.pop(heapq.heappop(self._deadlines)[1]))
+        self._by_id |= {sequence.request.id: sequence for sequence in late}
+        events = [self._ended(sequence, _late(sequence)) for sequence in late]
+        if late:
+            self._forget(late)
+        return events
+
+    def _refuse(self) -> list[Event]:
+        """Whose adapter cannot come, ends here: each with its own error."""
+        failed = self.scheduler.take_failed()
+        events = [self._ended(sequence, error) for sequence, error in failed]
+        if failed:
+            self._forget([sequence for sequence, _ in failed])
+        return events
 
     def _see(self, flight: Flight) -> list[Event]:
         """What a started step encodes is at hand for the next; whose picture could not be, ends here."""
@@ -273,10 +350,11 @@ class Engine:
 
     def make_room(self) -> None:
         """Where adapters have come or gone, prefixes and coming rows have what these leave. Between two steps."""
-        if self._num_bank_changes == self.bank.num_changes:
+        num_changes = (self.bank.num_changes, self.registry.contents.shelf.num_changes)
+        if self._num_adapter_changes == num_changes:
             return
-        self._num_bank_changes = self.bank.num_changes
-        self.scheduler.max_bytes = self.memory.max_row_bytes(self.bank.num_bytes)
+        self._num_adapter_changes = num_changes
+        self.scheduler.max_bytes = self.memory.max_row_bytes(self.bank.num_bytes, self.registry.host_bytes)
         self._share(self.scheduler.max_bytes - self._kv_bytes)
 
     def _planned(self) -> Plan:
@@ -299,6 +377,12 @@ class Engine:
     def _land(self, flight: Flight) -> list[Event]:
         """The events of a step that was started."""
         drawn = self._runner.read(flight)
+        for scores in flight.scores:
+            known = scores.sequence.prompt_logprobs  # of tokens 1, 2, …
+            num_known = len(known) + 1 - scores.first  # of these: a prompt that is computed anew is told once
+            if num_known >= 0:
+                known += scores.entries()[num_known:]
+        self._note_time(flight)
         self.scheduler.commit(flight.plan, drawn)
         self._num_prompt_tokens += flight.plan.num_prefilled
         blind = self._settle(flight) if self.features is not None else []
@@ -316,6 +400,13 @@ class Engine:
                 [alive[event.request_id] for event in ended if event.finish == "error"], is_sound=False
             )
         return events + blind
+
+    def _note_time(self, flight: Flight) -> None:
+        """How long the step took that was read a moment ago, unless it also copied rows or encoded pictures."""
+        now, plan = time.perf_counter(), flight.plan
+        duration_s, self._landed_s = now - max(flight.began_s, self._landed_s), now
+        if not (plan.encodes or plan.moves or plan.restores or plan.departures):
+            self.pace.note(plan.num_single, plan.num_padded, duration_s)
 
     def recover(self, error: BaseException) -> list[Event]:
         """End every row that a failed step may have left in any state, and go on with an empty batch.
@@ -346,6 +437,7 @@ class Engine:
                 prefix_bytes=self.prefixes.num_bytes if self.prefixes else 0,
                 feature_bytes=self.features.num_bytes if self.features else 0,
                 adapter_bytes=self.bank.num_bytes,
+                adapter_host_bytes=self.registry.host_bytes,
                 budget_bytes=self.memory.total,
             ),
             prefixes=self.prefixes.stats if self.prefixes else PrefixStats(),
@@ -358,6 +450,10 @@ class Engine:
         """Whether there is a prefix cache."""
         return self.prefixes is not None
 
+    def prefix_bytes(self, version: AdapterVersion | None) -> int:
+        """Memory of prefixes under an adapter, whoever's, or under the base (None)."""
+        return self.prefixes.bytes_of(version.effect_hash if version else "") if self.prefixes else 0
+
     def forget(self, tenant: str | None = None) -> None:
         """Drop a tenant's prefixes and features, in memory and on disk; everybody's, where none is named."""
         if self.prefixes is not None:
@@ -367,19 +463,24 @@ class Engine:
 
     def close(self) -> None:
         """Write what waits for the disk, and let go of its folders. No step follows."""
+        self.registry.close()
         if self.prefixes is not None:
             self.prefixes.cache.close()
         if self.features is not None:
             self.features.close()
 
     def _event(self, drawn: Drawn) -> Event:
-        sequence, token_ids, logprobs, is_sound = drawn
+        sequence, token_ids, logprobs, is_sound, error = drawn
         request = sequence.request
+        if error is not None:
+            told = error if isinstance(error, LatheError) else None
+            return self._ended(
+                sequence, told or GenerationError(f"what may follow in the answer cannot be told: {error!r}")
+            )
         if not is_sound:
             whose = f"adapter {request.adapter.id!r}" if request.adapter else f"model {self.model.name!r}"
-            return self._ended(
-                sequence, GenerationError(f"{whose} gave logits that are not numbers; nothing can be drawn")
-            )
+            what = "that are not numbers" if sequence.edit is None else "by which nothing that may come can"
+            return self._ended(sequence, GenerationError(f"{whose} gave logits {what}; nothing can be drawn"))
         try:
             step = self._rules[request.id].push(token_ids)
         except Exception as error:  # one row's text is one row's trouble, whatever it is
@@ -388,7 +489,8 @@ class Engine:
         self._num_generated_tokens += step.num_tokens
         if step.finish is not None:
             self._num_finished[step.finish] += 1
-        is_told = step.finish is not None or len(sequence.generated) == len(token_ids)
+        is_first = len(sequence.generated) == len(token_ids)
+        is_told = step.finish is not None or is_first
         return Event(
             request.id,
             step.text,
@@ -397,6 +499,7 @@ class Engine:
             step.finish,
             step.stop_reason,
             num_cached_tokens=(sequence.num_restored_tokens or 0) if is_told else 0,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first else (),
         )
 
     def _ended(self, sequence: SequenceState, error: LatheError) -> Event:
@@ -437,6 +540,12 @@ class Engine:
         del self._rules[sequence.request.id]
         if self.features is not None:
             self.features.release(sequence)
+
+
+def _late(sequence: SequenceState) -> DeadlineError:
+    count = len(sequence.generated)
+    done = f"after {count} tokens of the answer" if count else "before the answer began"
+    return DeadlineError(f"timeout: the time that the request has set has passed {done}")
 
 
 def context_message(max_context: int, num_prompt_tokens: int) -> str:

@@ -17,29 +17,38 @@ class Step(NamedTuple):
     num_tokens: int
     """How many of them belong to it; what follows the end does not."""
     finish: FinishReason | None = None
-    stop_reason: str | None = None
+    stop_reason: str | int | None = None
 
 
 class FinishRule:
     """Follows one answer. Once it has ended, it is not to be asked again.
 
     The end tokens of model, adapter and request end it unless `ignore_eos`; a stop string ends it where it appears in
-    the text, or at the special token of that name, which no text shows; `max_tokens` ends what nothing else has.
+    the text, or at the special token of that name, which no text shows; `max_tokens` ends what nothing else has. The
+    tokens of `stop_token_ids` end it in any case. Before `min_tokens` nothing does: no end can be drawn there, and
+    stop strings are looked for in what follows.
     """
 
     def __init__(self, request: Request, tokens: TokenBytes, eos: Collection[int]) -> None:
         sampling = request.sampling
         assert sampling.max_tokens is not None, "set by Engine.check"
         self._remaining = sampling.max_tokens
-        self._ends: dict[int, str | None] = (
+        self._ends: dict[int, str | int | None] = (
             {} if sampling.ignore_eos else dict.fromkeys((*eos, *request.all_stop_ids))
         )
+        self._ends |= {token_id: token_id for token_id in sampling.stop_token_ids}
         for stop in sampling.stop:
             token_id = tokens.special_id(stop)
             if token_id is not None:
                 self._ends[token_id] = stop
         follows = request.prompt.token_ids if request.continues_prompt else None
         self._text = TextStream(tokens, sampling.stop, follows)
+        self._num_free = sampling.min_tokens  # tokens to come in whose text no stop string counts
+
+    @property
+    def ends(self) -> Collection[int]:
+        """Tokens that end it."""
+        return self._ends.keys()
 
     def push(self, token_ids: Sequence[int]) -> Step:
         """The text that these tokens make final, and whether the answer ends among them."""
@@ -49,7 +58,8 @@ class FinishRule:
             if token_id in self._ends:
                 text += stream.finish()
                 return Step(text, count, "stop", stream.matched or self._ends[token_id])
-            text += stream.push(token_id)
+            text += stream.push(token_id, may_stop=self._num_free <= 0)
+            self._num_free -= 1
             if self._remaining == 0:
                 text += stream.finish()
             if stream.matched is not None:

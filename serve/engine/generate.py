@@ -17,8 +17,9 @@ class Completion:
     token_ids: tuple[int, ...]
     finish: FinishReason
     logprobs: tuple[TokenLogprob, ...] = ()
-    stop_reason: str | None = None
-    """The stop string that ended it, if one did."""
+    stop_reason: str | int | None = None
+    """The stop string or token that ended it, if one did."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 def generate(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
@@ -47,4 +48,5 @@ def _join(events: list[Event]) -> Completion:
         finish=finish,
         logprobs=tuple(entry for event in events for entry in event.logprobs),
         stop_reason=events[-1].stop_reason,
+        prompt_logprobs=tuple(entry for event in events for entry in event.prompt_logprobs),
     )

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from serve.cache.capacity import Bucket, Move, Place
 from serve.cache.features import FeatureKey
 from serve.cache.precision import PLAIN, KvPrecision
+from serve.engine.edits import LogitsEdit
 from serve.engine.request import Request, TokenLogprob
 from serve.model.prompt import Media
 
@@ -52,9 +53,21 @@ class SequenceState:
     """Numbers of the prompt's media whose features are kept for it."""
     sought: set[int] = field(default_factory=set)
     """Numbers of those that have had features, and are counted."""
+    slot: int = 0
+    """Its adapter's place in the bank while `has_slot`; 0 is the base."""
+    has_slot: bool = False
+    """The slot is kept for it: it has a row."""
+    is_gone: bool = False
+    """It was taken out."""
     is_sound: bool = True
     """As far as is known, its row holds numbers."""
     generated: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the prompt's tokens but the first, as far as they have been read."""
+    edit: LogitsEdit | None = None
+    """What changes its logits. The runner alone tells it of tokens."""
+    num_told: int = 0
+    """Of the answer's tokens that the edit was told of."""
 
     def __post_init__(self) -> None:
         prompt = self.request.prompt
@@ -67,8 +80,6 @@ class SequenceState:
         """Tokens of prompt and answer at most. The last one is never written."""
         self.group = self.request.group or self.request.id
         """Whose it is."""
-        self.slot = self.request.adapter.slot if self.request.adapter is not None else 0
-        """Its adapter's place in the bank; 0 is the base."""
         self.precision = self.request.precision or PLAIN
         self.quantize_after = prompt.whole(self.precision.start_after)
         """A row of at most so many tokens is plain: as `start_after` says, or as many as end before a block there."""
@@ -80,6 +91,12 @@ class SequenceState:
     def num_tokens(self) -> int:
         """Length of the prompt and of the answer so far."""
         return self.num_prompt_tokens + len(self.generated)
+
+    @property
+    def is_scoring(self) -> bool:
+        """Log-probabilities of its prompt are wanted, and not all known: nothing of it is taken from a prefix."""
+        wanted = self.request.sampling.num_prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     @property
     def is_spent(self) -> bool:
@@ -129,6 +146,11 @@ class Chunk(NamedTuple):
     def num_tokens(self) -> int:
         """How many run."""
         return self.stop - self.start
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens of the answer before the one that is drawn after it."""
+        return self.stop - self.sequence.num_prompt_tokens
 
 
 class Encode(NamedTuple):
@@ -199,6 +221,12 @@ class Plan:
     """Tokens of prompts, and of answers that are computed anew."""
 
     @property
+    def num_padded(self) -> int:
+        """Tokens of the second forward, padding included."""
+        others = self.chunks[self.num_single :]
+        return len(others) * max((chunk.num_tokens for chunk in others), default=0)
+
+    @property
     def is_empty(self) -> bool:
         """Nothing to run, and nothing to copy."""
         return not self.chunks and not self.departures and not self.encodes
@@ -212,4 +240,6 @@ class Drawn(NamedTuple):
     logprobs: tuple[TokenLogprob, ...] = ()
     """One a token, or none."""
     is_sound: bool = True
-    """False: no token could be drawn, for the logits held NaN or +inf."""
+    """False: no token could be drawn, for the logits held NaN or +inf, or nothing that may come."""
+    error: Exception | None = None
+    """What its edit raised; it is not sound then."""

@@ -62,6 +62,10 @@ class SequencePrefixes:
         """A snapshot."""
         return self.cache.stats()
 
+    def bytes_of(self, adapter: str) -> int:
+        """Memory held for an adapter by its effect hash; the base's is ""."""
+        return self.cache.bytes_of(adapter)
+
     def find(self, sequence: SequenceState) -> Match | None:
         """The longest prefix that the row can be given, but for the last token, which must run to draw the next."""
         is_first = not sequence.has_looked

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from serve.adapters.version import AdapterVersion
+from serve.adapters.versions.version import AdapterVersion
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
 from serve.errors import LatheError, RequestError
@@ -22,7 +22,8 @@ MAX_STOP_CHARS = 1024
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one row draws its tokens. Filters apply after temperature, in the order top_k, top_p, min_p.
+    """How one row draws its tokens. Filters apply after temperature, in the order top_n_sigma,
+    top_k, top_p, min_p, XTC.
 
     RequestError for a value that says nothing (a negative temperature, an empty stop string).
     """
@@ -42,6 +43,32 @@ class Sampling:
     ignore_eos: bool = False
     num_logprobs: int | None = None
     """None: no log-probabilities. k: the sampled token's, and those of the k likeliest."""
+    num_prompt_logprobs: int | None = None
+    """As num_logprobs, of the prompt's tokens but the first. All of it is computed, whatever is cached."""
+    repetition_penalty: float = 1.0
+    """Of tokens of prompt and answer: their positive logits are divided by it, negative ones multiplied."""
+    repetition_context_size: int | None = None
+    """Of so many last tokens of prompt and answer alone, as mlx-lm has it; the same of the next two."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the answer holds."""
+    presence_context_size: int | None = None
+    frequency_penalty: float = 0.0
+    """Subtracted as often as the answer holds the token."""
+    frequency_context_size: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, none twice, and what is added to their logits, before any penalty."""
+    min_tokens: int = 0
+    """So many tokens come before one that ends the answer, or a stop string that does."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer, also under `ignore_eos`; their text is no part of it."""
+    top_n_sigma: float = 0.0
+    """0: none. n: tokens whose logit is at least the largest minus n standard deviations, the first filter."""
+    xtc_probability: float = 0.0
+    """How often, the last filter, all tokens above `xtc_threshold` but the least likely of them are left out."""
+    xtc_threshold: float = 0.1
+    """Of the probabilities that the other filters leave."""
+    xtc_special_tokens: tuple[int, ...] = ()
+    """Those that XTC never leaves out."""
 
     def __post_init__(self) -> None:
         wanted = {
@@ -55,7 +82,26 @@ class Sampling:
                 f"strings that are not empty, of at most {MAX_STOP_CHARS:,} characters",
             ),
             "num_logprobs": (self.num_logprobs is None or self.num_logprobs >= 0, "0 or more"),
+            "num_prompt_logprobs": (
+                self.num_prompt_logprobs is None or self.num_prompt_logprobs >= 0,
+                "0 or more",
+            ),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a number, more than 0"),
+            "presence_penalty": (math.isfinite(self.presence_penalty), "a number"),
+            "frequency_penalty": (math.isfinite(self.frequency_penalty), "a number"),
+            "min_tokens": (self.min_tokens >= 0, "0 or more"),
+            "top_n_sigma": (0 <= self.top_n_sigma < math.inf, "a number, 0 or more"),
+            "xtc_probability": (0 <= self.xtc_probability <= 1, "from 0 to 1"),
+            "xtc_threshold": (0 <= self.xtc_threshold <= 0.5, "from 0 to 0.5"),
+            "logit_bias": (
+                all(math.isfinite(bias) for _, bias in self.logit_bias)
+                and len(dict(self.logit_bias)) == len(self.logit_bias),
+                "a number for each token, none of them twice",
+            ),
         }
+        for name in ("repetition_context_size", "presence_context_size", "frequency_context_size"):
+            size = getattr(self, name)
+            wanted[name] = (size is None or size >= 1, "at least 1")
         for name, (is_right, expected) in wanted.items():
             if not is_right:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; expected {expected}", name)
@@ -82,6 +128,10 @@ class Request:
     """Prefixes are shared inside a tenant alone."""
     cache_salt: str = ""
     """The same among those who send the same salt."""
+    priority: int = 0
+    """The lower, the earlier it has a row, as in vLLM."""
+    deadline_s: float | None = None
+    """By time.monotonic: once that has passed, it ends with a DeadlineError and costs nothing more."""
 
     @property
     def all_stop_ids(self) -> tuple[int, ...]:
@@ -91,11 +141,13 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """log p of one generated token under the row's unfiltered distribution at temperature 1, in nats; may be −inf."""
+    """log p of one token under the row's unfiltered distribution at temperature 1, in nats; may be −inf."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
+    """Of a prompt's token: 1 if nothing is likelier."""
 
 
 class Event(NamedTuple):
@@ -106,12 +158,15 @@ class Event(NamedTuple):
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
-    stop_reason: str | None = None
-    """With finish == "stop": the stop string that ended it; None where the model did (vLLM's `stop_reason`)."""
+    stop_reason: str | int | None = None
+    """With finish == "stop": the stop string or the token of `stop_token_ids` that ended it; None where the model did
+    (vLLM's `stop_reason`)."""
     num_cached_tokens: int = 0
     """With the first token and with the last event: tokens of the prompt that a prefix gave, and nobody computed."""
     error: LatheError | None = None
     """Set with finish == "error"."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """With the first token, where they were asked for: the prompt's, but for its first token."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +179,9 @@ class MemoryUse:
     feature_bytes: int = 0
     """Of pictures that were encoded."""
     adapter_bytes: int = 0
+    """On the device."""
+    adapter_host_bytes: int = 0
+    """Of adapters in host memory."""
     budget_bytes: int = 0
 
 

@@ -7,6 +7,7 @@ read.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -15,14 +16,17 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from serve.adapters.bank import Bank
+from serve.adapters.bank.bank import Bank
 from serve.cache.capacity import Bucket
 from serve.cache.families import make_rows
 from serve.cache.segment import Segment
 from serve.cache.spans import Span, SpanPart
+from serve.engine.decode_state import DecodeState, DrawState
+from serve.engine.edits import LogitsChange
 from serve.engine.plan import Capture, Chunk, Drawn, Encode, Plan, SequenceState
 from serve.engine.request import TokenLogprob
-from serve.engine.sampler import Logprobs, Sampler
+from serve.engine.sampler import Draws, Logprobs
+from serve.engine.scores import Scores, num_scored, scores_of
 from serve.engine.sights import NOTHING, Inputs, Sights, blocks_of
 from serve.model.network import Network
 from serve.model.vision import Features
@@ -58,28 +62,27 @@ class Flight:
     plan: Plan
     sequences: list[SequenceState]
     """[B] those that draw a token, in the order of the batch."""
-    drawn: mx.array | None = None
-    """[B] token ids."""
-    is_sound: mx.array | None = None
-    logprobs: Logprobs | None = None
+    began_s: float = 0.0
+    """By time.perf_counter."""
+    draws: Draws | None = None
+    scores: list[Scores] = field(default_factory=list)
+    """Of prompts, in the order of their tokens."""
+    errors: dict[int, Exception] = field(default_factory=dict)
+    """What edits raised, by index in the batch."""
     captured: list[Captured] = field(default_factory=list)
     encoded: list[Encoded] = field(default_factory=list)
 
     def arrays(self) -> list[mx.array]:
         """What is read of it."""
-        parts = [array for array in (self.drawn, self.is_sound) if array is not None]
-        return [*parts, *(self.logprobs.arrays() if self.logprobs else [])]
+        of_scores = [array for each in self.scores for array in each.arrays()]
+        return [*(self.draws.arrays() if self.draws is not None else ()), *of_scores]
 
-
-class Decoding(NamedTuple):
-    """What serves for as long as a composition does."""
-
-    composition: int
-    span: Span
-    slots: list[int]
-    sampler: Sampler
-    deltas: mx.array | None
-    """[B] how far from its index each row's token stands; None where no family asks."""
+    def tokens(self) -> dict[SequenceState, int]:
+        """What it draws, read now: whoever asks waits until it is computed."""
+        if self.draws is None:
+            return {}
+        token_ids: list[int] = np.asarray(self.draws.token_ids).tolist()
+        return dict(zip(self.sequences, token_ids, strict=True))
 
 
 class Runner:
@@ -94,7 +97,7 @@ class Runner:
         bank: Bank,
         sights: Sights | None = None,
         *,
-        prefill_chunk_tokens: int,
+        row_chunk_tokens: int,
         ahead: bool = False,
     ) -> None:
         """Raises ModelError where a family's rows cannot be what its own cache is.
@@ -105,24 +108,28 @@ class Runner:
         self._bank = bank
         self._sights = sights
         self._evaluate = mx.async_eval if ahead else mx.eval
-        self.rows = make_rows(network, prefill_chunk_tokens=prefill_chunk_tokens)
+        self.rows = make_rows(network, prefill_chunk_tokens=row_chunk_tokens)
         self.rows.prove()
         self._capacities: Mapping[Bucket, int] = {}
-        self._decoding: Decoding | None = None
+        self._decoding: DecodeState | None = None
         self._last: Flight | None = None  # what was started last, read or not
 
     def start(self, plan: Plan) -> Flight:
         """One step: pictures, rows to their places, one-token chunks, the others, draw. Evaluated once, at its end,
-        but for pictures, each of which is by itself.
+        but for pictures, each of which is by itself; and where an edit needs a token of the step in flight, the
+        forwards are on their way while that is read.
 
         Feeds on the tokens of the step before it, read or not.
         """
+        began_s = time.perf_counter()
         captured = self.capture(plan.departures)
         encoded = [self._encode(each) for each in plan.encodes]
         self._place(plan)
-        hidden, chunks = self._hidden(plan)
+        scores: list[Scores] = []
+        hidden, chunks = self._hidden(plan, scores)
         captured += self.capture(plan.captures)
-        flight = Flight(plan, [chunk.sequence for chunk in chunks], captured=captured, encoded=encoded)
+        sequences = [chunk.sequence for chunk in chunks]
+        flight = Flight(plan, sequences, began_s, scores=scores, captured=captured, encoded=encoded)
         if hidden is not None:
             self._draw(flight, hidden, chunks)
         # The step's one evaluation. The rows are named because a prompt's middle chunk leads to no token.
@@ -135,7 +142,7 @@ class Runner:
 
         A row whose logits are not numbers is told, and the others are as they would have been without it.
         """
-        return [] if flight.drawn is None else _read(flight)
+        return [] if flight.draws is None else _read(flight, flight.draws)
 
     def capture(self, captures: Sequence[Capture]) -> list[Captured]:
         """Copies of rows as they are now; what is started afterwards does not change them."""
@@ -185,57 +192,69 @@ class Runner:
             assert sequence.place is not None
             self.rows.put(sequence.place, sequence.state_row, prefix.segments, prefix.num_tokens)
 
-    def _hidden(self, plan: Plan) -> tuple[mx.array | None, list[Chunk]]:
-        """Final hidden states [B, 1, D] of every row that draws a token, and their chunks."""
+    def _hidden(self, plan: Plan, scores: list[Scores]) -> tuple[mx.array | None, list[Chunk]]:
+        """Final hidden states [B, 1, D] of every row that draws a token, and their chunks. Of prompts whose tokens'
+        log-probabilities are wanted, those are added to `scores`."""
         singles, others = plan.chunks[: plan.num_single], plan.chunks[plan.num_single :]
         parts: list[mx.array] = []
         drawing: list[Chunk] = []
         if singles:
             hidden = self._single(plan, singles)  # [B, 1, D]
+            if plan.num_prefilled:
+                scores += self._scores(hidden, singles)
             _choose(hidden, singles, [0] * len(singles), parts, drawing)
         if others:
             hidden = self._padded(plan, others)  # [B, T, D]
+            scores += self._scores(hidden, others)
             _choose(hidden, others, [chunk.num_tokens - 1 for chunk in others], parts, drawing)
         if not parts:
             return None, []
         return (parts[0] if len(parts) == 1 else mx.concatenate(parts)), drawing
 
+    def _scores(self, hidden: mx.array, chunks: Sequence[Chunk]) -> list[Scores]:
+        found: list[Scores] = []
+        for index, chunk in enumerate(chunks):
+            if num_scored(chunk):
+                self._bank.rows.set([chunk.sequence.slot])
+                found += scores_of(self._network, hidden[index], chunk)
+        return found
+
     def _single(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
         decoding = self._decoding
         if decoding is not None and decoding.composition == plan.composition:
-            self._decoding = decoding._replace(span=decoding.span.next())
+            decoding.span = decoding.span.next()
         else:
-            settings = [chunk.sequence.request.sampling for chunk in chunks]
             span = _span(chunks, 1, plan.num_state_rows)
             deltas = self._sights.deltas(chunks) if self._sights else None
-            self._decoding = Decoding(plan.composition, span, _slots(chunks), Sampler(settings), deltas)
+            decoding = self._decoding = DecodeState(plan.composition, DrawState.of(chunks), span, deltas)
         tokens, inputs = self._single_tokens(plan, chunks), NOTHING
         if self._sights is not None:
             if plan.num_prefilled and any(c.start < c.sequence.num_prompt_tokens for c in chunks):
                 inputs = self._sights.prompts(tokens, chunks)
             else:
-                inputs = self._sights.decoding(self._decoding.span, self._decoding.deltas)
-        return self._forward(tokens, self._decoding.span, self._decoding.slots, inputs)
+                inputs = self._sights.decoding(decoding.span, decoding.deltas)
+        return self._forward(tokens, decoding.span, decoding.draw.slots, inputs)
 
     def _single_tokens(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
         """[B, 1]: known ones, or what the step before this one draws."""
         last, count = self._last, len(chunks)
-        if last is not None and last.drawn is not None and last.plan.composition == plan.composition:
+        drawn = last.draws.token_ids if last is not None and last.draws is not None else None
+        if last is not None and drawn is not None and last.plan.composition == plan.composition:
             of_singles = last.sequences[:count]
             if len(of_singles) == count and of_singles[-1] is chunks[-1].sequence:
-                return last.drawn[:count, None]
+                return drawn[:count, None]
         known = [c.sequence.token(c.start) if c.start < c.sequence.num_tokens else None for c in chunks]
         tokens = mx.array([[token or 0] for token in known], dtype=mx.int32)
         if None not in known:
             return tokens
         assert last is not None, "nobody is to draw what is not known"
-        assert last.drawn is not None
+        assert drawn is not None
         index_of = {sequence: index for index, sequence in enumerate(last.sequences)}
         indices = [
             0 if token is not None else index_of[c.sequence] for token, c in zip(known, chunks, strict=True)
         ]
         is_known = mx.array([[token is not None] for token in known])
-        return mx.where(is_known, tokens, last.drawn[mx.array(indices)][:, None].astype(mx.int32))
+        return mx.where(is_known, tokens, drawn[mx.array(indices)][:, None].astype(mx.int32))
 
     def _padded(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
         width = max(chunk.num_tokens for chunk in chunks)
@@ -252,20 +271,53 @@ class Runner:
         return self._network.hidden(tokens, self.rows.caches, inputs.embeddings, inputs.extras)
 
     def _draw(self, flight: Flight, hidden: mx.array, chunks: Sequence[Chunk]) -> None:
-        slots, sampler = self._settings(flight.plan, chunks)
-        self._bank.rows.set(slots)
+        draw = self._draw_state(flight.plan, chunks)
+        changes = self._changes(flight, hidden, chunks, draw.edited) if draw.edited else {}
+        self._bank.rows.set(draw.slots)
         logits = self._network.logits(hidden)[:, 0]  # [B, V]
-        counters = [] if sampler.is_greedy else [c.stop - c.sequence.num_prompt_tokens for c in chunks]
-        flight.drawn = sampler.draw(logits, counters)  # [B]
-        flight.is_sound = sampler.is_sound(logits, flight.drawn)  # [B]
-        flight.logprobs = sampler.logprobs(logits, flight.drawn)
+        counters = [] if draw.sampler.is_greedy else [chunk.num_answer_tokens for chunk in chunks]
+        flight.draws = draw.sampler.draw(logits, counters, changes)
 
-    def _settings(self, plan: Plan, chunks: Sequence[Chunk]) -> tuple[list[int], Sampler]:
-        """Slots and settings of the rows that draw; most often all one-token rows and no others."""
+    def _draw_state(self, plan: Plan, chunks: Sequence[Chunk]) -> DrawState:
+        """How the rows draw that do; most often all one-token rows and no others."""
         singles = plan.chunks[: plan.num_single]
         if self._decoding is not None and len(chunks) == len(singles) and chunks[-1] is singles[-1]:
-            return self._decoding.slots, self._decoding.sampler
-        return _slots(chunks), Sampler([chunk.sequence.request.sampling for chunk in chunks])
+            return self._decoding.draw
+        return DrawState.of(chunks)
+
+    def _changes(
+        self, flight: Flight, hidden: mx.array, chunks: Sequence[Chunk], edited: Sequence[int]
+    ) -> dict[int, LogitsChange]:
+        """By row, what its edit does to its logits, now that it knows all tokens before them."""
+        drawn: dict[SequenceState, int] = {}
+        if any(chunks[row].num_answer_tokens > len(chunks[row].sequence.generated) for row in edited):
+            assert self._last is not None, "nobody is to draw what is not known"
+            self._evaluate(hidden, self.rows.arrays())
+            drawn = self._last.tokens()
+        changes: dict[int, LogitsChange] = {}
+        for row in edited:
+            try:
+                change = _told(chunks[row], drawn)
+            except Exception as error:  # whatever it is, it is one row's trouble
+                logger.exception("what request %s may draw cannot be told", chunks[row].sequence.request.id)
+                flight.errors[row] = error
+            else:
+                if change is not None:
+                    changes[row] = change
+        return changes
+
+
+def _told(chunk: Chunk, drawn: Mapping[SequenceState, int]) -> LogitsChange | None:
+    """What a row's edit does, after it was told of the tokens that it has not heard of; `drawn` holds the last."""
+    sequence = chunk.sequence
+    assert sequence.edit is not None
+    news = sequence.generated[sequence.num_told :]
+    if sequence.num_told + len(news) < chunk.num_answer_tokens:
+        news.append(drawn[sequence])
+    if news:
+        sequence.num_told += len(news)
+        sequence.edit.advance(news)
+    return sequence.edit.change()
 
 
 def _choose(
@@ -307,18 +359,18 @@ def _slots(chunks: Sequence[Chunk]) -> list[int]:
     return [chunk.sequence.slot for chunk in chunks]
 
 
-def _read(flight: Flight) -> list[Drawn]:
-    details = {} if flight.logprobs is None else _details(flight.sequences, flight.logprobs)
-    token_ids: list[int] = np.asarray(flight.drawn).tolist()
-    sound: list[bool] = np.asarray(flight.is_sound).tolist()
-    if not details and all(sound):
+def _read(flight: Flight, draws: Draws) -> list[Drawn]:
+    details = {} if draws.logprobs is None else _details(flight.sequences, draws.logprobs)
+    token_ids: list[int] = np.asarray(draws.token_ids).tolist()
+    sound: list[bool] = np.asarray(draws.is_sound).tolist()
+    if not details and all(sound) and not flight.errors:
         return [
             Drawn(sequence, (token,)) for sequence, token in zip(flight.sequences, token_ids, strict=True)
         ]
     return [
         Drawn(sequence, (token_id,), _entries(token_id, details.get(index)))
-        if sound[index]
-        else Drawn(sequence, (), is_sound=False)
+        if sound[index] and index not in flight.errors
+        else Drawn(sequence, (), is_sound=False, error=flight.errors.get(index))
         for index, (sequence, token_id) in enumerate(zip(flight.sequences, token_ids, strict=True))
     ]
 

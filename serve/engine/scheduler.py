@@ -1,15 +1,20 @@
 """Who runs next: requests in, a Plan out, finished sequences taken away. Holds no arrays and imports no mlx.
 
-Rows are shared out between groups (the rows of one HTTP request are one group): the next to be admitted is the
-oldest of the group that holds fewest rows, and where there is no room for it, a group that holds at least two rows
-more gives its youngest back. Nobody else overtakes it, so nobody starves.
-A row claims memory for what it holds and ANSWER_HEADROOM_TOKENS more. When rows outgrow the budget, the youngest is
-preempted: it goes back into the queue, keeps its arrival, and goes on from what the prefix cache has kept of it.
-Prompts are computed in chunks of at most `prefill_chunk_tokens` a step, beside one decode token for every running
-row. Steps take turns: one begins with the oldest prompt, the next with the group that has had least computed, so
-short prompts pass long ones, and long ones have every second step.
+Rows are shared out by priority (the lower, the earlier), then by shares of tenants and adapters (`Shares`), then
+between groups (the rows of one HTTP request are one group): the next to be admitted is the oldest of the group that
+holds fewest rows, and where there is no room for it, a group that holds at least two rows more gives its youngest
+back. Nobody else overtakes it, and whoever has waited longest is passed for priority's sake MAX_OVERTAKEN times at
+most, so nobody starves.
+A row claims memory for what it holds and ANSWER_HEADROOM_TOKENS more. When rows outgrow the budget, the youngest of
+the latest priority is preempted: it goes back into the queue, keeps its arrival, and goes on from what the prefix
+cache has kept of it.
+Prompts are computed in chunks beside one decode token for every running row: as much as those may wait for
+(`Pace`), or `prefill_chunk_tokens` where nobody decodes. Steps take turns: one begins with the oldest prompt, the
+next with the group that has had least computed, so short prompts pass long ones, which have every second step; the
+oldest of the earliest priority begins every other of those.
 Pictures are encoded in a step before the one that computes their tokens: `encode_patches` a step, or one picture,
 beside the same decode tokens. A chunk ends before the first picture that is not encoded, and never inside a block.
+Who has a row holds a slot of its adapter. Whose adapter is on its way is passed by others, and keeps its turn.
 
 A step may be planned before the one in flight is read: plans rest on `num_planned_tokens`, which `schedule` moves,
 and `commit` follows with what was drawn. A sequence that turns out to have ended has run a token too many.
@@ -26,13 +31,32 @@ from typing import Protocol
 
 from serve.cache.capacity import Bucket, RowCost, positions_capacity
 from serve.cache.features import FeatureKey
+from serve.engine.pace import Pace
 from serve.engine.placement import Arrangement, Tenant, arrange, least_bytes
 from serve.engine.plan import Capture, Chunk, Drawn, Encode, Found, Plan, Restore, SequenceState
+from serve.engine.shares import Shares
+from serve.errors import LatheError
 
 ANSWER_HEADROOM_TOKENS = 256
 """Positions beyond its present ones that a row claims: a row that asks for 32,000 tokens keeps nobody out."""
 
+MAX_SCORES = 1 << 23
+"""Tokens of a forward times the positions that they look back on, of each head: backends without a kernel for it hold
+all of them at once. Up to LEAST_CHUNK tokens are computed in any case."""
+LEAST_CHUNK = 256
+ALONE_TOKENS = 64
+"""A chunk that would be computed in a step of its own costs about so many tokens more: what padding may take."""
+MAX_OVERTAKEN = 32
+"""So many are admitted before the one that has waited longest, for their priority is earlier; then it is its turn."""
+MAX_SKIPPED = 4
+"""Prompts that do not fit beside a step's others and are passed in it by those behind them."""
+
 _by_arrival = attrgetter("arrival")
+
+
+def _by_priority(sequence: SequenceState) -> tuple[int, int]:
+    """The largest is the first to give its row back."""
+    return sequence.request.priority, sequence.arrival
 
 
 @dataclass(frozen=True)
@@ -41,9 +65,12 @@ class Budget:
 
     max_rows: int
     prefill_chunk_tokens: int
+    """Tokens of prompts in one step, padding included."""
     max_bytes: int
     """Memory of all rows together, their buffers' rounding included."""
     row_cost: RowCost
+    row_chunk_tokens: int | None = None
+    """Of one prompt among them; None: all."""
     encode_patches: int = 1024
 
     @property
@@ -78,6 +105,34 @@ class Features(Protocol):
         """It has no row now: what can be encoded again need not be kept for it."""
 
 
+class Adapters(Protocol):
+    """What the scheduler asks of the adapters' places on the device."""
+
+    def hold(self, sequence: SequenceState) -> bool:
+        """Whether its adapter has a slot, or it needs none. If so, that is kept for it until `let_go`, and
+        `sequence.slot` is it. Otherwise it is on its way; it is asked for again after `Scheduler.wake`, or when a
+        row has been given up.
+
+        Raises LatheError where it cannot come; the sequence ends with that.
+        """
+
+    def let_go(self, sequence: SequenceState) -> None:
+        """It has no row now. Called once for each `hold` that was true."""
+
+
+class NoAdapters:
+    """Where all requests are the base's."""
+
+    def hold(self, sequence: SequenceState) -> bool:
+        """It needs no slot."""
+        assert sequence.request.adapter is None, "nobody is there to give adapters slots"
+        sequence.slot = 0
+        return True
+
+    def let_go(self, sequence: SequenceState) -> None:
+        """Nothing was held."""
+
+
 class NoFeatures:
     """Where no prompt has media."""
 
@@ -108,8 +163,15 @@ class Scheduler:
     """Owns every SequenceState from `add` to `remove`."""
 
     def __init__(
-        self, budget: Budget, prefixes: Prefixes | None = None, features: Features | None = None
+        self,
+        budget: Budget,
+        prefixes: Prefixes | None = None,
+        features: Features | None = None,
+        adapters: Adapters | None = None,
+        pace: Pace | None = None,
+        shares: Shares | None = None,
     ) -> None:
+        """`pace`: what a step's prompts may cost decoding rows; None: nobody minds. `shares`: None: all are one."""
         self.budget = budget
         self.waiting: list[SequenceState] = []  # in order of arrival
         self.prefilling: list[SequenceState] = []  # in order of arrival
@@ -118,6 +180,12 @@ class Scheduler:
         self.num_preempted = 0
         self._prefixes = prefixes or NoPrefixes()
         self._features = features or NoFeatures()
+        self._adapters = adapters or NoAdapters()
+        self._pace = pace
+        self._shares = shares if shares is not None and shares.is_used else None
+        self._num_overtaken = 0  # times in a row that the oldest was passed for an earlier priority
+        self._absent: set[SequenceState] = set()  # waiting; their adapters were not there when last asked for
+        self._failed: list[tuple[SequenceState, LatheError]] = []  # in no other list; nobody has been told
         self._max_bytes = budget.max_bytes
         self._capacities: dict[Bucket, int] = {}
         self._departures: list[Capture] = []  # copies of rows that are free since the last plan
@@ -135,6 +203,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """True while any sequence waits or runs."""
         return bool(self.waiting or self.prefilling or self.decoding)
+
+    @property
+    def is_asleep(self) -> bool:
+        """Nobody runs, and whoever waits, waits for an adapter: nothing changes until `wake`."""
+        return not (self.prefilling or self.decoding or self._departures or self._may_admit)
 
     @property
     def running(self) -> list[SequenceState]:
@@ -157,6 +230,19 @@ class Scheduler:
         self._num_arrived += 1
         self.waiting.append(sequence)
         self._may_admit = True
+        if self._shares is not None:
+            self._shares.enter(sequence)
+
+    def wake(self) -> None:
+        """An adapter has come, or cannot, or a slot is free: whoever waits for one asks again."""
+        if self._absent:
+            self._absent.clear()
+            self._may_admit = True
+
+    def take_failed(self) -> list[tuple[SequenceState, LatheError]]:
+        """Who is out because its adapter cannot come, and why. Told once."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def schedule(self) -> Plan:
         """The next step. Admits what fits, gives every running sequence its row, and says which rows move."""
@@ -166,6 +252,8 @@ class Scheduler:
             chunk.sequence.num_planned_tokens = chunk.stop
             chunk.sequence.num_in_flight += 1
         self._last_plan = plan
+        if self._shares is not None:
+            self._shares.charge((chunk.sequence, chunk.num_tokens) for chunk in plan.chunks)
         return plan
 
     def _same_again(self) -> Plan | None:
@@ -195,7 +283,7 @@ class Scheduler:
             if arrangement.num_bytes <= self._max_bytes or len(arrangement.places) < 2:
                 break
             self._release(restores)
-            self._preempt([max(self.running, key=_by_arrival)])
+            self._preempt([max(self.running, key=_by_priority)])
         return self._take_effect(restores, prefill, encodes, arrangement)
 
     def _take_effect(
@@ -263,8 +351,15 @@ class Scheduler:
         if not gone:
             return
         self.waiting = [sequence for sequence in self.waiting if sequence not in gone]
+        self._absent -= gone
         self.ending = [sequence for sequence in self.ending if sequence not in gone]
         self._free(gone, is_sound)
+        if self._shares is not None:
+            for sequence in gone:
+                if not sequence.is_gone:
+                    self._shares.leave(sequence)
+        for sequence in gone:
+            sequence.is_gone = True
         groups = {sequence.group for sequence in (*self.waiting, *self.running)}
         for sequence in gone:
             if sequence.group not in groups:
@@ -297,8 +392,11 @@ class Scheduler:
         assert all(place.row < self._capacities[place.bucket] for place in places), (
             "a row is outside its buffer"
         )
+        assert self._absent <= set(self.waiting), "who does not wait, waits for an adapter"
+        assert all(sequence.has_slot for sequence in running), "a row without a slot"
         for sequence in (*self.waiting, *self.ending):
             assert sequence.place is None, "a sequence that does not run keeps a row"
+            assert not sequence.has_slot, "a sequence that does not run keeps a slot"
         for sequence in self.waiting:
             assert sequence.num_planned_tokens == 0, "a waiting sequence holds positions"
         for sequence in self.prefilling:
@@ -366,27 +464,68 @@ class Scheduler:
     def _admit(self) -> None:
         # Claims only grow while nobody comes, goes or changes buckets: what does not fit now waits until then.
         self._may_admit = False
-        while self.waiting:
-            held = Counter(sequence.group for sequence in self.running)
-            first = min(self.waiting, key=lambda sequence: (held[sequence.group], sequence.arrival))
+        while self._admit_one():
+            pass
+
+    def _admit_one(self) -> bool:
+        """A row for whose turn it is, of those whose adapters are there; False where there is none."""
+        fitting: dict[tuple[Bucket, Bucket], bool] = {}  # beside those that run now
+        for first in self._in_turn([one for one in self.waiting if one not in self._absent]):
             if first.num_in_flight:  # preempted a moment ago: its next token is not known yet
                 self._may_admit = True
-                return
-            victims = self._victims_for(first, held)
+                return False
+            shape = self._claim(first), self._present(first)
+            if shape not in fitting:
+                fitting[shape] = self._fits([*self.running, first])
+            victims = [] if fitting[shape] else self._victims_for(first)
             if victims is None:
-                return
-            self._preempt(victims)
-            self.waiting.remove(first)
-            insort(self.prefilling, first, key=_by_arrival)
-            self._is_moved = True
+                return False
+            if self._holds(first):
+                oldest = next(one for one in self.waiting if one not in self._absent)
+                self._preempt(victims)
+                is_overtaking = first.request.priority < oldest.request.priority
+                self._num_overtaken = self._num_overtaken + 1 if is_overtaking else 0
+                self.waiting.remove(first)
+                insort(self.prefilling, first, key=_by_arrival)
+                self._is_moved = True
+                return True
+        return False
 
-    def _victims_for(self, first: SequenceState, held: Counter[str]) -> list[SequenceState] | None:
+    def _in_turn(self, candidates: Sequence[SequenceState]) -> Sequence[SequenceState]:
+        """Whose turn it is, and whose it is after that. `candidates` are in order of arrival."""
+        if self._num_overtaken >= MAX_OVERTAKEN:
+            return candidates
+        held = Counter(sequence.group for sequence in self.running)
+        shares = self._shares
+
+        def turn(one: SequenceState) -> tuple[object, ...]:
+            charged = shares.turn(one) if shares is not None else ()
+            return one.request.priority, charged, held[one.group], one.arrival
+
+        return sorted(candidates, key=turn)
+
+    def _holds(self, first: SequenceState) -> bool:
+        """Whether its adapter has a slot, which it then has too. Otherwise it is out of the way of others."""
+        try:
+            first.has_slot = self._adapters.hold(first)
+        except LatheError as error:
+            self._failed.append((first, error))
+            self.remove([first])
+            return False
+        if not first.has_slot:
+            self._absent.add(first)
+        return first.has_slot
+
+    def _victims_for(self, first: SequenceState) -> list[SequenceState] | None:
         """Rows to take back so that `first` fits, most often none; None where it does not fit even so."""
-        running, held = self.running, held.copy()
+        running = self.running
+        # Nobody gives a row back to a later priority.
+        held = Counter(one.group for one in running if one.request.priority >= first.request.priority)
+        wanted = sum(one.group == first.group for one in running)
         victims: list[SequenceState] = []
         while not self._fits([*running, first]):
             group, most = max(held.items(), key=lambda item: item[1], default=("", 0))
-            if most < held[first.group] + 2:
+            if most < wanted + 2:
                 return None
             victim = max((sequence for sequence in running if sequence.group == group), key=_by_arrival)
             victims.append(victim)
@@ -395,11 +534,11 @@ class Scheduler:
         return victims
 
     def _preempt_for_memory(self) -> None:
-        """Take the youngest back until the others' next tokens fit."""
+        """Take the youngest of the latest priority back until the others' next tokens fit."""
         while len(running := self.running) > 1:
             if least_bytes(map(self._present, running), self.budget.row_cost) <= self._max_bytes:
                 return
-            self._preempt([max(running, key=_by_arrival)])
+            self._preempt([max(running, key=_by_priority)])
 
     def _preempt(self, sequences: Collection[SequenceState]) -> None:
         self._free(set(sequences), is_sound=True)
@@ -423,6 +562,10 @@ class Scheduler:
             if is_sound and sequence.place is not None:
                 self._departures += self._departure(sequence)
             sequence.place, sequence.state_row = None, -1
+            if sequence.has_slot:
+                sequence.has_slot = False
+                self._adapters.let_go(sequence)
+                self._absent.clear()
         self.prefilling = [sequence for sequence in self.prefilling if sequence not in gone]
         self.decoding = [sequence for sequence in self.decoding if sequence not in gone]
         if not self.running:
@@ -472,34 +615,44 @@ class Scheduler:
         order = self.prefilling
         if self._num_plans % 2:
             order = sorted(order, key=lambda sequence: self._num_prefilled[sequence.group])
+        elif self._num_plans % 4:
+            order = sorted(order, key=_by_priority)
         restores: list[Restore] = []
         chunks: list[Chunk] = []
-        padded: list[Chunk] = []  # those of the second forward
+        padded = Padded(self._max_prefill())  # those of the second forward
         encodes = Encodes(self.budget.encode_patches)
+        num_skipped = 0
         for sequence in order:
-            width = max((one.num_tokens for one in padded), default=0)
-            if width * (len(padded) + 1) > self.budget.prefill_chunk_tokens:
+            if padded.is_full or num_skipped > MAX_SKIPPED:
                 break
-            prefix = self._prefixes.find(sequence) if sequence.num_planned_tokens == 0 else None
+            is_first = sequence.num_planned_tokens == 0 and not sequence.is_scoring
+            prefix = self._prefixes.find(sequence) if is_first else None
             start = prefix.num_tokens if prefix else sequence.num_planned_tokens
-            stop = self._sighted(sequence, start, self._reach(sequence, start), encodes)
+            reach = self._reach(sequence, start, padded.max_tokens)
+            stop = self._sighted(sequence, start, reach, encodes)
             chunk = self._next_chunk(sequence, start, stop, padded) if stop > start else None
             if chunk is None:
                 if prefix is not None:
                     self._prefixes.release(prefix)
-                if stop == start:
-                    continue
-                break
+                num_skipped += stop > start
+                continue
             if prefix is not None:
                 restores.append(Restore(sequence, prefix))
             chunks.append(chunk)
             if not self._is_single(chunk):
-                padded.append(chunk)
+                padded.chunks.append(chunk)
         return restores, chunks, encodes
 
-    def _reach(self, sequence: SequenceState, start: int) -> int:
+    def _max_prefill(self) -> int:
+        """Tokens of prompts that this step may hold, padding included."""
+        hard = self.budget.prefill_chunk_tokens
+        return min(hard, self._pace.max_tokens) if self._pace is not None and self.decoding else hard
+
+    def _reach(self, sequence: SequenceState, start: int, max_tokens: int) -> int:
         """Where the chunk that begins at `start` ends, if it is alone in its step and all pictures are encoded."""
-        stop = min(sequence.num_tokens, start + self.budget.prefill_chunk_tokens)
+        most = min(max_tokens, self.budget.row_chunk_tokens or max_tokens)
+        most = min(most, max(MAX_SCORES // sequence.num_tokens, LEAST_CHUNK))
+        stop = min(sequence.num_tokens, start + most)
         for end in (sequence.quantize_after, sequence.num_shared_tokens):
             if start < end:
                 stop = min(stop, end)
@@ -520,21 +673,19 @@ class Scheduler:
             end = min(end, first)
         return prompt.whole(end)
 
-    def _next_chunk(
-        self, sequence: SequenceState, start: int, stop: int, padded: Sequence[Chunk]
-    ) -> Chunk | None:
+    def _next_chunk(self, sequence: SequenceState, start: int, stop: int, padded: Padded) -> Chunk | None:
+        """The chunk, or as much of it as can be beside the others; None where nothing can."""
         chunk = _chunk(sequence, start, stop - start)
-        if not padded or self._is_single(chunk):
+        if not padded.chunks or self._is_single(chunk):
             return chunk
-        width = max(chunk.num_tokens, *(one.num_tokens for one in padded))
         if self.budget.is_recurrent:
-            first = padded[0]
+            first = padded.chunks[0]
             width = first.num_tokens
             is_cut = sequence.request.prompt.whole(start + width) < start + width
             if chunk.num_tokens < width or chunk.begins != first.begins or is_cut:
                 return None
             chunk = _chunk(sequence, start, width)
-        return chunk if width * (len(padded) + 1) <= self.budget.prefill_chunk_tokens else None
+        return chunk if padded.takes(chunk) else None
 
     def _is_single(self, chunk: Chunk) -> bool:
         """Whether it runs beside decoding rows. A recurrent row that begins may not, for it has no state yet."""
@@ -548,6 +699,32 @@ class Scheduler:
             self._last_singles = now
             self._composition += 1
         return self._composition
+
+
+class Padded:
+    """The chunks of one forward, padded to the longest of them."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.chunks: list[Chunk] = []
+
+    @property
+    def width(self) -> int:
+        """Of the forward as it is."""
+        return max((chunk.num_tokens for chunk in self.chunks), default=0)
+
+    @property
+    def is_full(self) -> bool:
+        """No further chunk has room, however short."""
+        return self.width * (len(self.chunks) + 1) > self.max_tokens
+
+    def takes(self, chunk: Chunk) -> bool:
+        """Whether one more has room, and would not cost more here than in a step of its own."""
+        before, width = self.width, max(self.width, chunk.num_tokens)
+        num_tokens = width * (len(self.chunks) + 1)
+        longest = max(chunk.stop, *(one.stop for one in self.chunks))
+        is_dear = num_tokens - before * len(self.chunks) > 2 * chunk.num_tokens + ALONE_TOKENS
+        return num_tokens <= min(self.max_tokens, max(MAX_SCORES // longest, LEAST_CHUNK)) and not is_dear
 
 
 class Encodes:

@@ -88,10 +88,13 @@ class TextStream:
         """True once a stop string has appeared."""
         return self.matched is not None
 
-    def push(self, token_id: int) -> str:
-        """The text that this token makes final; often a word, sometimes nothing."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        """The text that this token makes final; often a word, sometimes nothing.
+
+        may_stop  a stop string may begin in it
+        """
         piece = self._decoder.push(token_id)
-        return self._release(piece) if self._stop else piece
+        return self._release(piece) if self._stop and may_stop else piece
 
     def finish(self) -> str:
         """What was held back, when the answer ends for another reason than a stop string."""

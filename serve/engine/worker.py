@@ -11,18 +11,31 @@ import asyncio
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from serve.adapters.version import AdapterVersion
+from serve import device
+from serve.adapters.versions.version import AdapterVersion
 from serve.engine.engine import Engine
 from serve.engine.request import EngineStats, Event, Request
-from serve.errors import GenerationError, LatheError, OverloadedError, RequestError, StoppedError
+from serve.errors import (
+    GenerationError,
+    LatheError,
+    OverloadedError,
+    RequestError,
+    StoppedError,
+    TenantLimitError,
+)
 
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[Event], None]
 STOP_TIMEOUT_S = 30.0
+IDLE_S = 10.0
+NUM_LOADERS = 4
+"""Threads that bring adapters to the device: one that waits for a slow disk holds up no other."""
 
 
 @dataclass
@@ -32,6 +45,7 @@ class _Open:
     id: str
     adapter: AdapterVersion | None
     sink: Sink
+    tenant: str
     loop: asyncio.AbstractEventLoop | None = None
     """Set when `sink` must run on that loop."""
 
@@ -39,24 +53,32 @@ class _Open:
 class Worker:
     """Runs an Engine. `start` before use, `stop` after; both once."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, idle_s: float = IDLE_S) -> None:
+        """idle_s: without a step for so long, memory that waits for the next one goes back to the system."""
         self.engine = engine
+        self._idle_s = idle_s
         self.failure: BaseException | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._open: dict[str, _Open] = {}  # the worker's thread alone
         self._lock = threading.Lock()  # guards what follows
         self._num_open = 0
+        self._num_of_tenant: Counter[str] = Counter()
         self._is_accepting = False
         self._has_just_failed = False  # the worker's thread alone
+        self._has_run = False  # so too: since memory was given back
         self._stopping = False
+        self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="lathe-adapters")
         self._thread = threading.Thread(target=self._run, name="lathe-engine", daemon=True)
 
     def start(self) -> None:
         """Take over the engine's arrays."""
         self._is_accepting = True
-        self.engine.registry.run = self.call
-        self.engine.registry.post = self._commands.put
+        registry = self.engine.registry
+        registry.run = self.call
+        registry.post = self._commands.put
         self._thread.start()
+        wake = self.engine.scheduler.wake
+        registry.residency.use_loaders(self._loaders.submit, lambda: self._commands.put(wake))
 
     def stop(self) -> None:
         """Fail what is open, end the thread, and wait for it: a running thread at interpreter exit would abort it."""
@@ -65,6 +87,7 @@ class Worker:
             self._commands.put(self._stop)
         if self._thread.is_alive():
             self._thread.join(STOP_TIMEOUT_S)
+        self._loaders.shutdown(cancel_futures=True)
 
     def submit(self, request: Request, sink: Sink, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Queue a request; as `submit_all`, of one."""
@@ -85,7 +108,10 @@ class Worker:
             checked = [self.engine.check(request) for request in requests]
             self._enter(
                 checked,
-                [_Open(each.id, each.adapter, sink, loop) for each, sink in zip(checked, sinks, strict=True)],
+                [
+                    _Open(each.id, each.adapter, sink, each.tenant, loop)
+                    for each, sink in zip(checked, sinks, strict=True)
+                ],
             )
         except LatheError:
             for request in requests:
@@ -134,9 +160,28 @@ class Worker:
                 raise OverloadedError(
                     f"{self._num_open} requests are running or waiting; this server takes {room} at most"
                 )
+            self._check_tenant(opened)
             self._num_open += len(opened)
+            self._num_of_tenant[opened[0].tenant] += len(opened)
             # Under the lock, so that nothing is queued behind `_stop`.
             self._commands.put(lambda: self._admit(requests, opened))
+
+    def _check_tenant(self, opened: Sequence[_Open]) -> None:
+        """One tenant's bound; those who send no name are one too."""
+        most, tenant = self.engine.limits.max_tenant_requests, opened[0].tenant
+        now = self._num_of_tenant[tenant]
+        if most is None or now + len(opened) <= most:
+            return
+        whose = f"tenant {tenant!r}" if tenant else "requests without a tenant"
+        if len(opened) > most:
+            raise RequestError(
+                f"n: this asks for {len(opened)} answers at once; {whose} may have {most} at most, by "
+                f"max_tenant_requests",
+                "n",
+            )
+        raise TenantLimitError(
+            f"{now} requests of {whose} are running or waiting; this server takes {most} of a tenant at most"
+        )
 
     def _stopped(self) -> StoppedError:
         if self.failure is not None:
@@ -158,11 +203,12 @@ class Worker:
 
     def _turn(self) -> None:
         """What was asked meanwhile, then one step. Waits for something to do where there is nothing."""
-        self._do_commands(wait=not self._has_work())
-        if self._has_work() and not self._stopping:
+        self._do_commands(wait=not self._can_step())
+        if self._can_step() and not self._stopping:
             self._deliver(self._step())
 
     def _step(self) -> list[Event]:
+        self._has_run = True
         try:
             events = self.engine.step()
         except Exception as error:
@@ -174,8 +220,8 @@ class Worker:
         self._has_just_failed = False
         return events
 
-    def _has_work(self) -> bool:
-        return self.failure is None and self.engine.has_work
+    def _can_step(self) -> bool:
+        return self.failure is None and self.engine.can_step
 
     def _give_up(self, error: BaseException) -> None:
         with self._lock:
@@ -196,7 +242,16 @@ class Worker:
 
     def _do_commands(self, *, wait: bool) -> None:
         if wait:
-            self._commands.get()()
+            # Until something is asked, or somebody's time is up whom nobody has told.
+            sleep_s = self.engine.sleep_s if self.failure is None else None
+            is_to_tidy = sleep_s is None and self._has_run
+            try:
+                self._commands.get(timeout=self._idle_s if is_to_tidy else sleep_s)()
+            except queue.Empty:
+                if is_to_tidy:
+                    self._has_run = False
+                    device.give_back_freed_memory()
+                return
         for _ in range(self._commands.qsize()):  # what comes meanwhile waits: a step is due
             self._commands.get()()
 
@@ -253,6 +308,9 @@ class Worker:
         self._release(opened.adapter)
         with self._lock:
             self._num_open -= 1
+            self._num_of_tenant[opened.tenant] -= 1
+            if not self._num_of_tenant[opened.tenant]:
+                del self._num_of_tenant[opened.tenant]
 
 
 def _put_all(batch: list[tuple[Sink, Event]]) -> None:

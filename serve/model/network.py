@@ -18,11 +18,23 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
 from serve.errors import ModelError
+from serve.model import activations as activations  # SiLU for CPU
+from serve.model.weights import LINEAR
 
 BACKBONE_NAMES = ("model", "transformer", "backbone")
 CONTAINER_NAMES = ("language_model", "thinker")
 """What modules with towers, or of several parts, call what has the layers and the head."""
 HEAD_NAME = "lm_head"
+EMBEDDED_NAMES = (
+    "embed_tokens",
+    "wte",
+    "tok_embeddings",
+    "token_embeddings",
+    "word_embeddings",
+    "embeddings",
+    "embedding",
+)
+"""What backbones call the tokens' embeddings."""
 EMBEDDINGS_NAMES = ("input_embeddings", "inputs_embeds", "input_embeds")
 """What backbones call what stands in for embedded tokens: mlx-lm's the first, mlx-vlm's any of them."""
 
@@ -106,6 +118,23 @@ class Network:
             around = around[part]
         beside = [child for other, child in around.children().items() if other != name]
         return any(tree_flatten(child.parameters()) for child in _modules(beside))
+
+    @cached_property
+    def embeddings_path(self) -> str | None:
+        """Where the tokens' embeddings are in the module; None: in none of the usual places."""
+        inside = self.backbone.children()
+        name = next((name for name in EMBEDDED_NAMES if name in inside), None)
+        parts = [self.text_path, self._backbone_name, name]
+        return None if name is None else ".".join(part for part in parts if part)
+
+    @cached_property
+    def tied_head(self) -> dict[str, str]:
+        """Where the embeddings are the head: the path that a head would have → the embeddings' path. Else nothing."""
+        beside = self.text.children().values()
+        has_head = any(isinstance(each, LINEAR) or getattr(each, "wraps_linear", False) for each in beside)
+        if self._backbone_name is None or has_head or self.embeddings_path is None:
+            return {}
+        return {f"{self.text_path}.{HEAD_NAME}" if self.text_path else HEAD_NAME: self.embeddings_path}
 
     @property
     def backbone(self) -> nn.Module:

@@ -105,6 +105,11 @@ class Prompt:
             keys[start] = min(number, ~number)
         return keys
 
+    @cached_property
+    def tally(self) -> tuple[np.ndarray, np.ndarray]:
+        """Its token ids, each once and ascending, and how often each comes: [K] int64 both. Not to be written to."""
+        return np.unique(np.asarray(self.token_ids, dtype=np.int64), return_counts=True)
+
     def whole(self, stop: int) -> int:
         """Where what ends at `stop` may end: there, or before the block that it would cut."""
         index = bisect_left(self.blocks, (stop, 0)) - 1

@@ -6,6 +6,7 @@ Every layer that maps D inputs to O outputs by a matrix [O, D] is met here, so t
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,21 +22,43 @@ ROWS_AT_ONCE = 4096
 
 def linear_modules(module: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer an adapter may touch, by its path in the base (a wrapper's own `.linear` is not shown)."""
-    return _unwrapped(module, LINEAR)
+    return _unwrapped(named_modules(module), LINEAR)
 
 
 def expert_modules(module: nn.Module) -> dict[str, nn.Module]:
     """Every stack of experts in a MoE block, likewise. Stacks that something else than an expert's choice indexes
     (deepseek_v41's grouped projection) are none."""
     kinds = _moe_blocks()
-    blocks = {path for path, child in module.named_modules() if isinstance(child, kinds)}
-    stacks = _unwrapped(module, EXPERTS)
+    named = named_modules(module)
+    blocks = {path for path, child in named.items() if isinstance(child, kinds)}
+    stacks = _unwrapped(named, EXPERTS)
     return {path: stack for path, stack in stacks.items() if path.rpartition(".")[0] in blocks}
 
 
-def _unwrapped(module: nn.Module, kinds: tuple[type, ...]) -> dict[str, nn.Module]:
+def named_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """What Module.named_modules gives, in its order, in a tenth of its time: an adapter's load asks a dozen times."""
+    found: dict[str, nn.Module] = {}
+    stack: list[tuple[str, object]] = [("", module)]
+    while stack:
+        path, child = stack.pop()
+        if isinstance(child, nn.Module):
+            found[path] = child
+            stack += _under(
+                path, ((key, value) for key, value in child.items() if isinstance(value, dict | list))
+            )
+        elif isinstance(child, dict):
+            stack += _under(path, child.items())
+        elif isinstance(child, list | tuple):
+            stack += _under(path, enumerate(child))
+    return found
+
+
+def _under(path: str, children: Iterable[tuple[object, object]]) -> list[tuple[str, object]]:
+    return [(f"{path}.{key}" if path else f"{key}", child) for key, child in children]
+
+
+def _unwrapped(named: Mapping[str, nn.Module], kinds: tuple[type, ...]) -> dict[str, nn.Module]:
     """Layers of these kinds, each by its path in the base: a real layer may be called `linear` too."""
-    named = dict(module.named_modules())
     found = {}
     for path, child in named.items():
         if isinstance(child, kinds):
@@ -81,7 +104,7 @@ def _dequantize(module: nn.Module, weight: mx.array, scales: mx.array, biases: m
 
 def project(linear: nn.Module, x: mx.array) -> mx.array:
     """x [..., D] → x Wᵀ [..., O], without the bias; packed weights stay packed."""
-    if not isinstance(linear, nn.QuantizedLinear):
+    if not isinstance(linear, QUANTIZED):
         return x @ linear.weight.T
     return mx.quantized_matmul(
         x,

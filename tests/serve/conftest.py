@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +14,22 @@ import pytest
 import serve as serve  # before mlx: it brings a real BLAS
 
 import mlx.core as mx  # isort: skip
+import httpx
 import mlx.nn as nn
+import openai
 from mlx_lm.models.cache import make_prompt_cache
 from sighted import Alone, Eyes
 
-from serve.adapters.manifest import AdapterConfig, read_config, read_tensors, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter
+from serve.adapters.tools.writing import convert
+from serve.api.server import serving
+from serve.config import ServeConfig
 from serve.engine.engine import Engine, EngineLimits
 from serve.model.loading import LoadedModel, load
 from serve.model.network import Network
 from serve.model.weights import dense_weight, expert_modules, linear_modules, linear_shape
+from serve.runtime import Runtime
 
 COMMON = {
     "hidden_size": 64,
@@ -104,6 +113,43 @@ def _merge(module: nn.Module, adapter_folder: Path) -> None:
         module.load_weights([(f"{path}.weight", mx.array(weight).astype(old.dtype))], strict=False)
 
 
+def _add_up(module: nn.Module, parts: Sequence[tuple[Path, float]]) -> None:
+    """W + Σ w (W' − W), each W' being what one adapter alone makes of W."""
+    layers = {**linear_modules(module), **expert_modules(module)}
+    old = {path: np.array(dense_weight(each).astype(mx.float32), np.float64) for path, each in layers.items()}
+    new = {path: weight.copy() for path, weight in old.items()}
+    dtype = {path: dense_weight(each).dtype for path, each in layers.items()}
+
+    def put(weights: Mapping[str, np.ndarray]) -> None:
+        module.load_weights(
+            [(f"{path}.weight", mx.array(w).astype(dtype[path])) for path, w in weights.items()], strict=False
+        )
+
+    for folder, share in parts:
+        _merge(module, folder)
+        for path, layer in layers.items():
+            new[path] += share * (np.array(dense_weight(layer).astype(mx.float32), np.float64) - old[path])
+        put(old)
+    put(new)
+
+
+def _summed(model_folder: Path, parts: Sequence[tuple[Path, float]]) -> nn.Module:
+    module = load(str(model_folder)).network.module
+    _add_up(module, parts)
+    return module
+
+
+@contextmanager
+def _served(model_folder: Path, **settings: Any) -> Iterator[tuple[Runtime, httpx.Client]]:
+    runtime = Runtime.start(ServeConfig(model=str(model_folder), name="lively", **settings))
+    try:
+        with serving(runtime) as url, httpx.Client(base_url=url, timeout=120) as http:
+            yield runtime, http
+        runtime.registry.check_integrity()
+    finally:
+        runtime.close()
+
+
 def _layers_of(kind: str, module: nn.Module) -> dict[str, nn.Module]:
     """What an adapter of this kind touches: attention, of DoRA the head too; or the experts and their routers.
 
@@ -175,9 +221,22 @@ class Lively:
             write_adapter(folder, tensors, AdapterConfig(tuner, -1, rank, SCALE, keys=keys))
         return folder
 
+    def in_pefts_layout(self, name: str, kind: str, number: int = 0) -> Path:
+        """The same adapter as PEFT has it on disk."""
+        folder = self._root / f"{name}-{kind}-{number}-peft"
+        if not folder.exists():
+            convert(self.adapter(name, kind, number), folder, "peft", load(str(self.folder(name))))
+        return folder
+
     def _module(self, name: str, kind: str, number: int = 0) -> nn.Module | Alone:
         model = load(str(self.folder(name)))
-        if kind != "base":
+        first, _, more = kind.partition(" and ")
+        if more:
+            parts = [
+                (self.adapter(name, each, 1 + number), share) for each, share in ((first, 0.7), ("lora", 0.4))
+            ]
+            _add_up(model.network.module, parts)
+        elif kind != "base":
             _merge(model.network.module, self.adapter(name, kind, number))
         return model.network.module if model.vision is None else Alone(model)
 
@@ -220,3 +279,36 @@ def greedy_by_mlx_lm() -> Callable[[nn.Module, Sequence[int], int], tuple[int, .
 def merged() -> Callable[[Path, Path], nn.Module]:
     """merged(model_folder, adapter_folder) → the base with one adapter fused into its weights."""
     return _merged
+
+
+@pytest.fixture(scope="session")
+def summed() -> Callable[[Path, Sequence[tuple[Path, float]]], nn.Module]:
+    """summed(model_folder, [(adapter_folder, weight)…]) → the base with that sum fused into its weights."""
+    return _summed
+
+
+@pytest.fixture
+def make_one(make_adapter: Callable[..., Path]) -> Callable[[int], Path]:
+    """make_one(seed) → folder of an adapter of the lively model, of another rank with each seed."""
+    return lambda seed: make_adapter(seed, rank=2 + seed % 3, keys=["self_attn.q_proj", "mlp.up_proj"])
+
+
+@pytest.fixture
+def served() -> Callable[..., AbstractContextManager[tuple[Runtime, httpx.Client]]]:
+    """served(model_folder, **keys of the configuration): inside, a server and a client of it; when it is left, names,
+    slots and bytes agree."""
+    return _served
+
+
+@pytest.fixture(scope="module")
+def http(url: str) -> Iterator[httpx.Client]:
+    """A client of the server that a module's own `url` gives."""
+    with httpx.Client(base_url=url, timeout=60) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    """OpenAI's own, of the same server."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as opened:
+        yield opened

@@ -12,8 +12,10 @@ import mlx.core as mx
 import pytest
 from mlx_lm.lora import CONFIG_DEFAULTS
 
-from serve.adapters.config import PARAMETERS, AdapterConfig, Lineage, config_json, parse_config
-from serve.adapters.manifest import CONFIG_FILE, TENSORS_FILE, read_config, read_specs, read_tensors
+from serve.adapters.formats.config import PARAMETERS, AdapterConfig, config_json, parse_config
+from serve.adapters.formats.header import read_specs
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE, read_config, read_tensors
 from serve.errors import AdapterError
 
 PATH = Path("adapter_config.json")

@@ -16,11 +16,11 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from serve.adapters.manifest import (
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import (
     CONFIG_FILE,
     TENSORS_FILE,
-    AdapterConfig,
-    Lineage,
     content_hash,
     read_config,
     read_tensors,
@@ -114,8 +114,7 @@ def test_a_replaced_version_serves_its_requests_to_their_end_and_new_ones_get_th
         assert len(tokens[name]) == 24
         assert_drawn(make_request(name), tokens[name], merged(model_folder, make_adapter(seed)))
     registry.release(old)
-    with pytest.raises(NotFoundError):
-        registry.resolve("x@1")
+    assert (registry.slot_of(old), registry.resolve("x@1")) == (None, old), "known, and not on the device"
     registry.check_integrity()
 
 
@@ -126,8 +125,6 @@ def test_an_adapter_that_left_makes_room_and_leaves_no_trace_in_the_next(
     registry = engine.registry
     registry.load("wide", make_adapter(1, rank=9))
     held = registry.acquire("wide")
-    with pytest.raises(AdapterError, match="1 adapters are loaded, which is max_adapters"):
-        registry.load("narrow", make_adapter(2, keys=["self_attn.q_proj"]))
     registry.unload("wide")
     with pytest.raises(NotFoundError, match="no adapter 'wide'"):
         registry.acquire("wide")
@@ -253,9 +250,11 @@ def test_a_vocabulary_is_known_by_what_each_id_stands_for():
 def test_broken_files_are_named_and_nothing_changes(model, make_adapter, tmp_path):
     registry = Engine(model).registry
     no_folders = (tmp_path / "nowhere", "~nosuchuser/a", "a\0b", "x" * 10_000, "/dev/null")
-    for path in (*no_folders, make_adapter(1) / CONFIG_FILE):
+    for path in no_folders:
         with pytest.raises(NotFoundError, match="no adapter folder at"):
             registry.load("a", path)
+    with pytest.raises(AdapterError, match=r"a folder or a \.safetensors file was expected"):
+        registry.load("a", make_adapter(1) / CONFIG_FILE)
     cut = copy_of(make_adapter(1), tmp_path / "cut")
     whole = (cut / TENSORS_FILE).read_bytes()
     for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):

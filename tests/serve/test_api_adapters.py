@@ -7,7 +7,9 @@ import httpx
 import openai
 import pytest
 
-from serve.adapters.manifest import AdapterConfig, Lineage, read_tensors, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import read_tensors, write_adapter
 from serve.api.adapters import allowed_path
 from serve.api.server import serving
 from serve.config import ServeConfig
@@ -52,7 +54,10 @@ def post(http) -> Callable[..., httpx.Response]:
 def test_load_list_replace_and_unload_answer_as_vllm_does(post, client, make_adapter):
     first, second = str(make_adapter(1)), str(make_adapter(2))
     added = post("load", lora_name="x", lora_path=first)
-    assert (added.status_code, added.text) == (200, "Success: LoRA adapter 'x' added successfully.")
+    assert added.status_code == 200
+    first_line, count = added.text.splitlines()
+    assert first_line == "Success: LoRA adapter 'x' added successfully."
+    assert count == "x@1 adapts 14 modules, rank 4."
     card = client.models.retrieve("x")
     assert (card.parent, card.root, card.version) == ("lively", first, "x@1")
     assert client.models.retrieve("x@1").id == "x@1"
@@ -171,8 +176,6 @@ def test_the_only_adapter_there_may_be_is_replaced_again_and_again_under_its_str
             threads[-1].start()
             while runtime.registry.num_pins(runtime.registry.resolve(name)) == 0 and threads[-1].is_alive():
                 threads[-1].join(0.001)
-        refused = load("y", 1)
-        assert (refused.status_code, "max_adapters" in refused.text) == (400, True)
         for thread in threads:
             thread.join()
         assert answers == {number: alone[1 + number % 3] for number in range(6)}
@@ -209,9 +212,9 @@ def test_another_chat_template_is_told_in_the_answer_to_a_load(post, make_adapte
     write_adapter(tmp_path / "a", tensors, AdapterConfig("lora", -1, 4, 2.0, lineage=lineage))
     answer = post("load", lora_name="x", lora_path=str(tmp_path / "a"))
     assert answer.status_code == 200
-    first, second = answer.text.splitlines()
+    first, _, third = answer.text.splitlines()
     assert first == "Success: LoRA adapter 'x' added successfully."
-    assert second.startswith("Warning: adapter 'x' was trained with another chat template")
+    assert third.startswith("Warning: adapter 'x' was trained with another chat template")
 
 
 def test_every_pin_is_given_back_however_a_request_ends(post, client, make_adapter, runtime):

@@ -26,18 +26,6 @@ def url(model_folder, make_adapter):
     runtime.close()
 
 
-@pytest.fixture(scope="module")
-def http(url):
-    with httpx.Client(base_url=url, timeout=60) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as opened:
-        yield opened
-
-
 def chat(client, **changes):
     fields = {"model": "lively", "messages": MESSAGES, "max_tokens": 24, "seed": 5, "extra_body": FREE}
     return client.chat.completions.create(**{**fields, **changes})
@@ -228,8 +216,6 @@ NO_PARTS = [
 @pytest.mark.parametrize(
     ("changes", "param", "told"),
     [
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "only 0 or null"),
-        ({"logit_bias": {"1": 5}}, "logit_bias", "only null or {}"),
         ({"response_format": {"type": "json_object"}}, "response_format", '"text"'),
         ({"tools": [{"type": "function"}]}, "tools", "only null or []"),
         ({"tool_choice": "auto"}, "tool_choice", '"none"'),
@@ -269,9 +255,7 @@ def test_what_chat_does_not_do_is_refused_by_its_name(client, changes, param, to
 @pytest.mark.parametrize(
     ("changes", "param", "told"),
     [
-        ({"echo": True}, "echo", "only null or false"),
         ({"suffix": "x"}, "suffix", "null"),
-        ({"best_of": 3}, "best_of", "only null or 1"),
         ({"prompt": ""}, "prompt", "empty"),
         ({"prompt": []}, "prompt", "empty"),
         ({"prompt": [5, 99999]}, "prompt", "99999"),
@@ -299,10 +283,11 @@ def test_neutral_values_of_what_is_not_done_are_accepted(client):
 
 
 def test_an_unknown_model_is_404_and_the_message_names_those_there_are(client):
-    for model in ("nope", "a1@7", "lively@1"):
+    every = "lively, a1, a2"
+    for model, told in {"nope": every, "a1@7": "there are 1", "lively@1": every}.items():
         error = refused(lambda model=model: chat(client, model=model))
         assert (error["status"], error["code"], error["param"]) == (404, "model_not_found", "model")
-        assert "lively, a1, a2" in error["message"]
+        assert told in error["message"]
 
 
 def test_too_long_has_openais_code_and_no_body_no_model_no_json_are_400(client, http):

@@ -404,6 +404,21 @@ def test_a_client_that_leaves_makes_room_for_the_next_at_once(vlm_folder, host):
         assert error.status_code == 400
 
 
+def test_a_request_of_slow_addresses_leaves_threads_to_its_neighbours(vlm_folder, host):
+    """Twenty, where sixteen threads fetch."""
+    slow = [image_url(f"{host.url}/slow")] * 20
+    body = {"model": "sees", "messages": [{"role": "user", "content": [QUESTION, *slow]}]}
+    host.files["/other.png"] = file_of(picture(77))
+    host.is_slow.clear()
+    limits = {"allow_private_hosts": True, "fetch_s": 600}
+    with served(vlm_folder("qwen2_vl"), media_limits=limits) as client:
+        address = httpx.URL(str(client.base_url))
+        with socket.create_connection((address.host, address.port)) as raw:
+            raw.sendall(posted(body))
+            assert host.is_slow.wait(WAIT_S)
+            assert chat(client, QUESTION, image_url(f"{host.url}/other.png")).choices
+
+
 def posted(body: dict) -> bytes:
     content = json.dumps(body).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"

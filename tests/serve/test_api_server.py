@@ -17,7 +17,7 @@ import httpx
 import openai
 import pytest
 
-from serve.adapters.version import AdapterVersion
+from serve.adapters.versions.version import AdapterVersion
 from serve.api.metrics import MAX_GONE
 from serve.api.server import bind, make_server, run, serving
 from serve.api.targets import Assignment, Target
@@ -159,6 +159,45 @@ def test_a_full_queue_answers_503_with_retry_after(start):
         assert [answer.result().status_code for answer in taken] == [200, 200]
 
 
+def test_a_tenant_that_asks_for_too_much_at_once_answers_429_and_others_are_served(start):
+    runtime = start(max_rows=2, max_waiting=4, max_tenant_requests=1, shares={"lively": 2.0})
+    with browsing(runtime) as http, ThreadPoolExecutor(1) as pool:
+        mine = {"X-Tenant": "much"}
+        taken = pool.submit(http.post, "/v1/completions", json={**LONG, "max_tokens": 200}, headers=mine)
+        assert wait_for(http, lambda health: health["num_decoding"] == 1)
+        for stream in (False, True):
+            answer = http.post("/v1/completions", json={**LONG, "stream": stream}, headers=mine)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (429, "rate_limit_exceeded")
+            assert error["type"] == "rate_limit_error"
+            assert int(answer.headers["retry-after"]) >= 1
+        short = {**LONG, "max_tokens": 2, "priority": -1}
+        assert http.post("/v1/completions", json=short).status_code == 200
+        assert taken.result().status_code == 200
+
+
+def test_a_request_whose_time_is_up_answers_504_and_leaves_its_row(start):
+    runtime = start(max_rows=2)
+    with browsing(runtime) as http:
+        answer = http.post("/v1/completions", json={**LONG, "timeout": 0.05})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (504, "deadline_exceeded")
+        assert error["message"].startswith("timeout: the time that the request has set has passed")
+        assert answer.headers["x-should-retry"] == "false"
+        assert runtime.worker.stats().num_finished.get("cancelled") is None
+        assert wait_for(http, lambda health: health["num_decoding"] == 0)
+        assert http.post("/v1/completions", json={**LONG, "max_tokens": 3, "timeout": 60}).status_code == 200
+
+
+def test_a_priority_or_timeout_that_says_nothing_is_refused_by_its_name(start):
+    bad = {"priority": [1.5, "high", 2**40, True], "timeout": [0, -1, "x", 1e9]}
+    with browsing(start()) as http:
+        for field, values in bad.items():
+            for value in values:
+                answer = http.post("/v1/completions", json={**LONG, "max_tokens": 2, field: value})
+                assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), value
+
+
 def test_a_failed_step_ends_its_streams_and_a_second_in_a_row_turns_health_to_503(start):
     runtime = start()
     with browsing(runtime) as http:
@@ -263,14 +302,14 @@ NAMES = [
 def test_whatever_a_name_holds_a_header_can_say_it():
     run = Run(1, Experiment("e", "e", (Variant("v", "m"), Variant("w", "m"))), 0.0)
     for name in [*NAMES, *(f"{chr(i)}a{chr(i)}b{chr(i)}" for i in range(0x250))]:
-        version = AdapterVersion(name, 1, "sha256:0", 1, "/a")
+        version = AdapterVersion(name, 1, "sha256:0", "/a")
         target = Target(name, "base", version, Assignment(run, Variant(name, "m"), "unit"))
         for key, value in target.headers.items():
             h11.Response(status_code=200, headers=[(key, value)])  # raises for what no header may hold
             assert len(value) < 4000
             assert value.isascii()
             assert value.isprintable()
-    assert Target("x", "base", AdapterVersion("a b", 2, "", 1, "")).headers["x-lathe-model"] == "a b@2"
+    assert Target("x", "base", AdapterVersion("a b", 2, "", "")).headers["x-lathe-model"] == "a b@2"
 
 
 def test_idle_connections_outlive_those_of_clients(start):

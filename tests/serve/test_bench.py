@@ -21,12 +21,15 @@ import lathe
 from serve.api.server import serving
 from serve.bench import standin
 from serve.bench.client import Answer, Ask, ask
-from serve.bench.compare import NUM_ADAPTERS, Comparison, outcome_of
+from serve.bench.compare import ASKED, BEST_PEER, Comparison, outcome_of
+from serve.bench.contest import BARE, FEW, FEW_MIXED, LATHE, MANY, PEERS
+from serve.bench.lengths import Fixed
 from serve.bench.load import Round, drive
 from serve.bench.process import ServerProcess
 from serve.bench.prompts import PromptMaker, WordCost, fit
 from serve.bench.summary import summarize
 from serve.bench.sweep import Sweep, SweepRunner, count_tokens
+from serve.bench.workload import Workload
 from serve.config import ServeConfig
 from serve.errors import ConfigError, StoppedError
 from serve.model.weights import linear_modules, linear_shape
@@ -121,19 +124,59 @@ def test_rates_count_good_answers_over_the_wall_time():
 
 def test_a_comparison_cut_off_has_told_the_levels_that_all_servers_had():
     """In the second round, before the level of four clients."""
-    labels = ("lathe", "mlx_lm.server", "mlx_vlm.server", "lathe, 8 adapters")
+    labels = (LATHE, BARE, PEERS[0], PEERS[1], FEW_MIXED)
     rounds = {
         (label, level): [Round(level, number + 1.0, (made(5, 1, 2),))] * times
         for level, times in ((1, 2), (4, 1))
         for number, label in enumerate(labels)
     }
-    told = outcome_of(rounds).as_json(Comparison(concurrency=(1, 4, 16), rounds=3))
-    assert [(each["concurrency"], each["of"], each["median"]) for each in told["ratios"]] == [
-        (level, of, ratio)
-        for of, ratio in (("lathe", 2.0), ("lathe", 3.0), (labels[3], 0.25))
+    told = outcome_of(rounds, ["late"]).as_json(Comparison(concurrency=(1, 4, 16), rounds=3))
+    assert [(each["concurrency"], each["of"], each["to"], each["median"]) for each in told["ratios"]] == [
+        (level, of, to, ratio)
+        for of, to, ratio in (
+            (LATHE, BARE, 2.0),
+            (LATHE, PEERS[0], 3.0),
+            (LATHE, PEERS[1], 4.0),
+            (LATHE, BEST_PEER, 3.0),
+            (FEW_MIXED, LATHE, 0.2),
+        )
         for level in (1, 4)
     ]
-    assert [len(each["tokens_per_s_by_round"]) for each in told["results"]] == [2] * 4 + [1] * 4
+    assert [len(each["tokens_per_s_by_round"]) for each in told["results"]] == [2] * 5 + [1] * 5
+    assert json.loads(json.dumps(told))["left_out"] == ["late"]
+
+
+def streamed(*arrivals_s: float) -> Answer:
+    return Answer(
+        "m", 1.0, 2.0, 10, len(arrivals_s), "usage", "", "length", arrivals_s=arrivals_s, start_s=0.0
+    )
+
+
+def test_gaps_are_of_streams_and_the_best_peer_is_the_rounds_best():
+    """Two rounds in which the peers change places, in throughput and in gaps."""
+    gaps = {LATHE: (2.0, 2.0), PEERS[0]: (1.0, 8.0), PEERS[2]: (4.0, 4.0)}
+    walls = {LATHE: (1.0, 1.0), PEERS[0]: (2.0, 4.0), PEERS[2]: (4.0, 2.0)}
+    rounds = {
+        (label, 16): [
+            Round(16, wall, (streamed(0.0, gap, gap + 0.5), streamed(9.0, 9.5)), cpu_s=wall / 2)
+            for gap, wall in zip(gaps[label], walls[label], strict=True)
+        ]
+        for label in gaps
+    }
+    found = {(each.what, each.to): each for each in outcome_of(rounds).ratios}
+    assert {what for what, _ in found} == {"tokens a second", "tokens a CPU second", "longest gap"}
+    gap = found["longest gap", BEST_PEER]
+    assert (gap.min, gap.max, gap.asked, gap.is_met) == (0.5, 2.0, 1.0, False)  # a median of 1.25
+    speed = found["tokens a second", BEST_PEER]
+    assert (speed.min, speed.max, speed.asked, speed.is_met) == (2.0, 2.0, 1.05, True)
+    assert found["tokens a CPU second", PEERS[0]].max == 4.0
+    assert found["tokens a CPU second", PEERS[0]].is_met is None
+
+
+def test_what_is_asked_follows_the_number_of_clients():
+    (best,) = (each for each in ASKED if each.to == BEST_PEER and each.what == "tokens a second")
+    assert [best.bound(level) for level in (1, 4, 15, 16, 64)] == [1.0, 1.0, 1.0, 1.05, 1.05]
+    assert {each.to for each in ASKED if each.of == LATHE} == {BARE, BEST_PEER, *PEERS}
 
 
 class SlowServer(BaseHTTPRequestHandler):
@@ -202,7 +245,8 @@ def url(model_folder, make_adapter):
 
 def test_a_real_server_is_measured_with_prompts_of_the_asked_length(url, model_folder):
     extra = {"ignore_eos": True}
-    runner = SweepRunner(Sweep(url, ("lively", "a1", "a2"), num_prompt_tokens=200, max_tokens=6, extra=extra))
+    workload = Workload(("lively", "a1", "a2"), Fixed(200), Fixed(6))
+    runner = SweepRunner(Sweep(url, workload, extra=extra))
     runner.warm_up()
     found = summarize("x", [runner.level(2, 6)])
     assert (found.num_errors, found.answer_tokens, found.counted_by) == (0, {6: 6}, ("usage",))
@@ -229,7 +273,7 @@ def test_a_folder_without_a_tokenizer_is_named(content, tmp_path):
 
 def test_an_unknown_model_is_refused_before_anything_is_measured(url):
     with pytest.raises(ConfigError, match="nobody"):
-        SweepRunner(Sweep(url, ("lively", "nobody"))).warm_up()
+        SweepRunner(Sweep(url, Workload(("lively", "nobody"), Fixed(20), Fixed(4)))).warm_up()
 
 
 def test_bench_serve_prints_a_table_and_writes_the_same_numbers(url, tmp_path, capsys):
@@ -329,7 +373,7 @@ def test_the_standins_adapters_fit_it_and_change_what_it_says(standin_folder):
         runtime.close()
     assert [answer.error for answer in answers] == [None] * 3
     assert len({answer.text for answer in answers}) == 3
-    assert NUM_ADAPTERS == 8
+    assert (FEW, MANY) == (8, 32)
 
 
 # Servers as processes.

@@ -24,10 +24,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import typer
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
+from typer.testing import CliRunner
 
+import lathe
+from serve.api.schemas import ChatBody
 from serve.api.server import serving
 from serve.bench.process import ServerProcess
 from serve.chat import Keyboard, at_terminal, from_pipe
@@ -571,3 +575,25 @@ def test_a_talk_outlives_the_server(endless_folder, tmp_path):
             terminal.expect("(stopped)")
             terminal.type(CTRL_D)
             assert terminal.ended() == 0
+
+
+DRAWN = {
+    **{"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.125, "top_n_sigma": 1.5, "seed": 11},
+    **{"xtc_probability": 0.25, "xtc_threshold": 0.0625, "repetition_penalty": 1.5, "presence_penalty": 0.5},
+    **{"frequency_penalty": -0.5, "max_tokens": 9},
+}
+
+
+def test_each_option_of_chat_about_drawing_reaches_the_server_and_what_is_left_out_is_not_sent():
+    params = {each.name for each in typer.main.get_command(lathe.app).commands["chat"].params}
+    assert params - set(DRAWN) == {"model", "adapter", "url", "to", "system", "api_key"}
+    for options in ({}, DRAWN):
+        words = [
+            word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))
+        ]
+        with answering(lambda body: whole("yes")) as (url, asked):
+            result = CliRunner().invoke(lathe.app, ["chat", "--url", url, *words], input="hello\n")
+        assert result.exit_code == 0, result.output
+        sent = {name: value for name, value in asked[-1].items() if name in DRAWN}
+        assert sent == (options or {"max_tokens": 512})
+        assert ChatBody(**asked[-1])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations, product
+from itertools import combinations, product, starmap
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import pytest
 from sighted import moving, shown
 from vlm_families import VLM_FAMILIES
 
-from serve.adapters.version import AdapterVersion
+from serve.adapters.sums.combination import Combination, Weighted, added_up
+from serve.adapters.versions.version import AdapterVersion
 from serve.cache.precision import PLAIN, KvPrecision, precision
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
@@ -37,6 +38,17 @@ SEEING_SPECIAL_TOKENS = 30
 NUM_TOKENS = 20
 """Of the answer that is asked for; the others' differ."""
 SEEDED = ({"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.7}, {"temperature": 1.2, "top_k": 9})
+EDITED = (
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 1.4, "repetition_context_size": 20, "temperature": 0.9, "top_k": 40},
+    {"frequency_penalty": 0.9, "presence_penalty": 0.6, "temperature": 1.1, "min_p": 0.03},
+    {"presence_penalty": 1.5, "presence_context_size": 30, "logit_bias": ((40, 4.0), (50, -9.0))},
+    {
+        **{"stop_token_ids": tuple(range(3, 40)), "min_tokens": NUM_TOKENS, "temperature": 1.3},
+        **{"top_n_sigma": 1.5, "xtc_probability": 0.5, "xtc_threshold": 0.04, "xtc_special_tokens": (50,)},
+    },
+)
+"""What changes logits before they are drawn from, or looks at them otherwise."""
 ADAPTERS = ("base", "lora", "dora", "experts")
 
 Change = Callable[["Setting"], "Setting"]
@@ -53,15 +65,23 @@ class Talk:
         self.num_cached: dict[str, int] = {}
         """Tokens of the prompt that came from a prefix."""
         self.asked: dict[str, Request] = {}
+        self.added: Callable[[Request], None] = lambda request: None
+        """Told of each request that was added."""
 
     def add(self, *requests: Request) -> None:
         for request in requests:
             self.asked[request.id], self.tokens[request.id] = request, []
+            if request.adapter is not None:
+                self.engine.registry.acquire(request.adapter.id)
             self.engine.add(self.engine.check(request))
+            self.added(request)
 
     def step(self) -> None:
         for event in self.engine.step():
             assert event.error is None, event.error
+            adapter = self.asked[event.request_id].adapter
+            if event.finish is not None and adapter is not None:
+                self.engine.registry.release(adapter)
             self.tokens[event.request_id] += event.token_ids
             self.num_cached.setdefault(event.request_id, event.num_cached_tokens)
         self.engine.scheduler.check_integrity()
@@ -129,6 +149,10 @@ class Setting:
     samplings: tuple[dict[str, Any], ...] = ({},)
     """The asked request draws by one of them."""
     place: Callable[[Talk, Request, Sequence[Request], random.Random], None] = alone
+    life: str = "loaded"
+    """How the asked adapter came, and what becomes of it: a folder ("loaded"), the same in PEFT's layout ("peft"), a
+    sum of two ("merged"), its name is given another version while its request runs ("updated"), or it has lost its
+    slot to another before it is asked for ("reloaded")."""
     past: str = "none"
     """What was asked before: nothing; or what the request shares tokens with, in the same engine ("memory"), in one
     before it ("disk"), or of the adapter that its own has replaced in place ("replaced")."""
@@ -168,6 +192,13 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
         "sliding_q8": put(model="sliding", precisions=forms(8)),
         "hybrid_q4": put(model="hybrid", precisions=forms(4)),
     },
+    "life": {
+        "loaded": put(),
+        "peft": put(life="peft"),
+        "merged": put(life="merged"),
+        "updated": put(life="updated"),
+        "reloaded": put(life="reloaded", limits={"max_adapters": 2}),
+    },
     "prefix": {
         "cold": put(limits={"prefix_cache_bytes": 0}),
         "warm": put(past="memory"),
@@ -175,7 +206,7 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
         "replaced": put(past="replaced"),
         "stranger": put(past="memory", tenant="another"),
     },
-    "drawn": {"greedy": put(), "seeded": put(samplings=SEEDED)},
+    "drawn": {"greedy": put(), "seeded": put(samplings=SEEDED), "edited": put(samplings=EDITED)},
     "placement": {
         "alone": put(),
         "mixed": put(place=mixed),
@@ -206,6 +237,8 @@ SEEING: dict[str, dict[str, Change]] = {
 RECURRENT = ("hybrid", "qwen3_5")
 COMPANY_PRECISIONS = (PLAIN, PLAIN, *forms(8), *forms(4), *forms(3.5))
 SEEING_PRECISIONS = (PLAIN, PLAIN, *forms(8, group_size=32), *forms(4, group_size=32), *forms(3.5))
+SHARES = (0.7, 0.4)
+"""Of the two adapters that are merged."""
 NUM_LARGE = 3000
 NUM_SEEING = 800
 
@@ -303,9 +336,51 @@ class Scene:
 
     def load(self, name: str, kind: str, number: int) -> None:
         """An adapter under a name, or the base; in place of what the name stood for."""
-        folder = None if kind == "base" else self.lively.adapter(self.setting.model, kind, number)
-        self.versions[name] = folder and self.engine.registry.load(name, folder, replace=True)
         self.sources[name] = (kind, number)
+        self.versions[name] = None
+        if kind == "base":
+            return
+        registry, life = self.engine.registry, self.setting.life if name == "asked" else "loaded"
+        model = self.setting.model
+        if life == "merged":
+            self.sources[name] = (f"{kind} and more", number)
+            parts = [
+                (
+                    registry.load(
+                        f"{name}-{each}", self.lively.adapter(model, each, 1 + number), replace=True
+                    ),
+                    weight,
+                )
+                for each, weight in ((kind, SHARES[0]), ("lora", SHARES[1]))
+            ]
+            source = Combination(added_up(starmap(Weighted, parts)), registry.contents)
+            self.versions[name] = registry.add(source.name, source, is_found=True, is_combined=True)
+            return
+        folder = self.lively.adapter(model, kind, number)
+        if life == "peft" and (kind, model) != (
+            "experts",
+            "sliding",
+        ):  # whose experts PEFT has under no known name
+            folder = self.lively.in_pefts_layout(model, kind, number)
+        self.versions[name] = registry.load(name, folder, replace=True)
+
+    def lose_slot(self) -> None:
+        """Two other adapters answer while the asked one does not, and there are two slots."""
+        registry, talk, asked = self.engine.registry, self.talk(), self.versions["asked"]
+        for number, name in enumerate(("other", "another")):
+            self.sources[name] = ("lora", 2 + number)
+            self.versions[name] = registry.load(
+                name, self.lively.adapter(self.setting.model, "lora", 2 + number)
+            )
+            talk.add(self.request(f"{name}-passing", self.tokens(5), 2))
+        talk.finish()
+        assert asked is None or registry.slot_of(asked) is None
+
+    def update(self, request: Request) -> None:
+        """Its name gets another version as soon as it has been asked for."""
+        if request.id == "asked" and request.adapter is not None:
+            folder = self.lively.adapter(self.setting.model, self.setting.asked, 2)
+            assert self.engine.registry.load("asked", folder, replace=True) != request.adapter
 
     def talk(self) -> Talk:
         self.talks.append(Talk(self.engine))
@@ -316,7 +391,7 @@ class Scene:
         id: str,
         prompt: Items,
         max_tokens: int,
-        samplings: Sequence[dict[str, Any]] = ({}, *SEEDED),
+        samplings: Sequence[dict[str, Any]] = ({}, *SEEDED, *EDITED[:-1]),
         precisions: Sequence[KvPrecision] | None = None,
     ) -> Request:
         """`id` begins with whose adapter it is for: "asked" or "beside"."""
@@ -405,7 +480,12 @@ class Scene:
         names = ["beside", "asked", "beside", "asked", "beside", "beside", "asked"]
         company = [self.companion(f"{name}-{number}", prompt) for number, name in enumerate(names)]
         asked = replace(asked, tenant=setting.tenant)
-        setting.place(self.talk(), asked, company, rng)
+        if setting.life == "reloaded":
+            self.lose_slot()
+        talk = self.talk()
+        if setting.life == "updated":
+            talk.added = self.update
+        setting.place(talk, asked, company, rng)
 
     def companion(self, id: str, prompt: Items) -> Request:
         """One of any length and form; half of them begin as the asked prompt does, and are stored as it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,89 @@ def test_openblas_runs_the_kernels_and_threads_that_were_asked_for():
     threads = library.openblas_get_num_threads()
     assert kernel == os.environ.get("OPENBLAS_CORETYPE", kernel)
     assert threads == int(os.environ.get("OPENBLAS_NUM_THREADS", threads))
+
+
+FAULTS = """
+import sys, threading
+{first}
+import mlx.core as mx, resource
+
+def pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def forward():
+    x = mx.zeros((2500, 4000))
+    mx.eval([mx.softmax(x + i, axis=-1) for i in range(5)])
+
+def measure():
+    forward()
+    before = pages()
+    forward()
+    print(pages() - before)
+
+thread = threading.Thread(target=measure)
+thread.start()
+thread.join()
+{last}
+"""
+A_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def faults(first: str, last: str = "") -> list[int]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    script = FAULTS.format(first=first, last=last)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    return [int(line) for line in done.stdout.splitlines()]
+
+
+@needs_openblas
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's malloc is left as it is")
+def test_a_forward_reuses_the_memory_of_the_one_before_it_and_an_idle_process_gives_it_back():
+    resident = "print(psutil.Process().memory_info().rss)"
+    tidy = f"import psutil\n{resident}\ndevice.give_back_freed_memory()\n{resident}"
+    kept, held, left = faults("import serve; from serve import device", tidy)
+    [stock] = faults("")
+    assert kept * A_PAGE < 40_000_000 < stock * A_PAGE, (
+        "bytes that a second forward faults in: one array, and all"
+    )
+    assert held - left > 150_000_000
+
+
+@needs_openblas
+def test_an_environment_that_tunes_malloc_is_left_alone():
+    script = "from serve import device; print(device.keep_freed_memory())"
+    for name, value in (("MALLOC_TRIM_THRESHOLD_", "1000"), ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=ROOT,
+            env={**os.environ, name: value},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == "False\n"
+
+
+@needs_openblas
+def test_a_systems_openblas_comes_before_opencvs_and_many_threads_before_one(tmp_path):
+    one, many = tmp_path / "usr/local/lib/libopenblas.so.0", tmp_path / "usr/lib/libopenblasp.so.0"
+    opencvs = device.openblas_files(tmp_path)
+    assert all("opencv" in str(path) for path in opencvs)
+    for path in (one, many):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert device.openblas_files(tmp_path) == [many, one, *opencvs]
+
+
+@needs_openblas
+def test_a_library_that_does_not_open_is_passed_by(tmp_path):
+    broken = tmp_path / "libopenblas.so.0"
+    broken.write_bytes(b"\x7fELF of another machine")
+    works = device.find_openblas()
+    assert device.first_that_opens([broken, works]) == works
+    assert device.first_that_opens([broken]) is None
 
 
 @needs_openblas

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
+import re
+import time
 from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from loud import Loud
 
 from serve.api.logprobs import LogprobWriter
 from serve.cache.capacity import Bucket
@@ -13,7 +17,7 @@ from serve.cache.precision import PLAIN
 from serve.engine.generate import generate
 from serve.engine.request import Event, Request, Sampling, TokenLogprob
 from serve.engine.sampler import Sampler
-from serve.errors import ContextLengthError, RequestError
+from serve.errors import ContextLengthError, DeadlineError, RequestError
 from serve.model.loading import load
 from serve.model.prompt import Prompt
 from serve.model.token_bytes import TokenBytes
@@ -139,7 +143,7 @@ def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
 ):
     request = make_request("after", "Hello there")
     engine = make_engine(model)
-    loud = engine.registry.load("loud", make_adapter(1, size=1e30))
+    loud = engine.registry.add("loud", Loud(make_adapter(1)))
     engine.add(make_request("stays", "z" * 100, max_tokens=500))
     engine.add(make_request("overflows", "x" * 90, max_tokens=500, adapter=loud))
     for _ in range(3):
@@ -211,14 +215,14 @@ def test_rows_cost_what_they_hold_beside_a_long_one_and_after_it(fresh_engine, m
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("size", [1e25, 1e19])
+@pytest.mark.parametrize("times", [1e37, 1e25])
 def test_a_row_whose_logits_are_not_numbers_ends_by_name_and_its_neighbours_are_bitwise_untouched(
-    fresh_engine, make_adapter, make_request, temperature, size, ahead
+    fresh_engine, make_adapter, make_request, temperature, times, ahead
 ):
-    def run(adapter_size: float) -> list[Event]:
+    def run(times: float) -> list[Event]:
         """The row `bad` among others; where its logits are numbers, it is cancelled when it would have ended."""
         engine = fresh_engine(ahead=ahead)
-        adapter = engine.registry.load("loud", make_adapter(1, size=adapter_size))
+        adapter = engine.registry.add("loud", Loud(make_adapter(1), times))
         others = [make_request(str(i), TEXTS[i], num_logprobs=2, temperature=temperature) for i in range(3)]
         bad = make_request("bad", adapter=adapter, temperature=temperature, num_logprobs=5)
         for request in (others[0], bad, *others[1:]):
@@ -231,13 +235,13 @@ def test_a_row_whose_logits_are_not_numbers_ends_by_name_and_its_neighbours_are_
         assert engine.stats().num_finished.items() >= {"length": 3}.items()
         return events
 
-    events = run(size)
+    events = run(times)
     theirs = [event for event in events if event.request_id == "bad"]
     assert [event.finish for event in theirs] == ["error"]
     assert theirs[0].token_ids == theirs[0].logprobs == ()
     assert "adapter 'loud@1' gave logits that are not numbers" in str(theirs[0].error)
     # The same forwards on the same shapes, with an adapter that only whispers.
-    beside_a_sound_row = [event for event in run(0.01) if event.request_id != "bad"]
+    beside_a_sound_row = [event for event in run(1e-3) if event.request_id != "bad"]
     assert [event for event in events if event.request_id != "bad"] == beside_a_sound_row
 
 
@@ -245,7 +249,7 @@ def test_a_token_that_cannot_come_is_minus_infinity_and_no_fault(model):
     logits = mx.array([[0.0, -mx.inf, 2.0], [mx.inf, 0.0, 0.0], [mx.nan, 0.0, 0.0], [-mx.inf] * 3])
     for temperature in (0.0, 1.0):
         sampler = Sampler([Sampling(temperature=temperature, num_logprobs=3)] * 4)
-        drawn = sampler.draw(logits, [0] * 4)
+        drawn = sampler.tokens(logits, [0] * 4)
         assert sampler.is_sound(logits, drawn).tolist() == [True, False, False, False]
     logprob = sampler.logprobs(logits, mx.array([1, 0, 0, 0])).drawn[0].item()
     assert logprob == -mx.inf
@@ -327,6 +331,21 @@ def test_a_prompt_that_no_array_holds_is_refused_before_it_is_queued(model, ids,
         {"min_p": -1.0},
         {"min_p": 1.01},
         {"num_logprobs": -1},
+        {"num_prompt_logprobs": -1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("nan")},
+        {"repetition_context_size": 0},
+        {"presence_penalty": float("inf")},
+        {"presence_context_size": -1},
+        {"frequency_penalty": float("nan")},
+        {"frequency_context_size": 0},
+        {"logit_bias": ((5, float("inf")),)},
+        {"logit_bias": ((5, 1.0), (5, 2.0))},
+        {"min_tokens": -1},
+        {"top_n_sigma": -0.5},
+        {"top_n_sigma": float("inf")},
+        {"xtc_probability": 1.01},
+        {"xtc_threshold": 0.51},
         {"stop": ("a", "")},
         {"stop": ("a" * 1025,)},
     ],
@@ -351,6 +370,18 @@ def test_sampling_refuses_what_says_nothing(changes):
         {"seed": 2**200},
         {"max_tokens": 2**63},
         {"num_logprobs": 10_000},
+        {"num_prompt_logprobs": 10_000},
+        {"repetition_penalty": 5e-324},
+        {"repetition_penalty": 1e308},
+        {"repetition_context_size": 2**63},
+        {"presence_penalty": 1e308},
+        {"frequency_penalty": -1e308},
+        {"logit_bias": ((5, 1e308),)},
+        {"min_tokens": 2**63},
+        {"top_n_sigma": 5e-324},
+        {"top_n_sigma": 1e308},
+        {"xtc_probability": 5e-324},
+        {"xtc_probability": 1.0, "xtc_threshold": 0.0},
     ],
 )
 def test_the_edges_of_every_number_give_an_answer(model, make_request, changes, assert_drawn, make_engine):
@@ -373,3 +404,40 @@ def test_logprobs_are_those_of_the_whole_model(model, make_request, make_engine)
         assert entry.logprob == pytest.approx(expected[step, entry.token_id].item(), abs=1e-3)
         assert next(token for token, _ in entry.top) == entry.token_id
         assert len(entry.top) == 3
+
+
+def test_whose_time_is_up_ends_with_its_own_error_wherever_it_is_and_costs_nothing_more(
+    model, make_request, make_engine, assert_drawn
+):
+    engine = make_engine(model, max_rows=2)
+    requests = [make_request(name, max_tokens=60) for name in ("runs late", "runs", "waits late", "waits")]
+    for request in requests:
+        engine.add(engine.check(request))
+    events = []
+    for _ in range(4):
+        events += engine.step()
+    # As if the two had been given a time that is over now.
+    for name in ("runs late", "waits late"):
+        heapq.heappush(engine._deadlines, (time.monotonic(), name))
+    late = engine.step()
+    events += late
+    ended = {event.request_id: event for event in late if event.finish}
+    assert set(ended) == {"runs late", "waits late"}
+    assert all(isinstance(event.error, DeadlineError) for event in ended.values())
+    assert "before the answer began" in str(ended["waits late"].error)
+    assert re.search(r"after \d tokens of the answer", str(ended["runs late"].error))
+    held = {sequence.request.id for sequence in [*engine.scheduler.running, *engine.scheduler.waiting]}
+    assert held == {"runs", "waits"}
+    while engine.has_work:
+        events += engine.step()
+    tokens = [t for event in events if event.request_id == "runs" for t in event.token_ids]
+    assert_drawn(requests[1], tokens, model.network.module)
+    assert engine.sleep_s is None
+
+
+def test_a_deadline_that_has_passed_is_refused_before_anything_is_queued(model, make_request, make_engine):
+    engine = make_engine(model)
+    request = replace(make_request("late"), deadline_s=time.monotonic())
+    with pytest.raises(DeadlineError, match="before it was queued"):
+        engine.check(request)
+    engine.check(replace(request, deadline_s=time.monotonic() + 60))

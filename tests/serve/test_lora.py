@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from serve.adapters.lora import LANES, gathered_update, whole_lanes
+from serve.adapters.layers.lora import LANES, gathered_update, whole_lanes
 
 SIZES = [*range(1, LANES + 2), 2 * LANES]
 DTYPES = {mx.float32: 1e-5, mx.float16: 1e-2, mx.bfloat16: 5e-2}

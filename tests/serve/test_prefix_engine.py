@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from serve.adapters.version import AdapterVersion
+from serve.adapters.versions.version import AdapterVersion
 from serve.cache.capacity import Bucket
 from serve.cache.precision import PLAIN, KvPrecision, precision
 from serve.engine.engine import Engine, EngineLimits

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import pytest
+from loud import Loud
 from mlx_lm.models.cache import ChunkedKVCache, make_prompt_cache
 
 from serve.cache.capacity import Bucket
@@ -113,14 +114,16 @@ def test_a_row_that_overflowed_does_not_poison_the_one_after_it(
     fresh, family, recurrent_folder, make_adapter_of, make_request, assert_drawn, make_engine
 ):
     engine = make_engine(fresh(), prefill_chunk_tokens=16)
-    loud = make_adapter_of(recurrent_folder(family), 1, keys=INSIDE[family], size=1e30)
-    version = engine.registry.load("loud", loud)
+    loud = make_adapter_of(recurrent_folder(family), 1, keys=INSIDE[family])
+    version = engine.registry.add("loud", Loud(loud, 1e38))
     engine.add(make_request("stays", "z" * 150, max_tokens=500))
     engine.add(make_request("overflows", "x" * 120, max_tokens=500, adapter=version))
-    has_overflowed = False
+    has_overflowed, num_steps = False, 0
     while (
         any(sequence.request.id == "overflows" for sequence in engine.scheduler.running) or not has_overflowed
     ):
+        num_steps += 1
+        assert num_steps < 200, "it never overflows"
         engine.step()
         held = engine._runner.rows.arrays()
         has_overflowed |= not all(mx.isfinite(array).all() for array in held)

@@ -149,9 +149,11 @@ def test_a_step_writes_into_its_buffers_and_copies_none(network, precision):
     for coming in (span.next(), Span([SpanPart(bucket, [1, 3], [40, 12], [False, False])], 20)):
         forward(network, rows, coming)
         assert addresses(rows) == before
-    rows.move([Move(Place(bucket, 3), Place(bucket, 0), 32)])
-    mx.eval(rows.arrays())
-    assert addresses(rows) == before
+    for num_positions in (32, 128):
+        for moves in ([(3, 0)], [(3, 0), (0, 2)]):
+            rows.move([Move(Place(bucket, a), Place(bucket, b), num_positions) for a, b in moves])
+            mx.eval(rows.arrays())
+            assert addresses(rows) == before, (num_positions, moves)
 
 
 def test_moving_a_row_copies_that_row_alone(network, precision):
@@ -167,6 +169,26 @@ def test_moving_a_row_copies_that_row_alone(network, precision):
 
     run()
     assert peak_above(run) < 4 * one
+
+
+@pytest.mark.parametrize("num_positions", [5, 128])
+@pytest.mark.parametrize("moved", [{2: 0}, {1: 0, 0: 1}, {3: 0, 0: 1, 1: 3}], ids=str)
+def test_moved_rows_hold_what_they_held_and_nothing_behind_it(network, precision, moved, num_positions):
+    """Also where they change places: all are read before any is written. `moved`: from → to."""
+    rows, bucket = proven(network), Bucket(precision, 128)
+    rows.resize({bucket: 4})
+    for position in (0, 3, 40, 127):
+        forward(network, rows, one_span(bucket, [position] * 4))
+    before = [part[...] + 0 for part in rows.arrays()]
+    mx.eval(before)
+    rows.move([Move(Place(bucket, a), Place(bucket, b), num_positions) for a, b in moved.items()])
+    source_of = {b: a for a, b in moved.items()}
+    for part, old in zip(rows.arrays(), before, strict=True):
+        extent = min(num_positions, part.shape[2])
+        for row in range(4):
+            assert mx.array_equal(part[row, :, :extent], old[source_of.get(row, row), :, :extent])
+            behind = mx.zeros_like(part[row]) if row in source_of else old[row]
+            assert mx.array_equal(part[row, :, extent:], behind[:, extent:])
 
 
 def test_a_chunk_at_the_end_of_a_long_prompt_takes_no_more_memory_for_being_quantized(make_model):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from sighted import Alone, Eyes, broken, moving, shown
 
-from serve.adapters.version import AdapterVersion
+from serve.adapters.versions.version import AdapterVersion
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Event, Request, Sampling
 from serve.errors import GenerationError, RequestError

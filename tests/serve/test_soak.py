@@ -46,7 +46,12 @@ MAX_ARRAY_GROWTH_BYTES = 256 << 10
 """Of all arrays, between a fifth of the soak and its end, when all is forgotten: half a row, or codebooks."""
 MAX_GROWTH_BYTES = 64 << 20
 """Of the process."""
-SAMPLINGS = ({}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.7}, {"temperature": 1.2, "top_k": 9})
+SAMPLINGS = (
+    *({}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.7}, {"temperature": 1.2, "top_k": 9}),
+    {"repetition_penalty": 1.5},
+    {"temperature": 1.0, "frequency_penalty": 0.7, "presence_penalty": 0.4, "min_p": 0.02},
+    {"temperature": 1.0, "repetition_penalty": 1.3, "repetition_context_size": 30, "num_prompt_logprobs": 1},
+)
 PRECISIONS = (PLAIN, PLAIN, precision(8), precision(4), precision(8, start_after=100), precision(3.5))
 SEEING_PRECISIONS = (PLAIN, PLAIN, precision(8, group_size=32), precision(4, group_size=32, start_after=100))
 FEATURE_BYTES, FEATURE_DISK_BYTES = 40_000, 1 << 20
@@ -243,8 +248,11 @@ class Held:
 
 
 def until_idle(worker: Worker) -> None:
-    while worker.engine.has_work:  # whoever left is cancelled between two steps
-        worker.call(lambda: None)
+    for _ in range(20_000):
+        if not worker.engine.has_work:
+            return
+        worker.call(lambda: None)  # whoever left is cancelled between two steps
+    raise AssertionError(f"it never ends: {worker.stats()}")
 
 
 def held_after_all(worker: Worker) -> Held:

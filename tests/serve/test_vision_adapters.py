@@ -14,10 +14,12 @@ from mlx.utils import tree_flatten
 from vision_rows import Batch, always, away, messages_for, prompt_of
 from vlm_families import Reference, picture
 
-from serve.adapters.bank import Bank
-from serve.adapters.manifest import AdapterConfig, read_config, read_tensors, write_adapter
-from serve.adapters.paths import own_paths, with_own_names
-from serve.adapters.registry import Registry
+from serve.adapters.bank.bank import Bank
+from serve.adapters.fitting.own import own_layout
+from serve.adapters.fitting.paths import own_paths
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter
+from serve.adapters.registry.registry import Registry
 from serve.errors import AdapterError
 from serve.model.loading import LoadedModel, load
 from serve.model.weights import expert_modules, linear_modules, linear_shape
@@ -52,7 +54,7 @@ def test_a_layers_name_means_the_same_layer_under_every_prefix(
         assert own_paths(names, network) == dict.fromkeys(names, path)
     heads = own_paths(["lm_head", "base_model.model.lm_head"], network)
     own = [path for path in linear_modules(network.module) if path.endswith("lm_head")]
-    assert set(heads.values()) == set(own or heads)
+    assert set(heads.values()) == set(own or network.tied_head)
 
 
 def test_two_names_of_one_tensor_are_refused(opened: Callable[[str], LoadedModel]):
@@ -61,7 +63,7 @@ def test_two_names_of_one_tensor_are_refused(opened: Callable[[str], LoadedModel
         "language_model.model.layers.0.self_attn.q_proj.lora_a",
     ]
     with pytest.raises(AdapterError, match="two tensors are the same layer's lora_a"):
-        with_own_names(dict.fromkeys(names, 0), opened("qwen2_vl").network)
+        own_layout(dict.fromkeys(names, mx.zeros(3)), AdapterConfig("lora", -1), opened("qwen2_vl").network)
 
 
 def renamed(folder: Path, source: Path, old: str, new: str) -> Path:
@@ -79,9 +81,11 @@ def test_an_adapter_named_by_mlx_lm_is_the_one_named_by_mlx_vlm(
     ours = renamed(tmp_path / "lm", theirs, "language_model.model.", "model.")
     model = opened("qwen2_vl")
     registry = registry_of(model)
-    slots = [registry.load(name, folder).slot for name, folder in (("theirs", theirs), ("ours", ours))]
+    slots = [
+        registry.slot_of(registry.load(name, each)) for name, each in (("theirs", theirs), ("ours", ours))
+    ]
     tokens = mx.array([[5, 6, 7, 8]] * 3)
-    registry._bank.rows.set([0, *slots])
+    registry.residency._bank.rows.set([0, *slots])
     base, one, other = model.network.logits(model.network.hidden(tokens))
     assert away(one, base) > 0.1
     assert away(one, other) < 1e-5
@@ -108,9 +112,9 @@ def test_an_adapter_that_mlx_vlm_saved_is_the_one_it_trained(
     save_adapter(theirs.module, tmp_path / "theirs" / "adapters.safetensors")
     model = opened("qwen2_vl")
     registry = registry_of(model)
-    slot = registry.load("theirs", tmp_path / "theirs").slot
+    slot = registry.slot_of(registry.load("theirs", tmp_path / "theirs"))
     tokens = mx.array([[5, 6, 7, 8, 9]])
-    registry._bank.rows.set([slot])
+    registry.residency._bank.rows.set([slot])
     found = model.network.hidden(tokens)
     assert away(found, theirs.hidden(tokens)) < 1e-4
     assert away(found, plain.hidden(tokens)) > 0.1
@@ -132,7 +136,7 @@ def test_a_picture_through_a_banked_tower_is_what_the_merged_tower_makes_of_it(
     plain = model.vision.encode(media)
     registry = registry_of(model)
     version = registry.load("eyes", folder)
-    registry._bank.rows.set([version.slot])
+    registry.residency._bank.rows.set([registry.slot_of(version)])
     found = model.vision.encode(media)
     ids = mx.array([row.token_ids])
     inputs = dict(row.inputs)
@@ -184,7 +188,7 @@ def test_rows_with_media_and_their_own_adapters_are_each_alone_on_its_merged_mod
     model = opened(family)
     assert model.vision is not None
     registry = registry_of(model)
-    slots = [registry.load(str(folder), folder).slot if folder else 0 for folder in folders]
+    slots = [registry.slot_of(registry.load(str(each), each)) if each else 0 for each in folders]
     pairs = [
         prompt_of(reference, model.vision, *parts)
         for reference, parts in zip(references, messages_for(family), strict=True)
@@ -196,7 +200,7 @@ def test_rows_with_media_and_their_own_adapters_are_each_alone_on_its_merged_mod
         reference.logits(row, answer)
         for reference, (row, _), answer in zip(references, pairs, answers, strict=True)
     ]
-    batch = Batch(model, [prompt for _, prompt in pairs], registry._bank, slots)
+    batch = Batch(model, [prompt for _, prompt in pairs], registry.residency._bank, slots)
     found = [batch.prefill(random.Random(1), is_recurrent=family == "qwen3_5"), *batch.decode(answers)]
     for row in range(len(pairs)):
         for step in range(ANSWER_TOKENS + 1):
@@ -235,9 +239,9 @@ def test_adapters_of_experts_are_merged_ones_at_every_number_of_tokens(
     plain, merged = (load(str(vlm_folder("qwen3_vl_moe"))).network for _ in range(2))
     merge_experts(merged.module, folder)
     registry = registry_of(model)
-    slot = registry.load("experts", folder).slot
+    slot = registry.slot_of(registry.load("experts", folder))
     tokens = mx.array(np.random.default_rng(width).integers(10, 250, (4, width)))
-    registry._bank.rows.set([0, slot, 0, slot])
+    registry.residency._bank.rows.set([0, slot, 0, slot])
     found = model.network.hidden(tokens)
     for row in range(4):
         alone = (merged if row % 2 else plain).hidden(tokens[row : row + 1])[0]

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
+from dataclasses import replace
 
+import mlx.core as mx
+import psutil
 import pytest
 
+from serve import device
 from serve.engine.worker import Worker
-from serve.errors import ContextLengthError, OverloadedError, StoppedError
+from serve.errors import (
+    ContextLengthError,
+    DeadlineError,
+    OverloadedError,
+    RequestError,
+    StoppedError,
+    TenantLimitError,
+)
 from serve.model.loading import load
 
 
@@ -201,3 +213,85 @@ def test_what_a_called_function_raises_is_raised_at_the_caller(worker):
     with pytest.raises(ZeroDivisionError):
         worker.call(lambda: 1 / 0)
     assert worker.failure is None
+
+
+def test_one_tenant_cannot_fill_the_queue(model, make_engine, make_request):
+    worker = Worker(make_engine(model, max_rows=2, max_waiting=6, max_tenant_requests=3))
+    worker.start()
+    sinks = {str(number): queue.SimpleQueue() for number in range(5)}
+    asked = [replace(make_request(name, max_tokens=300), tenant="much") for name in ("0", "1", "2")]
+    worker.submit_all(asked, [sinks[request.id].put for request in asked])
+    for tenant in ("much", "other"):
+        request = replace(make_request("3", max_tokens=300), tenant=tenant)
+        if tenant == "much":
+            with pytest.raises(TenantLimitError, match="3 requests of tenant 'much' are running or waiting"):
+                worker.submit(request, sinks["3"].put)
+        else:
+            worker.submit(request, sinks["3"].put)
+    with pytest.raises(RequestError, match="tenant 'n' may have 3 at most"):
+        worker.submit_all(
+            [replace(make_request(f"n{i}"), tenant="n") for i in range(4)], [sinks["3"].put] * 4
+        )
+    worker.cancel("0")
+    assert collect(sinks["0"])[1] == "cancelled"
+    worker.submit(replace(make_request("4"), tenant="much"), sinks["4"].put)
+    assert {collect(sinks[name])[1] for name in "1234"} == {"length"}
+    worker.stop()
+    assert not worker._num_of_tenant, "who has ended is counted"
+
+
+def test_a_worker_with_nothing_to_run_wakes_up_for_a_deadline(worker, make_request):
+    """A request that waits for an adapter which nobody loads: no step runs, and no command comes."""
+    scheduler = worker.engine.scheduler
+    sink: queue.SimpleQueue = queue.SimpleQueue()
+    never = NeverThere()
+    worker.call(lambda: setattr(scheduler, "_adapters", never))
+    worker.submit(replace(make_request("late"), deadline_s=time.monotonic() + 0.5), sink.put)
+    event = sink.get(timeout=120)
+    assert isinstance(event.error, DeadlineError)
+    assert never.num_asked == 1, "it was asked again and again meanwhile"
+
+
+def test_an_engine_that_has_failed_sleeps_though_deadlines_pass(model, make_engine, make_request):
+    """Whoever has set one has been told already, and nothing takes it out of the engine any more."""
+    worker = Worker(make_engine(model))
+    engine = worker.engine
+    engine.add(engine.check(replace(make_request("told"), deadline_s=time.monotonic() + 60)))
+    engine._deadlines = [(time.monotonic(), "told")]
+    worker.failure = RuntimeError("two steps have failed")
+    is_asked = threading.Event()
+    threading.Timer(0.2, worker._commands.put, [is_asked.set]).start()
+    worker._do_commands(wait=True)
+    assert is_asked.is_set(), "its thread spins"
+
+
+class NeverThere:
+    """No adapter is there, and none comes."""
+
+    num_asked = 0
+
+    def hold(self, sequence) -> bool:
+        self.num_asked += 1
+        return False
+
+    def let_go(self, sequence) -> None:
+        raise AssertionError("nothing was held")
+
+
+@pytest.mark.skipif(not device.keep_freed_memory(), reason="this machine's malloc keeps nothing for us")
+def test_memory_that_steps_leave_goes_back_once_nobody_asks_for_a_while(model, make_engine, make_request):
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    worker = Worker(make_engine(model, max_rows=4, max_waiting=4), idle_s=0.05)
+    worker.start()
+    try:
+        worker.call(lambda: mx.eval([mx.ones((2500, 4000)) + i for i in range(8)]))  # 320 MB
+        held, sink = resident(), queue.SimpleQueue()
+        worker.submit(make_request("r", max_tokens=4), sink.put)
+        collect(sink)
+        end_s = time.monotonic() + 60
+        while resident() > held - 200_000_000:
+            assert time.monotonic() < end_s, "it is kept"
+    finally:
+        worker.stop()

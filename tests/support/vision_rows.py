@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from vlm_families import VLM_FAMILIES, Reference, Row, message, picture
 
-from serve.adapters.bank import Bank
+from serve.adapters.bank.bank import Bank
 from serve.cache.capacity import Bucket
 from serve.cache.families import make_rows
 from serve.cache.precision import PLAIN

@@ -25,7 +25,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from serve.adapters.manifest import AdapterConfig, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import write_adapter
 
 HIDDEN = 128
 PAD, START, END, BOS = "<|pad|>", "<|im_start|>", "<|im_end|>", "<|bos|>"

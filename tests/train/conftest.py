@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -80,6 +82,23 @@ def tiny_network(build_network: Callable[..., Network]) -> Callable[..., Network
         return build_network({**tiny_config(family), **changes}, seed)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def make_rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_rows(train=9, valid=3, …) → folder of short prompts with their completions, a file a split."""
+
+    def make(**counts: int) -> Path:
+        folder = tmp_path_factory.mktemp("rows")
+        for split, count in counts.items():
+            rows = [
+                {"prompt": f"{split} {'ab' * (i % 4)} {i}?", "completion": f"no {i % 3}"}
+                for i in range(count)
+            ]
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return make
 
 
 @pytest.fixture

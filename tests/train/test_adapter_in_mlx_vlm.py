@@ -8,7 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from serve.adapters.manifest import AdapterConfig, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import write_adapter
 from serve.model.loading import load
 from serve.model.network import Network
 from train.adapters.adapt import AdapterSettings, adapter_tensors, add_lora, manifest_keys

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from serve.adapters.manifest import AdapterConfig, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import write_adapter
 from serve.errors import AdapterError
 from serve.model.loading import cast, load
 from train.adapters.adapt import adapter_tensors, train_all, trainable_tensors

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from serve import device
-from serve.adapters.manifest import AdapterConfig, Lineage, read_config, read_tensors, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter
 from serve.errors import AdapterError, ConfigError, NotFoundError, TrainingError
 from train.adapters.adapt import (
     AdapterSettings,
@@ -105,7 +107,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, model_folder):
     script = f"""
         import serve, resource, signal, mlx.core as mx, mlx.optimizers as optim
         from pathlib import Path
-        from serve.adapters.manifest import AdapterConfig
+        from serve.adapters.formats.config import AdapterConfig
         from serve.errors import StorageError
         from train.loop import checkpoint
         from train.loop.trainer import TrainState
@@ -191,7 +193,8 @@ def test_half_of_a_publication_is_noticed_and_the_config_comes_first(tmp_path):
     script = f"""
         import os, signal, sys, serve, mlx.core as mx
         from pathlib import Path
-        from serve.adapters.manifest import AdapterConfig, write_adapter
+        from serve.adapters.formats.config import AdapterConfig
+        from serve.adapters.formats.manifest import write_adapter
         renames = []
         def die(event, arguments):
             if event == "os.rename":

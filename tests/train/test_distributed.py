@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 from vlm_families import picture
 
-from serve.adapters.manifest import read_tensors
+from serve.adapters.formats.manifest import read_tensors
 from train.data.batches import Batch
 from train.loop.distributed import Alone, share
 from train.recipe.recipe import load_recipe

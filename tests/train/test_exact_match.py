@@ -9,7 +9,7 @@ import mlx.optimizers as mlx_optim
 import mlx_lm
 import pytest
 
-from serve.adapters.lora import LoRALinear
+from serve.adapters.layers.lora import LoRALinear
 from serve.errors import DataError
 from serve.model.template import ChatTemplate
 from train.adapters.adapt import AdapterSettings, add_lora

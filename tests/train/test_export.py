@@ -20,8 +20,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from serve.adapters.lora import LoRALinear
-from serve.adapters.manifest import AdapterConfig, Lineage, read_config, read_tensors, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter, write_files
+from serve.adapters.layers.lora import LoRALinear
+from serve.adapters.tools.writing import convert
 from serve.errors import AdapterError, ConfigError, DataError, NotFoundError
 from serve.model.loading import load
 from train.adapters.adapt import AdapterSettings, add_lora, trainable_tensors
@@ -120,6 +123,43 @@ def test_an_export_opens_in_mlx_lm_and_reports_its_own_loss(
         assert any(isinstance(m, nn.QuantizedLinear) for _, m in module.named_modules())
     else:
         assert np.abs(logits - wanted).max() < (1e-2 if options else 1e-4) * np.abs(wanted).max()
+
+
+def test_an_adapter_in_pefts_layout_is_exported_as_the_same_one_in_mlx_lms(adapter, rows_file, tmp_path):
+    convert(adapter, tmp_path / "peft", "peft")
+    weights = []
+    for source in (adapter, tmp_path / "peft"):
+        out = tmp_path / f"of {source.name}"
+        report = export(source, out, rows=Rows(rows_file), console=quiet())
+        assert report.kl_mean < 1e-5
+        weights.append(mx.load(str(out / "model.safetensors")))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(mx.allclose(weights[0][name], weights[1][name], atol=1e-6) for name in weights[0])
+
+
+def test_heads_of_pefts_that_trained_whole_are_exported_and_what_has_no_place_is_refused(
+    adapter, model_folder, rows_file, tmp_path
+):
+    convert(adapter, tmp_path / "peft", "peft")
+    folder, where = tmp_path / "peft", {"base": str(model_folder), "rows": Rows(rows_file)}
+    tensors = mx.load(str(folder / "adapter_model.safetensors"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["lineage"]  # whose tensors they are no more
+    head = mx.random.normal(load(str(model_folder)).network.module.lm_head.weight.shape)
+    with_head = {name: each for name, each in tensors.items() if "lm_head" not in name}
+    with_head["base_model.model.lm_head.weight"] = head
+    config["target_modules"] = [name for name in config["target_modules"] if name != "lm_head"]
+    config |= {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": ["lm_head"]}
+    write_files(folder, with_head, config, tensors_file="adapter_model.safetensors", framework="pt")
+    export(folder, tmp_path / "out", console=quiet(), **where)
+    assert mx.array_equal(mx.load(str(tmp_path / "out" / "model.safetensors"))["lm_head.weight"], head)
+    name = next(name for name in with_head if name.endswith("q_proj.lora_B.weight"))
+    biased = with_head | {name.replace(".weight", ".bias"): mx.zeros(with_head[name].shape[:1])}
+    config["lora_bias"] = True
+    write_files(folder, biased, config, tensors_file="adapter_model.safetensors", framework="pt")
+    with pytest.raises(AdapterError, match=r"q_proj\.lora_bias: the model has no weights of that name"):
+        export(folder, tmp_path / "other", console=quiet(), **where)
+    assert not (tmp_path / "other").exists()
 
 
 def test_coarser_exports_agree_less(adapter, rows_file, tmp_path):

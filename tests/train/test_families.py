@@ -24,7 +24,8 @@ import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from serve.adapters.manifest import AdapterConfig, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import write_adapter
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.engine.request import Request, Sampling

@@ -5,7 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from serve.adapters.manifest import AdapterConfig, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import write_adapter
 from serve.engine.engine import Engine
 from serve.engine.generate import generate
 from serve.model.loading import load

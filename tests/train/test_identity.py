@@ -10,7 +10,9 @@ import mlx.core as mx
 import pytest
 from rich.console import Console
 
-from serve.adapters.manifest import AdapterConfig, Lineage, read_config, read_tensors
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import read_config, read_tensors
 from serve.errors import ConfigError
 from train.loop import checkpoint
 from train.loop.checkpoint import Checkpoint

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from serve.adapters.manifest import read_config, read_tensors
+from serve.adapters.formats.manifest import read_config, read_tensors
 from train.loop import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ from pathlib import Path
 from rich.console import Console
 from train.recipe.recipe import load_recipe
 from train.run import run
-from serve.adapters.manifest import read_config, read_tensors
+from serve.adapters.formats.manifest import read_config, read_tensors
 from serve.errors import AdapterError, NotFoundError
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
@@ -107,14 +107,8 @@ def of(folder):
 
 
 @pytest.fixture(scope="module")
-def rows_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("rows")
-    for split, count in (("train", 13), ("valid", 4), ("test", 2)):
-        rows = [
-            {"prompt": f"{split} {'ab' * (i % 4)} {i}?", "completion": f"no {i % 3}"} for i in range(count)
-        ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+def rows_folder(make_rows) -> Path:
+    return make_rows(train=13, valid=4, test=2)
 
 
 @pytest.fixture

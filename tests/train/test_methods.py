@@ -13,9 +13,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 
 from serve import device
-from serve.adapters.dora import DoRALinear, adapted_norms
-from serve.adapters.lora import AdaptedLayer, LoRALinear
-from serve.adapters.manifest import AdapterConfig, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.manifest import write_adapter
+from serve.adapters.layers.dora import DoRALinear, adapted_norms
+from serve.adapters.layers.lora import AdaptedLayer, LoRALinear
 from serve.errors import ConfigError
 from serve.model.weights import dense_weight, linear_shape
 from train.adapters.adapt import (

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 
 from serve import device
-from serve.adapters.manifest import read_tensors
+from serve.adapters.formats.manifest import read_tensors
 from serve.model.network import Network
 from train.adapters.adapt import AdapterSettings, adapters_off, add_lora
 from train.data.batches import Batch
@@ -501,7 +501,7 @@ def test_a_few_answers_are_told_apart_after_some_steps(name, adapted, make_batch
     network, batch = adapted(is_fresh=True), batch_for(name, make_batch, slice(0, 4))
     stepper = Stepper(network, optim.Adam(0.01), OBJECTIVES[name]())
     first = mean_loss(network, [batch], stepper.objective)
-    for iteration in range(15):
+    for iteration in range(30):
         stepper.step([batch], iteration)
     last = mean_loss(network, [batch], stepper.objective)
     assert last.loss < first.loss - 0.1

@@ -17,7 +17,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lathe
-from serve.adapters.manifest import Lineage, read_config, read_tensors, write_adapter
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter
 from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.engine.engine import Engine

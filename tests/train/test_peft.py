@@ -7,9 +7,15 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from serve.adapters.dora import DoRALinear
-from serve.adapters.lora import LoRALinear
+from serve.adapters.fitting.fit import check_fit
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.header import specs_of
+from serve.adapters.layers.dora import DoRALinear
+from serve.adapters.layers.lora import LoRALinear
+from serve.errors import AdapterError
+from serve.model.loading import load
 from train.adapters.pissa import start_on_principal
+from train.adapters.place import place_adapter
 from train.recipe.recipe import LoRAParameters
 
 torch = pytest.importorskip("torch", reason="PEFT runs on torch: pip install '.[dev]'")
@@ -17,6 +23,20 @@ peft = pytest.importorskip("peft", reason="the oracle: pip install '.[dev]'")
 
 INPUTS, OUTPUTS, RANK = 24, 20, 4
 ALPHA = 6.0
+TIED = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 259,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.normal(size=(OUTPUTS, INPUTS)).astype(np.float32)
 BIAS = RNG.normal(size=OUTPUTS).astype(np.float32)
@@ -175,3 +195,12 @@ def test_pefts_own_conversion_of_pissa_is_what_our_folder_holds(tmp_path):
     theirs_by_name = {name.split(".")[-2]: value.numpy() for name, value in converted.items()}
     assert np.array_equal(ours["lora_a"], theirs_by_name["lora_A"])
     assert np.array_equal(ours["lora_b"], theirs_by_name["lora_B"])
+
+
+def test_an_adapter_of_a_tied_head_is_not_put_into_the_embeddings(make_model):
+    network = load(str(make_model("tied", TIED))).network
+    tensors = {"lm_head.lora_a": mx.ones((32, 3)), "lm_head.lora_b": mx.ones((3, TIED["vocab_size"]))}
+    config = AdapterConfig("lora", -1, 3, 1.0)
+    assert check_fit("x", specs_of(tensors), config, network, max_rank=8).keys() == {"lm_head"}
+    with pytest.raises(AdapterError, match="adapts lm_head, which is the embeddings in this model"):
+        place_adapter(network, tensors, config, "x")

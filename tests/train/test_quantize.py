@@ -14,7 +14,7 @@ import pytest
 from mlx_lm import utils as mlx_lm_utils
 from rich.console import Console
 
-from serve.adapters.manifest import read_config, read_tensors
+from serve.adapters.formats.manifest import read_config, read_tensors
 from serve.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.engine.generate import generate

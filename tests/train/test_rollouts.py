@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from serve.adapters.manifest import read_tensors
+from serve.adapters.formats.manifest import read_tensors
 from serve.engine.request import Request, Sampling
 from serve.errors import DataError
 from serve.model.loading import LoadedModel

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from rich.console import Console
 
-from serve.adapters.manifest import read_config, read_tensors
+from serve.adapters.formats.manifest import read_config, read_tensors
 from serve.errors import ConfigError
 from serve.model.loading import load
 from serve.model.template import ChatTemplate

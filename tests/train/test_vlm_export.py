@@ -18,7 +18,9 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from rich.console import Console
 from vlm_families import VLM_FAMILIES, Reference, Row, message, picture
 
-from serve.adapters.manifest import AdapterConfig, Lineage, read_config, read_tensors, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter
 from serve.errors import AdapterError, ConfigError
 from train.after.export import Form, check_still_sees, export, load_adapted
 from train.after.fidelity import Rows, eyes_of, features_apart, held_out

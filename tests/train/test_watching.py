@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from serve.adapters.manifest import read_config, read_tensors
+from serve.adapters.formats.manifest import read_config, read_tensors
 from serve.errors import ConfigError, NotFoundError, TrainingError
 from serve.model.loading import load
 from serve.tables import show
@@ -49,14 +49,8 @@ save_every: 3
 
 
 @pytest.fixture(scope="module")
-def rows_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("rows")
-    for split, count in (("train", 9), ("valid", 3)):
-        rows = [
-            {"prompt": f"{split} {'ab' * (i % 4)} {i}?", "completion": f"no {i % 3}"} for i in range(count)
-        ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+def rows_folder(make_rows) -> Path:
+    return make_rows(train=9, valid=3)
 
 
 @pytest.fixture

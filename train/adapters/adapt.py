@@ -16,9 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from serve.adapters.dora import DoRALinear
-from serve.adapters.experts import LoRAExperts
-from serve.adapters.lora import LEAVES, AdaptedLayer, LoRALinear
+from serve.adapters.formats.tensors import PARTS
+from serve.adapters.layers.dora import DoRALinear
+from serve.adapters.layers.experts import LoRAExperts
+from serve.adapters.layers.lora import AdaptedLayer, LoRALinear
 from serve.errors import AdapterError, ConfigError
 from serve.model.network import Network
 from serve.model.weights import EXPERTS, QUANTIZED, linear_shape
@@ -120,7 +121,7 @@ def add_lora(
     trainable = trainable_tensors(network)
     if not trainable:
         raise ConfigError("lora_parameters.keys: nothing to train: no linear layer was chosen")
-    stray = [name for name in trainable if name.rsplit(".", 1)[-1] not in LEAVES]
+    stray = [name for name in trainable if name.rsplit(".", 1)[-1] not in PARTS]
     assert not stray, f"the base must stay frozen, but these train: {stray}"
     if whole := settings.vision.parts("full"):
         towers.unfreeze(network, whole)

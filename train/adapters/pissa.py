@@ -11,7 +11,7 @@ import re
 import mlx.core as mx
 import numpy as np
 
-from serve.adapters.lora import AdaptedLayer
+from serve.adapters.layers.lora import AdaptedLayer
 from serve.errors import ConfigError
 from serve.model.weights import dense_weight
 

@@ -12,12 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from serve.adapters.dora import DoRALinear
-from serve.adapters.experts import LoRAExperts
-from serve.adapters.fit import check_fit
-from serve.adapters.lora import LEAVES, AdaptedLayer, LoRALinear
-from serve.adapters.manifest import AdapterConfig, specs_of
-from serve.adapters.paths import with_own_names
+from serve.adapters.fitting.fit import check_fit
+from serve.adapters.fitting.own import own_layout
+from serve.adapters.formats.config import AdapterConfig, FineTuneType
+from serve.adapters.formats.header import specs_of
+from serve.adapters.formats.tensors import PARTS
+from serve.adapters.layers.dora import DoRALinear
+from serve.adapters.layers.experts import LoRAExperts
+from serve.adapters.layers.lora import AdaptedLayer, LoRALinear
 from serve.errors import AdapterError
 from serve.model.network import Network
 from serve.model.weights import EXPERTS, expert_modules, linear_modules
@@ -33,14 +35,21 @@ def place_adapter(
     source  its folder, for messages
     AdapterError names each tensor that does not fit, and what would.
     """
-    updates = {name: value for name, value in tensors.items() if name.rpartition(".")[2] in LEAVES}
+    updates = {name: value for name, value in tensors.items() if name.rpartition(".")[2] in PARTS}
     whole = {name: value for name, value in tensors.items() if name not in updates}
-    check_fit(source, specs_of(updates), config, network, max_rank=ANY_RANK)
+    if updates:
+        check_fit(source, specs_of(updates), config, network, max_rank=ANY_RANK)
     put_weights(network, whole, source)
-    own = with_own_names(updates, network)
+    own, config = own_layout(updates, config, network)
     layers = {**linear_modules(network.module), **expert_modules(network.module)}
+    tied = sorted({name.rpartition(".")[0] for name in own} & network.tied_head.keys())
+    if tied:
+        raise AdapterError(
+            f"{source}: adapts {tied[0]}, which is the embeddings in this model: put into its weights, the update "
+            f"would change both; serve it as an adapter"
+        )
     placed = [
-        (path, _adapted(layers[path], _parts(own, path), config))
+        (path, _adapted(layers[path], _parts(own, path), config.fine_tune_type, config.scale_of(path)))
         for path in sorted({name.rpartition(".")[0] for name in own})
     ]
     network.module.update_modules(tree_unflatten(placed))
@@ -63,13 +72,13 @@ def put_weights(network: Network, tensors: Mapping[str, mx.array], source: str) 
 
 
 def _parts(named: Mapping[str, mx.array], path: str) -> dict[str, mx.array]:
-    return {part: named[f"{path}.{part}"].astype(mx.float32) for part in LEAVES if f"{path}.{part}" in named}
+    return {part: named[f"{path}.{part}"].astype(mx.float32) for part in PARTS if f"{path}.{part}" in named}
 
 
-def _adapted(layer: nn.Module, parts: Mapping[str, Any], config: AdapterConfig) -> AdaptedLayer:
+def _adapted(layer: nn.Module, parts: Mapping[str, Any], kind: FineTuneType, scale: float) -> AdaptedLayer:
     a, b = parts["lora_a"], parts["lora_b"]
     if isinstance(layer, EXPERTS):
-        return LoRAExperts(layer, a, b, config.scale)
-    if config.fine_tune_type == "dora":
-        return DoRALinear(layer, a, b, parts["m"], config.scale, 0.0)
-    return LoRALinear(layer, a, b, config.scale)
+        return LoRAExperts(layer, a, b, scale)
+    if kind == "dora":
+        return DoRALinear(layer, a, b, parts["m"], scale, 0.0)
+    return LoRALinear(layer, a, b, scale)

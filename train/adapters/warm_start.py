@@ -6,7 +6,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from serve.adapters.manifest import TENSORS_FILE, check_whole, content_hash, read_tensors
+from serve.adapters.formats.header import check_whole
+from serve.adapters.formats.manifest import TENSORS_FILE, content_hash, read_tensors
 from serve.errors import AdapterError
 from serve.model.network import Network
 from train.adapters.adapt import Adapted, set_tensors

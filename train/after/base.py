@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from serve.adapters.manifest import AdapterConfig, read_specs
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.header import read_specs
 from serve.errors import ConfigError, NotFoundError
 from serve.model.loading import fingerprint, resolve
 from serve.model.quantization import Quantization

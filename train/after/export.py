@@ -17,7 +17,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 from rich.console import Console
 
-from serve.adapters.manifest import AdapterConfig, read_config, read_tensors
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.files import read_adapter
 from serve.errors import AdapterError, ConfigError, StorageError
 from serve.model.loading import LoadedModel, build_random, load, resolve
 from serve.model.loading import read_config as read_model_config
@@ -86,7 +87,7 @@ def export(
     force: bool = False,
     console: Console | None = None,
 ) -> ExportReport:
-    """Fuse, write, read back, compare.
+    """Fuse, write, read back, compare. The adapter may be in any layout that is served.
 
     base   where the base is; None: where the adapter's manifest says, see `find_base`
     rows   what to compare on
@@ -98,7 +99,7 @@ def export(
     form.check()
     with place.writing(out) as partial:
         _check_out(out, force)
-        config = read_config(adapter)
+        config = read_adapter(adapter).config
         name = find_base(adapter, config, base)
         check_nothing_is_lost(name, has_towers=has_towers(read_model_config(resolve(name))))
         reference = load_adapted(adapter, config, name, is_other_base_fine=force)
@@ -175,7 +176,7 @@ def load_adapted(
     is_other_base_fine: bool = False,
 ) -> LoadedModel:
     """The base with the adapter in place, unfused. AdapterError if it was trained on other weights."""
-    tensors = read_tensors(adapter, config)
+    tensors = read_adapter(adapter).read()
     if config.fine_tune_type == "full":
         return _load_full(tensors, config, base, adapter, is_other_base_fine)
     model = load(base, dequantize=dequantize, quantize=_packing_of(config, base))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from serve.adapters.manifest import Lineage
+from serve.adapters.formats.lineage import Lineage
 from serve.engine.engine import Engine
 from serve.engine.generate import generate
 from serve.engine.request import Request, Sampling

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 
-from serve.adapters.manifest import check_whole
+from serve.adapters.formats.header import check_whole
 from serve.errors import AdapterError, ConfigError, StorageError
 from serve.model.loading import DTYPES, LOAD_ERRORS, LoadedModel, cast
 from serve.model.network import Network

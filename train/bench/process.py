@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from serve.bench.process import tail_of
 from serve.errors import StoppedError
 
 POLL_S = 0.05
@@ -44,7 +45,7 @@ def run_child(
             child.kill()
             child.wait()
     if child.returncode:
-        raise StoppedError(f"{name} ended with status {child.returncode}:\n{_tail(log)}")
+        raise StoppedError(f"{name} ended with status {child.returncode}:\n{tail_of(log)}")
     return peak
 
 
@@ -64,8 +65,3 @@ def _cpu_s(pid: int) -> float | None:
     except OSError:
         return None
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _tail(log: Path, num_lines: int = 15) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    return "\n".join(f"  {line}" for line in lines[-num_lines:]) or "  it printed nothing"

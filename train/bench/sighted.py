@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from serve.bench.standin import EOS_TOKEN_ID, MAX_CONTEXT, Size, word_tokenizer
+from serve.bench.standin_vlm import module_of, random_weights
 
 SPECIALS: Mapping[str, str] = {
     "image_token": "<image>",
@@ -71,9 +71,10 @@ def write_model(
     }
     for name, written in {"config.json": config, "tokenizer_config.json": settings, **files}.items():
         (folder / name).write_text(json.dumps(written, indent=2) + "\n")
+    in_tokenizer = (mx.arange(size.vocabulary) < tokenizer.get_vocab_size()).astype(dtype)
     mx.save_safetensors(
         str(folder / "model.safetensors"),
-        _weights(config, dtype, seed, tokenizer.get_vocab_size()),
+        random_weights(module_of(config), seed, dtype, in_tokenizer),
         metadata={"format": "mlx"},
     )
 
@@ -171,35 +172,3 @@ FAMILIES: Mapping[str, tuple[Maker, str]] = {
     "smolvlm": (_smolvlm, "<image>"),
 }
 """Each with what its chat template writes for a picture."""
-
-
-def _weights(config: Mapping[str, Any], dtype: mx.Dtype, seed: int, num_words: int) -> dict[str, mx.array]:
-    """Of every matrix columns of unit length on average, so that what a picture adds is as loud as a word.
-
-    num_words  tokens that the tokenizer has; the head gives none of the others
-    """
-    module = module_of(config)
-    arrays = sorted(tree_flatten(module.parameters()))
-    keys = mx.random.split(mx.random.key(seed), len(arrays))
-    weights = {}
-    for key, (name, value) in zip(keys, arrays, strict=True):
-        if value.ndim == 1:
-            weights[name] = value.astype(dtype)
-        else:
-            inputs = value.size // value.shape[0]
-            weights[name] = (mx.random.normal(value.shape, key=key) * inputs**-0.5).astype(dtype)
-        if name.endswith("lm_head.weight"):
-            weights[name] = weights[name] * (mx.arange(len(value)) < num_words).astype(dtype)[:, None]
-    return weights
-
-
-def module_of(config: Mapping[str, Any]) -> Any:
-    """mlx-vlm's module for a config.json, its weights as it makes them."""
-    from mlx_vlm.utils import get_model_and_args, update_module_configs
-
-    said = json.loads(json.dumps(config))
-    said.setdefault("text_config", {})
-    family, _ = get_model_and_args(said)
-    made = family.ModelConfig.from_dict(said)
-    made = update_module_configs(made, family, said, ["text", "vision"])
-    return family.Model(made)

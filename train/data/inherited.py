@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from serve.adapters.manifest import CONFIG_FILE, TENSORS_FILE, AdapterConfig, Lineage, read_config
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE, read_config
 from serve.model.template import ChatTemplate
 from serve.model.template_rules import TemplateRules
 from serve.model.vocabulary import vocabulary_hash

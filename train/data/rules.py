@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from serve.adapters.manifest import Lineage
+from serve.adapters.formats.lineage import Lineage
 from serve.errors import ConfigError
 from serve.model.template import ChatTemplate
 from serve.model.template_rules import TemplateRules

@@ -24,7 +24,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from rich.console import Console
 
 from serve import device
-from serve.adapters.experts import LoRAExperts
+from serve.adapters.layers.experts import LoRAExperts
 from serve.errors import AdapterError, ConfigError, ModelError
 from serve.model.loading import DTYPES, cast, read_config, resolve
 from serve.model.network import Network

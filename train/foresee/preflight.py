@@ -14,7 +14,7 @@ from functools import cached_property
 
 from rich.console import Console
 
-from serve.adapters.manifest import Lineage
+from serve.adapters.formats.lineage import Lineage
 from serve.errors import DataError
 from serve.model.loading import LoadedModel, load_tokenizer
 from serve.model.template import ChatTemplate

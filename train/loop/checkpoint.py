@@ -24,22 +24,19 @@ import mlx.core as mx
 import mlx.optimizers as mlx_optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from serve.adapters.manifest import (
-    AdapterConfig,
-    check_whole,
-    read_config,
-    read_tensors,
-    write_adapter,
-)
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.header import check_whole
+from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter
+from serve.adapters.formats.published import CHECKPOINTS
+from serve.adapters.formats.published import STATE_FILE as STATE_FILE
 from serve.errors import AdapterError, NotFoundError, StorageError, TrainingError
 from train.adapters.warm_start import load_tensors
 from train.loop.trainer import TrainState
 
+FOLDER = CHECKPOINTS
 OPTIMIZER_FILE = "optimizer.safetensors"
 NEW, OLD = ".new-", ".old-"
 """Prefixes of what is not yet in its place, and of what has left it."""
-STATE_FILE = "state.json"
-FOLDER = "checkpoints"
 FORMAT = 1
 
 

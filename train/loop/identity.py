@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from serve.adapters.manifest import Lineage
+from serve.adapters.formats.lineage import Lineage
 from serve.errors import ConfigError
 from train.loop.checkpoint import Checkpoint
 from train.recipe.recipe import LoRAParameters, Recipe
@@ -32,6 +32,8 @@ PLACES = frozenset(
         "adapter_path",
         "resume_adapter_file",
         "resume_from_checkpoint",
+        "serve_to",
+        "serve_as",
         "train",
         "config",
     }

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import mlx.optimizers as mlx_optim
 
-from serve.adapters.manifest import AdapterConfig, Lineage, write_adapter
+from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.manifest import write_adapter
 from serve.model.network import Network
 from train.adapters.adapt import Adapted, adapter_tensors, manifest_keys, set_tensors
 from train.loop import checkpoint
@@ -72,9 +74,9 @@ class Keeper:
                 state.forget_best()
         return told
 
-    def save(self, state: TrainState, metrics_bytes: int) -> None:
-        """Publish a checkpoint, and remove those beyond save_total_limit."""
-        checkpoint.save(
+    def save(self, state: TrainState, metrics_bytes: int) -> Path:
+        """Publish a checkpoint, and remove those beyond save_total_limit. Returns its folder."""
+        folder = checkpoint.save(
             self.folder,
             adapter_tensors(self._network),
             self._optimizer,
@@ -84,6 +86,7 @@ class Keeper:
             metrics_bytes,
         )
         checkpoint.prune(self.folder, self._recipe.save_total_limit, state.best_step)
+        return folder
 
     def roll_back(self) -> None:
         """Put the last checkpoint's weights and optimizer in place."""

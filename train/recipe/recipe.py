@@ -25,7 +25,10 @@ from pydantic import (
     model_validator,
 )
 
+from serve.adapters.versions.names import name_problem
+from serve.errors import ConfigError
 from serve.model.quantization import Quantization
+from serve.remote import base_url
 from serve.settings import Problems, Strict, load_yaml
 from train.recipe import vision
 from train.recipe.foreign import ALIASES, FOREIGN
@@ -357,6 +360,12 @@ class Recipe(Strict):
 
     adapter_path: str = "adapters"
     """Folder the run writes."""
+    serve_to: str | None = None
+    """Address of a running server that is told of every checkpoint and of the adapter at the end, to load them in
+    place. It reads them where they are, so it runs on this machine or sees its folders. Training neither waits for it
+    nor ends with it."""
+    serve_as: str | None = None
+    """What that server calls the adapter; the name of adapter_path's folder, if left out."""
     resume_adapter_file: str | None = None
     """Warm start: weights from an adapter file or folder, everything else from the beginning. A folder's chat
     template, its variables and stop ids go on to hold; a person is told where the recipe has others."""
@@ -413,6 +422,11 @@ class Recipe(Strict):
         """The knobs of the chosen objective, where it has any."""
         block: ObjectiveConfig | None = getattr(self, self.objective, None)
         return block
+
+    @property
+    def served_name(self) -> str:
+        """What a server calls the adapter."""
+        return self.serve_as or Path(self.adapter_path).resolve().name
 
     def sources(self) -> tuple[DatasetSource, ...]:
         """Where rows come from, however it was spelled."""
@@ -635,6 +649,7 @@ def _keeping_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "metric_for_best_model", "found exact_match, but the recipe has no metric"
     if best_by not in ("loss", "exact_match") and best_by not in recipe.entry.measures:
         yield "metric_for_best_model", f"found {best_by}, which objective {recipe.objective} does not measure"
+    yield from _serving_problems(recipe)
     if recipe.resume_adapter_file and recipe.resume_from_checkpoint:
         yield "resume_adapter_file", "resume_from_checkpoint restores the weights too; keep one"
     if recipe.val_batches == 0:
@@ -646,3 +661,18 @@ def _keeping_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "project_name",
             "names a project at a reporting service; write report_to: wandb, or leave it out",
         )
+
+
+def _serving_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    if recipe.serve_to is None:
+        if recipe.serve_as is not None:
+            yield "serve_as", "names an adapter of a server; write serve_to, or leave it out"
+        return
+    try:
+        base_url(recipe.serve_to)
+    except ConfigError as error:
+        yield "serve_to", str(error)
+    if expected := name_problem(recipe.served_name):
+        yield "serve_as", f"found {recipe.served_name!a:.80}; {expected}"
+    if recipe.fine_tune_type == "full":
+        yield "serve_to", "a server loads adapters, and fine_tune_type: full makes none; leave it out"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from serve.adapters.version import AdapterVersion
+from serve.adapters.versions.version import AdapterVersion
 from serve.engine.engine import Engine
 from serve.engine.generate import generate
 from serve.engine.request import Request, Sampling

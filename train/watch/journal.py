@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from train.loop.keeper import Keeper
 from train.loop.step import Evaluation
@@ -27,6 +28,7 @@ class Journal:
 
     shown    what of a validation is told first: its loss, or a measure that the objective is judged by
     samples  answers of the weights as they are, for a person to read
+    told     called with the folder of each checkpoint, once it is published
     notes    what else a person should know since the last time they were asked for
     """
 
@@ -39,6 +41,7 @@ class Journal:
         *,
         shown: str = "loss",
         samples: Callable[[], Sequence[Sample]] = tuple,
+        told: Callable[[Path], None] = lambda folder: None,
         notes: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self.keeper = keeper
@@ -47,6 +50,7 @@ class Journal:
         self._metrics = metrics
         self._shown = shown
         self._samples = samples
+        self._told = told
         self._notes = notes
 
     def say(self, text: str) -> None:
@@ -86,8 +90,8 @@ class Journal:
         self.keeper.roll_back()
 
     def on_save(self, state: TrainState) -> None:
-        """Publish a checkpoint."""
-        self.keeper.save(state, self._metrics.position())
+        """Publish a checkpoint, and say where it is."""
+        self._told(self.keeper.save(state, self._metrics.position()))
 
     def _show(self, step: int, number: int, sample: Sample) -> None:
         """The beginning of an answer to the console, the whole to metrics."""

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from serve.adapters.manifest import Lineage
+from serve.adapters.formats.lineage import Lineage
 from serve.model.loading import LoadedModel
 from serve.model.template import ChatTemplate
 from serve.model.vocabulary import vocabulary_hash
@@ -33,7 +33,9 @@ def lineage_of(
     stop_ids  tokens that the rows teach to end an answer with
     created   when the run began, ISO 8601 in UTC; "": now
     """
-    keys = recipe.model_dump(mode="json", exclude={"adapter_path", "resume_from_checkpoint"})
+    keys = recipe.model_dump(
+        mode="json", exclude={"adapter_path", "resume_from_checkpoint", "serve_to", "serve_as"}
+    )
     parent = recipe.resume_adapter_file
     return Lineage(
         base_model=recipe.model,

@@ -18,10 +18,11 @@ from typing import Any
 
 import psutil
 
+from serve.adapters.formats.published import RECORD_FILE
 from serve.errors import ConfigError, LatheError, StorageError
 from train.loop import checkpoint
 
-FILE = "run.json"
+FILE = RECORD_FILE
 NEXT = "next"
 """In a run's folder: where the run trains that is to take its place."""
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from rich.text import Text
 
-from serve.adapters.manifest import CONFIG_FILE, TENSORS_FILE, read_specs
+from serve.adapters.formats.header import read_specs
+from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE
 from serve.errors import AdapterError, NotFoundError
 from serve.tables import Table, numbers, words
 from train.loop import checkpoint

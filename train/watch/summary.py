@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from serve.adapters.formats.published import SUMMARY_FILE
 from serve.errors import StorageError
 from train.loop import checkpoint
 from train.loop.trainer import TrainState, peak_memory_bytes
 from train.watch.record import home_of
 
-FILE = "summary.json"
+FILE = SUMMARY_FILE
 ENDED = ("finished", "stopped_early")
 """Statuses of a run that came to the end it was meant to have."""
 

@@ -1,0 +1,246 @@
+"""How the layers of one group are updated in one composition: made once, run in every forward.
+
+Whatever the form, a row's output is y + x A B of its own adapter: `costs.py` says which form is taken when.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from serve import device
+from serve.adapters.bank.costs import RANK
+from serve.adapters.bank.group import Key, LinearGroup
+from serve.adapters.bank.slots import Composition, Holding, One, Share
+from serve.adapters.bank.stack import Stack
+from serve.adapters.layers.lora import gathered
+
+LONG = 64
+"""Rows of more tokens than so many are all treated alike."""
+
+
+class Low(NamedTuple):
+    """A stack of low-rank updates that rows of the batch use."""
+
+    share: Share | One
+    a: mx.array
+    """[S, D, R], or [D, R] of the one entry that all rows have; R: of all layers, one after the other."""
+    cuts: list[int]
+    """Where the ranks of one layer end and those of the next begin."""
+
+
+class Source(NamedTuple):
+    """What a layer's updates of some rows are multiplied with."""
+
+    share: Share | One
+    b: mx.array
+    """[S, R, O], or [R, O] of the one entry that all rows have."""
+    low: int
+    """The number of the stack that has its A; -1: there is none, and b [S, D, O] takes the input itself."""
+    part: int = 0
+    """The layer's number among those with ranks in that stack."""
+
+
+class Change(NamedTuple):
+    """What is done to a layer's output."""
+
+    sources: tuple[Source, ...]
+    positions: mx.array | None
+    """[B] each row's number in the sources' outputs; None where they are the batch's rows, in order."""
+    has_idle: bool
+    """Some rows have none of the sources: they get zeros."""
+    gain: tuple[mx.array, mx.array] | None
+    """[S, O], and each row's entry."""
+    bias: tuple[mx.array, mx.array] | None
+    reads_low: bool
+    """Some source has an A."""
+
+
+class GroupPlan:
+    """Of one group, one composition, and one number of tokens a row."""
+
+    def __init__(self, group: LinearGroup, composition: Composition, num_tokens: int) -> None:
+        self._num_rows = composition.size
+        maker = _Maker(group, composition, min(num_tokens, LONG))
+        self._low = maker.low
+        self._changes = [maker.change(index) for index in range(len(group.paths))]
+        self._num_readers = sum(change is not None and change.reads_low for change in self._changes)
+        self._num_left = 0
+        self._x: mx.array | None = None
+        self._inner: list[list[mx.array]] = []
+
+    def forget(self) -> None:
+        """Let go of the input and of what was made of it."""
+        self._x, self._inner = None, []
+
+    def changed(self, index: int, x: mx.array, y: mx.array, own_bias: mx.array | None) -> mx.array:
+        """The output of the group's layer `index`, y [B, ..., O] of x [B, ..., D], with its rows' updates.
+
+        Rows may be flattened together with their tokens.
+        own_bias  the layer's own, which no gain lengthens
+        """
+        change = self._changes[index]
+        if change is None:
+            return y
+        if change.gain is not None:
+            changed = self._lengthened(change, x, y, own_bias)
+        elif not change.sources:
+            changed = y
+        elif isinstance(change.sources[0].share, One):
+            changed = self._with_one(change.sources[0], x, y)
+        else:
+            changed = y + self._delta(change, x, y)
+        if change.bias is not None:
+            biases, entries = change.bias
+            changed = (self._by_row(changed) + biases[entries][:, None]).reshape(y.shape)
+        if change.reads_low:
+            self._num_left -= 1
+            if self._num_left == 0:
+                self.forget()
+        return changed
+
+    def _with_one(self, source: Source, x: mx.array, y: mx.array) -> mx.array:
+        """y + x A B where all rows have the same entry."""
+        h = self._h(source, x)
+        if h.dtype == y.dtype == source.b.dtype:
+            return mx.addmm(y.reshape(-1, y.shape[-1]), h, source.b).reshape(y.shape)
+        return y + (h @ source.b).astype(y.dtype).reshape(y.shape)
+
+    def _lengthened(self, change: Change, x: mx.array, y: mx.array, own_bias: mx.array | None) -> mx.array:
+        assert change.gain is not None
+        gains, entries = change.gain
+        delta = self._delta(change, x, y) if change.sources else mx.zeros_like(y)
+        plain = y if own_bias is None else y - own_bias
+        # m/‖W'‖ − 1 is stored, not m/‖W'‖: near 1 that keeps its digits in half precision, and the base's is 0.
+        longer = gains[entries][:, None] * self._by_row(plain + delta)
+        return y + (delta + longer.reshape(y.shape))
+
+    def _delta(self, change: Change, x: mx.array, y: mx.array) -> mx.array:
+        """x A B of each row, as y."""
+        parts = [self._update(source, x) for source in change.sources]
+        update = parts[0]
+        if change.positions is not None:
+            rows = [part.reshape(-1, y.size // (self._num_rows * y.shape[-1]), y.shape[-1]) for part in parts]
+            if change.has_idle:
+                rows.append(mx.zeros((1, *rows[0].shape[1:]), dtype=update.dtype))
+            update = mx.take(rows[0] if len(rows) == 1 else mx.concatenate(rows), change.positions, axis=0)
+        update = update if update.dtype == y.dtype else update.astype(y.dtype)
+        return update.reshape(y.shape)
+
+    def _update(self, source: Source, x: mx.array) -> mx.array:
+        """x A B of a source's rows, in its own order: [M, …, O]."""
+        share = source.share
+        if isinstance(share, One):
+            return self._h(source, x) @ source.b
+        if source.low < 0:
+            return gathered(_taken(share, self._by_row(x)), source.b, share.lhs, share.rhs)
+        return gathered(self._h(source, x), source.b, share.every, share.rhs)
+
+    def _h(self, source: Source, x: mx.array) -> mx.array:
+        """x A of a source's rows, for all layers at the first of them that reads x; x, where there is no A."""
+        if source.low < 0:
+            return _flat(x, source.b)
+        if self._x is not x:
+            self._inner = [self._times_a(low, x) for low in self._low]
+            self._x, self._num_left = x, self._num_readers
+        return self._inner[source.low][source.part]
+
+    def _times_a(self, low: Low, x: mx.array) -> list[mx.array]:
+        share = low.share
+        if isinstance(share, One):
+            h = _flat(x, low.a) @ low.a
+        else:
+            h = gathered(_taken(share, self._by_row(x)), low.a, share.lhs, share.rhs)
+        return list(mx.split(h, low.cuts, axis=-1)) if low.cuts else [h]
+
+    def _by_row(self, x: mx.array) -> mx.array:
+        """[B, T, …], tokens not flattened together with rows."""
+        is_so = x.ndim == 3 and x.shape[0] == self._num_rows
+        return x if is_so else x.reshape(self._num_rows, -1, x.shape[-1])
+
+
+class _Maker:
+    """What a plan is made of."""
+
+    def __init__(self, group: LinearGroup, composition: Composition, num_tokens: int) -> None:
+        self._group = group
+        self._composition = composition
+        self._num_tokens = num_tokens
+        present = composition.present
+        stacks = list(group.stacks.items())
+        self._used = {key: stack for key, stack in stacks if not present.isdisjoint(stack.entries)}
+        self._low_keys = [key for key in self._used if key.kind == "low"]
+        has_dense = any(key.kind == "dense" for key in self._used)
+        self._is_alone = len(self._low_keys) == 1 and not has_dense
+        self.low = [self._make_low(key) for key in self._low_keys]
+
+    def change(self, index: int) -> Change | None:
+        """What is done to the output of the group's layer `index`; None: nothing."""
+        sources = [
+            self._low_source(number, key, index) for number, key in enumerate(self._low_keys) if key.of[index]
+        ]
+        dense = Key("dense", (index,))
+        if dense in self._used:
+            share = self._share(self._used[dense], self._dense_weight(index), is_alone=False)
+            sources.append(Source(share, _for_rows(share, self._used[dense].arrays[0]), -1))
+        gain, bias = (self._by_entry(Key(kind, (index,))) for kind in ("gain", "bias"))
+        if not sources and gain is None and bias is None:
+            return None
+        shares = [source.share for source in sources if isinstance(source.share, Share)]
+        is_placed = any(share.where for share in shares)
+        has_idle = is_placed and sum(share.num_rows for share in shares) < self._composition.size
+        return Change(
+            tuple(sources),
+            self._composition.positions(shares) if is_placed else None,
+            has_idle,
+            gain,
+            bias,
+            any(source.low >= 0 for source in sources),
+        )
+
+    def _make_low(self, key: Key) -> Low:
+        stack, ranks = self._used[key], [rank for rank in key.of if rank]
+        share = self._share(stack, sum(ranks) / len(ranks) / RANK, is_alone=self._is_alone)
+        return Low(share, _for_rows(share, stack.arrays[0]), list(accumulate(ranks))[:-1])
+
+    def _low_source(self, number: int, key: Key, index: int) -> Source:
+        part = sum(rank > 0 for rank in key.of[:index])
+        share = self.low[number].share
+        return Source(share, _for_rows(share, self._used[key].arrays[1 + part]), number, part)
+
+    def _dense_weight(self, index: int) -> float:
+        inputs, outputs = self._group.inputs, self._group.outputs[index]
+        return inputs * outputs / (inputs + outputs) / RANK
+
+    def _share(self, stack: Stack, weight: float, *, is_alone: bool) -> Share | One:
+        holding = Holding(stack.entries, stack.first, weight, is_alone)
+        return self._composition.share(holding, self._num_tokens)
+
+    def _by_entry(self, key: Key) -> tuple[mx.array, mx.array] | None:
+        if key not in self._used:
+            return None
+        stack = self._used[key]
+        return stack.arrays[0], self._composition.index(stack.entries)
+
+
+def _for_rows(share: Share | One, stacked: mx.array) -> mx.array:
+    """What a share's rows are multiplied with: the stack, or the one entry that all have."""
+    if isinstance(share, Share):
+        return stacked
+    one = stacked[share.entry]
+    return one.astype(mx.float32) if device.backend() == "cpu" else one  # as `gathered` has it
+
+
+def _taken(share: Share, by_row: mx.array) -> mx.array:
+    """A share's rows together, [M, tile · T, D], or the batch's where they are multiplied in place."""
+    if share.order is None:
+        return by_row
+    return mx.take(by_row, share.order, axis=0).reshape(share.rhs.size, -1, by_row.shape[-1])
+
+
+def _flat(x: mx.array, factor: mx.array) -> mx.array:
+    """All tokens one after the other, [B · T, D], in the factor's dtype where that is wider."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat.astype(mx.float32) if factor.dtype == mx.float32 and x.dtype != mx.float32 else flat

@@ -1,0 +1,1 @@
+"""PEFT's layout: read into our form, and written from it."""

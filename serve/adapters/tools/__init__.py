@@ -1,0 +1,1 @@
+"""What `lathe adapters` does offline: inspect, convert, compare, merge, extract."""

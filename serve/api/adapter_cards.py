@@ -1,0 +1,130 @@
+"""What a registry says of adapters → what /v1/adapters answers: where versions are, who holds them, what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from serve.adapters.registry.registry import ShownName, ShownVersion
+from serve.adapters.versions.version import AdapterVersion
+from serve.runtime import Runtime
+
+MAX_REQUESTS_SHOWN = 16
+STATES = {"host": "host", "file": "disk", "source": "disk", "gone": "gone"}
+"""Of a version that has no slot, by where its content is."""
+
+
+def listing(runtime: Runtime) -> dict[str, Any]:
+    """Every adapter, and what all of them take. Blocks: it asks the disk."""
+    registry, stats = runtime.registry, runtime.registry.residency.stats()
+    cards = []
+    for name in (*registry.names(), *registry.combinations()):
+        shown = registry.find(name)
+        if shown is not None:  # it may have been unloaded meanwhile
+            cards.append(_card(runtime, shown))
+    return {
+        "object": "list",
+        "data": cards,
+        "slots": {"max": stats.num_slots, "taken": stats.num_seated, "awaited": stats.num_wanted},
+        "bytes": {
+            "device": runtime.engine.bank.num_bytes,
+            "device_budget": registry.max_bytes,
+            "host": stats.host_bytes,
+            "files": stats.file_bytes,
+        },
+        "hits": stats.num_hits,
+        "misses": stats.num_misses,
+        "loads": stats.num_loads,
+        "evicted": stats.num_evicted,
+        "failed": stats.num_failed,
+    }
+
+
+def adapter_card(runtime: Runtime, name: str) -> dict[str, Any]:
+    """One adapter, with its current version's manifest. NotFoundError. Blocks, also until a step has ended."""
+    shown = runtime.registry.show(name)
+    current = next(each.version for each in shown.versions if each.is_current)
+    return {**_card(runtime, shown), "manifest": _manifest(runtime, current)}
+
+
+def _card(runtime: Runtime, shown: ShownName) -> dict[str, Any]:
+    current = next(each for each in shown.versions if each.is_current)
+    return {
+        "name": shown.name,
+        "object": "combination" if current.version.is_combined else "adapter",
+        "current": current.version.id,
+        "base": runtime.model.name,
+        "state": _state(current),
+        "pinned": shown.is_pinned,
+        "found": shown.is_found,
+        "versions": [_version(runtime, each) for each in shown.versions],
+    }
+
+
+def _version(runtime: Runtime, shown: ShownVersion) -> dict[str, Any]:
+    version, standing = shown.version, shown.standing
+    low, high = version.ranks
+    return {
+        "id": version.id,
+        "version": version.number,
+        "state": _state(shown),
+        "slot": standing.slot if standing.is_ready else None,
+        "problem": standing.problem,
+        "path": version.path,
+        "format": version.format,
+        "created": int(version.created_s),
+        "content_hash": version.content_hash,
+        "modules": version.num_modules,
+        "rank": {"min": low, "max": high},
+        "bytes": {
+            "device": runtime.registry.device_bytes(version),
+            "host": version.num_bytes if shown.tier == "host" else 0,
+            "content": version.num_bytes,
+        },
+        "hits": standing.num_hits,
+        "misses": standing.num_misses,
+        "loads": standing.num_loads,
+        "held_by": {
+            "requests": shown.num_requests,
+            "rows": len(standing.request_ids),
+            "waiting": standing.num_waiting,
+            "ids": sorted(standing.request_ids)[:MAX_REQUESTS_SHOWN],
+        },
+        "lineage": _lineage(version),
+    }
+
+
+def _state(shown: ShownVersion) -> str:
+    standing = shown.standing
+    if standing.slot is not None:
+        return "resident" if standing.is_ready else "loading"
+    return "broken" if standing.problem is not None else STATES[shown.tier]
+
+
+def _lineage(version: AdapterVersion) -> dict[str, Any] | None:
+    """Where it came from, but for texts that the manifest has."""
+    if version.lineage is None:
+        return None
+    told = dataclasses.asdict(version.lineage)
+    for name in ("chat_template", "chat_template_kwargs", "stop_ids", "template_day"):
+        del told[name]
+    return told
+
+
+def _manifest(runtime: Runtime, version: AdapterVersion) -> dict[str, Any]:
+    """What it is: asked of a loaded adapter, it is what is served, not what a file says."""
+    template = runtime.template_of(version)
+    eos = runtime.model.tokenizer.eos_token_ids
+    return {
+        "base": runtime.model.name,
+        "base_fingerprint": runtime.model.fingerprint,
+        "trained_on": version.lineage.base_model if version.lineage else None,
+        "template_hash": template.hash if template.exists else None,
+        "has_own_template": version.template is not None,
+        "template_variables": sorted(template.variables) if template.exists else [],
+        "stop_ids": sorted({*eos, *version.stop_ids}),
+        "effect_hash": version.effect_hash,
+        "touches_tower": bool(version.tower_hash),
+        "prefix_bytes": runtime.prefix_bytes(version),
+        "notes": list(version.notes),
+    }

@@ -1,0 +1,85 @@
+"""Two engines that do the same work step by step in turns: what each of them takes, on a machine that others use.
+
+A step of the one, a step of the other, in an order that turns round: whatever slows the machine meets both alike.
+What a step took is counted by the wall, and in the CPU time of this whole process, of which other processes' work is
+no part (with one BLAS thread: waiting threads of a pool spin, and spinning is counted).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import mlx.core as mx
+
+from serve.engine.engine import Engine
+from serve.engine.request import Request, Sampling
+from serve.errors import StoppedError
+from serve.model.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Side:
+    """An engine, and the adapters that its rows name in turn; none: the base."""
+
+    engine: Engine
+    adapters: Sequence[str] = ()
+
+
+@dataclass
+class Cost:
+    """Seconds that one side's steps took."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    """Of all threads."""
+    num_steps: int = 0
+    num_tokens: int = 0
+
+
+def run(
+    sides: Sequence[Side], prompts: Sequence[Sequence[int]], max_tokens: int, number: int = 0
+) -> list[Cost]:
+    """Every side answers all `prompts`, a row each, from beginning to end. Raises StoppedError if a row fails.
+
+    number  of the round: odd ones begin with the last side
+    """
+    costs = [Cost() for _ in sides]
+    held = [_begin(side, prompts, max_tokens) for side in sides]
+    turns = list(zip(sides, costs, strict=True))
+    if number % 2:
+        turns.reverse()
+    while any(side.engine.has_work for side in sides):
+        for side, cost in turns:
+            if side.engine.has_work:
+                _step(side.engine, cost)
+        turns.reverse()
+    for side, versions in zip(sides, held, strict=True):
+        for version in versions:
+            side.engine.registry.release(version)
+    return costs
+
+
+def _begin(side: Side, prompts: Sequence[Sequence[int]], max_tokens: int) -> list:
+    """Queue a request for each prompt. Returns the versions that they hold."""
+    engine, sampling = side.engine, Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    versions = [engine.registry.acquire(name) for name in islice(cycle(side.adapters), len(prompts))]
+    for row, prompt in enumerate(prompts):
+        adapter = versions[row] if versions else None
+        engine.add(engine.check(Request(str(row), Prompt(tuple(prompt)), sampling, adapter)))
+    return versions
+
+
+def _step(engine: Engine, cost: Cost) -> None:
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    events = engine.step()
+    mx.synchronize()
+    cost.wall_s += time.perf_counter() - wall_s
+    cost.cpu_s += time.process_time() - cpu_s
+    cost.num_steps += 1
+    for event in events:
+        if event.error is not None:
+            raise StoppedError(f"a row failed: {event.error}")
+        cost.num_tokens += len(event.token_ids)

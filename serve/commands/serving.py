@@ -1,0 +1,277 @@
+"""`lathe serve`, `chat` and `doctor`: a model and its adapters, for others, for one person, for a look."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from serve.commands.options import ApiKey, JsonFile, Overrides, check_writable, overrides_of
+from serve.commands.output import new_console, save_json
+
+if TYPE_CHECKING:
+    from serve.config import ServeConfig
+    from serve.conversation import Conversation
+
+EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "data" / "tickets"
+app = typer.Typer()
+
+Adapters = Annotated[
+    list[str] | None, typer.Option("--adapter", metavar="NAME=PATH", help="Load this adapter; repeatable.")
+]
+
+KEYS_OF = {
+    "allowed_media_root": "allowed_media_roots",
+    "allow_private_hosts": "media_limits.allow_private_hosts",
+    "max_media": "media_limits.max_items",
+    "max_pixels": "media.max_pixels",
+    **{
+        name: f"default_sampling.{name}"
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    },
+}
+"""Flags of `lathe serve` by other names than their keys': one is given several times, the others stand in groups."""
+NOT_KEYS = ("model", "adapter", "host", "port", "overrides")
+"""What is not put into the file before it is checked."""
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="A model folder, a hub name, or a serving configuration (.yaml).")
+    ],
+    adapter: Adapters = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    adapter_watch: Annotated[
+        list[Path] | None,
+        typer.Option(help="Load what appears in this folder, a run's or one of adapters; repeatable."),
+    ] = None,
+    memory_budget_gib: Annotated[
+        float | None, typer.Option(help="Memory of keys, values, prefixes and adapters.")
+    ] = None,
+    prefix_cache_gib: Annotated[
+        float | None, typer.Option(help="Of it, at most so much for prefixes; 0 keeps none.")
+    ] = None,
+    prefix_cache_dir: Annotated[
+        Path | None, typer.Option(help="A folder that keeps prefixes across restarts.")
+    ] = None,
+    prefix_cache_disk_gib: Annotated[float | None, typer.Option(help="What that folder may hold.")] = None,
+    encode_patches: Annotated[
+        int | None, typer.Option(help="Of pictures, between two decode steps; or one picture.")
+    ] = None,
+    feature_cache_gib: Annotated[
+        float | None, typer.Option(help="Of the memory, at most so much for encoded pictures; 0 keeps none.")
+    ] = None,
+    feature_cache_dir: Annotated[
+        Path | None, typer.Option(help="A folder that keeps encoded pictures across restarts.")
+    ] = None,
+    feature_cache_disk_gib: Annotated[float | None, typer.Option(help="What that folder may hold.")] = None,
+    kv_bits: Annotated[
+        float | None, typer.Option(help="Bits of stored keys and values: 8, 4, …; 3.5 is TurboQuant.")
+    ] = None,
+    kv_value_bits: Annotated[float | None, typer.Option(help="Bits of values, where others.")] = None,
+    kv_scheme: Annotated[str | None, typer.Option(help="affine or turbo; else by --kv-bits.")] = None,
+    kv_group_size: Annotated[
+        int | None, typer.Option(help="Channels that share a scale: 32, 64 or 128.")
+    ] = None,
+    kv_quantize_after: Annotated[
+        int | None, typer.Option(help="Rows of at most so many tokens stay plain.")
+    ] = None,
+    kv_plain_layers: Annotated[
+        int | None, typer.Option(help="So many of the last full-attention layers stay plain.")
+    ] = None,
+    one_step_ahead: Annotated[
+        str | None, typer.Option(help="on, off or auto: build a step before the last one is read.")
+    ] = None,
+    generation_config: Annotated[
+        str | None,
+        typer.Option(help="auto: requests that do not say are sampled as the model's file says; none: not."),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of requests that do not say.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Likewise.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    allowed_media_root: Annotated[
+        list[Path] | None,
+        typer.Option(help="Requests may show files in this folder; repeatable. On loopback: any."),
+    ] = None,
+    allow_private_hosts: Annotated[
+        bool, typer.Option("--allow-private-hosts", help="Fetch pictures from private addresses too.")
+    ] = False,
+    max_media: Annotated[
+        int | None, typer.Option(help="Pictures, clips and sounds of one request, together.")
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Of a picture; larger ones are made smaller, unless a request says.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Serve a model and any number of adapters over an OpenAI-compatible API."""
+    from serve.api.server import run
+
+    # What was typed is read as a whole, so no flag can be taken and forgotten.
+    keys = keys_given(context.params)
+    run(_serve_config(model, adapter or [], host, port, [*keys, *(overrides or [])]))
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(help="What to serve and talk to; without --url only.")
+    ] = None,
+    adapter: Adapters = None,
+    url: Annotated[
+        str | None, typer.Option(help="Talk to this running server: the address that `lathe serve` prints.")
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--model", help="Which of the server's models or adapters; else its only --adapter."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="0 is greedy. What the server has, if left out; so are these:"),
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    top_k: Annotated[int | None, typer.Option(min=0)] = None,
+    min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    top_n_sigma: Annotated[float | None, typer.Option(min=0.0)] = None,
+    xtc_probability: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    xtc_threshold: Annotated[float | None, typer.Option(min=0.0, max=0.5)] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(min=0.0)] = None,
+    presence_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0)] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0)] = None,
+    seed: Annotated[int | None, typer.Option(help="The same talk again.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    api_key: ApiKey = None,
+) -> None:
+    """Talk to a model in the terminal. Ctrl-C ends an answer, Ctrl-D the talk. Lines may come from a pipe."""
+    from serve.conversation import Conversation, Speaker
+    from serve.remote import choose_model
+
+    said = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "top_n_sigma": top_n_sigma,
+        "xtc_probability": xtc_probability,
+        "xtc_threshold": xtc_threshold,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+    }
+    sampling = {name: value for name, value in said.items() if value is not None}
+    with _server_for(model, adapter or [], url) as served_url:
+        # Who names one adapter to serve here means to talk to it.
+        only = _adapter(adapter[0])["name"] if url is None and adapter and len(adapter) == 1 else None
+        chosen = choose_model(served_url, to or only, api_key)
+        _talk(Conversation(Speaker(served_url, chosen, api_key, sampling), system))
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Try what combines for this model, a folder or a hub name, instead.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="With --model: this adapter folder, not random ones of every kind.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Say what this machine is, how fast its matmul is, and what is missing; or what combines for a model."""
+    if model is None:
+        from serve.doctor import diagnose, show
+
+        if adapter is not None:
+            raise typer.BadParameter(
+                "an adapter is tried on a model: name it with --model", param_hint="--adapter"
+            )
+        found = diagnose(EMBEDDED_MODEL)
+        show(found, new_console())
+        save_json(json_file, found.as_json())
+        return
+    from serve.combinations import probe, table
+    from serve.tables import show as show_tables
+
+    check_writable(json_file)
+    combined = probe(model, adapter)
+    drawn, notes = table(combined)
+    show_tables(new_console(), drawn, *notes)
+    save_json(json_file, combined.as_json())
+
+
+def _serve_config(
+    model: str, adapters: list[str], host: str | None, port: int | None, overrides: list[str]
+) -> ServeConfig:
+    """The configuration that `lathe serve` was asked for: a file's, or one made of words."""
+    from serve.config import load_config
+
+    changes: dict[str, Any] = {"host": host, "port": port}
+    if adapters:
+        changes["adapters"] = [_adapter(words) for words in adapters]
+    return load_config(model, overrides, **changes)
+
+
+def keys_given(flags: Mapping[str, Any]) -> list[str]:
+    """Flags of `lathe serve`, as typer has them, as --set takes them. One that was not given leaves the file's key
+    alone."""
+    keys = {name: _as_key(value) for name, value in flags.items() if name not in NOT_KEYS}
+    return overrides_of({KEYS_OF.get(name, name): value for name, value in keys.items()})
+
+
+def _as_key(value: Any) -> float | str | list[str] | None:
+    """A flag's value as the file would have it; None: it was not given."""
+    if isinstance(value, Path):
+        return str(value.absolute())
+    if isinstance(value, list | tuple):  # typer has a tuple, an empty one, where nothing was given
+        return [str(each.absolute()) for each in value] or None
+    return None if value is False else value
+
+
+@contextmanager
+def _server_for(model: str | None, adapters: list[str], url: str | None) -> Iterator[str]:
+    """The address of a server: the one that was named, or one started here for as long as it is needed."""
+    if (model is None) == (url is None):
+        raise typer.BadParameter(
+            "name what to serve, or a running server with --url", param_hint="MODEL, --url"
+        )
+    if url is not None:
+        yield url
+        return
+    from serve.api.server import serving
+    from serve.runtime import Runtime
+
+    runtime = Runtime.start(_serve_config(str(model), adapters, None, None, []))
+    try:
+        with serving(runtime) as served_url:
+            yield served_url
+    finally:
+        runtime.close()
+
+
+def _talk(conversation: Conversation) -> None:
+    from serve import chat as terminal
+
+    if sys.stdin.isatty():
+        with terminal.Keyboard() as keyboard:
+            terminal.at_terminal(conversation, keyboard.read, new_console())
+    else:
+        terminal.from_pipe(conversation, sys.stdin.buffer, new_console())
+
+
+def _adapter(words: str) -> dict[str, str]:
+    """'NAME=PATH' -> its parts."""
+    name, equals, path = words.partition("=")
+    if not (name and equals and path):
+        raise typer.BadParameter(f"found {words!r}; expected NAME=PATH", param_hint="--adapter")
+    return {"name": name, "path": path}
