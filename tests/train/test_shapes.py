@@ -19,8 +19,8 @@ from PIL import Image
 
 import serve as serve  # before mlx: it brings a real BLAS
 from serve.model.loading import load_tokenizer
-from train.data.picture_chats import LIST, ORDINALS, SEED, WHICH_BIN, WHICH_WAY, write_all
-from train.data.shapes import COLOURS, PLACES, SHAPES, draw_move, film
+from train.data.picture_chats import COUNTS, HOW_MANY, LIST, ORDINALS, SEED, WHICH_BIN, WHICH_WAY, write_all
+from train.data.shapes import COLOURS, PLACES, SHAPES, draw_move, draw_scene, film, paint
 from train.data.tokenizer_bpe import contents, train_tokenizer, words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +34,7 @@ FEW = {
     "words_rows": {"train": 100, "valid": 4},
     "base_rows": {"train": 400, "valid": 20, "test": 60},
     "several_rows": {"train": 80, "valid": 4},
+    "others_rows": {"train": 80, "valid": 4},
 }
 """Of the pre-training chats; their pictures take a millisecond each to paint."""
 
@@ -116,7 +117,7 @@ def test_every_token_of_a_task_s_answer_was_a_target_in_pretraining(made, task):
         assert tokens(made / task / f"{split}.jsonl") <= targets
 
 
-@pytest.mark.parametrize("folder", ["words", "single", "several", "base"])
+@pytest.mark.parametrize("folder", ["words", "single", "several", "base", "others"])
 def test_pretraining_never_asks_for_a_task_nor_answers_a_picture_as_one(made, folder):
     for row in rows(made / folder / "train.jsonl"):
         has_picture = any(not isinstance(message["content"], str) for message in row)
@@ -174,12 +175,21 @@ def test_a_clip_begins_and_ends_in_its_corners_and_shows_each_picture_twice():
         assert len({frame.tobytes() for frame in frames}) == len(frames) // 2 > 1
         for frame, place in ((frames[0], move.begin), (frames[-1], move.end)):
             half = len(frame) // 2
-            differs = (
-                np.abs(frame - frame[half, half]).sum(axis=-1) > 60
-            )  # the middle of the picture is ground
+            of_its_colour = np.abs(frame - COLOURS[move.colour]).sum(axis=-1) <= 40
             x, y = (int(share > 0.5) for share in PLACES[place])
-            quarter = differs[y * half : (y + 1) * half, x * half : (x + 1) * half]
-            assert quarter.sum() > 0.9 * differs.sum() > 0
+            quarter = of_its_colour[y * half : (y + 1) * half, x * half : (x + 1) * half]
+            assert quarter.sum() > 0.9 * of_its_colour.sum() > 0
+
+
+def test_the_ground_is_lighter_at_the_top_and_bluer_at_the_left_whatever_stands_on_it():
+    """So that each quarter of a picture tells which it is."""
+    rng = random.Random(4)
+    for _ in range(50):
+        drawn = np.asarray(paint(rng, draw_scene(rng))).astype(int)
+        corners = drawn[[0, 0, -1, -1], [0, -1, 0, -1]].reshape(2, 2, 3)
+        red, blue = corners[..., 0], corners[..., 2]
+        assert red[0].min() > red[1].max() + 30
+        assert (blue - red)[:, 0].min() > (blue - red)[:, 1].max() + 30
 
 
 def test_words_in_pictures_places_are_numbered_and_say_what_the_list_says(made):
@@ -194,6 +204,17 @@ def test_words_in_pictures_places_are_numbered_and_say_what_the_list_says(made):
             assert text.startswith(f"#{number} ")
             assert named.startswith(f"{ORDINALS[number - 1]} the ")
             assert set(named.split()[2:]) - {"one"} <= set(text.split())
+
+
+@pytest.mark.parametrize("folder", ["several", "base", "others"])
+def test_how_many_is_answered_with_the_number_of_pictures_shown(made, folder):
+    said = set()
+    for row in rows(made / folder / "train.jsonl"):
+        for number, message in enumerate(row):
+            if words(message["content"]) in HOW_MANY:
+                said.add(row[number + 1]["content"])
+                assert row[number + 1]["content"] == COUNTS[sum(map(num_pictures, row[: number + 1])) - 1]
+    assert said == set(COUNTS[1:])
 
 
 @pytest.mark.parametrize("folder", ["words", "several", "base"])

@@ -1,7 +1,7 @@
 """Seeded chats about pictures of shapes: a number in, JSONL folders out, the same pixels and words each time.
 
-`words/`, `single/`, and `several/` with `base/` hold what the embedded vision model is pre-trained on in
-three stages, `bins/` and `moves/` the tasks left for adapters to learn. Pictures and the frames of clips stand in the
+`words/`, `single/`, `several/`, `base/` and `others/` hold what the embedded vision model is pre-trained on in three
+stages, `bins/` and `moves/` the tasks left for adapters to learn. Pictures and the frames of clips stand in the
 rows as data URIs, as clients send them. Run as `python -m train.data.picture_chats OUT`. It knows nothing of
 tokenizers, templates or models.
 """
@@ -34,6 +34,7 @@ SEED = 11
 SINGLE_ROWS = {"train": 4800, "valid": 60}
 WORDS_ROWS = {"train": 12000, "valid": 100}
 SEVERAL_ROWS = {"train": 3200, "valid": 60}
+OTHERS_ROWS = {"train": 2400, "valid": 60}
 BASE_ROWS = {"train": 6400, "valid": 100, "test": 300}
 TASK_ROWS = {"train": 240, "valid": 50, "test": 100}
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
@@ -159,6 +160,7 @@ def write_all(
     words_rows: Mapping[str, int] = WORDS_ROWS,
     base_rows: Mapping[str, int] = BASE_ROWS,
     several_rows: Mapping[str, int] = SEVERAL_ROWS,
+    others_rows: Mapping[str, int] = OTHERS_ROWS,
 ) -> None:
     """Write a folder each task and each stage's rows under `out`, a file each split; no picture is shared."""
     seen: set[str] = set()
@@ -169,6 +171,7 @@ def write_all(
         "words": (words_rows, words_row),
         "base": (base_rows, base_row),
         "several": (several_rows, several_row),
+        "others": (others_rows, others_row),
     }
     for folder, (sizes, draw) in tasks.items():
         for split, size in sizes.items():
@@ -268,6 +271,12 @@ def several_row(album: Album) -> Row:
     return {"messages": several_at_once(album)}
 
 
+def others_row(album: Album) -> Row:
+    """One chat of the last stage of the kinds that are learned last, of which its mixture has too few as well."""
+    draw = album.rng.choices((counted, one_a_turn, one_clip, talk), weights=(20, 15, 35, 30))[0]
+    return {"messages": draw(album)}
+
+
 def base_row(album: Album) -> Row:
     """One chat of the last stage's mixture."""
     kinds = (one_picture, several_at_once, one_a_turn, one_clip, talk)
@@ -325,6 +334,17 @@ def one_a_turn(album: Album) -> list[Message]:
     if rng.random() < 0.5:
         turns.append((rng.choice(LIST), list_all(scenes)))
     return messages + chat(rng, turns, [])
+
+
+def counted(album: Album) -> list[Message]:
+    """Two to five pictures, at once or one a turn, and how many they are."""
+    rng = album.rng
+    messages = rng.choice((several_at_once, one_a_turn))(album)
+    contents = [message["content"] for message in messages]
+    number = sum(
+        part["type"] == "image_url" for parts in contents if isinstance(parts, list) for part in parts
+    )
+    return [*messages, asked(rng.choice(HOW_MANY)), answered(COUNTS[number - 1])]
 
 
 def numbered_question(rng: random.Random, scenes: list[Scene]) -> tuple[str, str]:

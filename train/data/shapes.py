@@ -40,8 +40,13 @@ FILM_STEPS = (2, 3, 4)
 """Pictures of a clip, each of them two frames."""
 FINER = 3
 """Pixels are drawn so many times finer, then averaged: soft edges."""
+LIGHTER, BLUER = 50, 60
+"""By how much the ground is lighter at the top and bluer at the left. The model's tower sees one quarter at a time and not
+which: the ground tells it."""
 
 Rgb = tuple[int, int, int]
+Corners = tuple[Rgb, Rgb, Rgb, Rgb]
+"""The ground's colours at top left, top right, bottom left and bottom right."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,13 @@ def film(rng: random.Random, move: Move) -> list[Image.Image]:
     return frames
 
 
-def _ground(rng: random.Random) -> Rgb:
-    grey = rng.randint(20, 60)
-    return _near(rng, (grey, grey, grey), 8)
+def _ground(rng: random.Random) -> Corners:
+    grey = rng.randint(20, 60) // 2
+    red, green, blue = _near(rng, (grey, grey, grey), 8)
+    top_left, top_right, bottom_left, bottom_right = (
+        (red + light, green + light, blue + light + tint) for light in (LIGHTER, 0) for tint in (BLUER, 0)
+    )
+    return top_left, top_right, bottom_left, bottom_right
 
 
 def _centre(rng: random.Random, place: str) -> tuple[float, float]:
@@ -112,11 +121,13 @@ def _centre(rng: random.Random, place: str) -> tuple[float, float]:
 
 
 def _draw(
-    edge: int, ground: Rgb, shape: str, centre: tuple[float, float], radius: float, colour: Rgb
+    edge: int, ground: Corners, shape: str, centre: tuple[float, float], radius: float, colour: Rgb
 ) -> Image.Image:
     """`centre` and `radius` as shares of the edge."""
     fine = edge * FINER
-    picture = Image.new("RGB", (fine, fine), ground)
+    corners = Image.new("RGB", (2, 2))
+    corners.putdata(ground)
+    picture = corners.resize((fine, fine), Image.Resampling.BILINEAR)
     x, y = centre
     _shape(ImageDraw.Draw(picture), shape, (x * fine, y * fine), radius * fine, colour)
     return picture.resize((edge, edge), Image.Resampling.BOX)
