@@ -41,8 +41,8 @@ FILM_STEPS = (2, 3, 4)
 FINER = 3
 """Pixels are drawn so many times finer, then averaged: soft edges."""
 LIGHTER, BLUER = 50, 60
-"""By how much the ground is lighter at the top and bluer at the left. The model's tower sees one quarter at a time and not
-which: the ground tells it."""
+"""By how much the ground is lighter at the top and bluer at the left, of 255. The model's tower knows
+only how far pieces of a picture are from each other; the ground tells which corner each is in."""
 
 Rgb = tuple[int, int, int]
 Corners = tuple[Rgb, Rgb, Rgb, Rgb]
@@ -82,7 +82,7 @@ def draw_scene(rng: random.Random, share_plain: float = 0.0) -> Scene:
 
 
 def paint(rng: random.Random, scene: Scene) -> Image.Image:
-    """The scene on a dark ground, with its colour, place and size varied a little; a square RGB picture."""
+    """The scene on a dark, shaded ground, with its colour, place and size varied a little; a square RGB picture."""
     edge = rng.choice(SIZES)
     colour = _near(rng, COLOURS[scene.colour], 12)
     if scene.shape is None or scene.place is None:
