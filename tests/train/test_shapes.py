@@ -181,15 +181,15 @@ def test_a_clip_begins_and_ends_in_its_corners_and_shows_each_picture_twice():
             assert quarter.sum() > 0.9 * of_its_colour.sum() > 0
 
 
-def test_the_ground_is_lighter_at_the_top_and_bluer_at_the_left_whatever_stands_on_it():
+def test_the_ground_is_lighter_at_the_top_bluer_at_the_left_and_redder_at_the_right_whatever_stands_on_it():
     """So that each quarter of a picture tells which it is."""
     rng = random.Random(4)
     for _ in range(50):
         drawn = np.asarray(paint(rng, draw_scene(rng))).astype(int)
         corners = drawn[[0, 0, -1, -1], [0, -1, 0, -1]].reshape(2, 2, 3)
-        red, blue = corners[..., 0], corners[..., 2]
-        assert red[0].min() > red[1].max() + 30
-        assert (blue - red)[:, 0].min() > (blue - red)[:, 1].max() + 30
+        red, green, blue = np.moveaxis(corners, -1, 0)
+        assert green[0].min() > green[1].max() + 30
+        assert (blue - red)[:, 0].min() > (blue - red)[:, 1].max() + 60
 
 
 def test_words_in_pictures_places_are_numbered_and_say_what_the_list_says(made):

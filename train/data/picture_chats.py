@@ -50,6 +50,8 @@ Part = dict[str, Any]
 Message = dict[str, Any]
 Row = dict[str, list[Message]]
 Answer = Callable[[Scene], str]
+Numbered = tuple[tuple[str, ...], Answer]
+"""Ways to ask about one of several, with a place for its ordinal, and the answer."""
 
 
 def describe(scene: Scene) -> str:
@@ -84,7 +86,7 @@ QUESTIONS: tuple[tuple[tuple[str, ...], Answer], ...] = (
 DESCRIBE = ("Describe the picture.", "What is in the picture?", "What do you see?", "Describe it.")
 
 # The same about one of several; {n} is an ordinal.
-NUMBERED: tuple[tuple[tuple[str, ...], Answer], ...] = (
+NUMBERED: tuple[Numbered, ...] = (
     (
         ("What colour is the {n} picture?", "Which colour is the {n}?", "What colour is the {n}?"),
         QUESTIONS[0][1],
@@ -94,6 +96,9 @@ NUMBERED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     (("Describe the {n} picture.", "What is in the {n} picture?", "Describe the {n}."), describe),
     (("Which is {n}?", "Which is the {n}?", "Which one is {n}?"), name),
 )
+
+OF_PLACES = (*NUMBERED, *NUMBERED[2:4])
+"""The same, with places asked about twice as often: they are what is learned last."""
 
 # About all of them, in order.
 LIST = ("List the pictures.", "List them.", "What is in the pictures?", "Which pictures do you see?")
@@ -267,8 +272,8 @@ def words_row(album: Album) -> Row:
 
 
 def several_row(album: Album) -> Row:
-    """One chat of the last stage about several pictures, of which its mixture has too few to learn from."""
-    return {"messages": several_at_once(album)}
+    """One chat of the stages after it about several pictures, of which the last one's mixture has too few."""
+    return {"messages": several_at_once(album, OF_PLACES)}
 
 
 def others_row(album: Album) -> Row:
@@ -302,12 +307,12 @@ def one_clip(album: Album) -> list[Message]:
     return chat(rng, turns, [clip])
 
 
-def several_at_once(album: Album | Told) -> list[Message]:
+def several_at_once(album: Album | Told, of_one: Sequence[Numbered] = NUMBERED) -> list[Message]:
     """Two to five pictures in one message, all of them listed, and four questions about one or another."""
     rng = album.rng
     pages = [album.page(SHARE_PLAIN_OF_SEVERAL) for _ in range(rng.choice(MANY))]
     scenes = [scene for scene, _ in pages]
-    turns = [numbered_question(rng, scenes) for _ in range(4)]
+    turns = [numbered_question(rng, scenes, of_one) for _ in range(4)]
     turns.insert(rng.randint(0, 4), (rng.choice(LIST), list_all(scenes)))
     return chat(rng, turns, [picture for _, picture in pages])
 
@@ -347,11 +352,13 @@ def counted(album: Album) -> list[Message]:
     return [*messages, asked(rng.choice(HOW_MANY)), answered(COUNTS[number - 1])]
 
 
-def numbered_question(rng: random.Random, scenes: list[Scene]) -> tuple[str, str]:
+def numbered_question(
+    rng: random.Random, scenes: list[Scene], of_one: Sequence[Numbered] = NUMBERED
+) -> tuple[str, str]:
     if rng.random() < 0.05:
         return rng.choice(HOW_MANY), COUNTS[len(scenes) - 1]
     number = rng.randrange(len(scenes))
-    asks, answer = rng.choice(NUMBERED)
+    asks, answer = rng.choice(of_one)
     return rng.choice(asks).format(n=ORDINALS[number]), answer(scenes[number])
 
 

@@ -40,9 +40,9 @@ FILM_STEPS = (2, 3, 4)
 """Pictures of a clip, each of them two frames."""
 FINER = 3
 """Pixels are drawn so many times finer, then averaged: soft edges."""
-LIGHTER, BLUER = 50, 60
-"""By how much the ground is lighter at the top and bluer at the left, of 255. The model's tower knows
-only how far pieces of a picture are from each other; the ground tells which corner each is in."""
+LIGHTER, TINTED = 55, 60
+"""By how much, of 255, the ground is lighter at the top, and bluer at the left and redder at the right. The model's
+tower knows only how far pieces of a picture are from each other; the ground tells which corner each is in."""
 
 Rgb = tuple[int, int, int]
 Corners = tuple[Rgb, Rgb, Rgb, Rgb]
@@ -110,7 +110,9 @@ def _ground(rng: random.Random) -> Corners:
     grey = rng.randint(20, 60) // 2
     red, green, blue = _near(rng, (grey, grey, grey), 8)
     top_left, top_right, bottom_left, bottom_right = (
-        (red + light, green + light, blue + light + tint) for light in (LIGHTER, 0) for tint in (BLUER, 0)
+        (red + light + right, green + light, blue + light + left)
+        for light in (LIGHTER, 0)
+        for left, right in ((TINTED, 0), (0, TINTED))
     )
     return top_left, top_right, bottom_left, bottom_right
 
