@@ -1,9 +1,9 @@
 """A drafter that is a model: a small one with the target's tokenizer, batched on rows of its own.
 
 A round, for all sequences that guesses are wanted of: rows that lack many tokens take in a part of them; rows that
-lack few run those, and then the guesses one by one, all rows together. Guesses are drawn as the target draws: with the
-row's settings, seed and counters, so that one random number falls on both distributions, and a guess is right as often
-as these let it (common random numbers).
+lack few run those, and then the guesses one by one, all rows together. Guesses are drawn as the target draws, with
+the row's settings, seed and counters: one random number falls on both distributions, and a guess is right as often as
+these let it (common random numbers).
 """
 
 from __future__ import annotations
@@ -105,6 +105,10 @@ class ModelDrafter:
             self._rows.release(sequence)
             self._sampler = None
             self._bound_prefixes()
+
+    def clear(self, tenant: str | None = None) -> None:
+        """Drop what is kept of a tenant's texts; of everybody's, where none is named."""
+        self._prefixes.clear(tenant)
 
     def reset(self) -> None:
         """Forget all rows."""
