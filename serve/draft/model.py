@@ -26,7 +26,10 @@ from serve.engine.sampler import Sampler
 from serve.errors import ConfigError
 from serve.model.loading import LoadedModel
 
+NAME = "model"
+"""By which requests choose it."""
 PAD_TOKEN = 0
+MAX_TOKENS = 15
 FEW_TOKENS = 8
 """What a row may lack and still guess in the same forward: after a draft, one or two."""
 CATCH_UP_TOKENS = 256
@@ -34,7 +37,7 @@ LEAST_CATCH_UP = 32
 """Tokens of one row at least, where several share a round's."""
 
 
-class ModelDrafter:
+class DraftModel:
     """Guesses by a draft model. Lives on the thread that owns the arrays, but for `num_bytes`.
 
     What it does not know: prompts with pictures, clips or sounds, which the draft model does not see, and penalties,
@@ -49,10 +52,12 @@ class ModelDrafter:
         max_bytes: int,
         max_rows: int = 64,
         adapters: Mapping[str, str | Path] = {},
+        max_tokens: int = MAX_TOKENS,
         catch_up_tokens: int = CATCH_UP_TOKENS,
     ) -> None:
         """
         max_bytes        of rows, prefixes and adapters of the draft model
+        max_tokens       of one guess
         adapters         by name of the target's adapter: the draft model's own for it
         catch_up_tokens  of texts that rows have not taken in yet, in one round, padding included
 
@@ -63,6 +68,7 @@ class ModelDrafter:
         self._network = model.network
         self._max_context = model.max_context
         self._vocab_size = min(model.network.vocab_size, target.network.vocab_size)
+        self._max_tokens = min(max_tokens, catch_up_tokens)  # a window's buffer has room for as many beside it
         self._catch_up_tokens = catch_up_tokens
         rows = make_rows(model.network, prefill_chunk_tokens=catch_up_tokens)
         if rows.cost.state_bytes:
@@ -123,8 +129,7 @@ class ModelDrafter:
 
     def _propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
         self._num_rounds += 1
-        reach = max((each.most for each in wanted), default=0)
-        reach = min(reach, self._catch_up_tokens)  # a sliding window's buffer has room for as many beside it
+        reach = min(max((each.most for each in wanted), default=0), self._max_tokens)
         asked = [one for each in wanted if (one := self._follow(each.sequence, reach)) is not None]
         seated = self._rows.seat(asked)
         self._bound_prefixes()

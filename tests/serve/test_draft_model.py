@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serve.draft.model import CATCH_UP_TOKENS, ModelDrafter
+from serve.draft.model import CATCH_UP_TOKENS, DraftModel
 from serve.engine.drafts import Wanted
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.plan import SequenceState
@@ -35,7 +35,7 @@ class Watched:
     """An engine without drafts, whose rows a drafter guesses for between two steps; its guesses are kept."""
 
     engine: Engine
-    drafter: ModelDrafter
+    drafter: DraftModel
     most: int = 4
     asks: Callable[[SequenceState], bool] = lambda sequence: True
     """Whether guesses are wanted of it now."""
@@ -99,7 +99,7 @@ def make_watched(
 ) -> Watched:
     engine = Engine(load(str(target), name="target"), EngineLimits(**limits))
     own = {name: options.pop(name) for name in ("most", "asks") if name in options}
-    drafter = ModelDrafter(
+    drafter = DraftModel(
         load(str(draft), name="draft"), engine.model, **{"max_bytes": ROOM, **options}
     )
     return Watched(engine, drafter, **own)
@@ -350,14 +350,14 @@ def _demote(said: dict) -> None:
 def test_another_tokenizer_is_refused_with_what_differs(change, words, model_folder, model, tmp_path):
     other = with_tokenizer(model_folder, tmp_path / "other", change)
     with pytest.raises(ConfigError) as raised:
-        ModelDrafter(load(str(other), name="draft"), model, max_bytes=ROOM)
+        DraftModel(load(str(other), name="draft"), model, max_bytes=ROOM)
     assert all(word in str(raised.value) for word in ["draft model draft", *words]), raised.value
 
 
 @pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
 def test_a_draft_model_with_recurrent_state_is_refused_by_name(name, recurrent_folder, model):
     with pytest.raises(ConfigError, match=f"draft model {name} keeps recurrent state"):
-        ModelDrafter(load(str(recurrent_folder(name)), name=name), model, max_bytes=ROOM)
+        DraftModel(load(str(recurrent_folder(name)), name=name), model, max_bytes=ROOM)
 
 
 def test_an_adapter_that_does_not_fit_the_draft_model_is_refused_by_both_names(
@@ -366,12 +366,12 @@ def test_an_adapter_that_does_not_fit_the_draft_model_is_refused_by_both_names(
     config = json.loads((model_folder / "config.json").read_text())
     narrow = load(str(make_model("narrow", {**config, "hidden_size": 32})), name="narrow")
     with pytest.raises(AdapterError, match=r"for draft model narrow: adapter 'support' does not fit"):
-        ModelDrafter(narrow, model, max_bytes=ROOM, adapters={"support": make_adapter(1)})
+        DraftModel(narrow, model, max_bytes=ROOM, adapters={"support": make_adapter(1)})
 
 
 def test_too_little_memory_is_refused(model_folder, model, make_adapter):
     draft: Callable[[], LoadedModel] = lambda: load(str(model_folder), name="draft")
     with pytest.raises(ConfigError, match="1000 bytes do not hold"):
-        ModelDrafter(draft(), model, max_bytes=1000)
+        DraftModel(draft(), model, max_bytes=1000)
     with pytest.raises(LatheError, match="draft"):
-        ModelDrafter(draft(), model, max_bytes=10_000, adapters={"a": make_adapter(1)})
+        DraftModel(draft(), model, max_bytes=10_000, adapters={"a": make_adapter(1)})
