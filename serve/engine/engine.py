@@ -21,6 +21,7 @@ from serve.engine.drafts import Drafter
 from serve.engine.edits import make_edit
 from serve.engine.features import SequenceFeatures
 from serve.engine.finish import FinishRule
+from serve.engine.gains import Gains
 from serve.engine.guesses import Guesses
 from serve.engine.limits import EngineLimits as EngineLimits
 from serve.engine.limits import MemoryBudget
@@ -59,9 +60,10 @@ class Engine:
         rules: TemplateRules = TemplateRules(),
         drafters: Mapping[str, Drafter] = NO_DRAFTERS,
         drafter: str | None = None,
+        gains: Gains | None = None,
     ) -> None:
         """`rules`: of chat templates, the base's and those that adapters bring. `drafters`: by the name by which
-        requests choose one; `drafter`: of those that name none."""
+        requests choose one; `drafter`: of those that name none; `gains`: None: learned as steps run."""
         self.model = model
         self.limits = limits
         self.memory = MemoryBudget.of(limits)
@@ -98,7 +100,7 @@ class Engine:
                 f"drafter: layers of {model.name!r} keep a state that takes in every token, and a wrong guess cannot "
                 f"be taken back from it; expected drafter: none"
             )
-        self.guesses = Guesses(drafters, drafter)
+        self.guesses = Guesses(drafters, drafter, gains or Gains())
         self.pace = Pace(None if limits.max_gap_ms is None else limits.max_gap_ms / 1000)
         budget = Budget(
             max_rows=limits.max_rows,

@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 class Guesses:
     """Lives on the engine's thread, but for `check`."""
 
-    def __init__(self, drafters: Mapping[str, Drafter], default: str | None) -> None:
+    def __init__(self, drafters: Mapping[str, Drafter], default: str | None, gains: Gains) -> None:
         """`default`: of requests that name none; None: they have no drafter."""
         assert default is None or default in drafters, f"no drafter is called {default!r}"
         self._drafters = dict(drafters)
         self._default = default or NONE
-        self._gains = Gains()
+        self._gains = gains
         self.stats: dict[str, DraftStats] = {}
         """By adapter's name; the base's by ""."""
 

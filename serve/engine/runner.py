@@ -303,7 +303,10 @@ class Runner:
     ) -> dict[int, LogitsChange]:
         """By row, what its edit does to its logits, now that it knows all tokens before them."""
         drawn: dict[SequenceState, int] = {}
-        if any(chunks[row].num_answer_tokens > len(chunks[row].sequence.generated) for row in edited):
+        # With drafts all that comes before them is known.
+        if flight.plan.width == 1 and any(
+            chunks[row].num_answer_tokens > len(chunks[row].sequence.generated) for row in edited
+        ):
             assert self._last is not None, "nobody is to draw what is not known"
             self._evaluate(hidden, self.rows.arrays())
             drawn = self._last.tokens()
@@ -337,7 +340,7 @@ def _told(
     chunk: Chunk, drawn: Mapping[SequenceState, int], draft: Sequence[int]
 ) -> list[LogitsChange | None]:
     """What a row's edit does, after it was told of the tokens that it has not heard of; `drawn` holds the last. With
-    a draft, what it does behind each guess too, up to the first that it does not allow: that one will not be drawn."""
+    a draft, what it does behind each guess too, up to the first that it does not allow: that will not be drawn."""
     sequence = chunk.sequence
     assert sequence.edit is not None
     news = sequence.generated[sequence.num_told :]
