@@ -68,7 +68,9 @@ class DraftModel:
         self._network = model.network
         self._max_context = model.max_context
         self._vocab_size = min(model.network.vocab_size, target.network.vocab_size)
-        self._max_tokens = min(max_tokens, catch_up_tokens)  # a window's buffer has room for as many beside it
+        self._max_tokens = min(
+            max_tokens, catch_up_tokens
+        )  # a window's buffer has room for as many beside it
         self._catch_up_tokens = catch_up_tokens
         rows = make_rows(model.network, prefill_chunk_tokens=catch_up_tokens)
         if rows.cost.state_bytes:
@@ -134,7 +136,7 @@ class DraftModel:
         seated = self._rows.seat(asked)
         self._bound_prefixes()
         for one in seated:
-            if not one.num_known:
+            if not one.num_known and one.num_missing > FEW_TOKENS:
                 self._prefixes.restore(one)
         self._catch_up([one for one in seated if one.num_missing > FEW_TOKENS])
         ready = [one for one in seated if one.num_missing <= FEW_TOKENS]
