@@ -71,6 +71,11 @@ class TextDecoder:
             return ""
         return self._utf8.decode(b"", final=True)
 
+    def breaks(self, token_id: int) -> bool:
+        """Whether this token, if it is the next, leaves a character unfinished."""
+        own = self._tokens[token_id]
+        return bool(own) and own[0] & 0xC0 != 0x80 and bool(self._utf8.getstate()[0])
+
     def cut(self) -> str:
         """As `finish`, and other text may follow."""
         text = self.finish()

@@ -36,7 +36,8 @@ class ThoughtTokens:
     def __init__(self, thinking: Thinking, tokens: TokenBytes, follows: Sequence[int] | None = None) -> None:
         self._controls = thinking.thoughts.controls
         cue = _Written(TextDecoder(tokens), self._controls)
-        self._reader = ThoughtReader(thinking.thoughts, "".join(map(cue.push, thinking.cue)) + cue.finish())
+        text = "".join(before + own for before, own in map(cue.push, thinking.cue)) + cue.finish()
+        self._reader = ThoughtReader(thinking.thoughts, text)
         self._written = _Written(TextDecoder(tokens, follows), self._controls)
         self.num_thought = 0
         """Tokens that hold a part of a thought. Those of marks do not count."""
@@ -54,11 +55,17 @@ class ThoughtTokens:
 
     def push(self, token_id: int) -> list[Piece]:
         """What is certain with this token."""
-        return self._read(self._written.push(token_id), is_token=True)
+        before, own = self._written.push(token_id)
+        if own:
+            self._open += [_Open(len(before), is_counted=True)] if before else []
+            self._open.append(_Open(len(own)))
+        elif self.state == "reasoning":
+            self.num_thought += 1  # half a character, or a token without text
+        return self._read(before + own)
 
     def finish(self) -> list[Piece]:
         """What was held, when nothing follows."""
-        pieces = self._read(self._written.finish(), is_token=False)
+        pieces = self._read(self._written.finish())
         last = self._reader.finish()
         self._count(last)
         return pieces + last
@@ -71,21 +78,17 @@ class ThoughtTokens:
         other._open = [copy.copy(each) for each in self._open]
         return other
 
-    def _read(self, text: str, *, is_token: bool) -> list[Piece]:
-        if is_token and text:
-            self._open.append(_Open(len(text)))
-        elif is_token and self.state == "reasoning":
-            self.num_thought += 1  # half a character, or a token without text
+    def _read(self, text: str) -> list[Piece]:
         pieces = self._reader.push(text)
         self._count(pieces)
         return pieces
 
     def _count(self, pieces: Sequence[Piece]) -> None:
-        for kind, text in pieces:
+        for _, text, is_thought in pieces:
             left = len(text)
             while left and self._open:
                 first = self._open[0]
-                if kind == "reasoning" and not first.is_counted:
+                if is_thought and not first.is_counted:
                     first.is_counted = True
                     self.num_thought += 1
                 taken = min(left, first.num_chars)
@@ -97,7 +100,7 @@ class ThoughtTokens:
 
 @dataclass
 class _Open:
-    """A token that is not told to its end."""
+    """Text of one token that is not told to its end."""
 
     num_chars: int
     is_counted: bool = False
@@ -110,9 +113,13 @@ class _Written:
         self._decoder = decoder
         self._controls = controls
 
-    def push(self, token_id: int) -> str:
+    def push(self, token_id: int) -> tuple[str, str]:
+        """What is left of the tokens before it, and what this one adds."""
         control = self._controls.get(token_id)
-        return self._decoder.push(token_id) if control is None else self._decoder.cut() + control
+        if control is not None:
+            return self._decoder.cut(), control
+        before = self._decoder.cut() if self._decoder.breaks(token_id) else ""
+        return before, self._decoder.push(token_id)
 
     def finish(self) -> str:
         return self._decoder.finish()

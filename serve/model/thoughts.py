@@ -79,10 +79,12 @@ class Thoughts:
 
 
 class Piece(NamedTuple):
-    """Text of one kind; "header" is what belongs to marks."""
+    """Text of one kind; "header" is what belongs to marks, and is not shown."""
 
     kind: State
     text: str
+    is_thought: bool
+    """Inside a thought, which a mark is that begins it once more."""
 
 
 class ThoughtReader:
@@ -95,8 +97,10 @@ class ThoughtReader:
         self.held = ""
         self._header = ""
         self._num_foreign = 0  # characters of `held` that are the prompt's
-        has_marks = any(piece.kind == "header" for piece in self.push(cue))
-        if thoughts.begins_inside and not has_marks:
+        self.push(cue)
+        if thoughts.begins_inside and not any(
+            mark.text in cue for marks in thoughts.marks.values() for mark in marks
+        ):
             self.state = "reasoning"
         self._num_foreign = len(self.held)
 
@@ -108,8 +112,9 @@ class ThoughtReader:
             start, mark = found
             self._tell(pieces, text[:start])
             state: State = mark.goes if mark.goes is not None else self._of_header()
-            self.state, self._header = "header", ""
-            self._tell(pieces, mark.text)
+            stays_inside = self.state == state == "reasoning"
+            self.state = "header"
+            self._tell(pieces, mark.text, is_thought=stays_inside)
             self.state, self._header = state, ""
             text = text[start + len(mark.text) :]
         keep = max((_overlap(text, mark.text) for mark in self._thoughts.marks[self.state]), default=0)
@@ -136,13 +141,14 @@ class ThoughtReader:
     def _of_header(self) -> State:
         return "reasoning" if self._header.strip().startswith(THOUGHT_CHANNEL) else "content"
 
-    def _tell(self, pieces: list[Piece], text: str) -> None:
+    def _tell(self, pieces: list[Piece], text: str, *, is_thought: bool | None = None) -> None:
         foreign = min(self._num_foreign, len(text))
         self._num_foreign -= foreign
         if self.state == "header":
             self._header += text
         if text[foreign:]:
-            pieces.append(Piece(self.state, text[foreign:]))
+            inside = self.state == "reasoning" if is_thought is None else is_thought
+            pieces.append(Piece(self.state, text[foreign:], inside))
 
 
 class Told(NamedTuple):
@@ -169,7 +175,7 @@ class Teller:
     def push(self, pieces: Sequence[Piece]) -> Told:
         """What these add."""
         told = {"content": "", "reasoning": ""}
-        for kind, text in pieces:
+        for kind, text, _ in pieces:
             if kind == "header":
                 self._is_first, self._is_fresh, self._newlines = False, True, ""
             else:
