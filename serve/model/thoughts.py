@@ -60,8 +60,6 @@ class Thoughts:
     """By where they count."""
     controls: Mapping[int, str] = field(repr=False)
     """Token id → how it is written."""
-    shown: Mapping[int, str] = field(repr=False)
-    """For `str.translate`: what is shown of control tokens where they mark nothing."""
     close_ids: tuple[int, ...] = ()
     """Tokens that end a thought."""
     begins_inside: bool = False
@@ -123,9 +121,10 @@ class ThoughtReader:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """What was held, when nothing follows."""
+        """What was held, when nothing follows. The beginning of the mark that was to end a thought is none of it."""
         pieces: list[Piece] = []
-        self._tell(pieces, self.held)
+        if self.state != "reasoning":
+            self._tell(pieces, self.held)
         self.held = ""
         return pieces
 
@@ -166,7 +165,7 @@ class Teller:
 
     def __init__(self, thoughts: Thoughts, state: State) -> None:
         """state: where the answer begins."""
-        self._shown = dict(thoughts.shown)
+        self._hidden = {ord(half): None for half in thoughts.controls.values()}  # also where they mark nothing
         self._is_first = state != "reasoning"  # nothing but newlines has come
         self._is_fresh = not self._is_first  # a part begins, whose newlines are dropped
         self._newlines = ""  # that go on if words do
@@ -179,7 +178,7 @@ class Teller:
             if kind == "header":
                 self._is_first, self._is_fresh, self._newlines = False, True, ""
             else:
-                told[kind] += self._part(kind, text.translate(self._shown))
+                told[kind] += self._part(kind, text.translate(self._hidden))
         return Told(**told)
 
     def finish(self) -> Told:
@@ -319,7 +318,6 @@ class ThoughtRules:
                 "header": (),
             },
             controls,
-            self._shown(controls),
             self._closing(end),
             begins_inside=name == "deepseek_r1",
         )
@@ -333,7 +331,6 @@ class ThoughtRules:
             "gpt_oss",
             {"content": around, "reasoning": around, "header": (Mark(message, None), *around)},
             controls,
-            self._shown(controls),
             self._closing(HARMONY_ANSWER),
             turn_ids=frozenset({self._vocabulary[START]}),
         )
@@ -350,14 +347,6 @@ class ThoughtRules:
         longest_first = sorted(names, key=len, reverse=True)
         pattern = "|".join(map(re.escape, longest_first))
         return re.sub(pattern, lambda found: controls[names[found[0]]], mark)
-
-    def _shown(self, controls: Mapping[int, str]) -> dict[int, str]:
-        """Of a special token nothing, of another its name, where it marks nothing."""
-        names = {number: name for name, number in self._vocabulary.items() if number in controls}
-        return {
-            ord(half): "" if getattr(self._added.get(number), "special", False) else names.get(number, "")
-            for number, half in controls.items()
-        }
 
     def _closing(self, end: str) -> tuple[int, ...]:
         """Tokens that are written `end`."""

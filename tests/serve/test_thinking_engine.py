@@ -98,15 +98,15 @@ def test_rows_preempted_for_memory_have_the_budget_that_was_left(
 ):
     model = load(str(model_folder))
     row_bytes = make_engine(model).scheduler.budget.row_cost.row_bytes(Bucket(PLAIN, 512))
-    engine = make_engine(load(str(model_folder)), kv_budget_bytes=2 * row_bytes)
+    engine = make_engine(load(str(model_folder)), kv_budget_bytes=2 * row_bytes, prefix_cache_bytes=0)
     requests = [
-        thinking(rules, make_request(f"r{n}", TEXTS[n % 5], max_tokens=290), 270 + n, opens=True)
-        for n in range(4)
+        thinking(rules, make_request(f"r{n}", TEXTS[n % 5], max_tokens=560), 530 + n, opens=True)
+        for n in range(3)
     ]
     events = run(engine, requests)
     assert engine.stats().num_preempted > 0
-    for number, request in enumerate(requests):
-        check(request, events[request.id], 270 + number, assert_drawn, model.network.module)
+    assert [events[request.id][-1].num_reasoning_tokens for request in requests] == [530, 531, 532]
+    check(requests[-1], events["r2"], 532, assert_drawn, model.network.module)
 
 
 def test_a_thought_that_the_row_begins_itself_is_counted_from_there(

@@ -135,6 +135,15 @@ def kinds_by_regex(family: Family, text: str, cue: str) -> list[tuple[str, str, 
         found.append(("header", own, state == "reasoning" == goes.goes))
         said = "reasoning" if header.strip().startswith("analysis") else "content"
         state, header = goes.goes or said, ""
+    if found and found[-1][0] == "reasoning":  # what begins a mark at the very end is none of the thought
+        last = found.pop()[1]
+        starts = [mark.text[:n] for mark in family.thoughts.marks[state] for n in range(1, len(mark.text))]
+        begun = max((len(start) for start in starts if (cue + text).endswith(start)), default=0)
+        begun = min(begun, len(last))
+        found += [
+            ("reasoning", last[: len(last) - begun], False),
+            ("begun", last[len(last) - begun :], False),
+        ]
     return [each for each in found if each[1]]
 
 
@@ -143,6 +152,8 @@ def told_by_regex(family: Family, text: str, cue: str = "") -> tuple[str, str]:
     starts = ThoughtReader(family.thoughts, cue).state
     is_fresh, is_first = starts == "reasoning", True
     for kind, piece, _ in kinds_by_regex(family, text, cue):
+        if kind == "begun":
+            continue
         if kind == "header":
             is_fresh, is_first = True, False
         elif parts and parts[-1][0] == kind and not is_fresh:
@@ -152,7 +163,7 @@ def told_by_regex(family: Family, text: str, cue: str = "") -> tuple[str, str]:
             is_fresh = False
     shown = {"content": [], "reasoning": []}
     for number, (kind, piece, after_mark) in enumerate(parts):
-        piece = piece.translate(family.thoughts.shown)
+        piece = re.sub("[\ud800-\udfff]", "", piece)
         if after_mark:
             piece = piece.lstrip("\n")
         if kind == "reasoning":
@@ -259,7 +270,7 @@ def test_well_formed_answers_are_told_as_mlx_vlm_and_mlx_lm_tell_them(name):
 def test_a_budget_holds_to_the_token_whatever_is_drawn_and_taken_back(family):
     rng = random.Random(family.name)
     close, num_forced, num_spent = family.thoughts.close_ids, 0, 0
-    for _ in range(150):
+    for _ in range(60):
         size = rng.choice([0, 0, 1, 2, 3, 5, 9])
         cue = token_ids_of(family, prompt_opens(family)) if rng.random() < 0.6 else []
         thinking = Thinking(family.thoughts, tuple(cue), size)
@@ -296,8 +307,8 @@ def test_a_budget_holds_to_the_token_whatever_is_drawn_and_taken_back(family):
                 assert before.num_thought + before.num_held == size
                 assert tuple(drawn[first : first + len(close)]) == close
                 assert states[first + len(close) - 1] != "reasoning"
-    assert num_forced > 30
-    assert num_spent > 20
+    assert num_forced > 15
+    assert num_spent > 8
 
 
 def test_a_mark_that_a_row_has_begun_is_gone_on_with():
