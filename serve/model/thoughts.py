@@ -105,6 +105,10 @@ class ThoughtReader:
     def push(self, text: str) -> list[Piece]:
         """What is certain now. The mark that is complete first counts, so it does not matter how the text is cut."""
         pieces: list[Piece] = []
+        marks = self._thoughts.marks[self.state]
+        if not self.held and not any(mark.text[0] in text for mark in marks):  # most text, most often
+            self._tell(pieces, text)
+            return pieces
         text = self.held + text
         while (found := self._first(text)) is not None:
             start, mark = found
@@ -165,7 +169,9 @@ class Teller:
 
     def __init__(self, thoughts: Thoughts, state: State) -> None:
         """state: where the answer begins."""
-        self._hidden = {ord(half): None for half in thoughts.controls.values()}  # also where they mark nothing
+        self._hidden = {
+            ord(half): None for half in thoughts.controls.values()
+        }  # also where they mark nothing
         self._is_first = state != "reasoning"  # nothing but newlines has come
         self._is_fresh = not self._is_first  # a part begins, whose newlines are dropped
         self._newlines = ""  # that go on if words do

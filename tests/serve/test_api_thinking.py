@@ -239,14 +239,15 @@ def test_marks_may_be_a_requests_own_and_several_tokens(http):
 
 
 def test_a_model_without_marks_says_so(model_folder, thinker):
+    free: dict = {"logit_bias": {}}
     with running(model_folder) as http:
-        assert "reasoning_content" not in ask(http)["choices"][0]["message"]
-        assert "completion_tokens_details" not in ask(http)["usage"]
-        assert refused(http, thinking_budget=3)[0] == "thinking_budget"
-        assert refused(http, thinking_token_budget=3)[0] == "thinking_token_budget"
-        assert refused(http, thinking_start_token="a")[0] == "thinking_end_token"
-        assert refused(http, enable_thinking=True)[0] == "enable_thinking"
-        assert ask(http, enable_thinking=False)["choices"] == ask(http)["choices"]
+        assert "reasoning_content" not in ask(http, **free)["choices"][0]["message"]
+        assert "completion_tokens_details" not in ask(http, **free)["usage"]
+        assert refused(http, **free, thinking_budget=3)[0] == "thinking_budget"
+        assert refused(http, **free, thinking_token_budget=3)[0] == "thinking_token_budget"
+        assert refused(http, **free, thinking_start_token="a")[0] == "thinking_end_token"
+        assert refused(http, **free, enable_thinking=True)[0] == "enable_thinking"
+        assert ask(http, **free, enable_thinking=False)["choices"] == ask(http, **free)["choices"]
     for keys, told in (
         ({"thinking_budget": 3}, "thinking_budget: found 3"),
         ({"thinking_start_token": "a"}, "thinking_end_token: found none"),

@@ -282,7 +282,7 @@ def test_a_budget_holds_to_the_token_whatever_is_drawn_and_taken_back(family):
             forced.append(due is not None)
             drawn.append(token_id)
             budget.push([token_id])
-            if rng.random() < 0.1:
+            if rng.random() < 0.03:
                 count = rng.randint(1, len(drawn))
                 tail = drawn[-count:]
                 budget.pop(count)
