@@ -27,8 +27,12 @@ PAIRS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "mistral": ("[THINK]", "[/THINK]"),
     }
 )
-OTHER_PAIRS = (PAIRS["mistral"], ("<|START_THINKING|>", "<|END_THINKING|>"))
-"""Looked for in a vocabulary after mlx-lm's: vLLM's of Mistral, mlx-vlm's of Cohere."""
+OTHER_PAIRS = (
+    PAIRS["mistral"],
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<seed:think>", "</seed:think>"),
+)
+"""Looked for in a vocabulary after mlx-lm's: vLLM's of Mistral and Seed, mlx-vlm's of Cohere."""
 START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 HARMONY_ENDS = (END, "<|return|>", "<|call|>")
 HARMONY_ANSWER = f"{END}{START}assistant{CHANNEL}final{MESSAGE}"

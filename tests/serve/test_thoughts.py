@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -374,3 +376,62 @@ def test_words_are_no_marks_where_the_vocabulary_has_a_token():
     spelled = [family.encode(char)[0] for char in "<think>hm</think>"]
     assert token_ids_told(family, spelled).shown == ("<think>hm</think>", "")
     assert token_ids_told(family, family.encode("<think>hm</think>")).shown == ("", "hm")
+
+
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]"
+    "{% else %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for block in m['content'] %}"
+    "{% if block['type'] == 'text' %}{{ block['text'] }}{% elif block['type'] == 'thinking' %}"
+    "{{ '[THINK]' + block['thinking'] + '[/THINK]' }}{% else %}{{ raise_exception('only text and thinking') }}"
+    "{% endif %}{% endfor %}{% endif %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""In the style of Magistral's and Ministral's."""
+TRL = Path(str(metadata.distribution("trl").locate_file("trl/chat_templates")))
+HISTORY = [
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "First.", "reasoning_content": "Thought of one"},
+    {"role": "user", "content": "Two?"},
+]
+CONTROL = re.compile(r"<\|[\w\u2581]+\|>|<\uff5c[\w\u2581]+\uff5c>|<\|\w+>|<\w+\|>|\[/?[A-Z]+\]")
+TEMPLATES = {
+    # name: (where an answer begins, and where it does if told not to think; whether an earlier thought is shown)
+    "qwen3": ("content", "content", False),
+    "qwen3_5_think": ("reasoning", "content", False),
+    "qwen3_8": ("reasoning", "content", True),
+    "deepseek_r1_distill": ("reasoning", None, False),
+    "gemma4": ("content", "content", False),
+    "gptoss": ("header", None, False),
+    "nemotron_3_nano": ("reasoning", "content", False),
+    "mistral": ("content", None, True),
+}
+
+
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_real_templates_tell_where_an_answer_begins_and_what_becomes_of_earlier_thoughts(name):
+    source = MISTRAL if name == "mistral" else (TRL / f"{name}.jinja").read_text(encoding="utf-8")
+    special = sorted(
+        {
+            *re.findall(r"<\|[\w\u2581]+\|>|<\uff5c[\w\u2581]+\uff5c>|<\|\w+>|<\w+\|>|\[/?[A-Z]+\]", source),
+            *HARMONY[5:],
+        }
+    )
+    special = [each for each in special if each not in ENDS and ("gptoss" in name or each not in HARMONY)]
+    tokenizer = make_tokenizer(
+        sorted(special), ["<think>", "</think>"] if "<think>" in source else [], source
+    )
+    template = ChatTemplate(tokenizer)
+    thoughts, tokens = ThoughtRules(tokenizer).of(template), TokenBytes(tokenizer)
+    assert thoughts is not None
+    starts, quiet, keeps = TEMPLATES[name]
+    for variables, expected in (({}, starts), ({"enable_thinking": False}, quiet)):
+        if expected is None:
+            continue
+        ids = template.render(HISTORY, variables=variables)
+        thinking = Thinking(thoughts, thoughts.cue(ids, template.end_ids))
+        assert ThoughtTokens(thinking, tokens).state == expected, tokenizer.decode(ids)
+    assert ("Thought of one" in tokenizer.decode(template.render(HISTORY))) == keeps
+    renamed = [
+        {"reasoning" if key == "reasoning_content" else key: value for key, value in m.items()}
+        for m in HISTORY
+    ]
+    assert template.render(renamed) == template.render(HISTORY)
