@@ -112,7 +112,7 @@ class Engine:
         self._by_id: dict[str, SequenceState] = {}
         self._flights: deque[Flight] = deque()  # steps that have been started and not read
         self._eos = frozenset(model.tokenizer.eos_token_ids)
-        self._newline = tuple(model.tokenizer.encode("\n", add_special_tokens=False))  # XTC spares it
+        self._newline = self.token_bytes.ids_of("\n")  # XTC spares it
         self._deadlines: list[tuple[float, str]] = []  # a heap; those that have ended stay until they come up
         self._landed_s = 0.0  # when the last step was read
         self._num_adapter_changes = (-1, -1)

@@ -57,6 +57,10 @@ class TokenBytes:
         special = self._vocabulary.special.get(token_id)
         return special if special is not None else data.decode("utf-8", "backslashreplace")
 
+    def ids_of(self, text: str) -> tuple[int, ...]:
+        """A text's tokens, without what a tokenizer puts before and behind it."""
+        return tuple(self._vocabulary.encode(text))
+
     def special_id(self, text: str) -> int | None:
         """The special token that is written `text`, if there is one."""
         return next((number for number, name in self._vocabulary.special.items() if name == text), None)

@@ -32,6 +32,19 @@ SHARED = {
     "top_p": 0.9,
     "top_k": 5,
     "min_p": 0.01,
+    "repetition_penalty": 1.2,
+    "repetition_context_size": 20,
+    "presence_penalty": 0.5,
+    "presence_context_size": 20,
+    "frequency_penalty": 0.5,
+    "frequency_context_size": 20,
+    "logit_bias": {"70": 2.5},
+    "min_tokens": 1,
+    "stop_token_ids": [90],
+    "top_n_sigma": 2.0,
+    "xtc_probability": 0.5,
+    "xtc_threshold": 0.1,
+    "prompt_logprobs": 1,
     "seed": 1,
     "stop": ["never said"],
     "max_tokens": 2,
@@ -73,7 +86,7 @@ CHAT = {
 }
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": CHAT,
-    "/v1/completions": {**SHARED, "prompt": "hello", "logprobs": 2},
+    "/v1/completions": {**SHARED, "prompt": "hello", "logprobs": 2, "echo": True, "best_of": 1},
     "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "nowhere", "load_inplace": True},
     "/v1/unload_lora_adapter": {"lora_name": "x"},
     "/v1/feedback": {"id": "chatcmpl-1", "name": "correct", "value": 1.0},
@@ -82,7 +95,11 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/adapters/{name}/unpin": {},
 }
 """One body of each endpoint that takes one, with every field in it."""
-STREAMED = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+STREAMED = {
+    "stream": True,
+    "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    "prompt_logprobs": None,
+}
 HALF = "a\ud83d"
 
 

@@ -356,3 +356,12 @@ def test_the_edges_of_penalties_leave_something_to_draw(changes):
                 )
             )
         ).all()
+
+
+def test_xtc_spares_newlines_and_whatever_ends_the_answer(model, make_request, make_engine):
+    engine = make_engine(model)
+    asked = replace(make_request("r", xtc_probability=0.5, stop_token_ids=(77,)), stop_ids=(88,))
+    newline = model.tokenizer.encode("\n", add_special_tokens=False)
+    spared = {*newline, *model.tokenizer.eos_token_ids, 77, 88}
+    assert set(engine.check(asked).sampling.xtc_special_tokens) == spared
+    assert engine.check(make_request("r")).sampling.xtc_special_tokens == ()
