@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import httpx
 import openai
 import pytest
 from transformers import AutoTokenizer
 
+from serve.adapters.config import AdapterConfig, Lineage
+from serve.adapters.manifest import read_tensors, write_adapter
 from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.errors import ConfigError
+from serve.model.loading import load
+from serve.model.template_rules import TemplateRules, make_template
 from serve.runtime import Runtime
 
 TEMPLATE = (
@@ -274,3 +279,29 @@ def test_the_server_has_defaults_for_requests_that_say_nothing(thinker):
         message = ask(http)["choices"][0]["message"]
         assert message["content"]
         assert "reasoning_content" not in message
+
+
+def test_an_adapter_thinks_as_its_own_template_has_it(thinker, make_adapter_of, tmp_path):
+    """One whose template begins no thought, one whose template is told not to; both beside the base, and with it."""
+    model = load(str(thinker))
+    own = TEMPLATE.replace("<think>\n{% else %}<think>\n\n</think>\n\n", "{% else %}")
+    ways = {"plain": (own, {}), "told": (TEMPLATE, {"enable_thinking": False})}
+    adapters = []
+    for name, (template, variables) in ways.items():
+        rules = TemplateRules(source=template, variables=variables)
+        hash = make_template(model.tokenizer, rules).hash
+        lineage = Lineage("thinker", model.fingerprint, hash, "", "", "", "0", chat_template=template)
+        lineage = replace(lineage, chat_template_kwargs=variables)
+        tensors = read_tensors(make_adapter_of(thinker, 1))
+        write_adapter(tmp_path / name, tensors, AdapterConfig("lora", -1, 4, 2.0, lineage=lineage))
+        adapters.append({"name": name, "path": tmp_path / name})
+    with running(thinker, adapters=adapters) as http:
+        for name in ways:
+            message = ask(http, model=name, thinking_budget=BUDGET)["choices"][0]["message"]
+            assert message["content"]
+            assert message["reasoning_content"] is None
+        thinks = ask(http, model="told", enable_thinking=True, thinking_budget=BUDGET)
+        assert thinks["usage"]["completion_tokens_details"] == {"reasoning_tokens": BUDGET}
+        assert ask(http, thinking_budget=BUDGET)["choices"][0]["message"]["reasoning_content"]
+        begins = ask(http, model="plain", logit_bias={"259": 100}, max_tokens=2, thinking_budget=BUDGET)
+        assert begins["usage"]["completion_tokens_details"] == {"reasoning_tokens": 1}
