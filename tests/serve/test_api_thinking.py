@@ -198,7 +198,10 @@ def test_earlier_thoughts_go_where_the_template_puts_them(http):
 def test_a_continued_answer_begins_where_it_was_left(http):
     last = {"role": "assistant", "content": "<think>\nLet me see"}
     asked = {"messages": [*MESSAGES, last], "continue_final_message": True, "thinking_budget": 4}
-    message = ask(http, **asked)["choices"][0]["message"]
+    found = ask(http, **asked)
+    assert found["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}
+    message = found["choices"][0]["message"]
+    assert message["reasoning_content"]
     assert message["content"]
     over = {"role": "assistant", "content": "", "reasoning_content": "Let me see"}
     asked["messages"] = [*MESSAGES, {**over, "content": "It is"}]
