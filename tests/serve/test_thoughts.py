@@ -285,7 +285,7 @@ def test_a_budget_holds_to_the_token_whatever_is_drawn_and_taken_back(family):
             drawn.append(token_id)
             budget.push([token_id])
             if rng.random() < 0.03:
-                count = rng.randint(1, len(drawn))
+                count = rng.randint(1, min(len(drawn), 60))
                 tail = drawn[-count:]
                 budget.pop(count)
                 again = ThinkingBudget(thinking, family.tokens)
