@@ -343,7 +343,8 @@ def make_request() -> Callable[..., Request]:
 
 
 def _edited(logits: mx.array, request: Request, answer: Sequence[int]) -> mx.array:
-    """Logits [N, V] of the token after `answer` as the request's penalties have them, by mlx-lm's own processors."""
+    """Logits [N, V] of the token after `answer` as the request's penalties have them, by mlx-lm's own processors, and
+    as its budget has them: of an answer that begins inside a thought, which does not end by itself."""
     asked, everything = request.sampling, 1 << 30
     reaches: dict[bool, dict[str, Any]] = {True: {"logit_bias": dict(asked.logit_bias)}, False: {}}
     reaches[True]["repetition_penalty"] = asked.repetition_penalty
@@ -358,6 +359,11 @@ def _edited(logits: mx.array, request: Request, answer: Sequence[int]) -> mx.arr
             logits = processor(mx.array(history), logits) if history else logits
     if len(answer) < asked.min_tokens:
         logits[:, list(asked.stop_token_ids)] = -mx.inf
+    thinking = request.thinking
+    if thinking is not None and thinking.budget is not None and thinking.thoughts.begins_inside:
+        due = thinking.thoughts.close_ids[max(len(answer) - thinking.budget, 0) :]
+        if due and len(answer) >= thinking.budget:
+            logits = mx.where(mx.arange(logits.shape[1])[None] == due[0], 0.0, -mx.inf)
     return logits
 
 

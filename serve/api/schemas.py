@@ -15,6 +15,7 @@ from serve.api.strict import Body, Neutral
 from serve.cache.precision import PLAIN, KvPrecision, KvScheme
 from serve.config import ServeConfig
 from serve.errors import RequestError
+from serve.model.thoughts import MAX_MARK_CHARS
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
@@ -24,6 +25,7 @@ MAX_TIMEOUT_S = 7 * 24 * 3600.0
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+ThoughtMark = Annotated[str, Field(min_length=1, max_length=MAX_MARK_CHARS)]
 Label = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 """Text that databases and file systems take as a name."""
 # One wrong entry is told, not a million of them.
@@ -320,6 +322,17 @@ class ChatBody(GenerationBody):
     """Variables that the template reads; any other is refused by name."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """A variable of the template; a hint where the template does not read it."""
+    enable_thinking: bool | None = None
+    """mlx-vlm's: as in chat_template_kwargs."""
+    thinking_budget: int | None = Field(None, ge=0)
+    """mlx-vlm's: tokens of thoughts at most; then their end is forced."""
+    thinking_token_budget: int | None = Field(None, ge=0)
+    """vLLM's name for thinking_budget."""
+    thinking_start_token: ThoughtMark | None = None
+    """mlx-vlm's: what begins a thought, in place of the model's mark; it may be several tokens."""
+    thinking_end_token: ThoughtMark | None = None
+    include_reasoning: bool | None = None
+    """vLLM's: false leaves thoughts out of the response; they count all the same."""
     add_generation_prompt: bool | None = None
     """Open the assistant's next turn; true, unless the last message is continued."""
     continue_final_message: bool | None = None
@@ -340,6 +353,17 @@ class ChatBody(GenerationBody):
             raise RequestError(
                 "reasoning_effort: found here and in chat_template_kwargs; they mean the same, send one",
                 "reasoning_effort",
+            )
+        if self.enable_thinking is not None and "enable_thinking" in (self.chat_template_kwargs or {}):
+            raise RequestError(
+                "enable_thinking: found here and in chat_template_kwargs; they mean the same, send one",
+                "enable_thinking",
+            )
+        if len({self.thinking_budget, self.thinking_token_budget} - {None}) > 1:
+            raise RequestError(
+                f"thinking_token_budget: found {self.thinking_token_budget}, but thinking_budget is "
+                f"{self.thinking_budget}; they mean the same, send one",
+                "thinking_token_budget",
             )
         if self.continue_final_message and self.add_generation_prompt:
             raise RequestError(
@@ -364,6 +388,11 @@ class ChatBody(GenerationBody):
     def has_tool_history(self) -> bool:
         """True if a turn calls a tool or brings a result."""
         return any(message.tool_calls or message.role == "tool" for message in self.messages)
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens of thoughts at most, if the request says so."""
+        return self.thinking_token_budget if self.thinking_budget is None else self.thinking_budget
 
     @property
     def answer_limit(self) -> int | None:

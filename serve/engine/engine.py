@@ -237,7 +237,7 @@ class Engine:
         """Queue a request that `check` has returned."""
         assert request.id not in self._by_id, f"request {request.id} is already here"
         rule = self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
-        sequence = SequenceState(request, edit=make_edit(request, rule.ends))
+        sequence = SequenceState(request, edit=make_edit(request, rule.ends, self.token_bytes))
         self._by_id[request.id] = sequence
         self.scheduler.add(sequence)
         if request.deadline_s is not None:
@@ -500,6 +500,8 @@ class Engine:
             step.stop_reason,
             num_cached_tokens=(sequence.num_restored_tokens or 0) if is_told else 0,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first else (),
+            reasoning=step.reasoning,
+            num_reasoning_tokens=step.num_thought,
         )
 
     def _ended(self, sequence: SequenceState, error: LatheError) -> Event:

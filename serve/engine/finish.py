@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from serve.engine.request import FinishReason, Request
 from serve.engine.text import TextStream
+from serve.engine.thinking import ThoughtStream
 from serve.model.token_bytes import TokenBytes
 
 
@@ -18,6 +19,10 @@ class Step(NamedTuple):
     """How many of them belong to it; what follows the end does not."""
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
+    reasoning: str = ""
+    """What they made final of its thoughts."""
+    num_thought: int = 0
+    """Tokens of thoughts since the answer began."""
 
 
 class FinishRule:
@@ -26,7 +31,7 @@ class FinishRule:
     The end tokens of model, adapter and request end it unless `ignore_eos`; a stop string ends it where it appears in
     the text, or at the special token of that name, which no text shows; `max_tokens` ends what nothing else has. The
     tokens of `stop_token_ids` end it in any case. Before `min_tokens` nothing does: no end can be drawn there, and
-    stop strings are looked for in what follows.
+    stop strings are looked for in what follows. In thoughts no stop string is looked for.
     """
 
     def __init__(self, request: Request, tokens: TokenBytes, eos: Collection[int]) -> None:
@@ -42,7 +47,9 @@ class FinishRule:
             if token_id is not None:
                 self._ends[token_id] = stop
         follows = request.prompt.token_ids if request.continues_prompt else None
-        self._text = TextStream(tokens, sampling.stop, follows)
+        self._text: TextStream | ThoughtStream = TextStream(tokens, sampling.stop, follows)
+        if request.thinking is not None:
+            self._text = ThoughtStream(request.thinking, tokens, sampling.stop, follows)
         self._num_free = sampling.min_tokens  # tokens to come in whose text no stop string counts
 
     @property
@@ -52,6 +59,12 @@ class FinishRule:
 
     def push(self, token_ids: Sequence[int]) -> Step:
         """The text that these tokens make final, and whether the answer ends among them."""
+        step = self._push(token_ids)
+        if isinstance(self._text, ThoughtStream):
+            return step._replace(reasoning=self._text.take_reasoning(), num_thought=self._text.num_thought)
+        return step
+
+    def _push(self, token_ids: Sequence[int]) -> Step:
         text, stream = "", self._text
         for count, token_id in enumerate(token_ids, start=1):
             self._remaining -= 1

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from serve.adapters.versions.version import AdapterVersion
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
+from serve.engine.thinking import Thinking
 from serve.errors import LatheError, RequestError
 from serve.model.prompt import Prompt
 
@@ -132,6 +133,8 @@ class Request:
     """The lower, the earlier it has a row, as in vLLM."""
     deadline_s: float | None = None
     """By time.monotonic: once that has passed, it ends with a DeadlineError and costs nothing more."""
+    thinking: Thinking | None = None
+    """Its thoughts are told apart from the answer's text; None: what comes is the answer."""
 
     @property
     def all_stop_ids(self) -> tuple[int, ...]:
@@ -167,6 +170,10 @@ class Event(NamedTuple):
     """Set with finish == "error"."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """With the first token, where they were asked for: the prompt's, but for its first token."""
+    reasoning: str = ""
+    """What became final of its thoughts."""
+    num_reasoning_tokens: int = 0
+    """Tokens of thoughts among the answer's, as far as is known: all since its beginning."""
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,12 @@ CHAT = {
     "top_logprobs": 2,
     "chat_template_kwargs": {"mood": "calm"},
     "reasoning_effort": "low",
+    "enable_thinking": True,
+    "thinking_budget": 1,
+    "thinking_token_budget": 1,
+    "thinking_start_token": "((",
+    "thinking_end_token": "))",
+    "include_reasoning": True,
 }
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": CHAT,

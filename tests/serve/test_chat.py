@@ -212,6 +212,26 @@ FAILURES: dict[Reply, type[LatheError]] = {
 }
 
 
+def thought(text: str, name: str = "reasoning_content") -> dict:
+    return {"choices": [{"delta": {name: text}, "finish_reason": None}]}
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_thoughts_are_dim_in_a_terminal_and_not_in_a_pipe_and_are_sent_back_as_such(name):
+    reply = sse(thought("Is ", name), thought("it?\x07", name), piece("Yes."), piece("", "stop"), "[DONE]")
+    shown = {}
+    for is_terminal in (True, False):
+        with scripted(reply) as (url, asked):
+            console = Console(file=io.StringIO(), force_terminal=is_terminal)
+            from_pipe(converse(url), [b"one\n", b"two\n"], console)
+            shown[is_terminal] = console.file.getvalue()
+        answer = {"role": "assistant", "content": "Yes.", "reasoning_content": "Is it?\x07"}
+        assert asked[1]["messages"][2] == answer
+    assert shown[False] == "> one\nYes.\n> two\nYes.\n"
+    told = "\x1b[2mIs \x1b[22m\x1b[2mit?\N{REPLACEMENT CHARACTER}\x1b[22m\n\nYes.\n"
+    assert shown[True] == f"> one\n{told}> two\n{told}"
+
+
 def test_what_was_said_survives_any_failure_and_is_sent_again():
     """Against a plain list kept beside: random answers and failures, random turns, retries and resets."""
     rng = random.Random(0)

@@ -26,9 +26,11 @@ from serve.adapters.versions.version import AdapterVersion
 from serve.cache.precision import PLAIN, KvPrecision, precision
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
+from serve.engine.thinking import Thinking
 from serve.media.content import Content
 from serve.model.loading import load
 from serve.model.prompt import Prompt
+from serve.model.thoughts import Mark, Thoughts
 
 pytestmark = pytest.mark.long
 
@@ -49,6 +51,16 @@ EDITED = (
     },
 )
 """What changes logits before they are drawn from, or looks at them otherwise."""
+THINK, END = 90, (101, 102, 101)
+"""Tokens that mark thoughts; no row ends its own, or begins another."""
+_WRITTEN = {number: chr(0xD800 + number) for number in (THINK, *END)}
+_MARKS = (
+    Mark("".join(_WRITTEN[number] for number in END), "content"),
+    Mark(_WRITTEN[THINK], "reasoning"),
+)
+THOUGHTS = Thoughts(
+    "law", {"reasoning": _MARKS, "content": (), "header": ()}, _WRITTEN, END, begins_inside=True
+)
 ADAPTERS = ("base", "lora", "dora", "experts")
 
 Change = Callable[["Setting"], "Setting"]
@@ -160,6 +172,8 @@ class Setting:
     """Who asks; what was before was of nobody in particular."""
     precisions: tuple[KvPrecision, ...] = (PLAIN,)
     """Of the asked request one of them."""
+    budgets: tuple[int, ...] = ()
+    """Of tokens that requests think, in answers that begin with a thought; none: they answer at once."""
     limits: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -213,6 +227,7 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
         "late": put(place=late),
         "preempted": put(place=preempted, limits={"max_rows": 2}),
     },
+    "thought": {"answers": put(), "thinks": put(budgets=(0, 1, 4, 11, NUM_TOKENS - 2))},
     "steps": {"in_turn": put(limits={"ahead": False}), "ahead": put(limits={"ahead": True})},
 }
 SEEING: dict[str, dict[str, Change]] = {
@@ -400,7 +415,10 @@ class Scene:
         settings = {"temperature": 0.0, "ignore_eos": True, **rng.choice(samplings)}
         sampling = Sampling(max_tokens=max_tokens, seed=rng.getrandbits(40), **settings)
         precision = rng.choice(precisions or self.company_precisions)
-        return Request(id, self.build(prompt), sampling, adapter=self.versions[name], precision=precision)
+        request = Request(id, self.build(prompt), sampling, adapter=self.versions[name], precision=precision)
+        if self.setting.budgets and (name == "asked" or rng.random() < 0.5):
+            return replace(request, thinking=Thinking(THOUGHTS, (), rng.choice(self.setting.budgets)))
+        return request
 
     @property
     def company_precisions(self) -> Sequence[KvPrecision]:
