@@ -97,12 +97,19 @@ class PenaltyEdit:
         return None if changes is None else LogitsChange(tokens=changes)
 
 
-def make_edit(request: Request, ends: Collection[int]) -> LogitsEdit | None:
+def parts_of(edit: LogitsEdit | None) -> tuple[LogitsEdit, ...]:
+    """The several edits that one is."""
+    return edit.parts if isinstance(edit, Edits) else () if edit is None else (edit,)
+
+
+def make_edit(request: Request, ends: Collection[int], *others: LogitsEdit) -> LogitsEdit | None:
     """What a request asks for; None where it leaves the logits alone.
 
-    ends  tokens that would end its answer
+    ends    tokens that would end its answer
+    others  what comes after its penalties
     """
     parts: list[LogitsEdit] = []
     if Penalties.are_wanted(request.sampling):
         parts.append(PenaltyEdit(Penalties(request.sampling, request.prompt.token_ids, ends)))
+    parts += others
     return None if not parts else parts[0] if len(parts) == 1 else Edits(tuple(parts))

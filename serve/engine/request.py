@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from serve.adapters.version import AdapterVersion
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
+from serve.constraints.grammar import Grammar
 from serve.errors import LatheError, RequestError
 from serve.model.prompt import Prompt
 
@@ -132,6 +133,8 @@ class Request:
     """The lower, the earlier it has a row, as in vLLM."""
     deadline_s: float | None = None
     """By time.monotonic: once that has passed, it ends with a DeadlineError and costs nothing more."""
+    grammar: Grammar | None = None
+    """What its answer must be, or be a beginning of where it ends by its length."""
 
     @property
     def all_stop_ids(self) -> tuple[int, ...]:
