@@ -1,5 +1,5 @@
-"""What bodies say that an answer must be → ConstraintSpec: OpenAI's `response_format`, vLLM's `structured_outputs`, and
-its older words `guided_…`."""
+"""What bodies say that an answer must be → ConstraintSpec: OpenAI's `response_format`, vLLM's `structured_outputs`,
+and its older words `guided_…`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class StructuredOutputs(Body):
         if len(kinds) != 1:
             found = " and ".join(kinds) or "none"
             raise RequestError(
-                f"structured_outputs: found {found}; expected exactly one of json, json_object, regex, choice, grammar",
+                f"structured_outputs: found {found}; expected one of json, json_object, regex, choice, grammar",
                 "structured_outputs",
             )
         return self

@@ -16,10 +16,14 @@ class GrammarEdit:
     """Follows one answer. Its tokens are the grammar's until one of the model's ends comes, which it lets through
     where the grammar is satisfied, or until nothing may follow. What is told after that is nobody's text."""
 
-    def __init__(self, grammar: Grammar, ends: Collection[int]) -> None:
-        """`ends`: tokens that end the answer, whatever the grammar says of them."""
+    def __init__(self, grammar: Grammar, ends: Collection[int], *, begins_text: bool = False) -> None:
+        """ends: tokens that end the answer, whatever the grammar says of them.
+
+        begins_text  the answer is a text of its own, which may leave the space out that its first token has
+        """
         self._matcher = grammar.matcher()
         self._vocabulary = grammar.vocabulary
+        self._firsts = grammar.vocabulary.firsts if begins_text else None
         self._ends = frozenset(ends)
         self._num_beyond = 0
         self._num_tokens = 0
@@ -71,8 +75,8 @@ class GrammarEdit:
         """`mask` [ceil(V / 32)] uint32 as llguidance fills it: the end is one token there, and may be others here."""
         vocabulary = self._vocabulary
         may_end = self._matcher.is_accepting()
-        if vocabulary.firsts is not None and self._num_tokens == 0:
-            mask &= vocabulary.firsts
+        if self._firsts is not None and self._num_tokens == 0:
+            mask &= self._firsts
         for token_id in {vocabulary.end_id, *self._ends}:
             if token_id < vocabulary.size and (may_end or token_id == vocabulary.end_id):
                 bit = np.uint32(1 << token_id % 32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits
@@ -15,6 +15,9 @@ from serve.constraints.spec import ConstraintSpec
 from serve.constraints.vocabulary import GrammarVocabulary
 from serve.errors import RequestError
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 MAX_CHARS = 131_072
 """Of a schema, a pattern or a grammar; OpenAI takes 120,000."""
 MAX_WHITESPACE = 24
@@ -22,8 +25,9 @@ MAX_WHITESPACE = 24
 MAX_PROBES = 256
 """Parts of a schema that are tried while the one at fault is looked for."""
 MAX_MESSAGE_CHARS = 400
+NOTHING = "no text is allowed by it"
 OWN_OPTIONS = "x-guidance"
-JSON_OPTIONS = {
+JSON_OPTIONS: JsonCompileOptions = {
     # One space, or one line break and what the next line is indented by: a model that likes nothing better than white
     # space gets to the next word all the same.
     "whitespace_flexible": True,
@@ -108,7 +112,7 @@ def _matcher(source: str, vocabulary: GrammarVocabulary) -> tuple[LLMatcher, str
     if not problem:
         matcher.compute_bitmask()
         problem = matcher.get_error() if matcher.is_error() else ""
-    return matcher, problem
+    return matcher, NOTHING if problem == "NoExtensionBias" else problem
 
 
 def _may_begin(matcher: LLMatcher, vocabulary: GrammarVocabulary) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 from llguidance import LLTokenizer
@@ -30,9 +31,10 @@ class GrammarVocabulary:
         ends = [number for number in tokenizer.eos_token_ids if number in set(silent)]
         self.end_id = (ends or silent or [size])[0]
         """By which llguidance says that an answer may end."""
-        self.tokenizer = _by_rust(tokenizer, texts, self.end_id) or LLTokenizer(
-            _Listed(tokenizer, [*texts, b""][: max(size, self.end_id + 1)], silent or [size], self.end_id)
+        listed = _Listed(
+            tokenizer, [*texts, b""][: max(size, self.end_id + 1)], silent or [size], self.end_id
         )
+        self.tokenizer = _by_rust(tokenizer, texts, self.end_id) or LLTokenizer(cast(Any, listed))
         self.firsts = _firsts(tokens, texts)
         """[ceil(V / 32)] uint32: tokens that say at a text's beginning what they say elsewhere; None: all do."""
 

@@ -240,7 +240,7 @@ class Engine:
         rule = self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
         others = []
         if request.grammar is not None:
-            rule.whole = GrammarEdit(request.grammar, rule.ends)
+            rule.whole = GrammarEdit(request.grammar, rule.ends, begins_text=not request.continues_prompt)
             others.append(rule.whole)
         sequence = SequenceState(request, edit=make_edit(request, rule.ends, *others))
         self._by_id[request.id] = sequence
