@@ -112,7 +112,7 @@ def _matcher(source: str, vocabulary: GrammarVocabulary) -> tuple[LLMatcher, str
     if not problem:
         matcher.compute_bitmask()
         problem = matcher.get_error() if matcher.is_error() else ""
-    return matcher, NOTHING if problem == "NoExtensionBias" else problem
+    return matcher, NOTHING if "NoExtensionBias" in problem else problem
 
 
 def _may_begin(matcher: LLMatcher, vocabulary: GrammarVocabulary) -> bool:
