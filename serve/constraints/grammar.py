@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits
@@ -15,9 +15,6 @@ from serve.constraints.spec import ConstraintSpec
 from serve.constraints.vocabulary import GrammarVocabulary
 from serve.errors import RequestError
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
 MAX_CHARS = 131_072
 """Of a schema, a pattern or a grammar; OpenAI takes 120,000."""
 MAX_WHITESPACE = 24
@@ -26,8 +23,11 @@ MAX_PROBES = 256
 """Parts of a schema that are tried while the one at fault is looked for."""
 MAX_MESSAGE_CHARS = 400
 NOTHING = "no text is allowed by it"
+NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
+"""What may come may be spelled by any tokens, not by the tokenizer's own alone, which it would be asked for in each
+step."""
 OWN_OPTIONS = "x-guidance"
-JSON_OPTIONS: JsonCompileOptions = {
+JSON_OPTIONS = {
     # One space, or one line break and what the next line is indented by: a model that likes nothing better than white
     # space gets to the next word all the same.
     "whitespace_flexible": True,
@@ -78,16 +78,17 @@ def _refuse(spec: ConstraintSpec, message: str, where: str = "") -> NoReturn:
 
 
 def _source(spec: ConstraintSpec) -> str:
-    """In llguidance's own form."""
+    """In Lark's form, as llguidance has it."""
     if spec.kind == "regex":
-        return LLMatcher.grammar_from_regex(spec.text)
+        made = json.loads(LLMatcher.grammar_from_regex(spec.text))
+        return made["grammars"][0]["lark_grammar"] + NO_FORCING
     if spec.kind == "choice":
         # As escapes: what a string of a Lark grammar may hold is not all that one of JSON may.
         words = " | ".join(json.dumps(word).replace("\x7f", "\\u007f") for word in json.loads(spec.text))
-        return LLMatcher.grammar_from_lark(f"start: {words}")
+        return f"start: {words}{NO_FORCING}"
     if spec.kind == "grammar":
         try:
-            return LLMatcher.grammar_from_lark(any_to_lark(spec.text))
+            return any_to_lark(spec.text) + NO_FORCING
         except Exception as error:  # of its parser for GBNF, of any kind
             _refuse(spec, f"{error}"[:MAX_MESSAGE_CHARS])
     schema = json.loads(spec.text)
@@ -97,10 +98,13 @@ def _source(spec: ConstraintSpec) -> str:
         _refuse(spec, f"found {spec.text[:80]}; expected a JSON Schema that allows something")
     if _has_own_options(schema):
         _refuse(
-            spec,
-            f"{OWN_OPTIONS} is not accepted: white space and unknown keywords are the server's to judge",
+            spec, f"{OWN_OPTIONS} is not accepted: white space and unknown keywords are the server's to judge"
         )
-    return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+    return _source_of(schema)
+
+
+def _source_of(schema: dict[str, Any]) -> str:
+    return f"start: %json {json.dumps({**schema, OWN_OPTIONS: JSON_OPTIONS})}{NO_FORCING}"
 
 
 def _matcher(source: str, vocabulary: GrammarVocabulary) -> tuple[LLMatcher, str]:
@@ -124,12 +128,18 @@ def _may_begin(matcher: LLMatcher, vocabulary: GrammarVocabulary) -> bool:
 
 
 def _readable(problem: str, spec: ConstraintSpec) -> str:
-    """llguidance's words, less the listing of a grammar that it has made itself."""
-    text = re.split(r"\n\s*\d+ \| ", problem)[0] if spec.kind != "grammar" else problem
-    if spec.kind == "regex":
-        text = text.partition("(in regex): ")[2] or text
+    """llguidance's words, less what they say of a grammar that was made here."""
+    text = problem if spec.kind == "grammar" else _core(problem)
     text = text.replace("<non-verbose/>", "").strip()
     return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:MAX_MESSAGE_CHARS]}…"
+
+
+def _core(problem: str) -> str:
+    """A problem by itself: neither where in a grammar that was made here, nor a listing of that."""
+    text = re.split(r"\n\s*\d+ \| ", problem)[0]
+    for before in ("(in regex): ", "failed to compile JSON schema: "):
+        text = text.partition(before)[2] or text
+    return text
 
 
 def _has_own_options(schema: Any) -> bool:
@@ -175,8 +185,7 @@ def _without(shared: dict[str, Any], way: list[str], step: str) -> dict[str, Any
 def _fails_alike(schema: Any, problem: str, vocabulary: GrammarVocabulary) -> bool:
     if not isinstance(schema, dict):
         return not isinstance(schema, bool) and "schema must be an object" in problem
-    source = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
-    return _matcher(source, vocabulary)[1] == problem
+    return _core(_matcher(_source_of(schema), vocabulary)[1]) == _core(problem)
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
