@@ -34,6 +34,8 @@ from vlm_families import Reference, write_random_lora, write_vlm
 
 from serve.adapters.manifest import AdapterConfig, write_adapter
 from serve.cache.precision import PLAIN, KvPrecision
+from serve.constraints.edit import GrammarEdit
+from serve.engine.edited import edited
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.engine.sampler import Sampler
@@ -342,7 +344,8 @@ def make_request() -> Callable[..., Request]:
 
 
 def _edited(logits: mx.array, request: Request, answer: Sequence[int]) -> mx.array:
-    """Logits [N, V] of the token after `answer` as the request's penalties have them, by mlx-lm's own processors."""
+    """Logits [N, V] of the token after `answer` as the request's penalties have them, by mlx-lm's own processors, and
+    its grammar, read from the answer's beginning."""
     asked, everything = request.sampling, 1 << 30
     reaches: dict[bool, dict[str, Any]] = {True: {"logit_bias": dict(asked.logit_bias)}, False: {}}
     reaches[True]["repetition_penalty"] = asked.repetition_penalty
@@ -357,6 +360,12 @@ def _edited(logits: mx.array, request: Request, answer: Sequence[int]) -> mx.arr
             logits = processor(mx.array(history), logits) if history else logits
     if len(answer) < asked.min_tokens:
         logits[:, list(asked.stop_token_ids)] = -mx.inf
+    if request.grammar is not None:
+        edit = GrammarEdit(request.grammar, asked.stop_token_ids, begins_text=not request.continues_prompt)
+        edit.advance(answer)
+        change = edit.change()
+        assert change is not None, "the answer goes on behind its end"
+        logits = edited(logits, dict.fromkeys(range(len(logits)), change))
     return logits
 
 

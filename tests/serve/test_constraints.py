@@ -11,7 +11,7 @@ from dataclasses import replace
 import jsonschema
 import numpy as np
 import pytest
-from constrained import BAD_OTHERS, BAD_SCHEMAS, PERSON, SUMS, is_sum
+from constrained import BAD_OTHERS, BAD_SCHEMAS, PERSON, SUMS, is_sum, some_schema
 from pydantic_core import from_json
 
 from serve.constraints.compiler import GrammarCompiler
@@ -330,3 +330,21 @@ def test_an_engine_sees_constrained_rows_among_edited_ones(model, make_engine, a
     engine: Engine = make_engine(model)
     answers = generate(engine, [asking("a", "regex", "a{20}", repetition_penalty=5.0, presence_penalty=2.0)])
     assert answers[0].text == "a" * 20
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("part", range(10))
+def test_answers_are_json_of_generated_schemas(model, make_engine, compiler, asking, part):
+    rng = random.Random(part)
+    requests, schemas = [], []
+    while len(requests) < 24:
+        schema = some_schema(rng)
+        name = f"{part}-{len(requests)}"
+        try:
+            requests.append(asking(name, "json", schema, seed=rng.getrandbits(32), max_tokens=300))
+        except RequestError:  # what it cannot keep to is refused
+            continue
+        schemas.append(schema)
+    answers = generate(make_engine(model, max_rows=8), requests)
+    assert all(is_json_of(*pair) for pair in zip(schemas, answers, strict=True))
+    assert sum(answer.finish == "stop" for answer in answers) > 16

@@ -75,7 +75,9 @@ def test_random_answers_read_as_their_pattern(tokenizer, begins):
                 text += stream.finish()
                 assert re.fullmatch(pattern, text), (pattern, text)
     if begins and isinstance(tokenizer.decoder, decoders.WordPiece):
-        assert num_ended == 0, "no token says at a text's beginning what it says elsewhere: such rows end by an error"
+        assert num_ended == 0, (
+            "no token says at a text's beginning what it says elsewhere: such rows end by an error"
+        )
     else:
         assert num_ended > num_stuck
 
