@@ -73,17 +73,14 @@ class GrammarEdit:
 
     def _take(self, mask: np.ndarray) -> None:
         """`mask` [ceil(V / 32)] uint32 as llguidance fills it: the end is one token there, and may be others here."""
-        vocabulary = self._vocabulary
-        may_end = self._matcher.is_accepting()
+        end_id = self._vocabulary.end_id
         if self._firsts is not None and self._num_tokens == 0:
             mask &= self._firsts
-        for token_id in {vocabulary.end_id, *self._ends}:
-            if token_id < vocabulary.size and (may_end or token_id == vocabulary.end_id):
-                bit = np.uint32(1 << token_id % 32)
-                if may_end and token_id in self._ends:
-                    mask[token_id // 32] |= bit
-                else:
-                    mask[token_id // 32] &= ~bit
+        if end_id < self._vocabulary.size:
+            mask[end_id // 32] &= ~np.uint32(1 << end_id % 32)
+        if self._matcher.is_accepting():
+            for token_id in self._ends:
+                mask[token_id // 32] |= np.uint32(1 << token_id % 32)
         self._mask = mask
 
 
