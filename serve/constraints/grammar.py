@@ -85,7 +85,9 @@ def _source(spec: ConstraintSpec) -> str:
     if spec.kind == "choice":
         # As escapes: what a string of a Lark grammar may hold is not all that one of JSON may.
         words = " | ".join(json.dumps(word).replace("\x7f", "\\u007f") for word in json.loads(spec.text))
-        return f"start: {words}{NO_FORCING}"
+        return (
+            f"start: WORD\nWORD: {words}{NO_FORCING}"  # one terminal: a rule has 2,000 alternatives at most
+        )
     if spec.kind == "grammar":
         try:
             return any_to_lark(spec.text) + NO_FORCING

@@ -112,6 +112,8 @@ def test_answers_are_one_of_their_choices(model, make_engine, asking):
     assert {answer.finish for answer in answers} == {"stop"}
     assert {answer.text for answer in answers} <= set(choices)
     assert len({answer.text for answer in answers}) > 2
+    many = [f"choice {number}" for number in range(4096)]
+    assert generate(make_engine(model), [asking("many", "choice", many)])[0].text in many
     for choice in choices:
         only = generate(make_engine(model), [asking("only", "choice", [choice], seed=1)])[0]
         assert (only.text, only.finish) == (choice, "stop")
@@ -223,11 +225,12 @@ def test_an_answer_ends_where_its_grammar_does_even_if_ends_are_ignored(model, m
             asking("late", "regex", "[a-z]{5}", min_tokens=50, **same),
             asking("open", "regex", "[a-z]{5,}", max_tokens=30, **same),
             asking("stopped", "regex", "[a-z]{5}!", stop=("!",), **same),
+            asking("exact", "regex", "[a-z]{5}", max_tokens=5, **same),
         ],
     )
-    assert [answer.finish for answer in answers] == ["stop", "stop", "length", "stop"]
-    assert [len(answer.text) for answer in answers] == [5, 5, 30, 5]
-    assert [answer.stop_reason for answer in answers] == [None, None, None, "!"]
+    assert [answer.finish for answer in answers] == ["stop", "stop", "length", "stop", "stop"]
+    assert [len(answer.text) for answer in answers] == [5, 5, 30, 5, 5]
+    assert [answer.stop_reason for answer in answers] == [None, None, None, "!", None]
     assert len(answers[0].token_ids) == 5
 
 
@@ -297,6 +300,21 @@ def test_taking_back_restores_the_mask_and_masks_of_many_rows_are_those_of_each(
             token_id = int(rng.choice(np.flatnonzero(bits)))
             edit.advance([token_id])
             told[number].append(token_id)
+
+
+def test_what_is_told_behind_an_end_is_nobodys_and_is_taken_back_first(model, grammar):
+    a, b = model.tokenizer.encode("ab", add_special_tokens=False)
+    closed, open_ = (GrammarEdit(grammar("regex", pattern), ends={2}) for pattern in ("ab", "a+"))
+    closed.advance([a, b, 77, 2])
+    open_.advance([a, 2, 50])
+    assert (closed.length, open_.length) == (2, None)
+    assert closed.change() is open_.change() is None
+    closed.retract(3)
+    open_.retract(2)
+    assert (closed.length, open_.length) == (None, None)
+    for edit, expected in ((closed, {b}), (open_, {a, 2})):
+        bits = np.unpackbits(edit.change().allowed.view(np.uint8), bitorder="little")
+        assert set(np.flatnonzero(bits)) == expected
 
 
 def test_a_grammar_is_compiled_once_and_the_least_used_are_dropped(compiler, grammar):
