@@ -94,8 +94,10 @@ class SequenceState:
 
     def tell(self, drawn: Sequence[int] = ()) -> None:
         """Its edit hears of the answer's tokens that it has not heard of, and of `drawn` behind them."""
+        if self.edit is None:
+            return
         news = [*self.generated[self.num_told :], *drawn]
-        if news and self.edit is not None:
+        if news:
             self.num_told += len(news)
             self.edit.advance(news)
 
