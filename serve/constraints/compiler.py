@@ -17,7 +17,9 @@ from serve.model.token_bytes import TokenBytes
 
 MAX_GRAMMARS = 256
 MAX_CACHED_CHARS = 1 << 23
+MAX_COMPILING = 256
 NUM_THREADS = 2
+BUSY = "other requests' grammars are being compiled"
 TIMEOUT_S = 20.0
 """After which a request for a grammar is told that it takes too long."""
 
@@ -25,15 +27,23 @@ TIMEOUT_S = 20.0
 class GrammarCompiler:
     """One model's. Safe to use from any thread."""
 
-    def __init__(self, tokenizer: TokenizerWrapper, tokens: TokenBytes, vocab_size: int) -> None:
+    def __init__(
+        self,
+        tokenizer: TokenizerWrapper,
+        tokens: TokenBytes,
+        vocab_size: int,
+        *,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
         """The vocabulary is read when the first grammar is asked for."""
+        self._timeout_s = timeout_s
         self._tokenizer, self._tokens, self._vocab_size = tokenizer, tokens, vocab_size
         self._vocabulary: GrammarVocabulary | None = None
         self._reading = threading.Lock()
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="lathe-grammars")
         self._lock = threading.Lock()  # guards what follows
         self._grammars: OrderedDict[ConstraintSpec, Grammar] = OrderedDict()  # the least recently used first
-        self._compiling: dict[ConstraintSpec, Future[Grammar]] = {}
+        self._compiling: dict[tuple[ConstraintSpec, str], Future[Grammar]] = {}  # errors name a place
         self._num_chars = 0
 
     async def get(self, spec: ConstraintSpec) -> Grammar:
@@ -43,14 +53,16 @@ class GrammarCompiler:
         if found is not None:
             return found
         future = self._submitted(spec)
-        try:
-            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), TIMEOUT_S)
-        except TimeoutError:
-            if future.cancel():
-                raise OverloadedError("other requests' grammars are being compiled") from None
-            raise RequestError(
-                f"{spec.place}: compiling it takes more than {TIMEOUT_S:g} s", spec.place.partition(".")[0]
-            ) from None
+        answer = asyncio.wrap_future(future)
+        answer.add_done_callback(_heard)
+        done, _ = await asyncio.wait({answer}, timeout=self._timeout_s)
+        if done:
+            return answer.result()
+        if not future.running():
+            raise OverloadedError(BUSY)  # not cancelled: another may wait for it too
+        raise RequestError(
+            f"{spec.place}: compiling it takes more than {self._timeout_s:g} s", spec.place.partition(".")[0]
+        )
 
     def compile(self, spec: ConstraintSpec) -> Grammar:
         """The same on the calling thread, however long it takes."""
@@ -67,18 +79,21 @@ class GrammarCompiler:
 
     def _submitted(self, spec: ConstraintSpec) -> Future[Grammar]:
         """Its compilation, which may be another request's too."""
+        key = (spec, spec.place)
         with self._lock:
-            future = self._compiling.get(spec)
-            # Of another place in a request its errors speak of another.
-            if future is None or future.cancelled():
-                future = self._compiling[spec] = self._threads.submit(self._made, spec)
-                future.add_done_callback(lambda done: self._compiled(spec, done))
+            future = self._compiling.get(key)
+            if future is None and len(self._compiling) >= MAX_COMPILING:
+                raise OverloadedError(BUSY)
+            if future is None:
+                future = self._compiling[key] = self._threads.submit(self._compiled, spec)
             return future
 
-    def _compiled(self, spec: ConstraintSpec, future: Future[Grammar]) -> None:
-        with self._lock:
-            if self._compiling.get(spec) is future:
-                del self._compiling[spec]
+    def _compiled(self, spec: ConstraintSpec) -> Grammar:
+        try:
+            return self.compile(spec)
+        finally:
+            with self._lock:
+                self._compiling.pop((spec, spec.place), None)
 
     def _made(self, spec: ConstraintSpec) -> Grammar:
         grammar = compile_grammar(spec, self._read_vocabulary())
@@ -95,3 +110,9 @@ class GrammarCompiler:
             if self._vocabulary is None:
                 self._vocabulary = GrammarVocabulary(self._tokenizer, self._tokens, self._vocab_size)
             return self._vocabulary
+
+
+def _heard(answer: asyncio.Future[Grammar]) -> None:
+    """Nobody may wait for it any more: its error is not asyncio's to tell."""
+    if not answer.cancelled():
+        answer.exception()

@@ -34,6 +34,8 @@ JSON_OPTIONS = {
     "whitespace_pattern": f" |\\n {{0,{MAX_WHITESPACE}}}",
     "item_separator": ",",
     "key_separator": ":",
+    # One spelling a character: a name written with other escapes would be a property's, and not seen to be.
+    "json_allowed_escapes": '"\\bfnrt',
     "coerce_one_of": False,
     "lenient": False,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
@@ -21,7 +22,7 @@ from serve.constraints.spec import ConstraintSpec
 from serve.engine.engine import Engine
 from serve.engine.generate import Completion, generate
 from serve.engine.request import Request
-from serve.errors import GenerationError, RequestError
+from serve.errors import GenerationError, OverloadedError, RequestError
 from serve.model.token_bytes import TokenBytes
 
 TREE = {
@@ -326,6 +327,51 @@ def test_a_grammar_is_compiled_once_and_the_least_used_are_dropped(compiler, gra
     assert compiler.find(of("regex", "first")) is None
     assert compiler.find(of("regex", "x299")) is not None
     assert len(compiler._grammars) <= 256
+
+
+def test_many_who_ask_at_once_wait_for_one_compilation_and_hear_of_their_own_places(compiler):
+    good = of("regex", "[a-z]{3} at once")
+    bad = [ConstraintSpec("regex", "a(b", place) for place in ("guided_regex", "structured_outputs.regex")]
+
+    async def ask() -> list[object]:
+        asked = [*[good] * 20, *bad * 5]
+        return await asyncio.gather(*map(compiler.get, asked), return_exceptions=True)
+
+    found = asyncio.run(ask())
+    assert {id(grammar) for grammar in found[:20]} == {id(compiler.find(good))}
+    for number, error in enumerate(found[20:]):
+        assert str(error).startswith(f"{bad[number % 2].place}: ")
+        assert error.param == bad[number % 2].place.partition(".")[0]
+
+
+def test_who_waits_too_long_is_told_and_others_are_served(model):
+    tokens, size = TokenBytes(model.tokenizer), model.network.vocab_size
+    hasty = GrammarCompiler(model.tokenizer, tokens, size, timeout_s=0.0)
+    specs = [of("regex", f"x{{{number}}}") for number in range(1, 9)]
+
+    async def ask() -> list[object]:
+        return await asyncio.gather(*map(hasty.get, specs), return_exceptions=True)
+
+    for error in asyncio.run(ask()):
+        if isinstance(error, Grammar):  # a thread was quicker than no time
+            continue
+        is_own = isinstance(error, RequestError) and "takes more than 0 s" in str(error)
+        assert is_own or isinstance(error, OverloadedError), error
+    assert hasty.compile(specs[0]) is hasty.find(specs[0])
+
+
+def test_no_other_spelling_of_a_name_is_taken_for_another_property(model, grammar):
+    schema = {
+        **{"type": "object", "properties": {"a": {"type": "string"}, "n/m": {"type": "string"}}},
+        "additionalProperties": {"type": "integer"},
+    }
+
+    def allows(text: str) -> bool:
+        token_ids = model.tokenizer.encode(text, add_special_tokens=False)
+        return grammar("json", schema).matcher().validate_tokens(token_ids) == len(token_ids)
+
+    assert allows('{"a":"x","b":1}')
+    assert not any(map(allows, ('{"a":1}', '{"\\u0061":1}', '{"n\\/m":1}', '{"n/m":1}')))
 
 
 @pytest.mark.parametrize(
