@@ -98,9 +98,10 @@ class GrammarCompiler:
     def _made(self, spec: ConstraintSpec) -> Grammar:
         grammar = compile_grammar(spec, self._read_vocabulary())
         with self._lock:
-            if spec not in self._grammars:
-                self._grammars[spec] = grammar
-                self._num_chars += len(spec.text)
+            if (found := self._grammars.get(spec)) is not None:  # another thread's
+                return found
+            self._grammars[spec] = grammar
+            self._num_chars += len(spec.text)
             while len(self._grammars) > MAX_GRAMMARS or self._num_chars > MAX_CACHED_CHARS:
                 self._num_chars -= len(self._grammars.popitem(last=False)[0].text)
         return grammar
