@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from serve.adapters.version import AdapterVersion
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
-from serve.constraints.grammar import Grammar
 from serve.errors import LatheError, RequestError
 from serve.model.prompt import Prompt
+
+if TYPE_CHECKING:  # the scheduler plans with requests, and imports no mlx
+    from serve.constraints.grammar import Grammar
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_TEMPERATURE = 1e6
