@@ -35,6 +35,8 @@ from vlm_families import Reference, write_random_lora, write_vlm
 from serve.adapters.formats.config import AdapterConfig
 from serve.adapters.formats.manifest import write_adapter
 from serve.cache.precision import PLAIN, KvPrecision
+from serve.constraints.edit import GrammarEdit
+from serve.engine.edited import edited
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.engine.sampler import Sampler
@@ -343,8 +345,9 @@ def make_request() -> Callable[..., Request]:
 
 
 def _edited(logits: mx.array, request: Request, answer: Sequence[int]) -> mx.array:
-    """Logits [N, V] of the token after `answer` as the request's penalties have them, by mlx-lm's own processors, and
-    as its budget has them: of an answer that begins inside a thought, which does not end by itself."""
+    """Logits [N, V] of the token after `answer` as the request's penalties have them, by mlx-lm's own processors; as
+    its budget has them, of an answer that begins inside a thought, which does not end by itself; and as its grammar
+    has them, read from the answer's beginning."""
     asked, everything = request.sampling, 1 << 30
     reaches: dict[bool, dict[str, Any]] = {True: {"logit_bias": dict(asked.logit_bias)}, False: {}}
     reaches[True]["repetition_penalty"] = asked.repetition_penalty
@@ -364,6 +367,12 @@ def _edited(logits: mx.array, request: Request, answer: Sequence[int]) -> mx.arr
         due = thinking.thoughts.close_ids[max(len(answer) - thinking.budget, 0) :]
         if due and len(answer) >= thinking.budget:
             logits = mx.where(mx.arange(logits.shape[1])[None] == due[0], 0.0, -mx.inf)
+    if request.grammar is not None:
+        edit = GrammarEdit(request.grammar, asked.stop_token_ids, begins_text=not request.continues_prompt)
+        edit.advance(answer)
+        change = edit.change()
+        assert change is not None, "the answer goes on behind its end"
+        logits = edited(logits, dict.fromkeys(range(len(logits)), change))
     return logits
 
 

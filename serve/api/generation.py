@@ -192,6 +192,7 @@ async def build_requests(
     if precision is not None:
         # The first of a scheme imports what it needs, which takes seconds: not on the loop that serves everyone.
         await anyio.to_thread.run_sync(services.runtime.engine.max_context_at, precision)
+    grammar = None if body.constraint is None else await services.grammars.get(body.constraint)
     num_choices = body.num_drawn
     sampling = _sampling(services, body)
     seed = body.seed if body.seed is not None else secrets.randbits(32)
@@ -209,6 +210,7 @@ async def build_requests(
             priority=body.priority or 0,
             deadline_s=body.deadline_s,
             thinking=thinking,
+            grammar=grammar,
         )
         for p, prompt in enumerate(prompts)
         for choice in range(num_choices)

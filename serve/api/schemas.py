@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from serve.api.constraints import ConstrainedBody
 from serve.api.parts import Part, Shown, TextPart
 from serve.api.sampling import SamplingBody
 from serve.api.strict import Body, Neutral
@@ -59,11 +60,16 @@ _BESIDE_KV_BITS = (
 )
 
 
-class GenerationBody(SamplingBody):
+UNCONSTRAINED: Neutral = {"guided_whitespace_pattern": (None,), "structural_tag": (None,)}
+"""vLLM's, of what answers are constrained by: done in one way here, or not at all."""
+
+
+class GenerationBody(SamplingBody, ConstrainedBody):
     """What chat and plain completions share. Null means left out, as everywhere in OpenAI's API."""
 
     hints = frozenset(
         {
+            "guided_decoding_backend",
             "metadata",
             "prediction",
             "prompt_cache_key",
@@ -299,13 +305,13 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     neutral: ClassVar[Neutral] = {
+        **UNCONSTRAINED,
         "audio": (None,),
         "function_call": (None, "none"),
         "functions": (None, []),
         "modalities": (None, ["text"]),
         "moderation": (None,),
         "parallel_tool_calls": (None, True, False),
-        "response_format": (None, {"type": "text"}),
         "tool_choice": (None, "none"),
         "tools": (None, []),
         "verbosity": (None, "medium"),
@@ -406,7 +412,7 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    neutral: ClassVar[Neutral] = {"suffix": (None,)}
+    neutral: ClassVar[Neutral] = {**UNCONSTRAINED, "suffix": (None,)}
 
     prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -431,6 +437,10 @@ class CompletionBody(GenerationBody):
                 "max_tokens: found 0; expected at least 1, or 0 with echo: true, which gives the prompt back",
                 "max_tokens",
             )
+        constraint = self.constraint
+        if self.max_tokens == 0 and constraint is not None:
+            name = constraint.place.partition(".")[0]
+            raise RequestError(f"{name}: found with max_tokens: 0, which asks for no answer", name)
         return self
 
     @model_validator(mode="after")

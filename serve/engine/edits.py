@@ -119,10 +119,18 @@ class ThinkingEdit:
         return None if due is None else LogitsChange(forced=due)
 
 
-def make_edit(request: Request, ends: Collection[int], tokens: TokenBytes) -> LogitsEdit | None:
+def parts_of(edit: LogitsEdit | None) -> tuple[LogitsEdit, ...]:
+    """The several edits that one is."""
+    return edit.parts if isinstance(edit, Edits) else () if edit is None else (edit,)
+
+
+def make_edit(
+    request: Request, ends: Collection[int], tokens: TokenBytes, *others: LogitsEdit
+) -> LogitsEdit | None:
     """What a request asks for; None where it leaves the logits alone.
 
-    ends  tokens that would end its answer
+    ends    tokens that would end its answer
+    others  what comes after its penalties
     """
     parts: list[LogitsEdit] = []
     if Penalties.are_wanted(request.sampling):
@@ -131,4 +139,5 @@ def make_edit(request: Request, ends: Collection[int], tokens: TokenBytes) -> Lo
     if thinking is not None and thinking.budget is not None:
         follows = request.prompt.token_ids if request.continues_prompt else None
         parts.append(ThinkingEdit(ThinkingBudget(thinking, tokens, follows)))
+    parts += others
     return None if not parts else parts[0] if len(parts) == 1 else Edits(tuple(parts))

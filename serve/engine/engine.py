@@ -16,6 +16,7 @@ from serve.adapters.versions.version import AdapterVersion
 from serve.cache.capacity import MAX_REMEMBERED
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
+from serve.constraints.edit import GrammarEdit
 from serve.engine.edits import make_edit
 from serve.engine.features import SequenceFeatures
 from serve.engine.finish import FinishRule
@@ -237,7 +238,11 @@ class Engine:
         """Queue a request that `check` has returned."""
         assert request.id not in self._by_id, f"request {request.id} is already here"
         rule = self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
-        sequence = SequenceState(request, edit=make_edit(request, rule.ends, self.token_bytes))
+        others = []
+        if request.grammar is not None:
+            rule.whole = GrammarEdit(request.grammar, rule.ends, begins_text=not request.continues_prompt)
+            others.append(rule.whole)
+        sequence = SequenceState(request, edit=make_edit(request, rule.ends, self.token_bytes, *others))
         self._by_id[request.id] = sequence
         self.scheduler.add(sequence)
         if request.deadline_s is not None:
@@ -472,6 +477,12 @@ class Engine:
     def _event(self, drawn: Drawn) -> Event:
         sequence, token_ids, logprobs, is_sound, error = drawn
         request = sequence.request
+        if error is None and is_sound:
+            try:
+                sequence.tell()
+            except Exception as raised:  # one row's trouble, too
+                logger.exception("request %s cannot go on", request.id)
+                error = raised
         if error is not None:
             told = error if isinstance(error, LatheError) else None
             return self._ended(

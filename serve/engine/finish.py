@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from serve.engine.request import FinishReason, Request
 from serve.engine.text import TextStream
@@ -25,19 +25,31 @@ class Step(NamedTuple):
     """Tokens of thoughts since the answer began."""
 
 
+class Whole(Protocol):
+    """What knows where an answer is whole."""
+
+    @property
+    def length(self) -> int | None:
+        """So many tokens are the whole answer; None where more may come."""
+
+
 class FinishRule:
     """Follows one answer. Once it has ended, it is not to be asked again.
 
     The end tokens of model, adapter and request end it unless `ignore_eos`; a stop string ends it where it appears in
     the text, or at the special token of that name, which no text shows; `max_tokens` ends what nothing else has. The
     tokens of `stop_token_ids` end it in any case. Before `min_tokens` nothing does: no end can be drawn there, and
-    stop strings are looked for in what follows. In thoughts no stop string is looked for.
+    stop strings are looked for in what follows. In thoughts no stop string is looked for. An answer that is whole,
+    for its grammar lets nothing follow, ends there, whatever else was asked.
     """
 
     def __init__(self, request: Request, tokens: TokenBytes, eos: Collection[int]) -> None:
         sampling = request.sampling
         assert sampling.max_tokens is not None, "set by Engine.check"
         self._remaining = sampling.max_tokens
+        self._num_pushed = 0
+        self.whole: Whole | None = None
+        """What knows where the answer is whole, if anything does. It hears of tokens before `push` does."""
         self._ends: dict[int, str | int | None] = (
             {} if sampling.ignore_eos else dict.fromkeys((*eos, *request.all_stop_ids))
         )
@@ -67,16 +79,25 @@ class FinishRule:
     def _push(self, token_ids: Sequence[int]) -> Step:
         text, stream = "", self._text
         for count, token_id in enumerate(token_ids, start=1):
+            if self._is_whole():  # its last token was, which nobody knew
+                return Step(text + stream.finish(), count - 1, "stop", stream.matched)
+            self._num_pushed += 1
             self._remaining -= 1
             if token_id in self._ends:
                 text += stream.finish()
                 return Step(text, count, "stop", stream.matched or self._ends[token_id])
             text += stream.push(token_id, may_stop=self._num_free <= 0)
             self._num_free -= 1
-            if self._remaining == 0:
+            is_whole = self._is_whole()
+            if self._remaining == 0 or is_whole:
                 text += stream.finish()
-            if stream.matched is not None:
+            if stream.matched is not None or is_whole:
                 return Step(text, count, "stop", stream.matched)
             if self._remaining == 0:
                 return Step(text, count, "length")
         return Step(text, len(token_ids))
+
+    def _is_whole(self) -> bool:
+        return (
+            self.whole is not None and self.whole.length is not None and self._num_pushed >= self.whole.length
+        )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -21,8 +22,9 @@ from serve.cache.capacity import Bucket
 from serve.cache.families import make_rows
 from serve.cache.segment import Segment
 from serve.cache.spans import Span, SpanPart
+from serve.constraints.edit import GrammarEdit, Masks
 from serve.engine.decode_state import DecodeState, DrawState
-from serve.engine.edits import LogitsChange
+from serve.engine.edits import LogitsChange, parts_of
 from serve.engine.plan import Capture, Chunk, Drawn, Encode, Plan, SequenceState
 from serve.engine.request import TokenLogprob
 from serve.engine.sampler import Draws, Logprobs
@@ -112,6 +114,7 @@ class Runner:
         self.rows.prove()
         self._capacities: Mapping[Bucket, int] = {}
         self._decoding: DecodeState | None = None
+        self._masks = Masks()
         self._last: Flight | None = None  # what was started last, read or not
 
     def start(self, plan: Plan) -> Flight:
@@ -296,28 +299,36 @@ class Runner:
             drawn = self._last.tokens()
         changes: dict[int, LogitsChange] = {}
         for row in edited:
-            try:
-                change = _told(chunks[row], drawn)
-            except Exception as error:  # whatever it is, it is one row's trouble
-                logger.exception("what request %s may draw cannot be told", chunks[row].sequence.request.id)
-                flight.errors[row] = error
-            else:
+            with _own_trouble(flight, row):
+                _tell(chunks[row], drawn)
+        told = [(row, chunks[row].sequence.edit) for row in edited if row not in flight.errors]
+        self._masks.fill(
+            [part for _, edit in told for part in parts_of(edit) if isinstance(part, GrammarEdit)]
+        )
+        for row, edit in told:
+            assert edit is not None
+            with _own_trouble(flight, row):
+                change = edit.change()
                 if change is not None:
                     changes[row] = change
         return changes
 
 
-def _told(chunk: Chunk, drawn: Mapping[SequenceState, int]) -> LogitsChange | None:
-    """What a row's edit does, after it was told of the tokens that it has not heard of; `drawn` holds the last."""
+@contextmanager
+def _own_trouble(flight: Flight, row: int) -> Iterator[None]:
+    """Whatever is raised, is one row's trouble."""
+    try:
+        yield
+    except Exception as error:
+        logger.exception("what request %s may draw cannot be told", flight.sequences[row].request.id)
+        flight.errors[row] = error
+
+
+def _tell(chunk: Chunk, drawn: Mapping[SequenceState, int]) -> None:
+    """A row's edit hears of the tokens that it has not heard of; `drawn` holds the last."""
     sequence = chunk.sequence
-    assert sequence.edit is not None
-    news = sequence.generated[sequence.num_told :]
-    if sequence.num_told + len(news) < chunk.num_answer_tokens:
-        news.append(drawn[sequence])
-    if news:
-        sequence.num_told += len(news)
-        sequence.edit.advance(news)
-    return sequence.edit.change()
+    is_known = max(sequence.num_told, len(sequence.generated)) >= chunk.num_answer_tokens
+    sequence.tell(() if is_known else (drawn[sequence],))
 
 
 def _choose(
