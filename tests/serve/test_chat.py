@@ -600,7 +600,7 @@ def test_a_talk_outlives_the_server(endless_folder, tmp_path):
 DRAWN = {
     **{"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.125, "top_n_sigma": 1.5, "seed": 11},
     **{"xtc_probability": 0.25, "xtc_threshold": 0.0625, "repetition_penalty": 1.5, "presence_penalty": 0.5},
-    **{"frequency_penalty": -0.5, "max_tokens": 9},
+    **{"frequency_penalty": -0.5, "max_tokens": 9, "enable_thinking": False, "thinking_budget": 6},
 }
 
 
@@ -608,9 +608,10 @@ def test_each_option_of_chat_about_drawing_reaches_the_server_and_what_is_left_o
     params = {each.name for each in typer.main.get_command(lathe.app).commands["chat"].params}
     assert params - set(DRAWN) == {"model", "adapter", "url", "to", "system", "api_key"}
     for options in ({}, DRAWN):
-        words = [
-            word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))
-        ]
+        words = []
+        for name, value in options.items():
+            option = name.replace("_", "-")
+            words += [f"--no-{option}"] if value is False else [f"--{option}", str(value)]
         with answering(lambda body: whole("yes")) as (url, asked):
             result = CliRunner().invoke(lathe.app, ["chat", "--url", url, *words], input="hello\n")
         assert result.exit_code == 0, result.output
