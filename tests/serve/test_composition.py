@@ -54,7 +54,7 @@ EDITED = (
 )
 """What changes logits before they are drawn from, or looks at them otherwise."""
 THINK, END = 90, (101, 102, 101)
-"""Tokens that mark thoughts; no row ends its own, or begins another."""
+"""Tokens that mark thoughts."""
 _WRITTEN = {number: chr(0xD800 + number) for number in (THINK, *END)}
 _MARKS = (
     Mark("".join(_WRITTEN[number] for number in END), "content"),
