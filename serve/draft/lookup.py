@@ -11,7 +11,6 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import islice
 from typing import NamedTuple
 
 from serve.engine.drafts import Wanted
@@ -105,7 +104,7 @@ class LookupDrafter:
             row.foresee()
         row.follow(sequence.generated)
         if row.match is None or row.is_over:
-            row.match = row.find([*row.texts, *self._answers.of(Space.of(sequence))], self._min_match)
+            row.match = row.find([*row.texts, *self._answers.of(row.space)], self._min_match)
         return [] if row.match is None else row.copied(min(most, row.match.length))
 
 
@@ -114,6 +113,7 @@ class _Row:
 
     def __init__(self, sequence: SequenceState) -> None:
         request = sequence.request
+        self.space = Space.of(sequence)
         self.before = _before(sequence)
         self.own = Ngrams(array("q", self.before))
         self.prediction = request.prediction
@@ -150,9 +150,9 @@ class _Row:
         self.match = Match(text, stop, length + len(new)) if is_so else None
 
     def find(self, texts: Sequence[Ngrams], least: int) -> Match | None:
-        """Of the longest n-gram that ends it and stands in one of the texts, the longest match; the first, of equals."""
+        """Of the longest n-gram that ends it and stands in one of the texts, the longest match; of equals the first."""
         own = self.own.tokens
-        tail = own[-SIZES[-1] :]
+        tail = own[-SIZES[-1] :]  # of 64-bit numbers, as texts are
         keys = dict(zip(SIZES, ngram_keys(tail), strict=False))
         for size in reversed(SIZES[SIZES.index(least) :]):
             if size not in keys:
@@ -187,47 +187,45 @@ class _Row:
 
 
 class Answers:
-    """Earlier answers by space; whose space was looked at longest ago, is forgotten first."""
+    """Earlier answers by space, in two texts each: the recent one, and the one before it, which goes when the recent
+    one is full. Whose space was looked at longest ago is forgotten first."""
 
     def __init__(self, max_tokens: int) -> None:
+        """max_tokens: of all spaces; 0: nothing is remembered."""
         self._max_tokens = max_tokens
-        self._space_tokens = min(SPACE_TOKENS, max_tokens)
-        self._texts: OrderedDict[Space, Ngrams] = OrderedDict()
+        self._text_tokens = min(SPACE_TOKENS, max_tokens) // 2
+        self._texts: OrderedDict[Space, tuple[Ngrams, ...]] = OrderedDict()
         self._num_counted = 0
-
-    def __len__(self) -> int:
-        """Tokens of all of them."""
-        return sum(map(len, self._texts.values()))
 
     @property
     def num_bytes(self) -> int:
         """Memory held."""
-        return sum(text.num_bytes for text in tuple(self._texts.values()))
+        return sum(text.num_bytes for texts in tuple(self._texts.values()) for text in texts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all spaces."""
+        return sum(map(_count, self._texts.values()))
 
     def of(self, space: Space) -> tuple[Ngrams, ...]:
-        """What is remembered there, if anything is."""
-        text = self._texts.get(space)
-        if text is None:
-            return ()
-        self._texts.move_to_end(space)
-        return (text,)
+        """What is remembered there, the recent first."""
+        texts = self._texts.get(space, ())
+        if texts:
+            self._texts.move_to_end(space)
+        return texts
 
     def add(self, space: Space, token_ids: Sequence[int]) -> None:
-        """The end of an answer is remembered, and as much of what is there as there is room for."""
-        new = [END, *token_ids[-self._space_tokens // 2 :]]
-        if 2 * len(new) > self._space_tokens:
+        """An answer's tokens, or as many of the last as a text has room for."""
+        new = [*token_ids[-self._text_tokens + 1 :], END] if self._text_tokens > 1 else []
+        if not new:
             return
-        text = self._take(space)
-        if text is None:
-            text = Ngrams(array("q", new))
-        elif len(text) + len(new) <= self._space_tokens:
-            text.extend(new)
-        else:
-            # Rows may follow the old one: it stays as it is.
-            text = Ngrams(array("q", [*islice(text.tokens, len(text) // 2, None), *new]))
-        self._texts[space] = text
-        self._num_counted += max(len(text), LEAST_TOKENS)
-        while self._num_counted > self._max_tokens:
+        recent, *older = self._take(space) or (Ngrams(array("q")),)
+        if len(recent) + len(new) > self._text_tokens:
+            recent, older = Ngrams(array("q")), [recent]
+        recent.extend(new)
+        self._texts[space] = texts = (recent, *older)
+        self._num_counted += _counted(texts)
+        while self._num_counted > self._max_tokens and len(self._texts) > 1:
             self._take(next(iter(self._texts)))
 
     def clear(self, tenant: str | None) -> None:
@@ -235,11 +233,18 @@ class Answers:
         for space in [space for space in self._texts if tenant is None or space.tenant == tenant]:
             self._take(space)
 
-    def _take(self, space: Space) -> Ngrams | None:
-        text = self._texts.pop(space, None)
-        if text is not None:
-            self._num_counted -= max(len(text), LEAST_TOKENS)
-        return text
+    def _take(self, space: Space) -> tuple[Ngrams, ...]:
+        texts = self._texts.pop(space, ())
+        self._num_counted -= _counted(texts) if texts else 0
+        return texts
+
+
+def _count(texts: Sequence[Ngrams]) -> int:
+    return sum(map(len, texts))
+
+
+def _counted(texts: Sequence[Ngrams]) -> int:
+    return max(_count(texts), LEAST_TOKENS)
 
 
 def _before(sequence: SequenceState) -> list[int]:

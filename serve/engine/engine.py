@@ -93,12 +93,12 @@ class Engine:
             ahead=self._ahead,
         )
         cost = self._runner.rows.cost
-        if drafters and cost.state_bytes:
+        if drafter is not None and cost.state_bytes:
             raise ConfigError(
                 f"drafter: layers of {model.name!r} keep a state that takes in every token, and a wrong guess cannot "
                 f"be taken back from it; expected drafter: none"
             )
-        self.guesses = Guesses(drafters, drafter)
+        self.guesses = Guesses(NO_DRAFTERS if cost.state_bytes else drafters, drafter)
         self.pace = Pace(None if limits.max_gap_ms is None else limits.max_gap_ms / 1000)
         budget = Budget(
             max_rows=limits.max_rows,
@@ -489,7 +489,9 @@ class Engine:
         return self.prefixes.bytes_of(version.effect_hash if version else "") if self.prefixes else 0
 
     def forget(self, tenant: str | None = None) -> None:
-        """Drop a tenant's prefixes and features, in memory and on disk; everybody's, where none is named."""
+        """Drop a tenant's prefixes and features, in memory and on disk, and what drafters remember of it; of
+        everybody, where none is named."""
+        self.guesses.clear(tenant)
         if self.prefixes is not None:
             self.prefixes.cache.clear(tenant)
         if self.features is not None:

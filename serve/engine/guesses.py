@@ -49,6 +49,16 @@ class Guesses:
         except Exception:  # its answer is out; what a drafter makes of it is nobody's trouble
             logger.exception("drafter %s cannot forget a sequence", sequence.drafting.name)
 
+    def clear(self, tenant: str | None) -> None:
+        """What drafters remember of a tenant's texts, or of everybody's, is dropped."""
+        for drafter in self._drafters.values():
+            drafter.clear(tenant)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By which requests may choose one."""
+        return tuple(self._drafters)
+
     def num_wanted(self, decoding: Sequence[SequenceState]) -> int:
         """Guesses for each of these rows that are worth asking for; 0: the next step may be planned as it is."""
         if not any(sequence.drafting for sequence in decoding):

@@ -12,6 +12,7 @@ from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
 from serve.engine.drafts import DraftStats
 from serve.errors import LatheError, RequestError
+from serve.model.ngrams import Ngrams
 from serve.model.prompt import Prompt
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -133,6 +134,8 @@ class Request:
     """The lower, the earlier it has a row, as in vLLM."""
     drafter: str | None = None
     """Who guesses its tokens, by name; None: the engine's default; "none": nobody."""
+    prediction: Ngrams | None = None
+    """What the answer is thought to be: for drafters that look texts up. Not to be extended."""
     deadline_s: float | None = None
     """By time.monotonic: once that has passed, it ends with a DeadlineError and costs nothing more."""
 

@@ -13,23 +13,24 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 SIZES = (2, 3, 4)
-"""Tokens of an n-gram, ascending, one more each."""
+"""Tokens of an n-gram: two and more, one more each."""
 _LEAST_BITS = 8
 _MANY = 32
 """From so many new tokens on numpy is faster."""
-_FACTOR, _SPREAD = 0x9E3779B97F4A7C55, 0xC2B2AE3D27D4EB4F
+_FACTOR, _SPREAD = 0x2C1B3C6D, 0x297A2D39
 """Odd: multiplied by them, numbers differ in their upper bits."""
-_WORD = (1 << 64) - 1
+_BITS = 30
+_WORD = (1 << _BITS) - 1
+"""Of a key: what Python multiplies at once."""
 
 
 def ngram_keys(tail: Sequence[int]) -> list[int]:
-    """Of the n-grams that end with `tail`, one for each of SIZES that it is long enough for: 64 bits each."""
+    """Of the n-grams that end with `tail`, one for each of SIZES that it is long enough for."""
     keys: list[int] = []
-    key = 0
-    for size in range(1, min(len(tail), SIZES[-1]) + 1):
+    key = tail[-1] & _WORD if tail else 0
+    for size in SIZES[: max(len(tail) - 1, 0)]:
         key = (key * _FACTOR + tail[-size]) & _WORD
-        if size >= SIZES[0]:
-            keys.append(key * _SPREAD & _WORD)
+        keys.append((key * _SPREAD) & _WORD)
     return keys
 
 
@@ -60,40 +61,43 @@ class Ngrams:
         elif count - first >= _MANY:
             self._index(first)
         else:
-            longest, shift = SIZES[-1], 64 - self._bits
-            for position in range(max(first, SIZES[0]), count):
-                tail = self.tokens[max(position - longest, 0) : position]
-                for view, key in zip(self._views, ngram_keys(tail), strict=False):
-                    view[key >> shift] = position
+            self._enter(first)
 
-    def find(self, size: int, key: int, tail: Sequence[int]) -> int | None:
+    def find(self, size: int, key: int, tail: array[int]) -> int | None:
         """Where the text went on when it last said the n-gram of that size that ends `tail`; None where it has not,
         or another has taken its slot. `key` is that n-gram's."""
-        position: int = self._views[size - SIZES[0]][key >> (64 - self._bits)]
-        if position < size or self.tokens[position - size : position] != array("q", tail[-size:]):
+        position: int = self._views[size - SIZES[0]][key >> (_BITS - self._bits)]
+        if position < size or self.tokens[position - size : position] != tail[-size:]:
             return None
         return position
 
     def _rebuild(self) -> None:
         self._bits = max((2 * len(self.tokens)).bit_length(), _LEAST_BITS)
         self._tables = [np.full(1 << self._bits, -1, dtype=np.int32) for _ in SIZES]
-        self._views = [memoryview(table) for table in self._tables]
+        self._views = [table.data for table in self._tables]
         self._index(0)
 
+    def _enter(self, first: int) -> None:
+        """As `_index`, a token at a time: the same arithmetic, which is done for every token of an answer."""
+        start, shift = max(first - SIZES[-1], 0), _BITS - self._bits
+        tokens = self.tokens[start:].tolist()
+        sized = tuple(zip(SIZES, self._views, strict=True))
+        for place in range(first - start, len(tokens)):
+            key = tokens[place - 1] & _WORD
+            for size, view in sized[: max(place - 1, 0)]:
+                key = (key * _FACTOR + tokens[place - size]) & _WORD
+                view[((key * _SPREAD) & _WORD) >> shift] = start + place
+
     def _index(self, first: int) -> None:
-        """Enter what goes on at `first` or behind it."""
+        """Enter the n-grams that go on at `first` or behind it."""
         start = max(first - SIZES[-1], 0)
-        words = np.array(self.tokens[start:], dtype=np.int64).view(np.uint64)
-        count = len(self.tokens)
-        key = np.zeros(len(words), dtype=np.uint64)  # at i: of the n-gram that ends before token start + i
-        for size in range(1, SIZES[-1] + 1):
-            # key' (i) = key (i) · factor + token (i − size)
-            if len(words) <= size:
-                return
-            key = key[1:] * np.uint64(_FACTOR) + words[: len(words) - size] if size > 1 else words[:-1]
-            # key[j] belongs to position start + size + j
+        words = np.array(self.tokens[start:], dtype=np.int64) & _WORD
+        key = np.zeros_like(words)
+        for size in range(1, min(SIZES[-1], len(words) - 1) + 1):
+            # key[i] is of the n-gram that ends before token start + size + i.
+            key = (key[1:] * _FACTOR + words[: len(words) - size]) & _WORD if size > 1 else words[:-1]
             if size >= SIZES[0]:
-                skipped = max(first - start - size, 0)
-                slots = (key[skipped:] * np.uint64(_SPREAD)) >> np.uint64(64 - self._bits)
-                positions = np.arange(start + size + skipped, count, dtype=np.int32)
-                np.maximum.at(self._tables[size - SIZES[0]], slots.astype(np.int64), positions)
+                behind = max(first - start - size, 0)
+                slots = ((key[behind:] * _SPREAD) & _WORD) >> (_BITS - self._bits)
+                # The last of a slot's positions stays: numpy promises no order, and keeps this one.
+                self._tables[size - SIZES[0]][slots] = np.arange(start + size + behind, len(self.tokens))
