@@ -1,4 +1,4 @@
-"""What a server is told of drafters: who guesses tokens for requests that do not say. A block of the configuration."""
+"""What a server is told of drafters: who guesses for requests that do not say. A block of the configuration."""
 
 from __future__ import annotations
 

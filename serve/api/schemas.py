@@ -14,6 +14,7 @@ from serve.api.sampling import SamplingBody
 from serve.api.strict import Body, Neutral
 from serve.cache.precision import PLAIN, KvPrecision, KvScheme
 from serve.config import ServeConfig
+from serve.draft.lookup import NAME as NGRAM
 from serve.errors import RequestError
 
 MAX_STOPS = 16
@@ -57,13 +58,25 @@ _BESIDE_KV_BITS = (
 )
 
 
+class Prediction(Body):
+    """OpenAI's: what much of the answer is thought to be."""
+
+    type: Literal["content"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        parts = self.content
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
+
 class GenerationBody(SamplingBody):
     """What chat and plain completions share. Null means left out, as everywhere in OpenAI's API."""
 
     hints = frozenset(
         {
             "metadata",
-            "prediction",
             "prompt_cache_key",
             "prompt_cache_options",
             "prompt_cache_retention",
@@ -100,6 +113,11 @@ class GenerationBody(SamplingBody):
     """vLLM's: prefixes are shared with requests of the same salt alone."""
     priority: Priority | None = None
     """vLLM's: the lower, the earlier; 0, if left out."""
+    drafter: Label | None = None
+    """Who guesses tokens ahead, in place of the server's: ngram, none, or what else the server has."""
+    prediction: Prediction | None = None
+    """Where the answer goes on as this does, its tokens are guessed from it; with ngram, which it asks for where
+    `drafter` is left out."""
     timeout: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S)
     """Seconds, from when the body was read, after which the answer is of no use: 504 then, and nothing more is
     computed. A stream that has begun ends with that error."""
@@ -133,6 +151,16 @@ class GenerationBody(SamplingBody):
         if self.min_tokens is not None and limit is not None and self.min_tokens > limit:
             raise RequestError(
                 f"min_tokens: found {self.min_tokens}, but at most {limit} tokens are asked for", "min_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _predictions_are_looked_up(self) -> GenerationBody:
+        if self.prediction is not None and self.drafter not in (None, NGRAM):
+            raise RequestError(
+                f"prediction: found one, but drafter is {self.drafter!r:.80}, which does not look it up; send "
+                f"{NGRAM!r} or leave drafter out",
+                "prediction",
             )
         return self
 

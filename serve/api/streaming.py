@@ -187,11 +187,23 @@ class Responder:
 
     def _usage(self, num_answer_tokens: int) -> dict[str, Any]:
         num_answer_tokens *= self.has_answer
+        details = self._answer_details()
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_answer_tokens,
             "total_tokens": self.num_prompt_tokens + num_answer_tokens,
             "prompt_tokens_details": {"cached_tokens": self.generation.num_cached_tokens},
+            **({"completion_tokens_details": details} if details else {}),
+        }
+
+    def _answer_details(self) -> dict[str, int]:
+        """What is said of the answers' tokens, as far as rows have ended; nothing, where nobody guesses."""
+        generation = self.generation
+        if not generation.has_drafter:
+            return {}
+        return {
+            "accepted_prediction_tokens": generation.num_accepted,
+            "rejected_prediction_tokens": generation.num_drafted - generation.num_accepted,
         }
 
 

@@ -150,7 +150,7 @@ class _Row:
         self.match = Match(text, stop, length + len(new)) if is_so else None
 
     def find(self, texts: Sequence[Ngrams], least: int) -> Match | None:
-        """Of the longest n-gram that ends it and stands in one of the texts, the longest match; of equals the first."""
+        """Of the longest n-gram that ends it and that a text holds, the longest match; of equals the first."""
         own = self.own.tokens
         tail = own[-SIZES[-1] :]  # of 64-bit numbers, as texts are
         keys = dict(zip(SIZES, ngram_keys(tail), strict=False))

@@ -43,6 +43,6 @@ def make_drafters(config: DrafterConfig, model: LoadedModel) -> Drafters:
 
 def _made(config: ModelDrafter | HeadsDrafter, model: LoadedModel) -> Drafter:
     raise ConfigError(
-        f"drafter.kind: this version has no {config.kind!r}, for {model.name!r} or any other model; expected ngram or "
-        "none"
+        f"drafter.kind: this version has no {config.kind!r}, for {model.name!r} or any other model; expected "
+        "ngram or none"
     )

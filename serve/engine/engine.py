@@ -215,7 +215,8 @@ class Engine:
         """A prompt of words knows of no model; of some families its tokens see one another all the same."""
         if self.model.vision is None or prompt.blocks or prompt.media:
             return prompt
-        return replace(prompt, blocks=self.model.vision.blocks(prompt.token_ids, ()))
+        blocks = self.model.vision.blocks(prompt.token_ids, ())
+        return replace(prompt, blocks=blocks) if blocks else prompt
 
     def _check_tokens(self, request: Request) -> None:
         """RequestError for a token that is named and is not in the vocabulary."""

@@ -213,7 +213,7 @@ class EngineStats:
     num_finished: Mapping[str, int] = field(default_factory=dict)
     """Ended requests by finish reason."""
     drafts: Mapping[str, DraftStats] = field(default_factory=dict)
-    """By adapter's name; the base's by ""."""
+    """By adapter's label; the base's by ""."""
 
     @property
     def kv_bytes(self) -> int:
