@@ -28,8 +28,8 @@ class NgramDrafter(Strict):
     """Guesses of one step at most, and never more than tokens that agreed before them."""
     min_match: int = Field(2, ge=2, le=4)
     """So many of a row's last tokens are found again at least."""
-    remembered_tokens: int = Field(1 << 19, ge=0)
-    """Of earlier answers, of all who have asked together; 60 bytes each at most; 0: none."""
+    remembered_tokens: int = Field(1 << 18, ge=0)
+    """Of earlier answers, of all who have asked together; 104 bytes each at most; 0: none."""
 
 
 class ModelDrafter(Strict):

@@ -21,8 +21,8 @@ NAME = "ngram"
 """By which requests choose it, vLLM's word."""
 MAX_TOKENS = 15
 MIN_MATCH = 2
-REMEMBERED_TOKENS = 1 << 19
-"""Of earlier answers, of all spaces together: 60 bytes each at most."""
+REMEMBERED_TOKENS = 1 << 18
+"""Of earlier answers, of all spaces together: 104 bytes each at most."""
 LEAST_TOKENS = 256
 """What a space counts for at least: it has tables, however little was said there."""
 SPACE_TOKENS = 1 << 16
@@ -82,16 +82,21 @@ class LookupDrafter:
         """Memory held, but for what prompts know of themselves."""
         return self._answers.num_bytes + sum(row.own.num_bytes for row in tuple(self._rows.values()))
 
+    @property
+    def num_remembered(self) -> int:
+        """Tokens of earlier answers."""
+        return self._answers.num_tokens
+
     def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
         """What followed the longest n-gram that ends a row's text, when that came last."""
         return [self._guess(sequence, min(most, self._max_tokens)) for sequence, most in wanted]
 
     def forget(self, sequence: SequenceState) -> None:
         """Its answer is remembered, if its row was sound."""
-        row = self._rows.pop(sequence, None)
+        self._rows.pop(sequence, None)
         if sequence.is_sound and sequence.generated:
-            before = row.before if row is not None else _before(sequence)
-            self._answers.add(Space.of(sequence), [*before, *sequence.generated])
+            # By the end of the prompt an answer is known from its first token on.
+            self._answers.add(Space.of(sequence), [*_before(sequence, SIZES[-1]), *sequence.generated])
 
     def clear(self, tenant: str | None = None) -> None:
         """Earlier answers of a tenant are forgotten; everybody's, where none is named."""
@@ -109,13 +114,13 @@ class LookupDrafter:
 
 
 class _Row:
-    """One sequence's text: `own` is the end of the prompt, as far as n-grams reach, and the answer."""
+    """One sequence's text: `own` is the end of the prompt, as far as is looked back, and the answer."""
 
     def __init__(self, sequence: SequenceState) -> None:
         request = sequence.request
         self.space = Space.of(sequence)
-        self.before = _before(sequence)
-        self.own = Ngrams(array("q", self.before))
+        self.own = Ngrams(_before(sequence, SEEN_BACK))
+        self.num_before = len(self.own)
         self.prediction = request.prediction
         given = [self.prediction] if self.prediction is not None else []
         self.texts = [*given, self.own, request.prompt.ngrams]
@@ -124,7 +129,7 @@ class _Row:
     @property
     def num_known(self) -> int:
         """Tokens of the answer that it was told of."""
-        return len(self.own) - len(self.before)
+        return len(self.own) - self.num_before
 
     @property
     def is_over(self) -> bool:
@@ -247,6 +252,6 @@ def _counted(texts: Sequence[Ngrams]) -> int:
     return max(_count(texts), LEAST_TOKENS)
 
 
-def _before(sequence: SequenceState) -> list[int]:
-    """The end of the prompt, as far as n-grams of the answer's first tokens reach."""
-    return sequence.request.prompt.keys[-SIZES[-1] :].tolist()
+def _before(sequence: SequenceState, count: int) -> array[int]:
+    """The last tokens of the prompt."""
+    return sequence.request.prompt.keys[-count:]

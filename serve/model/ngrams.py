@@ -15,6 +15,8 @@ import numpy as np
 SIZES = (2, 3, 4)
 """Tokens of an n-gram: two and more, one more each."""
 _LEAST_BITS = 8
+_SLOTS_EACH = 4
+"""For a token there are so many slots, or up to twice as many: one n-gram in ten has lost its own to another."""
 _MANY = 32
 """From so many new tokens on numpy is faster."""
 _FACTOR, _SPREAD = 0x2C1B3C6D, 0x297A2D39
@@ -56,7 +58,7 @@ class Ngrams:
         first = len(self.tokens)
         self.tokens.extend(token_ids)
         count = len(self.tokens)
-        if 2 * count > 1 << self._bits:
+        if _SLOTS_EACH * count > 1 << self._bits:
             self._rebuild()
         elif count - first >= _MANY:
             self._index(first)
@@ -72,7 +74,7 @@ class Ngrams:
         return position
 
     def _rebuild(self) -> None:
-        self._bits = max((2 * len(self.tokens)).bit_length(), _LEAST_BITS)
+        self._bits = max((_SLOTS_EACH * len(self.tokens)).bit_length(), _LEAST_BITS)
         self._tables = [np.full(1 << self._bits, -1, dtype=np.int32) for _ in SIZES]
         self._views = [table.data for table in self._tables]
         self._index(0)
