@@ -39,6 +39,9 @@ class Drafter(Protocol):
         """It has ended. Called once for each sequence that this drafter was chosen for, whether or not it was ever
         asked; not for one that has lost its row and will go on."""
 
+    def clear(self, tenant: str | None) -> None:
+        """What it remembers of texts of that tenant that have ended, or of everybody's (None), is dropped."""
+
 
 @dataclass
 class Acceptance:

@@ -96,12 +96,12 @@ class Engine:
             ahead=self._ahead,
         )
         cost = self._runner.rows.cost
-        if drafters and cost.state_bytes:
+        if drafter is not None and cost.state_bytes:
             raise ConfigError(
                 f"drafter: layers of {model.name!r} keep a state that takes in every token, and a wrong guess cannot "
                 f"be taken back from it; expected drafter: none"
             )
-        self.guesses = Guesses(drafters, drafter, gains or Gains())
+        self.guesses = Guesses(NO_DRAFTERS if cost.state_bytes else drafters, drafter, gains or Gains())
         self.pace = Pace(None if limits.max_gap_ms is None else limits.max_gap_ms / 1000)
         budget = Budget(
             max_rows=limits.max_rows,
@@ -218,7 +218,8 @@ class Engine:
         """A prompt of words knows of no model; of some families its tokens see one another all the same."""
         if self.model.vision is None or prompt.blocks or prompt.media:
             return prompt
-        return replace(prompt, blocks=self.model.vision.blocks(prompt.token_ids, ()))
+        blocks = self.model.vision.blocks(prompt.token_ids, ())
+        return replace(prompt, blocks=blocks) if blocks else prompt
 
     def _check_tokens(self, request: Request) -> None:
         """RequestError for a token that is named and is not in the vocabulary."""
@@ -496,7 +497,9 @@ class Engine:
         return self.prefixes.bytes_of(version.effect_hash if version else "") if self.prefixes else 0
 
     def forget(self, tenant: str | None = None) -> None:
-        """Drop a tenant's prefixes and features, in memory and on disk; everybody's, where none is named."""
+        """Drop a tenant's prefixes and features, in memory and on disk, and what drafters remember of it; of
+        everybody, where none is named."""
+        self.guesses.clear(tenant)
         if self.prefixes is not None:
             self.prefixes.cache.clear(tenant)
         if self.features is not None:

@@ -13,6 +13,7 @@ from serve.cache.stats import FeatureStats, PrefixStats
 from serve.engine.drafts import DraftStats
 from serve.engine.thinking import Thinking
 from serve.errors import LatheError, RequestError
+from serve.model.ngrams import Ngrams
 from serve.model.prompt import Prompt
 
 if TYPE_CHECKING:  # the scheduler plans with requests, and imports no mlx
@@ -137,6 +138,8 @@ class Request:
     """The lower, the earlier it has a row, as in vLLM."""
     drafter: str | None = None
     """Who guesses its tokens, by name; None: the engine's default; "none": nobody."""
+    prediction: Ngrams | None = None
+    """What the answer is thought to be: for drafters that look texts up. Not to be extended."""
     deadline_s: float | None = None
     """By time.monotonic: once that has passed, it ends with a DeadlineError and costs nothing more."""
     thinking: Thinking | None = None
@@ -222,7 +225,7 @@ class EngineStats:
     num_finished: Mapping[str, int] = field(default_factory=dict)
     """Ended requests by finish reason."""
     drafts: Mapping[str, DraftStats] = field(default_factory=dict)
-    """By adapter's name; the base's by ""."""
+    """By adapter's label; the base's by ""."""
 
     @property
     def kv_bytes(self) -> int:
