@@ -183,7 +183,12 @@ class BatchRows:
             assert span.num_tokens <= self._chunk_tokens or run.last + span.num_tokens <= self._ring, (
                 "a chunk is longer than a window's buffer has room for beside the window"
             )
-            self._num_written[run.bucket][run.rows] = run.starts + span.num_tokens
+            written = self._num_written[run.bucket]
+            if any(run.new_ranges):
+                for rows in run.new_ranges:
+                    written[rows] = 0
+            # Wrong guesses stay where they were written, and in a ring stand where others stood, until written over.
+            written[run.rows] = np.maximum(written[run.rows], run.starts + span.num_tokens)
         if self._recurrent:
             stops = (span.starts + span.num_tokens).tolist()
             self._num_in_state.update(zip(span.state_rows, stops, strict=True))

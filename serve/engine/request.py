@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from serve.adapters.versions.version import AdapterVersion
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
+from serve.engine.drafts import DraftStats
 from serve.errors import LatheError, RequestError
 from serve.model.prompt import Prompt
 
@@ -130,6 +131,8 @@ class Request:
     """The same among those who send the same salt."""
     priority: int = 0
     """The lower, the earlier it has a row, as in vLLM."""
+    drafter: str | None = None
+    """Who guesses its tokens, by name; None: the engine's default; "none": nobody."""
     deadline_s: float | None = None
     """By time.monotonic: once that has passed, it ends with a DeadlineError and costs nothing more."""
 
@@ -167,6 +170,10 @@ class Event(NamedTuple):
     """Set with finish == "error"."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """With the first token, where they were asked for: the prompt's, but for its first token."""
+    num_drafted: int = 0
+    """With the last event: guesses of the answer's tokens that were checked."""
+    num_accepted: int = 0
+    """And of those the right ones."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +209,8 @@ class EngineStats:
     features: FeatureStats = field(default_factory=FeatureStats)
     num_finished: Mapping[str, int] = field(default_factory=dict)
     """Ended requests by finish reason."""
+    drafts: Mapping[str, DraftStats] = field(default_factory=dict)
+    """By adapter's name; the base's by ""."""
 
     @property
     def kv_bytes(self) -> int:

@@ -61,7 +61,8 @@ class Flight:
 
     plan: Plan
     sequences: list[SequenceState]
-    """[B] those that draw a token, in the order of the batch."""
+    """[N] of each token that is drawn, whose it is or would be: in the order of the batch, one with a draft as often
+    as it has guesses and once more."""
     began_s: float = 0.0
     """By time.perf_counter."""
     draws: Draws | None = None
@@ -78,7 +79,8 @@ class Flight:
         return [*(self.draws.arrays() if self.draws is not None else ()), *of_scores]
 
     def tokens(self) -> dict[SequenceState, int]:
-        """What it draws, read now: whoever asks waits until it is computed."""
+        """What it draws, read now: whoever asks waits until it is computed. Nobody has a draft."""
+        assert self.plan.width == 1, "a step with drafts is read before the next is built"
         if self.draws is None:
             return {}
         token_ids: list[int] = np.asarray(self.draws.token_ids).tolist()
@@ -112,6 +114,9 @@ class Runner:
         self.rows.prove()
         self._capacities: Mapping[Bucket, int] = {}
         self._decoding: DecodeState | None = None
+        self._drafted: tuple[object, DrawState] | None = (
+            None  # of the last step with drafts, by who drew how often
+        )
         self._last: Flight | None = None  # what was started last, read or not
 
     def start(self, plan: Plan) -> Flight:
@@ -155,7 +160,7 @@ class Runner:
         """Give the rows' memory back; none is in use."""
         self.rows.clear()
         self._capacities = {}
-        self._decoding = self._last = None
+        self._decoding = self._last = self._drafted = None
 
     def reset(self) -> None:
         """Forget all rows, whatever state a failed step left them in."""
@@ -193,20 +198,20 @@ class Runner:
             self.rows.put(sequence.place, sequence.state_row, prefix.segments, prefix.num_tokens)
 
     def _hidden(self, plan: Plan, scores: list[Scores]) -> tuple[mx.array | None, list[Chunk]]:
-        """Final hidden states [B, 1, D] of every row that draws a token, and their chunks. Of prompts whose tokens'
-        log-probabilities are wanted, those are added to `scores`."""
+        """Final hidden states [N, 1, D] that lead to a token, and what would have been computed before each. Of
+        prompts whose tokens' log-probabilities are wanted, those are added to `scores`."""
         singles, others = plan.chunks[: plan.num_single], plan.chunks[plan.num_single :]
         parts: list[mx.array] = []
         drawing: list[Chunk] = []
         if singles:
-            hidden = self._single(plan, singles)  # [B, 1, D]
+            hidden = self._single(plan, singles)  # [B, W, D]
             if plan.num_prefilled:
                 scores += self._scores(hidden, singles)
-            _choose(hidden, singles, [0] * len(singles), parts, drawing)
+            _choose(hidden, singles, parts, drawing)
         if others:
             hidden = self._padded(plan, others)  # [B, T, D]
             scores += self._scores(hidden, others)
-            _choose(hidden, others, [chunk.num_tokens - 1 for chunk in others], parts, drawing)
+            _choose(hidden, others, parts, drawing)
         if not parts:
             return None, []
         return (parts[0] if len(parts) == 1 else mx.concatenate(parts)), drawing
@@ -221,13 +226,17 @@ class Runner:
 
     def _single(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
         decoding = self._decoding
-        if decoding is not None and decoding.composition == plan.composition:
-            decoding.span = decoding.span.next()
-        else:
-            span = _span(chunks, 1, plan.num_state_rows)
+        width, was_drafted = plan.width, self._last is not None and self._last.plan.width > 1
+        if decoding is None or decoding.composition != plan.composition:
+            span = _span(chunks, width, plan.num_state_rows)
             deltas = self._sights.deltas(chunks) if self._sights else None
             decoding = self._decoding = DecodeState(plan.composition, DrawState.of(chunks), span, deltas)
-        tokens, inputs = self._single_tokens(plan, chunks), NOTHING
+        elif width > 1 or was_drafted:  # rows have come on by as much as was right
+            decoding.span = _span(chunks, width, plan.num_state_rows)
+        else:
+            decoding.span = decoding.span.next()
+        tokens = self._single_tokens(plan, chunks) if width == 1 else mx.array(_padded(chunks, width))
+        inputs = NOTHING
         if self._sights is not None:
             if plan.num_prefilled and any(c.start < c.sequence.num_prompt_tokens for c in chunks):
                 inputs = self._sights.prompts(tokens, chunks)
@@ -239,6 +248,8 @@ class Runner:
         """[B, 1]: known ones, or what the step before this one draws."""
         last, count = self._last, len(chunks)
         drawn = last.draws.token_ids if last is not None and last.draws is not None else None
+        if last is not None and last.plan.width > 1:
+            drawn = None
         if last is not None and drawn is not None and last.plan.composition == plan.composition:
             of_singles = last.sequences[:count]
             if len(of_singles) == count and of_singles[-1] is chunks[-1].sequence:
@@ -258,10 +269,7 @@ class Runner:
 
     def _padded(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
         width = max(chunk.num_tokens for chunk in chunks)
-        tokens = np.full((len(chunks), width), PAD_TOKEN, dtype=np.int32)
-        for index, chunk in enumerate(chunks):
-            tokens[index, : chunk.num_tokens] = chunk.sequence.tokens(chunk.start, chunk.stop)
-        batch = mx.array(tokens)
+        batch = mx.array(_padded(chunks, width))
         inputs = self._sights.prompts(batch, chunks) if self._sights else NOTHING
         return self._forward(batch, _span(chunks, width, plan.num_state_rows), _slots(chunks), inputs)
 
@@ -283,6 +291,11 @@ class Runner:
         singles = plan.chunks[: plan.num_single]
         if self._decoding is not None and len(chunks) == len(singles) and chunks[-1] is singles[-1]:
             return self._decoding.draw
+        if len(chunks) > len(plan.chunks):  # drafts, often as long as in the step before
+            key = plan.composition, tuple(chunk.sequence for chunk in chunks)
+            if self._drafted is None or self._drafted[0] != key:
+                self._drafted = key, DrawState.of(chunks)
+            return self._drafted[1]
         return DrawState.of(chunks)
 
     def _changes(
@@ -295,20 +308,36 @@ class Runner:
             self._evaluate(hidden, self.rows.arrays())
             drawn = self._last.tokens()
         changes: dict[int, LogitsChange] = {}
+        drafts = {chunk.sequence: chunk.draft for chunk in flight.plan.chunks if chunk.draft}
+        done: set[SequenceState] = set()
         for row in edited:
+            sequence = chunks[row].sequence
+            if sequence in done:  # the rows behind its first are its draft's
+                continue
+            done.add(sequence)
             try:
-                change = _told(chunks[row], drawn)
+                found = _told(chunks[row], drawn, drafts.get(sequence, ()))
             except Exception as error:  # whatever it is, it is one row's trouble
-                logger.exception("what request %s may draw cannot be told", chunks[row].sequence.request.id)
+                logger.exception("what request %s may draw cannot be told", sequence.request.id)
                 flight.errors[row] = error
             else:
-                if change is not None:
-                    changes[row] = change
+                changes |= {row + at: change for at, change in enumerate(found) if change is not None}
         return changes
 
 
-def _told(chunk: Chunk, drawn: Mapping[SequenceState, int]) -> LogitsChange | None:
-    """What a row's edit does, after it was told of the tokens that it has not heard of; `drawn` holds the last."""
+def _padded(chunks: Sequence[Chunk], width: int) -> np.ndarray:
+    """[B, width] int32 tokens."""
+    tokens = np.full((len(chunks), width), PAD_TOKEN, dtype=np.int32)
+    for index, chunk in enumerate(chunks):
+        tokens[index, : chunk.num_tokens] = chunk.tokens
+    return tokens
+
+
+def _told(
+    chunk: Chunk, drawn: Mapping[SequenceState, int], draft: Sequence[int]
+) -> list[LogitsChange | None]:
+    """What a row's edit does, after it was told of the tokens that it has not heard of; `drawn` holds the last. With
+    a draft, what it does behind each guess too, up to the first that it does not allow: that one will not be drawn."""
     sequence = chunk.sequence
     assert sequence.edit is not None
     news = sequence.generated[sequence.num_told :]
@@ -317,25 +346,37 @@ def _told(chunk: Chunk, drawn: Mapping[SequenceState, int]) -> LogitsChange | No
     if news:
         sequence.num_told += len(news)
         sequence.edit.advance(news)
-    return sequence.edit.change()
+    changes = [sequence.edit.change()]
+    if not draft:
+        return changes
+    edit, num_guessed = sequence.edit, 0
+    try:
+        for token in draft:
+            last = changes[-1]
+            if last is not None and not last.allows(token):
+                break
+            changes[-1] = None if last is None else last.copy()
+            edit.advance([token])
+            num_guessed += 1
+            changes.append(edit.change())
+        changes[-1] = None if changes[-1] is None else changes[-1].copy()
+    finally:
+        edit.retract(num_guessed)
+    return changes
 
 
-def _choose(
-    hidden: mx.array,
-    chunks: Sequence[Chunk],
-    columns: Sequence[int],
-    parts: list[mx.array],
-    drawing: list[Chunk],
-) -> None:
-    """Add [B', 1, D], the states that lead to a token, and their chunks."""
-    chosen = [(index, column) for index, column in enumerate(columns) if chunks[index].draws]
-    if len(chosen) == len(chunks) and hidden.shape[1] == 1:
+def _choose(hidden: mx.array, chunks: Sequence[Chunk], parts: list[mx.array], drawing: list[Chunk]) -> None:
+    """Add [N, 1, D], the states of [B, T, D] that lead to a token, and what was computed up to each."""
+    if hidden.shape[1] == 1 and all(chunk.draws for chunk in chunks):
         parts.append(hidden)
         drawing += chunks
-    elif chosen:
-        indices, at = (mx.array(np.asarray(part, dtype=np.int32)) for part in zip(*chosen, strict=True))
-        parts.append(hidden[indices, at][:, None])
-        drawing += [chunks[index] for index, _ in chosen]
+        return
+    chosen = [(index, each) for index, chunk in enumerate(chunks) if chunk.draws for each in chunk.draws_of]
+    if chosen:
+        rows = np.asarray([index for index, _ in chosen], dtype=np.int32)
+        at = np.asarray([each.num_tokens - 1 for _, each in chosen], dtype=np.int32)
+        parts.append(hidden[mx.array(rows), mx.array(at)][:, None])
+        drawing += [each for _, each in chosen]
 
 
 def _span(chunks: Sequence[Chunk], num_tokens: int, num_state_rows: int) -> Span:
@@ -363,6 +404,8 @@ def _read(flight: Flight, draws: Draws) -> list[Drawn]:
     details = {} if draws.logprobs is None else _details(flight.sequences, draws.logprobs)
     token_ids: list[int] = np.asarray(draws.token_ids).tolist()
     sound: list[bool] = np.asarray(draws.is_sound).tolist()
+    if flight.plan.width > 1:
+        return _verified(flight, token_ids, sound, details)
     if not details and all(sound) and not flight.errors:
         return [
             Drawn(sequence, (token,)) for sequence, token in zip(flight.sequences, token_ids, strict=True)
@@ -373,6 +416,41 @@ def _read(flight: Flight, draws: Draws) -> list[Drawn]:
         else Drawn(sequence, (), is_sound=False, error=flight.errors.get(index))
         for index, (sequence, token_id) in enumerate(zip(flight.sequences, token_ids, strict=True))
     ]
+
+
+def _verified(
+    flight: Flight,
+    token_ids: Sequence[int],
+    sound: Sequence[bool],
+    details: Mapping[int, tuple[float, tuple[tuple[int, float], ...]]],
+) -> list[Drawn]:
+    """Of each sequence the tokens that were drawn where everything before them was its own: as long as guesses are
+    right, and one more. What cannot be drawn behind a guess is met again in the next step, without one."""
+    drafts = {chunk.sequence: chunk.draft for chunk in flight.plan.chunks if chunk.draft}
+    drawn: list[Drawn] = []
+    first = 0
+    while first < len(token_ids):
+        sequence = flight.sequences[first]
+        draft = drafts.get(sequence, ())
+        if not sound[first] or first in flight.errors:
+            drawn.append(Drawn(sequence, (), is_sound=False, error=flight.errors.get(first)))
+        else:
+            stop = first + 1
+            for guess in draft:
+                if guess != token_ids[stop - 1] or not sound[stop] or stop in flight.errors:
+                    break
+                stop += 1
+            logprobs = [_entries(token_ids[at], details.get(at)) for at in range(first, stop)]
+            drawn.append(
+                Drawn(
+                    sequence,
+                    tuple(token_ids[first:stop]),
+                    tuple(entry for entries in logprobs for entry in entries),
+                    num_drafted=len(draft),
+                )
+            )
+        first += len(draft) + 1
+    return drawn
 
 
 def _entries(
