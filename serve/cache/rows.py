@@ -89,7 +89,7 @@ class BatchRows:
         return digest.hexdigest()
 
     def attach(self, layers: Sequence[LayerRows], name: str) -> None:
-        """Layers of somebody else's, which the family's code is not given: they stand, move and are kept with the rows.
+        """Layers of somebody else's, which the family's code is not given: they stand, move and are kept with rows.
 
         Before any row is in use. `name` tells apart whose they are, and of what weights.
         """

@@ -63,7 +63,9 @@ class Eagle3:
         install(module)
         text = module.config.transformer_layer_config
         dtype = module.fc.weight.dtype
-        shape = LayerShape(text.num_key_value_heads, text.head_dim, text.head_dim, dtype.size, None, ALWAYS_PLAIN)
+        shape = LayerShape(
+            text.num_key_value_heads, text.head_dim, text.head_dim, dtype.size, None, ALWAYS_PLAIN
+        )
         rows = [LayerRows(shape, dtype) for _ in module.layers]
         module._cache = rows
         return rows

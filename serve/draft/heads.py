@@ -1,4 +1,4 @@
-"""Heads that guess from the target's states: EAGLE-3, the checkpoint's own (MTP). One forward a guess, all rows in it.
+"""Heads that guess from the target's states: EAGLE-3, a checkpoint's own (MTP). One forward a guess, all rows in it.
 
 A row has tokens t_0 … t_m, the last of which has not run, and the target's states h_0 … h_{m−1}. What a head keeps of
 the past is an entry for each pair (h_p, t_{p+1}), at position p of the row, beside the target's own layers: it moves,
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -69,7 +70,7 @@ class Heads:
     def __init__(self, head: Head) -> None:
         self._head = head
         self._layers: Sequence[LayerRows] = ()
-        self._known: dict[SequenceState, _States] = {}
+        self._known: WeakKeyDictionary[SequenceState, _States] = WeakKeyDictionary()
         self._samplers = Samplers()
 
     @property
@@ -193,7 +194,7 @@ class Heads:
 
     def _kept(self, chunks: Sequence[Chunk], states: mx.array) -> mx.array:
         """Those of the states that the next chunks, and guesses, may begin with."""
-        is_long = states.shape[1] > MAX_CARRIED
+        is_long = states.shape[1] > MAX_CARRIED and not any(chunk.draft for chunk in chunks)
         if is_long:
             last = mx.array([chunk.num_tokens - 1 for chunk in chunks])
             states = states[mx.arange(len(chunks)), last][:, None]

@@ -17,14 +17,16 @@ from serve.model.weights import dequantize
 
 
 def heads_of(path_or_repo: str, model: LoadedModel) -> Heads:
-    """The drafter in a folder, or a hub repository, for a base. ModelError where it cannot be used, with the reason."""
+    """The drafter in a folder, or a hub repository, for a base. ModelError where it cannot be used, and why."""
     path = resolve(path_or_repo)
     config = read_config(path)
     kind = str(config.get("speculators_model_type") or config.get("model_type"))
     make = KINDS.get(kind)
     if make is None:
         known = ", ".join(sorted(KINDS))
-        raise ModelError(f"{path_or_repo}: a drafter of kind {kind!r} cannot be used; those that can: {known}")
+        raise ModelError(
+            f"{path_or_repo}: a drafter of kind {kind!r} cannot be used; those that can: {known}"
+        )
     return Heads(make(path, path_or_repo, config, model))
 
 
@@ -38,7 +40,9 @@ def _module(path: Path, name: str, config: Mapping[str, Any], model: LoadedModel
     from mlx_vlm.utils import load_model
 
     if config.get("model_file"):
-        raise ModelError(f"{name}: its config.json names code of its own, {config['model_file']!r}, which is not run")
+        raise ModelError(
+            f"{name}: its config.json names code of its own, {config['model_file']!r}, which is not run"
+        )
     try:
         module = load_model(path, lazy=True)
     except LOAD_ERRORS as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+from serve.cache.capacity import Place
 from serve.cache.spans import Span, SpanPart
 from serve.engine.drafts import Wanted
 from serve.engine.plan import SequenceState
@@ -30,7 +31,7 @@ def span_of(
     return Span(parts, num_tokens)
 
 
-def place_of(sequence: SequenceState):  # type: ignore[no-untyped-def]
+def place_of(sequence: SequenceState) -> Place:
     """Its row."""
     assert sequence.place is not None, "who has no row is asked nothing"
     return sequence.place

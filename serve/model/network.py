@@ -148,7 +148,7 @@ class Network:
     def embeddings(self) -> nn.Module | None:
         """The tokens' embeddings as the base has them, without updates; None: in none of the usual places."""
         name = next((name for name in EMBEDDED_NAMES if name in self.backbone.children()), None)
-        found = None if name is None else self.backbone[name]
+        found: Any = None if name is None else self.backbone[name]
         return found["linear"] if getattr(found, "wraps_linear", False) else found
 
     @cached_property
@@ -222,7 +222,9 @@ class Network:
             return
         if not isinstance(layers, list) or not all(0 <= number < len(layers) for number in numbers):
             found = f"it has {len(layers)}" if isinstance(layers, list) else "its layers are in no list"
-            raise ModelError(f"{type(self.module).__module__}: cannot look into layers {list(numbers)}: {found}")
+            raise ModelError(
+                f"{type(self.module).__module__}: cannot look into layers {list(numbers)}: {found}"
+            )
         whole = list(layers)
         try:
             for number in numbers:
