@@ -12,6 +12,7 @@ import mlx.core as mx
 from serve.cache.attention import install
 from serve.cache.capacity import LayerShape
 from serve.cache.layers import LayerRows
+from serve.cache.rows import BatchRows
 from serve.engine.sampler import Sampler
 from serve.errors import ModelError
 from serve.model.network import Network
@@ -36,7 +37,7 @@ class Eagle3:
         self._targets: mx.array | None = None
         self._vocab_size = 0
 
-    def bind(self, network: Network) -> Sequence[LayerRows]:
+    def bind(self, network: Network, rows: BatchRows) -> Sequence[LayerRows]:
         """Its layers' rows. ModelError where it was made for another target."""
         module, layers = self._module, len(network.layers)
         inputs = [2, layers // 2, layers - 3] if self._inputs is None else list(self._inputs)
@@ -66,9 +67,8 @@ class Eagle3:
         shape = LayerShape(
             text.num_key_value_heads, text.head_dim, text.head_dim, dtype.size, None, ALWAYS_PLAIN
         )
-        rows = [LayerRows(shape, dtype) for _ in module.layers]
-        module._cache = rows
-        return rows
+        module._cache = [LayerRows(shape, dtype) for _ in module.layers]
+        return module._cache
 
     def read(self, hidden: mx.array, taken: Mapping[int, mx.array]) -> mx.array:
         """[B, T, D'] of three layers' outputs."""

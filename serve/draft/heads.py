@@ -42,8 +42,8 @@ class Head(Protocol):
     taps: Sequence[int]
     """Layers of the target whose outputs it reads, beside the last one's; known once bound."""
 
-    def bind(self, network: Network) -> Sequence[LayerRows]:
-        """Its layers' rows. ModelError where it is not of this target."""
+    def bind(self, network: Network, rows: BatchRows) -> Sequence[LayerRows]:
+        """Its layers' rows, beside the base's. ModelError where it is not of this target."""
 
     def read(self, hidden: mx.array, taken: Mapping[int, mx.array]) -> mx.array:
         """[B, T, D'] what it takes of the target's states: hidden [B, T, D], and [B, T, D] of each tap."""
@@ -80,7 +80,7 @@ class Heads:
 
     def bind(self, network: Network, bank: Bank, rows: BatchRows) -> None:
         """To a target and its rows, once. ModelError where the head is not of this target."""
-        self._layers = self._head.bind(network)
+        self._layers = self._head.bind(network, rows)
         self._bank = bank
         rows.attach(self._layers, self._head.fingerprint)
 

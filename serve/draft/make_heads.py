@@ -11,6 +11,7 @@ import mlx.core as mx
 from serve import device
 from serve.draft.eagle import Eagle3
 from serve.draft.heads import Head, Heads
+from serve.draft.mtp import own_mtp
 from serve.errors import ModelError
 from serve.model.loading import LOAD_ERRORS, LoadedModel, cast, fingerprint, read_config, resolve
 from serve.model.weights import dequantize
@@ -28,6 +29,11 @@ def heads_of(path_or_repo: str, model: LoadedModel) -> Heads:
             f"{path_or_repo}: a drafter of kind {kind!r} cannot be used; those that can: {known}"
         )
     return Heads(make(path, path_or_repo, config, model))
+
+
+def own_heads_of(model: LoadedModel) -> Heads:
+    """The drafter in the base's own checkpoint. ModelError where there is none that can be used."""
+    return Heads(own_mtp(model))
 
 
 def _eagle3(path: Path, name: str, config: dict[str, Any], model: LoadedModel) -> Head:
