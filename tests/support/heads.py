@@ -11,9 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
-from mlx_vlm.models.cache import CacheList, KVCache
+from mlx_vlm.models.cache import CacheList
 from mlx_vlm.speculative.drafters.eagle3 import Model as Eagle3Model
 from mlx_vlm.speculative.drafters.eagle3 import ModelConfig as Eagle3Config
+from mlx_vlm.speculative.drafters.qwen3_dflash import Model as DFlashModel
+from mlx_vlm.speculative.drafters.qwen3_dflash import ModelConfig as DFlashConfig
 from mlx_vlm.speculative.drafters.glm_moe_dsa_mtp.glm_moe_dsa_mtp import GlmMoeDsaMTPDraftModel
 from mlx_vlm.utils import load_model
 
@@ -21,6 +23,20 @@ from serve.model.network import Network
 
 Pick = Callable[[mx.array], int]
 """Logits [V] of the head in, the id of its output out."""
+DEEP = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 259,
+    "max_position_embeddings": 1024,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
 GLM4 = {
     "model_type": "glm4_moe",
     "vocab_size": 259,
@@ -132,8 +148,46 @@ def eagle3_guesses(folder: Path, network: Network, row: Tokens, pick: Pick) -> l
     return _guesses(drafter, states, row, pick)
 
 
+def write_dflash(folder: Path, *, taps: Sequence[int], num_target_layers: int, seed: int = 5, **options: Any) -> Path:
+    """A random DFlash drafter of a target of 64 numbers a state and 259 tokens, as a folder."""
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 259,
+        "rope_theta": 10000.0,
+        "block_size": 6,
+        "num_target_layers": num_target_layers,
+        "dflash_config": {"mask_token_id": 258, "target_layer_ids": list(taps)},
+        **options,
+    }
+    mx.random.seed(seed)
+    module = DFlashModel(DFlashConfig.from_dict(config))
+    weights = dict(tree_flatten(module.parameters()))
+    weights = {p: 1 + mx.random.normal(w.shape) if "q_norm" in p else w for p, w in lively(weights).items()}
+    _write(folder, config, weights)
+    return folder
+
+
+def dflash_guesses(folder: Path, network: Network, row: Tokens, pick: Pick) -> list[int]:
+    """What mlx-vlm's DFlash says on one row."""
+    drafter = load_model(folder)
+    cache = drafter.reset(network.module)
+    outputs = layer_outputs(network, row.ids[:-1])
+    states = mx.concatenate([outputs[number] for number in drafter.config.target_layer_ids], axis=-1)
+
+    def sampler(logits: mx.array) -> mx.array:
+        return mx.array([[pick(each) for each in logits[0]]])
+
+    return drafter.draft_block(row.ids[-1], states, cache, row.count + 1, sampler)[0].tolist()
+
+
 def write_mtp(folder: Path, config: Mapping[str, Any], seed: int = 3) -> nn.Module:
-    """Add a random layer behind the last one to a model's folder, named as Hugging Face's checkpoints name it. Returns
+    """Add a random layer behind the last one to a model's folder, as Hugging Face's checkpoints name it. Returns
     mlx-vlm's module over the same weights."""
     model_class, args_class = _get_classes(dict(config))
     args, width = args_class.from_dict(dict(config)), config["hidden_size"]
