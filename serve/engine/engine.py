@@ -18,7 +18,7 @@ from serve.cache.capacity import MAX_REMEMBERED
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
 from serve.constraints.edit import GrammarEdit
-from serve.engine.drafts import Drafter
+from serve.engine.drafts import Drafter, Reader
 from serve.engine.edits import make_edit
 from serve.engine.features import SequenceFeatures
 from serve.engine.finish import FinishRule
@@ -92,6 +92,7 @@ class Engine:
             model.network,
             self.bank,
             Sights(model.vision, self.features) if model.vision and self.features else None,
+            readers=[each for each in drafters.values() if isinstance(each, Reader)],
             row_chunk_tokens=limits.window_chunk_tokens,
             ahead=self._ahead,
         )
