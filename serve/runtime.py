@@ -98,8 +98,9 @@ class Runtime:
         if config.generation_config == "auto":
             defaults = defaults.over(read_defaults(model.path))
         rules = TemplateRules(config.special_tokens_in_messages)
-        drafters = make_drafters(config.drafter, model)
-        engine = Engine(model, _limits(config), rules, drafters.by_name, drafters.default)
+        limits = _limits(config)
+        drafters = make_drafters(config.drafter, model, limits)
+        engine = Engine(model, limits, rules, drafters.by_name, drafters.default)
         engine.bank.measure()
         template = make_template(model.tokenizer, rules)
         thoughts = ThoughtRules(

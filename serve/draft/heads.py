@@ -64,14 +64,24 @@ class _States(NamedTuple):
     stop: int
 
 
+MAX_TOKENS = 15
+
+
 class Heads:
     """A drafter (`serve.engine.drafts.Reader`) over one head."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Head, max_tokens: int = MAX_TOKENS) -> None:
+        """max_tokens: of one guess."""
         self._head = head
+        self._max_tokens = max_tokens
         self._layers: Sequence[LayerRows] = ()
         self._known: WeakKeyDictionary[SequenceState, _States] = WeakKeyDictionary()
         self._samplers = Samplers()
+
+    @property
+    def max_bytes(self) -> int:
+        """Its layers stand in the target's rows, and are counted there."""
+        return 0
 
     @property
     def taps(self) -> Sequence[int]:
@@ -107,7 +117,9 @@ class Heads:
         """A chain of guesses for each, as long as is wanted and its row has room for scratch."""
         guesses: list[list[int]] = [[] for _ in wanted]
         order = [number for number in in_rows(wanted) if self._room(wanted[number])]
-        counts = {number: min(wanted[number].most, self._room(wanted[number])) for number in order}
+        counts = {
+            number: min(wanted[number].most, self._max_tokens, self._room(wanted[number])) for number in order
+        }
         if not order:
             return guesses
         sequences = [wanted[number].sequence for number in order]
@@ -138,6 +150,9 @@ class Heads:
     def forget(self, sequence: SequenceState) -> None:
         """It has ended."""
         self._known.pop(sequence, None)
+
+    def clear(self, tenant: str | None) -> None:
+        """It remembers nothing of texts that have ended."""
 
     def _room(self, one: Wanted) -> int:
         """How many entries of scratch its row takes behind what it holds; 0 where its last state is not known."""

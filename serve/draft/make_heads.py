@@ -10,14 +10,14 @@ import mlx.core as mx
 
 from serve import device
 from serve.draft.eagle import Eagle3
-from serve.draft.heads import Head, Heads
+from serve.draft.heads import MAX_TOKENS, Head, Heads
 from serve.draft.mtp import own_mtp
 from serve.errors import ModelError
 from serve.model.loading import LOAD_ERRORS, LoadedModel, cast, fingerprint, read_config, resolve
 from serve.model.weights import dequantize
 
 
-def heads_of(path_or_repo: str, model: LoadedModel) -> Heads:
+def heads_of(path_or_repo: str, model: LoadedModel, max_tokens: int = MAX_TOKENS) -> Heads:
     """The drafter in a folder, or a hub repository, for a base. ModelError where it cannot be used, and why."""
     path = resolve(path_or_repo)
     config = read_config(path)
@@ -28,12 +28,12 @@ def heads_of(path_or_repo: str, model: LoadedModel) -> Heads:
         raise ModelError(
             f"{path_or_repo}: a drafter of kind {kind!r} cannot be used; those that can: {known}"
         )
-    return Heads(make(path, path_or_repo, config, model))
+    return Heads(make(path, path_or_repo, config, model), max_tokens)
 
 
-def own_heads_of(model: LoadedModel) -> Heads:
+def own_heads_of(model: LoadedModel, max_tokens: int = MAX_TOKENS) -> Heads:
     """The drafter in the base's own checkpoint. ModelError where there is none that can be used."""
-    return Heads(own_mtp(model))
+    return Heads(own_mtp(model), max_tokens)
 
 
 def _eagle3(path: Path, name: str, config: dict[str, Any], model: LoadedModel) -> Head:

@@ -68,7 +68,9 @@ class DraftModel:
         self._network = model.network
         self._max_context = model.max_context
         self._vocab_size = min(model.network.vocab_size, target.network.vocab_size)
-        self._max_tokens = min(max_tokens, catch_up_tokens)  # a window's buffer has room for as many beside it
+        self._max_tokens = min(
+            max_tokens, catch_up_tokens
+        )  # a window's buffer has room for as many beside it
         self._catch_up_tokens = catch_up_tokens
         rows = make_rows(model.network, prefill_chunk_tokens=catch_up_tokens)
         if rows.cost.state_bytes:
@@ -87,6 +89,11 @@ class DraftModel:
         self._prefixes = DraftPrefixes(model, rows, self._max_bytes)
         self._num_rounds = 0
         self._sampler: tuple[list[SequenceState], Sampler] | None = None
+
+    @property
+    def max_bytes(self) -> int:
+        """Of rows, prefixes and adapters of the draft model."""
+        return self._max_bytes + self._adapters.num_bytes
 
     @property
     def num_bytes(self) -> int:

@@ -36,6 +36,10 @@ class Wanted(NamedTuple):
 class Drafter(Protocol):
     """Lives on the thread that owns the arrays, but for what it says of itself."""
 
+    @property
+    def max_bytes(self) -> int:
+        """Memory that it may come to hold for texts, beside what it holds in the target's rows: no row has that."""
+
     def propose(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[int]]:
         """For each, at most `most` tokens that may follow; none where it knows none. What it raises is logged, and
         nobody has a draft in that step."""

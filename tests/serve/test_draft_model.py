@@ -59,7 +59,9 @@ class Watched:
     def step(self) -> None:
         ended = [event.request_id for event in self.engine.step() if event.finish]
         running = [sequence for sequence in self.engine.scheduler.decoding if self.asks(sequence)]
-        wanted = [Wanted(each, self.most) for each in running if each.num_planned_tokens == each.num_tokens - 1]
+        wanted = [
+            Wanted(each, self.most) for each in running if each.num_planned_tokens == each.num_tokens - 1
+        ]
         guesses = self.drafter.propose(wanted)
         self.drafter.check_integrity()
         self.rounds.append(
@@ -99,9 +101,7 @@ def make_watched(
 ) -> Watched:
     engine = Engine(load(str(target), name="target"), EngineLimits(**limits))
     own = {name: options.pop(name) for name in ("most", "asks") if name in options}
-    drafter = DraftModel(
-        load(str(draft), name="draft"), engine.model, **{"max_bytes": ROOM, **options}
-    )
+    drafter = DraftModel(load(str(draft), name="draft"), engine.model, **{"max_bytes": ROOM, **options})
     return Watched(engine, drafter, **own)
 
 
@@ -112,7 +112,16 @@ def in_all_settings(make_request, texts: Sequence[str], **options: object) -> li
     ]
 
 
-TEXTS = ("hello there", LONG, "x", "another prompt, of some words", "short", LONG[:100], "one more", "and a last one")
+TEXTS = (
+    "hello there",
+    LONG,
+    "x",
+    "another prompt, of some words",
+    "short",
+    LONG[:100],
+    "one more",
+    "and a last one",
+)
 
 
 def test_the_targets_twin_guesses_what_the_target_says_at_any_temperature(model_folder, make_request):
@@ -127,7 +136,9 @@ def test_a_guess_is_what_the_draft_model_says_of_the_whole_text_whatever_it_gues
     name, lively, make_model, make_request, assert_drawn
 ):
     """Another model's guesses are wrong all the time, so its rows go back all the time."""
-    folder = make_model(f"other-{name}", json.loads((lively.folder(name) / "config.json").read_text()), seed=7)
+    folder = make_model(
+        f"other-{name}", json.loads((lively.folder(name) / "config.json").read_text()), seed=7
+    )
     watched = make_watched(lively.folder(name), folder)
     texts = ("hello there", LONG[:300], "x")
     watched.run(*(make_request(f"{number}", text, max_tokens=24) for number, text in enumerate(texts)))
@@ -179,7 +190,9 @@ def test_a_rounds_tokens_are_bounded_however_many_are_behind(model_folder, make_
     texts = [LONG[number:] for number in range(8)]
     watched.add(*in_all_settings(make_request, texts, max_tokens=200))
     taken_in, known = [], {}
-    while not (watched.rounds and len(watched.rounds[-1]) == 8 and all(f for _, f in watched.rounds[-1].values())):
+    while not (
+        watched.rounds and len(watched.rounds[-1]) == 8 and all(f for _, f in watched.rounds[-1].values())
+    ):
         watched.step()
         rows = [watched.drafter._rows.find(each) for each in watched.sequences.values()]
         now = {row.sequence.request.id: row.num_known for row in rows if row is not None}
@@ -240,8 +253,7 @@ def test_what_was_computed_of_a_text_is_not_computed_again_for_its_tenant(model_
     watched.drafter.clear("us")
     watched.run(replace(first, id="later"), replace(others, id="theirs"))
     unready = {
-        name: sum(name in each and not each[name][1] for each in watched.rounds)
-        for name in watched.sequences
+        name: sum(name in each and not each[name][1] for each in watched.rounds) for name in watched.sequences
     }
     assert unready == {"first": 2, "again": 0, "others": 2, "later": 2, "theirs": 0}
     assert watched.share_right() > 0.95
@@ -273,7 +285,9 @@ def test_a_draft_adapter_stays_its_names_when_the_targets_version_changes(
     watched.engine.registry.load("a", make_adapter(2))
     version = watched.engine.registry.load("a", make_adapter(1), replace=True)
     assert version.number == 2
-    watched.run(*(replace(each, adapter=version) for each in in_all_settings(make_request, TEXTS, max_tokens=40)))
+    watched.run(
+        *(replace(each, adapter=version) for each in in_all_settings(make_request, TEXTS, max_tokens=40))
+    )
     assert watched.share_right() > 0.99
 
 
@@ -370,7 +384,9 @@ def test_an_adapter_that_does_not_fit_the_draft_model_is_refused_by_both_names(
 
 
 def test_too_little_memory_is_refused(model_folder, model, make_adapter):
-    draft: Callable[[], LoadedModel] = lambda: load(str(model_folder), name="draft")
+    def draft() -> LoadedModel:
+        return load(str(model_folder), name="draft")
+
     with pytest.raises(ConfigError, match="1000 bytes do not hold"):
         DraftModel(draft(), model, max_bytes=1000)
     with pytest.raises(LatheError, match="draft"):

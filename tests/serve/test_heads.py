@@ -1,4 +1,4 @@
-"""Drafters that read the target's states: guesses are those of mlx-vlm's own code on one row, answers the target's."""
+"""Drafters that read the target's states: guesses are those of mlx-vlm's own code on a row, answers the target's."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def in_company(
 
 
 def could_guess(logits: mx.array, request: Request, number: int, token_id: int) -> bool:
-    """Whether rounding can make the guess of an answer's token `number` this one: logits [V], shaken by a near-tie."""
+    """Whether rounding can make the guess of an answer's token `number` this: logits [V], shaken by a near-tie."""
     width = NEAR_TIE * mx.abs(mx.where(logits < -1e8, 0, logits)).max()
     shaken = logits + width * mx.random.normal((64, logits.size), key=mx.random.key(number))
     shaken = mx.concatenate([logits[None], shaken])
