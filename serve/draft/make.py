@@ -49,11 +49,9 @@ def make_drafters(config: DrafterConfig, model: LoadedModel, limits: EngineLimit
 
 def _made(config: ModelDrafter | HeadsDrafter, model: LoadedModel, limits: EngineLimits) -> Drafter:
     if isinstance(config, HeadsDrafter):
-        return (
-            heads_of(config.model, model, config.max_tokens)
-            if config.model
-            else own_heads_of(model, config.max_tokens)
-        )
+        if config.model is None:
+            return own_heads_of(model, config.max_tokens)
+        return heads_of(config.model, model, config.max_tokens)
     if config.memory_gib is None:
         max_bytes = int(MemoryBudget.of(limits).kv * MEMORY_SHARE)
     else:

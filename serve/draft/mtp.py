@@ -1,6 +1,6 @@
 """Multi-token prediction (DeepSeek-AI 2024, arXiv 2412.19437, section 2.2): the checkpoint's layer behind its last.
 
-    pair (h_p, t_{p+1}) ─▶ [enorm(embedding of t_{p+1}), hnorm(h_p)] ─ eh_proj ─▶ a layer of the family ─ norm ─▶ state
+    pair (h_p, t_{p+1}) ─▶ [enorm(embedding of t_{p+1}), hnorm(h_p)] ─ eh_proj ─▶ the family's layer ─ norm ─▶ state
 
 The state gives a guess of t_{p+2} by the head, and is h for the pair that follows. mlx-lm leaves these weights out,
 so they are read from the checkpoint's files, and made what the family's own code calls them.
@@ -180,9 +180,15 @@ def _layer_weights(path: Path, prefix: str) -> dict[str, mx.array]:
     return {
         name.removeprefix(prefix): array
         for file in sorted(path.glob("*.safetensors"))
-        for name, array in cast(dict[str, mx.array], mx.load(str(file))).items()
+        for name, array in _loaded(file).items()
         if name.startswith(prefix)
     }
+
+
+def _loaded(file: Path) -> dict[str, mx.array]:
+    arrays = mx.load(str(file))
+    assert isinstance(arrays, dict)
+    return arrays
 
 
 def _as_family(base: nn.Module, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:

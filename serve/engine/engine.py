@@ -396,7 +396,7 @@ class Engine:
         self._share(self.scheduler.max_bytes - self._kv_bytes)
 
     def _max_row_bytes(self, adapter_bytes: int, host_bytes: int) -> int:
-        """What rows, prefixes and features may take beside adapters of that size, and what drafters hold of their own."""
+        """What rows, prefixes and features may take beside adapters of that size, and what drafters hold."""
         return max(self.memory.max_row_bytes(adapter_bytes, host_bytes) - self.guesses.max_bytes, 0)
 
     def _planned(self, drafts: Mapping[SequenceState, Sequence[int]]) -> Plan:
