@@ -22,6 +22,7 @@ from serve.cache.capacity import Bucket
 from serve.cache.families import make_rows
 from serve.cache.segment import Segment
 from serve.cache.spans import Span, SpanPart
+from serve.constraints.after_thoughts import GrammarAfterThoughts
 from serve.constraints.edit import GrammarEdit, Masks
 from serve.engine.decode_state import DecodeState, DrawState
 from serve.engine.edits import LogitsChange, parts_of
@@ -303,7 +304,12 @@ class Runner:
                 _tell(chunks[row], drawn)
         told = [(row, chunks[row].sequence.edit) for row in edited if row not in flight.errors]
         self._masks.fill(
-            [part for _, edit in told for part in parts_of(edit) if isinstance(part, GrammarEdit)]
+            [
+                part.current
+                for _, edit in told
+                for part in parts_of(edit)
+                if isinstance(part, (GrammarEdit, GrammarAfterThoughts)) and part.current is not None
+            ]
         )
         for row, edit in told:
             assert edit is not None
