@@ -15,6 +15,7 @@ from serve.adapters.registry.resolver import Resolver
 from serve.adapters.registry.watch import AdapterWatch
 from serve.adapters.versions.version import AdapterVersion
 from serve.config import ServeConfig
+from serve.draft.make import make_drafters
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.worker import Worker
 from serve.errors import AdapterError
@@ -97,7 +98,8 @@ class Runtime:
         if config.generation_config == "auto":
             defaults = defaults.over(read_defaults(model.path))
         rules = TemplateRules(config.special_tokens_in_messages)
-        engine = Engine(model, _limits(config), rules)
+        drafters = make_drafters(config.drafter, model)
+        engine = Engine(model, _limits(config), rules, drafters.by_name, drafters.default)
         engine.bank.measure()
         template = make_template(model.tokenizer, rules)
         thoughts = ThoughtRules(

@@ -15,6 +15,7 @@ from serve.api.sampling import SamplingBody
 from serve.api.strict import Body, Neutral
 from serve.cache.precision import PLAIN, KvPrecision, KvScheme
 from serve.config import ServeConfig
+from serve.draft.lookup import NAME as NGRAM
 from serve.errors import RequestError
 from serve.model.thoughts import MAX_MARK_CHARS
 
@@ -64,6 +65,19 @@ UNCONSTRAINED: Neutral = {"guided_whitespace_pattern": (None,), "structural_tag"
 """vLLM's, of what answers are constrained by: done in one way here, or not at all."""
 
 
+class Prediction(Body):
+    """OpenAI's: what much of the answer is thought to be."""
+
+    type: Literal["content"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        parts = self.content
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
+
 class GenerationBody(SamplingBody, ConstrainedBody):
     """What chat and plain completions share. Null means left out, as everywhere in OpenAI's API."""
 
@@ -71,7 +85,6 @@ class GenerationBody(SamplingBody, ConstrainedBody):
         {
             "guided_decoding_backend",
             "metadata",
-            "prediction",
             "prompt_cache_key",
             "prompt_cache_options",
             "prompt_cache_retention",
@@ -108,6 +121,11 @@ class GenerationBody(SamplingBody, ConstrainedBody):
     """vLLM's: prefixes are shared with requests of the same salt alone."""
     priority: Priority | None = None
     """vLLM's: the lower, the earlier; 0, if left out."""
+    drafter: Label | None = None
+    """Who guesses tokens ahead, in place of the server's: ngram, none, or what else the server has."""
+    prediction: Prediction | None = None
+    """Where the answer goes on as this does, its tokens are guessed from it; with ngram, which it asks for where
+    `drafter` is left out."""
     timeout: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S)
     """Seconds, from when the body was read, after which the answer is of no use: 504 then, and nothing more is
     computed. A stream that has begun ends with that error."""
@@ -141,6 +159,16 @@ class GenerationBody(SamplingBody, ConstrainedBody):
         if self.min_tokens is not None and limit is not None and self.min_tokens > limit:
             raise RequestError(
                 f"min_tokens: found {self.min_tokens}, but at most {limit} tokens are asked for", "min_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _predictions_are_looked_up(self) -> GenerationBody:
+        if self.prediction is not None and self.drafter not in (None, NGRAM):
+            raise RequestError(
+                f"prediction: found one, but drafter is {self.drafter!r:.80}, which does not look it up; send "
+                f"{NGRAM!r} or leave drafter out",
+                "prediction",
             )
         return self
 

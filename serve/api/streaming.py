@@ -198,13 +198,25 @@ class Responder:
 
     def _usage(self, num_answer_tokens: int, num_reasoning_tokens: int) -> dict[str, Any]:
         num_answer_tokens *= self.has_answer
-        details = {"completion_tokens_details": {"reasoning_tokens": num_reasoning_tokens}}
+        details = self._answer_details(num_reasoning_tokens)
         return {
-            **(details if self.generation.has_thoughts else {}),
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_answer_tokens,
             "total_tokens": self.num_prompt_tokens + num_answer_tokens,
             "prompt_tokens_details": {"cached_tokens": self.generation.num_cached_tokens},
+            **({"completion_tokens_details": details} if details else {}),
+        }
+
+    def _answer_details(self, num_reasoning_tokens: int) -> dict[str, int]:
+        """What is said of the answers' tokens: how many think, where they are told apart, and how many were guessed,
+        as far as rows have ended, where somebody guesses."""
+        generation = self.generation
+        details = {"reasoning_tokens": num_reasoning_tokens} if generation.has_thoughts else {}
+        if not generation.has_drafter:
+            return details
+        return details | {
+            "accepted_prediction_tokens": generation.num_accepted,
+            "rejected_prediction_tokens": generation.num_drafted - generation.num_accepted,
         }
 
 

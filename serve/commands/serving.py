@@ -29,6 +29,7 @@ KEYS_OF = {
     "allow_private_hosts": "media_limits.allow_private_hosts",
     "max_media": "media_limits.max_items",
     "max_pixels": "media.max_pixels",
+    **{f"drafter_{name}": f"drafter.{name}" for name in ("model", "max_tokens", "min_match")},
     **{
         name: f"default_sampling.{name}"
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -88,6 +89,16 @@ def serve(
     ] = None,
     one_step_ahead: Annotated[
         str | None, typer.Option(help="on, off or auto: build a step before the last one is read.")
+    ] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="ngram, model, heads or none: who guesses tokens ahead.")
+    ] = None,
+    drafter_model: Annotated[
+        str | None, typer.Option(help="Its folder or hub name: of a smaller model, or of heads.")
+    ] = None,
+    drafter_max_tokens: Annotated[int | None, typer.Option(help="Guesses of one step at most.")] = None,
+    drafter_min_match: Annotated[
+        int | None, typer.Option(help="ngram: so many tokens are found again at least; 2 to 4.")
     ] = None,
     generation_config: Annotated[
         str | None,
@@ -243,7 +254,10 @@ def _serve_config(
 def keys_given(flags: Mapping[str, Any]) -> list[str]:
     """Flags of `lathe serve`, as typer has them, as --set takes them. One that was not given leaves the file's key
     alone."""
-    keys = {name: _as_key(value) for name, value in flags.items() if name not in NOT_KEYS}
+    keys: dict[str, Any] = {"drafter": None}  # before what is said of it
+    keys |= {name: _as_key(value) for name, value in flags.items() if name not in NOT_KEYS}
+    if keys["drafter"] is not None:
+        keys["drafter"] = {"kind": keys["drafter"]}  # in place of the file's, whatever that says
     return overrides_of({KEYS_OF.get(name, name): value for name, value in keys.items()})
 
 

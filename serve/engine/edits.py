@@ -29,6 +29,17 @@ class LogitsChange(NamedTuple):
     forced: int | None = None
     """This token and no other, whatever its logit."""
 
+    def allows(self, token_id: int) -> bool:
+        """Whether that token may come."""
+        if self.forced is not None:
+            return token_id == self.forced
+        return self.allowed is None or bool(self.allowed[token_id // 32] >> np.uint32(token_id % 32) & 1)
+
+    def copy(self) -> LogitsChange:
+        """One that stays what it is when the edit is told more."""
+        tokens = None if self.tokens is None else TokenChanges(*(part.copy() for part in self.tokens))
+        return LogitsChange(tokens, None if self.allowed is None else self.allowed.copy(), self.forced)
+
     def then(self, other: LogitsChange) -> LogitsChange:
         """Both: what either does not allow does not come. One of them changes tokens at most, and one forces."""
         assert self.tokens is None or other.tokens is None, "two edits of tokens' logits"

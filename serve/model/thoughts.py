@@ -10,10 +10,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from serve.errors import ConfigError, RequestError
-from serve.model.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from serve.model.template import ChatTemplate
 
 Parser = Literal["auto", "qwen3", "deepseek_r1", "gpt_oss", "harmony", "gemma4", "mistral", "none"]
 State = Literal["content", "reasoning", "header"]

@@ -18,6 +18,7 @@ from typing import Any
 
 import mlx.nn as nn
 import pytest
+from drafting import Eager, Foreteller
 from sighted import moving, shown
 from vlm_families import VLM_FAMILIES
 
@@ -148,7 +149,8 @@ def preempted(talk: Talk, asked: Request, company: Sequence[Request], rng: rando
     scheduler, delay = talk.engine.scheduler, rng.randrange(1, 12)
     talk.until(lambda: asked.id in {sequence.request.id for sequence in scheduler.running})
     for _ in range(delay):
-        talk.step()
+        if len(talk.tokens[asked.id]) < NUM_TOKENS // 3:
+            talk.step()
     assert len(talk.tokens[asked.id]) < NUM_TOKENS
     talk.add(company[1])
     talk.until(lambda: asked.id in {sequence.request.id for sequence in scheduler.waiting})
@@ -181,6 +183,8 @@ class Setting:
     """Who asks; what was before was of nobody in particular."""
     precisions: tuple[KvPrecision, ...] = (PLAIN,)
     """Of the asked request one of them."""
+    is_drafted: bool = False
+    """What is said is guessed, by one who was told, and says otherwise now and then."""
     budgets: tuple[int, ...] = ()
     """Of tokens that requests think, in answers that begin with a thought; none: they answer at once."""
     said: str = "free"
@@ -241,6 +245,7 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
     "thought": {"answers": put(), "thinks": put(budgets=(0, 1, 4, 11, NUM_TOKENS - 2))},
     "said": {"free": put(), "schema": put(said="schema"), "regex": put(said="regex")},
     "steps": {"in_turn": put(limits={"ahead": False}), "ahead": put(limits={"ahead": True})},
+    "drafts": {"undrafted": put(), "drafted": put(is_drafted=True)},
 }
 SEEING: dict[str, dict[str, Change]] = {
     **DIMENSIONS,
@@ -266,6 +271,8 @@ COMPANY_PRECISIONS = (PLAIN, PLAIN, *forms(8), *forms(4), *forms(3.5))
 SEEING_PRECISIONS = (PLAIN, PLAIN, *forms(8, group_size=32), *forms(4, group_size=32), *forms(3.5))
 SHARES = (0.7, 0.4)
 """Of the two adapters that are merged."""
+MAX_GUESSES = 5
+SHARE_OF_LIES = 0.25
 NUM_LARGE = 3000
 NUM_SEEING = 800
 
@@ -333,8 +340,12 @@ def random_tokens(rng: random.Random, count: int, first: int = SPECIAL_TOKENS) -
 class Scene:
     """A case, about to run: an engine with the adapters of both kinds, and requests."""
 
-    def __init__(self, setting: Setting, rng: random.Random, lively: Any, folder: Path) -> None:
-        self.setting, self.rng, self.lively = setting, rng, lively
+    def __init__(
+        self, setting: Setting, name: str, lively: Any, folder: Path, told: Mapping[str, Sequence[int]] = {}
+    ) -> None:
+        """`told`: answers by request, of the same scene without drafts."""
+        self.setting, self.rng, self.lively, self.told = setting, random.Random(name), lively, told
+        rng, self.foretellers = self.rng, list[Foreteller]()
         limits = {"max_rows": 8, "prefill_chunk_tokens": rng.choice([16, 64, 256]), **setting.limits}
         self.sees = setting.model in VLM_FAMILIES
         self.first_token = SEEING_SPECIAL_TOKENS if self.sees else SPECIAL_TOKENS
@@ -354,8 +365,19 @@ class Scene:
 
     def open(self, *, asked: int = 0) -> None:
         """Another engine. `asked`: which adapter the asked request's is, for now."""
-        self.engine = Engine(load(str(self.lively.folder(self.setting.model)), name="law"), self.limits)
-        model, tokens = self.engine.model, self.engine.token_bytes
+        model, drafters = load(str(self.lively.folder(self.setting.model)), name="law"), {}
+        if self.told:
+            rng = random.Random(len(self.foretellers))  # one of its own: the scene goes as it went without
+            self.foretellers.append(Foreteller(self.told, rng, SHARE_OF_LIES, model.network.vocab_size))
+            drafters["told"] = self.foretellers[-1]
+        self.engine = Engine(
+            model,
+            self.limits,
+            drafters=drafters,
+            drafter="told" if drafters else None,
+            gains=Eager(MAX_GUESSES),
+        )
+        tokens = self.engine.token_bytes
         self.grammars = GrammarCompiler(model.tokenizer, tokens, model.network.vocab_size)
         self.versions: dict[str, AdapterVersion | None] = {}
         self.sources: dict[str, tuple[str, int]] = {}
@@ -386,10 +408,9 @@ class Scene:
             self.versions[name] = registry.add(source.name, source, is_found=True, is_combined=True)
             return
         folder = self.lively.adapter(model, kind, number)
-        if life == "peft" and (kind, model) != (
-            "experts",
-            "sliding",
-        ):  # whose experts PEFT has under no known name
+        # What PEFT has under no known name: experts of that model, and towers and projectors of those that see.
+        is_peft = life == "peft" and not (kind == "experts" and (model == "sliding" or self.sees))
+        if is_peft:
             folder = self.lively.in_pefts_layout(model, kind, number)
         self.versions[name] = registry.load(name, folder, replace=True)
 
@@ -544,6 +565,15 @@ class Scene:
                 module = self.lively.module(self.setting.model, *self.source_of[name])
                 assert_drawn(asked, talk.tokens[name], module)
 
+    def check_drafts(self) -> None:
+        """Of guesses some were right and some were not, and each answer's drafter was told of its end."""
+        for foreteller in self.foretellers:
+            ended = sorted(foreteller.forgotten)
+            assert ended == sorted(set(ended)), "told twice"
+        if self.told:
+            stats = list(self.engine.guesses.stats.values())
+            assert 0 < sum(one.num_accepted for one in stats) < sum(one.num_drafted for one in stats)
+
     def check_hits(self) -> None:
         """Without recurrent state, what was computed before is not computed again; what must not be used is."""
         num_cached, setting = self.talks[-1].num_cached["asked"], self.setting
@@ -565,12 +595,21 @@ class Scene:
     ],
 )
 def test_a_request_draws_what_it_draws_alone_on_the_merged_model(case, lively, assert_drawn, tmp_path):
-    name = "-".join(case)
-    scene = Scene(setting_of(case), random.Random(name), lively, tmp_path)
+    name, setting = "-".join(case), setting_of(case)
+    told: dict[str, list[int]] = {}
+    if setting.is_drafted and setting.model not in RECURRENT:
+        first = Scene(setting, name, lively, tmp_path / "first")
+        try:
+            first.run()
+        finally:
+            first.engine.close()
+        told = {id: tokens for talk in first.talks for id, tokens in talk.tokens.items()}
+    scene = Scene(setting, name, lively, tmp_path / "case", told)
     try:
         scene.run()
         scene.check(assert_drawn)
         scene.check_hits()
+        scene.check_drafts()
     except Exception as error:
         error.add_note(
             f"again: pytest tests/serve/test_composition.py -m 'large or not large' -k {name}\n"
