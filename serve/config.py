@@ -19,6 +19,7 @@ from serve.errors import ConfigError, RequestError
 from serve.experiments.assignment import Experiment, Variant
 from serve.media_config import MediaConfig, MediaLimitsConfig
 from serve.model.quantization import Quantization
+from serve.model.thoughts import MAX_MARK_CHARS, Parser
 from serve.settings import Problems, Strict, load_yaml
 
 Weight = Annotated[float, Field(gt=0, lt=math.inf)]
@@ -217,6 +218,19 @@ class ServeConfig(Strict):
     generation_config.json beside its weights (vLLM's --generation-config). none: that file is not asked."""
     default_sampling: DefaultSamplingConfig = Field(default_factory=DefaultSamplingConfig)
     """The same by the server; it comes before the model's, and after the request's."""
+    reasoning_parser: Parser = "auto"
+    """By which marks thoughts are told from answers. auto: by those of vocabulary and template. none: what comes is
+    the answer. harmony is gpt_oss; deepseek_r1 begins every answer with a thought, unless the prompt has ended it."""
+    enable_thinking: bool | None = None
+    """The chat template's variable of requests that say nothing, where it reads one; the template's own default, if
+    left out."""
+    thinking_budget: int | None = Field(None, ge=0)
+    """Tokens of thoughts in answers to requests that name no budget; then their end is forced. No bound, if left
+    out."""
+    thinking_start_token: str | None = Field(None, min_length=1, max_length=MAX_MARK_CHARS)
+    """What begins a thought, in place of the parser's mark; it may be several tokens."""
+    thinking_end_token: str | None = Field(None, min_length=1, max_length=MAX_MARK_CHARS)
+    """What ends it."""
     special_tokens_in_messages: Literal["words", "control"] = "words"
     """What the text of a special token is inside a message. words: its characters, so that nobody writes a turn into
     what they say. control: the token, for clients that build turns inside messages themselves."""

@@ -19,6 +19,7 @@ from serve.api.targets import Target
 from serve.draft.lookup import NAME as NGRAM
 from serve.engine.drafts import NONE
 from serve.engine.request import Event, Request, Sampling
+from serve.engine.thinking import Thinking
 from serve.errors import LatheError, StoppedError
 from serve.experiments.store import Exposure
 from serve.model.ngrams import Ngrams
@@ -51,12 +52,15 @@ class Generation:
         self.num_answer_tokens = 0
         self.num_choices = num_choices
         """Rows of one prompt."""
+        self.has_thoughts = any(request.thinking is not None for request in requests)
+        """Thoughts are told apart from answers."""
         self._num_cached_tokens: dict[int, int] = {}  # by row
         guesses = services.runtime.engine.guesses
         self.has_drafter = any((request.drafter or guesses.default) != NONE for request in requests)
         self.num_drafted = 0
         self.num_accepted = 0
         """Guesses of tokens that were checked, and right, of the rows that have ended."""
+        self._num_reasoning_tokens: dict[int, int] = {}  # by row
         self._services = services
         self._endpoint = endpoint
         self._started_s = time.perf_counter()
@@ -85,10 +89,17 @@ class Generation:
         found the cache: the other choices share what that one computes."""
         return sum(self._num_cached_tokens.get(row, 0) for row in range(0, self._num_rows, self.num_choices))
 
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Of the answers' tokens, those of thoughts, as far as is known."""
+        return sum(self._num_reasoning_tokens.values())
+
     async def next(self) -> tuple[int, Event]:
         """The next event of any row, with the row's index. StoppedError or OverloadedError if the engine ended it."""
         index, event = await self._events.get()
         self.num_answer_tokens += len(event.token_ids)
+        if event.num_reasoning_tokens:
+            self._num_reasoning_tokens[index] = event.num_reasoning_tokens
         if event.num_cached_tokens:
             self._num_cached_tokens[index] = event.num_cached_tokens
         self.num_drafted += event.num_drafted
@@ -183,10 +194,11 @@ async def build_requests(
     *,
     tenant: str,
     continues_prompt: bool,
+    thinking: Thinking | None = None,
 ) -> list[Request]:
     """One engine request per prompt and drawn answer, all of one group; answer i draws with seed + i.
 
-    tenant, continues_prompt  as Request has them
+    tenant, continues_prompt, thinking  as Request has them
     RequestError names the field that cannot be served.
     """
     precision = body.precision(services.runtime.config)
@@ -194,6 +206,7 @@ async def build_requests(
         # The first of a scheme imports what it needs, which takes seconds: not on the loop that serves everyone.
         await anyio.to_thread.run_sync(services.runtime.engine.max_context_at, precision)
     drafter, prediction = await _drafting(services, body, prompts)
+    grammar = None if body.constraint is None else await services.grammars.get(body.constraint)
     num_choices = body.num_drawn
     sampling = _sampling(services, body)
     seed = body.seed if body.seed is not None else secrets.randbits(32)
@@ -212,6 +225,8 @@ async def build_requests(
             drafter=drafter,
             prediction=prediction,
             deadline_s=body.deadline_s,
+            thinking=thinking,
+            grammar=grammar,
         )
         for p, prompt in enumerate(prompts)
         for choice in range(num_choices)

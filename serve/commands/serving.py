@@ -109,13 +109,27 @@ def serve(
     top_k: Annotated[int | None, typer.Option(help="Likewise.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    reasoning_parser: Annotated[
+        str | None,
+        typer.Option(help="Marks of thoughts: auto, qwen3, deepseek_r1, gpt_oss, gemma4, mistral, none."),
+    ] = None,
+    enable_thinking: Annotated[
+        bool | None, typer.Option(help="Whether models think for requests that do not say.")
+    ] = None,
+    thinking_budget: Annotated[
+        int | None, typer.Option(help="Tokens of thoughts in an answer at most, unless a request says.")
+    ] = None,
+    thinking_start_token: Annotated[
+        str | None, typer.Option(help="What begins a thought, in place of the parser's mark.")
+    ] = None,
+    thinking_end_token: Annotated[str | None, typer.Option(help="What ends it.")] = None,
     allowed_media_root: Annotated[
         list[Path] | None,
         typer.Option(help="Requests may show files in this folder; repeatable. On loopback: any."),
     ] = None,
     allow_private_hosts: Annotated[
-        bool, typer.Option("--allow-private-hosts", help="Fetch pictures from private addresses too.")
-    ] = False,
+        bool | None, typer.Option("--allow-private-hosts", help="Fetch pictures from private addresses too.")
+    ] = None,
     max_media: Annotated[
         int | None, typer.Option(help="Pictures, clips and sounds of one request, together.")
     ] = None,
@@ -159,6 +173,8 @@ def chat(
     repetition_penalty: Annotated[float | None, typer.Option(min=0.0)] = None,
     presence_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0)] = None,
     frequency_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0)] = None,
+    enable_thinking: Annotated[bool | None, typer.Option(help="Whether to think before answering.")] = None,
+    thinking_budget: Annotated[int | None, typer.Option(min=0, help="Tokens of thoughts at most.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same talk again.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 512,
     api_key: ApiKey = None,
@@ -178,6 +194,8 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
+        "enable_thinking": enable_thinking,
+        "thinking_budget": thinking_budget,
         "seed": seed,
         "max_tokens": max_tokens,
     }
@@ -243,13 +261,13 @@ def keys_given(flags: Mapping[str, Any]) -> list[str]:
     return overrides_of({KEYS_OF.get(name, name): value for name, value in keys.items()})
 
 
-def _as_key(value: Any) -> float | str | list[str] | None:
+def _as_key(value: Any) -> bool | float | str | list[str] | None:
     """A flag's value as the file would have it; None: it was not given."""
     if isinstance(value, Path):
         return str(value.absolute())
     if isinstance(value, list | tuple):  # typer has a tuple, an empty one, where nothing was given
         return [str(each.absolute()) for each in value] or None
-    return None if value is False else value
+    return value
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 A drafter proposes, the forward checks: at each guess the row's own token is drawn from the target's logits, by its
 own counter, and the answer goes on as long as that is what was guessed. So the tokens are those of the same row
-without a drafter, at any temperature (drafter-invariant speculative decoding: Daliri, Musco, Suresh 2024, arXiv 2408.07978). A
-drafter that draws its guesses by the same settings, seed and counters (`Sampler.tokens`) is right far more often than
-by chance.
+without a drafter, at any temperature (drafter-invariant speculative decoding: Daliri, Musco and Suresh 2024,
+"Coupling without communication"). A drafter that draws its guesses by the same settings, seed and counters
+(`Sampler.tokens`) is right far more often than by chance.
 """
 
 from __future__ import annotations

@@ -17,10 +17,12 @@ from serve.adapters.versions.version import AdapterVersion
 from serve.cache.capacity import MAX_REMEMBERED
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
+from serve.constraints.edit import GrammarEdit
 from serve.engine.drafts import Drafter
 from serve.engine.edits import make_edit
 from serve.engine.features import SequenceFeatures
 from serve.engine.finish import FinishRule
+from serve.engine.gains import Gains
 from serve.engine.guesses import Guesses
 from serve.engine.limits import EngineLimits as EngineLimits
 from serve.engine.limits import MemoryBudget
@@ -59,9 +61,10 @@ class Engine:
         rules: TemplateRules = TemplateRules(),
         drafters: Mapping[str, Drafter] = NO_DRAFTERS,
         drafter: str | None = None,
+        gains: Gains | None = None,
     ) -> None:
         """`rules`: of chat templates, the base's and those that adapters bring. `drafters`: by the name by which
-        requests choose one; `drafter`: of those that name none."""
+        requests choose one; `drafter`: of those that name none; `gains`: None: learned as steps run."""
         self.model = model
         self.limits = limits
         self.memory = MemoryBudget.of(limits)
@@ -98,7 +101,7 @@ class Engine:
                 f"drafter: layers of {model.name!r} keep a state that takes in every token, and a wrong guess cannot "
                 f"be taken back from it; expected drafter: none"
             )
-        self.guesses = Guesses(NO_DRAFTERS if cost.state_bytes else drafters, drafter)
+        self.guesses = Guesses(NO_DRAFTERS if cost.state_bytes else drafters, drafter, gains or Gains())
         self.pace = Pace(None if limits.max_gap_ms is None else limits.max_gap_ms / 1000)
         budget = Budget(
             max_rows=limits.max_rows,
@@ -253,7 +256,11 @@ class Engine:
         """Queue a request that `check` has returned."""
         assert request.id not in self._by_id, f"request {request.id} is already here"
         rule = self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
-        sequence = SequenceState(request, edit=make_edit(request, rule.ends))
+        others = []
+        if request.grammar is not None:
+            rule.whole = GrammarEdit(request.grammar, rule.ends, begins_text=not request.continues_prompt)
+            others.append(rule.whole)
+        sequence = SequenceState(request, edit=make_edit(request, rule.ends, self.token_bytes, *others))
         self.guesses.begin(sequence)
         self._by_id[request.id] = sequence
         self.scheduler.add(sequence)
@@ -509,6 +516,12 @@ class Engine:
     def _event(self, drawn: Drawn) -> Event:
         sequence, token_ids, logprobs, is_sound, error, _ = drawn
         request = sequence.request
+        if error is None and is_sound:
+            try:
+                sequence.tell()
+            except Exception as raised:  # one row's trouble, too
+                logger.exception("request %s cannot go on", request.id)
+                error = raised
         if error is not None:
             told = error if isinstance(error, LatheError) else None
             return self._ended(
@@ -539,6 +552,8 @@ class Engine:
             prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first else (),
             num_drafted=drafting.num_drafted if drafting and step.finish else 0,
             num_accepted=drafting.num_right if drafting and step.finish else 0,
+            reasoning=step.reasoning,
+            num_reasoning_tokens=step.num_thought,
         )
 
     def _ended(self, sequence: SequenceState, error: LatheError) -> Event:

@@ -18,13 +18,13 @@ logger = logging.getLogger(__name__)
 class Guesses:
     """Lives on the engine's thread, but for `check`."""
 
-    def __init__(self, drafters: Mapping[str, Drafter], default: str | None) -> None:
+    def __init__(self, drafters: Mapping[str, Drafter], default: str | None, gains: Gains) -> None:
         """`default`: of requests that name none; None: they have no drafter."""
         assert default is None or default in drafters, f"no drafter is called {default!r}"
         self._drafters = dict(drafters)
         self.default = default or NONE
         """By name; "none": nobody."""
-        self._gains = Gains()
+        self._gains = gains
         self.stats: dict[str, DraftStats] = {}
         """By adapter's label; the base's by "". Those that drafted last."""
 
