@@ -55,12 +55,12 @@ class Generation:
         self.has_thoughts = any(request.thinking is not None for request in requests)
         """Thoughts are told apart from answers."""
         self._num_cached_tokens: dict[int, int] = {}  # by row
+        self._num_reasoning_tokens: dict[int, int] = {}  # by row
         guesses = services.runtime.engine.guesses
         self.has_drafter = any((request.drafter or guesses.default) != NONE for request in requests)
         self.num_drafted = 0
         self.num_accepted = 0
         """Guesses of tokens that were checked, and right, of the rows that have ended."""
-        self._num_reasoning_tokens: dict[int, int] = {}  # by row
         self._services = services
         self._endpoint = endpoint
         self._started_s = time.perf_counter()
@@ -205,8 +205,8 @@ async def build_requests(
     if precision is not None:
         # The first of a scheme imports what it needs, which takes seconds: not on the loop that serves everyone.
         await anyio.to_thread.run_sync(services.runtime.engine.max_context_at, precision)
-    drafter, prediction = await _drafting(services, body, prompts)
     grammar = None if body.constraint is None else await services.grammars.get(body.constraint)
+    drafter, prediction = await _drafting(services, body, prompts)
     num_choices = body.num_drawn
     sampling = _sampling(services, body)
     seed = body.seed if body.seed is not None else secrets.randbits(32)

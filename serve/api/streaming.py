@@ -208,15 +208,16 @@ class Responder:
         }
 
     def _answer_details(self, num_reasoning_tokens: int) -> dict[str, int]:
-        """What is told of the answers' tokens: thoughts, and guesses as far as rows have ended. Of what none of the
-        rows has, nothing."""
-        generation, details = self.generation, {}
-        if generation.has_thoughts:
-            details["reasoning_tokens"] = num_reasoning_tokens
-        if generation.has_drafter:
-            details["accepted_prediction_tokens"] = generation.num_accepted
-            details["rejected_prediction_tokens"] = generation.num_drafted - generation.num_accepted
-        return details
+        """What is said of the answers' tokens: how many think, where they are told apart, and how many were guessed,
+        as far as rows have ended, where somebody guesses."""
+        generation = self.generation
+        details = {"reasoning_tokens": num_reasoning_tokens} if generation.has_thoughts else {}
+        if not generation.has_drafter:
+            return details
+        return details | {
+            "accepted_prediction_tokens": generation.num_accepted,
+            "rejected_prediction_tokens": generation.num_drafted - generation.num_accepted,
+        }
 
 
 class EventStream(StreamingResponse):

@@ -18,7 +18,7 @@ from serve.cache.capacity import MAX_REMEMBERED
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
 from serve.constraints.edit import GrammarEdit
-from serve.engine.drafts import Drafter
+from serve.engine.drafts import Drafter, Reader
 from serve.engine.edits import make_edit
 from serve.engine.features import SequenceFeatures
 from serve.engine.finish import FinishRule
@@ -92,6 +92,7 @@ class Engine:
             model.network,
             self.bank,
             Sights(model.vision, self.features) if model.vision and self.features else None,
+            readers=[each for each in drafters.values() if isinstance(each, Reader)],
             row_chunk_tokens=limits.window_chunk_tokens,
             ahead=self._ahead,
         )
@@ -106,7 +107,7 @@ class Engine:
         budget = Budget(
             max_rows=limits.max_rows,
             prefill_chunk_tokens=limits.prefill_chunk_tokens,
-            max_bytes=self.memory.max_row_bytes(self.memory.adapters, self.memory.host or 0),
+            max_bytes=self._max_row_bytes(self.memory.adapters, self.memory.host or 0),
             row_cost=cost,
             encode_patches=limits.encode_patches,
             row_chunk_tokens=limits.row_chunk(has_windows=cost.has_windows, on_cpu=on_cpu),
@@ -391,8 +392,12 @@ class Engine:
         if self._num_adapter_changes == num_changes:
             return
         self._num_adapter_changes = num_changes
-        self.scheduler.max_bytes = self.memory.max_row_bytes(self.bank.num_bytes, self.registry.host_bytes)
+        self.scheduler.max_bytes = self._max_row_bytes(self.bank.num_bytes, self.registry.host_bytes)
         self._share(self.scheduler.max_bytes - self._kv_bytes)
+
+    def _max_row_bytes(self, adapter_bytes: int, host_bytes: int) -> int:
+        """What rows, prefixes and features may take beside adapters of that size, and what drafters hold."""
+        return max(self.memory.max_row_bytes(adapter_bytes, host_bytes) - self.guesses.max_bytes, 0)
 
     def _planned(self, drafts: Mapping[SequenceState, Sequence[int]]) -> Plan:
         """The next step, and prefixes within what its rows leave them."""

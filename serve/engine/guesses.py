@@ -28,6 +28,11 @@ class Guesses:
         self.stats: dict[str, DraftStats] = {}
         """By adapter's label; the base's by "". Those that drafted last."""
 
+    @property
+    def max_bytes(self) -> int:
+        """Memory that drafters may come to hold beside the rows."""
+        return sum(drafter.max_bytes for drafter in self._drafters.values())
+
     def check(self, request: Request) -> None:
         """RequestError for a drafter that is not here. From any thread."""
         name = request.drafter

@@ -24,6 +24,7 @@ from serve.cache.segment import Segment
 from serve.cache.spans import Span, SpanPart
 from serve.constraints.edit import GrammarEdit, Masks
 from serve.engine.decode_state import DecodeState, DrawState
+from serve.engine.drafts import Reader
 from serve.engine.edits import LogitsChange, parts_of
 from serve.engine.plan import Capture, Chunk, Drawn, Encode, Plan, SequenceState
 from serve.engine.request import TokenLogprob
@@ -101,12 +102,14 @@ class Runner:
         bank: Bank,
         sights: Sights | None = None,
         *,
+        readers: Sequence[Reader] = (),
         row_chunk_tokens: int,
         ahead: bool = False,
     ) -> None:
         """Raises ModelError where a family's rows cannot be what its own cache is.
 
-        sights  None for a text model
+        sights   None for a text model
+        readers  drafters that are shown each forward's states; their own layers stand with the rows
         """
         self._network = network
         self._bank = bank
@@ -114,6 +117,11 @@ class Runner:
         self._evaluate = mx.async_eval if ahead else mx.eval
         self.rows = make_rows(network, prefill_chunk_tokens=row_chunk_tokens)
         self.rows.prove()
+        self._readers = readers
+        self._shown: list[mx.array] = []  # what readers want computed with the step
+        for reader in readers:
+            reader.bind(network, bank, self.rows)
+        self._taps = sorted({tap for reader in readers for tap in reader.taps})
         self._capacities: Mapping[Bucket, int] = {}
         self._decoding: DecodeState | None = None
         self._drafted: tuple[object, DrawState] | None = None
@@ -140,7 +148,8 @@ class Runner:
         if hidden is not None:
             self._draw(flight, hidden, chunks)
         # The step's one evaluation. The rows are named because a prompt's middle chunk leads to no token.
-        self._evaluate(flight.arrays(), self.rows.arrays())
+        self._evaluate(flight.arrays(), self.rows.arrays(), self._shown)
+        self._shown = []
         self._last = flight
         return flight
 
@@ -244,7 +253,7 @@ class Runner:
                 inputs = self._sights.prompts(tokens, chunks)
             else:
                 inputs = self._sights.decoding(decoding.span, decoding.deltas)
-        return self._forward(tokens, decoding.span, decoding.draw.slots, inputs)
+        return self._forward(tokens, decoding.span, decoding.draw.slots, inputs, chunks)
 
     def _single_tokens(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
         """[B, 1]: known ones, or what the step before this one draws."""
@@ -273,12 +282,20 @@ class Runner:
         width = max(chunk.num_tokens for chunk in chunks)
         batch = mx.array(_padded(chunks, width))
         inputs = self._sights.prompts(batch, chunks) if self._sights else NOTHING
-        return self._forward(batch, _span(chunks, width, plan.num_state_rows), _slots(chunks), inputs)
+        return self._forward(batch, _span(chunks, width, plan.num_state_rows), _slots(chunks), inputs, chunks)
 
-    def _forward(self, tokens: mx.array, span: Span, slots: Sequence[int], inputs: Inputs) -> mx.array:
+    def _forward(
+        self, tokens: mx.array, span: Span, slots: Sequence[int], inputs: Inputs, chunks: Sequence[Chunk]
+    ) -> mx.array:
         self.rows.set_span(span)
         self._bank.rows.set(slots)
-        return self._network.hidden(tokens, self.rows.caches, inputs.embeddings, inputs.extras)
+        if not self._readers:
+            return self._network.hidden(tokens, self.rows.caches, inputs.embeddings, inputs.extras)
+        with self._network.tapped(self._taps) as taken:
+            hidden = self._network.hidden(tokens, self.rows.caches, inputs.embeddings, inputs.extras)
+        for reader in self._readers:
+            self._shown += reader.observe(tokens, hidden, taken, chunks)
+        return hidden
 
     def _draw(self, flight: Flight, hidden: mx.array, chunks: Sequence[Chunk]) -> None:
         draw = self._draw_state(flight.plan, chunks)

@@ -22,6 +22,8 @@ class Foreteller:
         self.num_asked = 0
         self.forgotten: list[str] = []
 
+    max_bytes = 0
+
     def propose(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[int]]:
         return [self._guesses(one) for one in wanted]
 
@@ -29,7 +31,7 @@ class Foreteller:
         self.forgotten.append(sequence.request.id)
 
     def clear(self, tenant: str | None) -> None:
-        """It remembers nobody's texts."""
+        self.forgotten.clear()
 
     def _guesses(self, wanted: Wanted) -> list[int]:
         sequence, rng = wanted.sequence, self._rng
