@@ -38,7 +38,7 @@ class Guesses:
         name = request.drafter
         if name is not None and name != NONE and name not in self._drafters:
             known = ", ".join(repr(each) for each in (*self._drafters, NONE))
-            raise RequestError(f"drafter is {name!r}; this server has {known}", "drafter")
+            raise RequestError(f"drafter is {name!r:.80}; this server has {known}", "drafter")
 
     def begin(self, sequence: SequenceState) -> None:
         """Choose who drafts for it."""

@@ -427,7 +427,6 @@ HINTED = {
     "guided_decoding_backend": "outlines",
     "metadata": {"a": "b"},
     "store": True,
-    "prediction": {"type": "content", "content": "x"},
     "prompt_cache_key": "k",
     "prompt_cache_options": {"x": 1},
     "prompt_cache_retention": "24h",

@@ -10,6 +10,7 @@ fails is run again by its name. Cases in which every two values come together ru
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product, starmap
@@ -27,11 +28,13 @@ from serve.adapters.versions.version import AdapterVersion
 from serve.cache.precision import PLAIN, KvPrecision, precision
 from serve.constraints.compiler import GrammarCompiler
 from serve.constraints.spec import ConstraintSpec
+from serve.draft.lookup import LookupDrafter
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.engine.thinking import Thinking
 from serve.media.content import Content
 from serve.model.loading import load
+from serve.model.ngrams import Ngrams
 from serve.model.prompt import Prompt
 from serve.model.thoughts import Mark, Thoughts
 
@@ -183,8 +186,9 @@ class Setting:
     """Who asks; what was before was of nobody in particular."""
     precisions: tuple[KvPrecision, ...] = (PLAIN,)
     """Of the asked request one of them."""
-    is_drafted: bool = False
-    """What is said is guessed, by one who was told, and says otherwise now and then."""
+    drafter: str = "none"
+    """Who guesses what is said: one who was told, and says otherwise now and then ("told"), or who looks it up in a
+    prediction that is wrong in places, and wherever else it looks ("ngram")."""
     budgets: tuple[int, ...] = ()
     """Of tokens that requests think, in answers that begin with a thought; none: they answer at once."""
     said: str = "free"
@@ -245,7 +249,7 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
     "thought": {"answers": put(), "thinks": put(budgets=(0, 1, 4, 11, NUM_TOKENS - 2))},
     "said": {"free": put(), "schema": put(said="schema"), "regex": put(said="regex")},
     "steps": {"in_turn": put(limits={"ahead": False}), "ahead": put(limits={"ahead": True})},
-    "drafts": {"undrafted": put(), "drafted": put(is_drafted=True)},
+    "drafts": {"undrafted": put(), "told": put(drafter="told"), "ngram": put(drafter="ngram")},
 }
 SEEING: dict[str, dict[str, Change]] = {
     **DIMENSIONS,
@@ -365,8 +369,11 @@ class Scene:
 
     def open(self, *, asked: int = 0) -> None:
         """Another engine. `asked`: which adapter the asked request's is, for now."""
-        model, drafters = load(str(self.lively.folder(self.setting.model)), name="law"), {}
-        if self.told:
+        model = load(str(self.lively.folder(self.setting.model)), name="law")
+        drafters: dict[str, Any] = {}
+        if self.told and self.setting.drafter == "ngram":
+            drafters["ngram"] = LookupDrafter()
+        elif self.told:
             rng = random.Random(len(self.foretellers))  # one of its own: the scene goes as it went without
             self.foretellers.append(Foreteller(self.told, rng, SHARE_OF_LIES, model.network.vocab_size))
             drafters["told"] = self.foretellers[-1]
@@ -374,7 +381,7 @@ class Scene:
             model,
             self.limits,
             drafters=drafters,
-            drafter="told" if drafters else None,
+            drafter=self.setting.drafter if drafters else None,
             gains=Eager(MAX_GUESSES),
         )
         tokens = self.engine.token_bytes
@@ -454,6 +461,10 @@ class Scene:
         sampling = Sampling(max_tokens=max_tokens, seed=rng.getrandbits(40), **settings)
         precision = rng.choice(precisions or self.company_precisions)
         request = Request(id, self.build(prompt), sampling, adapter=self.versions[name], precision=precision)
+        if self.setting.drafter == "ngram" and id in self.told:
+            # Wrong in places that follow from the answer alone: the scene goes as it went without.
+            foreseen = [4 if number % 6 == 5 else token for number, token in enumerate(self.told[id])]
+            request = replace(request, prediction=Ngrams(array("q", foreseen)))
         if said != "free":
             return replace(request, grammar=self.grammars.compile(CONSTRAINTS[said]))
         if self.setting.budgets and (name == "asked" or rng.random() < 0.5):
@@ -597,7 +608,7 @@ class Scene:
 def test_a_request_draws_what_it_draws_alone_on_the_merged_model(case, lively, assert_drawn, tmp_path):
     name, setting = "-".join(case), setting_of(case)
     told: dict[str, list[int]] = {}
-    if setting.is_drafted and setting.model not in RECURRENT:
+    if setting.drafter != "none" and setting.model not in RECURRENT:
         first = Scene(setting, name, lively, tmp_path / "first")
         try:
             first.run()
