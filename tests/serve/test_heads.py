@@ -66,7 +66,9 @@ class Kind(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def kind_of(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kind]:
+def kind_of(
+    make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Kind]:
     """kind_of(one of KINDS) → it, made once."""
     root, everything = tmp_path_factory.mktemp("heads"), range(259)
 
@@ -83,7 +85,10 @@ def kind_of(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     def dflash(name: str, **options: Any) -> Kind:
         folder = write_dflash(root / name, taps=(0, 2), num_target_layers=4, **options)
         return Kind(
-            make_model("deep", DEEP), partial(heads_of, str(folder)), partial(dflash_guesses, folder), everything
+            make_model("deep", DEEP),
+            partial(heads_of, str(folder)),
+            partial(dflash_guesses, folder),
+            everything,
         )
 
     def mtp(name: str, config: dict[str, Any]) -> Kind:
@@ -136,7 +141,9 @@ def in_company(
         model = load(str(kind.target), name="target")
         reader = kind.open(model)
         limits = {"prefill_chunk_tokens": 16, "row_chunk_tokens": 16, "max_rows": 4, **limits}
-        engine = Engine(model, EngineLimits(ahead=ahead, **limits), drafters={"heads": reader}, drafter="heads")
+        engine = Engine(
+            model, EngineLimits(ahead=ahead, **limits), drafters={"heads": reader}, drafter="heads"
+        )
         folders = [make_adapter_of(kind.target, seed, keys=["self_attn.o_proj"]) for seed in (1, 2)]
         versions = [engine.registry.load(f"a{n}", str(folder)) for n, folder in enumerate(folders)]
         plain = load(str(kind.target)).network.module
@@ -205,7 +212,9 @@ def collect(company: Company, events: Sequence[Event]) -> None:
 def test_guesses_are_those_of_a_row_by_itself(name, kind_of, in_company):
     kind, company = kind_of(name), in_company(name, max_tokens=14, prefix_cache_bytes=0)
     engine, waiting = company.engine, list(company.requests)
-    networks = {request.id: Network(each) for request, each in zip(company.requests, company.modules, strict=True)}
+    networks = {
+        request.id: Network(each) for request, each in zip(company.requests, company.modules, strict=True)
+    }
     seen = set()
     while engine.has_work or waiting:
         if waiting and not engine.scheduler.waiting:
@@ -219,6 +228,24 @@ def test_guesses_are_those_of_a_row_by_itself(name, kind_of, in_company):
             assert_guessed(kind, networks[one.sequence.request.id], one, guesses)
             seen.add(tuple(guesses))
     assert len(seen) > 30, "guesses that do not vary prove nothing"
+
+
+@pytest.mark.parametrize("name", ["EAGLE-3", "DFlash", "MTP of glm4_moe_lite"])
+def test_scratch_stays_in_its_row_where_that_ends(name, kind_of, in_company, make_request):
+    kind, company = kind_of(name), in_company(name, prefill_chunk_tokens=256, row_chunk_tokens=256)
+    engine, network = company.engine, Network(company.modules[0])
+    texts = ("z" * 250, "so " * 80, "short", "y" * 249)
+    for number, text in enumerate(texts):
+        engine.add(engine.check(make_request(f"b{number}", text, max_tokens=16)))
+    cut = 0
+    while engine.has_work:
+        engine.step()
+        wanted = [Wanted(one, 4) for one in engine.scheduler.decoding if one.generated]
+        for one, guesses in zip(wanted, company.reader.propose(wanted) if wanted else (), strict=True):
+            cut += len(guesses) < 4
+            if guesses and one.sequence.num_tokens % 3 == 0:
+                assert_guessed(kind, network, one, guesses)
+    assert cut > 2
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["in step", "one ahead"])
@@ -254,7 +281,9 @@ def test_rows_that_are_preempted_and_restored_draft_on(name, in_company, assert_
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_row_goes_on_from_a_prefix_and_its_guesses_are_of_this_text(name, in_company, make_request, assert_drawn):
+def test_a_row_goes_on_from_a_prefix_and_its_guesses_are_of_this_text(
+    name, in_company, make_request, assert_drawn
+):
     company = in_company(name)
     engine, text = company.engine, TEXTS[1]
     for number, more in enumerate(("", " and so on", " or not")):
@@ -269,7 +298,9 @@ def test_rows_cost_what_heads_keep_and_prefixes_of_other_heads_are_others(kind_o
     plain, seen = load(str(kind.target)), load(str(kind.target))
     engines = Engine(plain), Engine(seen, drafters={"heads": kind.open(seen)}, drafter="heads")
     bytes_of = [engine.scheduler.budget.row_cost.row_bytes(Bucket(PLAIN, 256)) for engine in engines]
-    assert bytes_of[1] - bytes_of[0] == 256 * 2 * 2 * 16 * 4  # positions, keys and values, heads, channels, float32
+    assert (
+        bytes_of[1] - bytes_of[0] == 256 * 2 * 2 * 16 * 4
+    )  # positions, keys and values, heads, channels, float32
     bases = [engine.prefixes._base for engine in engines]
     assert bases[0] != bases[1]
 

@@ -148,7 +148,9 @@ def eagle3_guesses(folder: Path, network: Network, row: Tokens, pick: Pick) -> l
     return _guesses(drafter, states, row, pick)
 
 
-def write_dflash(folder: Path, *, taps: Sequence[int], num_target_layers: int, seed: int = 5, **options: Any) -> Path:
+def write_dflash(
+    folder: Path, *, taps: Sequence[int], num_target_layers: int, seed: int = 5, **options: Any
+) -> Path:
     """A random DFlash drafter of a target of 64 numbers a state and 259 tokens, as a folder."""
     config = {
         "model_type": "qwen3",
