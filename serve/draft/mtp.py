@@ -1,6 +1,6 @@
 """Multi-token prediction (DeepSeek-AI 2024, arXiv 2412.19437, section 2.2): the checkpoint's layer behind its last.
 
-    pair (h_p, t_{p+1}) ─▶ [enorm(embedding of t_{p+1}), hnorm(h_p)] ─ eh_proj ─▶ a layer of the family ─ norm ─▶ state
+    pair (h_p, t_{p+1}) ─▶ [enorm(embedding of t_{p+1}), hnorm(h_p)] ─ eh_proj ─▶ family's layer ─ norm ─▶ state
 
 The state gives a guess of t_{p+2} by the head, and is h for the pair that follows. mlx-lm leaves these weights out,
 so they are read from the checkpoint's files, and made what the family's own code calls them.
@@ -116,8 +116,8 @@ def own_mtp(model: LoadedModel) -> Mtp:
     kind = str(model.config.get("model_type"))
     if any(is_state(part) for cache in network.make_cache() for part in parts_of(cache)):
         raise ModelError(
-            f"{name}: layers of {kind} keep a state that takes in every token, and a wrong guess cannot be taken back "
-            f"from it; expected drafter: none"
+            f"{name}: layers of {kind} keep a state that takes in every token, and a wrong guess cannot be taken "
+            f"back from it; expected drafter: none"
         )
     if kind not in FAMILIES:
         raise ModelError(

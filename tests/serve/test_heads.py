@@ -1,4 +1,4 @@
-"""Drafters that read the target's states: guesses are those of mlx-vlm's own code on one row, answers the target's."""
+"""Drafters that read the target's states: guesses are those of mlx-vlm's code on one row, answers the target's."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def in_company(
 
 
 def could_guess(logits: mx.array, request: Request, number: int, token_id: int) -> bool:
-    """Whether rounding can make the guess of an answer's token `number` this one: logits [V], shaken by a near-tie."""
+    """Whether rounding can make the guess of an answer's token `number` this one, of logits [V]."""
     width = NEAR_TIE * mx.abs(mx.where(logits < -1e8, 0, logits)).max()
     shaken = logits + width * mx.random.normal((64, logits.size), key=mx.random.key(number))
     shaken = mx.concatenate([logits[None], shaken])
@@ -291,6 +291,27 @@ def test_a_row_goes_on_from_a_prefix_and_its_guesses_are_of_this_text(
         answer = run(company, [request])[request.id]
         assert_drawn(request, answer, company.modules[0])
     assert engine.stats().prefixes.num_hit_tokens > 2 * 32
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_right_guesses_are_taken_at_any_temperature(temperature, make_model, make_request, assert_drawn):
+    quiet = {"o_proj": 0.3, "down_proj": 0.3, "lm_head": 3}
+    folder = make_model("wordy", GLM4, louder=quiet)
+    write_mtp(folder, GLM4, repeats_words=True)
+    model = load(str(folder))
+    reader = own_heads_of(model)
+    engine = Engine(model, EngineLimits(), drafters={"heads": reader}, drafter="heads")
+    requests = [
+        engine.check(make_request(f"r{n}", text, max_tokens=40, temperature=temperature, seed=n))
+        for n, text in enumerate(TEXTS)
+    ]
+    company = Company(engine, reader, requests, [], {})
+    run(company, requests)
+    for request in requests:
+        assert_drawn(request, company.answers[request.id], load(str(folder)).network.module)
+    stats = engine.stats()
+    assert stats.drafts[""].num_accepted > 0.2 * stats.drafts[""].num_drafted > 0
+    assert len({token for answer in company.answers.values() for token in answer}) > 20
 
 
 def test_rows_cost_what_heads_keep_and_prefixes_of_other_heads_are_others(kind_of, model):
