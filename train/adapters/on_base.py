@@ -30,14 +30,14 @@ def load_adapted(
     tensors = read_adapter(adapter).read()
     if config.fine_tune_type == "full":
         return _load_full(tensors, config, base, adapter, is_other_base_fine)
-    model = load(base, dequantize=dequantize, quantize=_packing_of(config, base))
+    model = load(base, dequantize=dequantize, quantize=packing_of(config, base))
     _check_base(model, config, base, is_other_base_fine)
     place_adapter(model.network, tensors, config, str(adapter))
     model.network.module.eval()
     return model
 
 
-def _packing_of(config: AdapterConfig, base: str) -> Quantization | None:
+def packing_of(config: AdapterConfig, base: str) -> Quantization | None:
     """How the base was packed when the adapter was trained; None too where `base` is a packed folder already."""
     how = config.lineage.quantize if config.lineage else None
     return Quantization(**how) if how and "quantization" not in read_model_config(resolve(base)) else None
