@@ -154,6 +154,11 @@ class LayerRows:
         return self._shape
 
     @property
+    def dtype(self) -> mx.Dtype:
+        """Of keys and values as they are computed."""
+        return self._dtype
+
+    @property
     def is_used(self) -> bool:
         """The family writes to it."""
         return self._shape is not None

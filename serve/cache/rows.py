@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -57,6 +58,7 @@ class BatchRows:
             index: layer for index, layer in enumerate(layers) if isinstance(layer, StateRows)
         }
         self._prove = prove
+        self._attached = ""
         self._chunk_tokens = cost.prefill_chunk_tokens
         self._ring = min(
             (layer.ring for layer in self.attending if layer.ring is not None), default=MAX_POSITIONS
@@ -83,7 +85,21 @@ class BatchRows:
         for layer in self._attending.values():
             for sizes in layer.sizes or ():
                 digest.update(outliers(sizes).tobytes())
+        digest.update(self._attached.encode())
         return digest.hexdigest()
+
+    def attach(self, layers: Sequence[LayerRows], name: str) -> None:
+        """Layers of somebody else's, which the family's code is not given: they stand, move and are kept with rows.
+
+        Before any row is in use. `name` tells apart whose they are, and of what weights.
+        """
+        assert not self._num_written, "rows are in use"
+        first = len(self._layers)
+        self._layers += layers
+        self._attending |= dict(enumerate(layers, first))
+        shapes = (*self.cost.layers, *(layer.shape for layer in layers))
+        self.cost = replace(self.cost, layers=shapes, _bytes={})
+        self._attached += f"|{name}"
 
     def prove(self) -> None:
         """Raise ModelError unless rows in company are what the family's own cache is. Leaves the rows empty.

@@ -91,6 +91,11 @@ class DraftModel:
         self._sampler: tuple[list[SequenceState], Sampler] | None = None
 
     @property
+    def max_bytes(self) -> int:
+        """Of rows, prefixes and adapters of the draft model."""
+        return self._max_bytes + self._adapters.num_bytes
+
+    @property
     def num_bytes(self) -> int:
         """Memory of its rows, prefixes and adapters. From any thread."""
         return self._rows.num_bytes + self._prefixes.num_bytes + self._adapters.num_bytes

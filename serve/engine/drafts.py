@@ -9,12 +9,17 @@ without a drafter, at any temperature (drafter-invariant speculative decoding: D
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from serve.engine.plan import SequenceState
+    import mlx.core as mx
+
+    from serve.adapters.bank.bank import Bank
+    from serve.cache.rows import BatchRows
+    from serve.engine.plan import Chunk, SequenceState
+    from serve.model.network import Network
 
 NONE = "none"
 """The name of no drafter."""
@@ -31,6 +36,10 @@ class Wanted(NamedTuple):
 class Drafter(Protocol):
     """Lives on the thread that owns the arrays, but for what it says of itself."""
 
+    @property
+    def max_bytes(self) -> int:
+        """Memory that it may come to hold for texts, beside what it holds in the target's rows: no row has that."""
+
     def propose(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[int]]:
         """For each, at most `most` tokens that may follow; none where it knows none. What it raises is logged, and
         nobody has a draft in that step."""
@@ -38,6 +47,28 @@ class Drafter(Protocol):
     def forget(self, sequence: SequenceState) -> None:
         """It has ended. Called once for each sequence that this drafter was chosen for, whether or not it was ever
         asked; not for one that has lost its row and will go on."""
+
+    def clear(self, tenant: str | None) -> None:
+        """What it remembers of texts of that tenant that have ended, or of everybody's (None), is dropped."""
+
+
+@runtime_checkable
+class Reader(Drafter, Protocol):
+    """A drafter that reads the target's states, and keeps layers of its own beside the target's rows."""
+
+    @property
+    def taps(self) -> Sequence[int]:
+        """Layers of the target whose outputs it is shown; known once bound."""
+
+    def bind(self, network: Network, bank: Bank, rows: BatchRows) -> None:
+        """Before any row is in use: it attaches its layers. ModelError where it was made for another target."""
+
+    def observe(
+        self, tokens: mx.array, hidden: mx.array, taken: Mapping[int, mx.array], chunks: Sequence[Chunk]
+    ) -> Sequence[mx.array]:
+        """A forward of the target is built: tokens [B, T], final states [B, T, D], and [B, T, D] of each tap; of a
+        chunk that is shorter, what lies behind it is padding. Nothing is computed here: what is written in the rows
+        is computed with them, and so is what it returns."""
 
 
 @dataclass

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -21,8 +22,11 @@ from serve.cache.capacity import Bucket
 from serve.cache.families import make_rows
 from serve.cache.segment import Segment
 from serve.cache.spans import Span, SpanPart
+from serve.constraints.after_thoughts import GrammarAfterThoughts
+from serve.constraints.edit import GrammarEdit, Masks
 from serve.engine.decode_state import DecodeState, DrawState
-from serve.engine.edits import LogitsChange
+from serve.engine.drafts import Reader
+from serve.engine.edits import LogitsChange, parts_of
 from serve.engine.plan import Capture, Chunk, Drawn, Encode, Plan, SequenceState
 from serve.engine.request import TokenLogprob
 from serve.engine.sampler import Draws, Logprobs
@@ -99,12 +103,14 @@ class Runner:
         bank: Bank,
         sights: Sights | None = None,
         *,
+        readers: Sequence[Reader] = (),
         row_chunk_tokens: int,
         ahead: bool = False,
     ) -> None:
         """Raises ModelError where a family's rows cannot be what its own cache is.
 
-        sights  None for a text model
+        sights   None for a text model
+        readers  drafters that are shown each forward's states; their own layers stand with the rows
         """
         self._network = network
         self._bank = bank
@@ -112,11 +118,16 @@ class Runner:
         self._evaluate = mx.async_eval if ahead else mx.eval
         self.rows = make_rows(network, prefill_chunk_tokens=row_chunk_tokens)
         self.rows.prove()
+        self._readers = readers
+        self._shown: list[mx.array] = []  # what readers want computed with the step
+        for reader in readers:
+            reader.bind(network, bank, self.rows)
+        self._taps = sorted({tap for reader in readers for tap in reader.taps})
         self._capacities: Mapping[Bucket, int] = {}
         self._decoding: DecodeState | None = None
-        self._drafted: tuple[object, DrawState] | None = (
-            None  # of the last step with drafts, by who drew how often
-        )
+        self._drafted: tuple[object, DrawState] | None = None
+        """Of the last step with drafts, by who drew how often."""
+        self._masks = Masks()
         self._last: Flight | None = None  # what was started last, read or not
 
     def start(self, plan: Plan) -> Flight:
@@ -138,7 +149,8 @@ class Runner:
         if hidden is not None:
             self._draw(flight, hidden, chunks)
         # The step's one evaluation. The rows are named because a prompt's middle chunk leads to no token.
-        self._evaluate(flight.arrays(), self.rows.arrays())
+        self._evaluate(flight.arrays(), self.rows.arrays(), self._shown)
+        self._shown = []
         self._last = flight
         return flight
 
@@ -242,7 +254,7 @@ class Runner:
                 inputs = self._sights.prompts(tokens, chunks)
             else:
                 inputs = self._sights.decoding(decoding.span, decoding.deltas)
-        return self._forward(tokens, decoding.span, decoding.draw.slots, inputs)
+        return self._forward(tokens, decoding.span, decoding.draw.slots, inputs, chunks)
 
     def _single_tokens(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
         """[B, 1]: known ones, or what the step before this one draws."""
@@ -271,12 +283,20 @@ class Runner:
         width = max(chunk.num_tokens for chunk in chunks)
         batch = mx.array(_padded(chunks, width))
         inputs = self._sights.prompts(batch, chunks) if self._sights else NOTHING
-        return self._forward(batch, _span(chunks, width, plan.num_state_rows), _slots(chunks), inputs)
+        return self._forward(batch, _span(chunks, width, plan.num_state_rows), _slots(chunks), inputs, chunks)
 
-    def _forward(self, tokens: mx.array, span: Span, slots: Sequence[int], inputs: Inputs) -> mx.array:
+    def _forward(
+        self, tokens: mx.array, span: Span, slots: Sequence[int], inputs: Inputs, chunks: Sequence[Chunk]
+    ) -> mx.array:
         self.rows.set_span(span)
         self._bank.rows.set(slots)
-        return self._network.hidden(tokens, self.rows.caches, inputs.embeddings, inputs.extras)
+        if not self._readers:
+            return self._network.hidden(tokens, self.rows.caches, inputs.embeddings, inputs.extras)
+        with self._network.tapped(self._taps) as taken:
+            hidden = self._network.hidden(tokens, self.rows.caches, inputs.embeddings, inputs.extras)
+        for reader in self._readers:
+            self._shown += reader.observe(tokens, hidden, taken, chunks)
+        return hidden
 
     def _draw(self, flight: Flight, hidden: mx.array, chunks: Sequence[Chunk]) -> None:
         draw = self._draw_state(flight.plan, chunks)
@@ -312,20 +332,78 @@ class Runner:
             drawn = self._last.tokens()
         changes: dict[int, LogitsChange] = {}
         drafts = {chunk.sequence: chunk.draft for chunk in flight.plan.chunks if chunk.draft}
-        done: set[SequenceState] = set()
+        first_of: dict[SequenceState, int] = {}
         for row in edited:
             sequence = chunks[row].sequence
-            if sequence in done:  # the rows behind its first are its draft's
-                continue
-            done.add(sequence)
-            try:
-                found = _told(chunks[row], drawn, drafts.get(sequence, ()))
-            except Exception as error:  # whatever it is, it is one row's trouble
-                logger.exception("what request %s may draw cannot be told", sequence.request.id)
-                flight.errors[row] = error
-            else:
-                changes |= {row + at: change for at, change in enumerate(found) if change is not None}
+            if sequence not in first_of:  # the rows behind its first are its draft's
+                first_of[sequence] = row
+                with _own_trouble(flight, row):
+                    _tell(chunks[row], drawn)
+        asked = {row: sequence for sequence, row in first_of.items() if row not in flight.errors}
+        changes |= self._asked(flight, asked)
+        if drafts:
+            changes |= self._behind_guesses(flight, asked, changes, drafts)
         return changes
+
+    def _asked(self, flight: Flight, sequences: Mapping[int, SequenceState]) -> dict[int, LogitsChange]:
+        """By row, what its sequence's edit does now."""
+        edits = [sequence.edit for sequence in sequences.values()]
+        self._masks.fill(
+            [
+                part.current
+                for edit in edits
+                for part in parts_of(edit)
+                if isinstance(part, (GrammarEdit, GrammarAfterThoughts)) and part.current is not None
+            ]
+        )
+        changes: dict[int, LogitsChange] = {}
+        for row, sequence in sequences.items():
+            assert sequence.edit is not None
+            with _own_trouble(flight, row):
+                change = sequence.edit.change()
+                if change is not None:
+                    changes[row] = change
+        return changes
+
+    def _behind_guesses(
+        self,
+        flight: Flight,
+        first: Mapping[int, SequenceState],
+        changes: dict[int, LogitsChange],
+        drafts: Mapping[SequenceState, Sequence[int]],
+    ) -> dict[int, LogitsChange]:
+        """By row, what edits do behind their sequences' guesses, up to the first that is not allowed: it will not be
+        drawn. `changes`: before the first guess, by row; they stay what they are."""
+        found: dict[int, LogitsChange] = {}
+        going = {row: sequence for row, sequence in first.items() if drafts.get(sequence)}
+        num_told = dict.fromkeys(going.values(), 0)
+        while going:
+            asked: dict[int, SequenceState] = {}
+            for row, sequence in going.items():
+                number, change = num_told[sequence], found.get(row, changes.get(row))
+                if number == len(drafts[sequence]) or row in flight.errors:
+                    continue
+                guess = drafts[sequence][number]
+                if change is not None:
+                    if not change.allows(guess):
+                        continue
+                    (found if row in found else changes)[row] = change.copy()
+                assert sequence.edit is not None
+                with _own_trouble(flight, row + 1):
+                    sequence.edit.advance([guess])
+                    num_told[sequence] += 1
+                    asked[row + 1] = sequence
+            found |= self._asked(flight, asked)
+            going = asked
+        for row, sequence in first.items():
+            count = num_told.get(sequence, 0)
+            if count:
+                if row + count in found:
+                    found[row + count] = found[row + count].copy()
+                with _own_trouble(flight, row):
+                    assert sequence.edit is not None
+                    sequence.edit.retract(count)
+        return found
 
 
 def _padded(chunks: Sequence[Chunk], width: int) -> np.ndarray:
@@ -336,36 +414,21 @@ def _padded(chunks: Sequence[Chunk], width: int) -> np.ndarray:
     return tokens
 
 
-def _told(
-    chunk: Chunk, drawn: Mapping[SequenceState, int], draft: Sequence[int]
-) -> list[LogitsChange | None]:
-    """What a row's edit does, after it was told of the tokens that it has not heard of; `drawn` holds the last. With
-    a draft, what it does behind each guess too, up to the first that it does not allow: that will not be drawn."""
-    sequence = chunk.sequence
-    assert sequence.edit is not None
-    news = sequence.generated[sequence.num_told :]
-    if sequence.num_told + len(news) < chunk.num_answer_tokens:
-        news.append(drawn[sequence])
-    if news:
-        sequence.num_told += len(news)
-        sequence.edit.advance(news)
-    changes = [sequence.edit.change()]
-    if not draft:
-        return changes
-    edit, num_guessed = sequence.edit, 0
+@contextmanager
+def _own_trouble(flight: Flight, row: int) -> Iterator[None]:
+    """Whatever is raised, is one row's trouble."""
     try:
-        for token in draft:
-            last = changes[-1]
-            if last is not None and not last.allows(token):
-                break
-            changes[-1] = None if last is None else last.copy()
-            edit.advance([token])
-            num_guessed += 1
-            changes.append(edit.change())
-        changes[-1] = None if changes[-1] is None else changes[-1].copy()
-    finally:
-        edit.retract(num_guessed)
-    return changes
+        yield
+    except Exception as error:
+        logger.exception("what request %s may draw cannot be told", flight.sequences[row].request.id)
+        flight.errors[row] = error
+
+
+def _tell(chunk: Chunk, drawn: Mapping[SequenceState, int]) -> None:
+    """A row's edit hears of the tokens that it has not heard of; `drawn` holds the last."""
+    sequence = chunk.sequence
+    is_known = max(sequence.num_told, len(sequence.generated)) >= chunk.num_answer_tokens
+    sequence.tell(() if is_known else (drawn[sequence],))
 
 
 def _choose(hidden: mx.array, chunks: Sequence[Chunk], parts: list[mx.array], drawing: list[Chunk]) -> None:

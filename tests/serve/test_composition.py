@@ -10,6 +10,7 @@ fails is run again by its name. Cases in which every two values come together ru
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product, starmap
@@ -25,11 +26,17 @@ from vlm_families import VLM_FAMILIES
 from serve.adapters.sums.combination import Combination, Weighted, added_up
 from serve.adapters.versions.version import AdapterVersion
 from serve.cache.precision import PLAIN, KvPrecision, precision
+from serve.constraints.compiler import GrammarCompiler
+from serve.constraints.spec import ConstraintSpec
+from serve.draft.lookup import LookupDrafter
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
+from serve.engine.thinking import Thinking
 from serve.media.content import Content
 from serve.model.loading import load
+from serve.model.ngrams import Ngrams
 from serve.model.prompt import Prompt
+from serve.model.thoughts import Mark, Thoughts
 
 pytestmark = pytest.mark.long
 
@@ -50,6 +57,23 @@ EDITED = (
     },
 )
 """What changes logits before they are drawn from, or looks at them otherwise."""
+THINK, END = 90, (101, 102, 101)
+"""Tokens that mark thoughts."""
+_WRITTEN = {number: chr(0xD800 + number) for number in (THINK, *END)}
+_MARKS = (
+    Mark("".join(_WRITTEN[number] for number in END), "content"),
+    Mark(_WRITTEN[THINK], "reasoning"),
+)
+THOUGHTS = Thoughts(
+    "law", {"reasoning": _MARKS, "content": (), "header": ()}, _WRITTEN, END, begins_inside=True
+)
+CONSTRAINTS = {
+    "schema": ConstraintSpec.of_schema(
+        {"type": "array", "items": {"enum": ["a", 1, None, "é"]}, "minItems": 99}, ""
+    ),
+    "regex": ConstraintSpec("regex", "[a-zéü ]{200,}"),
+}
+"""What answers must be that end by their length."""
 ADAPTERS = ("base", "lora", "dora", "experts")
 
 Change = Callable[["Setting"], "Setting"]
@@ -162,8 +186,13 @@ class Setting:
     """Who asks; what was before was of nobody in particular."""
     precisions: tuple[KvPrecision, ...] = (PLAIN,)
     """Of the asked request one of them."""
-    is_drafted: bool = False
-    """What is said is guessed, by one who was told, and says otherwise now and then."""
+    drafter: str = "none"
+    """Who guesses what is said: one who was told, and says otherwise now and then ("told"), or who looks it up in a
+    prediction that is wrong in places, and wherever else it looks ("ngram")."""
+    budgets: tuple[int, ...] = ()
+    """Of tokens that requests think, in answers that begin with a thought; none: they answer at once."""
+    said: str = "free"
+    """What the asked answer must be, one of CONSTRAINTS; half of its company too."""
     limits: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -217,8 +246,10 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
         "late": put(place=late),
         "preempted": put(place=preempted, limits={"max_rows": 2}),
     },
+    "thought": {"answers": put(), "thinks": put(budgets=(0, 1, 4, 11, NUM_TOKENS - 2))},
+    "said": {"free": put(), "schema": put(said="schema"), "regex": put(said="regex")},
     "steps": {"in_turn": put(limits={"ahead": False}), "ahead": put(limits={"ahead": True})},
-    "drafts": {"undrafted": put(), "drafted": put(is_drafted=True)},
+    "drafts": {"undrafted": put(), "told": put(drafter="told"), "ngram": put(drafter="ngram")},
 }
 SEEING: dict[str, dict[str, Change]] = {
     **DIMENSIONS,
@@ -338,8 +369,11 @@ class Scene:
 
     def open(self, *, asked: int = 0) -> None:
         """Another engine. `asked`: which adapter the asked request's is, for now."""
-        model, drafters = load(str(self.lively.folder(self.setting.model)), name="law"), {}
-        if self.told:
+        model = load(str(self.lively.folder(self.setting.model)), name="law")
+        drafters: dict[str, Any] = {}
+        if self.told and self.setting.drafter == "ngram":
+            drafters["ngram"] = LookupDrafter()
+        elif self.told:
             rng = random.Random(len(self.foretellers))  # one of its own: the scene goes as it went without
             self.foretellers.append(Foreteller(self.told, rng, SHARE_OF_LIES, model.network.vocab_size))
             drafters["told"] = self.foretellers[-1]
@@ -347,9 +381,11 @@ class Scene:
             model,
             self.limits,
             drafters=drafters,
-            drafter="told" if drafters else None,
+            drafter=self.setting.drafter if drafters else None,
             gains=Eager(MAX_GUESSES),
         )
+        tokens = self.engine.token_bytes
+        self.grammars = GrammarCompiler(model.tokenizer, tokens, model.network.vocab_size)
         self.versions: dict[str, AdapterVersion | None] = {}
         self.sources: dict[str, tuple[str, int]] = {}
         self.load("asked", self.setting.asked, asked)
@@ -379,10 +415,9 @@ class Scene:
             self.versions[name] = registry.add(source.name, source, is_found=True, is_combined=True)
             return
         folder = self.lively.adapter(model, kind, number)
-        if life == "peft" and (kind, model) != (
-            "experts",
-            "sliding",
-        ):  # whose experts PEFT has under no known name
+        # What PEFT has under no known name: experts of that model, and towers and projectors of those that see.
+        is_peft = life == "peft" and not (kind == "experts" and (model == "sliding" or self.sees))
+        if is_peft:
             folder = self.lively.in_pefts_layout(model, kind, number)
         self.versions[name] = registry.load(name, folder, replace=True)
 
@@ -415,14 +450,26 @@ class Scene:
         max_tokens: int,
         samplings: Sequence[dict[str, Any]] = ({}, *SEEDED, *EDITED[:-1]),
         precisions: Sequence[KvPrecision] | None = None,
+        said: str = "free",
     ) -> Request:
         """`id` begins with whose adapter it is for: "asked" or "beside"."""
         name, rng = id.partition("-")[0], self.rng
         self.source_of[id] = self.sources[name]
         settings = {"temperature": 0.0, "ignore_eos": True, **rng.choice(samplings)}
+        if said == "schema":  # which needs some of the tokens that may not come
+            settings = {key: settings[key] for key in settings if key not in ("stop_token_ids", "min_tokens")}
         sampling = Sampling(max_tokens=max_tokens, seed=rng.getrandbits(40), **settings)
         precision = rng.choice(precisions or self.company_precisions)
-        return Request(id, self.build(prompt), sampling, adapter=self.versions[name], precision=precision)
+        request = Request(id, self.build(prompt), sampling, adapter=self.versions[name], precision=precision)
+        if self.setting.drafter == "ngram" and id in self.told:
+            # Wrong in places that follow from the answer alone: the scene goes as it went without.
+            foreseen = [4 if number % 6 == 5 else token for number, token in enumerate(self.told[id])]
+            request = replace(request, prediction=Ngrams(array("q", foreseen)))
+        if said != "free":
+            return replace(request, grammar=self.grammars.compile(CONSTRAINTS[said]))
+        if self.setting.budgets and (name == "asked" or rng.random() < 0.5):
+            return replace(request, thinking=Thinking(THOUGHTS, (), rng.choice(self.setting.budgets)))
+        return request
 
     @property
     def company_precisions(self) -> Sequence[KvPrecision]:
@@ -498,7 +545,7 @@ class Scene:
         rng, setting = self.rng, self.setting
         tokens = self.tokens(rng.choice([1, 5, 30, 64, 65, 130, 240, 250]))
         prompt = self.begin(self.with_media(tokens, setting.seen))
-        asked = self.request("asked", prompt, NUM_TOKENS, setting.samplings, (self.form,))
+        asked = self.request("asked", prompt, NUM_TOKENS, setting.samplings, (self.form,), setting.said)
         names = ["beside", "asked", "beside", "asked", "beside", "beside", "asked"]
         company = [self.companion(f"{name}-{number}", prompt) for number, name in enumerate(names)]
         asked = replace(asked, tenant=setting.tenant)
@@ -518,7 +565,8 @@ class Scene:
             self.tokens(rng.choice([1, 7, 33, 100])), rng.choice([(), ("picture",), ("clip",)])
         )
         forms = (self.form,) if is_akin else None
-        return self.request(id, head + tail, rng.randrange(3, 24), precisions=forms)
+        said = rng.choice(["free", self.setting.said])
+        return self.request(id, head + tail, rng.randrange(3, 24), precisions=forms, said=said)
 
     def check(self, assert_drawn: Callable[[Request, Sequence[int], nn.Module], None]) -> None:
         """Every answer that there was."""
@@ -560,7 +608,7 @@ class Scene:
 def test_a_request_draws_what_it_draws_alone_on_the_merged_model(case, lively, assert_drawn, tmp_path):
     name, setting = "-".join(case), setting_of(case)
     told: dict[str, list[int]] = {}
-    if setting.is_drafted and setting.model not in RECURRENT:
+    if setting.drafter != "none" and setting.model not in RECURRENT:
         first = Scene(setting, name, lively, tmp_path / "first")
         try:
             first.run()
