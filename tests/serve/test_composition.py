@@ -57,16 +57,18 @@ EDITED = (
     },
 )
 """What changes logits before they are drawn from, or looks at them otherwise."""
-THINK, END = 90, (101, 102, 101)
+THINK, END, SHORT_END = 90, (101, 102, 101), (124,)
 """Tokens that mark thoughts."""
-_WRITTEN = {number: chr(0xD800 + number) for number in (THINK, *END)}
-_MARKS = (
-    Mark("".join(_WRITTEN[number] for number in END), "content"),
-    Mark(_WRITTEN[THINK], "reasoning"),
-)
-THOUGHTS = Thoughts(
-    "law", {"reasoning": _MARKS, "content": (), "header": ()}, _WRITTEN, END, begins_inside=True
-)
+
+
+def _thoughts(end: tuple[int, ...]) -> Thoughts:
+    written = {number: chr(0xD800 + number) for number in (THINK, *end)}
+    closing = Mark("".join(written[number] for number in end), "content")
+    marks = {"reasoning": (closing, Mark(written[THINK], "reasoning")), "content": (), "header": ()}
+    return Thoughts("law", marks, written, end, begins_inside=True)
+
+
+THOUGHTS, SHORT_THOUGHTS = _thoughts(END), _thoughts(SHORT_END)
 CONSTRAINTS = {
     "schema": ConstraintSpec.of_schema(
         {"type": "array", "items": {"enum": ["a", 1, None, "é"]}, "minItems": 99}, ""
@@ -189,8 +191,9 @@ class Setting:
     drafter: str = "none"
     """Who guesses what is said: one who was told, and says otherwise now and then ("told"), or who looks it up in a
     prediction that is wrong in places, and wherever else it looks ("ngram")."""
-    budgets: tuple[int, ...] = ()
-    """Of tokens that requests think, in answers that begin with a thought; none: they answer at once."""
+    budgets: tuple[int | None, ...] = ()
+    """Of tokens that requests think, in answers that begin with a thought, one of them; None: until they end it
+    themselves, which they like to. Of no budgets: they answer at once."""
     said: str = "free"
     """What the asked answer must be, one of CONSTRAINTS; half of its company too."""
     limits: Mapping[str, Any] = field(default_factory=dict)
@@ -246,7 +249,11 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
         "late": put(place=late),
         "preempted": put(place=preempted, limits={"max_rows": 2}),
     },
-    "thought": {"answers": put(), "thinks": put(budgets=(0, 1, 4, 11, NUM_TOKENS - 2))},
+    "thought": {
+        "answers": put(),
+        "thinks": put(budgets=(None,)),
+        "budget": put(budgets=(0, 1, 4, 11, NUM_TOKENS - 2)),
+    },
     "said": {"free": put(), "schema": put(said="schema"), "regex": put(said="regex")},
     "steps": {"in_turn": put(limits={"ahead": False}), "ahead": put(limits={"ahead": True})},
     "drafts": {"undrafted": put(), "told": put(drafter="told"), "ngram": put(drafter="ngram")},
@@ -458,18 +465,22 @@ class Scene:
         settings = {"temperature": 0.0, "ignore_eos": True, **rng.choice(samplings)}
         if said == "schema":  # which needs some of the tokens that may not come
             settings = {key: settings[key] for key in settings if key not in ("stop_token_ids", "min_tokens")}
+        thinking = None
+        if self.setting.budgets and (name == "asked" or rng.random() < 0.5):
+            budget = rng.choice(self.setting.budgets)
+            thinking = Thinking(SHORT_THOUGHTS if budget is None else THOUGHTS, (), budget)
+            liked = () if budget is not None else ((SHORT_END[0], rng.choice([3.0, 6.0, 12.0])),)
+            settings["logit_bias"] = (*settings.get("logit_bias", ()), *liked)
         sampling = Sampling(max_tokens=max_tokens, seed=rng.getrandbits(40), **settings)
         precision = rng.choice(precisions or self.company_precisions)
-        request = Request(id, self.build(prompt), sampling, adapter=self.versions[name], precision=precision)
+        grammar = None if said == "free" else self.grammars.compile(CONSTRAINTS[said])
+        adapter = self.versions[name]
+        request = Request(id, self.build(prompt), sampling, adapter=adapter, precision=precision)
         if self.setting.drafter == "ngram" and id in self.told:
             # Wrong in places that follow from the answer alone: the scene goes as it went without.
             foreseen = [4 if number % 6 == 5 else token for number, token in enumerate(self.told[id])]
             request = replace(request, prediction=Ngrams(array("q", foreseen)))
-        if said != "free":
-            return replace(request, grammar=self.grammars.compile(CONSTRAINTS[said]))
-        if self.setting.budgets and (name == "asked" or rng.random() < 0.5):
-            return replace(request, thinking=Thinking(THOUGHTS, (), rng.choice(self.setting.budgets)))
-        return request
+        return replace(request, thinking=thinking, grammar=grammar)
 
     @property
     def company_precisions(self) -> Sequence[KvPrecision]:
