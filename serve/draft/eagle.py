@@ -27,11 +27,9 @@ ALWAYS_PLAIN = -1
 class Eagle3:
     """A head of mlx-vlm's class, over rows."""
 
-    def __init__(self, module: Any, name: str, fingerprint: str, inputs: Sequence[int] | None) -> None:
-        """`inputs`: numbers of the target's layers whose inputs it reads; None: those that its authors chose."""
+    def __init__(self, module: Any, name: str, fingerprint: str) -> None:
         self._module = module
         self._name = name
-        self._inputs = inputs
         self.fingerprint = f"eagle3:{fingerprint}"
         self.taps: Sequence[int] = ()
         self._targets: mx.array | None = None
@@ -40,7 +38,8 @@ class Eagle3:
     def bind(self, network: Network, rows: BatchRows) -> Sequence[LayerRows]:
         """Its layers' rows. ModelError where it was made for another target."""
         module, layers = self._module, len(network.layers)
-        inputs = [2, layers // 2, layers - 3] if self._inputs is None else list(self._inputs)
+        chosen = module.config.eagle_aux_hidden_state_layer_ids
+        inputs = [2, layers // 2, layers - 3] if chosen is None else list(chosen)  # its authors' choice
         if len(inputs) != NUM_TAPS or not all(1 <= number <= layers for number in inputs):
             raise ModelError(
                 f"{self._name}: reads the inputs of layers {inputs}, and the base has {layers}; expected "

@@ -30,6 +30,7 @@ from serve.engine.plan import Chunk, SequenceState
 from serve.engine.sampler import Sampler
 from serve.model.network import Network
 
+MAX_TOKENS = 15
 MAX_CARRIED = 64
 """Of a longer chunk, only the last state is kept: a prompt's, in which nothing is guessed."""
 
@@ -71,7 +72,7 @@ class Heads:
     """A drafter (`serve.engine.drafts.Reader`) over one head."""
 
     def __init__(self, head: Head, max_tokens: int = MAX_TOKENS) -> None:
-        """max_tokens: of one guess."""
+        """`max_tokens`: guesses of one step at most, of a row."""
         self._head = head
         self._max_tokens = max_tokens
         self._layers: Sequence[LayerRows] = ()
@@ -117,9 +118,7 @@ class Heads:
         """A chain of guesses for each, as long as is wanted and its row has room for scratch."""
         guesses: list[list[int]] = [[] for _ in wanted]
         order = [number for number in in_rows(wanted) if self._room(wanted[number])]
-        counts = {
-            number: min(wanted[number].most, self._max_tokens, self._room(wanted[number])) for number in order
-        }
+        counts = {n: min(wanted[n].most, self._max_tokens, self._room(wanted[n])) for n in order}
         if not order:
             return guesses
         sequences = [wanted[number].sequence for number in order]

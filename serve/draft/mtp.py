@@ -1,6 +1,6 @@
 """Multi-token prediction (DeepSeek-AI 2024, arXiv 2412.19437, section 2.2): the checkpoint's layer behind its last.
 
-    pair (h_p, t_{p+1}) ─▶ [enorm(embedding of t_{p+1}), hnorm(h_p)] ─ eh_proj ─▶ the family's layer ─ norm ─▶ state
+    pair (h_p, t_{p+1}) ─▶ [enorm(embedding of t_{p+1}), hnorm(h_p)] ─ eh_proj ─▶ family's layer ─ norm ─▶ state
 
 The state gives a guess of t_{p+2} by the head, and is h for the pair that follows. mlx-lm leaves these weights out,
 so they are read from the checkpoint's files, and made what the family's own code calls them.
@@ -28,6 +28,7 @@ from serve.engine.sampler import Sampler
 from serve.errors import ModelError
 from serve.model.loading import LOAD_ERRORS, LoadedModel, cast, fingerprint
 from serve.model.network import Network
+from serve.model.past import is_state, parts_of
 from serve.model.weights import dense_weight, dequantize
 
 FAMILIES = ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
@@ -113,6 +114,11 @@ def own_mtp(model: LoadedModel) -> Mtp:
     """The head in a model's own checkpoint. ModelError where there is none, or it cannot be used."""
     network, name = model.network, model.name
     kind = str(model.config.get("model_type"))
+    if any(is_state(part) for cache in network.make_cache() for part in parts_of(cache)):
+        raise ModelError(
+            f"{name}: layers of {kind} keep a state that takes in every token, and a wrong guess cannot be taken "
+            f"back from it; expected drafter: none"
+        )
     if kind not in FAMILIES:
         raise ModelError(
             f"{name}: heads in the checkpoint itself are known of {', '.join(FAMILIES)}, and this is {kind}; a head "
@@ -177,18 +183,11 @@ def _module(model: LoadedModel, number: int, weights: Mapping[str, mx.array]) ->
 
 def _layer_weights(path: Path, prefix: str) -> dict[str, mx.array]:
     """What the checkpoint's files call so, without the prefix. Nothing is read but what is used."""
-    return {
-        name.removeprefix(prefix): array
-        for file in sorted(path.glob("*.safetensors"))
-        for name, array in _loaded(file).items()
-        if name.startswith(prefix)
-    }
-
-
-def _loaded(file: Path) -> dict[str, mx.array]:
-    arrays = mx.load(str(file))
-    assert isinstance(arrays, dict)
-    return arrays
+    found: dict[str, mx.array] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        arrays: Any = mx.load(str(file))
+        found |= {name.removeprefix(prefix): w for name, w in arrays.items() if name.startswith(prefix)}
+    return found
 
 
 def _as_family(base: nn.Module, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:

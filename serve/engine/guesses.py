@@ -120,7 +120,9 @@ class Guesses:
                 self.stats[adapter] = self.stats.pop(adapter, DraftStats()).plus(one.num_drafted, num_right)
                 if len(self.stats) > MAX_GROUPS:
                     del self.stats[next(iter(self.stats))]
-        if seconds is not None and self._drafters:
+        if seconds is None:
+            self._gains.skip_step()
+        elif self._drafters:
             num_drawn = sum(len(one.token_ids) for one in drawn)
             self._gains.note_step(plan.num_single, plan.width, num_drawn, seconds)
 

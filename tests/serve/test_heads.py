@@ -1,4 +1,4 @@
-"""Drafters that read the target's states: guesses are those of mlx-vlm's own code on a row, answers the target's."""
+"""Drafters that read the target's states: guesses are those of mlx-vlm's code on one row, answers the target's."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def in_company(
 
 
 def could_guess(logits: mx.array, request: Request, number: int, token_id: int) -> bool:
-    """Whether rounding can make the guess of an answer's token `number` this: logits [V], shaken by a near-tie."""
+    """Whether rounding can make the guess of an answer's token `number` this one, of logits [V]."""
     width = NEAR_TIE * mx.abs(mx.where(logits < -1e8, 0, logits)).max()
     shaken = logits + width * mx.random.normal((64, logits.size), key=mx.random.key(number))
     shaken = mx.concatenate([logits[None], shaken])
@@ -230,6 +230,24 @@ def test_guesses_are_those_of_a_row_by_itself(name, kind_of, in_company):
     assert len(seen) > 30, "guesses that do not vary prove nothing"
 
 
+@pytest.mark.parametrize("name", ["EAGLE-3", "DFlash", "MTP of glm4_moe_lite"])
+def test_scratch_stays_in_its_row_where_that_ends(name, kind_of, in_company, make_request):
+    kind, company = kind_of(name), in_company(name, prefill_chunk_tokens=256, row_chunk_tokens=256)
+    engine, network = company.engine, Network(company.modules[0])
+    texts = ("z" * 250, "so " * 80, "short", "y" * 249)
+    for number, text in enumerate(texts):
+        engine.add(engine.check(make_request(f"b{number}", text, max_tokens=16)))
+    cut = 0
+    while engine.has_work:
+        engine.step()
+        wanted = [Wanted(one, 4) for one in engine.scheduler.decoding if one.generated]
+        for one, guesses in zip(wanted, company.reader.propose(wanted) if wanted else (), strict=True):
+            cut += len(guesses) < 4
+            if guesses and one.sequence.num_tokens % 3 == 0:
+                assert_guessed(kind, network, one, guesses)
+    assert cut > 2
+
+
 @pytest.mark.parametrize("ahead", [False, True], ids=["in step", "one ahead"])
 @pytest.mark.parametrize("name", KINDS)
 def test_answers_are_the_targets_whatever_is_guessed(name, ahead, in_company, assert_drawn):
@@ -273,6 +291,27 @@ def test_a_row_goes_on_from_a_prefix_and_its_guesses_are_of_this_text(
         answer = run(company, [request])[request.id]
         assert_drawn(request, answer, company.modules[0])
     assert engine.stats().prefixes.num_hit_tokens > 2 * 32
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_right_guesses_are_taken_at_any_temperature(temperature, make_model, make_request, assert_drawn):
+    quiet = {"o_proj": 0.3, "down_proj": 0.3, "lm_head": 3}
+    folder = make_model("wordy", GLM4, louder=quiet)
+    write_mtp(folder, GLM4, repeats_words=True)
+    model = load(str(folder))
+    reader = own_heads_of(model)
+    engine = Engine(model, EngineLimits(), drafters={"heads": reader}, drafter="heads")
+    requests = [
+        engine.check(make_request(f"r{n}", text, max_tokens=40, temperature=temperature, seed=n))
+        for n, text in enumerate(TEXTS)
+    ]
+    company = Company(engine, reader, requests, [], {})
+    run(company, requests)
+    for request in requests:
+        assert_drawn(request, company.answers[request.id], load(str(folder)).network.module)
+    stats = engine.stats()
+    assert stats.drafts[""].num_accepted > 0.2 * stats.drafts[""].num_drafted > 0
+    assert len({token for answer in company.answers.values() for token in answer}) > 20
 
 
 def test_rows_cost_what_heads_keep_and_prefixes_of_other_heads_are_others(kind_of, model):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import _get_classes
 from mlx_vlm.models.cache import CacheList
 from mlx_vlm.speculative.drafters.eagle3 import Model as Eagle3Model
@@ -188,9 +188,14 @@ def dflash_guesses(folder: Path, network: Network, row: Tokens, pick: Pick) -> l
     return drafter.draft_block(row.ids[-1], states, cache, row.count + 1, sampler)[0].tolist()
 
 
-def write_mtp(folder: Path, config: Mapping[str, Any], seed: int = 3) -> nn.Module:
+def write_mtp(
+    folder: Path, config: Mapping[str, Any], seed: int = 3, *, repeats_words: bool = False
+) -> nn.Module:
     """Add a random layer behind the last one to a model's folder, as Hugging Face's checkpoints name it. Returns
-    mlx-vlm's module over the same weights."""
+    mlx-vlm's module over the same weights.
+
+    repeats_words  it hands the token's embedding on: of a base that does little else, it guesses most tokens
+    """
     model_class, args_class = _get_classes(dict(config))
     args, width = args_class.from_dict(dict(config)), config["hidden_size"]
     mx.random.seed(seed)
@@ -199,6 +204,11 @@ def write_mtp(folder: Path, config: Mapping[str, Any], seed: int = 3) -> nn.Modu
     layer.load_weights(list(lively(dict(tree_flatten(layer.parameters()))).items()))
     layer.mlp.gate.weight = mx.random.normal(layer.mlp.gate.weight.shape) / width**0.5
     theirs = _TheirMtp(layer, width, config["rms_norm_eps"])
+    if repeats_words:
+        theirs.eh_proj.weight = mx.concatenate([mx.eye(width), mx.zeros((width, width))], axis=1)
+        for name in ("enorm", "shared_head_norm"):
+            theirs[name].weight = mx.ones((width,))
+        layer.update(tree_map(lambda weight: weight * 0.1, layer.parameters()))
     beside = {name: theirs[name].weight for name in ("enorm", "hnorm", "eh_proj")}
     weights = {f"{name}.weight": weight for name, weight in beside.items()}
     weights["shared_head.norm.weight"] = theirs.shared_head_norm.weight
