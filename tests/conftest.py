@@ -35,9 +35,12 @@ from vlm_families import Reference, write_random_lora, write_vlm
 from serve.adapters.formats.config import AdapterConfig
 from serve.adapters.formats.manifest import write_adapter
 from serve.cache.precision import PLAIN, KvPrecision
+from serve.constraints.edit import GrammarEdit
+from serve.engine.edited import edited
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.engine.sampler import Sampler
+from serve.engine.thinking import Thinking
 from serve.model.loading import LoadedModel, load
 from serve.model.prompt import Prompt
 from serve.model.weights import linear_modules, linear_shape
@@ -343,7 +346,9 @@ def make_request() -> Callable[..., Request]:
 
 
 def _edited(logits: mx.array, request: Request, answer: Sequence[int]) -> mx.array:
-    """Logits [N, V] of the token after `answer` as the request's penalties have them, by mlx-lm's own processors."""
+    """Logits [N, V] of the token after `answer` as the request's penalties have them, by mlx-lm's own processors; as
+    its budget has them, of an answer that begins inside a thought; and as its grammar has them, from the answer's
+    beginning on."""
     asked, everything = request.sampling, 1 << 30
     reaches: dict[bool, dict[str, Any]] = {True: {"logit_bias": dict(asked.logit_bias)}, False: {}}
     reaches[True]["repetition_penalty"] = asked.repetition_penalty
@@ -358,7 +363,31 @@ def _edited(logits: mx.array, request: Request, answer: Sequence[int]) -> mx.arr
             logits = processor(mx.array(history), logits) if history else logits
     if len(answer) < asked.min_tokens:
         logits[:, list(asked.stop_token_ids)] = -mx.inf
+    due = _due(request.thinking, tuple(answer))
+    if due is not None:
+        logits = mx.where(mx.arange(logits.shape[1])[None] == due, 0.0, -mx.inf)
+    if request.grammar is not None:
+        edit = GrammarEdit(request.grammar, asked.stop_token_ids, begins_text=not request.continues_prompt)
+        edit.advance(answer)
+        change = edit.change()
+        assert change is not None, "the answer goes on behind its end"
+        logits = edited(logits, dict.fromkeys(range(len(logits)), change))
     return logits
+
+
+def _due(thinking: Thinking | None, answer: tuple[int, ...]) -> int | None:
+    """The token that a thought's budget asks for next. A mark that the answer has begun by itself is gone on with."""
+    if thinking is None or thinking.budget is None or not thinking.thoughts.begins_inside:
+        return None
+    mark, budget = thinking.thoughts.close_ids, thinking.budget
+    if len(answer) < budget or any(answer[at : at + len(mark)] == mark for at in range(len(answer))):
+        return None
+    begun = max(
+        count
+        for count in range(min(budget, len(mark) - 1) + 1)
+        if mark[:count] == answer[budget - count : budget]
+    )
+    return mark[begun + len(answer) - budget]
 
 
 def _could_draw(logits: mx.array, request: Request, answer: Sequence[int], token_id: int) -> bool:

@@ -183,6 +183,11 @@ FLAGS_GIVEN = {
     "top_k": 0,
     "min_p": 0.25,
     "repetition_penalty": 1.5,
+    "reasoning_parser": "deepseek_r1",
+    "enable_thinking": True,
+    "thinking_budget": 0,
+    "thinking_start_token": "<a>",
+    "thinking_end_token": "</a>",
 }
 
 
@@ -218,6 +223,7 @@ def test_every_flag_of_serve_arrives_in_its_key_and_no_other_key_changes():
         else:
             assert found == value, flag
         assert before == after, f"{flag} changes another key"
+    assert serve_config("--no-enable-thinking").enable_thinking is False
 
 
 BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\niters: many\n"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import astuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.adapters.versions.version import COMBINED
 from serve.cache.stats import FeatureStats, PrefixStats
+from serve.engine.drafts import DraftStats
 from serve.engine.request import MemoryUse
 from serve.runtime import Runtime
 
@@ -20,8 +23,6 @@ E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 MAX_GONE = 16
 """Names of unloaded adapters whose last counts wait for a scrape."""
-COMBINED = "(combined)"
-"""What all combinations of adapters are counted as."""
 
 
 class Metrics:
@@ -44,12 +45,22 @@ class Metrics:
         self.errors = Counter(
             "lathe_http_errors", "Requests refused or failed.", ["status"], registry=self.registry
         )
+        self._drafted = tuple(
+            Counter(f"lathe_spec_decode_num_{name}", meaning, ["model"], registry=self.registry)
+            for name, meaning in (
+                ("drafts", "Times that a row's next tokens were guessed and checked."),
+                ("draft_tokens", "Guesses that were checked."),
+                ("accepted_tokens", "Guesses that were right, and no wrong one before them."),
+            )
+        )
+        self._counted: Mapping[str, DraftStats] = {}
         self.ttft_s = self._histogram("lathe_ttft_seconds", "Time to the first token.", TTFT_BUCKETS_S)
         self.tpot_s = self._histogram("lathe_tpot_seconds", "Time per token after the first.", TPOT_BUCKETS_S)
         self.e2e_s = self._histogram("lathe_request_seconds", "Time to the last token.", E2E_BUCKETS_S)
 
     def show(self) -> bytes:
         """Everything in Prometheus' text format. What it showed of names that are gone is removed."""
+        self._count_drafts()
         gone = self._gone()
         text = generate_latest(self.registry)
         self._remove(gone)
@@ -63,7 +74,20 @@ class Metrics:
 
     @property
     def _by_model(self) -> tuple[Counter | Histogram, ...]:
-        return self.requests, self.ttft_s, self.tpot_s, self.e2e_s
+        return self.requests, self.ttft_s, self.tpot_s, self.e2e_s, *self._drafted
+
+    def _count_drafts(self) -> None:
+        """What the engine has counted since it was last asked, under the labels of everything else."""
+        found = self._runtime.worker.stats().drafts
+        for name, now in found.items():
+            before = self._counted.get(name, DraftStats())
+            if now.num_drafts < before.num_drafts:  # nobody had asked for it in long, and it was counted anew
+                before = DraftStats()
+            if now != before:
+                label = name or self._runtime.model.name
+                for counter, new, old in zip(self._drafted, astuple(now), astuple(before), strict=True):
+                    counter.labels(label).inc(new - old)
+        self._counted = found
 
     def _gone(self) -> set[str]:
         """Names that were counted, and that neither new requests nor running ones use."""

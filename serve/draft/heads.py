@@ -65,6 +65,9 @@ class _States(NamedTuple):
     stop: int
 
 
+MAX_TOKENS = 15
+
+
 class Heads:
     """A drafter (`serve.engine.drafts.Reader`) over one head."""
 
@@ -75,6 +78,11 @@ class Heads:
         self._layers: Sequence[LayerRows] = ()
         self._known: WeakKeyDictionary[SequenceState, _States] = WeakKeyDictionary()
         self._samplers = Samplers()
+
+    @property
+    def max_bytes(self) -> int:
+        """Its layers stand in the target's rows, and are counted there."""
+        return 0
 
     @property
     def taps(self) -> Sequence[int]:
@@ -141,6 +149,9 @@ class Heads:
     def forget(self, sequence: SequenceState) -> None:
         """It has ended."""
         self._known.pop(sequence, None)
+
+    def clear(self, tenant: str | None) -> None:
+        """It remembers nothing of texts that have ended."""
 
     def _room(self, one: Wanted) -> int:
         """How many entries of scratch its row takes behind what it holds; 0 where its last state is not known."""

@@ -2,9 +2,9 @@
 
 A drafter proposes, the forward checks: at each guess the row's own token is drawn from the target's logits, by its
 own counter, and the answer goes on as long as that is what was guessed. So the tokens are those of the same row
-without a drafter, at any temperature (drafter-invariant speculative decoding: Daliri, Musco, Suresh 2024, arXiv 2408.07978). A
-drafter that draws its guesses by the same settings, seed and counters (`Sampler.tokens`) is right far more often than
-by chance.
+without a drafter, at any temperature (drafter-invariant speculative decoding: Daliri, Musco and Suresh 2024,
+"Coupling without communication"). A drafter that draws its guesses by the same settings, seed and counters
+(`Sampler.tokens`) is right far more often than by chance.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ class Wanted(NamedTuple):
 class Drafter(Protocol):
     """Lives on the thread that owns the arrays, but for what it says of itself."""
 
+    @property
+    def max_bytes(self) -> int:
+        """Memory that it may come to hold for texts, beside what it holds in the target's rows: no row has that."""
+
     def propose(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[int]]:
         """For each, at most `most` tokens that may follow; none where it knows none. What it raises is logged, and
         nobody has a draft in that step."""
@@ -43,6 +47,9 @@ class Drafter(Protocol):
     def forget(self, sequence: SequenceState) -> None:
         """It has ended. Called once for each sequence that this drafter was chosen for, whether or not it was ever
         asked; not for one that has lost its row and will go on."""
+
+    def clear(self, tenant: str | None) -> None:
+        """What it remembers of texts of that tenant that have ended, or of everybody's (None), is dropped."""
 
 
 @runtime_checkable

@@ -15,6 +15,8 @@ import numpy as np
 
 from serve.engine.penalties import Penalties, TokenChanges
 from serve.engine.request import Request
+from serve.engine.thinking_budget import ThinkingBudget
+from serve.model.token_bytes import TokenBytes
 
 
 class LogitsChange(NamedTuple):
@@ -108,12 +110,45 @@ class PenaltyEdit:
         return None if changes is None else LogitsChange(tokens=changes)
 
 
-def make_edit(request: Request, ends: Collection[int]) -> LogitsEdit | None:
+class ThinkingEdit:
+    """The end of a thought that has had its budget."""
+
+    def __init__(self, budget: ThinkingBudget) -> None:
+        self._budget = budget
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """They are counted."""
+        self._budget.push(token_ids)
+
+    def retract(self, count: int) -> None:
+        """They are counted no more."""
+        self._budget.pop(count)
+
+    def change(self) -> LogitsChange | None:
+        """The next token of the mark, once it is due."""
+        due = self._budget.due
+        return None if due is None else LogitsChange(forced=due)
+
+
+def parts_of(edit: LogitsEdit | None) -> tuple[LogitsEdit, ...]:
+    """The several edits that one is."""
+    return edit.parts if isinstance(edit, Edits) else () if edit is None else (edit,)
+
+
+def make_edit(
+    request: Request, ends: Collection[int], tokens: TokenBytes, *others: LogitsEdit
+) -> LogitsEdit | None:
     """What a request asks for; None where it leaves the logits alone.
 
-    ends  tokens that would end its answer
+    ends    tokens that would end its answer
+    others  what comes after its penalties
     """
     parts: list[LogitsEdit] = []
     if Penalties.are_wanted(request.sampling):
         parts.append(PenaltyEdit(Penalties(request.sampling, request.prompt, ends)))
+    thinking = request.thinking
+    if thinking is not None and thinking.budget is not None:
+        follows = request.prompt.token_ids if request.continues_prompt else None
+        parts.append(ThinkingEdit(ThinkingBudget(thinking, tokens, follows)))
+    parts += others
     return None if not parts else parts[0] if len(parts) == 1 else Edits(tuple(parts))

@@ -17,10 +17,12 @@ from serve.adapters.versions.version import AdapterVersion
 from serve.cache.capacity import MAX_REMEMBERED
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
+from serve.constraints.edit import GrammarEdit
 from serve.engine.drafts import Drafter, Reader
 from serve.engine.edits import make_edit
 from serve.engine.features import SequenceFeatures
 from serve.engine.finish import FinishRule
+from serve.engine.gains import Gains
 from serve.engine.guesses import Guesses
 from serve.engine.limits import EngineLimits as EngineLimits
 from serve.engine.limits import MemoryBudget
@@ -59,9 +61,10 @@ class Engine:
         rules: TemplateRules = TemplateRules(),
         drafters: Mapping[str, Drafter] = NO_DRAFTERS,
         drafter: str | None = None,
+        gains: Gains | None = None,
     ) -> None:
         """`rules`: of chat templates, the base's and those that adapters bring. `drafters`: by the name by which
-        requests choose one; `drafter`: of those that name none."""
+        requests choose one; `drafter`: of those that name none; `gains`: None: learned as steps run."""
         self.model = model
         self.limits = limits
         self.memory = MemoryBudget.of(limits)
@@ -94,17 +97,17 @@ class Engine:
             ahead=self._ahead,
         )
         cost = self._runner.rows.cost
-        if drafters and cost.state_bytes:
+        if drafter is not None and cost.state_bytes:
             raise ConfigError(
                 f"drafter: layers of {model.name!r} keep a state that takes in every token, and a wrong guess cannot "
                 f"be taken back from it; expected drafter: none"
             )
-        self.guesses = Guesses(drafters, drafter)
+        self.guesses = Guesses(NO_DRAFTERS if cost.state_bytes else drafters, drafter, gains or Gains())
         self.pace = Pace(None if limits.max_gap_ms is None else limits.max_gap_ms / 1000)
         budget = Budget(
             max_rows=limits.max_rows,
             prefill_chunk_tokens=limits.prefill_chunk_tokens,
-            max_bytes=self.memory.max_row_bytes(self.memory.adapters, self.memory.host or 0),
+            max_bytes=self._max_row_bytes(self.memory.adapters, self.memory.host or 0),
             row_cost=cost,
             encode_patches=limits.encode_patches,
             row_chunk_tokens=limits.row_chunk(has_windows=cost.has_windows, on_cpu=on_cpu),
@@ -216,7 +219,8 @@ class Engine:
         """A prompt of words knows of no model; of some families its tokens see one another all the same."""
         if self.model.vision is None or prompt.blocks or prompt.media:
             return prompt
-        return replace(prompt, blocks=self.model.vision.blocks(prompt.token_ids, ()))
+        blocks = self.model.vision.blocks(prompt.token_ids, ())
+        return replace(prompt, blocks=blocks) if blocks else prompt
 
     def _check_tokens(self, request: Request) -> None:
         """RequestError for a token that is named and is not in the vocabulary."""
@@ -253,7 +257,11 @@ class Engine:
         """Queue a request that `check` has returned."""
         assert request.id not in self._by_id, f"request {request.id} is already here"
         rule = self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
-        sequence = SequenceState(request, edit=make_edit(request, rule.ends))
+        others = []
+        if request.grammar is not None:
+            rule.whole = GrammarEdit(request.grammar, rule.ends, begins_text=not request.continues_prompt)
+            others.append(rule.whole)
+        sequence = SequenceState(request, edit=make_edit(request, rule.ends, self.token_bytes, *others))
         self.guesses.begin(sequence)
         self._by_id[request.id] = sequence
         self.scheduler.add(sequence)
@@ -384,8 +392,12 @@ class Engine:
         if self._num_adapter_changes == num_changes:
             return
         self._num_adapter_changes = num_changes
-        self.scheduler.max_bytes = self.memory.max_row_bytes(self.bank.num_bytes, self.registry.host_bytes)
+        self.scheduler.max_bytes = self._max_row_bytes(self.bank.num_bytes, self.registry.host_bytes)
         self._share(self.scheduler.max_bytes - self._kv_bytes)
+
+    def _max_row_bytes(self, adapter_bytes: int, host_bytes: int) -> int:
+        """What rows, prefixes and features may take beside adapters of that size, and what drafters hold."""
+        return max(self.memory.max_row_bytes(adapter_bytes, host_bytes) - self.guesses.max_bytes, 0)
 
     def _planned(self, drafts: Mapping[SequenceState, Sequence[int]]) -> Plan:
         """The next step, and prefixes within what its rows leave them."""
@@ -490,7 +502,9 @@ class Engine:
         return self.prefixes.bytes_of(version.effect_hash if version else "") if self.prefixes else 0
 
     def forget(self, tenant: str | None = None) -> None:
-        """Drop a tenant's prefixes and features, in memory and on disk; everybody's, where none is named."""
+        """Drop a tenant's prefixes and features, in memory and on disk, and what drafters remember of it; of
+        everybody, where none is named."""
+        self.guesses.clear(tenant)
         if self.prefixes is not None:
             self.prefixes.cache.clear(tenant)
         if self.features is not None:
@@ -507,6 +521,12 @@ class Engine:
     def _event(self, drawn: Drawn) -> Event:
         sequence, token_ids, logprobs, is_sound, error, _ = drawn
         request = sequence.request
+        if error is None and is_sound:
+            try:
+                sequence.tell()
+            except Exception as raised:  # one row's trouble, too
+                logger.exception("request %s cannot go on", request.id)
+                error = raised
         if error is not None:
             told = error if isinstance(error, LatheError) else None
             return self._ended(
@@ -537,6 +557,8 @@ class Engine:
             prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first else (),
             num_drafted=drafting.num_drafted if drafting and step.finish else 0,
             num_accepted=drafting.num_right if drafting and step.finish else 0,
+            reasoning=step.reasoning,
+            num_reasoning_tokens=step.num_thought,
         )
 
     def _ended(self, sequence: SequenceState, error: LatheError) -> Event:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 
 from serve.engine.drafts import NONE, Drafter, DraftStats, Wanted
-from serve.engine.gains import Gains
+from serve.engine.gains import MAX_GROUPS, Gains
 from serve.engine.plan import Drawn, Plan, SequenceState
 from serve.engine.request import Request
 from serve.errors import RequestError
@@ -18,14 +18,20 @@ logger = logging.getLogger(__name__)
 class Guesses:
     """Lives on the engine's thread, but for `check`."""
 
-    def __init__(self, drafters: Mapping[str, Drafter], default: str | None) -> None:
+    def __init__(self, drafters: Mapping[str, Drafter], default: str | None, gains: Gains) -> None:
         """`default`: of requests that name none; None: they have no drafter."""
         assert default is None or default in drafters, f"no drafter is called {default!r}"
         self._drafters = dict(drafters)
-        self._default = default or NONE
-        self._gains = Gains()
+        self.default = default or NONE
+        """By name; "none": nobody."""
+        self._gains = gains
         self.stats: dict[str, DraftStats] = {}
-        """By adapter's name; the base's by ""."""
+        """By adapter's label; the base's by "". Those that drafted last."""
+
+    @property
+    def max_bytes(self) -> int:
+        """Memory that drafters may come to hold beside the rows."""
+        return sum(drafter.max_bytes for drafter in self._drafters.values())
 
     def check(self, request: Request) -> None:
         """RequestError for a drafter that is not here. From any thread."""
@@ -36,7 +42,7 @@ class Guesses:
 
     def begin(self, sequence: SequenceState) -> None:
         """Choose who drafts for it."""
-        name = sequence.request.drafter or self._default
+        name = sequence.request.drafter or self.default
         if name != NONE:
             sequence.drafting = self._gains.begin(name, self._drafters[name], _adapter_of(sequence))
 
@@ -48,6 +54,16 @@ class Guesses:
             sequence.drafting.drafter.forget(sequence)
         except Exception:  # its answer is out; what a drafter makes of it is nobody's trouble
             logger.exception("drafter %s cannot forget a sequence", sequence.drafting.name)
+
+    def clear(self, tenant: str | None) -> None:
+        """What drafters remember of a tenant's texts, or of everybody's, is dropped."""
+        for drafter in self._drafters.values():
+            drafter.clear(tenant)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By which requests may choose one."""
+        return tuple(self._drafters)
 
     def num_wanted(self, decoding: Sequence[SequenceState]) -> int:
         """Guesses for each of these rows that are worth asking for; 0: the next step may be planned as it is."""
@@ -101,7 +117,9 @@ class Guesses:
             if one.num_drafted and drafting is not None and one.token_ids:
                 adapter, num_right = _adapter_of(one.sequence), len(one.token_ids) - 1
                 self._gains.note_draft(drafting, adapter, one.num_drafted, num_right)
-                self.stats[adapter] = self.stats.get(adapter, DraftStats()).plus(one.num_drafted, num_right)
+                self.stats[adapter] = self.stats.pop(adapter, DraftStats()).plus(one.num_drafted, num_right)
+                if len(self.stats) > MAX_GROUPS:
+                    del self.stats[next(iter(self.stats))]
         if seconds is not None and self._drafters:
             num_drawn = sum(len(one.token_ids) for one in drawn)
             self._gains.note_step(plan.num_single, plan.width, num_drawn, seconds)
@@ -109,7 +127,7 @@ class Guesses:
 
 def _adapter_of(sequence: SequenceState) -> str:
     adapter = sequence.request.adapter
-    return adapter.name if adapter is not None else ""
+    return adapter.label if adapter is not None else ""
 
 
 def _before(tokens: Sequence[int], ends: Collection[int]) -> Sequence[int]:

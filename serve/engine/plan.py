@@ -67,7 +67,7 @@ class SequenceState:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the prompt's tokens but the first, as far as they have been read."""
     edit: LogitsEdit | None = None
-    """What changes its logits. The runner alone tells it of tokens."""
+    """What changes its logits. `tell` alone tells it of tokens."""
     num_told: int = 0
     """Of the answer's tokens that the edit was told of."""
     drafting: Drafting | None = None
@@ -95,6 +95,15 @@ class SequenceState:
     def num_tokens(self) -> int:
         """Length of the prompt and of the answer so far."""
         return self.num_prompt_tokens + len(self.generated)
+
+    def tell(self, drawn: Sequence[int] = ()) -> None:
+        """Its edit hears of the answer's tokens that it has not heard of, and of `drawn` behind them."""
+        if self.edit is None:
+            return
+        news = [*self.generated[self.num_told :], *drawn]
+        if news:
+            self.num_told += len(news)
+            self.edit.advance(news)
 
     @property
     def is_scoring(self) -> bool:

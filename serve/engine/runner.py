@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -21,9 +22,10 @@ from serve.cache.capacity import Bucket
 from serve.cache.families import make_rows
 from serve.cache.segment import Segment
 from serve.cache.spans import Span, SpanPart
+from serve.constraints.edit import GrammarEdit, Masks
 from serve.engine.decode_state import DecodeState, DrawState
 from serve.engine.drafts import Reader
-from serve.engine.edits import LogitsChange
+from serve.engine.edits import LogitsChange, parts_of
 from serve.engine.plan import Capture, Chunk, Drawn, Encode, Plan, SequenceState
 from serve.engine.request import TokenLogprob
 from serve.engine.sampler import Draws, Logprobs
@@ -122,9 +124,9 @@ class Runner:
         self._taps = sorted({tap for reader in readers for tap in reader.taps})
         self._capacities: Mapping[Bucket, int] = {}
         self._decoding: DecodeState | None = None
-        self._drafted: tuple[object, DrawState] | None = (
-            None  # of the last step with drafts, by who drew how often
-        )
+        self._drafted: tuple[object, DrawState] | None = None
+        """Of the last step with drafts, by who drew how often."""
+        self._masks = Masks()
         self._last: Flight | None = None  # what was started last, read or not
 
     def start(self, plan: Plan) -> Flight:
@@ -320,26 +322,80 @@ class Runner:
     ) -> dict[int, LogitsChange]:
         """By row, what its edit does to its logits, now that it knows all tokens before them."""
         drawn: dict[SequenceState, int] = {}
-        if any(chunks[row].num_answer_tokens > len(chunks[row].sequence.generated) for row in edited):
+        # With drafts all that comes before them is known.
+        if flight.plan.width == 1 and any(
+            chunks[row].num_answer_tokens > len(chunks[row].sequence.generated) for row in edited
+        ):
             assert self._last is not None, "nobody is to draw what is not known"
             self._evaluate(hidden, self.rows.arrays())
             drawn = self._last.tokens()
         changes: dict[int, LogitsChange] = {}
         drafts = {chunk.sequence: chunk.draft for chunk in flight.plan.chunks if chunk.draft}
-        done: set[SequenceState] = set()
+        first_of: dict[SequenceState, int] = {}
         for row in edited:
             sequence = chunks[row].sequence
-            if sequence in done:  # the rows behind its first are its draft's
-                continue
-            done.add(sequence)
-            try:
-                found = _told(chunks[row], drawn, drafts.get(sequence, ()))
-            except Exception as error:  # whatever it is, it is one row's trouble
-                logger.exception("what request %s may draw cannot be told", sequence.request.id)
-                flight.errors[row] = error
-            else:
-                changes |= {row + at: change for at, change in enumerate(found) if change is not None}
+            if sequence not in first_of:  # the rows behind its first are its draft's
+                first_of[sequence] = row
+                with _own_trouble(flight, row):
+                    _tell(chunks[row], drawn)
+        asked = {row: sequence for sequence, row in first_of.items() if row not in flight.errors}
+        changes |= self._asked(flight, asked)
+        if drafts:
+            changes |= self._behind_guesses(flight, asked, changes, drafts)
         return changes
+
+    def _asked(self, flight: Flight, sequences: Mapping[int, SequenceState]) -> dict[int, LogitsChange]:
+        """By row, what its sequence's edit does now."""
+        edits = [sequence.edit for sequence in sequences.values()]
+        self._masks.fill([part for edit in edits for part in parts_of(edit) if isinstance(part, GrammarEdit)])
+        changes: dict[int, LogitsChange] = {}
+        for row, sequence in sequences.items():
+            assert sequence.edit is not None
+            with _own_trouble(flight, row):
+                change = sequence.edit.change()
+                if change is not None:
+                    changes[row] = change
+        return changes
+
+    def _behind_guesses(
+        self,
+        flight: Flight,
+        first: Mapping[int, SequenceState],
+        changes: dict[int, LogitsChange],
+        drafts: Mapping[SequenceState, Sequence[int]],
+    ) -> dict[int, LogitsChange]:
+        """By row, what edits do behind their sequences' guesses, up to the first that is not allowed: it will not be
+        drawn. `changes`: before the first guess, by row; they stay what they are."""
+        found: dict[int, LogitsChange] = {}
+        going = {row: sequence for row, sequence in first.items() if drafts.get(sequence)}
+        num_told = dict.fromkeys(going.values(), 0)
+        while going:
+            asked: dict[int, SequenceState] = {}
+            for row, sequence in going.items():
+                number, change = num_told[sequence], found.get(row, changes.get(row))
+                if number == len(drafts[sequence]) or row in flight.errors:
+                    continue
+                guess = drafts[sequence][number]
+                if change is not None:
+                    if not change.allows(guess):
+                        continue
+                    (found if row in found else changes)[row] = change.copy()
+                assert sequence.edit is not None
+                with _own_trouble(flight, row + 1):
+                    sequence.edit.advance([guess])
+                    num_told[sequence] += 1
+                    asked[row + 1] = sequence
+            found |= self._asked(flight, asked)
+            going = asked
+        for row, sequence in first.items():
+            count = num_told.get(sequence, 0)
+            if count:
+                if row + count in found:
+                    found[row + count] = found[row + count].copy()
+                with _own_trouble(flight, row):
+                    assert sequence.edit is not None
+                    sequence.edit.retract(count)
+        return found
 
 
 def _padded(chunks: Sequence[Chunk], width: int) -> np.ndarray:
@@ -350,36 +406,21 @@ def _padded(chunks: Sequence[Chunk], width: int) -> np.ndarray:
     return tokens
 
 
-def _told(
-    chunk: Chunk, drawn: Mapping[SequenceState, int], draft: Sequence[int]
-) -> list[LogitsChange | None]:
-    """What a row's edit does, after it was told of the tokens that it has not heard of; `drawn` holds the last. With
-    a draft, what it does behind each guess too, up to the first that it does not allow: that one will not be drawn."""
-    sequence = chunk.sequence
-    assert sequence.edit is not None
-    news = sequence.generated[sequence.num_told :]
-    if sequence.num_told + len(news) < chunk.num_answer_tokens:
-        news.append(drawn[sequence])
-    if news:
-        sequence.num_told += len(news)
-        sequence.edit.advance(news)
-    changes = [sequence.edit.change()]
-    if not draft:
-        return changes
-    edit, num_guessed = sequence.edit, 0
+@contextmanager
+def _own_trouble(flight: Flight, row: int) -> Iterator[None]:
+    """Whatever is raised, is one row's trouble."""
     try:
-        for token in draft:
-            last = changes[-1]
-            if last is not None and not last.allows(token):
-                break
-            changes[-1] = None if last is None else last.copy()
-            edit.advance([token])
-            num_guessed += 1
-            changes.append(edit.change())
-        changes[-1] = None if changes[-1] is None else changes[-1].copy()
-    finally:
-        edit.retract(num_guessed)
-    return changes
+        yield
+    except Exception as error:
+        logger.exception("what request %s may draw cannot be told", flight.sequences[row].request.id)
+        flight.errors[row] = error
+
+
+def _tell(chunk: Chunk, drawn: Mapping[SequenceState, int]) -> None:
+    """A row's edit hears of the tokens that it has not heard of; `drawn` holds the last."""
+    sequence = chunk.sequence
+    is_known = max(sequence.num_told, len(sequence.generated)) >= chunk.num_answer_tokens
+    sequence.tell(() if is_known else (drawn[sequence],))
 
 
 def _choose(hidden: mx.array, chunks: Sequence[Chunk], parts: list[mx.array], drawing: list[Chunk]) -> None:
