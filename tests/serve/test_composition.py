@@ -19,6 +19,7 @@ from typing import Any
 import mlx.nn as nn
 import pytest
 from drafting import Eager, Foreteller
+from heads import write_eagle3
 from sighted import moving, shown
 from vlm_families import VLM_FAMILIES
 
@@ -27,6 +28,7 @@ from serve.adapters.versions.version import AdapterVersion
 from serve.cache.precision import PLAIN, KvPrecision, precision
 from serve.constraints.compiler import GrammarCompiler
 from serve.constraints.spec import ConstraintSpec
+from serve.draft.make_heads import heads_of
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.engine.thinking import Thinking
@@ -185,6 +187,8 @@ class Setting:
     """Of the asked request one of them."""
     is_drafted: bool = False
     """What is said is guessed, by one who was told, and says otherwise now and then."""
+    has_head: bool = False
+    """A random head guesses, which reads the model's states and keeps a layer in the rows."""
     budgets: tuple[int, ...] = ()
     """Of tokens that requests think, in answers that begin with a thought; none: they answer at once."""
     said: str = "free"
@@ -245,7 +249,7 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
     "thought": {"answers": put(), "thinks": put(budgets=(0, 1, 4, 11, NUM_TOKENS - 2))},
     "said": {"free": put(), "schema": put(said="schema"), "regex": put(said="regex")},
     "steps": {"in_turn": put(limits={"ahead": False}), "ahead": put(limits={"ahead": True})},
-    "drafts": {"undrafted": put(), "drafted": put(is_drafted=True)},
+    "drafts": {"undrafted": put(), "drafted": put(is_drafted=True), "headed": put(has_head=True)},
 }
 SEEING: dict[str, dict[str, Change]] = {
     **DIMENSIONS,
@@ -345,6 +349,7 @@ class Scene:
     ) -> None:
         """`told`: answers by request, of the same scene without drafts."""
         self.setting, self.rng, self.lively, self.told = setting, random.Random(name), lively, told
+        self.folder = folder / "head"
         rng, self.foretellers = self.rng, list[Foreteller]()
         limits = {"max_rows": 8, "prefill_chunk_tokens": rng.choice([16, 64, 256]), **setting.limits}
         self.sees = setting.model in VLM_FAMILIES
@@ -370,11 +375,18 @@ class Scene:
             rng = random.Random(len(self.foretellers))  # one of its own: the scene goes as it went without
             self.foretellers.append(Foreteller(self.told, rng, SHARE_OF_LIES, model.network.vocab_size))
             drafters["told"] = self.foretellers[-1]
+        if self.setting.has_head and self.setting.model not in RECURRENT:
+            network = model.network
+            layers = len(network.layers)
+            head = write_eagle3(
+                self.folder, inputs=(1, layers - 1, layers), width=network.width, vocab=network.vocab_size
+            )
+            drafters["head"] = heads_of(str(head), model)
         self.engine = Engine(
             model,
             self.limits,
             drafters=drafters,
-            drafter="told" if drafters else None,
+            drafter=next(iter(drafters), None),
             gains=Eager(MAX_GUESSES),
         )
         tokens = self.engine.token_bytes
@@ -573,6 +585,8 @@ class Scene:
         if self.told:
             stats = list(self.engine.guesses.stats.values())
             assert 0 < sum(one.num_accepted for one in stats) < sum(one.num_drafted for one in stats)
+        elif "head" in self.engine.guesses.names:
+            assert sum(one.num_drafted for one in self.engine.guesses.stats.values())
 
     def check_hits(self) -> None:
         """Without recurrent state, what was computed before is not computed again; what must not be used is."""
