@@ -102,7 +102,9 @@ class Engine:
                 f"drafter: layers of {model.name!r} keep a state that takes in every token, and a wrong guess cannot "
                 f"be taken back from it; expected drafter: none"
             )
-        self.guesses = Guesses(NO_DRAFTERS if cost.state_bytes else drafters, drafter, gains or Gains())
+        self.guesses = Guesses(
+            NO_DRAFTERS if cost.state_bytes else drafters, drafter, gains or Gains(), ahead=self._ahead
+        )
         self.pace = Pace(None if limits.max_gap_ms is None else limits.max_gap_ms / 1000)
         budget = Budget(
             max_rows=limits.max_rows,
