@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import astuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.adapters.versions.version import COMBINED
 from serve.cache.stats import FeatureStats, PrefixStats
+from serve.constraints.compiler import GrammarStats
 from serve.engine.drafts import DraftStats
 from serve.engine.request import MemoryUse
 from serve.runtime import Runtime
@@ -32,10 +33,10 @@ class Metrics:
     as many as the adapters in memory, whatever comes and goes.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, grammars: Callable[[], GrammarStats]) -> None:
         self._runtime = runtime
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(runtime))
+        self.registry.register(_EngineCollector(runtime, grammars))
         self.requests = Counter(
             "lathe_requests",
             "Generations by how they ended.",
@@ -131,8 +132,9 @@ class CountErrors:
 class _EngineCollector(Collector):
     """Reads the engine when asked, so nothing is counted twice."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, grammars: Callable[[], GrammarStats]) -> None:
         self._runtime = runtime
+        self._grammars = grammars
 
     def collect(self) -> Iterable[Metric]:
         stats = self._runtime.worker.stats()
@@ -145,6 +147,7 @@ class _EngineCollector(Collector):
         yield from _prefixes(stats.prefixes)
         yield from _features(stats.features)
         yield from _adapters(self._runtime)
+        yield from _of_grammars(self._grammars())
         is_up = float(self._runtime.worker.failure is None)
         yield GaugeMetricFamily("lathe_engine_up", "0 once a step has failed.", is_up)
         yield CounterMetricFamily("lathe_steps", "Engine steps.", stats.num_steps)
@@ -191,6 +194,19 @@ def _adapters(runtime: Runtime) -> Iterator[Metric]:
         ),
     ):
         yield CounterMetricFamily(name, what, value)
+
+
+def _of_grammars(grammars: GrammarStats) -> Iterator[Metric]:
+    """What answers must be: compiled once, and found again."""
+    for name, what, value in (
+        ("lathe_grammar_queries", "Requests whose answers keep to a grammar.", grammars.num_queries),
+        ("lathe_grammar_hits", "Requests that found theirs compiled.", grammars.num_hits),
+        ("lathe_grammar_compiled", "Grammars compiled.", grammars.num_compiled),
+        ("lathe_grammar_refused", "Grammars that cannot be kept to.", grammars.num_refused),
+        ("lathe_grammar_compile_seconds", "Time that both took, beside the engine.", grammars.compile_s),
+    ):
+        yield CounterMetricFamily(name, what, value)
+    yield GaugeMetricFamily("lathe_grammars", "Compiled grammars kept.", grammars.num_kept)
 
 
 def _memory(memory: MemoryUse) -> Iterator[Metric]:

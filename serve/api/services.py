@@ -26,7 +26,6 @@ class Services:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self.metrics = Metrics(runtime)
         self.created = int(time.time())
         # One at a time: a fast tokenizer refuses to be used by two threads at once.
         self._tokenizing = anyio.CapacityLimiter(1)
@@ -37,6 +36,7 @@ class Services:
         engine = runtime.engine
         vocab_size = engine.model.network.vocab_size
         self.grammars = GrammarCompiler(engine.model.tokenizer, engine.token_bytes, vocab_size)
+        self.metrics = Metrics(runtime, self.grammars.stats)
 
     async def look_up(self, work: Callable[[], T]) -> T:
         """Find or read adapters, on one of the threads for that."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -22,6 +24,22 @@ NUM_THREADS = 2
 BUSY = "other requests' grammars are being compiled"
 TIMEOUT_S = 20.0
 """After which a request for a grammar is told that it takes too long."""
+
+
+@dataclass(frozen=True)
+class GrammarStats:
+    """Counters of one compiler's life, and what it holds."""
+
+    num_queries: int = 0
+    """Requests that needed a grammar."""
+    num_hits: int = 0
+    """Of those, that found it compiled."""
+    num_compiled: int = 0
+    num_refused: int = 0
+    """Compilations that ended with what is wrong with it."""
+    compile_s: float = 0.0
+    """Of both, by the wall."""
+    num_kept: int = 0
 
 
 class GrammarCompiler:
@@ -45,11 +63,18 @@ class GrammarCompiler:
         self._grammars: OrderedDict[ConstraintSpec, Grammar] = OrderedDict()  # the least recently used first
         self._compiling: dict[tuple[ConstraintSpec, str], Future[Grammar]] = {}  # errors name a place
         self._num_chars = 0
+        self._stats = GrammarStats()
+
+    def stats(self) -> GrammarStats:
+        """Now."""
+        with self._lock:
+            return replace(self._stats, num_kept=len(self._grammars))
 
     async def get(self, spec: ConstraintSpec) -> Grammar:
         """RequestError names the place where it is wrong, or says that it takes too long; OverloadedError where
         others' grammars keep the threads busy."""
         found = self.find(spec)
+        self._count(num_queries=1, num_hits=int(found is not None))
         if found is not None:
             return found
         future = self._submitted(spec)
@@ -96,7 +121,13 @@ class GrammarCompiler:
                 self._compiling.pop((spec, spec.place), None)
 
     def _made(self, spec: ConstraintSpec) -> Grammar:
-        grammar = compile_grammar(spec, self._read_vocabulary())
+        vocabulary, begun_s = self._read_vocabulary(), time.perf_counter()
+        try:
+            grammar = compile_grammar(spec, vocabulary)
+        except RequestError:
+            self._count(num_refused=1, compile_s=time.perf_counter() - begun_s)
+            raise
+        self._count(num_compiled=1, compile_s=time.perf_counter() - begun_s)
         with self._lock:
             if (found := self._grammars.get(spec)) is not None:  # another thread's
                 return found
@@ -105,6 +136,11 @@ class GrammarCompiler:
             while len(self._grammars) > MAX_GRAMMARS or self._num_chars > MAX_CACHED_CHARS:
                 self._num_chars -= len(self._grammars.popitem(last=False)[0].text)
         return grammar
+
+    def _count(self, **more: float) -> None:
+        with self._lock:
+            now = self._stats
+            self._stats = replace(now, **{name: getattr(now, name) + count for name, count in more.items()})
 
     def _read_vocabulary(self) -> GrammarVocabulary:
         with self._reading:

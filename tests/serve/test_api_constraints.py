@@ -239,3 +239,24 @@ def test_neutral_values_constrain_nothing(http, path):
     )
     for fields in (neutral, {"response_format": {"type": "text"}}):
         assert text_of(http.post(path, json=body(path, **fields)).json()["choices"][0]) == plain
+
+
+def test_metrics_tell_of_grammars_compiled_found_and_refused(http):
+    def counts() -> dict[str, float]:
+        lines = http.get("/metrics").text.splitlines()
+        return {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("lathe_grammar")}
+
+    before = counts()
+    asked = [{"guided_regex": "new[0-9]"}, {"guided_regex": "new[0-9]"}, {"guided_regex": "a(b"}, {}]
+    answers = [http.post(PATHS[1], json=body(PATHS[1], **each)).status_code for each in asked]
+    assert answers == [200, 200, 400, 200]
+    now = counts()
+    more = {name: now[name] - before[name] for name in now}
+    assert more.pop("lathe_grammar_compile_seconds_total") > 0
+    assert more == {
+        "lathe_grammar_queries_total": 3,
+        "lathe_grammar_hits_total": 1,
+        "lathe_grammar_compiled_total": 1,
+        "lathe_grammar_refused_total": 1,
+        "lathe_grammars": 1,
+    }

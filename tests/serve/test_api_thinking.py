@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 
 import httpx
+import jsonschema
 import openai
 import pytest
 from transformers import AutoTokenizer
@@ -309,3 +311,92 @@ def test_an_adapter_thinks_as_its_own_template_has_it(thinker, make_adapter_of, 
         assert ask(http, thinking_budget=BUDGET)["choices"][0]["message"]["reasoning_content"]
         begins = ask(http, model="plain", logit_bias={"259": 100}, max_tokens=2, thinking_budget=BUDGET)
         assert begins["usage"]["completion_tokens_details"] == {"reasoning_tokens": 1}
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"mark": {"enum": ["<think>", "</think>\n"]}, "name": {"type": "string", "maxLength": 4}},
+    "required": ["mark", "name"],
+    "additionalProperties": False,
+}
+AS_JSON = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+LIKES_TO_ANSWER = {"logit_bias": {"259": -100, "260": 2}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"thinking_budget": BUDGET},
+        {"thinking_budget": 0},
+        {"thinking_budget": 3, "n": 3, "logprobs": True, "top_logprobs": 3},
+        {**LIKES_TO_ANSWER, "seed": 6, "ignore_eos": False},
+        {**LIKES_TO_ANSWER, "seed": 6, "n": 2, "repetition_penalty": 1.2, "temperature": 1.3},
+        {"enable_thinking": False},
+        {"thinking_budget": 4, "thinking_end_token": " so:\n"},
+        {"thinking_budget": 9, "stop": ["zz"], "logprobs": True},
+    ],
+)
+def test_a_schema_begins_behind_the_thought_streamed_and_whole(http, fields):
+    asked = {"response_format": AS_JSON, "max_tokens": 200, **fields}
+    whole = ask(http, **asked)
+    parts, _ = streamed(http, **asked)
+    thinks = fields.get("enable_thinking", True) and fields.get("thinking_budget") != 0
+    assert len(whole["choices"]) == len(parts) == fields.get("n", 1)
+    for part, choice in zip(parts, whole["choices"], strict=True):
+        message = choice["message"]
+        assert choice["finish_reason"] == "stop"
+        jsonschema.validate(json.loads(message["content"]), SCHEMA)
+        assert bool(message["reasoning_content"]) == thinks
+        assert part["content"] == message["content"]
+        assert part.get("reasoning_content") == message["reasoning_content"]
+        if fields.get("logprobs"):
+            entries = choice["logprobs"]["content"]
+            said = [bytes(entry["bytes"]) for entry in entries]
+            count = fields["thinking_budget"]
+            assert entries[count]["token"] == "</think>"
+            assert b"".join(said[count + 1 :]).decode() == message["content"]
+            assert [entry["token"] for entry in part["logprobs"]] == [entry["token"] for entry in entries]
+    assert len({choice["message"]["content"] for choice in whole["choices"]}) == len(parts)
+
+
+def test_a_thought_that_never_ends_leaves_an_answer_empty(http):
+    never = {
+        "logit_bias": {"259": -100, "260": -100, "2": 50},
+        "ignore_eos": False,
+    }  # it would rather end it all
+    choice = ask(http, response_format=AS_JSON, max_tokens=30, **never)["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"] == ""
+    assert choice["message"]["reasoning_content"]
+    free = ask(http, max_tokens=30, **never)["choices"][0]
+    assert free["finish_reason"] == "stop"
+
+
+def test_a_continued_thought_has_its_grammar_behind_it_and_a_continued_answer_from_its_first_token(http):
+    asked = {"guided_regex": "\n?[a-c]{3,5}", "continue_final_message": True, "thinking_budget": 4}
+    last = {"role": "assistant", "content": "<think>\nLet me see"}
+    found = ask(http, messages=[*MESSAGES, last], max_tokens=40, **asked)
+    message = found["choices"][0]["message"]
+    assert found["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}
+    assert message["reasoning_content"]
+    assert 3 <= len(message["content"].strip("abc")) + len(message["content"].strip("\n")) <= 6
+    over = {"role": "assistant", "content": "It is ", "reasoning_content": "Let me see"}
+    message = ask(http, messages=[*MESSAGES, over], max_tokens=40, **asked)["choices"][0]["message"]
+    assert message["reasoning_content"] is None
+    assert set(message["content"]) <= set("abc\n")
+
+
+def test_a_model_that_begins_its_thoughts_itself_may_think_before_its_grammar(thinker, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(thinker)
+    tokenizer.chat_template = TEMPLATE.replace("<think>\n{% else %}<think>\n\n</think>\n\n", "{% else %}")
+    folder = tmp_path / "beginner"
+    shutil.copytree(thinker, folder)
+    tokenizer.save_pretrained(folder)
+    with running(folder) as http:
+        asked = {"guided_choice": ["yes", "no"], "max_tokens": 60}
+        silent = ask(http, **asked)["choices"][0]["message"]  # whose bias keeps it from the mark
+        assert silent["reasoning_content"] is None
+        likes = {"logit_bias": {"259": 50}, "thinking_budget": BUDGET}
+        thinks = ask(http, **asked, **likes)
+        assert thinks["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+        assert {silent["content"], thinks["choices"][0]["message"]["content"]} <= {"yes", "no"}

@@ -21,7 +21,7 @@ from serve.constraints.spec import ConstraintSpec
 from serve.engine.edits import LogitsEdit, make_edit
 from serve.engine.finish import FinishRule
 from serve.engine.request import Request, Sampling
-from serve.engine.thinking import Thinking
+from serve.engine.thinking import Thinking, ThoughtTokens
 from serve.errors import GenerationError
 from serve.model.prompt import Prompt
 
@@ -221,6 +221,16 @@ def walk(
             return token_ids, text, reasoning, step.finish
 
 
+def read_by_forks(rng: random.Random, row: Row, token_ids: Sequence[int]) -> str:
+    """The answer's text, while others read on from each of its tokens."""
+    assert row.request.thinking is not None
+    read, told = ThoughtTokens(row.request.thinking, row.family.tokens, before=True), ""
+    for token_id in token_ids:
+        read.fork().push(rng.randrange(len(row.family.tokenizer.get_vocab())))
+        told += "".join(piece.text for piece in read.push(token_id) if piece.kind == "content")
+    return told + "".join(piece.text for piece in read.finish() if piece.kind == "content")
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_thoughts_are_free_and_answers_keep_to_their_grammar_from_their_first_token_on(
     family, compiler, prompt
@@ -231,6 +241,7 @@ def test_thoughts_are_free_and_answers_keep_to_their_grammar_from_their_first_to
         row = asking(rng, family, compiler, prompt)
         token_ids, text, reasoning, finish = walk(rng, row, family)
         own = answer_of(family, token_ids, prompt)
+        assert read_by_forks(rng, row, token_ids) == (text if own is not None else "")
         ended = token_ids[-1] in row.rule.ends
         said = b"".join(family.tokens[each] for each in own or ()).decode("utf-8", "replace")
         if own is None:  # a thought to its end, or less than its mark
