@@ -90,6 +90,11 @@ class LookupDrafter:
         return self._answers.num_bytes + sum(row.own.num_bytes for row in tuple(self._rows.values()))
 
     @property
+    def num_rows(self) -> int:
+        """Whose answers it follows."""
+        return len(self._rows)
+
+    @property
     def num_remembered(self) -> int:
         """Tokens of earlier answers."""
         return self._answers.num_tokens
