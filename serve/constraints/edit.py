@@ -21,38 +21,61 @@ class GrammarEdit:
 
         begins_text  the answer is a text of its own, which may leave the space out that its first token has
         """
+        self._grammar = grammar
         self._matcher = grammar.matcher()
         self._vocabulary = grammar.vocabulary
         self._firsts = grammar.vocabulary.firsts if begins_text else None
         self._ends = frozenset(ends)
         self._num_beyond = 0
-        self._num_tokens = 0
+        self._tokens: list[int] = []
         self._mask: np.ndarray | None = None
 
     @property
     def length(self) -> int | None:
         """So many tokens are the whole answer, and what follows them is none; None where more may come."""
-        return self._num_tokens if self._matcher.is_stopped() and not self._matcher.is_error() else None
+        return len(self._tokens) if self._matcher.is_stopped() and not self._matcher.is_error() else None
+
+    @property
+    def num_told(self) -> int:
+        """Tokens that it has been told of and not told to forget."""
+        return len(self._tokens) + self._num_beyond
+
+    @property
+    def current(self) -> GrammarEdit:
+        """Whose mask is to be filled."""
+        return self
+
+    def accepts(self, token_id: int) -> bool:
+        """Whether the answer may go on by this token, or have gone on by it."""
+        is_over = self._num_beyond or self.length is not None
+        return bool(is_over or token_id in self._ends or self._matcher.validate_tokens([token_id]))
 
     def advance(self, token_ids: Sequence[int]) -> None:
         """GenerationError where the grammar cannot go on: it is too complex, or was not kept to."""
         self._mask = None
-        for token_id in token_ids:
+        for number, token_id in enumerate(token_ids):
             if self._num_beyond or token_id in self._ends or self.length is not None:
                 self._num_beyond += 1
-            else:
-                self._matcher.consume_token(token_id)
-                self._num_tokens += 1
+                continue
+            self._matcher.consume_token(token_id)
+            self._tokens.append(token_id)
+            try:
                 self._check()
+            except GenerationError:
+                self.retract(number + 1)
+                raise
 
     def retract(self, count: int) -> None:
-        """The same as if they had not come."""
+        """The same as if they had not come, also where they led to an error."""
         self._mask = None
         of_beyond = min(count, self._num_beyond)
         self._num_beyond -= of_beyond
         if count > of_beyond:
-            self._num_tokens -= count - of_beyond
+            del self._tokens[len(self._tokens) - (count - of_beyond) :]
             self._matcher.rollback(count - of_beyond)
+        if self._matcher.is_error():  # it stays in it
+            self._matcher = self._grammar.matcher()
+            self._matcher.consume_tokens(self._tokens)
             self._check()
 
     def change(self) -> LogitsChange | None:
@@ -68,13 +91,13 @@ class GrammarEdit:
         if self._matcher.is_error():
             reason = self._matcher.get_error().replace("<non-verbose/>", "").strip()
             raise GenerationError(
-                f"the answer's grammar cannot go on after {self._num_tokens} tokens: {reason}"
+                f"the answer's grammar cannot go on after {len(self._tokens)} tokens: {reason}"
             )
 
     def _take(self, mask: np.ndarray) -> None:
         """`mask` [ceil(V / 32)] uint32 as llguidance fills it: the end is one token there, and may be others here."""
         end_id = self._vocabulary.end_id
-        if self._firsts is not None and self._num_tokens == 0:
+        if self._firsts is not None and not self._tokens:
             mask &= self._firsts
         if end_id < self._vocabulary.size:
             mask[end_id // 32] &= ~np.uint32(1 << end_id % 32)

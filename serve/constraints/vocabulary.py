@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +11,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from serve.model.token_bytes import TokenBytes
 
+NO_TEXT = b"\xff"
+"""Is in no UTF-8; llguidance knows special tokens by it."""
 NUM_SAMPLES = 512
 """Tokens by which a tokenizer shows whether it writes the first of a text otherwise."""
 
@@ -22,10 +24,13 @@ class GrammarVocabulary:
         """Takes seconds for a large vocabulary. `size`: of the logits, which may have room for more tokens than there
         are; those never come."""
         self.size = size
-        # 0xFF, by which llguidance knows special tokens, is in no UTF-8.
-        texts = [b"" if b"\xff" in text else text for text in (tokens[number] for number in range(size))]
+        texts = [b"" if NO_TEXT in text else text for text in (tokens[number] for number in range(size))]
         silent = [number for number, text in enumerate(texts) if not text]
-        ends = [number for number in tokenizer.eos_token_ids if number in set(silent)]
+        self.silent = frozenset(silent)
+        """Tokens without text."""
+        self._joined = NO_TEXT + NO_TEXT.join(texts) + NO_TEXT
+        self._ends_at = np.cumsum([len(text) + 1 for text in texts])  # [V], of each in `_joined`
+        ends = [number for number in tokenizer.eos_token_ids if number in self.silent]
         self.end_id = (ends or silent or [size])[0]
         """By which llguidance says that an answer may end."""
         names = {number: tokens.name(number, b"").encode() for number in silent}
@@ -40,6 +45,27 @@ class GrammarVocabulary:
     def num_words(self) -> int:
         """Of a mask."""
         return -(-self.size // 32)
+
+    def all_but(self, token_ids: Collection[int]) -> np.ndarray:
+        """[ceil(V / 32)] uint32."""
+        allowed = np.ones(32 * self.num_words, dtype=bool)
+        allowed[list(token_ids)] = False
+        return np.packbits(allowed, bitorder="little").view("<u4")
+
+    def holding(self, text: bytes) -> set[int]:
+        """Tokens that hold this, and more behind it. Takes a tenth of a millisecond at 150,000 tokens."""
+        return set(self._followed(text))
+
+    def ending(self, text: bytes) -> set[int]:
+        """Tokens that begin with an end of this, and hold more behind it. Takes as much for each byte of it."""
+        return {number for at in range(len(text)) for number in self._followed(NO_TEXT + text[at:])}
+
+    def _followed(self, part: bytes) -> Iterator[int]:
+        at = self._joined.find(part)
+        while at >= 0:
+            if self._joined[at + len(part)] != NO_TEXT[0]:
+                yield int(np.searchsorted(self._ends_at, at + part.startswith(NO_TEXT), side="right"))
+            at = self._joined.find(part, at + 1)
 
 
 class _Listed:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from serve.draft.lookup import BYTES_PER_TOKEN, REMEMBERED_TOKENS, LookupDrafter
 from serve.draft.lookup import NAME as NGRAM
-from serve.draft.lookup import LookupDrafter
 from serve.draft.make_heads import heads_of, own_heads_of
 from serve.draft.model import DraftModel
 from serve.drafter_config import DrafterConfig, HeadsDrafter, ModelDrafter, NgramDrafter
@@ -16,6 +16,8 @@ from serve.model.loading import LoadedModel, load
 
 MEMORY_SHARE = 1 / 8
 """Of the memory for rows and prefixes, what a draft model has for its own where nobody says."""
+TEXTS_SHARE = 1 / 64
+"""Of it, at most so much for earlier answers."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,14 @@ def make_drafters(config: DrafterConfig, model: LoadedModel, limits: EngineLimit
     Raises ConfigError, ModelError, or AdapterError.
     """
     ngram = config if isinstance(config, NgramDrafter) else NgramDrafter.model_validate({})
+    remembered_tokens = ngram.remembered_tokens
+    if remembered_tokens is None:
+        remembered_tokens = min(
+            REMEMBERED_TOKENS, int(MemoryBudget.of(limits).kv * TEXTS_SHARE) // BYTES_PER_TOKEN
+        )
     drafters: dict[str, Drafter] = {
         NGRAM: LookupDrafter(
-            max_tokens=ngram.max_tokens,
-            min_match=ngram.min_match,
-            remembered_tokens=ngram.remembered_tokens,
+            max_tokens=ngram.max_tokens, min_match=ngram.min_match, remembered_tokens=remembered_tokens
         )
     }
     if isinstance(config, ModelDrafter | HeadsDrafter):

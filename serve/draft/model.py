@@ -141,7 +141,7 @@ class DraftModel:
         seated = self._rows.seat(asked)
         self._bound_prefixes()
         for one in seated:
-            if not one.num_known:
+            if not one.num_known and one.num_missing > FEW_TOKENS:
                 self._prefixes.restore(one)
         self._catch_up([one for one in seated if one.num_missing > FEW_TOKENS])
         ready = [one for one in seated if one.num_missing <= FEW_TOKENS]

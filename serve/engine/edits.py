@@ -59,7 +59,8 @@ class LogitsEdit(Protocol):
     """
 
     def advance(self, token_ids: Sequence[int]) -> None:
-        """The answer goes on by these tokens. The last may be one that ends it; nobody is asked for what follows."""
+        """The answer goes on by these tokens. The last may be one that ends it; nobody is asked for what follows.
+        Where it raises, it has heard none of them."""
 
     def retract(self, count: int) -> None:
         """The last `count` tokens that it was told of are not the answer's."""
@@ -75,9 +76,14 @@ class Edits:
     parts: tuple[LogitsEdit, ...]
 
     def advance(self, token_ids: Sequence[int]) -> None:
-        """All are told."""
-        for part in self.parts:
-            part.advance(token_ids)
+        """All are told, or none."""
+        for number, part in enumerate(self.parts):
+            try:
+                part.advance(token_ids)
+            except Exception:
+                for told in self.parts[:number]:
+                    told.retract(len(token_ids))
+                raise
 
     def retract(self, count: int) -> None:
         """All take it back."""
@@ -149,6 +155,7 @@ def make_edit(
     thinking = request.thinking
     if thinking is not None and thinking.budget is not None:
         follows = request.prompt.token_ids if request.continues_prompt else None
-        parts.append(ThinkingEdit(ThinkingBudget(thinking, tokens, follows)))
+        before = request.grammar is not None
+        parts.append(ThinkingEdit(ThinkingBudget(thinking, tokens, follows, before=before)))
     parts += others
     return None if not parts else parts[0] if len(parts) == 1 else Edits(tuple(parts))

@@ -17,7 +17,7 @@ from serve.adapters.versions.version import AdapterVersion
 from serve.cache.capacity import MAX_REMEMBERED
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
-from serve.constraints.edit import GrammarEdit
+from serve.constraints.after_thoughts import grammar_edit
 from serve.engine.drafts import Drafter, Reader
 from serve.engine.edits import make_edit
 from serve.engine.features import SequenceFeatures
@@ -259,7 +259,7 @@ class Engine:
         rule = self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
         others = []
         if request.grammar is not None:
-            rule.whole = GrammarEdit(request.grammar, rule.ends, begins_text=not request.continues_prompt)
+            rule.whole = grammar_edit(request, rule.ends, self.token_bytes)
             others.append(rule.whole)
         sequence = SequenceState(request, edit=make_edit(request, rule.ends, self.token_bytes, *others))
         self.guesses.begin(sequence)

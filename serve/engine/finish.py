@@ -61,7 +61,9 @@ class FinishRule:
         follows = request.prompt.token_ids if request.continues_prompt else None
         self._text: TextStream | ThoughtStream = TextStream(tokens, sampling.stop, follows)
         if request.thinking is not None:
-            self._text = ThoughtStream(request.thinking, tokens, sampling.stop, follows)
+            self._text = ThoughtStream(
+                request.thinking, tokens, sampling.stop, follows, before=request.grammar is not None
+            )
         self._num_free = sampling.min_tokens  # tokens to come in whose text no stop string counts
 
     @property

@@ -38,7 +38,7 @@ class Guesses:
         name = request.drafter
         if name is not None and name != NONE and name not in self._drafters:
             known = ", ".join(repr(each) for each in (*self._drafters, NONE))
-            raise RequestError(f"drafter is {name!r}; this server has {known}", "drafter")
+            raise RequestError(f"drafter is {name!r:.80}; this server has {known}", "drafter")
 
     def begin(self, sequence: SequenceState) -> None:
         """Choose who drafts for it."""
@@ -120,7 +120,9 @@ class Guesses:
                 self.stats[adapter] = self.stats.pop(adapter, DraftStats()).plus(one.num_drafted, num_right)
                 if len(self.stats) > MAX_GROUPS:
                     del self.stats[next(iter(self.stats))]
-        if seconds is not None and self._drafters:
+        if seconds is None:
+            self._gains.skip_step()
+        elif self._drafters:
             num_drawn = sum(len(one.token_ids) for one in drawn)
             self._gains.note_step(plan.num_single, plan.width, num_drawn, seconds)
 

@@ -22,6 +22,7 @@ from serve.cache.capacity import Bucket
 from serve.cache.families import make_rows
 from serve.cache.segment import Segment
 from serve.cache.spans import Span, SpanPart
+from serve.constraints.after_thoughts import GrammarAfterThoughts
 from serve.constraints.edit import GrammarEdit, Masks
 from serve.engine.decode_state import DecodeState, DrawState
 from serve.engine.drafts import Reader
@@ -347,7 +348,14 @@ class Runner:
     def _asked(self, flight: Flight, sequences: Mapping[int, SequenceState]) -> dict[int, LogitsChange]:
         """By row, what its sequence's edit does now."""
         edits = [sequence.edit for sequence in sequences.values()]
-        self._masks.fill([part for edit in edits for part in parts_of(edit) if isinstance(part, GrammarEdit)])
+        self._masks.fill(
+            [
+                part.current
+                for edit in edits
+                for part in parts_of(edit)
+                if isinstance(part, (GrammarEdit, GrammarAfterThoughts)) and part.current is not None
+            ]
+        )
         changes: dict[int, LogitsChange] = {}
         for row, sequence in sequences.items():
             assert sequence.edit is not None

@@ -36,6 +36,16 @@ class TextDecoder:
         self.num_chars = 0
         """Characters that are final."""
 
+    @property
+    def is_start(self) -> bool:
+        """The next token is the first of its text."""
+        return self._is_start
+
+    @property
+    def pending(self) -> bytes:
+        """Of a character that is not whole."""
+        return self._utf8.getstate()[0]
+
     def bytes_of(self, token_id: int) -> bytes:
         """What `push` of this token would add; the character that a prompt began belongs to the first."""
         own = self._tokens.first(token_id) if self._is_start else self._tokens[token_id]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from serve.engine.text import Stops, TextDecoder
 from serve.errors import RequestError
@@ -30,10 +31,25 @@ class Thinking:
             raise RequestError(f"thinking_budget is {self.budget}; expected 0 or more", "thinking_budget")
 
 
-class ThoughtTokens:
-    """Follows an answer's tokens. `follows` as TextDecoder takes it."""
+Stage = Literal["beginning", "thought", "answer"]
+"""Of an answer that has its thoughts before it: it may be either yet; marks and headers are thoughts here."""
 
-    def __init__(self, thinking: Thinking, tokens: TokenBytes, follows: Sequence[int] | None = None) -> None:
+
+class ThoughtTokens:
+    """Follows an answer's tokens. `follows` as TextDecoder takes it.
+
+    before  thoughts stand before the answer, not in it: once its text has begun, all that follows is its text, and
+            tokens of marks are what they are spelled like
+    """
+
+    def __init__(
+        self,
+        thinking: Thinking,
+        tokens: TokenBytes,
+        follows: Sequence[int] | None = None,
+        *,
+        before: bool = False,
+    ) -> None:
         self._controls = thinking.thoughts.controls
         cue = _Written(TextDecoder(tokens), self._controls)
         text = "".join(before + own for before, own in map(cue.push, thinking.cue)) + cue.finish()
@@ -42,11 +58,43 @@ class ThoughtTokens:
         self.num_thought = 0
         """Tokens that hold a part of a thought. Those of marks do not count."""
         self._open: list[_Open] = []  # tokens of which a part is held
+        self._is_before = before
+        self._first = TextDecoder(tokens, follows)  # is not told anything
+        self._begun: tuple[int, ...] | None = None  # tokens that are nothing for certain
+        self._answer: TextDecoder | None = None
+        if before and self.state == "content":
+            if self._reader.last is None and not self._reader.held:
+                self._begun = ()
+            elif self._reader.last is None or self._reader.is_answer:
+                self._answer = self._first.fork()
 
     @property
     def state(self) -> State:
         """Where the next token stands, as far as is known."""
         return self._reader.state
+
+    @property
+    def stage(self) -> Stage:
+        """Of what stands before the answer, or of that."""
+        assert self._is_before, "an answer may have thoughts anywhere"
+        if self._answer is not None:
+            return "answer"
+        return "thought" if self._begun is None else "beginning"
+
+    @property
+    def begun(self) -> tuple[int, ...]:
+        """Tokens of the beginning, which the mark of a thought may begin with."""
+        return self._begun or ()
+
+    @property
+    def begins_text(self) -> bool:
+        """The answer's next token is the first of its text."""
+        return (self._answer or self._first).is_start
+
+    @property
+    def pending(self) -> tuple[str, bytes]:
+        """What may become a mark."""
+        return self._reader.held, self._written.pending
 
     @property
     def num_held(self) -> int:
@@ -55,6 +103,12 @@ class ThoughtTokens:
 
     def push(self, token_id: int) -> list[Piece]:
         """What is certain with this token."""
+        if self._answer is not None:
+            return _content(self._answer.push(token_id))
+        pieces = self._pushed(token_id)
+        return self._settled(token_id, pieces) if self._is_before else pieces
+
+    def _pushed(self, token_id: int) -> list[Piece]:
         before, own = self._written.push(token_id)
         if own:
             self._open += [_Open(len(before), is_counted=True)] if before else []
@@ -65,6 +119,10 @@ class ThoughtTokens:
 
     def finish(self) -> list[Piece]:
         """What was held, when nothing follows."""
+        if self._answer is not None:
+            return _content(self._answer.finish())
+        if self._begun is not None:
+            return [*self._answered(self._begun), *self.finish()]
         pieces = self._read(self._written.finish())
         last = self._reader.finish()
         self._count(last)
@@ -76,7 +134,26 @@ class ThoughtTokens:
         other._reader = copy.copy(self._reader)
         other._written = self._written.fork()
         other._open = [copy.copy(each) for each in self._open]
+        other._answer = None if self._answer is None else self._answer.fork()
         return other
+
+    def _settled(self, token_id: int, pieces: list[Piece]) -> list[Piece]:
+        """Pieces of a token, now that the answer may have begun."""
+        if self._reader.is_answer:
+            self._answer, self._begun = self._written.decoder, None
+            return pieces + self._reader.finish()
+        if self._begun is None:
+            return pieces
+        if self._reader.last is not None:
+            self._begun = None
+            return pieces
+        self._begun += (token_id,)
+        return self._answered(self._begun) if pieces else pieces
+
+    def _answered(self, begun: Sequence[int]) -> list[Piece]:
+        """The answer began with these tokens."""
+        self._answer, self._begun, self._open = self._first.fork(), None, []
+        return _content("".join(map(self._answer.push, begun)))
 
     def _read(self, text: str) -> list[Piece]:
         pieces = self._reader.push(text)
@@ -106,30 +183,41 @@ class _Open:
     is_counted: bool = False
 
 
+def _content(text: str) -> list[Piece]:
+    return [Piece("content", text, is_thought=False)] if text else []
+
+
 class _Written:
     """Tokens as text, with control tokens as halves of surrogate pairs."""
 
     def __init__(self, decoder: TextDecoder, controls: Mapping[int, str]) -> None:
-        self._decoder = decoder
+        self.decoder = decoder
         self._controls = controls
 
     def push(self, token_id: int) -> tuple[str, str]:
         """What is left of the tokens before it, and what this one adds."""
         control = self._controls.get(token_id)
         if control is not None:
-            return self._decoder.cut(), control
-        before = self._decoder.cut() if self._decoder.breaks(token_id) else ""
-        return before, self._decoder.push(token_id)
+            return self.decoder.cut(), control
+        before = self.decoder.cut() if self.decoder.breaks(token_id) else ""
+        return before, self.decoder.push(token_id)
+
+    @property
+    def pending(self) -> bytes:
+        return self.decoder.pending
 
     def finish(self) -> str:
-        return self._decoder.finish()
+        return self.decoder.finish()
 
     def fork(self) -> _Written:
-        return _Written(self._decoder.fork(), self._controls)
+        return _Written(self.decoder.fork(), self._controls)
 
 
 class ThoughtStream:
-    """As TextStream, of an answer whose thoughts are told apart. Stop strings count outside of them."""
+    """As TextStream, of an answer whose thoughts are told apart. Stop strings count outside of them.
+
+    before  as ThoughtTokens takes it; the answer's newlines are its own then
+    """
 
     def __init__(
         self,
@@ -137,9 +225,11 @@ class ThoughtStream:
         tokens: TokenBytes,
         stop: Sequence[str] = (),
         follows: Sequence[int] | None = None,
+        *,
+        before: bool = False,
     ) -> None:
-        self._read = ThoughtTokens(thinking, tokens, follows)
-        self._teller = Teller(thinking.thoughts, self._read.state)
+        self._read = ThoughtTokens(thinking, tokens, follows, before=before)
+        self._teller = Teller(thinking.thoughts, self._read.state, is_exact=before)
         self._stops = Stops(stop)
         self._reasoning = ""
 

@@ -15,12 +15,19 @@ MAX_RETRACTED = 256
 class ThinkingBudget:
     """Follows one answer. A mark that the row has begun itself is gone on with."""
 
-    def __init__(self, thinking: Thinking, tokens: TokenBytes, follows: Sequence[int] | None = None) -> None:
-        """`follows` as TextDecoder takes it."""
+    def __init__(
+        self,
+        thinking: Thinking,
+        tokens: TokenBytes,
+        follows: Sequence[int] | None = None,
+        *,
+        before: bool = False,
+    ) -> None:
+        """`follows` and `before` as ThoughtTokens takes them."""
         assert thinking.budget is not None, "nothing is to be forced"
         self._budget = thinking.budget
         self._close = thinking.thoughts.close_ids
-        self._now = _Moment(ThoughtTokens(thinking, tokens, follows))
+        self._now = _Moment(ThoughtTokens(thinking, tokens, follows, before=before))
         self._past: deque[_Moment] = deque(maxlen=MAX_RETRACTED)
         self._decide(self._now)
 

@@ -68,6 +68,8 @@ class Thoughts:
     """Token id → how it is written."""
     close_ids: tuple[int, ...] = ()
     """Tokens that end a thought."""
+    openings: tuple[tuple[int, ...], ...] = ()
+    """Tokens that an answer may begin with instead of its text: of a mark each."""
     begins_inside: bool = False
     """An answer begins with a thought, unless the prompt has ended it."""
     turn_ids: frozenset[int] | None = None
@@ -99,6 +101,8 @@ class ThoughtReader:
         self._thoughts = thoughts
         self.state: State = "content"
         self.held = ""
+        self.last: Mark | None = None
+        """The mark that has come last."""
         self._header = ""
         self._num_foreign = 0  # characters of `held` that are the prompt's
         self.push(cue)
@@ -107,6 +111,13 @@ class ThoughtReader:
         ):
             self.state = "reasoning"
         self._num_foreign = len(self.held)
+
+    @property
+    def is_answer(self) -> bool:
+        """What follows is the answer's text, by a mark; where headers say which it is, nothing is before them."""
+        if self.state != "content" or self.last is None:
+            return False
+        return self.last.goes is None or not self._thoughts.marks["header"]
 
     def push(self, text: str) -> list[Piece]:
         """What is certain now. The mark that is complete first counts, so it does not matter how the text is cut."""
@@ -123,7 +134,7 @@ class ThoughtReader:
             stays_inside = self.state == state == "reasoning"
             self.state = "header"
             self._tell(pieces, mark.text, is_thought=stays_inside)
-            self.state, self._header = state, ""
+            self.state, self.last, self._header = state, mark, ""
             text = text[start + len(mark.text) :]
         keep = max((_overlap(text, mark.text) for mark in self._thoughts.marks[self.state]), default=0)
         self._tell(pieces, text[: len(text) - keep])
@@ -173,8 +184,9 @@ class Teller:
     Several thoughts, and several parts of an answer, are joined by a newline each.
     """
 
-    def __init__(self, thoughts: Thoughts, state: State) -> None:
-        """state: where the answer begins."""
+    def __init__(self, thoughts: Thoughts, state: State, *, is_exact: bool = False) -> None:
+        """state: where the answer begins. is_exact: an answer's newlines are its own."""
+        self._is_exact = is_exact
         self._hidden = {
             ord(half): None for half in thoughts.controls.values()
         }  # also where they mark nothing
@@ -187,7 +199,9 @@ class Teller:
         """What these add."""
         told = {"content": "", "reasoning": ""}
         for kind, text, _ in pieces:
-            if kind == "header":
+            if kind == "content" and self._is_exact:
+                told[kind] += text.translate(self._hidden)
+            elif kind == "header":
                 self._is_first, self._is_fresh, self._newlines = False, True, ""
             else:
                 told[kind] += self._part(kind, text.translate(self._hidden))
@@ -331,6 +345,7 @@ class ThoughtRules:
             },
             controls,
             self._closing(end),
+            (self._ids(start),),
             begins_inside=name == "deepseek_r1",
         )
 
@@ -344,6 +359,7 @@ class ThoughtRules:
             {"content": around, "reasoning": around, "header": (Mark(message, None), *around)},
             controls,
             self._closing(HARMONY_ANSWER),
+            tuple(self._ids(each) for each in (START, CHANNEL)),
             turn_ids=frozenset({self._vocabulary[START]}),
         )
 

@@ -11,74 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 from mlx_lm.generate import make_text_state_machine
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_vlm.server.responses_state import ThinkingStreamState
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from thinkers import CASES, CHATML, ENDS, HARMONY, Family, make_tokenizer
 
 from serve.engine.thinking import Thinking, ThoughtStream, ThoughtTokens
 from serve.engine.thinking_budget import ThinkingBudget
 from serve.errors import ConfigError, RequestError
 from serve.model.template import ChatTemplate
-from serve.model.thoughts import Teller, ThoughtReader, ThoughtRules, Thoughts
+from serve.model.thoughts import Teller, ThoughtReader, ThoughtRules
 from serve.model.token_bytes import TokenBytes
 
-HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>")
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-ENDS = ("<|im_start|>", "<|im_end|>")
-CASES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str | None, str | None]]] = {
-    # name: (parser, special tokens, other added tokens, marks of one's own)
-    "qwen3": ("auto", (), ("<think>", "</think>"), (None, None)),
-    "deepseek_r1": ("deepseek_r1", (), ("<think>", "</think>"), (None, None)),
-    "gpt_oss": ("auto", HARMONY, (), (None, None)),
-    "gemma4": ("auto", ("<|channel>", "<channel|>"), (), (None, None)),
-    "mistral": ("auto", ("[THINK]", "[/THINK]"), (), (None, None)),
-    "text": ("qwen3", (), (), (None, None)),
-    "own": ("none", (), ("<b>",), ("<a><b>", "</a")),
-}
 NUM_SPLITS = 1000
-
-
-def make_tokenizer(
-    special: Sequence[str] = (), added: Sequence[str] = (), template: str = CHATML
-) -> TokenizerWrapper:
-    """One token a byte, and these."""
-    names = [*ENDS, *special, *added, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([*ENDS, *special])
-    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in added])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=template)
-    return TokenizerWrapper(fast)
-
-
-class Family:
-    """One parser's tokenizer and marks."""
-
-    def __init__(self, name: str) -> None:
-        parser, special, added, marks = CASES[name]
-        self.name = name
-        self.tokenizer = make_tokenizer(special, added)
-        self.rules = ThoughtRules(self.tokenizer, parser, *marks)
-        found = self.rules.of(ChatTemplate(self.tokenizer))
-        assert found is not None
-        self.thoughts: Thoughts = found
-        self.tokens = TokenBytes(self.tokenizer)
-        self.marks = [mark.text for marks in found.marks.values() for mark in marks]
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def written(self, text: str) -> str:
-        """As a reader gets it: control tokens as halves of pairs."""
-        names = {self.tokenizer.convert_ids_to_tokens(n): half for n, half in self.thoughts.controls.items()}
-        for name, half in names.items():
-            text = text.replace(name, half)
-        return text
 
 
 @pytest.fixture(scope="module", params=list(CASES))
