@@ -21,12 +21,12 @@ from serve.adapters.bank.bank import Bank
 from serve.cache.capacity import LayerShape
 from serve.cache.layers import LayerRows
 from serve.cache.rows import BatchRows
-from serve.draft.eagle import ALWAYS_PLAIN
+from serve.draft.eagle import ALWAYS_PLAIN, refuse_other
 from serve.draft.places import Samplers, in_rows, place_of, span_of
 from serve.engine.drafts import Wanted
 from serve.engine.plan import Chunk, SequenceState
 from serve.errors import ModelError
-from serve.model.network import Network
+from serve.model.network import Network, embedding_scale
 
 
 class DFlash:
@@ -55,18 +55,14 @@ class DFlash:
     def bind(self, network: Network, bank: Bank, rows: BatchRows) -> None:
         """To a target and its rows, once. ModelError where the drafter is not of this target."""
         config = self._module.config
-        asked = {
-            "numbers a state": (config.hidden_size, network.width),
-            "layers": (config.num_target_layers, len(network.layers)),
-            "tokens": (config.vocab_size, network.vocab_size),
-        }
-        problems = [
-            f"{one} {what}, where the base has {other}"
-            for what, (one, other) in asked.items()
-            if one != other
-        ]
-        if problems:
-            raise ModelError(f"{self._name}: was made for another base: it takes {' and '.join(problems)}")
+        refuse_other(
+            self._name,
+            {
+                "numbers a state": (config.hidden_size, network.width),
+                "layers": (config.num_target_layers, len(network.layers)),
+                "tokens": (config.vocab_size, network.vocab_size),
+            },
+        )
         if network.embeddings is None:
             raise ModelError(f"{self._name}: the base's embeddings are in none of the usual places")
         self._network, self._bank, self._embeddings = network, bank, network.embeddings
@@ -145,7 +141,7 @@ class DFlash:
     def _run(self, tokens: mx.array) -> mx.array:
         """[B, T, D] of a block's tokens."""
         module = self._module
-        h = self._embeddings(tokens) * _scale_of(self._network)
+        h = self._embeddings(tokens) * embedding_scale(self._network)
         for layer, rows in zip(module.layers, self._layers, strict=True):
             attention = layer.self_attn
             x = layer.input_layernorm(h)
@@ -166,12 +162,6 @@ class DFlash:
 def _heads(values: mx.array, count: int) -> mx.array:
     """[B, T, H · D] → [B, T, H, D]."""
     return values.reshape(*values.shape[:2], count, -1)
-
-
-def _scale_of(network: Network) -> float:
-    """By how much the base scales its embeddings."""
-    embeddings = network.embeddings
-    return float(getattr(embeddings, "embed_scale", getattr(network.backbone, "embed_scale", 1.0)))
 
 
 def _room(one: Wanted) -> int:

@@ -13,6 +13,7 @@ from serve.cache.attention import install
 from serve.cache.capacity import LayerShape
 from serve.cache.layers import LayerRows
 from serve.cache.rows import BatchRows
+from serve.cache.spans import Span
 from serve.engine.sampler import Sampler
 from serve.errors import ModelError
 from serve.model.network import Network
@@ -22,6 +23,13 @@ NEVER = -1e9
 """The logit of a token that the head has no output for."""
 ALWAYS_PLAIN = -1
 """The depth of a layer that no precision quantizes."""
+
+
+def refuse_other(name: str, asked: Mapping[str, tuple[int, int]]) -> None:
+    """ModelError where what a drafter takes of its base is not what the base has: (its, the base's) by what it is."""
+    problems = [f"{its} {what}, where the base has {has}" for what, (its, has) in asked.items() if its != has]
+    if problems:
+        raise ModelError(f"{name}: was made for another base: it takes {' and '.join(problems)}")
 
 
 class Eagle3:
@@ -47,14 +55,13 @@ class Eagle3:
             )
         self.taps = [number - 1 for number in inputs]
         self._vocab_size = network.vocab_size
-        problems = []
-        if module.target_vocab_size != network.vocab_size:
-            problems.append(f"{module.target_vocab_size} tokens, where the base has {network.vocab_size}")
-        width = network.width
-        if module.target_hidden_size != width:
-            problems.append(f"states of {module.target_hidden_size} numbers, where the base has {width}")
-        if problems:
-            raise ModelError(f"{self._name}: was made for another base: it takes " + " and ".join(problems))
+        refuse_other(
+            self._name,
+            {
+                "numbers a state": (module.target_hidden_size, network.width),
+                "tokens": (module.target_vocab_size, network.vocab_size),
+            },
+        )
         embeddings = network.embeddings
         if embeddings is not None and embeddings.weight.shape == module.embed_tokens.weight.shape:
             module.embed_tokens = embeddings
@@ -73,9 +80,9 @@ class Eagle3:
         """[B, T, D'] of three layers' outputs."""
         return self._module._prepare_target_hidden(mx.concatenate([taken[tap] for tap in self.taps], axis=-1))
 
-    def run(self, tokens: mx.array, states: mx.array, positions: mx.array) -> mx.array:
+    def run(self, tokens: mx.array, states: mx.array, span: Span) -> mx.array:
         """[B, T, D']; a pair is turned by its token's position."""
-        self._module._next_position = positions + 1
+        self._module._next_position = span.offset + 1
         return self._module._forward_tokens(tokens, states, mx.int32)
 
     def guess(self, states: mx.array, sampler: Sampler, counters: Sequence[int]) -> mx.array:

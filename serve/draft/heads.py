@@ -24,6 +24,7 @@ import numpy as np
 from serve.adapters.bank.bank import Bank
 from serve.cache.layers import LayerRows
 from serve.cache.rows import BatchRows
+from serve.cache.spans import Span
 from serve.draft.places import Samplers, in_rows, place_of, span_of
 from serve.engine.drafts import Wanted
 from serve.engine.plan import Chunk, SequenceState
@@ -44,13 +45,13 @@ class Head(Protocol):
     """Layers of the target whose outputs it reads, beside the last one's; known once bound."""
 
     def bind(self, network: Network, rows: BatchRows) -> Sequence[LayerRows]:
-        """Its layers' rows, beside the base's. ModelError where it is not of this target."""
+        """Its layers' rows; none where it reads the base's alone. ModelError where it is not of this target."""
 
     def read(self, hidden: mx.array, taken: Mapping[int, mx.array]) -> mx.array:
         """[B, T, D'] what it takes of the target's states: hidden [B, T, D], and [B, T, D] of each tap."""
 
-    def run(self, tokens: mx.array, states: mx.array, positions: mx.array) -> mx.array:
-        """tokens [B, T] and states [B, T, D'] of pairs, of which the first stand at positions [B] → [B, T, D']."""
+    def run(self, tokens: mx.array, states: mx.array, span: Span) -> mx.array:
+        """tokens [B, T] and states [B, T, D'] of pairs, which stand where the span says → [B, T, D']."""
 
     def guess(self, states: mx.array, sampler: Sampler, counters: Sequence[int]) -> mx.array:
         """[B] of states [B, D']."""
@@ -93,17 +94,24 @@ class Heads:
         """To a target and its rows, once. ModelError where the head is not of this target."""
         self._layers = self._head.bind(network, rows)
         self._bank, self._placeholders = bank, network.placeholder_ids
-        rows.attach(self._layers, self._head.fingerprint)
+        if self._layers:
+            rows.attach(self._layers, self._head.fingerprint)
 
     def observe(
         self, tokens: mx.array, hidden: mx.array, taken: Mapping[int, mx.array], chunks: Sequence[Chunk]
     ) -> list[mx.array]:
         """A forward of the target: tokens [B, T], its final states [B, T, D], those of the taps. What it builds is
         computed with the rows; returned is what else is to be."""
+        states = self._head.read(hidden, taken)
+        if self._layers:
+            self._write(tokens, states, chunks)
+        return [self._kept(chunks, states)]
+
+    def _write(self, tokens: mx.array, states: mx.array, chunks: Sequence[Chunk]) -> None:
+        """Entries of the pairs of chunks."""
         num_tokens = tokens.shape[1]
         for placeholder in self._placeholders:
             tokens = mx.where(tokens == placeholder, 0, tokens)
-        states = self._head.read(hidden, taken)
         pairs = self._before(chunks, states)  # [B, 1, D']
         if num_tokens > 1:
             pairs = mx.concatenate([pairs, states[:, :-1]], axis=1)
@@ -114,7 +122,6 @@ class Heads:
             pairs = mx.where(is_first[..., None], states, pairs)
             tokens = mx.where(is_first, mx.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1), tokens)
         self._run([c.sequence for c in chunks], starts, [c.begins for c in chunks], tokens, pairs)
-        return [self._kept(chunks, states)]
 
     def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
         """A chain of guesses for each, as long as is wanted and its row has room for scratch."""
@@ -135,7 +142,7 @@ class Heads:
                 tokens, states = tokens[at], states[at]
             sequences = [wanted[number].sequence for number in order]
             self._bank.rows.set([one.slot for one in sequences])
-            starts = [one.num_tokens - 2 + step for one in sequences]
+            starts = [one.num_tokens - 2 + (step if self._layers else 0) for one in sequences]
             states = self._run(sequences, starts, [False] * len(order), tokens, states)
             counters = [len(one.generated) + step for one in sequences]
             found = self._head.guess(states[:, -1], self._samplers.of(sequences), counters)
@@ -160,6 +167,8 @@ class Heads:
         position = one.sequence.num_tokens - 2
         if self._at(one.sequence, position) is None:
             return 0
+        if not self._layers:
+            return one.most
         return place_of(one.sequence).bucket.num_positions - position
 
     def _run(
@@ -173,7 +182,7 @@ class Heads:
         span = span_of(sequences, starts, begins, tokens.shape[1])
         for layer in self._layers:
             layer.span = span
-        return self._head.run(tokens, states, span.offset)
+        return self._head.run(tokens, states, span)
 
     def _before(self, chunks: Sequence[Chunk], states: mx.array) -> mx.array:
         """[B, 1, D']: the state before each chunk, or zeros."""

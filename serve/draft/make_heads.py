@@ -11,6 +11,7 @@ import mlx.core as mx
 from serve import device
 from serve.draft.dflash import DFlash
 from serve.draft.eagle import Eagle3
+from serve.draft.gemma4 import Gemma4Assistant
 from serve.draft.heads import MAX_TOKENS, Heads
 from serve.draft.mtp import own_mtp
 from serve.engine.drafts import Reader
@@ -64,5 +65,14 @@ def _module(path: Path, name: str, config: Mapping[str, Any], model: LoadedModel
     return module
 
 
-KINDS: Mapping[str, Callable[[Any, str, str, int], Reader]] = {"eagle3": _eagle3, "qwen3_dflash": DFlash}
+def _gemma4(module: Any, name: str, fingerprint: str, max_tokens: int) -> Reader:
+    return Heads(Gemma4Assistant(module, name, fingerprint), max_tokens)
+
+
+KINDS: Mapping[str, Callable[[Any, str, str, int], Reader]] = {
+    "eagle3": _eagle3,
+    "gemma4_assistant": _gemma4,
+    "gemma4_dflash": DFlash,
+    "qwen3_dflash": DFlash,
+}
 """By model_type."""

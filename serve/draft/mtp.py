@@ -23,6 +23,7 @@ from serve import device
 from serve.cache.attention import install
 from serve.cache.layers import LayerRows
 from serve.cache.rows import BatchRows
+from serve.cache.spans import Span
 from serve.draft.eagle import ALWAYS_PLAIN
 from serve.engine.sampler import Sampler
 from serve.errors import ModelError
@@ -71,7 +72,7 @@ class Mtp:
 
     def bind(self, network: Network, rows: BatchRows) -> Sequence[LayerRows]:
         """Its layer's rows: what the base's own layers keep, the head's keeps too."""
-        own = rows.attending[-1]
+        own = rows.own[-1]
         self._network = network
         if self._embeddings is None:
             self._embeddings = network.embeddings
@@ -85,7 +86,7 @@ class Mtp:
         """The final states as they are."""
         return hidden
 
-    def run(self, tokens: mx.array, states: mx.array, positions: mx.array) -> mx.array:
+    def run(self, tokens: mx.array, states: mx.array, span: Span) -> mx.array:
         """[B, T, D]; a pair is turned by its state's position, which the rows say."""
         rows = self._rows
         assert rows is not None, "bound"

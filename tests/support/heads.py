@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.cache import KVCache as LmKVCache
 from mlx_lm.utils import _get_classes
 from mlx_vlm.models.cache import CacheList
 from mlx_vlm.speculative.drafters.eagle3 import Model as Eagle3Model
 from mlx_vlm.speculative.drafters.eagle3 import ModelConfig as Eagle3Config
+from mlx_vlm.speculative.drafters.gemma4_assistant import Model as Gemma4Model
+from mlx_vlm.speculative.drafters.gemma4_assistant import ModelConfig as Gemma4Config
 from mlx_vlm.speculative.drafters.glm_moe_dsa_mtp.glm_moe_dsa_mtp import GlmMoeDsaMTPDraftModel
 from mlx_vlm.speculative.drafters.qwen3_dflash import Model as DFlashModel
 from mlx_vlm.speculative.drafters.qwen3_dflash import ModelConfig as DFlashConfig
@@ -189,6 +192,72 @@ def dflash_guesses(folder: Path, network: Network, row: Tokens, pick: Pick) -> l
         return mx.array([[pick(each) for each in logits[0]]])
 
     return drafter.draft_block(row.ids[-1], states, cache, row.count + 1, sampler)[0].tolist()
+
+
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "hidden_size": 64,
+    "num_hidden_layers": 6,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "vocab_size": 259,
+    "vocab_size_per_layer_input": 259,
+    "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 16,
+    "sliding_window_pattern": 2,
+    "max_position_embeddings": 1024,
+}
+
+
+GEMMA4_LOUDER = {"embed_tokens": 1.0, "post_attention_layernorm": 4.0, "post_feedforward_layernorm": 4.0}
+"""What makes that family lively: its logits are bounded, and tied to its embeddings."""
+
+
+def write_gemma4(folder: Path, *, seed: int = 7, **options: Any) -> Path:
+    """A random assistant of GEMMA4, as a folder."""
+    shared = ("num_attention_heads", "num_key_value_heads", "head_dim", "global_head_dim", "vocab_size")
+    text = {name: GEMMA4[name] for name in (*shared, "sliding_window")}
+    text |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_kv_shared_layers": 2}
+    text |= {"layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0}
+    config = {"model_type": "gemma4_assistant", "backbone_hidden_size": 64, "text_config": text, **options}
+    mx.random.seed(seed)
+    module = Gemma4Model(Gemma4Config.from_dict(config))
+    weights = dict(tree_flatten(module.parameters()))
+    louder = {"q_norm": 4.0, "o_proj": 4.0, "post_attention_layernorm": 3.0, "embed_tokens": 8.0}
+    weights = {
+        path: weight * next((scale for part, scale in louder.items() if part in path), 1.0)
+        for path, weight in weights.items()
+    }
+    if options.get("use_ordered_embeddings"):
+        weights["masked_embedding.token_ordering"] = mx.random.permutation(259)
+    _write(folder, config, weights)
+    return folder
+
+
+def gemma4_guesses(folder: Path, network: Network, row: Tokens, pick: Pick) -> list[int]:
+    """What mlx-vlm's assistant says on one row, over keys and values of the family's own cache."""
+    drafter = load_model(folder)
+    drafter.reset(network.module)
+    cache = [LmKVCache() for _ in network.make_cache()]
+    hidden = network.hidden(mx.array([list(row.ids[:-1])]), cache)
+    kinds = [layer.layer_type for layer in network.layers]
+    shared = {kind: (each.keys, each.values) for kind, each in zip(kinds, map(_trimmed, cache), strict=False)}
+    count = len(row.ids) - 1
+    drafter.set_shared_kv(shared, count, position=count - 1, kv_valid_len=count)
+
+    def sampler(logits: mx.array) -> mx.array:
+        return mx.array([[pick(logits.reshape(-1))]])
+
+    return drafter.draft_block(row.ids[-1], hidden[:, -1:], None, row.count + 1, sampler)[0].tolist()
+
+
+def _trimmed(cache: LmKVCache) -> LmKVCache:
+    cache.keys, cache.values = (part[..., : cache.offset, :] for part in (cache.keys, cache.values))
+    return cache
 
 
 def write_mtp(
