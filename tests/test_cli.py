@@ -52,6 +52,7 @@ COMMANDS = (
     "bench cache",
     "bench conversations",
     "bench images",
+    "bench drafters",
     "bench train",
     "demo",
     "doctor",
