@@ -367,11 +367,7 @@ def _edited(logits: mx.array, request: Request, answer: Sequence[int]) -> mx.arr
     if due is not None:
         logits = mx.where(mx.arange(logits.shape[1])[None] == due, 0.0, -mx.inf)
     if request.grammar is not None:
-        edit = GrammarEdit(request.grammar, asked.stop_token_ids, begins_text=not request.continues_prompt)
-        edit.advance(answer)
-        change = edit.change()
-        assert change is not None, "the answer goes on behind its end"
-        logits = edited(logits, dict.fromkeys(range(len(logits)), change))
+        logits = _constrained(logits, request, tuple(answer))
     return logits
 
 
@@ -380,7 +376,7 @@ def _due(thinking: Thinking | None, answer: tuple[int, ...]) -> int | None:
     if thinking is None or thinking.budget is None or not thinking.thoughts.begins_inside:
         return None
     mark, budget = thinking.thoughts.close_ids, thinking.budget
-    if len(answer) < budget or any(answer[at : at + len(mark)] == mark for at in range(len(answer))):
+    if len(answer) < budget or _num_thought(thinking, answer) is not None:
         return None
     begun = max(
         count
@@ -388,6 +384,31 @@ def _due(thinking: Thinking | None, answer: tuple[int, ...]) -> int | None:
         if mark[:count] == answer[budget - count : budget]
     )
     return mark[begun + len(answer) - budget]
+
+
+def _num_thought(thinking: Thinking, answer: tuple[int, ...]) -> int | None:
+    """Tokens before the answer's text, where it begins inside a thought; None: it is there still."""
+    mark = thinking.thoughts.close_ids
+    ends = (at + len(mark) for at in range(len(answer)) if answer[at : at + len(mark)] == mark)
+    return next(ends, None)
+
+
+def _constrained(logits: mx.array, request: Request, answer: tuple[int, ...]) -> mx.array:
+    """As the request's grammar has them: inside a thought, no silent token that ends an answer comes."""
+    assert request.grammar is not None
+    thinking, stops = request.thinking, request.sampling.stop_token_ids
+    start = 0 if thinking is None else _num_thought(thinking, answer)
+    if start is None:
+        barred = sorted(request.grammar.vocabulary.silent.intersection(stops))
+        if barred:
+            logits[:, barred] = -mx.inf
+        return logits
+    is_first = thinking is None or all(each in thinking.thoughts.controls for each in answer[:start])
+    edit = GrammarEdit(request.grammar, stops, begins_text=is_first and not request.continues_prompt)
+    edit.advance(answer[start:])
+    change = edit.change()
+    assert change is not None, "the answer goes on behind its end"
+    return edited(logits, dict.fromkeys(range(len(logits)), change))
 
 
 def _could_draw(logits: mx.array, request: Request, answer: Sequence[int], token_id: int) -> bool:

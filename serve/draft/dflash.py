@@ -108,16 +108,16 @@ class DFlash:
             guesses[number] = found[: wanted[number].most]
         return guesses
 
+    @property
+    def max_bytes(self) -> int:
+        """Its layers stand in the target's rows, and are counted there."""
+        return 0
+
     def forget(self, sequence: SequenceState) -> None:
         """Nothing is kept but in its row."""
 
     def clear(self, tenant: str | None) -> None:
         """It remembers nothing of texts that have ended."""
-
-    @property
-    def max_bytes(self) -> int:
-        """Its layers stand in the target's rows, and are counted there."""
-        return 0
 
     def _draw(self, sequences: Sequence[SequenceState], states: mx.array) -> mx.array:
         """[B, k] of states [B, k, D], each by its row's settings."""

@@ -92,7 +92,7 @@ class Heads:
     def bind(self, network: Network, bank: Bank, rows: BatchRows) -> None:
         """To a target and its rows, once. ModelError where the head is not of this target."""
         self._layers = self._head.bind(network, rows)
-        self._bank = bank
+        self._bank, self._placeholders = bank, network.placeholder_ids
         rows.attach(self._layers, self._head.fingerprint)
 
     def observe(
@@ -101,6 +101,8 @@ class Heads:
         """A forward of the target: tokens [B, T], its final states [B, T, D], those of the taps. What it builds is
         computed with the rows; returned is what else is to be."""
         num_tokens = tokens.shape[1]
+        for placeholder in self._placeholders:
+            tokens = mx.where(tokens == placeholder, 0, tokens)
         states = self._head.read(hidden, taken)
         pairs = self._before(chunks, states)  # [B, 1, D']
         if num_tokens > 1:

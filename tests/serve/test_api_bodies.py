@@ -62,6 +62,8 @@ SHARED = {
     "quantized_kv_start": 3,
     "kv_plain_layers": 1,
     "cache_salt": "pepper",
+    "drafter": "ngram",
+    "prediction": {"type": "content", "content": [{"type": "text", "text": "hello"}]},
     "priority": 1,
     "timeout": 60,
 }

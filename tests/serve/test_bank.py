@@ -274,7 +274,7 @@ def test_a_family_that_multiplies_by_its_embeddings_itself_refuses_an_update_of_
 
 
 def test_rows_of_the_base_stay_so_when_the_same_rows_run_more_tokens_than_before(model_folder, make_adapter):
-    """How many rows are taken together hangs on their tokens, and where a row without an update is looked for too."""
+    """How many rows are taken together hangs on their tokens, and so does where a row of none is looked for."""
     model, alone = load(str(model_folder)), load(str(model_folder)).network
     engine = Engine(model)
     slot = engine.registry.slot_of(engine.registry.load("a", make_adapter(1)))

@@ -20,6 +20,7 @@ from typing import Any
 import mlx.nn as nn
 import pytest
 from drafting import Eager, Foreteller
+from heads import write_eagle3
 from sighted import moving, shown
 from vlm_families import VLM_FAMILIES
 
@@ -29,6 +30,7 @@ from serve.cache.precision import PLAIN, KvPrecision, precision
 from serve.constraints.compiler import GrammarCompiler
 from serve.constraints.spec import ConstraintSpec
 from serve.draft.lookup import LookupDrafter
+from serve.draft.make_heads import heads_of
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.engine.thinking import Thinking
@@ -57,16 +59,18 @@ EDITED = (
     },
 )
 """What changes logits before they are drawn from, or looks at them otherwise."""
-THINK, END = 90, (101, 102, 101)
+THINK, END, SHORT_END = 90, (101, 102, 101), (124,)
 """Tokens that mark thoughts."""
-_WRITTEN = {number: chr(0xD800 + number) for number in (THINK, *END)}
-_MARKS = (
-    Mark("".join(_WRITTEN[number] for number in END), "content"),
-    Mark(_WRITTEN[THINK], "reasoning"),
-)
-THOUGHTS = Thoughts(
-    "law", {"reasoning": _MARKS, "content": (), "header": ()}, _WRITTEN, END, begins_inside=True
-)
+
+
+def _thoughts(end: tuple[int, ...]) -> Thoughts:
+    written = {number: chr(0xD800 + number) for number in (THINK, *end)}
+    closing = Mark("".join(written[number] for number in end), "content")
+    marks = {"reasoning": (closing, Mark(written[THINK], "reasoning")), "content": (), "header": ()}
+    return Thoughts("law", marks, written, end, begins_inside=True)
+
+
+THOUGHTS, SHORT_THOUGHTS = _thoughts(END), _thoughts(SHORT_END)
 CONSTRAINTS = {
     "schema": ConstraintSpec.of_schema(
         {"type": "array", "items": {"enum": ["a", 1, None, "é"]}, "minItems": 99}, ""
@@ -188,9 +192,11 @@ class Setting:
     """Of the asked request one of them."""
     drafter: str = "none"
     """Who guesses what is said: one who was told, and says otherwise now and then ("told"), or who looks it up in a
-    prediction that is wrong in places, and wherever else it looks ("ngram")."""
-    budgets: tuple[int, ...] = ()
-    """Of tokens that requests think, in answers that begin with a thought; none: they answer at once."""
+    prediction that is wrong in places, and wherever else it looks ("ngram"), or a random head, which reads the
+    model's states and keeps a layer in the rows ("head")."""
+    budgets: tuple[int | None, ...] = ()
+    """Of tokens that requests think, in answers that begin with a thought, one of them; None: until they end it
+    themselves, which they like to. Of no budgets: they answer at once."""
     said: str = "free"
     """What the asked answer must be, one of CONSTRAINTS; half of its company too."""
     limits: Mapping[str, Any] = field(default_factory=dict)
@@ -246,10 +252,19 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
         "late": put(place=late),
         "preempted": put(place=preempted, limits={"max_rows": 2}),
     },
-    "thought": {"answers": put(), "thinks": put(budgets=(0, 1, 4, 11, NUM_TOKENS - 2))},
+    "thought": {
+        "answers": put(),
+        "thinks": put(budgets=(None,)),
+        "budget": put(budgets=(0, 1, 4, 11, NUM_TOKENS - 2)),
+    },
     "said": {"free": put(), "schema": put(said="schema"), "regex": put(said="regex")},
     "steps": {"in_turn": put(limits={"ahead": False}), "ahead": put(limits={"ahead": True})},
-    "drafts": {"undrafted": put(), "told": put(drafter="told"), "ngram": put(drafter="ngram")},
+    "drafts": {
+        "undrafted": put(),
+        "told": put(drafter="told"),
+        "ngram": put(drafter="ngram"),
+        "headed": put(drafter="head"),
+    },
 }
 SEEING: dict[str, dict[str, Change]] = {
     **DIMENSIONS,
@@ -349,6 +364,7 @@ class Scene:
     ) -> None:
         """`told`: answers by request, of the same scene without drafts."""
         self.setting, self.rng, self.lively, self.told = setting, random.Random(name), lively, told
+        self.folder = folder / "head"
         rng, self.foretellers = self.rng, list[Foreteller]()
         limits = {"max_rows": 8, "prefill_chunk_tokens": rng.choice([16, 64, 256]), **setting.limits}
         self.sees = setting.model in VLM_FAMILIES
@@ -377,6 +393,13 @@ class Scene:
             rng = random.Random(len(self.foretellers))  # one of its own: the scene goes as it went without
             self.foretellers.append(Foreteller(self.told, rng, SHARE_OF_LIES, model.network.vocab_size))
             drafters["told"] = self.foretellers[-1]
+        if self.setting.drafter == "head" and self.setting.model not in RECURRENT:
+            network = model.network
+            layers = len(network.layers)
+            head = write_eagle3(
+                self.folder, inputs=(1, layers - 1, layers), width=network.width, vocab=network.vocab_size
+            )
+            drafters["head"] = heads_of(str(head), model)
         self.engine = Engine(
             model,
             self.limits,
@@ -458,18 +481,22 @@ class Scene:
         settings = {"temperature": 0.0, "ignore_eos": True, **rng.choice(samplings)}
         if said == "schema":  # which needs some of the tokens that may not come
             settings = {key: settings[key] for key in settings if key not in ("stop_token_ids", "min_tokens")}
+        thinking = None
+        if self.setting.budgets and (name == "asked" or rng.random() < 0.5):
+            budget = rng.choice(self.setting.budgets)
+            thinking = Thinking(SHORT_THOUGHTS if budget is None else THOUGHTS, (), budget)
+            liked = () if budget is not None else ((SHORT_END[0], rng.choice([3.0, 6.0, 12.0])),)
+            settings["logit_bias"] = (*settings.get("logit_bias", ()), *liked)
         sampling = Sampling(max_tokens=max_tokens, seed=rng.getrandbits(40), **settings)
         precision = rng.choice(precisions or self.company_precisions)
-        request = Request(id, self.build(prompt), sampling, adapter=self.versions[name], precision=precision)
+        grammar = None if said == "free" else self.grammars.compile(CONSTRAINTS[said])
+        adapter = self.versions[name]
+        request = Request(id, self.build(prompt), sampling, adapter=adapter, precision=precision)
         if self.setting.drafter == "ngram" and id in self.told:
             # Wrong in places that follow from the answer alone: the scene goes as it went without.
             foreseen = [4 if number % 6 == 5 else token for number, token in enumerate(self.told[id])]
             request = replace(request, prediction=Ngrams(array("q", foreseen)))
-        if said != "free":
-            return replace(request, grammar=self.grammars.compile(CONSTRAINTS[said]))
-        if self.setting.budgets and (name == "asked" or rng.random() < 0.5):
-            return replace(request, thinking=Thinking(THOUGHTS, (), rng.choice(self.setting.budgets)))
-        return request
+        return replace(request, thinking=thinking, grammar=grammar)
 
     @property
     def company_precisions(self) -> Sequence[KvPrecision]:
@@ -584,6 +611,8 @@ class Scene:
         if self.told:
             stats = list(self.engine.guesses.stats.values())
             assert 0 < sum(one.num_accepted for one in stats) < sum(one.num_drafted for one in stats)
+        elif "head" in self.engine.guesses.names:
+            assert sum(one.num_drafted for one in self.engine.guesses.stats.values())
 
     def check_hits(self) -> None:
         """Without recurrent state, what was computed before is not computed again; what must not be used is."""
@@ -608,7 +637,7 @@ class Scene:
 def test_a_request_draws_what_it_draws_alone_on_the_merged_model(case, lively, assert_drawn, tmp_path):
     name, setting = "-".join(case), setting_of(case)
     told: dict[str, list[int]] = {}
-    if setting.drafter != "none" and setting.model not in RECURRENT:
+    if setting.drafter in ("told", "ngram") and setting.model not in RECURRENT:
         first = Scene(setting, name, lively, tmp_path / "first")
         try:
             first.run()

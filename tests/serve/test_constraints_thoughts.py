@@ -313,6 +313,8 @@ def test_a_token_that_is_refused_is_not_heard_by_anybody(family, compiler):
     rng, size = random.Random(4), len(family.tokenizer.get_vocab())
     for _ in range(20):
         row = asking(rng, family, compiler, "thought already", presence_penalty=1.0)
+        if rng.random() < 0.5:
+            row = Row(replace(row.request, thinking=None), row.spec, family)
         heard: list[int] = []
         for _ in range(rng.randint(0, 3)):
             heard.append(rng.choice(np.flatnonzero(allowed(row.edit, size)).tolist()))

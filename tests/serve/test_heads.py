@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
+from drafting import Eager
 from heads import (
     DEEP,
     GLM4,
@@ -27,6 +28,7 @@ from heads import (
 
 from serve.cache.capacity import Bucket
 from serve.cache.precision import PLAIN
+from serve.config import ServeConfig
 from serve.draft.make_heads import heads_of, own_heads_of
 from serve.engine.drafts import Reader, Wanted
 from serve.engine.engine import Engine, EngineLimits
@@ -35,6 +37,7 @@ from serve.engine.sampler import Sampler
 from serve.errors import ModelError
 from serve.model.loading import LoadedModel, load
 from serve.model.network import Network
+from serve.runtime import Runtime
 
 NEAR_TIE = 1e-4
 """As in tests/conftest.py."""
@@ -63,6 +66,8 @@ class Kind(NamedTuple):
     """(network, row, pick) → what mlx-vlm's own code guesses on that row alone."""
     token_ids: Sequence[int]
     """Of the outputs of the drafter's head."""
+    folder: Path | None = None
+    """The drafter's, where that is another than the target's."""
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +84,11 @@ def kind_of(
             offsets = mx.load(str(folder / "model.safetensors"))["d2t"]
             ids = (offsets + mx.arange(len(offsets))).tolist()
         return Kind(
-            make_model("deep", DEEP), partial(heads_of, str(folder)), partial(eagle3_guesses, folder), ids
+            make_model("deep", DEEP),
+            partial(heads_of, str(folder)),
+            partial(eagle3_guesses, folder),
+            ids,
+            folder,
         )
 
     def dflash(name: str, **options: Any) -> Kind:
@@ -142,7 +151,11 @@ def in_company(
         reader = kind.open(model)
         limits = {"prefill_chunk_tokens": 16, "row_chunk_tokens": 16, "max_rows": 4, **limits}
         engine = Engine(
-            model, EngineLimits(ahead=ahead, **limits), drafters={"heads": reader}, drafter="heads"
+            model,
+            EngineLimits(ahead=ahead, **limits),
+            drafters={"heads": reader},
+            drafter="heads",
+            gains=Eager(3),
         )
         folders = [make_adapter_of(kind.target, seed, keys=["self_attn.o_proj"]) for seed in (1, 2)]
         versions = [engine.registry.load(f"a{n}", str(folder)) for n, folder in enumerate(folders)]
@@ -300,7 +313,7 @@ def test_right_guesses_are_taken_at_any_temperature(temperature, make_model, mak
     write_mtp(folder, GLM4, repeats_words=True)
     model = load(str(folder))
     reader = own_heads_of(model)
-    engine = Engine(model, EngineLimits(), drafters={"heads": reader}, drafter="heads")
+    engine = Engine(model, drafters={"heads": reader}, drafter="heads", gains=Eager(3))
     requests = [
         engine.check(make_request(f"r{n}", text, max_tokens=40, temperature=temperature, seed=n))
         for n, text in enumerate(TEXTS)
@@ -312,6 +325,33 @@ def test_right_guesses_are_taken_at_any_temperature(temperature, make_model, mak
     stats = engine.stats()
     assert stats.drafts[""].num_accepted > 0.2 * stats.drafts[""].num_drafted > 0
     assert len({token for answer in company.answers.values() for token in answer}) > 20
+
+
+def test_a_server_drafts_by_its_checkpoints_heads_or_a_folders_and_says_the_same(kind_of, served):
+    for name, block in (("MTP of glm4_moe", "heads"), ("EAGLE-3", {"kind": "heads", "max_tokens": 4})):
+        kind, told = kind_of(name), {}
+        if isinstance(block, dict):
+            block["model"] = str(kind.folder)
+        for drafter in ("none", block):
+            with served(kind.target, drafter=drafter) as (runtime, http):
+                asked = {
+                    "prompt": TEXTS[0],
+                    "max_tokens": 30,
+                    "temperature": 0.7,
+                    "seed": 11,
+                    "ignore_eos": True,
+                }
+                body = http.post("/v1/completions", json={**asked, "model": "lively"}).json()
+                told[str(drafter)] = body["choices"][0]["text"], body["usage"]["completion_tokens"]
+                drafts = runtime.engine.stats().drafts
+                assert (sum(each.num_drafted for each in drafts.values()) > 0) == (drafter != "none")
+        assert len(set(told.values())) == 1
+        assert told["none"][1] == 30
+
+
+def test_a_server_whose_checkpoint_has_no_heads_does_not_start(model_folder):
+    with pytest.raises(ModelError, match="a head in a folder of its own is named by `model`"):
+        Runtime.start(ServeConfig(model=str(model_folder), drafter="heads"))
 
 
 def test_rows_cost_what_heads_keep_and_prefixes_of_other_heads_are_others(kind_of, model):

@@ -108,12 +108,14 @@ def write_eagle3(
     folder: Path,
     *,
     vocab: int = 259,
-    draft_vocab: int = 259,
+    draft_vocab: int | None = None,
     layers: int = 1,
     inputs: Sequence[int],
+    width: int = 64,
     seed: int = 1,
 ) -> Path:
-    """A random EAGLE-3 head of a target of 64 numbers a state, as a folder."""
+    """A random EAGLE-3 head of a target of `width` numbers a state, as a folder."""
+    draft_vocab = draft_vocab or vocab
     text = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -126,6 +128,7 @@ def write_eagle3(
         "model_type": "eagle3",
         "transformer_layer_config": text,
         "draft_vocab_size": draft_vocab,
+        "target_hidden_size": width,
         "eagle_aux_hidden_state_layer_ids": list(inputs),
     }
     mx.random.seed(seed)

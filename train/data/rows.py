@@ -200,7 +200,8 @@ def _kinds(row: Mapping[str, Any], rules: Rules) -> Iterator[str]:
         yield "text"
     if has("instruction", "output"):
         yield "alpaca"
-    if has(prompt) or has(chat) or has(CONVERSATIONS):
+    is_asked = OBJECTIVES[rules.objective].answers_anew and has("instruction")
+    if has(prompt) or has(chat) or has(CONVERSATIONS) or is_asked:
         yield "prompt"
 
 
