@@ -54,6 +54,7 @@ COMMANDS = (
     "bench cache",
     "bench conversations",
     "bench images",
+    "bench drafters",
     "bench train",
     "demo",
     "doctor",

@@ -363,7 +363,7 @@ def test_an_answer_that_was_predicted_comes_in_few_steps(embedded, path):
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
-    from serve.commands.serving import EMBEDDED_MODEL
+    from serve.commands.options import EMBEDDED_MODEL
 
     folder = tmp_path_factory.mktemp("embedded") / "tickets"
     shutil.copytree(EMBEDDED_MODEL, folder)
