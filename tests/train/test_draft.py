@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,13 +27,16 @@ from serve.errors import ConfigError, DataError
 from serve.model.loading import LoadedModel, load
 from serve.model.network import Network
 from serve.model.prompt import Prompt
+from serve.model.vocabulary import difference
 from train.adapters.on_base import load_adapted
 from train.data.splits import Split
+from train.data.tickets import FreshTickets, base_row
 from train.data.tokens import TokenizedExample, TokenizeReport
 from train.foresee import estimate, preflight
 from train.loop import loss as loss_file
 from train.objectives import kept_answers
 from train.objectives.acceptance import NUM_GUESSES, WAYS, Acceptance, measures_of, rounds_of
+from train.objectives.build import build_objective
 from train.objectives.draft import Draft
 from train.objectives.prompted import seed_of
 from train.objectives.taught import HELD_OUT, TaughtBatches
@@ -42,6 +46,7 @@ from train.recipe.recipe import Recipe, load_recipe
 from train.run import run
 from train.watch.metrics import rows_of
 
+ROOT = Path(lathe.__file__).parent
 TEXTS = ("hello there", "what is it", "good morning to you", "a b c", "one more", "and another one")
 SMALL = {
     "model_type": "qwen3",
@@ -426,6 +431,31 @@ def test_answers_of_one_token_leave_nothing_to_guess():
     acceptance = Acceptance()
     acceptance.add(dict.fromkeys(WAYS, np.array([True])))
     assert set(measures_of(acceptance.as_sums()).values()) == {0.0}
+
+
+def test_the_embedded_drafter_guesses_most_of_what_the_embedded_model_answers(tmp_path):
+    """Chats that neither has seen, at temperature 1; the drafter is a twentieth of its target."""
+    target, own = (load(str(ROOT / "data" / name)) for name in ("tickets", "tickets-draft"))
+    sizes = [sum(v.size for _, v in tree_flatten(m.network.module.parameters())) for m in (target, own)]
+    assert sizes[0] > 20 * sizes[1]
+    assert difference(target.tokenizer, own.tokenizer) == ""
+    fresh = FreshTickets(random.Random("drafted"), set())
+    rows = [{"messages": base_row(fresh)["messages"]} for _ in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = Recipe.model_validate(
+        {
+            "model": own.name,
+            "objective": "draft",
+            "draft": {"teacher_model": target.name, "max_completion_length": 48},
+            "datasets": [{"path": str(tmp_path / "rows.jsonl")}],
+            "dataset_prepared_path": str(tmp_path / "kept"),
+        }
+    )
+    flight = preflight.prepare(recipe)
+    batches = flight.answered(own, build_objective(recipe, own.network))
+    found = batches.evaluation(flight.train, 24, -1).measures
+    assert found["acceptance/coupled"] > 0.65, "0.8 of many"
+    assert found["accepted_of_4/greedy"] > 1.5, "2.2 of many"
 
 
 # Recipes and refusals

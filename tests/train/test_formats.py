@@ -268,11 +268,11 @@ def test_a_prompt_row_keeps_its_other_columns_for_the_reward():
 
 def test_a_row_for_a_drafter_is_what_is_asked_whatever_was_answered():
     system, again = {"role": "system", "content": "s"}, {"role": "user", "content": "and?"}
-    rows = {
-        (ASK,): [{"messages": [ASK]}, {"messages": [ASK, SAY]}, {"messages": [ASK, SAY, SAY]}],
-        (system, ASK, SAY, again): [{"messages": [system, ASK, SAY, again, SAY], "tag": "x"}],
-    }
-    for asked, written in rows.items():
+    rows = [
+        ((ASK,), [{"messages": [ASK]}, {"messages": [ASK, SAY]}, {"messages": [ASK, SAY, SAY]}]),
+        ((system, ASK, SAY, again), [{"messages": [system, ASK, SAY, again, SAY], "tag": "x"}]),
+    ]
+    for asked, written in rows:
         for row in written:
             example = parse(row, "draft")
             assert (example.messages, example.fields) == (asked, {})
