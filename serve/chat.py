@@ -20,7 +20,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output, create_output
 from rich.console import Console
 
-from serve.conversation import Conversation
+from serve.conversation import Conversation, Thought
 from serve.errors import LatheError
 
 KEYS = "Enter sends, Alt-Enter or Ctrl-J breaks the line, Ctrl-C ends an answer, Ctrl-D ends the talk."
@@ -29,6 +29,8 @@ COMMANDS = (
     "/model NAME switches, /exit ends."
 )
 PROMPT = "you: "
+DIM, PLAIN = "\x1b[2m", "\x1b[22m"
+"""How a terminal shows a thought, and an answer."""
 INPUT_FLAGS, LOCAL_FLAGS = 0, 3
 """Where termios keeps them in its list."""
 CONTROLS = {
@@ -229,10 +231,21 @@ def _is_command(text: str) -> bool:
 
 
 def _print(pieces: Generator[str, None, None], console: Console) -> None:
-    """Each piece as it comes and as it is, but for control characters in a terminal."""
+    """Each piece as it comes and as it is, but for control characters in a terminal. Thoughts are dim there, with a
+    line between them and the answer; a pipe gets answers alone."""
+    was_thought = False
     with closing(pieces):
         for piece in pieces:
-            console.file.write(piece.translate(CONTROLS) if console.is_terminal else piece)
+            is_thought = isinstance(piece, Thought)
+            if console.is_terminal:
+                if was_thought and not is_thought:
+                    console.file.write("\n\n")
+                text = piece.translate(CONTROLS)
+                is_dim = is_thought and not console.is_dumb_terminal
+                console.file.write(f"{DIM}{text}{PLAIN}" if is_dim else text)
+            elif not is_thought:
+                console.file.write(piece)
+            was_thought = is_thought
             console.file.flush()
     console.file.write("\n")
     console.file.flush()

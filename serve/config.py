@@ -13,10 +13,13 @@ from pydantic import Field, model_validator
 
 from serve.adapters.versions.names import label_problem, name_problem
 from serve.cache.precision import KvPrecision, KvScheme, precision
+from serve.drafter_config import ELSEWHERE as DRAFTERS_ELSEWHERE
+from serve.drafter_config import DrafterConfig, HeadsDrafter, ModelDrafter, NoDrafter
 from serve.errors import ConfigError, RequestError
 from serve.experiments.assignment import Experiment, Variant
 from serve.media_config import MediaConfig, MediaLimitsConfig
 from serve.model.quantization import Quantization
+from serve.model.thoughts import MAX_MARK_CHARS, Parser
 from serve.settings import Problems, Strict, load_yaml
 
 Weight = Annotated[float, Field(gt=0, lt=math.inf)]
@@ -24,8 +27,9 @@ SQLITE_PREFIX = "sqlite:///"
 ELSEWHERE = {
     "quantized_kv_start": "write kv_quantize_after",
     "kv_quant_scheme": "write kv_scheme, affine for uniform and turbo for turboquant",
+    **DRAFTERS_ELSEWHERE,
 }
-"""mlx-lm's and mlx-vlm's names, and what to write instead."""
+"""Other servers' names, and what to write instead."""
 
 
 class AdapterConfig(Strict):
@@ -188,6 +192,10 @@ class ServeConfig(Strict):
     one_step_ahead: Literal["auto", "on", "off"] = "auto"
     """Build a step before the tokens of the one before it are read, so that the device does not wait for Python;
     auto: everywhere but on CPU."""
+    drafter: DrafterConfig = Field(default_factory=NoDrafter)
+    """Who guesses the next tokens of requests that name nobody (`drafter` in their body), for a step to check: none,
+    ngram, or a block with a kind: ngram, model or heads. Tokens are the same with any. Requests may ask for ngram in
+    any case, unless layers keep recurrent state."""
     max_adapters: int = Field(64, ge=1)
     """Adapters that are on the device at once. Others that are known come there when they are asked for. A version
     that was replaced while requests hold it counts no more."""
@@ -210,6 +218,19 @@ class ServeConfig(Strict):
     generation_config.json beside its weights (vLLM's --generation-config). none: that file is not asked."""
     default_sampling: DefaultSamplingConfig = Field(default_factory=DefaultSamplingConfig)
     """The same by the server; it comes before the model's, and after the request's."""
+    reasoning_parser: Parser = "auto"
+    """By which marks thoughts are told from answers. auto: by those of vocabulary and template. none: what comes is
+    the answer. harmony is gpt_oss; deepseek_r1 begins every answer with a thought, unless the prompt has ended it."""
+    enable_thinking: bool | None = None
+    """The chat template's variable of requests that say nothing, where it reads one; the template's own default, if
+    left out."""
+    thinking_budget: int | None = Field(None, ge=0)
+    """Tokens of thoughts in answers to requests that name no budget; then their end is forced. No bound, if left
+    out."""
+    thinking_start_token: str | None = Field(None, min_length=1, max_length=MAX_MARK_CHARS)
+    """What begins a thought, in place of the parser's mark; it may be several tokens."""
+    thinking_end_token: str | None = Field(None, min_length=1, max_length=MAX_MARK_CHARS)
+    """What ends it."""
     special_tokens_in_messages: Literal["words", "control"] = "words"
     """What the text of a special token is inside a message. words: its characters, so that nobody writes a turn into
     what they say. control: the token, for clients that build turns inside messages themselves."""
@@ -450,9 +471,9 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
     for key in ("prefix_cache_dir", "feature_cache_dir"):
         if (path := getattr(config, key)) is not None:
             changes[key] = _under(folder, path)
-    model = Path(config.model).expanduser()
-    if config.model.startswith((".", "~")) or (folder / model).is_dir():
-        changes["model"] = str(_under(folder, model))
+    changes["model"] = _model_under(folder, config.model)
+    if isinstance(config.drafter, ModelDrafter | HeadsDrafter):
+        changes["drafter"] = _drafter_under(folder, config.drafter)
     if "store" in config.model_fields_set and config.store.startswith(SQLITE_PREFIX):
         changes["store"] = SQLITE_PREFIX + str(_under(folder, Path(config.store[len(SQLITE_PREFIX) :])))
     return config.model_copy(update=changes)
@@ -460,3 +481,18 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
 
 def _under(folder: Path, path: Path) -> Path:
     return (folder / path.expanduser()).resolve()
+
+
+def _model_under(folder: Path, model: str) -> str:
+    """A model's folder, relative to the file's; a hub name stays."""
+    path = Path(model).expanduser()
+    return str(_under(folder, path)) if model.startswith((".", "~")) or (folder / path).is_dir() else model
+
+
+def _drafter_under(folder: Path, drafter: ModelDrafter | HeadsDrafter) -> ModelDrafter | HeadsDrafter:
+    changes: dict[str, Any] = {}
+    if drafter.model is not None:
+        changes["model"] = _model_under(folder, drafter.model)
+    if isinstance(drafter, ModelDrafter) and drafter.adapters:
+        changes["adapters"] = {name: _under(folder, path) for name, path in drafter.adapters.items()}
+    return drafter.model_copy(update=changes)

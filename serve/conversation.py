@@ -57,6 +57,10 @@ class _Turn:
         return {"role": "user", "content": [*shown, {"type": "text", "text": _encodable(self.text)}]}
 
 
+class Thought(str):
+    """A piece of what was thought before the answer."""
+
+
 class Conversation:
     """The messages so far, and how to get the next one."""
 
@@ -87,7 +91,7 @@ class Conversation:
         self._shown = (*self._shown, picture if ADDRESS.match(picture) else _data_uri(picture))
 
     def say(self, text: str) -> Generator[str, None, None]:
-        """Send the next user turn and yield the answer's pieces as they come.
+        """Send the next user turn and yield the answer's pieces as they come, Thoughts among them.
 
         Raises RequestError or OverloadedError when the server refuses, StoppedError when it is gone or the stream
         breaks. An answer that was broken off, by that or by closing this generator, is kept as far as it came;
@@ -114,7 +118,7 @@ class Conversation:
                 yield piece
         finally:
             if pieces or self.finish is not None:
-                self.messages = (*asked, _message("assistant", "".join(pieces)))
+                self.messages = (*asked, _answer(pieces))
 
     def _stream(self, messages: Sequence[Message]) -> Iterator[str]:
         model = _encodable(self.model)
@@ -136,8 +140,11 @@ class Conversation:
             for data in events.feed(some):
                 for choice in _choices(data):
                     self.finish = choice.get("finish_reason") or self.finish
-                    content = (choice.get("delta") or {}).get("content")
-                    if content:
+                    delta = choice.get("delta") or {}
+                    thought = delta.get("reasoning_content") or delta.get("reasoning")
+                    if thought:
+                        yield Thought(thought)
+                    if content := delta.get("content"):
                         yield str(content)
         if self.finish is None and not events.is_done:
             raise StoppedError(f"{self._speaker.url}: the stream ended before the answer did")
@@ -180,6 +187,14 @@ def _path(typed: str) -> Path:
         return Path(words[0]).expanduser() if len(words) == 1 else path
     except (OSError, RuntimeError, ValueError):
         return Path(typed)
+
+
+def _answer(pieces: Sequence[str]) -> Message:
+    """What was answered; with what was thought, which the template may want of the last turn."""
+    said = "".join(piece for piece in pieces if not isinstance(piece, Thought))
+    thought = "".join(piece for piece in pieces if isinstance(piece, Thought))
+    message = _message("assistant", said)
+    return {**message, "reasoning_content": _encodable(thought)} if thought else message
 
 
 def _message(role: str, content: str) -> Message:

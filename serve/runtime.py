@@ -15,7 +15,9 @@ from serve.adapters.registry.resolver import Resolver
 from serve.adapters.registry.watch import AdapterWatch
 from serve.adapters.versions.version import AdapterVersion
 from serve.config import ServeConfig
+from serve.draft.make import make_drafters
 from serve.engine.engine import Engine, EngineLimits
+from serve.engine.gains import Gains
 from serve.engine.worker import Worker
 from serve.errors import AdapterError
 from serve.experiments.recorder import Recorder
@@ -24,6 +26,7 @@ from serve.model.generation_config import SamplingDefaults, read_defaults
 from serve.model.loading import LoadedModel, load
 from serve.model.template import ChatTemplate
 from serve.model.template_rules import TemplateRules, make_template
+from serve.model.thoughts import ThoughtRules
 from serve.sight import Blind, Sight, sight_of
 
 AHEAD: Mapping[str, bool | None] = {"auto": None, "on": True, "off": False}
@@ -50,6 +53,8 @@ class Runtime:
     """Where names that nobody loaded are looked up."""
     sampling_defaults: SamplingDefaults
     """Of requests that say nothing."""
+    thoughts: ThoughtRules
+    """By which marks thoughts are told from answers."""
     watch: AdapterWatch | None = None
     """None where no folder is watched."""
 
@@ -88,15 +93,21 @@ class Runtime:
         return cls.around(model, config)
 
     @classmethod
-    def around(cls, model: LoadedModel, config: ServeConfig) -> Runtime:
-        """As `start`, on a model that is loaded already and named config.base_name."""
+    def around(cls, model: LoadedModel, config: ServeConfig, gains: Gains | None = None) -> Runtime:
+        """As `start`, on a model that is loaded already and named config.base_name. `gains`: as Engine has it."""
         defaults = SamplingDefaults(**config.default_sampling.model_dump())
         if config.generation_config == "auto":
             defaults = defaults.over(read_defaults(model.path))
         rules = TemplateRules(config.special_tokens_in_messages)
-        engine = Engine(model, _limits(config), rules)
+        limits = _limits(config)
+        drafters = make_drafters(config.drafter, model, limits)
+        engine = Engine(model, limits, rules, drafters.by_name, drafters.default, gains)
         engine.bank.measure()
         template = make_template(model.tokenizer, rules)
+        thoughts = ThoughtRules(
+            model.tokenizer, config.reasoning_parser, config.thinking_start_token, config.thinking_end_token
+        )
+        thoughts.check(template, config.thinking_budget)
         sight = sight_of(model, config)
         for adapter in config.adapters:
             engine.registry.load(adapter.name, adapter.path)
@@ -110,7 +121,18 @@ class Runtime:
             watch.start()
         resolver = Resolver(engine.registry, config.adapter_dirs, config.adapter_hub)
         return cls(
-            config, model, engine, worker, template, sight, experiments, recorder, resolver, defaults, watch
+            config,
+            model,
+            engine,
+            worker,
+            template,
+            sight,
+            experiments,
+            recorder,
+            resolver,
+            defaults,
+            thoughts,
+            watch,
         )
 
     def close(self) -> None:

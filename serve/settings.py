@@ -344,6 +344,9 @@ def _locate(
         inside = (isinstance(data, dict) and part in data) or (
             isinstance(data, list) and isinstance(part, int)
         )
+        if len(models) > 1 and (branch := [one for one in models if _is_tagged(one, part, data)]):
+            models = branch
+            continue
         if not inside and part not in names:
             continue
         key = (*key, part)
@@ -351,6 +354,12 @@ def _locate(
         if isinstance(part, str):
             owners, models = models, _models_under(models, part)
     return key, owners
+
+
+def _is_tagged(model: type[BaseModel], tag: int | str, data: Any) -> bool:
+    """Whether the branch of a union goes by that word, and what was written says it."""
+    is_said = tag in data.values() if isinstance(data, dict) else data == tag
+    return is_said and any(tag in get_args(field.annotation) for field in model.model_fields.values())
 
 
 def _tags(models: Sequence[type[BaseModel]], tag: str) -> str:

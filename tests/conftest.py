@@ -35,9 +35,12 @@ from vlm_families import Reference, write_random_lora, write_vlm
 from serve.adapters.formats.config import AdapterConfig
 from serve.adapters.formats.manifest import write_adapter
 from serve.cache.precision import PLAIN, KvPrecision
+from serve.constraints.edit import GrammarEdit
+from serve.engine.edited import edited
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.engine.sampler import Sampler
+from serve.engine.thinking import Thinking
 from serve.model.loading import LoadedModel, load
 from serve.model.prompt import Prompt
 from serve.model.weights import linear_modules, linear_shape
@@ -343,7 +346,9 @@ def make_request() -> Callable[..., Request]:
 
 
 def _edited(logits: mx.array, request: Request, answer: Sequence[int]) -> mx.array:
-    """Logits [N, V] of the token after `answer` as the request's penalties have them, by mlx-lm's own processors."""
+    """Logits [N, V] of the token after `answer` as the request's penalties have them, by mlx-lm's own processors; as
+    its budget has them, of an answer that begins inside a thought; and as its grammar has them, from the answer's
+    beginning on."""
     asked, everything = request.sampling, 1 << 30
     reaches: dict[bool, dict[str, Any]] = {True: {"logit_bias": dict(asked.logit_bias)}, False: {}}
     reaches[True]["repetition_penalty"] = asked.repetition_penalty
@@ -358,7 +363,52 @@ def _edited(logits: mx.array, request: Request, answer: Sequence[int]) -> mx.arr
             logits = processor(mx.array(history), logits) if history else logits
     if len(answer) < asked.min_tokens:
         logits[:, list(asked.stop_token_ids)] = -mx.inf
+    due = _due(request.thinking, tuple(answer))
+    if due is not None:
+        logits = mx.where(mx.arange(logits.shape[1])[None] == due, 0.0, -mx.inf)
+    if request.grammar is not None:
+        logits = _constrained(logits, request, tuple(answer))
     return logits
+
+
+def _due(thinking: Thinking | None, answer: tuple[int, ...]) -> int | None:
+    """The token that a thought's budget asks for next. A mark that the answer has begun by itself is gone on with."""
+    if thinking is None or thinking.budget is None or not thinking.thoughts.begins_inside:
+        return None
+    mark, budget = thinking.thoughts.close_ids, thinking.budget
+    if len(answer) < budget or _num_thought(thinking, answer) is not None:
+        return None
+    begun = max(
+        count
+        for count in range(min(budget, len(mark) - 1) + 1)
+        if mark[:count] == answer[budget - count : budget]
+    )
+    return mark[begun + len(answer) - budget]
+
+
+def _num_thought(thinking: Thinking, answer: tuple[int, ...]) -> int | None:
+    """Tokens before the answer's text, where it begins inside a thought; None: it is there still."""
+    mark = thinking.thoughts.close_ids
+    ends = (at + len(mark) for at in range(len(answer)) if answer[at : at + len(mark)] == mark)
+    return next(ends, None)
+
+
+def _constrained(logits: mx.array, request: Request, answer: tuple[int, ...]) -> mx.array:
+    """As the request's grammar has them: inside a thought, no silent token that ends an answer comes."""
+    assert request.grammar is not None
+    thinking, stops = request.thinking, request.sampling.stop_token_ids
+    start = 0 if thinking is None else _num_thought(thinking, answer)
+    if start is None:
+        barred = sorted(request.grammar.vocabulary.silent.intersection(stops))
+        if barred:
+            logits[:, barred] = -mx.inf
+        return logits
+    is_first = thinking is None or all(each in thinking.thoughts.controls for each in answer[:start])
+    edit = GrammarEdit(request.grammar, stops, begins_text=is_first and not request.continues_prompt)
+    edit.advance(answer[start:])
+    change = edit.change()
+    assert change is not None, "the answer goes on behind its end"
+    return edited(logits, dict.fromkeys(range(len(logits)), change))
 
 
 def _could_draw(logits: mx.array, request: Request, answer: Sequence[int], token_id: int) -> bool:

@@ -16,6 +16,7 @@ from serve.api.services import Services, ServicesDep
 from serve.api.streaming import EVENT_STREAM, Answer, ClientGoneError, Responder, unless_gone
 from serve.api.targets import Target, held_target
 from serve.api.tenant import TenantDep
+from serve.api.thinking import thinking_of, thinking_variables, thoughts_of
 from serve.engine.request import Event, TokenLogprob
 from serve.errors import RequestError
 from serve.media.processor import Processed
@@ -34,16 +35,24 @@ class ChatFormat:
     chunk_kind = "chat.completion.chunk"
 
     def __init__(
-        self, writers: Sequence[LogprobWriter] | None, tokens: TokenBytes, prompt_logprobs: int | None
+        self,
+        writers: Sequence[LogprobWriter] | None,
+        tokens: TokenBytes,
+        prompt_logprobs: int | None,
+        *,
+        tells_thoughts: bool = False,
     ) -> None:
         """writers: one a choice, where log-probabilities are wanted; prompt_logprobs: so many of the prompt's."""
+        self._tells_thoughts = tells_thoughts
         self._writers = writers
         self._tokens = tokens
         self._prompt_logprobs = prompt_logprobs
         self._begun: set[int] = set()
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        message = {"role": "assistant", "content": answer.text}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        if self._tells_thoughts:
+            message |= _thoughts(answer.reasoning or None)
         return {
             "index": index,
             "message": message,
@@ -63,9 +72,11 @@ class ChatFormat:
         if index not in self._begun:
             self._begun.add(index)
             found.append(_delta(index, {"role": "assistant", "content": ""}))
-        if event.text or event.logprobs:
+        reasoning = event.reasoning if self._tells_thoughts else ""
+        if event.text or event.logprobs or reasoning:
             logprobs = self._logprobs(index, event.logprobs)
-            found.append(_delta(index, {"content": event.text}, logprobs))
+            delta = {} if reasoning and not event.text else {"content": event.text}
+            found.append(_delta(index, {**(_thoughts(reasoning) if reasoning else {}), **delta}, logprobs))
         if event.finish is not None:
             end = {"finish_reason": event.finish, "stop_reason": event.stop_reason}
             found.append({**_delta(index, {}), **end})
@@ -73,6 +84,11 @@ class ChatFormat:
 
     def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         return self._writers[index].chat(entries) if self._writers is not None else None
+
+
+def _thoughts(reasoning: str | None) -> dict[str, Any]:
+    """By DeepSeek's name, which clients know best, and by vLLM's and mlx-lm's newer one."""
+    return {"reasoning_content": reasoning, "reasoning": reasoning}
 
 
 def _delta(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -101,6 +117,7 @@ async def _begun(body: ChatBody, http: Request, services: Services, tenant: str)
     id = new_id("chatcmpl")
     async with held_target(services, body.model, body.user or id) as target:
         template = _template(services, target)
+        thoughts = await services.tokenize(lambda: thoughts_of(services.runtime, template, body))
         media = await _look(services, body, http)
         if media is None:
             return None
@@ -110,11 +127,16 @@ async def _begun(body: ChatBody, http: Request, services: Services, tenant: str)
         token_ids = await services.prompts.of_messages(
             template,
             messages,
-            {**_effort(template, body), **(body.chat_template_kwargs or {})},
+            {
+                **_effort(template, body),
+                **thinking_variables(services.runtime, template, thoughts, body),
+                **(body.chat_template_kwargs or {}),
+            },
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=bool(body.continue_final_message),
             media=[item.expansion for item in media],
         )
+        thinking = thinking_of(services.runtime, template, thoughts, body, token_ids)
         requests = await build_requests(
             services,
             id,
@@ -123,10 +145,16 @@ async def _begun(body: ChatBody, http: Request, services: Services, tenant: str)
             target,
             tenant=tenant,
             continues_prompt=bool(body.continue_final_message),
+            thinking=thinking,
         )
         generation = Generation(services, id, "chat", target, requests, body.n or 1)
     tokens = services.runtime.engine.token_bytes
-    format = ChatFormat(logprob_writers(services, body, requests), tokens, body.prompt_logprobs)
+    format = ChatFormat(
+        logprob_writers(services, body, requests),
+        tokens,
+        body.prompt_logprobs,
+        tells_thoughts=thinking is not None and body.include_reasoning is not False,
+    )
     keep_alive_s = services.runtime.config.stream_keep_alive_s
     return Responder(generation, format, len(token_ids), http.receive, keep_alive_s)
 

@@ -16,10 +16,17 @@ from serve.api.logprobs import LogprobWriter
 from serve.api.schemas import CompletionBody, GenerationBody
 from serve.api.services import Services
 from serve.api.targets import Target
+from serve.draft.lookup import NAME as NGRAM
+from serve.engine.drafts import NONE
 from serve.engine.request import Event, Request, Sampling
+from serve.engine.thinking import Thinking
 from serve.errors import LatheError, StoppedError
 from serve.experiments.store import Exposure
+from serve.model.ngrams import Ngrams
 from serve.model.prompt import Prompt
+
+INDEXED_TOKENS = 1024
+"""A prompt of fewer tokens is indexed by the drafter in no time."""
 
 
 class Generation:
@@ -45,7 +52,15 @@ class Generation:
         self.num_answer_tokens = 0
         self.num_choices = num_choices
         """Rows of one prompt."""
+        self.has_thoughts = any(request.thinking is not None for request in requests)
+        """Thoughts are told apart from answers."""
         self._num_cached_tokens: dict[int, int] = {}  # by row
+        self._num_reasoning_tokens: dict[int, int] = {}  # by row
+        guesses = services.runtime.engine.guesses
+        self.has_drafter = any((request.drafter or guesses.default) != NONE for request in requests)
+        self.num_drafted = 0
+        self.num_accepted = 0
+        """Guesses of tokens that were checked, and right, of the rows that have ended."""
         self._services = services
         self._endpoint = endpoint
         self._started_s = time.perf_counter()
@@ -74,12 +89,21 @@ class Generation:
         found the cache: the other choices share what that one computes."""
         return sum(self._num_cached_tokens.get(row, 0) for row in range(0, self._num_rows, self.num_choices))
 
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Of the answers' tokens, those of thoughts, as far as is known."""
+        return sum(self._num_reasoning_tokens.values())
+
     async def next(self) -> tuple[int, Event]:
         """The next event of any row, with the row's index. StoppedError or OverloadedError if the engine ended it."""
         index, event = await self._events.get()
         self.num_answer_tokens += len(event.token_ids)
+        if event.num_reasoning_tokens:
+            self._num_reasoning_tokens[index] = event.num_reasoning_tokens
         if event.num_cached_tokens:
             self._num_cached_tokens[index] = event.num_cached_tokens
+        self.num_drafted += event.num_drafted
+        self.num_accepted += event.num_accepted
         if event.finish in ("error", "cancelled"):
             self._finish = "error"
             del self._open[index]
@@ -170,16 +194,19 @@ async def build_requests(
     *,
     tenant: str,
     continues_prompt: bool,
+    thinking: Thinking | None = None,
 ) -> list[Request]:
     """One engine request per prompt and drawn answer, all of one group; answer i draws with seed + i.
 
-    tenant, continues_prompt  as Request has them
+    tenant, continues_prompt, thinking  as Request has them
     RequestError names the field that cannot be served.
     """
     precision = body.precision(services.runtime.config)
     if precision is not None:
         # The first of a scheme imports what it needs, which takes seconds: not on the loop that serves everyone.
         await anyio.to_thread.run_sync(services.runtime.engine.max_context_at, precision)
+    grammar = None if body.constraint is None else await services.grammars.get(body.constraint)
+    drafter, prediction = await _drafting(services, body, prompts)
     num_choices = body.num_drawn
     sampling = _sampling(services, body)
     seed = body.seed if body.seed is not None else secrets.randbits(32)
@@ -195,11 +222,30 @@ async def build_requests(
             tenant=tenant,
             cache_salt=body.cache_salt or "",
             priority=body.priority or 0,
+            drafter=drafter,
+            prediction=prediction,
             deadline_s=body.deadline_s,
+            thinking=thinking,
+            grammar=grammar,
         )
         for p, prompt in enumerate(prompts)
         for choice in range(num_choices)
     ]
+
+
+async def _drafting(
+    services: Services, body: GenerationBody, prompts: Sequence[Prompt]
+) -> tuple[str | None, Ngrams | None]:
+    """Who is to guess, by name, and the answer that was predicted. What is looked up is indexed here, and not on the
+    thread that serves everyone. A prediction is a hint: where nothing is looked up, none is made of it."""
+    guesses, drafter, prediction = services.runtime.engine.guesses, body.drafter, None
+    if body.prediction is not None and NGRAM in guesses.names:
+        drafter, text = NGRAM, body.prediction.text
+        prediction = await services.tokenize(lambda: services.prompts.of_prediction(text))
+    long = [prompt for prompt in prompts if len(prompt.token_ids) >= INDEXED_TOKENS]
+    if long and (drafter or guesses.default) == NGRAM:
+        await anyio.to_thread.run_sync(lambda: [prompt.ngrams for prompt in long])
+    return drafter, prediction
 
 
 def logprob_writers(

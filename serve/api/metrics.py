@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import astuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.adapters.versions.version import COMBINED
 from serve.cache.stats import FeatureStats, PrefixStats
+from serve.constraints.compiler import GrammarStats
+from serve.engine.drafts import DraftStats
 from serve.engine.request import MemoryUse
 from serve.runtime import Runtime
 
@@ -20,8 +24,6 @@ E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 MAX_GONE = 16
 """Names of unloaded adapters whose last counts wait for a scrape."""
-COMBINED = "(combined)"
-"""What all combinations of adapters are counted as."""
 
 
 class Metrics:
@@ -31,10 +33,10 @@ class Metrics:
     as many as the adapters in memory, whatever comes and goes.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, grammars: Callable[[], GrammarStats]) -> None:
         self._runtime = runtime
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(runtime))
+        self.registry.register(_EngineCollector(runtime, grammars))
         self.requests = Counter(
             "lathe_requests",
             "Generations by how they ended.",
@@ -44,12 +46,22 @@ class Metrics:
         self.errors = Counter(
             "lathe_http_errors", "Requests refused or failed.", ["status"], registry=self.registry
         )
+        self._drafted = tuple(
+            Counter(f"lathe_spec_decode_num_{name}", meaning, ["model"], registry=self.registry)
+            for name, meaning in (
+                ("drafts", "Times that a row's next tokens were guessed and checked."),
+                ("draft_tokens", "Guesses that were checked."),
+                ("accepted_tokens", "Guesses that were right, and no wrong one before them."),
+            )
+        )
+        self._counted: Mapping[str, DraftStats] = {}
         self.ttft_s = self._histogram("lathe_ttft_seconds", "Time to the first token.", TTFT_BUCKETS_S)
         self.tpot_s = self._histogram("lathe_tpot_seconds", "Time per token after the first.", TPOT_BUCKETS_S)
         self.e2e_s = self._histogram("lathe_request_seconds", "Time to the last token.", E2E_BUCKETS_S)
 
     def show(self) -> bytes:
         """Everything in Prometheus' text format. What it showed of names that are gone is removed."""
+        self._count_drafts()
         gone = self._gone()
         text = generate_latest(self.registry)
         self._remove(gone)
@@ -63,7 +75,20 @@ class Metrics:
 
     @property
     def _by_model(self) -> tuple[Counter | Histogram, ...]:
-        return self.requests, self.ttft_s, self.tpot_s, self.e2e_s
+        return self.requests, self.ttft_s, self.tpot_s, self.e2e_s, *self._drafted
+
+    def _count_drafts(self) -> None:
+        """What the engine has counted since it was last asked, under the labels of everything else."""
+        found = self._runtime.worker.stats().drafts
+        for name, now in found.items():
+            before = self._counted.get(name, DraftStats())
+            if now.num_drafts < before.num_drafts:  # nobody had asked for it in long, and it was counted anew
+                before = DraftStats()
+            if now != before:
+                label = name or self._runtime.model.name
+                for counter, new, old in zip(self._drafted, astuple(now), astuple(before), strict=True):
+                    counter.labels(label).inc(new - old)
+        self._counted = found
 
     def _gone(self) -> set[str]:
         """Names that were counted, and that neither new requests nor running ones use."""
@@ -107,8 +132,9 @@ class CountErrors:
 class _EngineCollector(Collector):
     """Reads the engine when asked, so nothing is counted twice."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, grammars: Callable[[], GrammarStats]) -> None:
         self._runtime = runtime
+        self._grammars = grammars
 
     def collect(self) -> Iterable[Metric]:
         stats = self._runtime.worker.stats()
@@ -121,6 +147,7 @@ class _EngineCollector(Collector):
         yield from _prefixes(stats.prefixes)
         yield from _features(stats.features)
         yield from _adapters(self._runtime)
+        yield from _of_grammars(self._grammars())
         is_up = float(self._runtime.worker.failure is None)
         yield GaugeMetricFamily("lathe_engine_up", "0 once a step has failed.", is_up)
         yield CounterMetricFamily("lathe_steps", "Engine steps.", stats.num_steps)
@@ -167,6 +194,19 @@ def _adapters(runtime: Runtime) -> Iterator[Metric]:
         ),
     ):
         yield CounterMetricFamily(name, what, value)
+
+
+def _of_grammars(grammars: GrammarStats) -> Iterator[Metric]:
+    """What answers must be: compiled once, and found again."""
+    for name, what, value in (
+        ("lathe_grammar_queries", "Requests whose answers keep to a grammar.", grammars.num_queries),
+        ("lathe_grammar_hits", "Requests that found theirs compiled.", grammars.num_hits),
+        ("lathe_grammar_compiled", "Grammars compiled.", grammars.num_compiled),
+        ("lathe_grammar_refused", "Grammars that cannot be kept to.", grammars.num_refused),
+        ("lathe_grammar_compile_seconds", "Time that both took, beside the engine.", grammars.compile_s),
+    ):
+        yield CounterMetricFamily(name, what, value)
+    yield GaugeMetricFamily("lathe_grammars", "Compiled grammars kept.", grammars.num_kept)
 
 
 def _memory(memory: MemoryUse) -> Iterator[Metric]:

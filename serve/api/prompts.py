@@ -6,6 +6,7 @@ cannot fit the model's context is refused by its length, before a template or a 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import anyio.to_thread
 from serve.errors import ContextLengthError, RequestError
 from serve.model.expansion import Expansion
 from serve.model.messages import leaves
+from serve.model.ngrams import Ngrams
 from serve.model.template import ChatTemplate, Written
 from serve.model.texts import encode_text
 from serve.runtime import Runtime
@@ -79,6 +81,15 @@ class Prompts:
         self._check_chars(len(text), "prompt")
         tokenizer = self._runtime.model.tokenizer
         return self._encode(lambda first: encode_text(tokenizer, text[:first]), len(text), "prompt")
+
+    def of_prediction(self, text: str) -> Ngrams:
+        """What an answer is thought to be, to be looked up: as much of it as can be one.
+
+        To be called on the tokenizer's thread.
+        """
+        context = self._runtime.max_context
+        ids = self._runtime.model.tokenizer.encode(text[: PROBED_CHARS * context], add_special_tokens=False)
+        return Ngrams(array("q", ids[:context]))
 
     def _encode(self, encode: Callable[[int | None], TokenIds], num_chars: int, param: str) -> TokenIds:
         """`encode` gives the ids of the first characters, or of all."""

@@ -9,12 +9,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from serve.api.constraints import ConstrainedBody
 from serve.api.parts import Part, Shown, TextPart
 from serve.api.sampling import SamplingBody
 from serve.api.strict import Body, Neutral
 from serve.cache.precision import PLAIN, KvPrecision, KvScheme
 from serve.config import ServeConfig
+from serve.draft.lookup import NAME as NGRAM
 from serve.errors import RequestError
+from serve.model.thoughts import MAX_MARK_CHARS
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
@@ -24,6 +27,7 @@ MAX_TIMEOUT_S = 7 * 24 * 3600.0
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+ThoughtMark = Annotated[str, Field(min_length=1, max_length=MAX_MARK_CHARS)]
 Label = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 """Text that databases and file systems take as a name."""
 # One wrong entry is told, not a million of them.
@@ -57,13 +61,30 @@ _BESIDE_KV_BITS = (
 )
 
 
-class GenerationBody(SamplingBody):
+UNCONSTRAINED: Neutral = {"guided_whitespace_pattern": (None,), "structural_tag": (None,)}
+"""vLLM's, of what answers are constrained by: done in one way here, or not at all."""
+
+
+class Prediction(Body):
+    """OpenAI's: what much of the answer is thought to be."""
+
+    type: Literal["content"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        parts = self.content
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
+
+class GenerationBody(SamplingBody, ConstrainedBody):
     """What chat and plain completions share. Null means left out, as everywhere in OpenAI's API."""
 
     hints = frozenset(
         {
+            "guided_decoding_backend",
             "metadata",
-            "prediction",
             "prompt_cache_key",
             "prompt_cache_options",
             "prompt_cache_retention",
@@ -100,6 +121,11 @@ class GenerationBody(SamplingBody):
     """vLLM's: prefixes are shared with requests of the same salt alone."""
     priority: Priority | None = None
     """vLLM's: the lower, the earlier; 0, if left out."""
+    drafter: Label | None = None
+    """Who guesses tokens ahead, in place of the server's: ngram, none, or what else the server has."""
+    prediction: Prediction | None = None
+    """Where the answer goes on as this does, its tokens are guessed from it; with ngram, which it asks for where
+    `drafter` is left out."""
     timeout: float | None = Field(None, gt=0, le=MAX_TIMEOUT_S)
     """Seconds, from when the body was read, after which the answer is of no use: 504 then, and nothing more is
     computed. A stream that has begun ends with that error."""
@@ -133,6 +159,16 @@ class GenerationBody(SamplingBody):
         if self.min_tokens is not None and limit is not None and self.min_tokens > limit:
             raise RequestError(
                 f"min_tokens: found {self.min_tokens}, but at most {limit} tokens are asked for", "min_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _predictions_are_looked_up(self) -> GenerationBody:
+        if self.prediction is not None and self.drafter not in (None, NGRAM):
+            raise RequestError(
+                f"prediction: found one, but drafter is {self.drafter!r:.80}, which does not look it up; send "
+                f"{NGRAM!r} or leave drafter out",
+                "prediction",
             )
         return self
 
@@ -297,13 +333,13 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     neutral: ClassVar[Neutral] = {
+        **UNCONSTRAINED,
         "audio": (None,),
         "function_call": (None, "none"),
         "functions": (None, []),
         "modalities": (None, ["text"]),
         "moderation": (None,),
         "parallel_tool_calls": (None, True, False),
-        "response_format": (None, {"type": "text"}),
         "tool_choice": (None, "none"),
         "tools": (None, []),
         "verbosity": (None, "medium"),
@@ -320,6 +356,17 @@ class ChatBody(GenerationBody):
     """Variables that the template reads; any other is refused by name."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """A variable of the template; a hint where the template does not read it."""
+    enable_thinking: bool | None = None
+    """mlx-vlm's: as in chat_template_kwargs."""
+    thinking_budget: int | None = Field(None, ge=0)
+    """mlx-vlm's: tokens of thoughts at most; then their end is forced."""
+    thinking_token_budget: int | None = Field(None, ge=0)
+    """vLLM's name for thinking_budget."""
+    thinking_start_token: ThoughtMark | None = None
+    """mlx-vlm's: what begins a thought, in place of the model's mark; it may be several tokens."""
+    thinking_end_token: ThoughtMark | None = None
+    include_reasoning: bool | None = None
+    """vLLM's: false leaves thoughts out of the response; they count all the same."""
     add_generation_prompt: bool | None = None
     """Open the assistant's next turn; true, unless the last message is continued."""
     continue_final_message: bool | None = None
@@ -340,6 +387,17 @@ class ChatBody(GenerationBody):
             raise RequestError(
                 "reasoning_effort: found here and in chat_template_kwargs; they mean the same, send one",
                 "reasoning_effort",
+            )
+        if self.enable_thinking is not None and "enable_thinking" in (self.chat_template_kwargs or {}):
+            raise RequestError(
+                "enable_thinking: found here and in chat_template_kwargs; they mean the same, send one",
+                "enable_thinking",
+            )
+        if len({self.thinking_budget, self.thinking_token_budget} - {None}) > 1:
+            raise RequestError(
+                f"thinking_token_budget: found {self.thinking_token_budget}, but thinking_budget is "
+                f"{self.thinking_budget}; they mean the same, send one",
+                "thinking_token_budget",
             )
         if self.continue_final_message and self.add_generation_prompt:
             raise RequestError(
@@ -366,6 +424,11 @@ class ChatBody(GenerationBody):
         return any(message.tool_calls or message.role == "tool" for message in self.messages)
 
     @property
+    def budget(self) -> int | None:
+        """Tokens of thoughts at most, if the request says so."""
+        return self.thinking_token_budget if self.thinking_budget is None else self.thinking_budget
+
+    @property
     def answer_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
@@ -377,7 +440,7 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    neutral: ClassVar[Neutral] = {"suffix": (None,)}
+    neutral: ClassVar[Neutral] = {**UNCONSTRAINED, "suffix": (None,)}
 
     prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -402,6 +465,10 @@ class CompletionBody(GenerationBody):
                 "max_tokens: found 0; expected at least 1, or 0 with echo: true, which gives the prompt back",
                 "max_tokens",
             )
+        constraint = self.constraint
+        if self.max_tokens == 0 and constraint is not None:
+            name = constraint.place.partition(".")[0]
+            raise RequestError(f"{name}: found with max_tokens: 0, which asks for no answer", name)
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 from serve.api.media import MediaDesk
 from serve.api.metrics import Metrics
 from serve.api.prompts import Prompts
+from serve.constraints.compiler import GrammarCompiler
 from serve.runtime import Runtime
 
 T = TypeVar("T")
@@ -25,7 +26,6 @@ class Services:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self.metrics = Metrics(runtime)
         self.created = int(time.time())
         # One at a time: a fast tokenizer refuses to be used by two threads at once.
         self._tokenizing = anyio.CapacityLimiter(1)
@@ -33,6 +33,10 @@ class Services:
         self._looking_up = anyio.CapacityLimiter(LOOKUPS)
         self.prompts = Prompts(runtime, self.tokenize)
         self.media = MediaDesk(runtime)
+        engine = runtime.engine
+        vocab_size = engine.model.network.vocab_size
+        self.grammars = GrammarCompiler(engine.model.tokenizer, engine.token_bytes, vocab_size)
+        self.metrics = Metrics(runtime, self.grammars.stats)
 
     async def look_up(self, work: Callable[[], T]) -> T:
         """Find or read adapters, on one of the threads for that."""

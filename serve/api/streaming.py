@@ -31,6 +31,7 @@ class Answer:
     """One row's whole answer, as it grows."""
 
     text: str = ""
+    reasoning: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -39,6 +40,7 @@ class Answer:
     def add(self, event: Event) -> None:
         """Append what an event brought."""
         self.text += event.text
+        self.reasoning += event.reasoning
         self.logprobs += event.logprobs
         self.finish = event.finish
         self.stop_reason = event.stop_reason
@@ -118,7 +120,7 @@ class Responder:
             {
                 **self._envelope(self.format.kind),
                 "choices": choices,
-                "usage": self._usage(self.generation.num_answer_tokens),
+                "usage": self._whole_usage(),
                 **self.format.extra([answers[row] for row in kept]),
             },
             headers=self.generation.target.headers,
@@ -151,18 +153,24 @@ class Responder:
         if wants_usage:
             envelope["usage"] = None
         num_tokens: dict[int, int] = {}
+        num_thought: dict[int, int] = {}
         try:
             if not first.done():
                 yield KEEP_ALIVE
             index, event = await first
             while True:
-                before = num_tokens.get(index, 0)
+                before, thought_before = num_tokens.get(index, 0), num_thought.get(index, 0)
                 num_tokens[index] = before + len(event.token_ids)
+                num_thought[index] = event.num_reasoning_tokens
                 for delta in self.format.deltas(index, event):
                     if is_continuous:
                         # The chunk that opens a chat's choice brings no token yet.
                         is_opening = "role" in delta.get("delta", ())
-                        envelope["usage"] = self._usage(before if is_opening else num_tokens[index])
+                        envelope["usage"] = (
+                            self._usage(before, thought_before)
+                            if is_opening
+                            else self._usage(num_tokens[index], num_thought[index])
+                        )
                     yield _sse({**envelope, "choices": [delta]})
                 if self.generation.is_done:
                     break
@@ -173,7 +181,7 @@ class Responder:
         finally:
             await _cancelled(first)
         if wants_usage:
-            yield _sse({**envelope, "choices": [], "usage": self._usage(self.generation.num_answer_tokens)})
+            yield _sse({**envelope, "choices": [], "usage": self._whole_usage()})
         yield b"data: [DONE]\n\n"
 
     def _envelope(self, kind: str) -> dict[str, Any]:
@@ -185,13 +193,30 @@ class Responder:
             "model": generation.target.asked,
         }
 
-    def _usage(self, num_answer_tokens: int) -> dict[str, Any]:
+    def _whole_usage(self) -> dict[str, Any]:
+        return self._usage(self.generation.num_answer_tokens, self.generation.num_reasoning_tokens)
+
+    def _usage(self, num_answer_tokens: int, num_reasoning_tokens: int) -> dict[str, Any]:
         num_answer_tokens *= self.has_answer
+        details = self._answer_details(num_reasoning_tokens)
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_answer_tokens,
             "total_tokens": self.num_prompt_tokens + num_answer_tokens,
             "prompt_tokens_details": {"cached_tokens": self.generation.num_cached_tokens},
+            **({"completion_tokens_details": details} if details else {}),
+        }
+
+    def _answer_details(self, num_reasoning_tokens: int) -> dict[str, int]:
+        """What is said of the answers' tokens: how many think, where they are told apart, and how many were guessed,
+        as far as rows have ended, where somebody guesses."""
+        generation = self.generation
+        details = {"reasoning_tokens": num_reasoning_tokens} if generation.has_thoughts else {}
+        if not generation.has_drafter:
+            return details
+        return details | {
+            "accepted_prediction_tokens": generation.num_accepted,
+            "rejected_prediction_tokens": generation.num_drafted - generation.num_accepted,
         }
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from serve.adapters.sums.combination import Combination, Weighted, added_up
 from serve.adapters.sums.expression import Term, parse_expression
 from serve.adapters.versions.version import AdapterVersion
-from serve.api.metrics import COMBINED
 from serve.api.services import Services
 from serve.errors import NotFoundError, OverloadedError, RequestError
 from serve.experiments.assignment import Variant, assign
@@ -51,9 +50,7 @@ class Target:
     @property
     def label(self) -> str:
         """Name without version, for metrics; one for all combinations, of which there is no end."""
-        if self.version is None:
-            return self.base
-        return COMBINED if self.version.is_combined else self.version.name
+        return self.base if self.version is None else self.version.label
 
     @property
     def headers(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -57,6 +58,8 @@ class BatchRows:
             index: layer for index, layer in enumerate(layers) if isinstance(layer, StateRows)
         }
         self._prove = prove
+        self._attached = ""
+        self._num_attached = 0
         self._chunk_tokens = cost.prefill_chunk_tokens
         self._ring = min(
             (layer.ring for layer in self.attending if layer.ring is not None), default=MAX_POSITIONS
@@ -72,6 +75,11 @@ class BatchRows:
         return list(self._attending.values())
 
     @property
+    def own(self) -> list[LayerRows]:
+        """Those of the family's code, first to last."""
+        return self.attending[: len(self.attending) - self._num_attached]
+
+    @property
     def num_bytes(self) -> int:
         """Memory held by all layers."""
         return sum(array.nbytes for array in self.arrays())
@@ -83,7 +91,22 @@ class BatchRows:
         for layer in self._attending.values():
             for sizes in layer.sizes or ():
                 digest.update(outliers(sizes).tobytes())
+        digest.update(self._attached.encode())
         return digest.hexdigest()
+
+    def attach(self, layers: Sequence[LayerRows], name: str) -> None:
+        """Layers of somebody else's, which the family's code is not given: they stand, move and are kept with rows.
+
+        Before any row is in use. `name` tells apart whose they are, and of what weights.
+        """
+        assert not self._num_written, "rows are in use"
+        first = len(self._layers)
+        self._layers += layers
+        self._attending |= dict(enumerate(layers, first))
+        shapes = (*self.cost.layers, *(layer.shape for layer in layers))
+        self.cost = replace(self.cost, layers=shapes, _bytes={})
+        self._attached += f"|{name}"
+        self._num_attached += len(layers)
 
     def prove(self) -> None:
         """Raise ModelError unless rows in company are what the family's own cache is. Leaves the rows empty.
@@ -167,7 +190,12 @@ class BatchRows:
             assert span.num_tokens <= self._chunk_tokens or run.last + span.num_tokens <= self._ring, (
                 "a chunk is longer than a window's buffer has room for beside the window"
             )
-            self._num_written[run.bucket][run.rows] = run.starts + span.num_tokens
+            written = self._num_written[run.bucket]
+            if any(run.new_ranges):
+                for rows in run.new_ranges:
+                    written[rows] = 0
+            # Wrong guesses stay where they were written, and in a ring stand where others stood, until written over.
+            written[run.rows] = np.maximum(written[run.rows], run.starts + span.num_tokens)
         if self._recurrent:
             stops = (span.starts + span.num_tokens).tolist()
             self._num_in_state.update(zip(span.state_rows, stops, strict=True))

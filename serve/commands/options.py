@@ -22,11 +22,12 @@ Overrides = Annotated[
 ]
 ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="LATHE_API_KEY", help="Of that server.")]
 
+EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "data" / "tickets"
 DEFAULT_PORT = 8000
 DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
 
 
-def overrides_of(keys: Mapping[str, float | str | list[str] | None]) -> list[str]:
+def overrides_of(keys: Mapping[str, float | str | list[str] | dict[str, str] | None]) -> list[str]:
     """The keys that were given, as --set takes them: part of the file before it is checked."""
     return [f"{key}={json.dumps(value)}" for key, value in keys.items() if value is not None]
 

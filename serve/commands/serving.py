@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serve.commands.options import ApiKey, JsonFile, Overrides, check_writable, overrides_of
+from serve.commands.options import EMBEDDED_MODEL, ApiKey, JsonFile, Overrides, check_writable, overrides_of
 from serve.commands.output import new_console, save_json
 
 if TYPE_CHECKING:
     from serve.config import ServeConfig
     from serve.conversation import Conversation
 
-EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "data" / "tickets"
 app = typer.Typer()
 
 Adapters = Annotated[
@@ -29,6 +28,7 @@ KEYS_OF = {
     "allow_private_hosts": "media_limits.allow_private_hosts",
     "max_media": "media_limits.max_items",
     "max_pixels": "media.max_pixels",
+    **{f"drafter_{name}": f"drafter.{name}" for name in ("model", "max_tokens", "min_match")},
     **{
         name: f"default_sampling.{name}"
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -89,6 +89,16 @@ def serve(
     one_step_ahead: Annotated[
         str | None, typer.Option(help="on, off or auto: build a step before the last one is read.")
     ] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="ngram, model, heads or none: who guesses tokens ahead.")
+    ] = None,
+    drafter_model: Annotated[
+        str | None, typer.Option(help="Its folder or hub name: of a smaller model, or of heads.")
+    ] = None,
+    drafter_max_tokens: Annotated[int | None, typer.Option(help="Guesses of one step at most.")] = None,
+    drafter_min_match: Annotated[
+        int | None, typer.Option(help="ngram: so many tokens are found again at least; 2 to 4.")
+    ] = None,
     generation_config: Annotated[
         str | None,
         typer.Option(help="auto: requests that do not say are sampled as the model's file says; none: not."),
@@ -98,13 +108,27 @@ def serve(
     top_k: Annotated[int | None, typer.Option(help="Likewise.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    reasoning_parser: Annotated[
+        str | None,
+        typer.Option(help="Marks of thoughts: auto, qwen3, deepseek_r1, gpt_oss, gemma4, mistral, none."),
+    ] = None,
+    enable_thinking: Annotated[
+        bool | None, typer.Option(help="Whether models think for requests that do not say.")
+    ] = None,
+    thinking_budget: Annotated[
+        int | None, typer.Option(help="Tokens of thoughts in an answer at most, unless a request says.")
+    ] = None,
+    thinking_start_token: Annotated[
+        str | None, typer.Option(help="What begins a thought, in place of the parser's mark.")
+    ] = None,
+    thinking_end_token: Annotated[str | None, typer.Option(help="What ends it.")] = None,
     allowed_media_root: Annotated[
         list[Path] | None,
         typer.Option(help="Requests may show files in this folder; repeatable. On loopback: any."),
     ] = None,
     allow_private_hosts: Annotated[
-        bool, typer.Option("--allow-private-hosts", help="Fetch pictures from private addresses too.")
-    ] = False,
+        bool | None, typer.Option("--allow-private-hosts", help="Fetch pictures from private addresses too.")
+    ] = None,
     max_media: Annotated[
         int | None, typer.Option(help="Pictures, clips and sounds of one request, together.")
     ] = None,
@@ -148,6 +172,8 @@ def chat(
     repetition_penalty: Annotated[float | None, typer.Option(min=0.0)] = None,
     presence_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0)] = None,
     frequency_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0)] = None,
+    enable_thinking: Annotated[bool | None, typer.Option(help="Whether to think before answering.")] = None,
+    thinking_budget: Annotated[int | None, typer.Option(min=0, help="Tokens of thoughts at most.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same talk again.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 512,
     api_key: ApiKey = None,
@@ -167,6 +193,8 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
+        "enable_thinking": enable_thinking,
+        "thinking_budget": thinking_budget,
         "seed": seed,
         "max_tokens": max_tokens,
     }
@@ -225,17 +253,20 @@ def _serve_config(
 def keys_given(flags: Mapping[str, Any]) -> list[str]:
     """Flags of `lathe serve`, as typer has them, as --set takes them. One that was not given leaves the file's key
     alone."""
-    keys = {name: _as_key(value) for name, value in flags.items() if name not in NOT_KEYS}
+    keys: dict[str, Any] = {"drafter": None}  # before what is said of it
+    keys |= {name: _as_key(value) for name, value in flags.items() if name not in NOT_KEYS}
+    if keys["drafter"] is not None:
+        keys["drafter"] = {"kind": keys["drafter"]}  # in place of the file's, whatever that says
     return overrides_of({KEYS_OF.get(name, name): value for name, value in keys.items()})
 
 
-def _as_key(value: Any) -> float | str | list[str] | None:
+def _as_key(value: Any) -> bool | float | str | list[str] | None:
     """A flag's value as the file would have it; None: it was not given."""
     if isinstance(value, Path):
         return str(value.absolute())
     if isinstance(value, list | tuple):  # typer has a tuple, an empty one, where nothing was given
         return [str(each.absolute()) for each in value] or None
-    return None if value is False else value
+    return value
 
 
 @contextmanager

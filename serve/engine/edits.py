@@ -15,6 +15,8 @@ import numpy as np
 
 from serve.engine.penalties import Penalties, TokenChanges
 from serve.engine.request import Request
+from serve.engine.thinking_budget import ThinkingBudget
+from serve.model.token_bytes import TokenBytes
 
 
 class LogitsChange(NamedTuple):
@@ -26,6 +28,17 @@ class LogitsChange(NamedTuple):
     """[ceil(V / 32)] uint32; token t may come if bit t % 32 of word t // 32 is set, as llguidance packs it."""
     forced: int | None = None
     """This token and no other, whatever its logit."""
+
+    def allows(self, token_id: int) -> bool:
+        """Whether that token may come."""
+        if self.forced is not None:
+            return token_id == self.forced
+        return self.allowed is None or bool(self.allowed[token_id // 32] >> np.uint32(token_id % 32) & 1)
+
+    def copy(self) -> LogitsChange:
+        """One that stays what it is when the edit is told more."""
+        tokens = None if self.tokens is None else TokenChanges(*(part.copy() for part in self.tokens))
+        return LogitsChange(tokens, None if self.allowed is None else self.allowed.copy(), self.forced)
 
     def then(self, other: LogitsChange) -> LogitsChange:
         """Both: what either does not allow does not come. One of them changes tokens at most, and one forces."""
@@ -46,7 +59,8 @@ class LogitsEdit(Protocol):
     """
 
     def advance(self, token_ids: Sequence[int]) -> None:
-        """The answer goes on by these tokens. The last may be one that ends it; nobody is asked for what follows."""
+        """The answer goes on by these tokens. The last may be one that ends it; nobody is asked for what follows.
+        Where it raises, it has heard none of them."""
 
     def retract(self, count: int) -> None:
         """The last `count` tokens that it was told of are not the answer's."""
@@ -62,9 +76,14 @@ class Edits:
     parts: tuple[LogitsEdit, ...]
 
     def advance(self, token_ids: Sequence[int]) -> None:
-        """All are told."""
-        for part in self.parts:
-            part.advance(token_ids)
+        """All are told, or none."""
+        for number, part in enumerate(self.parts):
+            try:
+                part.advance(token_ids)
+            except Exception:
+                for told in self.parts[:number]:
+                    told.retract(len(token_ids))
+                raise
 
     def retract(self, count: int) -> None:
         """All take it back."""
@@ -97,12 +116,46 @@ class PenaltyEdit:
         return None if changes is None else LogitsChange(tokens=changes)
 
 
-def make_edit(request: Request, ends: Collection[int]) -> LogitsEdit | None:
+class ThinkingEdit:
+    """The end of a thought that has had its budget."""
+
+    def __init__(self, budget: ThinkingBudget) -> None:
+        self._budget = budget
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """They are counted."""
+        self._budget.push(token_ids)
+
+    def retract(self, count: int) -> None:
+        """They are counted no more."""
+        self._budget.pop(count)
+
+    def change(self) -> LogitsChange | None:
+        """The next token of the mark, once it is due."""
+        due = self._budget.due
+        return None if due is None else LogitsChange(forced=due)
+
+
+def parts_of(edit: LogitsEdit | None) -> tuple[LogitsEdit, ...]:
+    """The several edits that one is."""
+    return edit.parts if isinstance(edit, Edits) else () if edit is None else (edit,)
+
+
+def make_edit(
+    request: Request, ends: Collection[int], tokens: TokenBytes, *others: LogitsEdit
+) -> LogitsEdit | None:
     """What a request asks for; None where it leaves the logits alone.
 
-    ends  tokens that would end its answer
+    ends    tokens that would end its answer
+    others  what comes after its penalties
     """
     parts: list[LogitsEdit] = []
     if Penalties.are_wanted(request.sampling):
         parts.append(PenaltyEdit(Penalties(request.sampling, request.prompt, ends)))
+    thinking = request.thinking
+    if thinking is not None and thinking.budget is not None:
+        follows = request.prompt.token_ids if request.continues_prompt else None
+        before = request.grammar is not None
+        parts.append(ThinkingEdit(ThinkingBudget(thinking, tokens, follows, before=before)))
+    parts += others
     return None if not parts else parts[0] if len(parts) == 1 else Edits(tuple(parts))

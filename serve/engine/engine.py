@@ -6,8 +6,9 @@ import heapq
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from serve import device
 from serve.adapters.bank.bank import Bank
@@ -16,9 +17,13 @@ from serve.adapters.versions.version import AdapterVersion
 from serve.cache.capacity import MAX_REMEMBERED
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
+from serve.constraints.after_thoughts import grammar_edit
+from serve.engine.drafts import Drafter, Reader
 from serve.engine.edits import make_edit
 from serve.engine.features import SequenceFeatures
 from serve.engine.finish import FinishRule
+from serve.engine.gains import Gains
+from serve.engine.guesses import Guesses
 from serve.engine.limits import EngineLimits as EngineLimits
 from serve.engine.limits import MemoryBudget
 from serve.engine.pace import Pace
@@ -43,6 +48,8 @@ from serve.model.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
 
+NO_DRAFTERS: Mapping[str, Drafter] = MappingProxyType({})
+
 
 class Engine:
     """One base model, its adapters, and the requests that run on them in one batch."""
@@ -52,8 +59,12 @@ class Engine:
         model: LoadedModel,
         limits: EngineLimits = EngineLimits(),
         rules: TemplateRules = TemplateRules(),
+        drafters: Mapping[str, Drafter] = NO_DRAFTERS,
+        drafter: str | None = None,
+        gains: Gains | None = None,
     ) -> None:
-        """`rules`: of chat templates, the base's and those that adapters bring."""
+        """`rules`: of chat templates, the base's and those that adapters bring. `drafters`: by the name by which
+        requests choose one; `drafter`: of those that name none; `gains`: None: learned as steps run."""
         self.model = model
         self.limits = limits
         self.memory = MemoryBudget.of(limits)
@@ -81,15 +92,24 @@ class Engine:
             model.network,
             self.bank,
             Sights(model.vision, self.features) if model.vision and self.features else None,
+            readers=[each for each in drafters.values() if isinstance(each, Reader)],
             row_chunk_tokens=limits.window_chunk_tokens,
             ahead=self._ahead,
         )
         cost = self._runner.rows.cost
+        if drafter is not None and cost.state_bytes:
+            raise ConfigError(
+                f"drafter: layers of {model.name!r} keep a state that takes in every token, and a wrong guess cannot "
+                f"be taken back from it; expected drafter: none"
+            )
+        self.guesses = Guesses(
+            NO_DRAFTERS if cost.state_bytes else drafters, drafter, gains or Gains(), ahead=self._ahead
+        )
         self.pace = Pace(None if limits.max_gap_ms is None else limits.max_gap_ms / 1000)
         budget = Budget(
             max_rows=limits.max_rows,
             prefill_chunk_tokens=limits.prefill_chunk_tokens,
-            max_bytes=self.memory.max_row_bytes(self.memory.adapters, self.memory.host or 0),
+            max_bytes=self._max_row_bytes(self.memory.adapters, self.memory.host or 0),
             row_cost=cost,
             encode_patches=limits.encode_patches,
             row_chunk_tokens=limits.row_chunk(has_windows=cost.has_windows, on_cpu=on_cpu),
@@ -185,6 +205,7 @@ class Engine:
         if request.deadline_s is not None and request.deadline_s <= time.monotonic():
             raise DeadlineError("timeout: the time that the request has set has passed before it was queued")
         self._check_tokens(request)
+        self.guesses.check(request)
         remaining = max_context - len(prompt)
         if remaining < 1:
             raise ContextLengthError(context_message(max_context, len(prompt)), "prompt")
@@ -200,7 +221,8 @@ class Engine:
         """A prompt of words knows of no model; of some families its tokens see one another all the same."""
         if self.model.vision is None or prompt.blocks or prompt.media:
             return prompt
-        return replace(prompt, blocks=self.model.vision.blocks(prompt.token_ids, ()))
+        blocks = self.model.vision.blocks(prompt.token_ids, ())
+        return replace(prompt, blocks=blocks) if blocks else prompt
 
     def _check_tokens(self, request: Request) -> None:
         """RequestError for a token that is named and is not in the vocabulary."""
@@ -237,7 +259,12 @@ class Engine:
         """Queue a request that `check` has returned."""
         assert request.id not in self._by_id, f"request {request.id} is already here"
         rule = self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
-        sequence = SequenceState(request, edit=make_edit(request, rule.ends))
+        others = []
+        if request.grammar is not None:
+            rule.whole = grammar_edit(request, rule.ends, self.token_bytes)
+            others.append(rule.whole)
+        sequence = SequenceState(request, edit=make_edit(request, rule.ends, self.token_bytes, *others))
+        self.guesses.begin(sequence)
         self._by_id[request.id] = sequence
         self.scheduler.add(sequence)
         if request.deadline_s is not None:
@@ -261,18 +288,31 @@ class Engine:
         """
         self.registry.residency.catch_up()
         events = self._expire()
-        plan = self._planned()
+        drafts = self._drafts(events)
+        plan = self._planned(drafts)
         if not plan.is_empty:
             flight = self._start(plan)
             self._flights.append(flight)
             self._num_steps += 1
             events += self._see(flight)
         events += self._refuse()
-        is_last = plan.is_empty or not self.scheduler.has_work
+        is_last = plan.is_empty or not self.scheduler.has_work or bool(drafts)
         while self._flights and (len(self._flights) > self._ahead or is_last):
             events += self._land(self._flights.popleft())
             is_last |= not self.scheduler.has_work
         return events
+
+    def _drafts(self, events: list[Event]) -> dict[SequenceState, Sequence[int]]:
+        """Guesses for the next step, most often none. What they follow must be known: steps that are not read are
+        read first, and their events added."""
+        count = self.guesses.num_wanted(self.scheduler.decoding)
+        if not count:
+            return {}
+        while self._flights:
+            events += self._land(self._flights.popleft())
+        decoding = self.scheduler.decoding
+        ends = {one.request.id: self._rules[one.request.id].ends for one in decoding}
+        return self.guesses.propose(decoding, ends, count)
 
     def _start(self, plan: Plan) -> Flight:
         """A step on its way. What it takes from prefixes is the graph's from then on, or nobody's."""
@@ -354,14 +394,18 @@ class Engine:
         if self._num_adapter_changes == num_changes:
             return
         self._num_adapter_changes = num_changes
-        self.scheduler.max_bytes = self.memory.max_row_bytes(self.bank.num_bytes, self.registry.host_bytes)
+        self.scheduler.max_bytes = self._max_row_bytes(self.bank.num_bytes, self.registry.host_bytes)
         self._share(self.scheduler.max_bytes - self._kv_bytes)
 
-    def _planned(self) -> Plan:
+    def _max_row_bytes(self, adapter_bytes: int, host_bytes: int) -> int:
+        """What rows, prefixes and features may take beside adapters of that size, and what drafters hold."""
+        return max(self.memory.max_row_bytes(adapter_bytes, host_bytes) - self.guesses.max_bytes, 0)
+
+    def _planned(self, drafts: Mapping[SequenceState, Sequence[int]]) -> Plan:
         """The next step, and prefixes within what its rows leave them."""
         self.make_room()
         allowed = self.scheduler.max_bytes
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(drafts)
         self._kv_bytes = plan.num_bytes
         self._share(allowed - plan.num_bytes)
         return plan
@@ -382,7 +426,7 @@ class Engine:
             num_known = len(known) + 1 - scores.first  # of these: a prompt that is computed anew is told once
             if num_known >= 0:
                 known += scores.entries()[num_known:]
-        self._note_time(flight)
+        self.guesses.note(flight.plan, drawn, self._note_time(flight))
         self.scheduler.commit(flight.plan, drawn)
         self._num_prompt_tokens += flight.plan.num_prefilled
         blind = self._settle(flight) if self.features is not None else []
@@ -401,12 +445,16 @@ class Engine:
             )
         return events + blind
 
-    def _note_time(self, flight: Flight) -> None:
-        """How long the step took that was read a moment ago, unless it also copied rows or encoded pictures."""
+    def _note_time(self, flight: Flight) -> float | None:
+        """How long the step took that was read a moment ago, unless it also copied rows or encoded pictures. Returns
+        it where nothing of a prompt was computed either."""
         now, plan = time.perf_counter(), flight.plan
         duration_s, self._landed_s = now - max(flight.began_s, self._landed_s), now
-        if not (plan.encodes or plan.moves or plan.restores or plan.departures):
+        if plan.encodes or plan.moves or plan.restores or plan.departures or not plan.chunks:
+            return None
+        if plan.width == 1:
             self.pace.note(plan.num_single, plan.num_padded, duration_s)
+        return None if plan.num_padded or plan.num_prefilled else duration_s
 
     def recover(self, error: BaseException) -> list[Event]:
         """End every row that a failed step may have left in any state, and go on with an empty batch.
@@ -443,6 +491,7 @@ class Engine:
             prefixes=self.prefixes.stats if self.prefixes else PrefixStats(),
             features=self.features.stats if self.features else FeatureStats(),
             num_finished=dict(self._num_finished),
+            drafts=dict(self.guesses.stats),
         )
 
     @property
@@ -455,7 +504,9 @@ class Engine:
         return self.prefixes.bytes_of(version.effect_hash if version else "") if self.prefixes else 0
 
     def forget(self, tenant: str | None = None) -> None:
-        """Drop a tenant's prefixes and features, in memory and on disk; everybody's, where none is named."""
+        """Drop a tenant's prefixes and features, in memory and on disk, and what drafters remember of it; of
+        everybody, where none is named."""
+        self.guesses.clear(tenant)
         if self.prefixes is not None:
             self.prefixes.cache.clear(tenant)
         if self.features is not None:
@@ -470,8 +521,14 @@ class Engine:
             self.features.close()
 
     def _event(self, drawn: Drawn) -> Event:
-        sequence, token_ids, logprobs, is_sound, error = drawn
+        sequence, token_ids, logprobs, is_sound, error, _ = drawn
         request = sequence.request
+        if error is None and is_sound:
+            try:
+                sequence.tell()
+            except Exception as raised:  # one row's trouble, too
+                logger.exception("request %s cannot go on", request.id)
+                error = raised
         if error is not None:
             told = error if isinstance(error, LatheError) else None
             return self._ended(
@@ -489,7 +546,7 @@ class Engine:
         self._num_generated_tokens += step.num_tokens
         if step.finish is not None:
             self._num_finished[step.finish] += 1
-        is_first = len(sequence.generated) == len(token_ids)
+        is_first, drafting = len(sequence.generated) == len(token_ids), sequence.drafting
         is_told = step.finish is not None or is_first
         return Event(
             request.id,
@@ -500,6 +557,10 @@ class Engine:
             step.stop_reason,
             num_cached_tokens=(sequence.num_restored_tokens or 0) if is_told else 0,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first else (),
+            num_drafted=drafting.num_drafted if drafting and step.finish else 0,
+            num_accepted=drafting.num_right if drafting and step.finish else 0,
+            reasoning=step.reasoning,
+            num_reasoning_tokens=step.num_thought,
         )
 
     def _ended(self, sequence: SequenceState, error: LatheError) -> Event:
@@ -538,6 +599,7 @@ class Engine:
     def _drop(self, sequence: SequenceState) -> None:
         del self._by_id[sequence.request.id]
         del self._rules[sequence.request.id]
+        self.guesses.forget(sequence)
         if self.features is not None:
             self.features.release(sequence)
 

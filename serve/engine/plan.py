@@ -1,10 +1,11 @@
 """What the next forward runs, in words: sequences, rows and token ranges; and what it gave. No arrays.
 
-Every part of a step is a Chunk: decode, prefill, and what follows a restored prefix. Chunks of one token come first,
-in one forward, ordered by bucket and row, so that those of one bucket are its rows [0, n); the others are a second.
+Every part of a step is a Chunk: decode, prefill, and what follows a restored prefix. Chunks of one token, and of one
+and what is guessed to follow it, come first, in one forward, ordered by bucket and row, so that those of one bucket
+are its rows [0, n); the others are a second.
 
-    chunks   0 … num_single-1            | num_single …
-             one token each, one forward | a second forward, padded to its longest chunk
+    chunks   0 … num_single-1                            | num_single …
+             one token each and its draft, one forward   | a second forward, padded to its longest chunk
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from serve.cache.capacity import Bucket, Move, Place
 from serve.cache.features import FeatureKey
 from serve.cache.precision import PLAIN, KvPrecision
+from serve.engine.drafts import Drafting
 from serve.engine.edits import LogitsEdit
 from serve.engine.request import Request, TokenLogprob
 from serve.model.prompt import Media
@@ -65,9 +67,11 @@ class SequenceState:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the prompt's tokens but the first, as far as they have been read."""
     edit: LogitsEdit | None = None
-    """What changes its logits. The runner alone tells it of tokens."""
+    """What changes its logits. `tell` alone tells it of tokens."""
     num_told: int = 0
     """Of the answer's tokens that the edit was told of."""
+    drafting: Drafting | None = None
+    """Who guesses its tokens, and how well; None: nobody."""
 
     def __post_init__(self) -> None:
         prompt = self.request.prompt
@@ -91,6 +95,15 @@ class SequenceState:
     def num_tokens(self) -> int:
         """Length of the prompt and of the answer so far."""
         return self.num_prompt_tokens + len(self.generated)
+
+    def tell(self, drawn: Sequence[int] = ()) -> None:
+        """Its edit hears of the answer's tokens that it has not heard of, and of `drawn` behind them."""
+        if self.edit is None:
+            return
+        news = [*self.generated[self.num_told :], *drawn]
+        if news:
+            self.num_told += len(news)
+            self.edit.advance(news)
 
     @property
     def is_scoring(self) -> bool:
@@ -132,7 +145,8 @@ class SequenceState:
 
 
 class Chunk(NamedTuple):
-    """Tokens [start, stop) of one sequence run, and its row holds `stop` positions then."""
+    """Tokens [start, stop) of one sequence run, and its row holds `stop` positions then. With a draft, fewer of them
+    may turn out to be the sequence's."""
 
     sequence: SequenceState
     start: int
@@ -141,11 +155,26 @@ class Chunk(NamedTuple):
     """The row holds nothing yet, whatever its last sequence left there."""
     draws: bool
     """All tokens that there are have been computed after it, so the next one is drawn."""
+    draft: tuple[int, ...] = ()
+    """Guesses of its last tokens; a token is drawn after the one before them, and after each."""
 
     @property
     def num_tokens(self) -> int:
         """How many run."""
         return self.stop - self.start
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those that run; the sequence knows all but the draft's."""
+        return [*self.sequence.tokens(self.start, self.stop - len(self.draft)), *self.draft]
+
+    @property
+    def draws_of(self) -> list[Chunk]:
+        """One for each token that is drawn: as if it ended before it."""
+        if not self.draft:
+            return [self]
+        first = self.stop - len(self.draft)
+        return [self._replace(stop=stop, draft=()) for stop in range(first, self.stop + 1)]
 
     @property
     def num_answer_tokens(self) -> int:
@@ -208,7 +237,9 @@ class Plan:
     restores: tuple[Restore, ...] = ()
     chunks: tuple[Chunk, ...] = ()
     num_single: int = 0
-    """So many of the chunks, the first, have one token."""
+    """So many of the chunks, the first, have one token, and guesses of those that follow it."""
+    width: int = 1
+    """Tokens a row of the first forward, guesses and padding included; 1 where nobody has a draft."""
     captures: tuple[Capture, ...] = ()
     composition: int = 0
     """Changes whenever the sequences of the one-token chunks, their order or their places do, and with the number of
@@ -243,3 +274,5 @@ class Drawn(NamedTuple):
     """False: no token could be drawn, for the logits held NaN or +inf, or nothing that may come."""
     error: Exception | None = None
     """What its edit raised; it is not sound then."""
+    num_drafted: int = 0
+    """Guesses that were checked; those before the last of `token_ids` were right."""

@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from serve.adapters.versions.version import AdapterVersion
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
+from serve.engine.drafts import DraftStats
+from serve.engine.thinking import Thinking
 from serve.errors import LatheError, RequestError
+from serve.model.ngrams import Ngrams
 from serve.model.prompt import Prompt
+
+if TYPE_CHECKING:  # the scheduler plans with requests, and imports no mlx
+    from serve.constraints.grammar import Grammar
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_TEMPERATURE = 1e6
@@ -130,8 +136,16 @@ class Request:
     """The same among those who send the same salt."""
     priority: int = 0
     """The lower, the earlier it has a row, as in vLLM."""
+    drafter: str | None = None
+    """Who guesses its tokens, by name; None: the engine's default; "none": nobody."""
+    prediction: Ngrams | None = None
+    """What the answer is thought to be: for drafters that look texts up. Not to be extended."""
     deadline_s: float | None = None
     """By time.monotonic: once that has passed, it ends with a DeadlineError and costs nothing more."""
+    thinking: Thinking | None = None
+    """Its thoughts are told apart from the answer's text; None: what comes is the answer."""
+    grammar: Grammar | None = None
+    """What its answer must be, or be a beginning of where it ends by its length."""
 
     @property
     def all_stop_ids(self) -> tuple[int, ...]:
@@ -167,6 +181,14 @@ class Event(NamedTuple):
     """Set with finish == "error"."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """With the first token, where they were asked for: the prompt's, but for its first token."""
+    num_drafted: int = 0
+    """With the last event: guesses of the answer's tokens that were checked."""
+    num_accepted: int = 0
+    """And of those the right ones."""
+    reasoning: str = ""
+    """What became final of its thoughts."""
+    num_reasoning_tokens: int = 0
+    """Tokens of thoughts among the answer's, as far as is known: all since its beginning."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +224,8 @@ class EngineStats:
     features: FeatureStats = field(default_factory=FeatureStats)
     num_finished: Mapping[str, int] = field(default_factory=dict)
     """Ended requests by finish reason."""
+    drafts: Mapping[str, DraftStats] = field(default_factory=dict)
+    """By adapter's label; the base's by ""."""
 
     @property
     def kv_bytes(self) -> int:

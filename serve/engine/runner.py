@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -21,8 +22,11 @@ from serve.cache.capacity import Bucket
 from serve.cache.families import make_rows
 from serve.cache.segment import Segment
 from serve.cache.spans import Span, SpanPart
+from serve.constraints.after_thoughts import GrammarAfterThoughts
+from serve.constraints.edit import GrammarEdit, Masks
 from serve.engine.decode_state import DecodeState, DrawState
-from serve.engine.edits import LogitsChange
+from serve.engine.drafts import Reader
+from serve.engine.edits import LogitsChange, parts_of
 from serve.engine.plan import Capture, Chunk, Drawn, Encode, Plan, SequenceState
 from serve.engine.request import TokenLogprob
 from serve.engine.sampler import Draws, Logprobs
@@ -61,7 +65,8 @@ class Flight:
 
     plan: Plan
     sequences: list[SequenceState]
-    """[B] those that draw a token, in the order of the batch."""
+    """[N] of each token that is drawn, whose it is or would be: in the order of the batch, one with a draft as often
+    as it has guesses and once more."""
     began_s: float = 0.0
     """By time.perf_counter."""
     draws: Draws | None = None
@@ -78,7 +83,8 @@ class Flight:
         return [*(self.draws.arrays() if self.draws is not None else ()), *of_scores]
 
     def tokens(self) -> dict[SequenceState, int]:
-        """What it draws, read now: whoever asks waits until it is computed."""
+        """What it draws, read now: whoever asks waits until it is computed. Nobody has a draft."""
+        assert self.plan.width == 1, "a step with drafts is read before the next is built"
         if self.draws is None:
             return {}
         token_ids: list[int] = np.asarray(self.draws.token_ids).tolist()
@@ -97,12 +103,14 @@ class Runner:
         bank: Bank,
         sights: Sights | None = None,
         *,
+        readers: Sequence[Reader] = (),
         row_chunk_tokens: int,
         ahead: bool = False,
     ) -> None:
         """Raises ModelError where a family's rows cannot be what its own cache is.
 
-        sights  None for a text model
+        sights   None for a text model
+        readers  drafters that are shown each forward's states; their own layers stand with the rows
         """
         self._network = network
         self._bank = bank
@@ -110,8 +118,16 @@ class Runner:
         self._evaluate = mx.async_eval if ahead else mx.eval
         self.rows = make_rows(network, prefill_chunk_tokens=row_chunk_tokens)
         self.rows.prove()
+        self._readers = readers
+        self._shown: list[mx.array] = []  # what readers want computed with the step
+        for reader in readers:
+            reader.bind(network, bank, self.rows)
+        self._taps = sorted({tap for reader in readers for tap in reader.taps})
         self._capacities: Mapping[Bucket, int] = {}
         self._decoding: DecodeState | None = None
+        self._drafted: tuple[object, DrawState] | None = None
+        """Of the last step with drafts, by who drew how often."""
+        self._masks = Masks()
         self._last: Flight | None = None  # what was started last, read or not
 
     def start(self, plan: Plan) -> Flight:
@@ -133,7 +149,8 @@ class Runner:
         if hidden is not None:
             self._draw(flight, hidden, chunks)
         # The step's one evaluation. The rows are named because a prompt's middle chunk leads to no token.
-        self._evaluate(flight.arrays(), self.rows.arrays())
+        self._evaluate(flight.arrays(), self.rows.arrays(), self._shown)
+        self._shown = []
         self._last = flight
         return flight
 
@@ -155,7 +172,7 @@ class Runner:
         """Give the rows' memory back; none is in use."""
         self.rows.clear()
         self._capacities = {}
-        self._decoding = self._last = None
+        self._decoding = self._last = self._drafted = None
 
     def reset(self) -> None:
         """Forget all rows, whatever state a failed step left them in."""
@@ -193,20 +210,20 @@ class Runner:
             self.rows.put(sequence.place, sequence.state_row, prefix.segments, prefix.num_tokens)
 
     def _hidden(self, plan: Plan, scores: list[Scores]) -> tuple[mx.array | None, list[Chunk]]:
-        """Final hidden states [B, 1, D] of every row that draws a token, and their chunks. Of prompts whose tokens'
-        log-probabilities are wanted, those are added to `scores`."""
+        """Final hidden states [N, 1, D] that lead to a token, and what would have been computed before each. Of
+        prompts whose tokens' log-probabilities are wanted, those are added to `scores`."""
         singles, others = plan.chunks[: plan.num_single], plan.chunks[plan.num_single :]
         parts: list[mx.array] = []
         drawing: list[Chunk] = []
         if singles:
-            hidden = self._single(plan, singles)  # [B, 1, D]
+            hidden = self._single(plan, singles)  # [B, W, D]
             if plan.num_prefilled:
                 scores += self._scores(hidden, singles)
-            _choose(hidden, singles, [0] * len(singles), parts, drawing)
+            _choose(hidden, singles, parts, drawing)
         if others:
             hidden = self._padded(plan, others)  # [B, T, D]
             scores += self._scores(hidden, others)
-            _choose(hidden, others, [chunk.num_tokens - 1 for chunk in others], parts, drawing)
+            _choose(hidden, others, parts, drawing)
         if not parts:
             return None, []
         return (parts[0] if len(parts) == 1 else mx.concatenate(parts)), drawing
@@ -221,24 +238,30 @@ class Runner:
 
     def _single(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
         decoding = self._decoding
-        if decoding is not None and decoding.composition == plan.composition:
-            decoding.span = decoding.span.next()
-        else:
-            span = _span(chunks, 1, plan.num_state_rows)
+        width, was_drafted = plan.width, self._last is not None and self._last.plan.width > 1
+        if decoding is None or decoding.composition != plan.composition:
+            span = _span(chunks, width, plan.num_state_rows)
             deltas = self._sights.deltas(chunks) if self._sights else None
             decoding = self._decoding = DecodeState(plan.composition, DrawState.of(chunks), span, deltas)
-        tokens, inputs = self._single_tokens(plan, chunks), NOTHING
+        elif width > 1 or was_drafted:  # rows have come on by as much as was right
+            decoding.span = _span(chunks, width, plan.num_state_rows)
+        else:
+            decoding.span = decoding.span.next()
+        tokens = self._single_tokens(plan, chunks) if width == 1 else mx.array(_padded(chunks, width))
+        inputs = NOTHING
         if self._sights is not None:
             if plan.num_prefilled and any(c.start < c.sequence.num_prompt_tokens for c in chunks):
                 inputs = self._sights.prompts(tokens, chunks)
             else:
                 inputs = self._sights.decoding(decoding.span, decoding.deltas)
-        return self._forward(tokens, decoding.span, decoding.draw.slots, inputs)
+        return self._forward(tokens, decoding.span, decoding.draw.slots, inputs, chunks)
 
     def _single_tokens(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
         """[B, 1]: known ones, or what the step before this one draws."""
         last, count = self._last, len(chunks)
         drawn = last.draws.token_ids if last is not None and last.draws is not None else None
+        if last is not None and last.plan.width > 1:
+            drawn = None
         if last is not None and drawn is not None and last.plan.composition == plan.composition:
             of_singles = last.sequences[:count]
             if len(of_singles) == count and of_singles[-1] is chunks[-1].sequence:
@@ -258,17 +281,22 @@ class Runner:
 
     def _padded(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
         width = max(chunk.num_tokens for chunk in chunks)
-        tokens = np.full((len(chunks), width), PAD_TOKEN, dtype=np.int32)
-        for index, chunk in enumerate(chunks):
-            tokens[index, : chunk.num_tokens] = chunk.sequence.tokens(chunk.start, chunk.stop)
-        batch = mx.array(tokens)
+        batch = mx.array(_padded(chunks, width))
         inputs = self._sights.prompts(batch, chunks) if self._sights else NOTHING
-        return self._forward(batch, _span(chunks, width, plan.num_state_rows), _slots(chunks), inputs)
+        return self._forward(batch, _span(chunks, width, plan.num_state_rows), _slots(chunks), inputs, chunks)
 
-    def _forward(self, tokens: mx.array, span: Span, slots: Sequence[int], inputs: Inputs) -> mx.array:
+    def _forward(
+        self, tokens: mx.array, span: Span, slots: Sequence[int], inputs: Inputs, chunks: Sequence[Chunk]
+    ) -> mx.array:
         self.rows.set_span(span)
         self._bank.rows.set(slots)
-        return self._network.hidden(tokens, self.rows.caches, inputs.embeddings, inputs.extras)
+        if not self._readers:
+            return self._network.hidden(tokens, self.rows.caches, inputs.embeddings, inputs.extras)
+        with self._network.tapped(self._taps) as taken:
+            hidden = self._network.hidden(tokens, self.rows.caches, inputs.embeddings, inputs.extras)
+        for reader in self._readers:
+            self._shown += reader.observe(tokens, hidden, taken, chunks)
+        return hidden
 
     def _draw(self, flight: Flight, hidden: mx.array, chunks: Sequence[Chunk]) -> None:
         draw = self._draw_state(flight.plan, chunks)
@@ -283,6 +311,11 @@ class Runner:
         singles = plan.chunks[: plan.num_single]
         if self._decoding is not None and len(chunks) == len(singles) and chunks[-1] is singles[-1]:
             return self._decoding.draw
+        if len(chunks) > len(plan.chunks):  # drafts, often as long as in the step before
+            key = plan.composition, tuple(chunk.sequence for chunk in chunks)
+            if self._drafted is None or self._drafted[0] != key:
+                self._drafted = key, DrawState.of(chunks)
+            return self._drafted[1]
         return DrawState.of(chunks)
 
     def _changes(
@@ -290,52 +323,126 @@ class Runner:
     ) -> dict[int, LogitsChange]:
         """By row, what its edit does to its logits, now that it knows all tokens before them."""
         drawn: dict[SequenceState, int] = {}
-        if any(chunks[row].num_answer_tokens > len(chunks[row].sequence.generated) for row in edited):
+        # With drafts all that comes before them is known.
+        if flight.plan.width == 1 and any(
+            chunks[row].num_answer_tokens > len(chunks[row].sequence.generated) for row in edited
+        ):
             assert self._last is not None, "nobody is to draw what is not known"
             self._evaluate(hidden, self.rows.arrays())
             drawn = self._last.tokens()
         changes: dict[int, LogitsChange] = {}
+        drafts = {chunk.sequence: chunk.draft for chunk in flight.plan.chunks if chunk.draft}
+        first_of: dict[SequenceState, int] = {}
         for row in edited:
-            try:
-                change = _told(chunks[row], drawn)
-            except Exception as error:  # whatever it is, it is one row's trouble
-                logger.exception("what request %s may draw cannot be told", chunks[row].sequence.request.id)
-                flight.errors[row] = error
-            else:
+            sequence = chunks[row].sequence
+            if sequence not in first_of:  # the rows behind its first are its draft's
+                first_of[sequence] = row
+                with _own_trouble(flight, row):
+                    _tell(chunks[row], drawn)
+        asked = {row: sequence for sequence, row in first_of.items() if row not in flight.errors}
+        changes |= self._asked(flight, asked)
+        if drafts:
+            changes |= self._behind_guesses(flight, asked, changes, drafts)
+        return changes
+
+    def _asked(self, flight: Flight, sequences: Mapping[int, SequenceState]) -> dict[int, LogitsChange]:
+        """By row, what its sequence's edit does now."""
+        edits = [sequence.edit for sequence in sequences.values()]
+        self._masks.fill(
+            [
+                part.current
+                for edit in edits
+                for part in parts_of(edit)
+                if isinstance(part, (GrammarEdit, GrammarAfterThoughts)) and part.current is not None
+            ]
+        )
+        changes: dict[int, LogitsChange] = {}
+        for row, sequence in sequences.items():
+            assert sequence.edit is not None
+            with _own_trouble(flight, row):
+                change = sequence.edit.change()
                 if change is not None:
                     changes[row] = change
         return changes
 
+    def _behind_guesses(
+        self,
+        flight: Flight,
+        first: Mapping[int, SequenceState],
+        changes: dict[int, LogitsChange],
+        drafts: Mapping[SequenceState, Sequence[int]],
+    ) -> dict[int, LogitsChange]:
+        """By row, what edits do behind their sequences' guesses, up to the first that is not allowed: it will not be
+        drawn. `changes`: before the first guess, by row; they stay what they are."""
+        found: dict[int, LogitsChange] = {}
+        going = {row: sequence for row, sequence in first.items() if drafts.get(sequence)}
+        num_told = dict.fromkeys(going.values(), 0)
+        while going:
+            asked: dict[int, SequenceState] = {}
+            for row, sequence in going.items():
+                number, change = num_told[sequence], found.get(row, changes.get(row))
+                if number == len(drafts[sequence]) or row in flight.errors:
+                    continue
+                guess = drafts[sequence][number]
+                if change is not None:
+                    if not change.allows(guess):
+                        continue
+                    (found if row in found else changes)[row] = change.copy()
+                assert sequence.edit is not None
+                with _own_trouble(flight, row + 1):
+                    sequence.edit.advance([guess])
+                    num_told[sequence] += 1
+                    asked[row + 1] = sequence
+            found |= self._asked(flight, asked)
+            going = asked
+        for row, sequence in first.items():
+            count = num_told.get(sequence, 0)
+            if count:
+                if row + count in found:
+                    found[row + count] = found[row + count].copy()
+                with _own_trouble(flight, row):
+                    assert sequence.edit is not None
+                    sequence.edit.retract(count)
+        return found
 
-def _told(chunk: Chunk, drawn: Mapping[SequenceState, int]) -> LogitsChange | None:
-    """What a row's edit does, after it was told of the tokens that it has not heard of; `drawn` holds the last."""
+
+def _padded(chunks: Sequence[Chunk], width: int) -> np.ndarray:
+    """[B, width] int32 tokens."""
+    tokens = np.full((len(chunks), width), PAD_TOKEN, dtype=np.int32)
+    for index, chunk in enumerate(chunks):
+        tokens[index, : chunk.num_tokens] = chunk.tokens
+    return tokens
+
+
+@contextmanager
+def _own_trouble(flight: Flight, row: int) -> Iterator[None]:
+    """Whatever is raised, is one row's trouble."""
+    try:
+        yield
+    except Exception as error:
+        logger.exception("what request %s may draw cannot be told", flight.sequences[row].request.id)
+        flight.errors[row] = error
+
+
+def _tell(chunk: Chunk, drawn: Mapping[SequenceState, int]) -> None:
+    """A row's edit hears of the tokens that it has not heard of; `drawn` holds the last."""
     sequence = chunk.sequence
-    assert sequence.edit is not None
-    news = sequence.generated[sequence.num_told :]
-    if sequence.num_told + len(news) < chunk.num_answer_tokens:
-        news.append(drawn[sequence])
-    if news:
-        sequence.num_told += len(news)
-        sequence.edit.advance(news)
-    return sequence.edit.change()
+    is_known = max(sequence.num_told, len(sequence.generated)) >= chunk.num_answer_tokens
+    sequence.tell(() if is_known else (drawn[sequence],))
 
 
-def _choose(
-    hidden: mx.array,
-    chunks: Sequence[Chunk],
-    columns: Sequence[int],
-    parts: list[mx.array],
-    drawing: list[Chunk],
-) -> None:
-    """Add [B', 1, D], the states that lead to a token, and their chunks."""
-    chosen = [(index, column) for index, column in enumerate(columns) if chunks[index].draws]
-    if len(chosen) == len(chunks) and hidden.shape[1] == 1:
+def _choose(hidden: mx.array, chunks: Sequence[Chunk], parts: list[mx.array], drawing: list[Chunk]) -> None:
+    """Add [N, 1, D], the states of [B, T, D] that lead to a token, and what was computed up to each."""
+    if hidden.shape[1] == 1 and all(chunk.draws for chunk in chunks):
         parts.append(hidden)
         drawing += chunks
-    elif chosen:
-        indices, at = (mx.array(np.asarray(part, dtype=np.int32)) for part in zip(*chosen, strict=True))
-        parts.append(hidden[indices, at][:, None])
-        drawing += [chunks[index] for index, _ in chosen]
+        return
+    chosen = [(index, each) for index, chunk in enumerate(chunks) if chunk.draws for each in chunk.draws_of]
+    if chosen:
+        rows = np.asarray([index for index, _ in chosen], dtype=np.int32)
+        at = np.asarray([each.num_tokens - 1 for _, each in chosen], dtype=np.int32)
+        parts.append(hidden[mx.array(rows), mx.array(at)][:, None])
+        drawing += [each for _, each in chosen]
 
 
 def _span(chunks: Sequence[Chunk], num_tokens: int, num_state_rows: int) -> Span:
@@ -363,6 +470,8 @@ def _read(flight: Flight, draws: Draws) -> list[Drawn]:
     details = {} if draws.logprobs is None else _details(flight.sequences, draws.logprobs)
     token_ids: list[int] = np.asarray(draws.token_ids).tolist()
     sound: list[bool] = np.asarray(draws.is_sound).tolist()
+    if flight.plan.width > 1:
+        return _verified(flight, token_ids, sound, details)
     if not details and all(sound) and not flight.errors:
         return [
             Drawn(sequence, (token,)) for sequence, token in zip(flight.sequences, token_ids, strict=True)
@@ -373,6 +482,41 @@ def _read(flight: Flight, draws: Draws) -> list[Drawn]:
         else Drawn(sequence, (), is_sound=False, error=flight.errors.get(index))
         for index, (sequence, token_id) in enumerate(zip(flight.sequences, token_ids, strict=True))
     ]
+
+
+def _verified(
+    flight: Flight,
+    token_ids: Sequence[int],
+    sound: Sequence[bool],
+    details: Mapping[int, tuple[float, tuple[tuple[int, float], ...]]],
+) -> list[Drawn]:
+    """Of each sequence the tokens that were drawn where everything before them was its own: as long as guesses are
+    right, and one more. What cannot be drawn behind a guess is met again in the next step, without one."""
+    drafts = {chunk.sequence: chunk.draft for chunk in flight.plan.chunks if chunk.draft}
+    drawn: list[Drawn] = []
+    first = 0
+    while first < len(token_ids):
+        sequence = flight.sequences[first]
+        draft = drafts.get(sequence, ())
+        if not sound[first] or first in flight.errors:
+            drawn.append(Drawn(sequence, (), is_sound=False, error=flight.errors.get(first)))
+        else:
+            stop = first + 1
+            for guess in draft:
+                if guess != token_ids[stop - 1] or not sound[stop] or stop in flight.errors:
+                    break
+                stop += 1
+            logprobs = [_entries(token_ids[at], details.get(at)) for at in range(first, stop)]
+            drawn.append(
+                Drawn(
+                    sequence,
+                    tuple(token_ids[first:stop]),
+                    tuple(entry for entries in logprobs for entry in entries),
+                    num_drafted=len(draft),
+                )
+            )
+        first += len(draft) + 1
+    return drawn
 
 
 def _entries(

@@ -17,16 +17,18 @@ beside the same decode tokens. A chunk ends before the first picture that is not
 Who has a row holds a slot of its adapter. Whose adapter is on its way is passed by others, and keeps its turn.
 
 A step may be planned before the one in flight is read: plans rest on `num_planned_tokens`, which `schedule` moves,
-and `commit` follows with what was drawn. A sequence that turns out to have ended has run a token too many.
+and `commit` follows with what was drawn. A sequence that turns out to have ended has run a token too many. Where rows
+have drafts, the step is read before the next is planned, for only then is it known how far they have come.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Protocol
 
 from serve.cache.capacity import Bucket, RowCost, positions_capacity
@@ -50,6 +52,8 @@ MAX_OVERTAKEN = 32
 """So many are admitted before the one that has waited longest, for their priority is earlier; then it is its turn."""
 MAX_SKIPPED = 4
 """Prompts that do not fit beside a step's others and are passed in it by those behind them."""
+
+NO_DRAFTS: Mapping[SequenceState, Sequence[int]] = MappingProxyType({})
 
 _by_arrival = attrgetter("arrival")
 
@@ -198,6 +202,7 @@ class Scheduler:
         self._num_repeats_left = 0  # steps for which nobody reaches the end of its row or answer
         self._may_admit = False  # somebody came or went since the queue was last looked at
         self._is_moved = False  # some sequence joined, left or began to decode since rows were last placed
+        self._is_drafted = False  # the last plan guesses tokens: where its rows are now, it does not say
 
     @property
     def has_work(self) -> bool:
@@ -244,10 +249,13 @@ class Scheduler:
         failed, self._failed = self._failed, []
         return failed
 
-    def schedule(self) -> Plan:
-        """The next step. Admits what fits, gives every running sequence its row, and says which rows move."""
+    def schedule(self, drafts: Mapping[SequenceState, Sequence[int]] = NO_DRAFTS) -> Plan:
+        """The next step. Admits what fits, gives every running sequence its row, and says which rows move.
+
+        drafts  guesses of what follows, of decoding sequences whose tokens are all known; cut where a row ends
+        """
         self._num_plans += 1
-        plan = self._same_again() or self._new_plan()
+        plan = (None if drafts else self._same_again()) or self._new_plan(drafts)
         for chunk in plan.chunks:
             chunk.sequence.num_planned_tokens = chunk.stop
             chunk.sequence.num_in_flight += 1
@@ -261,19 +269,21 @@ class Scheduler:
         last = self._last_plan
         if last is None or self.prefilling or self._is_moved or self._may_admit or self._num_repeats_left < 1:
             return None
+        if self._is_drafted:
+            return None
         if last.num_bytes > self._max_bytes and len(self.decoding) > 1:
             return None
         self._num_repeats_left -= 1
         return Plan(
             capacities=last.capacities,
-            chunks=tuple([Chunk(one, stop, stop + 1, False, True) for one, _, stop, _, _ in last.chunks]),
+            chunks=tuple([Chunk(one, stop, stop + 1, False, True) for one, _, stop, *_ in last.chunks]),
             num_single=last.num_single,
             composition=last.composition,
             num_state_rows=last.num_state_rows,
             num_bytes=last.num_bytes,
         )
 
-    def _new_plan(self) -> Plan:
+    def _new_plan(self, drafts: Mapping[SequenceState, Sequence[int]]) -> Plan:
         self._retire_spent()
         self._preempt_for_memory()
         self._admit()
@@ -284,7 +294,7 @@ class Scheduler:
                 break
             self._release(restores)
             self._preempt([max(self.running, key=_by_priority)])
-        return self._take_effect(restores, prefill, encodes, arrangement)
+        return self._take_effect(restores, prefill, encodes, arrangement, drafts)
 
     def _take_effect(
         self,
@@ -292,6 +302,7 @@ class Scheduler:
         prefill: list[Chunk],
         encodes: Encodes,
         arrangement: Arrangement[SequenceState],
+        drafts: Mapping[SequenceState, Sequence[int]],
     ) -> Plan:
         is_changed = arrangement.capacities != self._capacities or bool(arrangement.moves)
         self._capacities = dict(arrangement.capacities)
@@ -299,7 +310,12 @@ class Scheduler:
             sequence.place, sequence.state_row = place, state_row
         of = {chunk.sequence: chunk for chunk in prefill}
         order = list(arrangement.places)
-        chunks = [of.get(sequence) or _decode(sequence) for sequence in order[: arrangement.num_single]]
+        chunks = [
+            of.get(sequence) or _decode(sequence, drafts.get(sequence, ()))
+            for sequence in order[: arrangement.num_single]
+        ]
+        width = max((chunk.num_tokens for chunk in chunks), default=1)
+        self._is_drafted = width > 1
         chunks += [of[sequence] for sequence in order[arrangement.num_single :] if sequence in of]
         for chunk in prefill:
             if chunk.sequence.num_restored_tokens is None:
@@ -326,6 +342,7 @@ class Scheduler:
             restores=tuple(restores),
             chunks=tuple(chunks),
             num_single=arrangement.num_single,
+            width=width,
             captures=captures,
             composition=self._composition_of(chunks[: arrangement.num_single], len(order)),
             num_state_rows=len(order),
@@ -335,7 +352,7 @@ class Scheduler:
 
     def commit(self, plan: Plan, drawn: Iterable[Drawn]) -> None:
         """The plan has run: its tokens are in the rows, and those drawn are the sequences'."""
-        for sequence, _, stop, _, _ in plan.chunks:
+        for sequence, _, stop, *_ in plan.chunks:
             sequence.num_in_flight -= 1
             if sequence.place is not None:
                 sequence.num_cached_tokens = stop
@@ -343,7 +360,12 @@ class Scheduler:
             if capture.sequence.num_captured_tokens == capture.stop:
                 capture.sequence.num_captured_tokens = 0
         for one in drawn:
-            one.sequence.generated += one.token_ids
+            sequence = one.sequence
+            sequence.generated += one.token_ids
+            if (
+                one.num_drafted and sequence.place is not None
+            ):  # the guesses from the first wrong one on are no more
+                sequence.num_planned_tokens = sequence.num_cached_tokens = sequence.num_tokens - 1
 
     def remove(self, sequences: Collection[SequenceState], *, is_sound: bool = True) -> None:
         """Take sequences out, wherever they are; their rows are free, and captured first if they are sound."""
@@ -745,9 +767,16 @@ class Encodes:
         self.planned.append(Encode(sequence, number))
 
 
-def _decode(sequence: SequenceState) -> Chunk:
+def _decode(sequence: SequenceState, draft: Sequence[int]) -> Chunk:
     start = sequence.num_planned_tokens
-    return Chunk(sequence, start, start + 1, begins=False, draws=True)
+    if not draft:
+        return Chunk(sequence, start, start + 1, begins=False, draws=True)
+    assert start == sequence.num_tokens - 1, "a guess of what follows nobody knows what"
+    assert sequence.place is not None
+    stop = min(start + 1 + len(draft), sequence.place.bucket.num_positions, sequence.max_total_tokens - 1)
+    if start < sequence.quantize_after:
+        stop = min(stop, sequence.quantize_after)
+    return Chunk(sequence, start, stop, begins=False, draws=True, draft=tuple(draft[: stop - start - 1]))
 
 
 def _repeats_left(chunk: Chunk) -> int:

@@ -60,11 +60,13 @@ class Sights:
         return mx.array([0 if rope is None else rope.delta for rope in ropes], dtype=mx.int32)
 
     def decoding(self, span: Span, deltas: mx.array | None) -> Inputs:
-        """For a forward of one token a row, none of a prompt's: nothing that is not on the device already."""
+        """For a forward of answers' tokens, none of a prompt's: nothing that is not on the device already."""
         if deltas is None:
             return NOTHING
         positions = (span.offset + deltas)[None, :, None]
-        return Inputs(None, {"position_ids": mx.broadcast_to(positions, (3, span.num_rows, 1))})
+        if span.num_tokens > 1:
+            positions = positions + mx.arange(span.num_tokens, dtype=mx.int32)
+        return Inputs(None, {"position_ids": mx.broadcast_to(positions, (3, span.num_rows, span.num_tokens))})
 
     def prompts(self, tokens: mx.array, chunks: Sequence[Chunk]) -> Inputs:
         """For a forward over tokens [B, T] of prompts."""
@@ -100,7 +102,7 @@ def blocks_of(chunks: Sequence[Chunk]) -> list[Blocks] | None:
 def _positions(chunks: Sequence[Chunk], width: int) -> np.ndarray:
     """[3, B, T] int32, 0 on padding."""
     positions = np.zeros((3, len(chunks), width), dtype=np.int32)
-    for row, (sequence, start, stop, _, _) in enumerate(chunks):
+    for row, (sequence, start, stop, *_) in enumerate(chunks):
         rope, inside = sequence.request.prompt.rope, min(stop, sequence.num_prompt_tokens)
         positions[:, row, : stop - start] = np.arange(start, stop)
         if rope is not None:

@@ -7,6 +7,7 @@ be the beginning of a stop string. Bytes that are no UTF-8 become U+FFFD; no tok
 from __future__ import annotations
 
 import codecs
+import copy
 from collections.abc import Sequence
 
 from serve.model.token_bytes import TokenBytes
@@ -34,6 +35,16 @@ class TextDecoder:
         self._is_whole = not self._begun  # no character is half there
         self.num_chars = 0
         """Characters that are final."""
+
+    @property
+    def is_start(self) -> bool:
+        """The next token is the first of its text."""
+        return self._is_start
+
+    @property
+    def pending(self) -> bytes:
+        """Of a character that is not whole."""
+        return self._utf8.getstate()[0]
 
     def bytes_of(self, token_id: int) -> bytes:
         """What `push` of this token would add; the character that a prompt began belongs to the first."""
@@ -70,6 +81,55 @@ class TextDecoder:
             return ""
         return self._utf8.decode(b"", final=True)
 
+    def breaks(self, token_id: int) -> bool:
+        """Whether this token, if it is the next, leaves a character unfinished."""
+        own = self._tokens[token_id]
+        return bool(own) and own[0] & 0xC0 != 0x80 and bool(self._utf8.getstate()[0])
+
+    def cut(self) -> str:
+        """As `finish`, and other text may follow."""
+        text = self.finish()
+        self._utf8.reset()
+        self._begun, self._is_whole = b"", True
+        self.num_chars += len(text)
+        return text
+
+    def fork(self) -> TextDecoder:
+        """One that goes on from here, and leaves this one as it is."""
+        other = copy.copy(self)
+        other._utf8 = copy.copy(self._utf8)
+        return other
+
+
+class Stops:
+    """Text up to a stop string, which may stand across its pieces."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.matched: str | None = None
+        """The stop string that has appeared; nothing follows it."""
+
+    def push(self, piece: str) -> str:
+        """What is final with this piece."""
+        if not self._stop:
+            return piece
+        text = self._held + piece
+        matches = [(index, stop) for stop in self._stop if (index := text.find(stop)) >= 0]
+        if matches:
+            # Where two stop strings begin at one index, the longer one says more.
+            index, self.matched = min(matches, key=lambda match: (match[0], -len(match[1])))
+            self._held = ""
+            return text[:index]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was held back, when nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
 
 class TextStream:
     """The text of one growing answer, up to a stop string. `follows` as TextDecoder takes it."""
@@ -78,10 +138,12 @@ class TextStream:
         self, tokens: TokenBytes, stop: Sequence[str] = (), follows: Sequence[int] | None = None
     ) -> None:
         self._decoder = TextDecoder(tokens, follows)
-        self._stop = tuple(stop)
-        self._held = ""
-        self.matched: str | None = None
+        self._stops = Stops(stop)
+
+    @property
+    def matched(self) -> str | None:
         """The stop string that has appeared; nothing follows it."""
+        return self._stops.matched
 
     @property
     def is_stopped(self) -> bool:
@@ -94,27 +156,14 @@ class TextStream:
         may_stop  a stop string may begin in it
         """
         piece = self._decoder.push(token_id)
-        return self._release(piece) if self._stop and may_stop else piece
+        return self._stops.push(piece) if may_stop else piece
 
     def finish(self) -> str:
         """What was held back, when the answer ends for another reason than a stop string."""
         if self.is_stopped:
             return ""
-        piece = self._release(self._decoder.finish())
-        held, self._held = self._held, ""
-        return piece if self.is_stopped else piece + held
-
-    def _release(self, piece: str) -> str:
-        text = self._held + piece
-        matches = [(index, stop) for stop in self._stop if (index := text.find(stop)) >= 0]
-        if matches:
-            # Where two stop strings begin at one index, the longer one says more.
-            index, self.matched = min(matches, key=lambda match: (match[0], -len(match[1])))
-            self._held = ""
-            return text[:index]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        piece = self._stops.push(self._decoder.finish())
+        return piece if self.is_stopped else piece + self._stops.finish()
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -60,6 +60,21 @@ class _Same:
         return hidden
 
 
+class _Tap:
+    """Stands where a layer stood: runs it, and keeps what it gives."""
+
+    def __init__(self, layer: nn.Module, number: int, taken: dict[int, mx.array]) -> None:
+        self._layer, self._number, self._taken = layer, number, taken
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        output = self._layer(*args, **kwargs)
+        self._taken[self._number] = output[0] if isinstance(output, tuple) else output
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
 class Network:
     """A model of mlx-lm, or one of mlx-vlm with all its towers, whose language part is split at its head.
 
@@ -93,6 +108,8 @@ class Network:
         """Where that is in the module; "" where it is the module."""
         self.vocab_size = 0
         """V: how many tokens the head scores; known once `check` has run."""
+        self.width = 0
+        """D: numbers of a hidden state; known once `check` has run."""
         self.num_head_axes: int | None = None
         """Axes the family's scores have between rows and tokens; known once `packed.mask_axes` has run."""
         self.placeholder_ids: tuple[int, ...] = ()
@@ -126,6 +143,13 @@ class Network:
         name = next((name for name in EMBEDDED_NAMES if name in inside), None)
         parts = [self.text_path, self._backbone_name, name]
         return None if name is None else ".".join(part for part in parts if part)
+
+    @property
+    def embeddings(self) -> nn.Module | None:
+        """The tokens' embeddings as the base has them, without updates; None: in none of the usual places."""
+        name = next((name for name in EMBEDDED_NAMES if name in self.backbone.children()), None)
+        found: Any = None if name is None else self.backbone[name]
+        return found["linear"] if getattr(found, "wraps_linear", False) else found
 
     @cached_property
     def tied_head(self) -> dict[str, str]:
@@ -186,6 +210,29 @@ class Network:
         body = self._with(HEAD_NAME, _Same())
         return _logits(type(body).__call__(body, tokens, cache=cache, **options))
 
+    @contextmanager
+    def tapped(self, numbers: Sequence[int]) -> Iterator[dict[int, mx.array]]:
+        """Inside, what these layers give is kept: by number, [B, T, D] of the last forward.
+
+        ModelError where there is no such layer, or the family's layers are in no list of the backbone.
+        """
+        layers, taken = self.backbone.get("layers"), dict[int, mx.array]()
+        if not numbers:
+            yield taken
+            return
+        if not isinstance(layers, list) or not all(0 <= number < len(layers) for number in numbers):
+            found = f"it has {len(layers)}" if isinstance(layers, list) else "its layers are in no list"
+            raise ModelError(
+                f"{type(self.module).__module__}: cannot look into layers {list(numbers)}: {found}"
+            )
+        whole = list(layers)
+        try:
+            for number in numbers:
+                layers[number] = _Tap(whole[number], number, taken)
+            yield taken
+        finally:
+            layers[:] = whole
+
     def logits(self, hidden: mx.array) -> mx.array:
         """The head alone: [..., D] → [..., V], by the family's own code. Rows keep their axis."""
         if self._backbone_name is None:
@@ -206,7 +253,9 @@ class Network:
             # mlx-vlm's outermost modules want pictures too.
             whole = _logits((self.text if self._is_of_mlx_vlm else self.module)(tokens))
         self.vocab_size = whole.shape[-1]
-        split = self.logits(self.hidden(tokens))
+        hidden = self.hidden(tokens)
+        self.width = hidden.shape[-1]
+        split = self.logits(hidden)
         scale = mx.maximum(mx.abs(whole).max(), 1.0)
         if not bool(mx.all(mx.abs(whole - split).max() <= 1e-2 * scale)):
             raise ModelError(f"{type(self.module).__module__}: its head cannot be run apart from its layers")
@@ -245,6 +294,12 @@ def _modules(value: object) -> Iterator[nn.Module]:
     elif isinstance(value, dict | list | tuple):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _modules(inner)
+
+
+def embedding_scale(network: Network) -> float:
+    """What the family multiplies its tokens' embeddings by."""
+    embeddings = network.embeddings
+    return float(getattr(embeddings, "embed_scale", getattr(network.backbone, "embed_scale", 1.0)))
 
 
 def text_positions(shape: Sequence[int], cache: Sequence[Any] | None) -> mx.array:

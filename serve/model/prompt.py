@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from serve.model.ngrams import Ngrams
+
 MediaKind = Literal["image", "video", "audio"]
 
 KEY_BYTES = 8
@@ -109,6 +111,11 @@ class Prompt:
     def tally(self) -> tuple[np.ndarray, np.ndarray]:
         """Its token ids, each once and ascending, and how often each comes: [K] int64 both. Not to be written to."""
         return np.unique(np.asarray(self.token_ids, dtype=np.int64), return_counts=True)
+
+    @cached_property
+    def ngrams(self) -> Ngrams:
+        """Where its n-grams came in it last. Not to be extended."""
+        return Ngrams(self.keys)
 
     def whole(self, stop: int) -> int:
         """Where what ends at `stop` may end: there, or before the block that it would cut."""

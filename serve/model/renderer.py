@@ -7,6 +7,7 @@ method. It changes no message but for what transformers changes: null values go,
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ _SET_HERE = {"messages", *inspect.signature(_BASE_METHOD).parameters} - {"docume
 """What no caller sets, whatever a template reads; special tokens come to it."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """A message's thoughts; templates read the first or the second."""
+_PART_OF_THOUGHT = re.compile(r"==\s*(['\"])thinking\1")
+"""How Mistral's templates find thoughts: as parts of the content."""
 
 
 class Renderer(Protocol):
@@ -76,8 +79,9 @@ class _Jinja:
         source = self._tokenizer.get_chat_template(None, tools)
         if source not in self._compiled:
             self._compiled[source] = JinjaTemplate(source)
+        in_parts = _PART_OF_THOUGHT.search(source) is not None and "reasoning_content" not in source
         set_here = {
-            "messages": [_as_read(message) for message in messages],
+            "messages": [_as_read(message, in_parts=in_parts) for message in messages],
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -140,7 +144,14 @@ def _variables(tokenizer: Any) -> frozenset[str]:
     )
 
 
-def _as_read(message: Message) -> dict[str, Any]:
+def _as_read(message: Message, *, in_parts: bool = False) -> dict[str, Any]:
+    """in_parts: thoughts are a part of the content, the first."""
     said = {key: value for key, value in message.items() if value is not None}
     thoughts = next((said[name] for name in _REASONING if name in said), None)
-    return said if thoughts is None else {"thinking": thoughts, **said, "reasoning_content": thoughts}
+    if thoughts is None:
+        return said
+    if in_parts:
+        content = said.get("content") or ""
+        words = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        said["content"] = [{"type": "thinking", "thinking": thoughts}, *words]
+    return {"thinking": thoughts, **said, "reasoning_content": thoughts}

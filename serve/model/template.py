@@ -59,7 +59,7 @@ SpecialTokens = Literal["words", "control"]
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE_LIMIT_S = 0.5
 """Of this thread's CPU, for each conversation by which a template is tried out."""
-_SWITCHES = ("enable_thinking", "thinking")
+SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates are told not to open a thought."""
 _THOUGHTS = ("<think>", "<thinking>", "<|channel>thought")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -138,7 +138,7 @@ class ChatTemplate:
         self._hidden_texts: dict[frozenset[str], tuple[ControlTokens, ControlTokens]] = {}
         self._media_forms: dict[tuple[str, str], Shown | None] = {}
         self._ends_turns = self._ends_of_turns()
-        self._quiet = [{name: False} for name in _SWITCHES if name in self.variables]
+        self._quiet = [{name: False} for name in SWITCHES if name in self.variables]
         self._cues = self._openings()
 
     @property

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 REPLACEMENT = "\ufffd"
 ANCHORS = ("a", "x", "1", "the")

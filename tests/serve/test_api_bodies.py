@@ -12,6 +12,7 @@ import pytest
 from odd_values import EDGES, ODD, is_number, places, with_
 
 from serve.api.body import MAX_DEPTH
+from serve.api.constraints import ConstrainedBody
 from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.runtime import Runtime
@@ -61,6 +62,8 @@ SHARED = {
     "quantized_kv_start": 3,
     "kv_plain_layers": 1,
     "cache_salt": "pepper",
+    "drafter": "ngram",
+    "prediction": {"type": "content", "content": [{"type": "text", "text": "hello"}]},
     "priority": 1,
     "timeout": 60,
 }
@@ -83,10 +86,27 @@ CHAT = {
     "top_logprobs": 2,
     "chat_template_kwargs": {"mood": "calm"},
     "reasoning_effort": "low",
+    "enable_thinking": True,
+    "thinking_budget": 1,
+    "thinking_token_budget": 1,
+    "thinking_start_token": "((",
+    "thinking_end_token": "))",
+    "include_reasoning": True,
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "description": "d", "schema": {"type": "string", "minLength": 1}},
+    },
 }
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": CHAT,
-    "/v1/completions": {**SHARED, "prompt": "hello", "logprobs": 2, "echo": True, "best_of": 1},
+    "/v1/completions": {
+        **SHARED,
+        "prompt": "hello",
+        "logprobs": 2,
+        "echo": True,
+        "best_of": 1,
+        "guided_regex": "[a-z]+",
+    },
     "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "nowhere", "load_inplace": True},
     "/v1/unload_lora_adapter": {"lora_name": "x"},
     "/v1/feedback": {"id": "chatcmpl-1", "name": "correct", "value": 1.0},
@@ -197,6 +217,7 @@ def test_the_bodies_above_have_every_field_there_is_and_are_valid(http):
     for path, body in BODIES.items():
         content = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         left_out = {"stream_options", "mm_processor_kwargs"}  # the second is of models that see
+        left_out |= set(ConstrainedBody.model_fields)  # of which a body has one
         assert fields(content["schema"]["$ref"].split("/")[-1]) - set(body) <= left_out
         if path.endswith("completions"):
             assert post(http, path, body).status_code == 200
@@ -405,9 +426,9 @@ def test_no_path_of_an_adapter_is_worse_than_a_4xx(http, quiet, tmp_path):
 
 
 HINTED = {
+    "guided_decoding_backend": "outlines",
     "metadata": {"a": "b"},
     "store": True,
-    "prediction": {"type": "content", "content": "x"},
     "prompt_cache_key": "k",
     "prompt_cache_options": {"x": 1},
     "prompt_cache_retention": "24h",

@@ -216,7 +216,7 @@ NO_PARTS = [
 @pytest.mark.parametrize(
     ("changes", "param", "told"),
     [
-        ({"response_format": {"type": "json_object"}}, "response_format", '"text"'),
+        ({"response_format": {"type": "structural_tag"}}, "response_format", "json_schema"),
         ({"tools": [{"type": "function"}]}, "tools", "only null or []"),
         ({"tool_choice": "auto"}, "tool_choice", '"none"'),
         ({"verbosity": "low"}, "verbosity", '"medium"'),

@@ -212,6 +212,26 @@ FAILURES: dict[Reply, type[LatheError]] = {
 }
 
 
+def thought(text: str, name: str = "reasoning_content") -> dict:
+    return {"choices": [{"delta": {name: text}, "finish_reason": None}]}
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_thoughts_are_dim_in_a_terminal_and_not_in_a_pipe_and_are_sent_back_as_such(name):
+    reply = sse(thought("Is ", name), thought("it?\x07", name), piece("Yes."), piece("", "stop"), "[DONE]")
+    shown = {}
+    for is_terminal in (True, False):
+        with scripted(reply) as (url, asked):
+            console = Console(file=io.StringIO(), force_terminal=is_terminal)
+            from_pipe(converse(url), [b"one\n", b"two\n"], console)
+            shown[is_terminal] = console.file.getvalue()
+        answer = {"role": "assistant", "content": "Yes.", "reasoning_content": "Is it?\x07"}
+        assert asked[1]["messages"][2] == answer
+    assert shown[False] == "> one\nYes.\n> two\nYes.\n"
+    told = "\x1b[2mIs \x1b[22m\x1b[2mit?\N{REPLACEMENT CHARACTER}\x1b[22m\n\nYes.\n"
+    assert shown[True] == f"> one\n{told}> two\n{told}"
+
+
 def test_what_was_said_survives_any_failure_and_is_sent_again():
     """Against a plain list kept beside: random answers and failures, random turns, retries and resets."""
     rng = random.Random(0)
@@ -580,7 +600,7 @@ def test_a_talk_outlives_the_server(endless_folder, tmp_path):
 DRAWN = {
     **{"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.125, "top_n_sigma": 1.5, "seed": 11},
     **{"xtc_probability": 0.25, "xtc_threshold": 0.0625, "repetition_penalty": 1.5, "presence_penalty": 0.5},
-    **{"frequency_penalty": -0.5, "max_tokens": 9},
+    **{"frequency_penalty": -0.5, "max_tokens": 9, "enable_thinking": False, "thinking_budget": 6},
 }
 
 
@@ -588,9 +608,10 @@ def test_each_option_of_chat_about_drawing_reaches_the_server_and_what_is_left_o
     params = {each.name for each in typer.main.get_command(lathe.app).commands["chat"].params}
     assert params - set(DRAWN) == {"model", "adapter", "url", "to", "system", "api_key"}
     for options in ({}, DRAWN):
-        words = [
-            word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))
-        ]
+        words = []
+        for name, value in options.items():
+            option = name.replace("_", "-")
+            words += [f"--no-{option}"] if value is False else [f"--{option}", str(value)]
         with answering(lambda body: whole("yes")) as (url, asked):
             result = CliRunner().invoke(lathe.app, ["chat", "--url", url, *words], input="hello\n")
         assert result.exit_code == 0, result.output

@@ -10,6 +10,7 @@ fails is run again by its name. Cases in which every two values come together ru
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product, starmap
@@ -18,17 +19,26 @@ from typing import Any
 
 import mlx.nn as nn
 import pytest
+from drafting import Eager, Foreteller
+from heads import write_eagle3
 from sighted import moving, shown
 from vlm_families import VLM_FAMILIES
 
 from serve.adapters.sums.combination import Combination, Weighted, added_up
 from serve.adapters.versions.version import AdapterVersion
 from serve.cache.precision import PLAIN, KvPrecision, precision
+from serve.constraints.compiler import GrammarCompiler
+from serve.constraints.spec import ConstraintSpec
+from serve.draft.lookup import LookupDrafter
+from serve.draft.make_heads import heads_of
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
+from serve.engine.thinking import Thinking
 from serve.media.content import Content
 from serve.model.loading import load
+from serve.model.ngrams import Ngrams
 from serve.model.prompt import Prompt
+from serve.model.thoughts import Mark, Thoughts
 
 pytestmark = pytest.mark.long
 
@@ -49,6 +59,25 @@ EDITED = (
     },
 )
 """What changes logits before they are drawn from, or looks at them otherwise."""
+THINK, END, SHORT_END = 90, (101, 102, 101), (124,)
+"""Tokens that mark thoughts."""
+
+
+def _thoughts(end: tuple[int, ...]) -> Thoughts:
+    written = {number: chr(0xD800 + number) for number in (THINK, *end)}
+    closing = Mark("".join(written[number] for number in end), "content")
+    marks = {"reasoning": (closing, Mark(written[THINK], "reasoning")), "content": (), "header": ()}
+    return Thoughts("law", marks, written, end, begins_inside=True)
+
+
+THOUGHTS, SHORT_THOUGHTS = _thoughts(END), _thoughts(SHORT_END)
+CONSTRAINTS = {
+    "schema": ConstraintSpec.of_schema(
+        {"type": "array", "items": {"enum": ["a", 1, None, "é"]}, "minItems": 99}, ""
+    ),
+    "regex": ConstraintSpec("regex", "[a-zéü ]{200,}"),
+}
+"""What answers must be that end by their length."""
 ADAPTERS = ("base", "lora", "dora", "experts")
 
 Change = Callable[["Setting"], "Setting"]
@@ -127,7 +156,8 @@ def preempted(talk: Talk, asked: Request, company: Sequence[Request], rng: rando
     scheduler, delay = talk.engine.scheduler, rng.randrange(1, 12)
     talk.until(lambda: asked.id in {sequence.request.id for sequence in scheduler.running})
     for _ in range(delay):
-        talk.step()
+        if len(talk.tokens[asked.id]) < NUM_TOKENS // 3:
+            talk.step()
     assert len(talk.tokens[asked.id]) < NUM_TOKENS
     talk.add(company[1])
     talk.until(lambda: asked.id in {sequence.request.id for sequence in scheduler.waiting})
@@ -160,6 +190,15 @@ class Setting:
     """Who asks; what was before was of nobody in particular."""
     precisions: tuple[KvPrecision, ...] = (PLAIN,)
     """Of the asked request one of them."""
+    drafter: str = "none"
+    """Who guesses what is said: one who was told, and says otherwise now and then ("told"), or who looks it up in a
+    prediction that is wrong in places, and wherever else it looks ("ngram"), or a random head, which reads the
+    model's states and keeps a layer in the rows ("head")."""
+    budgets: tuple[int | None, ...] = ()
+    """Of tokens that requests think, in answers that begin with a thought, one of them; None: until they end it
+    themselves, which they like to. Of no budgets: they answer at once."""
+    said: str = "free"
+    """What the asked answer must be, one of CONSTRAINTS; half of its company too."""
     limits: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -213,7 +252,19 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
         "late": put(place=late),
         "preempted": put(place=preempted, limits={"max_rows": 2}),
     },
+    "thought": {
+        "answers": put(),
+        "thinks": put(budgets=(None,)),
+        "budget": put(budgets=(0, 1, 4, 11, NUM_TOKENS - 2)),
+    },
+    "said": {"free": put(), "schema": put(said="schema"), "regex": put(said="regex")},
     "steps": {"in_turn": put(limits={"ahead": False}), "ahead": put(limits={"ahead": True})},
+    "drafts": {
+        "undrafted": put(),
+        "told": put(drafter="told"),
+        "ngram": put(drafter="ngram"),
+        "headed": put(drafter="head"),
+    },
 }
 SEEING: dict[str, dict[str, Change]] = {
     **DIMENSIONS,
@@ -239,6 +290,8 @@ COMPANY_PRECISIONS = (PLAIN, PLAIN, *forms(8), *forms(4), *forms(3.5))
 SEEING_PRECISIONS = (PLAIN, PLAIN, *forms(8, group_size=32), *forms(4, group_size=32), *forms(3.5))
 SHARES = (0.7, 0.4)
 """Of the two adapters that are merged."""
+MAX_GUESSES = 5
+SHARE_OF_LIES = 0.25
 NUM_LARGE = 3000
 NUM_SEEING = 800
 
@@ -306,8 +359,13 @@ def random_tokens(rng: random.Random, count: int, first: int = SPECIAL_TOKENS) -
 class Scene:
     """A case, about to run: an engine with the adapters of both kinds, and requests."""
 
-    def __init__(self, setting: Setting, rng: random.Random, lively: Any, folder: Path) -> None:
-        self.setting, self.rng, self.lively = setting, rng, lively
+    def __init__(
+        self, setting: Setting, name: str, lively: Any, folder: Path, told: Mapping[str, Sequence[int]] = {}
+    ) -> None:
+        """`told`: answers by request, of the same scene without drafts."""
+        self.setting, self.rng, self.lively, self.told = setting, random.Random(name), lively, told
+        self.folder = folder / "head"
+        rng, self.foretellers = self.rng, list[Foreteller]()
         limits = {"max_rows": 8, "prefill_chunk_tokens": rng.choice([16, 64, 256]), **setting.limits}
         self.sees = setting.model in VLM_FAMILIES
         self.first_token = SEEING_SPECIAL_TOKENS if self.sees else SPECIAL_TOKENS
@@ -327,7 +385,30 @@ class Scene:
 
     def open(self, *, asked: int = 0) -> None:
         """Another engine. `asked`: which adapter the asked request's is, for now."""
-        self.engine = Engine(load(str(self.lively.folder(self.setting.model)), name="law"), self.limits)
+        model = load(str(self.lively.folder(self.setting.model)), name="law")
+        drafters: dict[str, Any] = {}
+        if self.told and self.setting.drafter == "ngram":
+            drafters["ngram"] = LookupDrafter()
+        elif self.told:
+            rng = random.Random(len(self.foretellers))  # one of its own: the scene goes as it went without
+            self.foretellers.append(Foreteller(self.told, rng, SHARE_OF_LIES, model.network.vocab_size))
+            drafters["told"] = self.foretellers[-1]
+        if self.setting.drafter == "head" and self.setting.model not in RECURRENT:
+            network = model.network
+            layers = len(network.layers)
+            head = write_eagle3(
+                self.folder, inputs=(1, layers - 1, layers), width=network.width, vocab=network.vocab_size
+            )
+            drafters["head"] = heads_of(str(head), model)
+        self.engine = Engine(
+            model,
+            self.limits,
+            drafters=drafters,
+            drafter=self.setting.drafter if drafters else None,
+            gains=Eager(MAX_GUESSES),
+        )
+        tokens = self.engine.token_bytes
+        self.grammars = GrammarCompiler(model.tokenizer, tokens, model.network.vocab_size)
         self.versions: dict[str, AdapterVersion | None] = {}
         self.sources: dict[str, tuple[str, int]] = {}
         self.load("asked", self.setting.asked, asked)
@@ -357,10 +438,9 @@ class Scene:
             self.versions[name] = registry.add(source.name, source, is_found=True, is_combined=True)
             return
         folder = self.lively.adapter(model, kind, number)
-        if life == "peft" and (kind, model) != (
-            "experts",
-            "sliding",
-        ):  # whose experts PEFT has under no known name
+        # What PEFT has under no known name: experts of that model, and towers and projectors of those that see.
+        is_peft = life == "peft" and not (kind == "experts" and (model == "sliding" or self.sees))
+        if is_peft:
             folder = self.lively.in_pefts_layout(model, kind, number)
         self.versions[name] = registry.load(name, folder, replace=True)
 
@@ -393,14 +473,30 @@ class Scene:
         max_tokens: int,
         samplings: Sequence[dict[str, Any]] = ({}, *SEEDED, *EDITED[:-1]),
         precisions: Sequence[KvPrecision] | None = None,
+        said: str = "free",
     ) -> Request:
         """`id` begins with whose adapter it is for: "asked" or "beside"."""
         name, rng = id.partition("-")[0], self.rng
         self.source_of[id] = self.sources[name]
         settings = {"temperature": 0.0, "ignore_eos": True, **rng.choice(samplings)}
+        if said == "schema":  # which needs some of the tokens that may not come
+            settings = {key: settings[key] for key in settings if key not in ("stop_token_ids", "min_tokens")}
+        thinking = None
+        if self.setting.budgets and (name == "asked" or rng.random() < 0.5):
+            budget = rng.choice(self.setting.budgets)
+            thinking = Thinking(SHORT_THOUGHTS if budget is None else THOUGHTS, (), budget)
+            liked = () if budget is not None else ((SHORT_END[0], rng.choice([3.0, 6.0, 12.0])),)
+            settings["logit_bias"] = (*settings.get("logit_bias", ()), *liked)
         sampling = Sampling(max_tokens=max_tokens, seed=rng.getrandbits(40), **settings)
         precision = rng.choice(precisions or self.company_precisions)
-        return Request(id, self.build(prompt), sampling, adapter=self.versions[name], precision=precision)
+        grammar = None if said == "free" else self.grammars.compile(CONSTRAINTS[said])
+        adapter = self.versions[name]
+        request = Request(id, self.build(prompt), sampling, adapter=adapter, precision=precision)
+        if self.setting.drafter == "ngram" and id in self.told:
+            # Wrong in places that follow from the answer alone: the scene goes as it went without.
+            foreseen = [4 if number % 6 == 5 else token for number, token in enumerate(self.told[id])]
+            request = replace(request, prediction=Ngrams(array("q", foreseen)))
+        return replace(request, thinking=thinking, grammar=grammar)
 
     @property
     def company_precisions(self) -> Sequence[KvPrecision]:
@@ -476,7 +572,7 @@ class Scene:
         rng, setting = self.rng, self.setting
         tokens = self.tokens(rng.choice([1, 5, 30, 64, 65, 130, 240, 250]))
         prompt = self.begin(self.with_media(tokens, setting.seen))
-        asked = self.request("asked", prompt, NUM_TOKENS, setting.samplings, (self.form,))
+        asked = self.request("asked", prompt, NUM_TOKENS, setting.samplings, (self.form,), setting.said)
         names = ["beside", "asked", "beside", "asked", "beside", "beside", "asked"]
         company = [self.companion(f"{name}-{number}", prompt) for number, name in enumerate(names)]
         asked = replace(asked, tenant=setting.tenant)
@@ -496,7 +592,8 @@ class Scene:
             self.tokens(rng.choice([1, 7, 33, 100])), rng.choice([(), ("picture",), ("clip",)])
         )
         forms = (self.form,) if is_akin else None
-        return self.request(id, head + tail, rng.randrange(3, 24), precisions=forms)
+        said = rng.choice(["free", self.setting.said])
+        return self.request(id, head + tail, rng.randrange(3, 24), precisions=forms, said=said)
 
     def check(self, assert_drawn: Callable[[Request, Sequence[int], nn.Module], None]) -> None:
         """Every answer that there was."""
@@ -505,6 +602,17 @@ class Scene:
                 assert len(talk.tokens[name]) == asked.sampling.max_tokens
                 module = self.lively.module(self.setting.model, *self.source_of[name])
                 assert_drawn(asked, talk.tokens[name], module)
+
+    def check_drafts(self) -> None:
+        """Of guesses some were right and some were not, and each answer's drafter was told of its end."""
+        for foreteller in self.foretellers:
+            ended = sorted(foreteller.forgotten)
+            assert ended == sorted(set(ended)), "told twice"
+        if self.told:
+            stats = list(self.engine.guesses.stats.values())
+            assert 0 < sum(one.num_accepted for one in stats) < sum(one.num_drafted for one in stats)
+        elif "head" in self.engine.guesses.names:
+            assert sum(one.num_drafted for one in self.engine.guesses.stats.values())
 
     def check_hits(self) -> None:
         """Without recurrent state, what was computed before is not computed again; what must not be used is."""
@@ -527,12 +635,21 @@ class Scene:
     ],
 )
 def test_a_request_draws_what_it_draws_alone_on_the_merged_model(case, lively, assert_drawn, tmp_path):
-    name = "-".join(case)
-    scene = Scene(setting_of(case), random.Random(name), lively, tmp_path)
+    name, setting = "-".join(case), setting_of(case)
+    told: dict[str, list[int]] = {}
+    if setting.drafter in ("told", "ngram") and setting.model not in RECURRENT:
+        first = Scene(setting, name, lively, tmp_path / "first")
+        try:
+            first.run()
+        finally:
+            first.engine.close()
+        told = {id: tokens for talk in first.talks for id, tokens in talk.tokens.items()}
+    scene = Scene(setting, name, lively, tmp_path / "case", told)
     try:
         scene.run()
         scene.check(assert_drawn)
         scene.check_hits()
+        scene.check_drafts()
     except Exception as error:
         error.add_note(
             f"again: pytest tests/serve/test_composition.py -m 'large or not large' -k {name}\n"

@@ -11,6 +11,9 @@ if TYPE_CHECKING:  # the scheduler plans with versions, and imports no mlx
     from serve.adapters.formats.lineage import Lineage
     from serve.model.template import ChatTemplate
 
+COMBINED = "(combined)"
+"""What all combinations of adapters are counted as."""
+
 
 @dataclass(frozen=True)
 class AdapterVersion:
@@ -57,6 +60,11 @@ class AdapterVersion:
     def is_combined(self) -> bool:
         """Whether it is others, weighted and added."""
         return self.number == 0
+
+    @property
+    def label(self) -> str:
+        """Name without version, for metrics; one for all combinations, of which there is no end."""
+        return COMBINED if self.is_combined else self.name
 
     @property
     def num_modules(self) -> int:

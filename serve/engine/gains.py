@@ -1,0 +1,203 @@
+"""How far to guess: acceptance of rows and adapters, and what a step of so many tokens takes. No arrays, no clock.
+
+A step of B rows and W tokens a row gives row r
+
+    1 + p_r + p_r² + … + p_r^k,   k = min(guesses of r, W - 1),   p_r: how often its guesses are right
+
+tokens, in t(B · W) seconds and what guessing them takes; the W with the most tokens a second is taken, 1 where none
+gains MIN_GAIN. What times are not known is filled in by those that are, for t grows about as N^COST_EXPONENT.
+A row's p is its own as far as it has drafted, and before that the last rows' of the same drafter and adapter. Where
+guesses do not pay, they are tried again within an allowance: TRIAL_SHARE of the time and what drafts have gained.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+
+from serve.engine.drafts import Acceptance, Drafter, Drafting
+
+MAX_DRAFT = 15
+WIDTHS = (1, 2, 3, 4, 5, 7, 9, 12, 16)
+"""Tokens a row of a step: few, so that each is timed often and compiled once."""
+COST_EXPONENT = 0.4
+"""Measured on CPU: 1, 9 and 72 tokens take 27, 65 and 149 ms."""
+MIN_GAIN = 1.03
+TRIAL_SHARE = 0.01
+MAX_ALLOWANCE = 2.5
+"""In plain steps; as much is there at first."""
+TRIAL_WIDTH = 3
+FIRST_SHARE = 0.7
+"""What is thought of a drafter that nobody has asked yet."""
+FIRST_WEIGHT = 2.0
+ROW_WEIGHT = 3.0
+"""Guesses of other rows that a new row's first ones stand beside."""
+ROW_MEMORY, GROUP_MEMORY = 0.9, 0.99
+MAX_GROUPS = 4096
+NUM_KEPT = 5
+SHORTEST_S = 1e-9
+
+
+class StepTimes:
+    """Seconds of a step by its tokens."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, deque[float]] = {}
+        self._sizes: list[int] = []  # in order
+
+    def note(self, num_tokens: int, seconds: float) -> None:
+        """A step of so many tokens took that long."""
+        kept = self._seconds.get(num_tokens)
+        if kept is None:
+            kept = self._seconds[num_tokens] = deque(maxlen=NUM_KEPT)
+            insort(self._sizes, num_tokens)
+        kept.append(max(seconds, SHORTEST_S))
+
+    def of(self, num_tokens: int) -> float | None:
+        """What such a step takes, measured, or by those on either side of it; None while nothing is known."""
+        if not self._sizes:
+            return None
+        at = bisect_left(self._sizes, num_tokens)
+        if at < len(self._sizes) and self._sizes[at] == num_tokens:
+            return self._shortest(num_tokens)
+        if at == 0:
+            nearest = self._sizes[0]
+        elif at == len(self._sizes):
+            nearest = self._sizes[-1]
+        else:
+            low, high = self._sizes[at - 1], self._sizes[at]
+            of_low, of_high = self._shortest(low), self._shortest(high)
+            part = math.log(num_tokens / low) / math.log(high / low)
+            return of_low * (of_high / of_low) ** part
+        return self._shortest(nearest) * (num_tokens / nearest) ** COST_EXPONENT
+
+    def _shortest(self, num_tokens: int) -> float:
+        """Of the last few: a busy machine makes the others longer."""
+        return min(self._seconds[num_tokens])
+
+
+class Gains:
+    """Of one engine. Driven by `note_step`, `note_guessing` and `note_draft`."""
+
+    def __init__(self) -> None:
+        self._steps = StepTimes()
+        self._guessing: dict[str, StepTimes] = {}  # by name of the drafter
+        self._groups: OrderedDict[tuple[str, str], Acceptance] = OrderedDict()
+        self._allowance = MAX_ALLOWANCE  # in plain steps
+        self._guessed_s = 0.0  # since the last step
+
+    def begin(self, name: str, drafter: Drafter, adapter: str) -> Drafting:
+        """What a new sequence under that adapter ("": the base) is to have."""
+        share = self._group(name, adapter).share
+        return Drafting(name, drafter, Acceptance(share * ROW_WEIGHT, ROW_WEIGHT, ROW_MEMORY))
+
+    def wanted(self, draftings: Sequence[Drafting | None]) -> int:
+        """How many guesses to ask for each row's, of those that run a token; 0: none are worth the asking."""
+        counts = [0 if drafting is None else MAX_DRAFT for drafting in draftings]
+        return self._width(draftings, counts, self._guessing_s(draftings)) - 1
+
+    def width(self, draftings: Sequence[Drafting | None], counts: Sequence[int]) -> int:
+        """Tokens a row that the step is to run, given how many guesses there are for each."""
+        return self._width(draftings, counts, {})
+
+    def note_step(self, num_rows: int, width: int, num_drawn: int, seconds: float) -> None:
+        """A step of so many rows has drawn so many tokens and did nothing else; guessing not counted."""
+        plain_s, guessed_s = self._steps.of(num_rows), self._guessed_s
+        self._steps.note(num_rows * width, seconds)
+        self._guessed_s = 0.0
+        if plain_s is None:
+            return
+        if width == 1:
+            self._allow(TRIAL_SHARE - guessed_s / plain_s)
+        else:
+            self._allow(num_drawn / num_rows - (guessed_s + seconds) / plain_s)
+
+    def skip_step(self) -> None:
+        """A step did other things too, so what it took says nothing, nor what was guessed for it."""
+        self._guessed_s = 0.0
+
+    def note_guessing(self, name: str, num_rows: int, count: int, seconds: float) -> None:
+        """A drafter was asked for so many guesses of so many rows each."""
+        self._guessing.setdefault(name, StepTimes()).note(num_rows * count, seconds)
+        self._guessed_s += seconds
+
+    def note_draft(self, drafting: Drafting, adapter: str, num_drafted: int, num_right: int) -> None:
+        """A row's guesses have been checked."""
+        drafting.num_drafts += 1
+        drafting.num_drafted += num_drafted
+        drafting.num_right += num_right
+        drafting.acceptance.note(num_drafted, num_right)
+        self._group(drafting.name, adapter).note(num_drafted, num_right)
+
+    def _width(
+        self, draftings: Sequence[Drafting | None], counts: Sequence[int], guessing_s: Mapping[int, float]
+    ) -> int:
+        num_rows, longest = len(counts), max(counts, default=0)
+        plain_s = self._steps.of(num_rows)
+        if not longest:
+            return 1
+        if plain_s is None:  # the first steps: they are timed
+            return 1
+        shares = [drafting.acceptance.share if drafting else 0.0 for drafting in draftings]
+        best, most = 1, MIN_GAIN * num_rows / plain_s
+        for width in WIDTHS[1:]:
+            if width > longest + 1:
+                width = longest + 1
+            tokens = sum(
+                _expected(share, min(count, width - 1)) for share, count in zip(shares, counts, strict=True)
+            )
+            step_s = self._steps.of(num_rows * width)
+            assert step_s is not None
+            rate = tokens / (step_s + guessing_s.get(width, 0.0))
+            if rate > most:
+                best, most = width, rate
+            if width == longest + 1:
+                break
+        if best > 1:
+            return best
+        return min(TRIAL_WIDTH, longest + 1) if self._may_try(num_rows, plain_s, guessing_s) else 1
+
+    def _may_try(self, num_rows: int, plain_s: float, guessing_s: Mapping[int, float]) -> bool:
+        """Whether a trial's loss, if all guesses are wrong, is within what is allowed."""
+        step_s = self._steps.of(num_rows * TRIAL_WIDTH)
+        assert step_s is not None
+        return (step_s + guessing_s.get(TRIAL_WIDTH, 0.0)) / plain_s - 1 <= self._allowance
+
+    def _guessing_s(self, draftings: Sequence[Drafting | None]) -> dict[int, float]:
+        """By width, what the drafters take for it; those that nobody has timed, nothing."""
+        names: dict[str, int] = {}
+        for drafting in draftings:
+            if drafting is not None:
+                names[drafting.name] = names.get(drafting.name, 0) + 1
+        return {
+            width: sum(
+                self._guessing[name].of(num_rows * (width - 1)) or 0.0
+                for name, num_rows in names.items()
+                if name in self._guessing
+            )
+            for width in WIDTHS[1:]
+        }
+
+    def _allow(self, num_steps: float) -> None:
+        self._allowance = min(self._allowance + num_steps, MAX_ALLOWANCE)
+
+    def _group(self, name: str, adapter: str) -> Acceptance:
+        key = (name, adapter)
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = Acceptance(FIRST_SHARE * FIRST_WEIGHT, FIRST_WEIGHT, GROUP_MEMORY)
+            if len(self._groups) > MAX_GROUPS:
+                self._groups.popitem(last=False)
+        else:
+            self._groups.move_to_end(key)
+        return group
+
+
+def _expected(share: float, count: int) -> float:
+    """Tokens of a row with so many guesses: itself, and those before the first wrong one."""
+    if count == 0:
+        return 1.0
+    share = min(share, 0.999)
+    return (1 - share ** (count + 1)) / (1 - share)
