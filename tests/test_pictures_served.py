@@ -203,7 +203,7 @@ def test_several_shapes_are_listed_in_their_order_and_told_apart_by_number(clien
 
 
 def test_a_clip_s_colour_is_told_and_where_it_begins_and_ends_far_more_often_than_by_chance(client):
-    """The same frames in the other order are the other way. Chance is a quarter; three fifths are what it gets right."""
+    """The same frames in the other order are the other way. Chance is a quarter; it gets three fifths right."""
     rng = random.Random(2)
     asked, moves = [], []
     for _ in range(20):
