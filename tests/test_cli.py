@@ -50,6 +50,7 @@ COMMANDS = (
     "bench adapters",
     "bench step",
     "bench cache",
+    "bench constraints",
     "bench conversations",
     "bench images",
     "bench train",

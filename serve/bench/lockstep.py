@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
 import mlx.core as mx
 
+from serve.constraints.grammar import Grammar
 from serve.engine.engine import Engine
 from serve.engine.request import Request, Sampling
 from serve.errors import StoppedError
@@ -22,10 +23,11 @@ from serve.model.prompt import Prompt
 
 @dataclass(frozen=True)
 class Side:
-    """An engine, and the adapters that its rows name in turn; none: the base."""
+    """An engine, the adapters that its rows name in turn, none: the base, and the grammars that they keep to."""
 
     engine: Engine
     adapters: Sequence[str] = ()
+    grammars: Sequence[Grammar] = ()
 
 
 @dataclass
@@ -40,14 +42,18 @@ class Cost:
 
 
 def run(
-    sides: Sequence[Side], prompts: Sequence[Sequence[int]], max_tokens: int, number: int = 0
+    sides: Sequence[Side],
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    number: int = 0,
+    temperature: float = 0.0,
 ) -> list[Cost]:
     """Every side answers all `prompts`, a row each, from beginning to end. Raises StoppedError if a row fails.
 
     number  of the round: odd ones begin with the last side
     """
     costs = [Cost() for _ in sides]
-    held = [_begin(side, prompts, max_tokens) for side in sides]
+    held = [_begin(side, prompts, max_tokens, temperature) for side in sides]
     turns = list(zip(sides, costs, strict=True))
     if number % 2:
         turns.reverse()
@@ -62,13 +68,17 @@ def run(
     return costs
 
 
-def _begin(side: Side, prompts: Sequence[Sequence[int]], max_tokens: int) -> list:
+def _begin(side: Side, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float) -> list:
     """Queue a request for each prompt. Returns the versions that they hold."""
-    engine, sampling = side.engine, Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    engine = side.engine
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, ignore_eos=True)
     versions = [engine.registry.acquire(name) for name in islice(cycle(side.adapters), len(prompts))]
     for row, prompt in enumerate(prompts):
         adapter = versions[row] if versions else None
-        engine.add(engine.check(Request(str(row), Prompt(tuple(prompt)), sampling, adapter)))
+        grammar = side.grammars[row % len(side.grammars)] if side.grammars else None
+        own = replace(sampling, seed=row)
+        request = Request(str(row), Prompt(tuple(prompt)), own, adapter, grammar=grammar)
+        engine.add(engine.check(request))
     return versions
 
 
