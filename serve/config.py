@@ -493,6 +493,6 @@ def _drafter_under(folder: Path, drafter: ModelDrafter | HeadsDrafter) -> ModelD
     changes: dict[str, Any] = {}
     if drafter.model is not None:
         changes["model"] = _model_under(folder, drafter.model)
-    if isinstance(drafter, ModelDrafter):
+    if isinstance(drafter, ModelDrafter) and drafter.adapters:
         changes["adapters"] = {name: _under(folder, path) for name, path in drafter.adapters.items()}
     return drafter.model_copy(update=changes)

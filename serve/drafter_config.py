@@ -28,8 +28,9 @@ class NgramDrafter(Strict):
     """Guesses of one step at most, and never more than tokens that agreed before them."""
     min_match: int = Field(2, ge=2, le=4)
     """So many of a row's last tokens are found again at least."""
-    remembered_tokens: int = Field(1 << 18, ge=0)
-    """Of earlier answers, of all who have asked together; 104 bytes each at most; 0: none."""
+    remembered_tokens: int | None = Field(None, ge=0)
+    """Of earlier answers, of all who have asked together, 104 bytes each at most; 0: none. If left out, 262,144, or
+    what a 64th of the memory for keys and values holds."""
 
 
 class ModelDrafter(Strict):

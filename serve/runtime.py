@@ -17,6 +17,7 @@ from serve.adapters.versions.version import AdapterVersion
 from serve.config import ServeConfig
 from serve.draft.make import make_drafters
 from serve.engine.engine import Engine, EngineLimits
+from serve.engine.gains import Gains
 from serve.engine.worker import Worker
 from serve.errors import AdapterError
 from serve.experiments.recorder import Recorder
@@ -92,14 +93,15 @@ class Runtime:
         return cls.around(model, config)
 
     @classmethod
-    def around(cls, model: LoadedModel, config: ServeConfig) -> Runtime:
-        """As `start`, on a model that is loaded already and named config.base_name."""
+    def around(cls, model: LoadedModel, config: ServeConfig, gains: Gains | None = None) -> Runtime:
+        """As `start`, on a model that is loaded already and named config.base_name. `gains`: as Engine has it."""
         defaults = SamplingDefaults(**config.default_sampling.model_dump())
         if config.generation_config == "auto":
             defaults = defaults.over(read_defaults(model.path))
         rules = TemplateRules(config.special_tokens_in_messages)
-        drafters = make_drafters(config.drafter, model)
-        engine = Engine(model, _limits(config), rules, drafters.by_name, drafters.default)
+        limits = _limits(config)
+        drafters = make_drafters(config.drafter, model, limits)
+        engine = Engine(model, limits, rules, drafters.by_name, drafters.default, gains)
         engine.bank.measure()
         template = make_template(model.tokenizer, rules)
         thoughts = ThoughtRules(

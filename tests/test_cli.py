@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import lathe
 from serve.commands import serving
 from serve.config import ServeConfig, load_config
+from serve.errors import ConfigError
 from serve.experiments.assignment import Experiment, Variant
 from serve.experiments.store import Exposure, Store
 
@@ -53,6 +55,7 @@ COMMANDS = (
     "bench constraints",
     "bench conversations",
     "bench images",
+    "bench drafters",
     "bench train",
     "demo",
     "doctor",
@@ -138,8 +141,8 @@ def test_the_flags_of_serve_are_keys_of_its_configuration():
     for name, key in serving.KEYS_OF.items():
         assert not flags.pop(name).default, "what is not given is the file's"
         group, _, inside = key.rpartition(".")
-        fields = (ServeConfig.model_fields[group].annotation if group else ServeConfig).model_fields
-        assert inside in fields
+        annotation = ServeConfig.model_fields[group].annotation if group else ServeConfig
+        assert any(inside in kind.model_fields for kind in get_args(annotation) or (annotation,))
     assert set(flags) <= set(ServeConfig.model_fields)
     memory = [
         name
@@ -178,6 +181,10 @@ FLAGS_GIVEN = {
     "allow_private_hosts": True,
     "max_media": 3,
     "max_pixels": 50_000,
+    "drafter": "ngram",
+    "drafter_model": "d",
+    "drafter_max_tokens": 3,
+    "drafter_min_match": 4,
     "generation_config": "none",
     "temperature": 0.0,
     "top_p": 0.5,
@@ -209,6 +216,10 @@ def test_every_flag_of_serve_arrives_in_its_key_and_no_other_key_changes():
         words = [name] if value is True else [word for each in values for word in (name, str(each))]
         needed = ["--prefix-cache-dir", "p"] if flag == "prefix_cache_disk_gib" else []
         needed = ["--feature-cache-dir", "p"] if flag == "feature_cache_disk_gib" else needed
+        needed = (
+            ["--drafter", "model" if flag.endswith("model") else "ngram"] if "drafter_" in flag else needed
+        )
+        needed += ["--drafter-model", "m"] if flag == "drafter_model" else []
         needed = ["--kv-bits", "8"] if flag.startswith("kv_") and flag != "kv_bits" else needed
         before, after = serve_config(*needed).model_dump(), serve_config(*needed, *words).model_dump()
         *groups, key = serving.KEYS_OF.get(flag, flag).split(".")
@@ -222,9 +233,25 @@ def test_every_flag_of_serve_arrives_in_its_key_and_no_other_key_changes():
                 each.absolute() for each in values
             ]
         else:
-            assert found == value, flag
+            assert (found["kind"] if flag == "drafter" else found) == value, flag
         assert before == after, f"{flag} changes another key"
     assert serve_config("--no-enable-thinking").enable_thinking is False
+
+
+def test_a_drafter_is_named_in_place_of_the_files_in_whatever_order_it_is_described(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\ndrafter: {kind: model, model: d, max_tokens: 2}\n")
+    command = typer.main.get_command(lathe.app).commands["serve"]
+
+    def drafter(*words: str) -> dict[str, Any]:
+        given = command.make_context("serve", [str(file), *words]).params
+        return load_config(file, serving.keys_given(given)).drafter.model_dump(exclude_unset=True)
+
+    assert drafter("--drafter", "none") == {"kind": "none"}
+    assert drafter("--drafter-max-tokens", "3", "--drafter", "ngram") == {"kind": "ngram", "max_tokens": 3}
+    assert drafter("--drafter-model", "e") == {"kind": "model", "model": "e", "max_tokens": 2}
+    with pytest.raises(ConfigError, match=r"drafter\.min_match: unknown key"):
+        drafter("--drafter-min-match", "3")
 
 
 BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\niters: many\n"
@@ -245,6 +272,7 @@ BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\nite
         ),
         ("serve {tmp}/no-such-model --kv-bits 3.5 --prefix-cache-dir p", ("no-such-model", "no model")),
         ("serve {tmp}/no-such-model --one-step-ahead maybe", ("one_step_ahead", "maybe")),
+        ("serve {tmp}/no-such-model --drafter eagle", ("drafter.kind: found 'eagle'", "'ngram', 'model'")),
         ("doctor --adapter {tmp}", ("--model",)),
         ("doctor --model {tmp}/no-such-model", ("no-such-model",)),
         ("chat --url http://127.0.0.1:1", ("http://127.0.0.1:1", "lathe serve")),

@@ -8,6 +8,7 @@ import io
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.runtime import Runtime
 from train.asking import held_out, recipe_of
-from train.data.picture_chats import ORDINALS
-from train.data.shapes import COLOURS, data_uri
+from train.data.picture_chats import ORDINALS, describe, describe_clip, list_all
+from train.data.shapes import COLOURS, data_uri, draw_move, draw_scene, film, paint
 from train.run import run
 
 pytestmark = pytest.mark.long
@@ -67,17 +68,21 @@ def offline(runs):
     return {"shapes": Reference(MODEL), **{name: Reference(MODEL, folder / name) for name in TASKS}}
 
 
-def answer(client: openai.OpenAI, model: str, messages: list[dict[str, Any]]) -> str:
+def answer(
+    client: openai.OpenAI, model: str, messages: list[dict[str, Any]], max_tokens: int = MAX_TOKENS
+) -> str:
     made = client.chat.completions.create(
-        model=model, messages=messages, max_tokens=MAX_TOKENS, temperature=0
+        model=model, messages=messages, max_tokens=max_tokens, temperature=0
     )
     return made.choices[0].message.content
 
 
-def answers(client: openai.OpenAI, asked: list[tuple[str, list[dict[str, Any]]]]) -> list[str]:
+def answers(
+    client: openai.OpenAI, asked: list[tuple[str, list[dict[str, Any]]]], max_tokens: int = MAX_TOKENS
+) -> list[str]:
     """All at once, so that they share batches."""
     with ThreadPoolExecutor(len(asked)) as pool:
-        return list(pool.map(lambda one: answer(client, *one), asked))
+        return list(pool.map(lambda one: answer(client, *one, max_tokens), asked))
 
 
 def as_pil(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -153,25 +158,60 @@ def test_held_out_pictures_are_answered_over_http_as_exactly_as_after_training(c
     assert sum(row.is_met_by(text) for row, text in zip(rows, served, strict=True)) > 0.9 * len(rows)
 
 
-def test_three_plain_pictures_at_once_and_one_a_turn_are_told_apart_as_offline(client, offline):
-    asked, shown = [], []
-    for seed in range(5):
-        colours = random.Random(seed).sample(list(COLOURS), 3)
+@pytest.mark.parametrize("number", [3, 5])
+def test_which_of_several_plain_pictures_is_second_at_once_and_one_a_turn(client, offline, number):
+    """mlx-vlm 1084: only the last of several pictures was used; 833: pictures of earlier turns were not."""
+    asked, wanted = [], []
+    for seed in range(4):
+        colours = random.Random(seed).sample(list(COLOURS), number)
         plain = [picture(Image.new("RGB", (64, 48), COLOURS[colour])) for colour in colours]
         turns = []
         for colour, one in zip(colours, plain, strict=True):
             turns += [user(one, "What colour is it?"), {"role": "assistant", "content": colour}]
-        for ordinal in ORDINALS:
+        for ordinal, colour in zip(ORDINALS, colours, strict=False):
             question = f"Which is {ordinal}?"
             asked += [[user(*plain, question)], [*turns, user(question)]]
-            shown += [colours] * 2
+            wanted += [f"the {colour} one"] * 2
     served = answers(client, [("shapes", messages) for messages in asked])
-    wanted = [answer_offline(offline["shapes"], messages) for messages in asked]
-    clear = [(text, right) for text, (right, gap) in zip(served, wanted, strict=True) if gap > CLEAR]
-    assert len(clear) > 0.9 * len(asked)
-    assert not [pair for pair in clear if pair[0] != pair[1]]
-    assert all(any(colour in text for colour in row) for text, row in zip(served, shown, strict=True))
-    assert len(set(served)) > 2
+    differing = [pair for pair in zip(served, wanted, strict=True) if pair[0] != pair[1]]
+    assert len(differing) <= 0.1 * len(asked), differing
+    alone = [answer_offline(offline["shapes"], messages) for messages in asked]
+    assert [
+        pair for pair in zip(served, alone, strict=True) if pair[0] != pair[1][0] and pair[1][1] > CLEAR
+    ] == []
+
+
+def test_several_shapes_are_listed_in_their_order_and_told_apart_by_number(client):
+    """Pictures that differ in more than a colour, and questions about one of them."""
+    rng = random.Random(1)
+    asked, wanted = [], []
+    for _ in range(8):
+        scenes = [draw_scene(rng) for _ in range(rng.randint(2, 5))]
+        shown = [picture(paint(rng, scene)) for scene in scenes]
+        asked.append([user(*shown, "List the pictures.")])
+        wanted.append(list_all(scenes))
+        for ordinal, scene in zip(ORDINALS, scenes, strict=False):
+            asked.append([user(*shown, f"What is in the {ordinal} picture?")])
+            wanted.append(describe(scene))
+    served = answers(client, [("shapes", messages) for messages in asked], max_tokens=64)
+    differing = [pair for pair in zip(served, wanted, strict=True) if pair[0] != pair[1]]
+    assert len(differing) <= 0.1 * len(asked), differing
+
+
+def test_a_clip_is_described_from_its_first_frame_to_its_last(client):
+    """The same frames in the other order are the other way."""
+    rng = random.Random(2)
+    asked, wanted = [], []
+    for _ in range(10):
+        move = draw_move(rng)
+        frames = [data_uri(frame) for frame in film(rng, move)]
+        back = replace(move, begin=move.end, end=move.begin)
+        for one, shown in ((move, frames), (back, frames[::-1])):
+            asked.append([user({"type": "video", "video": shown}, "What happens?")])
+            wanted.append(describe_clip(one))
+    served = answers(client, [("shapes", messages) for messages in asked])
+    differing = [pair for pair in zip(served, wanted, strict=True) if pair[0] != pair[1]]
+    assert len(differing) <= 0.1 * len(asked), differing
 
 
 @pytest.mark.skipif(not LARGE_PICTURES.is_dir(), reason="no folder of large pictures beside this checkout")

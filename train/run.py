@@ -128,14 +128,14 @@ def _train(
     records = nullcontext() if ranks.rank else recording(flight, model, keeper, saved, state, console, server)
     with records as journal, wired(), caught_signals() as caught, losses_named():
         together = Together(journal, ranks, give_all)
-        rollouts = flight.rollouts(model)
+        answered = flight.answered(model, objective)
         metric = together.shared(metric_of(flight, model, together.say))
         Trainer(
             stepper,
             loop_settings(recipe, flight.num_iterations),
-            rollouts.batch_at if rollouts else flight.batch_at,
+            answered.batch_at if answered else flight.batch_at,
             together,
-            validation(flight, stepper, rollouts, metric),
+            validation(flight, stepper, answered, metric),
             state=state,
             stop=lambda: agree_to_stop(ranks, caught),
         ).fit()
@@ -148,7 +148,7 @@ def _train(
             caught=caught[0] if caught else None,
             metric=recipe.metric.name if recipe.metric else None,
             published_step=published_step,
-            test_loss=test_loss(flight, stepper, rollouts),
+            test_loss=test_loss(flight, stepper, answered),
             num_trainable=adapted.num_trainable,
         )
     if journal is None:

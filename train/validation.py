@@ -1,5 +1,5 @@
-"""What a run measures on rows it does not learn from: their mean loss, or the mean reward of answers to them, and
-beside it the recipe's metric."""
+"""What a run measures on rows it does not learn from: their mean loss, the mean reward of answers to them, or what of
+answers to them a drafter guesses; and beside it the recipe's metric."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from train.data.splits import Split
 from train.foresee.preflight import Preflight
 from train.loop.keeper import METRIC
 from train.loop.step import Evaluation, Stepper
-from train.objectives.rollouts import Rollouts, evaluation_of
+from train.objectives.rollouts import Rollouts
+from train.objectives.taught import TaughtBatches
 from train.watch.exact_match import exact_match
 
+Answered = Rollouts | TaughtBatches
+"""What makes batches of prompts."""
 Measure = Callable[[int], Mapping[str, float]]
 """step → numbers by name, of the weights as they are."""
 
 
 def validation(
-    flight: Preflight, stepper: Stepper, rollouts: Rollouts | None, measure: Measure
+    flight: Preflight, stepper: Stepper, answered: Answered | None, measure: Measure
 ) -> Callable[[int], Evaluation] | None:
     """What the trainer calls at each validation; None where there are no validation rows."""
-    loss = _loss(flight, stepper, rollouts, flight.valid, flight.valid_batches(), flight.recipe.val_batches)
+    loss = _loss(flight, stepper, answered, flight.valid, flight.valid_batches(), flight.recipe.val_batches)
     if loss is None:
         return None
 
@@ -34,25 +37,25 @@ def validation(
     return evaluate
 
 
-def test_loss(flight: Preflight, stepper: Stepper, rollouts: Rollouts | None) -> float | None:
+def test_loss(flight: Preflight, stepper: Stepper, answered: Answered | None) -> float | None:
     """The loss on the test rows, for weights that are done; None where the recipe asks for none."""
-    loss = _loss(flight, stepper, rollouts, flight.test, flight.test_batches(), flight.recipe.test_batches)
+    loss = _loss(flight, stepper, answered, flight.test, flight.test_batches(), flight.recipe.test_batches)
     return loss().loss if loss else None
 
 
 def _loss(
     flight: Preflight,
     stepper: Stepper,
-    rollouts: Rollouts | None,
+    answered: Answered | None,
     split: Split | None,
     batches: Sequence[Batch],
     num_batches: int,
 ) -> Callable[[], Evaluation] | None:
     if split is None:
         return None
-    if rollouts is not None:  # its rows are prompts, to be answered
+    if answered is not None:  # its rows are prompts, to be answered
         num_rows = flight.recipe.batch_size * flight.ranks.size
-        return lambda: evaluation_of(rollouts, split, num_rows, num_batches)
+        return lambda: answered.evaluation(split, num_rows, num_batches)
     return lambda: stepper.mean_loss(batches)
 
 

@@ -143,7 +143,7 @@ class _Measuring:
             assert mine.num_tokens == other.num_tokens == num_rows * tokens, "both have answered all"
             if number:
                 costs.append((mine, other))
-        return [_throughput(what, kind, costs, asked) for kind in ("wall", "cpu")]
+        return [lockstep.throughput(what, kind, costs, asked) for kind in lockstep.KINDS]
 
     def _prompts(self, num_rows: int, number: int) -> list[list[int]]:
         """Token ids of words, different ones in each row and round."""
@@ -152,16 +152,3 @@ class _Measuring:
             [10 + (37 * row + 11 * t * (1 + row % 7)) % 400 for t in range(self.setting.num_prompt_tokens)]
             for row in rows
         ]
-
-
-def _throughput(what: str, kind: str, costs: Sequence[tuple[Cost, Cost]], asked: float) -> Finding:
-    """Both made the same tokens, so it is the inverse of what they took."""
-    ours, theirs = ([getattr(each[side], f"{kind}_s") for each in costs] for side in (0, 1))
-    words = "by the wall" if kind == "wall" else "in CPU time"
-    return Finding(
-        f"{what}, {words}",
-        tuple(b / a for a, b in zip(ours, theirs, strict=True)),
-        asked,
-        "at least",
-        {"s": ours, "s of the other": theirs},
-    )

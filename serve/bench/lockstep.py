@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle, islice
 
 import mlx.core as mx
 
+from serve.bench.finding import Finding
 from serve.constraints.grammar import Grammar
 from serve.engine.engine import Engine
 from serve.engine.request import Request, Sampling
 from serve.errors import StoppedError
 from serve.model.prompt import Prompt
+
+KINDS = ("wall", "cpu")
+"""Of time."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,11 @@ def run(
 ) -> list[Cost]:
     """Every side answers all `prompts`, a row each, from beginning to end. Raises StoppedError if a row fails.
 
-    number  of the round: odd ones begin with the last side
+    number       of the round: odd ones begin with the last side
+    temperature  at which tokens are drawn, by the number of the row in the round
     """
     costs = [Cost() for _ in sides]
-    held = [_begin(side, prompts, max_tokens, temperature) for side in sides]
+    held = [_begin(side, prompts, max_tokens, number, temperature) for side in sides]
     turns = list(zip(sides, costs, strict=True))
     if number % 2:
         turns.reverse()
@@ -68,16 +73,32 @@ def run(
     return costs
 
 
-def _begin(side: Side, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float) -> list:
+def throughput(what: str, kind: str, costs: Sequence[Sequence[Cost]], asked: float) -> Finding:
+    """Of the first side over the second, by the wall or in CPU time, a round each. Both have made as many tokens, so
+    it is the inverse of what they took."""
+    ours, theirs = ([getattr(each[side], f"{kind}_s") for each in costs] for side in (0, 1))
+    words = "by the wall" if kind == "wall" else "in CPU time"
+    return Finding(
+        f"{what}, {words}",
+        tuple(b / a for a, b in zip(ours, theirs, strict=True)),
+        asked,
+        "at least",
+        {"s": ours, "s of the other": theirs},
+    )
+
+
+def _begin(
+    side: Side, prompts: Sequence[Sequence[int]], max_tokens: int, number: int, temperature: float
+) -> list:
     """Queue a request for each prompt. Returns the versions that they hold."""
     engine = side.engine
-    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, ignore_eos=True)
     versions = [engine.registry.acquire(name) for name in islice(cycle(side.adapters), len(prompts))]
     for row, prompt in enumerate(prompts):
         adapter = versions[row] if versions else None
+        seed = number * len(prompts) + row
+        sampling = Sampling(max_tokens=max_tokens, temperature=temperature, ignore_eos=True, seed=seed)
         grammar = side.grammars[row % len(side.grammars)] if side.grammars else None
-        own = replace(sampling, seed=row)
-        request = Request(str(row), Prompt(tuple(prompt)), own, adapter, grammar=grammar)
+        request = Request(str(row), Prompt(tuple(prompt)), sampling, adapter, grammar=grammar)
         engine.add(engine.check(request))
     return versions
 

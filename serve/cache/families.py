@@ -154,7 +154,7 @@ def _problem(network: Network, rows: BatchRows) -> tuple[str, bool] | None:
 
 def _in_company(network: Network, rows: BatchRows) -> mx.array:
     """[3, D]: the last hidden states of the histories, from one batch."""
-    first, second, third = (_tokens(index) for index in range(len(HISTORY_CHUNKS)))
+    first, second, third = (_tokens(network, index) for index in range(len(HISTORY_CHUNKS)))
     short, long = Bucket(PLAIN, 16), Bucket(PLAIN, 24)
     run = _runner(network, rows)
     rows.resize({short: 2, long: 1})
@@ -216,7 +216,7 @@ def _forward(network: Network, rows: BatchRows, span: Span, tokens: list[list[in
 def _alone(network: Network, index: int) -> mx.array:
     """[D]: the last hidden state of one history, from the family's own cache, in the same chunks."""
     cache = network.make_cache()
-    tokens = mx.array([[*_tokens(index), *SHARED_TOKENS]])
+    tokens = mx.array([[*_tokens(network, index), *SHARED_TOKENS]])
     start = 0
     for width in (*HISTORY_CHUNKS[index], *(1 for _ in SHARED_TOKENS)):
         hidden = network.hidden(tokens[:, start : start + width], cache=cache)
@@ -224,9 +224,10 @@ def _alone(network: Network, index: int) -> mx.array:
     return hidden[0, -1]
 
 
-def _tokens(index: int) -> list[int]:
+def _tokens(network: Network, index: int) -> list[int]:
     """A history of its own: small token ids, which every vocabulary has."""
-    return list(range(10 * (index + 1), 10 * (index + 1) + sum(HISTORY_CHUNKS[index])))
+    first = 10 * (index + 1)
+    return [token % network.vocab_size for token in range(first, first + sum(HISTORY_CHUNKS[index]))]
 
 
 def _size(values: mx.array) -> float:

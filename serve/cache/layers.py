@@ -201,6 +201,10 @@ class LayerRows:
         assert span is not None
         for run in span.runs:
             self.stores[run.bucket].write(run, run.of(keys), run.of(values))
+        return self.seen(span)
+
+    def seen(self, span: Span) -> tuple[Any, Any]:
+        """What attention takes of a span whose tokens write nothing here."""
         if self.is_dense:
             return self._dense(span)
         held = HeldRows(self, span)

@@ -59,6 +59,7 @@ class BatchRows:
         }
         self._prove = prove
         self._attached = ""
+        self._num_attached = 0
         self._chunk_tokens = cost.prefill_chunk_tokens
         self._ring = min(
             (layer.ring for layer in self.attending if layer.ring is not None), default=MAX_POSITIONS
@@ -72,6 +73,11 @@ class BatchRows:
     def attending(self) -> list[LayerRows]:
         """The layers that keep keys and values."""
         return list(self._attending.values())
+
+    @property
+    def own(self) -> list[LayerRows]:
+        """Those of the family's code, first to last."""
+        return self.attending[: len(self.attending) - self._num_attached]
 
     @property
     def num_bytes(self) -> int:
@@ -100,6 +106,7 @@ class BatchRows:
         shapes = (*self.cost.layers, *(layer.shape for layer in layers))
         self.cost = replace(self.cost, layers=shapes, _bytes={})
         self._attached += f"|{name}"
+        self._num_attached += len(layers)
 
     def prove(self) -> None:
         """Raise ModelError unless rows in company are what the family's own cache is. Leaves the rows empty.

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from serve.commands.options import JsonFile, PngFile, above_0, check_writable, numbers_of, one_of, words_of
+from serve.commands.options import (
+    EMBEDDED_MODEL,
+    JsonFile,
+    PngFile,
+    above_0,
+    check_writable,
+    numbers_of,
+    one_of,
+    words_of,
+)
 from serve.commands.output import at_work, dim, new_console, save_json
 
 if TYPE_CHECKING:
@@ -209,6 +218,51 @@ def bench_cache(
         throughput=throughput.Setting(clients, max_tokens=max_tokens, rounds=rounds),
     )
     _measure(cache.run, asked, f"Median of {rounds} round(s), and extremes", folder, json_file)
+
+
+@app.command("drafters")
+def bench_drafters(
+    parts: Parts = "copied,unguessed,model",
+    rounds: Annotated[int, typer.Option(min=1, help="What is compared takes turns this many times.")] = 3,
+    rows: Annotated[int, typer.Option(min=2, help="copied, unguessed: requests that run together.")] = 8,
+    adapters: Annotated[int, typer.Option(min=1, help="copied: of those rows, in turns.")] = 4,
+    changed: Annotated[
+        float, typer.Option(min=0, max=1, help="copied: share of the shown tokens that are others.")
+    ] = 0.02,
+    prompt_tokens: Annotated[int, typer.Option(min=32)] = 256,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 160,
+    draft: Annotated[
+        Path, typer.Option(help="model: the draft model; the embedded one.", show_default=False)
+    ] = EMBEDDED_MODEL,
+    target: Annotated[
+        Path | None,
+        typer.Option(help="model: its target, 20 times as large; one that it stands in, widened."),
+    ] = None,
+    noise: Annotated[
+        float, typer.Option(min=0, help="model: how far the widened one is from saying the same.")
+    ] = 0.01,
+    size: ModelSize = "29M",
+    folder: Annotated[Path | None, typer.Option(help="Keep models and adapters here.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure what guesses gain: n-grams on copied and on unguessed answers, and a draft model, over none."""
+    from serve.bench import drafters
+    from serve.bench.standin import SIZES
+
+    asked = drafters.Setting(
+        draft=str(draft),
+        parts=_chosen(parts, drafters.PARTS, "--parts"),
+        target=str(target) if target is not None else None,
+        noise=noise,
+        size=SIZES[one_of(size, tuple(SIZES), "--size")],
+        rows=rows,
+        num_adapters=adapters,
+        changed=changed,
+        num_prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        rounds=rounds,
+    )
+    _measure(drafters.run, asked, f"Median of {rounds} round(s), and extremes", folder, json_file)
 
 
 @app.command("images")

@@ -22,6 +22,7 @@ Overrides = Annotated[
 ]
 ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="LATHE_API_KEY", help="Of that server.")]
 
+EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "data" / "tickets"
 DEFAULT_PORT = 8000
 DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
 

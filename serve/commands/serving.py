@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serve.commands.options import ApiKey, JsonFile, Overrides, check_writable, overrides_of
+from serve.commands.options import EMBEDDED_MODEL, ApiKey, JsonFile, Overrides, check_writable, overrides_of
 from serve.commands.output import new_console, save_json
 
 if TYPE_CHECKING:
     from serve.config import ServeConfig
     from serve.conversation import Conversation
 
-EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "data" / "tickets"
 app = typer.Typer()
 
 Adapters = Annotated[

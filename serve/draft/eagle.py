@@ -13,6 +13,7 @@ from serve.cache.attention import install
 from serve.cache.capacity import LayerShape
 from serve.cache.layers import LayerRows
 from serve.cache.rows import BatchRows
+from serve.cache.spans import Span
 from serve.engine.sampler import Sampler
 from serve.errors import ModelError
 from serve.model.network import Network
@@ -24,14 +25,19 @@ ALWAYS_PLAIN = -1
 """The depth of a layer that no precision quantizes."""
 
 
+def refuse_other(name: str, asked: Mapping[str, tuple[int, int]]) -> None:
+    """ModelError where what a drafter takes of its base is not what the base has: (its, the base's) by what it is."""
+    problems = [f"{its} {what}, where the base has {has}" for what, (its, has) in asked.items() if its != has]
+    if problems:
+        raise ModelError(f"{name}: was made for another base: it takes {' and '.join(problems)}")
+
+
 class Eagle3:
     """A head of mlx-vlm's class, over rows."""
 
-    def __init__(self, module: Any, name: str, fingerprint: str, inputs: Sequence[int] | None) -> None:
-        """`inputs`: numbers of the target's layers whose inputs it reads; None: those that its authors chose."""
+    def __init__(self, module: Any, name: str, fingerprint: str) -> None:
         self._module = module
         self._name = name
-        self._inputs = inputs
         self.fingerprint = f"eagle3:{fingerprint}"
         self.taps: Sequence[int] = ()
         self._targets: mx.array | None = None
@@ -40,7 +46,8 @@ class Eagle3:
     def bind(self, network: Network, rows: BatchRows) -> Sequence[LayerRows]:
         """Its layers' rows. ModelError where it was made for another target."""
         module, layers = self._module, len(network.layers)
-        inputs = [2, layers // 2, layers - 3] if self._inputs is None else list(self._inputs)
+        chosen = module.config.eagle_aux_hidden_state_layer_ids
+        inputs = [2, layers // 2, layers - 3] if chosen is None else list(chosen)  # its authors' choice
         if len(inputs) != NUM_TAPS or not all(1 <= number <= layers for number in inputs):
             raise ModelError(
                 f"{self._name}: reads the inputs of layers {inputs}, and the base has {layers}; expected "
@@ -48,14 +55,13 @@ class Eagle3:
             )
         self.taps = [number - 1 for number in inputs]
         self._vocab_size = network.vocab_size
-        problems = []
-        if module.target_vocab_size != network.vocab_size:
-            problems.append(f"{module.target_vocab_size} tokens, where the base has {network.vocab_size}")
-        width = network.width
-        if module.target_hidden_size != width:
-            problems.append(f"states of {module.target_hidden_size} numbers, where the base has {width}")
-        if problems:
-            raise ModelError(f"{self._name}: was made for another base: it takes " + " and ".join(problems))
+        refuse_other(
+            self._name,
+            {
+                "numbers a state": (module.target_hidden_size, network.width),
+                "tokens": (module.target_vocab_size, network.vocab_size),
+            },
+        )
         embeddings = network.embeddings
         if embeddings is not None and embeddings.weight.shape == module.embed_tokens.weight.shape:
             module.embed_tokens = embeddings
@@ -74,9 +80,9 @@ class Eagle3:
         """[B, T, D'] of three layers' outputs."""
         return self._module._prepare_target_hidden(mx.concatenate([taken[tap] for tap in self.taps], axis=-1))
 
-    def run(self, tokens: mx.array, states: mx.array, positions: mx.array) -> mx.array:
+    def run(self, tokens: mx.array, states: mx.array, span: Span) -> mx.array:
         """[B, T, D']; a pair is turned by its token's position."""
-        self._module._next_position = positions + 1
+        self._module._next_position = span.offset + 1
         return self._module._forward_tokens(tokens, states, mx.int32)
 
     def guess(self, states: mx.array, sampler: Sampler, counters: Sequence[int]) -> mx.array:

@@ -24,12 +24,14 @@ import numpy as np
 from serve.adapters.bank.bank import Bank
 from serve.cache.layers import LayerRows
 from serve.cache.rows import BatchRows
+from serve.cache.spans import Span
 from serve.draft.places import Samplers, in_rows, place_of, span_of
 from serve.engine.drafts import Wanted
 from serve.engine.plan import Chunk, SequenceState
 from serve.engine.sampler import Sampler
 from serve.model.network import Network
 
+MAX_TOKENS = 15
 MAX_CARRIED = 64
 """Of a longer chunk, only the last state is kept: a prompt's, in which nothing is guessed."""
 
@@ -43,13 +45,13 @@ class Head(Protocol):
     """Layers of the target whose outputs it reads, beside the last one's; known once bound."""
 
     def bind(self, network: Network, rows: BatchRows) -> Sequence[LayerRows]:
-        """Its layers' rows, beside the base's. ModelError where it is not of this target."""
+        """Its layers' rows; none where it reads the base's alone. ModelError where it is not of this target."""
 
     def read(self, hidden: mx.array, taken: Mapping[int, mx.array]) -> mx.array:
         """[B, T, D'] what it takes of the target's states: hidden [B, T, D], and [B, T, D] of each tap."""
 
-    def run(self, tokens: mx.array, states: mx.array, positions: mx.array) -> mx.array:
-        """tokens [B, T] and states [B, T, D'] of pairs, of which the first stand at positions [B] → [B, T, D']."""
+    def run(self, tokens: mx.array, states: mx.array, span: Span) -> mx.array:
+        """tokens [B, T] and states [B, T, D'] of pairs, which stand where the span says → [B, T, D']."""
 
     def guess(self, states: mx.array, sampler: Sampler, counters: Sequence[int]) -> mx.array:
         """[B] of states [B, D']."""
@@ -64,14 +66,24 @@ class _States(NamedTuple):
     stop: int
 
 
+MAX_TOKENS = 15
+
+
 class Heads:
     """A drafter (`serve.engine.drafts.Reader`) over one head."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Head, max_tokens: int = MAX_TOKENS) -> None:
+        """`max_tokens`: guesses of one step at most, of a row."""
         self._head = head
+        self._max_tokens = max_tokens
         self._layers: Sequence[LayerRows] = ()
         self._known: WeakKeyDictionary[SequenceState, _States] = WeakKeyDictionary()
         self._samplers = Samplers()
+
+    @property
+    def max_bytes(self) -> int:
+        """Its layers stand in the target's rows, and are counted there."""
+        return 0
 
     @property
     def taps(self) -> Sequence[int]:
@@ -81,16 +93,25 @@ class Heads:
     def bind(self, network: Network, bank: Bank, rows: BatchRows) -> None:
         """To a target and its rows, once. ModelError where the head is not of this target."""
         self._layers = self._head.bind(network, rows)
-        self._bank = bank
-        rows.attach(self._layers, self._head.fingerprint)
+        self._bank, self._placeholders = bank, network.placeholder_ids
+        if self._layers:
+            rows.attach(self._layers, self._head.fingerprint)
 
     def observe(
         self, tokens: mx.array, hidden: mx.array, taken: Mapping[int, mx.array], chunks: Sequence[Chunk]
     ) -> list[mx.array]:
         """A forward of the target: tokens [B, T], its final states [B, T, D], those of the taps. What it builds is
         computed with the rows; returned is what else is to be."""
-        num_tokens = tokens.shape[1]
         states = self._head.read(hidden, taken)
+        if self._layers:
+            self._write(tokens, states, chunks)
+        return [self._kept(chunks, states)]
+
+    def _write(self, tokens: mx.array, states: mx.array, chunks: Sequence[Chunk]) -> None:
+        """Entries of the pairs of chunks."""
+        num_tokens = tokens.shape[1]
+        for placeholder in self._placeholders:
+            tokens = mx.where(tokens == placeholder, 0, tokens)
         pairs = self._before(chunks, states)  # [B, 1, D']
         if num_tokens > 1:
             pairs = mx.concatenate([pairs, states[:, :-1]], axis=1)
@@ -101,13 +122,12 @@ class Heads:
             pairs = mx.where(is_first[..., None], states, pairs)
             tokens = mx.where(is_first, mx.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1), tokens)
         self._run([c.sequence for c in chunks], starts, [c.begins for c in chunks], tokens, pairs)
-        return [self._kept(chunks, states)]
 
     def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
         """A chain of guesses for each, as long as is wanted and its row has room for scratch."""
         guesses: list[list[int]] = [[] for _ in wanted]
         order = [number for number in in_rows(wanted) if self._room(wanted[number])]
-        counts = {number: min(wanted[number].most, self._room(wanted[number])) for number in order}
+        counts = {n: min(wanted[n].most, self._max_tokens, self._room(wanted[n])) for n in order}
         if not order:
             return guesses
         sequences = [wanted[number].sequence for number in order]
@@ -122,7 +142,7 @@ class Heads:
                 tokens, states = tokens[at], states[at]
             sequences = [wanted[number].sequence for number in order]
             self._bank.rows.set([one.slot for one in sequences])
-            starts = [one.num_tokens - 2 + step for one in sequences]
+            starts = [one.num_tokens - 2 + (step if self._layers else 0) for one in sequences]
             states = self._run(sequences, starts, [False] * len(order), tokens, states)
             counters = [len(one.generated) + step for one in sequences]
             found = self._head.guess(states[:, -1], self._samplers.of(sequences), counters)
@@ -139,11 +159,16 @@ class Heads:
         """It has ended."""
         self._known.pop(sequence, None)
 
+    def clear(self, tenant: str | None) -> None:
+        """It remembers nothing of texts that have ended."""
+
     def _room(self, one: Wanted) -> int:
         """How many entries of scratch its row takes behind what it holds; 0 where its last state is not known."""
         position = one.sequence.num_tokens - 2
         if self._at(one.sequence, position) is None:
             return 0
+        if not self._layers:
+            return one.most
         return place_of(one.sequence).bucket.num_positions - position
 
     def _run(
@@ -157,7 +182,7 @@ class Heads:
         span = span_of(sequences, starts, begins, tokens.shape[1])
         for layer in self._layers:
             layer.span = span
-        return self._head.run(tokens, states, span.offset)
+        return self._head.run(tokens, states, span)
 
     def _before(self, chunks: Sequence[Chunk], states: mx.array) -> mx.array:
         """[B, 1, D']: the state before each chunk, or zeros."""

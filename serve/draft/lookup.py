@@ -22,7 +22,9 @@ NAME = "ngram"
 MAX_TOKENS = 15
 MIN_MATCH = 2
 REMEMBERED_TOKENS = 1 << 18
-"""Of earlier answers, of all spaces together: 104 bytes each at most."""
+"""Of earlier answers, of all spaces together."""
+BYTES_PER_TOKEN = 104
+"""Of an earlier answer's token at most."""
 LEAST_TOKENS = 256
 """What a space counts for at least: it has tables, however little was said there."""
 SPACE_TOKENS = 1 << 16
@@ -78,9 +80,19 @@ class LookupDrafter:
         self._rows: dict[SequenceState, _Row] = {}
 
     @property
+    def max_bytes(self) -> int:
+        """Of earlier answers."""
+        return self._answers.max_tokens * BYTES_PER_TOKEN
+
+    @property
     def num_bytes(self) -> int:
         """Memory held, but for what prompts know of themselves."""
         return self._answers.num_bytes + sum(row.own.num_bytes for row in tuple(self._rows.values()))
+
+    @property
+    def num_rows(self) -> int:
+        """Whose answers it follows."""
+        return len(self._rows)
 
     @property
     def num_remembered(self) -> int:
@@ -197,7 +209,7 @@ class Answers:
 
     def __init__(self, max_tokens: int) -> None:
         """max_tokens: of all spaces; 0: nothing is remembered."""
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._text_tokens = min(SPACE_TOKENS, max_tokens) // 2
         self._texts: OrderedDict[Space, tuple[Ngrams, ...]] = OrderedDict()
         self._num_counted = 0
@@ -230,7 +242,7 @@ class Answers:
         recent.extend(new)
         self._texts[space] = texts = (recent, *older)
         self._num_counted += _counted(texts)
-        while self._num_counted > self._max_tokens and len(self._texts) > 1:
+        while self._num_counted > self.max_tokens and len(self._texts) > 1:
             self._take(next(iter(self._texts)))
 
     def clear(self, tenant: str | None) -> None:

@@ -9,36 +9,40 @@ from typing import Any
 import mlx.core as mx
 
 from serve import device
+from serve.draft.dflash import DFlash
 from serve.draft.eagle import Eagle3
-from serve.draft.heads import Head, Heads
+from serve.draft.gemma4 import Gemma4Assistant
+from serve.draft.heads import MAX_TOKENS, Heads
 from serve.draft.mtp import own_mtp
+from serve.engine.drafts import Reader
 from serve.errors import ModelError
 from serve.model.loading import LOAD_ERRORS, LoadedModel, cast, fingerprint, read_config, resolve
 from serve.model.weights import dequantize
 
 
-def heads_of(path_or_repo: str, model: LoadedModel) -> Heads:
+def heads_of(path_or_repo: str, model: LoadedModel, max_tokens: int = MAX_TOKENS) -> Reader:
     """The drafter in a folder, or a hub repository, for a base. ModelError where it cannot be used, and why."""
+    from mlx_vlm.utils import get_model_type
+
     path = resolve(path_or_repo)
     config = read_config(path)
-    kind = str(config.get("speculators_model_type") or config.get("model_type"))
+    kind = get_model_type(config)
     make = KINDS.get(kind)
     if make is None:
         known = ", ".join(sorted(KINDS))
         raise ModelError(
             f"{path_or_repo}: a drafter of kind {kind!r} cannot be used; those that can: {known}"
         )
-    return Heads(make(path, path_or_repo, config, model))
+    return make(_module(path, path_or_repo, config, model), path_or_repo, fingerprint(path), max_tokens)
 
 
-def own_heads_of(model: LoadedModel) -> Heads:
+def own_heads_of(model: LoadedModel, max_tokens: int = MAX_TOKENS) -> Reader:
     """The drafter in the base's own checkpoint. ModelError where there is none that can be used."""
-    return Heads(own_mtp(model))
+    return Heads(own_mtp(model), max_tokens)
 
 
-def _eagle3(path: Path, name: str, config: dict[str, Any], model: LoadedModel) -> Head:
-    inputs = config.get("eagle_aux_hidden_state_layer_ids")
-    return Eagle3(_module(path, name, config, model), name, fingerprint(path), inputs)
+def _eagle3(module: Any, name: str, fingerprint: str, max_tokens: int) -> Reader:
+    return Heads(Eagle3(module, name, fingerprint), max_tokens)
 
 
 def _module(path: Path, name: str, config: Mapping[str, Any], model: LoadedModel) -> Any:
@@ -61,5 +65,14 @@ def _module(path: Path, name: str, config: Mapping[str, Any], model: LoadedModel
     return module
 
 
-KINDS: Mapping[str, Callable[[Path, str, dict[str, Any], LoadedModel], Head]] = {"eagle3": _eagle3}
+def _gemma4(module: Any, name: str, fingerprint: str, max_tokens: int) -> Reader:
+    return Heads(Gemma4Assistant(module, name, fingerprint), max_tokens)
+
+
+KINDS: Mapping[str, Callable[[Any, str, str, int], Reader]] = {
+    "eagle3": _eagle3,
+    "gemma4_assistant": _gemma4,
+    "gemma4_dflash": DFlash,
+    "qwen3_dflash": DFlash,
+}
 """By model_type."""

@@ -100,9 +100,9 @@ class DraftModel:
         """Memory of its rows, prefixes and adapters. From any thread."""
         return self._rows.num_bytes + self._prefixes.num_bytes + self._adapters.num_bytes
 
-    def propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
-        """For each at most `most` guesses; none for a row that has not caught up with its text yet, has no room, or
-        whose prompt shows something."""
+    def propose(self, wanted: Sequence[Wanted]) -> list[list[int] | None]:
+        """For each at most `most` guesses; None for a row that has not caught up with its text yet or has no room
+        now, and never any for one whose prompt shows something, or that is too long."""
         try:
             return self._propose(wanted)
         except BaseException:
@@ -134,19 +134,22 @@ class DraftModel:
         self._rows.check_integrity()
         assert self._rows.num_bytes + self._prefixes.num_bytes <= self._max_bytes
 
-    def _propose(self, wanted: Sequence[Wanted]) -> list[list[int]]:
+    def _propose(self, wanted: Sequence[Wanted]) -> list[list[int] | None]:
         self._num_rounds += 1
         reach = min(max((each.most for each in wanted), default=0), self._max_tokens)
         asked = [one for each in wanted if (one := self._follow(each.sequence, reach)) is not None]
         seated = self._rows.seat(asked)
         self._bound_prefixes()
         for one in seated:
-            if not one.num_known:
+            if not one.num_known and one.num_missing > FEW_TOKENS:
                 self._prefixes.restore(one)
         self._catch_up([one for one in seated if one.num_missing > FEW_TOKENS])
         ready = [one for one in seated if one.num_missing <= FEW_TOKENS]
         guesses = self._guess(ready, reach) if ready else {}
-        return [guesses.get(each.sequence, [])[: each.most] for each in wanted]
+        late = {one.sequence for one in asked} - guesses.keys()
+        return [
+            None if each.sequence in late else guesses.get(each.sequence, [])[: each.most] for each in wanted
+        ]
 
     def _follow(self, sequence: SequenceState, reach: int) -> Followed | None:
         """What is followed of it, with room for `reach` guesses; None where there is nothing to guess."""

@@ -1,6 +1,6 @@
-"""Multi-token prediction (DeepSeek-AI 2024, arXiv 2412.19437, section 2.2): the checkpoint's own layer behind its last.
+"""Multi-token prediction (DeepSeek-AI 2024, arXiv 2412.19437, section 2.2): the checkpoint's layer behind its last.
 
-    pair (h_p, t_{p+1}) ─▶ [enorm(embedding of t_{p+1}), hnorm(h_p)] ─ eh_proj ─▶ one layer of the family ─ norm ─▶ state
+    pair (h_p, t_{p+1}) ─▶ [enorm(embedding of t_{p+1}), hnorm(h_p)] ─ eh_proj ─▶ family's layer ─ norm ─▶ state
 
 The state gives a guess of t_{p+2} by the head, and is h for the pair that follows. mlx-lm leaves these weights out,
 so they are read from the checkpoint's files, and made what the family's own code calls them.
@@ -23,11 +23,13 @@ from serve import device
 from serve.cache.attention import install
 from serve.cache.layers import LayerRows
 from serve.cache.rows import BatchRows
+from serve.cache.spans import Span
 from serve.draft.eagle import ALWAYS_PLAIN
 from serve.engine.sampler import Sampler
 from serve.errors import ModelError
 from serve.model.loading import LOAD_ERRORS, LoadedModel, cast, fingerprint
 from serve.model.network import Network
+from serve.model.past import is_state, parts_of
 from serve.model.weights import dense_weight, dequantize
 
 FAMILIES = ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
@@ -70,7 +72,7 @@ class Mtp:
 
     def bind(self, network: Network, rows: BatchRows) -> Sequence[LayerRows]:
         """Its layer's rows: what the base's own layers keep, the head's keeps too."""
-        own = rows.attending[-1]
+        own = rows.own[-1]
         self._network = network
         if self._embeddings is None:
             self._embeddings = network.embeddings
@@ -84,7 +86,7 @@ class Mtp:
         """The final states as they are."""
         return hidden
 
-    def run(self, tokens: mx.array, states: mx.array, positions: mx.array) -> mx.array:
+    def run(self, tokens: mx.array, states: mx.array, span: Span) -> mx.array:
         """[B, T, D]; a pair is turned by its state's position, which the rows say."""
         rows = self._rows
         assert rows is not None, "bound"
@@ -113,6 +115,11 @@ def own_mtp(model: LoadedModel) -> Mtp:
     """The head in a model's own checkpoint. ModelError where there is none, or it cannot be used."""
     network, name = model.network, model.name
     kind = str(model.config.get("model_type"))
+    if any(is_state(part) for cache in network.make_cache() for part in parts_of(cache)):
+        raise ModelError(
+            f"{name}: layers of {kind} keep a state that takes in every token, and a wrong guess cannot be taken "
+            f"back from it; expected drafter: none"
+        )
     if kind not in FAMILIES:
         raise ModelError(
             f"{name}: heads in the checkpoint itself are known of {', '.join(FAMILIES)}, and this is {kind}; a head "
@@ -177,12 +184,11 @@ def _module(model: LoadedModel, number: int, weights: Mapping[str, mx.array]) ->
 
 def _layer_weights(path: Path, prefix: str) -> dict[str, mx.array]:
     """What the checkpoint's files call so, without the prefix. Nothing is read but what is used."""
-    return {
-        name.removeprefix(prefix): array
-        for file in sorted(path.glob("*.safetensors"))
-        for name, array in mx.load(str(file)).items()
-        if name.startswith(prefix)
-    }
+    found: dict[str, mx.array] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        arrays: Any = mx.load(str(file))
+        found |= {name.removeprefix(prefix): w for name, w in arrays.items() if name.startswith(prefix)}
+    return found
 
 
 def _as_family(base: nn.Module, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:

@@ -6,16 +6,23 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from serve.cache.capacity import Place
-from serve.cache.spans import Span, SpanPart
+from serve.cache.spans import Blocks, Span, SpanPart
 from serve.engine.drafts import Wanted
 from serve.engine.plan import SequenceState
 from serve.engine.sampler import Sampler
 
 
 def span_of(
-    sequences: Sequence[SequenceState], starts: Sequence[int], begins: Sequence[bool], num_tokens: int
+    sequences: Sequence[SequenceState],
+    starts: Sequence[int],
+    begins: Sequence[bool],
+    num_tokens: int,
+    blocks: Sequence[Blocks] | None = None,
 ) -> Span:
-    """`num_tokens` tokens of each, from `starts` on; those of a bucket stand side by side, in the order of rows."""
+    """`num_tokens` tokens of each, from `starts` on; those of a bucket stand side by side, in the order of rows.
+
+    blocks  of each row, positions that see one another
+    """
     parts = []
     rows = zip(sequences, starts, begins, strict=True)
     for bucket, group in groupby(rows, key=lambda row: place_of(row[0])[0]):
@@ -28,7 +35,7 @@ def span_of(
                 [begin for _, _, begin in inside],
             )
         )
-    return Span(parts, num_tokens)
+    return Span(parts, num_tokens, blocks=blocks)
 
 
 def place_of(sequence: SequenceState) -> Place:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from serve.engine.plan import Chunk, SequenceState
     from serve.model.network import Network
 
+EMPTY_ASKS = 4
+MAX_RESTING = 8
 NONE = "none"
 """The name of no drafter."""
 
@@ -36,8 +38,13 @@ class Wanted(NamedTuple):
 class Drafter(Protocol):
     """Lives on the thread that owns the arrays, but for what it says of itself."""
 
-    def propose(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[int]]:
-        """For each, at most `most` tokens that may follow; none where it knows none. What it raises is logged, and
+    @property
+    def max_bytes(self) -> int:
+        """Memory that it may come to hold for texts, beside what it holds in the target's rows: no row has that."""
+
+    def propose(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[int] | None]:
+        """For each, at most `most` tokens that may follow; none where it knows none, for which it may be asked less
+        often after a while; None where it is not ready, and is to be asked again. What it raises is logged, and
         nobody has a draft in that step."""
 
     def forget(self, sequence: SequenceState) -> None:
@@ -99,6 +106,15 @@ class Drafting:
     num_drafts: int = 0
     num_drafted: int = 0
     num_right: int = 0
+    num_empty: int = 0
+    """Times in a row that nothing was known."""
+    num_resting: int = 0
+    """Steps for which it is not asked."""
+
+    def note_asked(self, is_known: bool) -> None:
+        """It was asked, and knew something, or nothing: who knows nothing for long is asked every so many steps."""
+        self.num_empty = 0 if is_known else self.num_empty + 1
+        self.num_resting = min(self.num_empty // EMPTY_ASKS, MAX_RESTING)
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,14 @@ class Engine:
                 f"drafter: layers of {model.name!r} keep a state that takes in every token, and a wrong guess cannot "
                 f"be taken back from it; expected drafter: none"
             )
-        self.guesses = Guesses(NO_DRAFTERS if cost.state_bytes else drafters, drafter, gains or Gains())
+        self.guesses = Guesses(
+            NO_DRAFTERS if cost.state_bytes else drafters, drafter, gains or Gains(), ahead=self._ahead
+        )
         self.pace = Pace(None if limits.max_gap_ms is None else limits.max_gap_ms / 1000)
         budget = Budget(
             max_rows=limits.max_rows,
             prefill_chunk_tokens=limits.prefill_chunk_tokens,
-            max_bytes=self.memory.max_row_bytes(self.memory.adapters, self.memory.host or 0),
+            max_bytes=self._max_row_bytes(self.memory.adapters, self.memory.host or 0),
             row_cost=cost,
             encode_patches=limits.encode_patches,
             row_chunk_tokens=limits.row_chunk(has_windows=cost.has_windows, on_cpu=on_cpu),
@@ -392,8 +394,12 @@ class Engine:
         if self._num_adapter_changes == num_changes:
             return
         self._num_adapter_changes = num_changes
-        self.scheduler.max_bytes = self.memory.max_row_bytes(self.bank.num_bytes, self.registry.host_bytes)
+        self.scheduler.max_bytes = self._max_row_bytes(self.bank.num_bytes, self.registry.host_bytes)
         self._share(self.scheduler.max_bytes - self._kv_bytes)
+
+    def _max_row_bytes(self, adapter_bytes: int, host_bytes: int) -> int:
+        """What rows, prefixes and features may take beside adapters of that size, and what drafters hold."""
+        return max(self.memory.max_row_bytes(adapter_bytes, host_bytes) - self.guesses.max_bytes, 0)
 
     def _planned(self, drafts: Mapping[SequenceState, Sequence[int]]) -> Plan:
         """The next step, and prefixes within what its rows leave them."""

@@ -37,6 +37,7 @@ ROW_WEIGHT = 3.0
 ROW_MEMORY, GROUP_MEMORY = 0.9, 0.99
 MAX_GROUPS = 4096
 NUM_KEPT = 5
+SHORTEST_S = 1e-9
 
 
 class StepTimes:
@@ -52,7 +53,7 @@ class StepTimes:
         if kept is None:
             kept = self._seconds[num_tokens] = deque(maxlen=NUM_KEPT)
             insort(self._sizes, num_tokens)
-        kept.append(seconds)
+        kept.append(max(seconds, SHORTEST_S))
 
     def of(self, num_tokens: int) -> float | None:
         """What such a step takes, measured, or by those on either side of it; None while nothing is known."""
@@ -85,6 +86,7 @@ class Gains:
         self._guessing: dict[str, StepTimes] = {}  # by name of the drafter
         self._groups: OrderedDict[tuple[str, str], Acceptance] = OrderedDict()
         self._allowance = MAX_ALLOWANCE  # in plain steps
+        self._guessed_s = 0.0  # since the last step
 
     def begin(self, name: str, drafter: Drafter, adapter: str) -> Drafting:
         """What a new sequence under that adapter ("": the base) is to have."""
@@ -102,16 +104,24 @@ class Gains:
 
     def note_step(self, num_rows: int, width: int, num_drawn: int, seconds: float) -> None:
         """A step of so many rows has drawn so many tokens and did nothing else; guessing not counted."""
-        plain_s = self._steps.of(num_rows)
+        plain_s, guessed_s = self._steps.of(num_rows), self._guessed_s
         self._steps.note(num_rows * width, seconds)
-        if width == 1 or plain_s is None:
-            self._allow(TRIAL_SHARE)
+        self._guessed_s = 0.0
+        if plain_s is None:
+            return
+        if width == 1:
+            self._allow(TRIAL_SHARE - guessed_s / plain_s)
         else:
-            self._allow(num_drawn / num_rows - seconds / plain_s)
+            self._allow(num_drawn / num_rows - (guessed_s + seconds) / plain_s)
+
+    def skip_step(self) -> None:
+        """A step did other things too, so what it took says nothing, nor what was guessed for it."""
+        self._guessed_s = 0.0
 
     def note_guessing(self, name: str, num_rows: int, count: int, seconds: float) -> None:
         """A drafter was asked for so many guesses of so many rows each."""
         self._guessing.setdefault(name, StepTimes()).note(num_rows * count, seconds)
+        self._guessed_s += seconds
 
     def note_draft(self, drafting: Drafting, adapter: str, num_drafted: int, num_right: int) -> None:
         """A row's guesses have been checked."""

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from serve.engine.drafts import NONE, Drafter, DraftStats, Wanted
+from serve.engine.drafts import NONE, Drafter, Drafting, DraftStats, Wanted
 from serve.engine.gains import MAX_GROUPS, Gains
 from serve.engine.plan import Drawn, Plan, SequenceState
 from serve.engine.request import Request
@@ -18,22 +18,31 @@ logger = logging.getLogger(__name__)
 class Guesses:
     """Lives on the engine's thread, but for `check`."""
 
-    def __init__(self, drafters: Mapping[str, Drafter], default: str | None, gains: Gains) -> None:
-        """`default`: of requests that name none; None: they have no drafter."""
+    def __init__(
+        self, drafters: Mapping[str, Drafter], default: str | None, gains: Gains, *, ahead: bool
+    ) -> None:
+        """`default`: of requests that name none; None: they have no drafter. `ahead`: a step is planned before the
+        one before it is read, unless somebody is asked: so rows of which nothing is known rest."""
         assert default is None or default in drafters, f"no drafter is called {default!r}"
         self._drafters = dict(drafters)
         self.default = default or NONE
         """By name; "none": nobody."""
         self._gains = gains
+        self._ahead = ahead
         self.stats: dict[str, DraftStats] = {}
         """By adapter's label; the base's by "". Those that drafted last."""
+
+    @property
+    def max_bytes(self) -> int:
+        """Memory that drafters may come to hold beside the rows."""
+        return sum(drafter.max_bytes for drafter in self._drafters.values())
 
     def check(self, request: Request) -> None:
         """RequestError for a drafter that is not here. From any thread."""
         name = request.drafter
         if name is not None and name != NONE and name not in self._drafters:
             known = ", ".join(repr(each) for each in (*self._drafters, NONE))
-            raise RequestError(f"drafter is {name!r}; this server has {known}", "drafter")
+            raise RequestError(f"drafter is {name!r:.80}; this server has {known}", "drafter")
 
     def begin(self, sequence: SequenceState) -> None:
         """Choose who drafts for it."""
@@ -62,9 +71,8 @@ class Guesses:
 
     def num_wanted(self, decoding: Sequence[SequenceState]) -> int:
         """Guesses for each of these rows that are worth asking for; 0: the next step may be planned as it is."""
-        if not any(sequence.drafting for sequence in decoding):
-            return 0
-        return self._gains.wanted([sequence.drafting for sequence in decoding])
+        draftings = [_awake(sequence.drafting) for sequence in decoding]
+        return self._gains.wanted(draftings) if any(draftings) else 0
 
     def propose(
         self, decoding: Sequence[SequenceState], ends: Mapping[str, Collection[int]], count: int
@@ -76,7 +84,7 @@ class Guesses:
         asked: dict[str, list[Wanted]] = {}
         for sequence in decoding:
             left = sequence.max_total_tokens - sequence.num_tokens - 1
-            if sequence.drafting is not None and left > 0:
+            if sequence.drafting is not None and left > 0 and not sequence.drafting.num_resting:
                 wanted = Wanted(sequence, min(count, left))
                 asked.setdefault(sequence.drafting.name, []).append(wanted)
         drafts: dict[SequenceState, Sequence[int]] = {}
@@ -96,10 +104,14 @@ class Guesses:
             proposed = self._drafters[name].propose(wanted)
         except Exception:  # they go on without
             logger.exception("drafter %s has failed", name)
-            return {}
+            proposed = [()] * len(wanted)
         self._gains.note_guessing(name, len(wanted), count, time.perf_counter() - began_s)
         drafts = {}
         for (sequence, most), guessed in zip(wanted, proposed, strict=True):
+            if guessed is None:
+                continue
+            if self._ahead and sequence.drafting is not None:
+                sequence.drafting.note_asked(bool(guessed))
             draft = _before(guessed[:most], ends[sequence.request.id])
             if draft:
                 drafts[sequence] = draft
@@ -115,7 +127,9 @@ class Guesses:
                 self.stats[adapter] = self.stats.pop(adapter, DraftStats()).plus(one.num_drafted, num_right)
                 if len(self.stats) > MAX_GROUPS:
                     del self.stats[next(iter(self.stats))]
-        if seconds is not None and self._drafters:
+        if seconds is None:
+            self._gains.skip_step()
+        elif self._drafters:
             num_drawn = sum(len(one.token_ids) for one in drawn)
             self._gains.note_step(plan.num_single, plan.width, num_drawn, seconds)
 
@@ -123,6 +137,14 @@ class Guesses:
 def _adapter_of(sequence: SequenceState) -> str:
     adapter = sequence.request.adapter
     return adapter.label if adapter is not None else ""
+
+
+def _awake(drafting: Drafting | None) -> Drafting | None:
+    """The same where it may be asked now; None for a step that it rests."""
+    if drafting is None or not drafting.num_resting:
+        return drafting
+    drafting.num_resting -= 1
+    return None
 
 
 def _before(tokens: Sequence[int], ends: Collection[int]) -> Sequence[int]:

@@ -217,7 +217,7 @@ def _finish(
         tokenizer=tokenizer,
         config=config,
         fingerprint=fingerprint(path, quantize),
-        max_context=_max_context(config),
+        max_context=max_context_of(config),
         vision=vision,
         notes=tuple(notes),
     )
@@ -306,9 +306,15 @@ def fingerprint(path: Path, quantize: Quantization | None = None) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _max_context(config: dict[str, Any]) -> int:
+def max_context_of(config: dict[str, Any]) -> int:
+    """Tokens of prompt and answer together that a model's config allows."""
     text = _text_config(config)
     return int(text.get("max_position_embeddings") or text.get("n_positions") or DEFAULT_MAX_CONTEXT)
+
+
+def vocab_size_of(config: dict[str, Any]) -> int:
+    """Logits of a model, by its config."""
+    return int(config.get("vocab_size") or _text_config(config)["vocab_size"])
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -296,6 +296,12 @@ def _modules(value: object) -> Iterator[nn.Module]:
             yield from _modules(inner)
 
 
+def embedding_scale(network: Network) -> float:
+    """What the family multiplies its tokens' embeddings by."""
+    embeddings = network.embeddings
+    return float(getattr(embeddings, "embed_scale", getattr(network.backbone, "embed_scale", 1.0)))
+
+
 def text_positions(shape: Sequence[int], cache: Sequence[Any] | None) -> mx.array:
     """[3, B, T]: each row's tokens stand one behind the other, from where its cache says, in all three ways."""
     offset: mx.array | int = 0

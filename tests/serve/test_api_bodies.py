@@ -62,6 +62,8 @@ SHARED = {
     "quantized_kv_start": 3,
     "kv_plain_layers": 1,
     "cache_salt": "pepper",
+    "drafter": "ngram",
+    "prediction": {"type": "content", "content": [{"type": "text", "text": "hello"}]},
     "priority": 1,
     "timeout": 60,
 }
@@ -427,7 +429,6 @@ HINTED = {
     "guided_decoding_backend": "outlines",
     "metadata": {"a": "b"},
     "store": True,
-    "prediction": {"type": "content", "content": "x"},
     "prompt_cache_key": "k",
     "prompt_cache_options": {"x": 1},
     "prompt_cache_retention": "24h",

@@ -81,6 +81,7 @@ class Asked:
         self.is_streamed, self.num_choices = manner == "streamed", int(count)
         self.text = "".join(rng.choice("abcdefgh ") for _ in range(rng.choice([3, 40, 150])))
         self.sampling = {**rng.choice(SAMPLINGS), "seed": rng.getrandbits(30)}
+        self.drafter = rng.choice(["none", "ngram"])
 
     @property
     def path(self) -> str:
@@ -91,6 +92,7 @@ class Asked:
         if self.endpoint == "chat":
             shown = {"logprobs": True, "messages": [{"role": "user", "content": self.text}]}
         limits = {"max_tokens": max_tokens, "ignore_eos": True, "n": self.num_choices}
+        limits["drafter"] = self.drafter
         return {"model": model, "stream": self.is_streamed, **limits, **self.sampling, **shown}
 
     def ask(self, server: Server, model: str) -> tuple[Tokens, str]:

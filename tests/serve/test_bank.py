@@ -271,3 +271,18 @@ def test_a_family_that_multiplies_by_its_embeddings_itself_refuses_an_update_of_
     bank.leave(1)
     bank.tidy()
     assert bank.num_bytes == 0
+
+
+def test_rows_of_the_base_stay_so_when_the_same_rows_run_more_tokens_than_before(model_folder, make_adapter):
+    """How many rows are taken together hangs on their tokens, and so does where a row of none is looked for."""
+    model, alone = load(str(model_folder)), load(str(model_folder)).network
+    engine = Engine(model)
+    slot = engine.registry.slot_of(engine.registry.load("a", make_adapter(1)))
+    for num_rows in (4, 6, 10, 20):
+        engine.bank.rows.set([0, slot] * num_rows)
+        for num_tokens in (1, 2, 5, 1, 40, 3):
+            tokens = mx.random.randint(3, 250, (2 * num_rows, num_tokens))
+            found, wanted = model.network.hidden(tokens), alone.hidden(tokens)
+            apart = mx.abs(found - wanted).max(axis=(1, 2))
+            assert apart[::2].max().item() < 1e-4, f"{num_rows} rows of each, {num_tokens} tokens"
+            assert apart[1::2].min().item() > 0.1

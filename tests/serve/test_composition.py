@@ -10,6 +10,7 @@ fails is run again by its name. Cases in which every two values come together ru
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product, starmap
@@ -19,6 +20,7 @@ from typing import Any
 import mlx.nn as nn
 import pytest
 from drafting import Eager, Foreteller
+from heads import write_eagle3
 from sighted import moving, shown
 from vlm_families import VLM_FAMILIES
 
@@ -27,11 +29,14 @@ from serve.adapters.versions.version import AdapterVersion
 from serve.cache.precision import PLAIN, KvPrecision, precision
 from serve.constraints.compiler import GrammarCompiler
 from serve.constraints.spec import ConstraintSpec
+from serve.draft.lookup import LookupDrafter
+from serve.draft.make_heads import heads_of
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.engine.thinking import Thinking
 from serve.media.content import Content
 from serve.model.loading import load
+from serve.model.ngrams import Ngrams
 from serve.model.prompt import Prompt
 from serve.model.thoughts import Mark, Thoughts
 
@@ -185,8 +190,10 @@ class Setting:
     """Who asks; what was before was of nobody in particular."""
     precisions: tuple[KvPrecision, ...] = (PLAIN,)
     """Of the asked request one of them."""
-    is_drafted: bool = False
-    """What is said is guessed, by one who was told, and says otherwise now and then."""
+    drafter: str = "none"
+    """Who guesses what is said: one who was told, and says otherwise now and then ("told"), or who looks it up in a
+    prediction that is wrong in places, and wherever else it looks ("ngram"), or a random head, which reads the
+    model's states and keeps a layer in the rows ("head")."""
     budgets: tuple[int | None, ...] = ()
     """Of tokens that requests think, in answers that begin with a thought, one of them; None: until they end it
     themselves, which they like to. Of no budgets: they answer at once."""
@@ -252,7 +259,12 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
     },
     "said": {"free": put(), "schema": put(said="schema"), "regex": put(said="regex")},
     "steps": {"in_turn": put(limits={"ahead": False}), "ahead": put(limits={"ahead": True})},
-    "drafts": {"undrafted": put(), "drafted": put(is_drafted=True)},
+    "drafts": {
+        "undrafted": put(),
+        "told": put(drafter="told"),
+        "ngram": put(drafter="ngram"),
+        "headed": put(drafter="head"),
+    },
 }
 SEEING: dict[str, dict[str, Change]] = {
     **DIMENSIONS,
@@ -352,6 +364,7 @@ class Scene:
     ) -> None:
         """`told`: answers by request, of the same scene without drafts."""
         self.setting, self.rng, self.lively, self.told = setting, random.Random(name), lively, told
+        self.folder = folder / "head"
         rng, self.foretellers = self.rng, list[Foreteller]()
         limits = {"max_rows": 8, "prefill_chunk_tokens": rng.choice([16, 64, 256]), **setting.limits}
         self.sees = setting.model in VLM_FAMILIES
@@ -372,16 +385,26 @@ class Scene:
 
     def open(self, *, asked: int = 0) -> None:
         """Another engine. `asked`: which adapter the asked request's is, for now."""
-        model, drafters = load(str(self.lively.folder(self.setting.model)), name="law"), {}
-        if self.told:
+        model = load(str(self.lively.folder(self.setting.model)), name="law")
+        drafters: dict[str, Any] = {}
+        if self.told and self.setting.drafter == "ngram":
+            drafters["ngram"] = LookupDrafter()
+        elif self.told:
             rng = random.Random(len(self.foretellers))  # one of its own: the scene goes as it went without
             self.foretellers.append(Foreteller(self.told, rng, SHARE_OF_LIES, model.network.vocab_size))
             drafters["told"] = self.foretellers[-1]
+        if self.setting.drafter == "head" and self.setting.model not in RECURRENT:
+            network = model.network
+            layers = len(network.layers)
+            head = write_eagle3(
+                self.folder, inputs=(1, layers - 1, layers), width=network.width, vocab=network.vocab_size
+            )
+            drafters["head"] = heads_of(str(head), model)
         self.engine = Engine(
             model,
             self.limits,
             drafters=drafters,
-            drafter="told" if drafters else None,
+            drafter=self.setting.drafter if drafters else None,
             gains=Eager(MAX_GUESSES),
         )
         tokens = self.engine.token_bytes
@@ -469,6 +492,10 @@ class Scene:
         grammar = None if said == "free" else self.grammars.compile(CONSTRAINTS[said])
         adapter = self.versions[name]
         request = Request(id, self.build(prompt), sampling, adapter=adapter, precision=precision)
+        if self.setting.drafter == "ngram" and id in self.told:
+            # Wrong in places that follow from the answer alone: the scene goes as it went without.
+            foreseen = [4 if number % 6 == 5 else token for number, token in enumerate(self.told[id])]
+            request = replace(request, prediction=Ngrams(array("q", foreseen)))
         return replace(request, thinking=thinking, grammar=grammar)
 
     @property
@@ -584,6 +611,8 @@ class Scene:
         if self.told:
             stats = list(self.engine.guesses.stats.values())
             assert 0 < sum(one.num_accepted for one in stats) < sum(one.num_drafted for one in stats)
+        elif "head" in self.engine.guesses.names:
+            assert sum(one.num_drafted for one in self.engine.guesses.stats.values())
 
     def check_hits(self) -> None:
         """Without recurrent state, what was computed before is not computed again; what must not be used is."""
@@ -608,7 +637,7 @@ class Scene:
 def test_a_request_draws_what_it_draws_alone_on_the_merged_model(case, lively, assert_drawn, tmp_path):
     name, setting = "-".join(case), setting_of(case)
     told: dict[str, list[int]] = {}
-    if setting.is_drafted and setting.model not in RECURRENT:
+    if setting.drafter in ("told", "ngram") and setting.model not in RECURRENT:
         first = Scene(setting, name, lively, tmp_path / "first")
         try:
             first.run()

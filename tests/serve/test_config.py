@@ -65,6 +65,26 @@ def test_a_model_path_makes_a_config_and_the_command_line_adds_to_either(tmp_pat
         load_config(file, adapters=[{"name": "a", "path": "y"}])
 
 
+def test_a_drafter_is_a_word_or_a_block_and_its_folders_are_relative_to_the_file(tmp_path):
+    (tmp_path / "small").mkdir()
+    file = tmp_path / "c.yaml"
+
+    def drafter(words: str):
+        file.write_text(f"model: m\ndrafter: {words}\n")
+        config = load_config(file)
+        assert load_yaml(dump(config) + "\n", ServeConfig) == config
+        return config.drafter
+
+    assert drafter("none") == drafter("null") == ServeConfig(model="m").drafter
+    assert drafter("ngram") == drafter("{kind: ngram}") == ServeConfig(model="m", drafter="ngram").drafter
+    assert drafter("{kind: ngram, max_tokens: 4, min_match: 3}").max_tokens == 4
+    found = drafter("{kind: model, model: small, adapters: {support: ./support}}")
+    assert (found.model, found.adapters) == (str(tmp_path / "small"), {"support": tmp_path / "support"})
+    assert drafter("{kind: model, model: some-org/some-model}").model == "some-org/some-model"
+    assert drafter("{kind: heads, model: ./small}").model == str(tmp_path / "small")
+    assert drafter("heads").model is None
+
+
 def test_an_experiment_becomes_plain_values_with_its_defaults_filled_in():
     experiment = load_yaml(EXPERIMENT, ServeConfig).experiments[0].build()
     assert (experiment.name, experiment.salt) == ("tickets", "tickets")
@@ -134,6 +154,26 @@ def test_what_cannot_work_is_refused_by_its_key(change, told):
         ({"kv_quantize_after": -1}, "kv_quantize_after"),
         ({"kv_plain_layers": 1.5}, "kv_plain_layers"),
         ({"one_step_ahead": True}, "one_step_ahead"),
+        (
+            {"drafter": "eagle"},
+            r"drafter\.kind: found 'eagle'; expected one of 'none', 'ngram', 'model', 'heads'",
+        ),
+        ({"drafter": {"max_tokens": 3}}, r"drafter\.kind: found nothing; expected one of"),
+        ({"drafter": 3}, "drafter: found 3; expected an object"),
+        ({"drafter": {"kind": "none", "max_tokens": 3}}, r"max_tokens: unknown key; expected one of kind$"),
+        ({"drafter": {"kind": "ngram", "max_tokens": 0}}, r"drafter\.max_tokens: found 0"),
+        ({"drafter": {"kind": "ngram", "max_tokens": 16}}, r"drafter\.max_tokens: found 16"),
+        ({"drafter": {"kind": "ngram", "min_match": 1}}, r"drafter\.min_match: found 1"),
+        ({"drafter": {"kind": "ngram", "model": "x"}}, r"drafter\.model: unknown key"),
+        ({"drafter": {"kind": "ngram", "remembered_tokens": -1}}, r"drafter\.remembered_tokens: found -1"),
+        ({"drafter": "model"}, r"drafter\.model: missing; expected: A local folder or a hub name\.$"),
+        ({"drafter": {"kind": "heads", "adapters": {}}}, r"drafter\.adapters: unknown key"),
+        ({"draft_model": "x"}, r"draft_model: unknown key; write drafter: {kind: model, model: …}"),
+        ({"num_draft_tokens": 3}, r"num_draft_tokens: unknown key; write drafter\.max_tokens"),
+        (
+            {"speculative_config": {"method": "ngram"}},
+            "speculative_config: unknown key; write drafter: ngram",
+        ),
         ({"media": {"min_pixels": 9, "max_pixels": 5}}, r"media\.min_pixels: found 9.* above max_pixels 5"),
         ({"media": {"max_pixel": 5}}, r"media\.max_pixel: unknown key; did you mean max_pixels"),
         ({"media": {"fps": 0}}, r"media\.fps"),

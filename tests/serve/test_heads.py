@@ -1,4 +1,4 @@
-"""Drafters that read the target's states: guesses are those of mlx-vlm's own code on one row, answers the target's."""
+"""Drafters that read the target's states: guesses are those of mlx-vlm's code on one row, answers the target's."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
+from drafting import Eager
 from heads import (
     DEEP,
+    GEMMA4,
+    GEMMA4_LOUDER,
     GLM4,
     GLM4_LITE,
     Tokens,
     dflash_guesses,
     eagle3_guesses,
+    gemma4_guesses,
     mtp_guesses,
     write_dflash,
     write_eagle3,
+    write_gemma4,
     write_mtp,
 )
 
 from serve.cache.capacity import Bucket
 from serve.cache.precision import PLAIN
+from serve.config import ServeConfig
 from serve.draft.make_heads import heads_of, own_heads_of
 from serve.engine.drafts import Reader, Wanted
 from serve.engine.engine import Engine, EngineLimits
@@ -35,6 +41,7 @@ from serve.engine.sampler import Sampler
 from serve.errors import ModelError
 from serve.model.loading import LoadedModel, load
 from serve.model.network import Network
+from serve.runtime import Runtime
 
 NEAR_TIE = 1e-4
 """As in tests/conftest.py."""
@@ -63,6 +70,8 @@ class Kind(NamedTuple):
     """(network, row, pick) → what mlx-vlm's own code guesses on that row alone."""
     token_ids: Sequence[int]
     """Of the outputs of the drafter's head."""
+    folder: Path | None = None
+    """The drafter's, where that is another than the target's."""
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +88,11 @@ def kind_of(
             offsets = mx.load(str(folder / "model.safetensors"))["d2t"]
             ids = (offsets + mx.arange(len(offsets))).tolist()
         return Kind(
-            make_model("deep", DEEP), partial(heads_of, str(folder)), partial(eagle3_guesses, folder), ids
+            make_model("deep", DEEP),
+            partial(heads_of, str(folder)),
+            partial(eagle3_guesses, folder),
+            ids,
+            folder,
         )
 
     def dflash(name: str, **options: Any) -> Kind:
@@ -88,6 +101,15 @@ def kind_of(
             make_model("deep", DEEP),
             partial(heads_of, str(folder)),
             partial(dflash_guesses, folder),
+            everything,
+        )
+
+    def gemma4(name: str, **options: Any) -> Kind:
+        folder = write_gemma4(root / name, **options)
+        return Kind(
+            make_model("gemma4", GEMMA4, louder=GEMMA4_LOUDER),
+            partial(heads_of, str(folder)),
+            partial(gemma4_guesses, folder),
             everything,
         )
 
@@ -100,6 +122,14 @@ def kind_of(
         "EAGLE-3 of two layers and few tokens": partial(eagle3, "few", layers=2, draft_vocab=100),
         "DFlash": partial(dflash, "dflash"),
         "DFlash that sees what came before": partial(dflash, "causal", is_causal=True),
+        "gemma-4 assistant": partial(gemma4, "assistant"),
+        "gemma-4 assistant that looks at few tokens": partial(
+            gemma4,
+            "few",
+            use_ordered_embeddings=True,
+            num_centroids=37,
+            centroid_intermediate_top_k=12,
+        ),
         "MTP of glm4_moe": partial(mtp, "glm4", GLM4),
         "MTP of glm4_moe_lite": partial(mtp, "glm4-lite", GLM4_LITE),
     }
@@ -111,6 +141,8 @@ KINDS = (
     "EAGLE-3 of two layers and few tokens",
     "DFlash",
     "DFlash that sees what came before",
+    "gemma-4 assistant",
+    "gemma-4 assistant that looks at few tokens",
     "MTP of glm4_moe",
     "MTP of glm4_moe_lite",
 )
@@ -142,7 +174,11 @@ def in_company(
         reader = kind.open(model)
         limits = {"prefill_chunk_tokens": 16, "row_chunk_tokens": 16, "max_rows": 4, **limits}
         engine = Engine(
-            model, EngineLimits(ahead=ahead, **limits), drafters={"heads": reader}, drafter="heads"
+            model,
+            EngineLimits(ahead=ahead, **limits),
+            drafters={"heads": reader},
+            drafter="heads",
+            gains=Eager(3),
         )
         folders = [make_adapter_of(kind.target, seed, keys=["self_attn.o_proj"]) for seed in (1, 2)]
         versions = [engine.registry.load(f"a{n}", str(folder)) for n, folder in enumerate(folders)]
@@ -166,7 +202,7 @@ def in_company(
 
 
 def could_guess(logits: mx.array, request: Request, number: int, token_id: int) -> bool:
-    """Whether rounding can make the guess of an answer's token `number` this one: logits [V], shaken by a near-tie."""
+    """Whether rounding can make the guess of an answer's token `number` this one, of logits [V]."""
     width = NEAR_TIE * mx.abs(mx.where(logits < -1e8, 0, logits)).max()
     shaken = logits + width * mx.random.normal((64, logits.size), key=mx.random.key(number))
     shaken = mx.concatenate([logits[None], shaken])
@@ -181,8 +217,12 @@ def assert_guessed(kind: Kind, network: Network, wanted: Wanted, guesses: Sequen
 
     def pick(logits: mx.array) -> int:
         number, token_id = len(sequence.generated) + len(guesses) - len(left), left.pop(0)
+        logits = logits.astype(mx.float32)
+        least = logits == logits.min()
+        if least.sum().item() > 1:  # of tokens that the head does not look at
+            logits = mx.where(least, -1e9, logits)
         everything = mx.full((259,), -1e9)
-        everything[mx.array(ids)] = logits.astype(mx.float32)
+        everything[mx.array(ids)] = logits
         assert could_guess(everything, sequence.request, number, token_id), (sequence.request.id, number)
         return int(np.flatnonzero(ids == token_id)[0])
 
@@ -230,6 +270,24 @@ def test_guesses_are_those_of_a_row_by_itself(name, kind_of, in_company):
     assert len(seen) > 30, "guesses that do not vary prove nothing"
 
 
+@pytest.mark.parametrize("name", ["EAGLE-3", "DFlash", "MTP of glm4_moe_lite"])
+def test_scratch_stays_in_its_row_where_that_ends(name, kind_of, in_company, make_request):
+    kind, company = kind_of(name), in_company(name, prefill_chunk_tokens=256, row_chunk_tokens=256)
+    engine, network = company.engine, Network(company.modules[0])
+    texts = ("z" * 250, "so " * 80, "short", "y" * 249)
+    for number, text in enumerate(texts):
+        engine.add(engine.check(make_request(f"b{number}", text, max_tokens=16)))
+    cut = 0
+    while engine.has_work:
+        engine.step()
+        wanted = [Wanted(one, 4) for one in engine.scheduler.decoding if one.generated]
+        for one, guesses in zip(wanted, company.reader.propose(wanted) if wanted else (), strict=True):
+            cut += len(guesses) < 4
+            if guesses and one.sequence.num_tokens % 3 == 0:
+                assert_guessed(kind, network, one, guesses)
+    assert cut > 2
+
+
 @pytest.mark.parametrize("ahead", [False, True], ids=["in step", "one ahead"])
 @pytest.mark.parametrize("name", KINDS)
 def test_answers_are_the_targets_whatever_is_guessed(name, ahead, in_company, assert_drawn):
@@ -273,6 +331,54 @@ def test_a_row_goes_on_from_a_prefix_and_its_guesses_are_of_this_text(
         answer = run(company, [request])[request.id]
         assert_drawn(request, answer, company.modules[0])
     assert engine.stats().prefixes.num_hit_tokens > 2 * 32
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_right_guesses_are_taken_at_any_temperature(temperature, make_model, make_request, assert_drawn):
+    quiet = {"o_proj": 0.3, "down_proj": 0.3, "lm_head": 3}
+    folder = make_model("wordy", GLM4, louder=quiet)
+    write_mtp(folder, GLM4, repeats_words=True)
+    model = load(str(folder))
+    reader = own_heads_of(model)
+    engine = Engine(model, drafters={"heads": reader}, drafter="heads", gains=Eager(3))
+    requests = [
+        engine.check(make_request(f"r{n}", text, max_tokens=40, temperature=temperature, seed=n))
+        for n, text in enumerate(TEXTS)
+    ]
+    company = Company(engine, reader, requests, [], {})
+    run(company, requests)
+    for request in requests:
+        assert_drawn(request, company.answers[request.id], load(str(folder)).network.module)
+    stats = engine.stats()
+    assert stats.drafts[""].num_accepted > 0.2 * stats.drafts[""].num_drafted > 0
+    assert len({token for answer in company.answers.values() for token in answer}) > 20
+
+
+def test_a_server_drafts_by_its_checkpoints_heads_or_a_folders_and_says_the_same(kind_of, served):
+    for name, block in (("MTP of glm4_moe", "heads"), ("EAGLE-3", {"kind": "heads", "max_tokens": 4})):
+        kind, told = kind_of(name), {}
+        if isinstance(block, dict):
+            block["model"] = str(kind.folder)
+        for drafter in ("none", block):
+            with served(kind.target, drafter=drafter) as (runtime, http):
+                asked = {
+                    "prompt": TEXTS[0],
+                    "max_tokens": 30,
+                    "temperature": 0.7,
+                    "seed": 11,
+                    "ignore_eos": True,
+                }
+                body = http.post("/v1/completions", json={**asked, "model": "lively"}).json()
+                told[str(drafter)] = body["choices"][0]["text"], body["usage"]["completion_tokens"]
+                drafts = runtime.engine.stats().drafts
+                assert (sum(each.num_drafted for each in drafts.values()) > 0) == (drafter != "none")
+        assert len(set(told.values())) == 1
+        assert told["none"][1] == 30
+
+
+def test_a_server_whose_checkpoint_has_no_heads_does_not_start(model_folder):
+    with pytest.raises(ModelError, match="a head in a folder of its own is named by `model`"):
+        Runtime.start(ServeConfig(model=str(model_folder), drafter="heads"))
 
 
 def test_rows_cost_what_heads_keep_and_prefixes_of_other_heads_are_others(kind_of, model):

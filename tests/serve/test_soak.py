@@ -14,24 +14,28 @@ import logging
 import math
 import queue
 import random
+from array import array
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import psutil
 import pytest
+from drafting import Eager
 from sighted import broken, moving, shown
 from vlm_families import VLM_FAMILIES
 
 from serve.cache.precision import PLAIN, precision
+from serve.draft.lookup import LookupDrafter
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Event, Request, Sampling
 from serve.engine.worker import Worker
 from serve.errors import GenerationError
 from serve.media.content import Content
 from serve.model.loading import LoadedModel, load
+from serve.model.ngrams import Ngrams
 from serve.model.prompt import Prompt
 
 Items = tuple[int | Content, ...]
@@ -179,6 +183,12 @@ class Soak:
             tenant=earlier.request.tenant if earlier else rng.choice(["", "a", "b"]),
             precision=earlier.request.precision if earlier else rng.choice(self.precisions),
         )
+        drafter = rng.choice(["none", *self.worker.engine.guesses.names])
+        if (
+            drafter == "ngram" and earlier is not None and rng.random() < 0.5
+        ):  # to be looked up, and mostly wrong
+            request = replace(request, prediction=Ngrams(array("q", earlier.tokens)))
+        request = replace(request, drafter=drafter)
         source = self.sources[version.path] if version else ("base", 0)
         answer = Answer(request, items, source, is_broken, [])
         self.answers.append(answer)
@@ -302,7 +312,8 @@ def test_after_a_soak_nothing_is_left_and_every_answer_was_right(
         max_adapters=8,
         ahead=True,
     )
-    engine = Engine(model, limits)
+    lookup = LookupDrafter(remembered_tokens=1000)
+    engine = Engine(model, limits, drafters={"ngram": lookup}, gains=Eager(4))
     faults = failing_now_and_then(model, random.Random(total))
     worker = Worker(engine)
     worker.start()
@@ -314,6 +325,7 @@ def test_after_a_soak_nothing_is_left_and_every_answer_was_right(
             runner.run(soak.run(total))
         until_idle(worker)
         assert worker.failure is None
+        assert not lookup.num_rows, "who has ended is forgotten"
         worker.call(engine.prefixes.cache.check_integrity)
         assert 0 < num_file_bytes(tmp_path / "prefixes") <= DISK_BYTES
         if engine.features is not None:

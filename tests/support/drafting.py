@@ -22,11 +22,16 @@ class Foreteller:
         self.num_asked = 0
         self.forgotten: list[str] = []
 
+    max_bytes = 0
+
     def propose(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[int]]:
         return [self._guesses(one) for one in wanted]
 
     def forget(self, sequence: SequenceState) -> None:
         self.forgotten.append(sequence.request.id)
+
+    def clear(self, tenant: str | None) -> None:
+        self.forgotten.clear()
 
     def _guesses(self, wanted: Wanted) -> list[int]:
         sequence, rng = wanted.sequence, self._rng

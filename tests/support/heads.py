@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.cache import KVCache as LmKVCache
 from mlx_lm.utils import _get_classes
 from mlx_vlm.models.cache import CacheList
 from mlx_vlm.speculative.drafters.eagle3 import Model as Eagle3Model
 from mlx_vlm.speculative.drafters.eagle3 import ModelConfig as Eagle3Config
+from mlx_vlm.speculative.drafters.gemma4_assistant import Model as Gemma4Model
+from mlx_vlm.speculative.drafters.gemma4_assistant import ModelConfig as Gemma4Config
 from mlx_vlm.speculative.drafters.glm_moe_dsa_mtp.glm_moe_dsa_mtp import GlmMoeDsaMTPDraftModel
 from mlx_vlm.speculative.drafters.qwen3_dflash import Model as DFlashModel
 from mlx_vlm.speculative.drafters.qwen3_dflash import ModelConfig as DFlashConfig
@@ -108,12 +111,14 @@ def write_eagle3(
     folder: Path,
     *,
     vocab: int = 259,
-    draft_vocab: int = 259,
+    draft_vocab: int | None = None,
     layers: int = 1,
     inputs: Sequence[int],
+    width: int = 64,
     seed: int = 1,
 ) -> Path:
-    """A random EAGLE-3 head of a target of 64 numbers a state, as a folder."""
+    """A random EAGLE-3 head of a target of `width` numbers a state, as a folder."""
+    draft_vocab = draft_vocab or vocab
     text = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -126,6 +131,7 @@ def write_eagle3(
         "model_type": "eagle3",
         "transformer_layer_config": text,
         "draft_vocab_size": draft_vocab,
+        "target_hidden_size": width,
         "eagle_aux_hidden_state_layer_ids": list(inputs),
     }
     mx.random.seed(seed)
@@ -188,9 +194,80 @@ def dflash_guesses(folder: Path, network: Network, row: Tokens, pick: Pick) -> l
     return drafter.draft_block(row.ids[-1], states, cache, row.count + 1, sampler)[0].tolist()
 
 
-def write_mtp(folder: Path, config: Mapping[str, Any], seed: int = 3) -> nn.Module:
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "hidden_size": 64,
+    "num_hidden_layers": 6,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "vocab_size": 259,
+    "vocab_size_per_layer_input": 259,
+    "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 16,
+    "sliding_window_pattern": 2,
+    "max_position_embeddings": 1024,
+}
+
+
+GEMMA4_LOUDER = {"embed_tokens": 1.0, "post_attention_layernorm": 4.0, "post_feedforward_layernorm": 4.0}
+"""What makes that family lively: its logits are bounded, and tied to its embeddings."""
+
+
+def write_gemma4(folder: Path, *, seed: int = 7, **options: Any) -> Path:
+    """A random assistant of GEMMA4, as a folder."""
+    shared = ("num_attention_heads", "num_key_value_heads", "head_dim", "global_head_dim", "vocab_size")
+    text = {name: GEMMA4[name] for name in (*shared, "sliding_window")}
+    text |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_kv_shared_layers": 2}
+    text |= {"layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0}
+    config = {"model_type": "gemma4_assistant", "backbone_hidden_size": 64, "text_config": text, **options}
+    mx.random.seed(seed)
+    module = Gemma4Model(Gemma4Config.from_dict(config))
+    weights = dict(tree_flatten(module.parameters()))
+    louder = {"q_norm": 4.0, "o_proj": 4.0, "post_attention_layernorm": 3.0, "embed_tokens": 8.0}
+    weights = {
+        path: weight * next((scale for part, scale in louder.items() if part in path), 1.0)
+        for path, weight in weights.items()
+    }
+    if options.get("use_ordered_embeddings"):
+        weights["masked_embedding.token_ordering"] = mx.random.permutation(259)
+    _write(folder, config, weights)
+    return folder
+
+
+def gemma4_guesses(folder: Path, network: Network, row: Tokens, pick: Pick) -> list[int]:
+    """What mlx-vlm's assistant says on one row, over keys and values of the family's own cache."""
+    drafter = load_model(folder)
+    drafter.reset(network.module)
+    cache = [LmKVCache() for _ in network.make_cache()]
+    hidden = network.hidden(mx.array([list(row.ids[:-1])]), cache)
+    kinds = [layer.layer_type for layer in network.layers]
+    shared = {kind: (each.keys, each.values) for kind, each in zip(kinds, map(_trimmed, cache), strict=False)}
+    count = len(row.ids) - 1
+    drafter.set_shared_kv(shared, count, position=count - 1, kv_valid_len=count)
+
+    def sampler(logits: mx.array) -> mx.array:
+        return mx.array([[pick(logits.reshape(-1))]])
+
+    return drafter.draft_block(row.ids[-1], hidden[:, -1:], None, row.count + 1, sampler)[0].tolist()
+
+
+def _trimmed(cache: LmKVCache) -> LmKVCache:
+    cache.keys, cache.values = (part[..., : cache.offset, :] for part in (cache.keys, cache.values))
+    return cache
+
+
+def write_mtp(
+    folder: Path, config: Mapping[str, Any], seed: int = 3, *, repeats_words: bool = False
+) -> nn.Module:
     """Add a random layer behind the last one to a model's folder, as Hugging Face's checkpoints name it. Returns
-    mlx-vlm's module over the same weights."""
+    mlx-vlm's module over the same weights.
+
+    repeats_words  it hands the token's embedding on: of a base that does little else, it guesses most tokens
+    """
     model_class, args_class = _get_classes(dict(config))
     args, width = args_class.from_dict(dict(config)), config["hidden_size"]
     mx.random.seed(seed)
@@ -199,6 +276,11 @@ def write_mtp(folder: Path, config: Mapping[str, Any], seed: int = 3) -> nn.Modu
     layer.load_weights(list(lively(dict(tree_flatten(layer.parameters()))).items()))
     layer.mlp.gate.weight = mx.random.normal(layer.mlp.gate.weight.shape) / width**0.5
     theirs = _TheirMtp(layer, width, config["rms_norm_eps"])
+    if repeats_words:
+        theirs.eh_proj.weight = mx.concatenate([mx.eye(width), mx.zeros((width, width))], axis=1)
+        for name in ("enorm", "shared_head_norm"):
+            theirs[name].weight = mx.ones((width,))
+        layer.update(tree_map(lambda weight: weight * 0.1, layer.parameters()))
     beside = {name: theirs[name].weight for name in ("enorm", "hnorm", "eh_proj")}
     weights = {f"{name}.weight": weight for name, weight in beside.items()}
     weights["shared_head.norm.weight"] = theirs.shared_head_norm.weight

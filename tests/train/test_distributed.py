@@ -138,6 +138,11 @@ GRPO = {
     },
     "iters": 3,
 }
+DRAFT = {
+    "objective": "draft",
+    "draft": {"num_generations": 2, "max_completion_length": 8, "refresh_every": 4},
+    "iters": 3,
+}
 KINDS = {
     "by length": (4, {}, "4 in each of 2 processes"),
     "packed": (
@@ -146,12 +151,13 @@ KINDS = {
         "packed tokens",
     ),
     "grpo": (8, GRPO, "iter 3/3"),
+    "draft": (4, DRAFT, "acceptance/coupled"),
 }
 """Kind → batch size of each process, keys, and what is printed of it."""
 
 
 @pytest.fixture(scope="module")
-def pair_of_runs(make_recipe, folder, launched) -> Callable[[str], tuple[Path, Path, str]]:
+def pair_of_runs(make_recipe, folder, launched, model_folder) -> Callable[[str], tuple[Path, Path, str]]:
     """pair_of_runs(kind) → the run of two processes, the one of one, and what the two printed.
 
     All kinds are trained in one launch, by `lathe train`'s own code: starting two processes costs more than training.
@@ -164,7 +170,9 @@ def pair_of_runs(make_recipe, folder, launched) -> Callable[[str], tuple[Path, P
 
     def recipe(kind: str, processes: int) -> Path:
         batch_size, keys, _ = KINDS[kind]
-        data = {"data": str(asks)} if kind == "grpo" else {}
+        data = {"data": str(asks)} if kind in ("grpo", "draft") else {}
+        if kind == "draft":
+            keys = {**keys, "draft": {**keys["draft"], "teacher_model": str(model_folder)}}
         name = f"{processes} {kind}".replace(" ", "-")
         return make_recipe(name, batch_size=2 * batch_size // processes, **data, **keys)
 
@@ -213,9 +221,9 @@ def test_two_processes_share_rows_with_pictures(make_recipe, folder, launched, v
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_are_one_with_twice_the_batch(kind, pair_of_runs):
     two, one, said = pair_of_runs(kind)
-    assert_same_run(two, one, distinct=3 if kind == "grpo" else 5)
+    assert_same_run(two, one, distinct=5 if kind in ("by length", "packed") else 3)
     assert said.count("iter 6/6") == 2, "one process prints"
-    assert said.count("iter 3/3") == 1
+    assert said.count("iter 3/3") == 2
     assert KINDS[kind][2] in said
     summaries = [json.loads((run / "summary.json").read_text()) for run in (one, two)]
     assert summaries[0]["num_targets"] == summaries[1]["num_targets"] > 0

@@ -266,6 +266,23 @@ def test_a_prompt_row_keeps_its_other_columns_for_the_reward():
     assert (chat.messages, chat.fields) == ((ASK,), {"answer": 4})
 
 
+def test_a_row_for_a_drafter_is_what_is_asked_whatever_was_answered():
+    system, again = {"role": "system", "content": "s"}, {"role": "user", "content": "and?"}
+    rows = [
+        ((ASK,), [{"messages": [ASK]}, {"messages": [ASK, SAY]}, {"messages": [ASK, SAY, SAY]}]),
+        ((system, ASK, SAY, again), [{"messages": [system, ASK, SAY, again, SAY], "tag": "x"}]),
+    ]
+    for asked, written in rows:
+        for row in written:
+            example = parse(row, "draft")
+            assert (example.messages, example.fields) == (asked, {})
+    told = parse({"instruction": "add", "input": "2 and 2", "output": "4"}, "draft")
+    assert "add" in told.prompt
+    assert "4" not in told.prompt
+    assert (parse({"prompt": "p", "completion": "c"}, "draft").completion) is None
+    assert "found nothing" in problem_of({"messages": [SAY]}, "draft")
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
@@ -300,7 +317,9 @@ SAMPLES = {
 @pytest.mark.parametrize("kind", SAMPLES)
 def test_an_objective_takes_its_own_kinds_of_rows_and_says_what_it_needs_for_the_others(objective, kind):
     row = SAMPLES[kind]
-    if kind in OBJECTIVES[objective].kinds or (objective == "grpo" and "prompt" in row):
+    answers_anew = OBJECTIVES[objective].answers_anew and kind in ("chat", "sharegpt", "alpaca")
+    is_prompt = OBJECTIVES[objective].asks and "prompt" in row
+    if kind in OBJECTIVES[objective].kinds or is_prompt or answers_anew:
         assert parse(row, objective).line == 3
     elif objective == "grpo" and kind in ("chat", "sharegpt"):
         assert "the prompt ends with the assistant's turn" in problem_of(row, objective)

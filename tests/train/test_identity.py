@@ -38,6 +38,10 @@ OTHERWISE: dict[str, tuple[dict, dict]] = {
         {"objective": "grpo", "batch_size": 8, "grpo": {"rewards": [{"kind": "regex", "pattern": "a"}]}},
         {"objective": "grpo", "batch_size": 8, "grpo": {"rewards": [{"kind": "regex", "pattern": "b"}]}},
     ),
+    "draft": (
+        {"objective": "draft", "draft": {"teacher_model": "t"}},
+        {"objective": "draft", "draft": {"teacher_model": "t", "temperature": 0.5}},
+    ),
     "num_layers": ({}, {"num_layers": 4}),
     "lora_parameters": ({}, {"lora_parameters": {"scale": 10.0}}),
     "quantize": ({}, {"quantize": {"bits": 4}}),

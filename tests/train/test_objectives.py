@@ -340,8 +340,10 @@ def test_an_objective_is_one_entry_that_everything_else_agrees_with(adapted):
         assert entry.kinds
         assert entry.shown in ("loss", *entry.measures)
         assert set(entry.kinds) <= SHAPES.keys()
-        block = {"grpo": {"rewards": ANY_REWARD}, "batch_size": 8} if name == "grpo" else {}
-        recipe = Recipe.model_validate({"model": "m", "data": "d", "objective": name, **block})
+        blocks = {"grpo": {"rewards": ANY_REWARD}, "draft": {"teacher_model": "t"}}
+        block = {name: blocks[name]} if name in blocks else {}
+        said = {"model": "m", "data": "d", "objective": name, "batch_size": 8, **block}
+        recipe = Recipe.model_validate(said)
         assert isinstance(recipe.block, entry.config) if entry.config else recipe.block is None
         objective = build_objective(recipe, adapted())
         assert (objective.name, objective.splits_by) == (name, entry.splits_by)

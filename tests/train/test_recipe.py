@@ -55,7 +55,10 @@ lr_schedule:
 hf_dataset: null
 """
 LEAST = "model: m\ndata: d\n"
-BLOCKS = {"grpo": "grpo: {rewards: [{kind: regex, pattern: x}]}\n"}
+BLOCKS = {
+    "grpo": "grpo: {rewards: [{kind: regex, pattern: x}]}\n",
+    "draft": "draft: {teacher_model: t, teacher_adapter_path: a}\n",
+}
 
 
 @pytest.fixture
@@ -158,7 +161,7 @@ def test_axolotls_spellings_are_the_same_knobs_and_both_at_once_are_refused(reci
         ("val_batches: 0\nsamples: {rows: 2}", "samples: needs validation"),
         ("config: other.yaml", "does not include another file"),
         ("train: false", "always trains"),
-        ("objective: ppo", "expected 'sft', 'cpt', 'dpo', 'orpo', 'kto' or 'grpo'"),
+        ("objective: ppo", "expected 'sft', 'cpt', 'dpo', 'orpo', 'kto', 'grpo' or 'draft'"),
         ("objective: cpt\nmask_prompt: true", "supervises every token"),
         ("objective: dpo\nmask_prompt: false", "weighs answers, never prompts"),
         ("objective: kto\nroles_to_train: [user]", "weighs the assistant's answers"),

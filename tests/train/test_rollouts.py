@@ -25,8 +25,9 @@ from train.data.batches import Batch
 from train.data.tokens import TokenizedExample
 from train.loop.distributed import Alone, Ranks
 from train.objectives.grpo import GRPO
+from train.objectives.prompted import seed_of
 from train.objectives.rewards import Scorer
-from train.objectives.rollouts import Questions, Rollouts, _seed, group_advantages
+from train.objectives.rollouts import Questions, Rollouts, group_advantages
 from train.recipe.grpo import GRPOConfig
 from train.recipe.recipe import Recipe, load_recipe
 from train.run import run
@@ -139,7 +140,7 @@ def test_two_processes_answer_the_prompts_one_would(make_rollouts, model, assert
         if answers[0] == answers[1]:
             np.testing.assert_array_equal(part.advantages, whole.advantages[mine])
         for number, (row, *drawn) in enumerate(zip(part.row_ids, *answers, strict=True)):
-            sampling = Sampling(max_tokens=12, temperature=1.0, seed=_seed(5, 3, row, number))
+            sampling = Sampling(max_tokens=12, temperature=1.0, seed=seed_of(5, 3, row, number))
             prompt = Prompt(tuple(model.tokenizer.encode(TEXTS[row])))
             for answer in drawn:
                 assert_drawn(Request(f"{rank}-{number}", prompt, sampling), answer, model.network.module)

@@ -218,6 +218,17 @@ HISTORIES = {
         },
         {"loss": steps_of(-0.1, -0.5, -0.9), "reward": steps_of(0.1, 0.5, 0.9)},
     ),
+    "draft": curve.History(
+        {"loss": FALLING, **COMMON},
+        {
+            "loss": FALLING,
+            **{
+                f"{name}/{way}": FALLING
+                for name in ("acceptance", "accepted_of_4")
+                for way in ("coupled", "greedy")
+            },
+        },
+    ),
     "spike": curve.History({"loss": steps_of(123456.0, 3.0, 0.0021, 1e-7)}, {}),
 }
 
@@ -278,6 +289,7 @@ def test_each_objective_shows_what_a_person_asks_of_it():
             "log odds of the better answer",
         ],
         "kto": ["loss", "KL from the reference"],
+        "draft": ["loss", "share of tokens that are guessed", "guesses accepted, of 4 in a row"],
         "grpo": [
             "reward",
             "tokens of an answer",

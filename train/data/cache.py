@@ -46,7 +46,7 @@ from train.data.row_media import RowMedia
 from train.data.rules import TokenRules
 from train.data.tokens import Outcome, TokenizedExample
 
-FORMAT = 4
+FORMAT = 5
 LIBRARIES = ("tokenizers", "transformers", "mlx-lm", "mlx-vlm", "pillow")
 MAX_DEFAULT_BYTES = 10 * 10**9
 """Of the default folder; the files longest unused go first."""
@@ -100,41 +100,56 @@ def identity_of(tokenizer: Any) -> str:
 def save(path: Path, outcomes: Sequence[Outcome]) -> None:
     """Write the outcomes of rows without problems. StorageError if that fails; then there is no file."""
     tensors, counts = _pack(outcomes)
+    write_arrays(path, tensors, {"rows": len(outcomes), "counts": counts}, "tokenized rows")
+
+
+def load(path: Path, examples: Sequence[Example], reader: MediaReader | None = None) -> list[Outcome]:
+    """The outcomes of these rows, what they show read by `reader`. Damaged if the file is not whole;
+    FileNotFoundError if there is none."""
+    tensors, said = read_arrays(path)
+    if said.get("rows") != len(examples):
+        raise Damaged(f"it holds {said.get('rows')} rows")
+    return _unpack(tensors, said["counts"], examples, reader)
+
+
+def write_arrays(path: Path, tensors: dict[str, np.ndarray], said: dict[str, Any], what: str) -> None:
+    """Publish arrays, and JSON beside them, as one file with a checksum. StorageError if that fails, which says
+    `what` cannot be kept; then there is no file."""
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    said = {"counts": json.dumps(counts), "checksum": _checksum(tensors, counts), "rows": str(len(outcomes))}
+    metadata = {"said": json.dumps(said), "checksum": _checksum(tensors, said)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, new, metadata=said)
+        save_file(tensors, new, metadata=metadata)
         with new.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(new, path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             new.unlink()
-        raise StorageError(f"{path}: tokenized rows cannot be kept: {error}") from error
+        raise StorageError(f"{path}: {what} cannot be kept: {error}") from error
 
 
-def load(path: Path, examples: Sequence[Example], reader: MediaReader | None = None) -> list[Outcome]:
-    """The outcomes of these rows, what they show read by `reader`. Damaged if the file is not whole;
-    FileNotFoundError if there is none."""
+def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What `write_arrays` wrote, which counts as used now. Damaged if it is not whole; FileNotFoundError if there is
+    none."""
     try:
         with safe_open(path, framework="numpy") as file:
-            said = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-        counts = json.loads(said["counts"])
-        if said["checksum"] != _checksum(tensors, counts) or int(said["rows"]) != len(examples):
+        said = json.loads(metadata["said"])
+        if metadata["checksum"] != _checksum(tensors, said):
             raise Damaged("its checksum is another")
     except FileNotFoundError:
         raise
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise Damaged(str(error)) from error
     os.utime(path)
-    return _unpack(tensors, counts, examples, reader)
+    return tensors, said
 
 
-def prune(folder: Path, max_bytes: int = MAX_DEFAULT_BYTES) -> None:
+def prune(folder: Path, max_bytes: int = MAX_DEFAULT_BYTES, suffix: str = SUFFIX) -> None:
     """Remove the files that were longest unused until the rest fits."""
-    files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    files = sorted(folder.glob(f"*{suffix}"), key=lambda file: file.stat().st_mtime, reverse=True)
     total = 0
     for file in files:
         total += file.stat().st_size
@@ -156,8 +171,8 @@ def _code_hash() -> str:
     return hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in modules)).hexdigest()
 
 
-def _checksum(tensors: dict[str, np.ndarray], counts: Any) -> str:
-    digest = hashlib.blake2b(json.dumps(counts).encode(), digest_size=20)
+def _checksum(tensors: dict[str, np.ndarray], said: Any) -> str:
+    digest = hashlib.blake2b(json.dumps(said).encode(), digest_size=20)
     for name in sorted(tensors):
         digest.update(f"{name}{tensors[name].shape}".encode() + tensors[name].tobytes())
     return digest.hexdigest()

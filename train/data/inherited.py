@@ -1,4 +1,5 @@
-"""What a warm start takes over from the adapter it begins with: chat template, its variables, end tokens.
+"""What a warm start takes over from the adapter it begins with: chat template, its variables, end tokens; and what a
+drafter takes over from the adapter that its teacher answers with, which comes first.
 
 Where the recipe says something itself, that holds, and a person is told by name where the two differ.
 """
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from serve.adapters.formats.config import AdapterConfig
+from serve.adapters.formats.files import read_adapter
 from serve.adapters.formats.lineage import Lineage
 from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE, read_config
+from serve.errors import NotFoundError
 from serve.model.template import ChatTemplate
 from serve.model.template_rules import TemplateRules
 from serve.model.vocabulary import vocabulary_hash
@@ -46,6 +49,24 @@ def lineage_of_parent(recipe: Recipe) -> Lineage | None:
     return config.lineage if config else None
 
 
+def lineage_of_teacher(recipe: Recipe) -> Lineage | None:
+    """Of the adapter that a teacher answers with; None without one, or where it does not say. NotFoundError where
+    there is no adapter."""
+    teacher = recipe.block.teacher if recipe.block is not None else None
+    if teacher is None or teacher[1] is None:
+        return None
+    try:
+        return read_adapter(Path(teacher[1])).config.lineage
+    except NotFoundError as error:
+        raise NotFoundError(f"{recipe.objective}.teacher_adapter_path: {error}") from None
+
+
+def lineage_of_prompts(recipe: Recipe) -> Lineage | None:
+    """Of the adapter whose prompts this run's go on with: the teacher's, or else the one that the run starts from."""
+    has_teacher = recipe.block is not None and recipe.block.teacher is not None
+    return lineage_of_teacher(recipe) if has_teacher else lineage_of_parent(recipe)
+
+
 def with_parents(own: TemplateRules, parent: Lineage | None) -> TemplateRules:
     """A recipe's rules for prompts, with the parent's where the recipe is silent.
 
@@ -59,6 +80,9 @@ def with_parents(own: TemplateRules, parent: Lineage | None) -> TemplateRules:
 
 def inherited(recipe: Recipe, parent: Lineage | None, template: ChatTemplate) -> Inherited:
     """What of the parent holds on under the run's template, and where the recipe has it otherwise."""
+    taught = lineage_of_teacher(recipe)
+    if recipe.block is not None and recipe.block.teacher is not None:
+        return Inherited(taught.stop_ids if taught else ())
     if parent is None:
         return Inherited()
     is_same = parent.template_hash in ("", template.hash)

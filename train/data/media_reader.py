@@ -88,7 +88,9 @@ class MediaReader:
 
     @classmethod
     def of(cls, recipe: Recipe) -> MediaReader | None:
-        """Of a recipe's model; None where it reads text alone."""
+        """Of a recipe's model; None where it reads text alone, as it does of what a teacher answers."""
+        if recipe.block is not None and recipe.block.teacher is not None:
+            return None
         folder = resolve(recipe.model)
         return cls.of_model(folder, recipe.image)
 

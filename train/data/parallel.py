@@ -46,7 +46,8 @@ def outcomes_of(
     told: Told,
     reader: MediaReader | None = None,
 ) -> tuple[list[Outcome], int]:
-    """(an outcome for each example, the processes that made them). `template` must be of `recipe.model`, by `rules`.
+    """(an outcome for each example, the processes that made them). `template` must be of
+    `recipe.prompting_model`, by `rules`.
 
     DataError if a worker dies, which is mostly for lack of memory.
     """
@@ -99,7 +100,7 @@ def _spread(
     examples: Sequence[Example], recipe: Recipe, rules: TokenRules, num_processes: int
 ) -> Iterator[list[Outcome]]:
     chunks = [examples[begin : begin + CHUNK_ROWS] for begin in range(0, len(examples), CHUNK_ROWS)]
-    arguments = (str(resolve(recipe.model)), recipe.trust_remote_code, rules, recipe.image)
+    arguments = (str(resolve(recipe.prompting_model)), recipe.trust_remote_code, rules, recipe.image)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(num_processes, len(chunks)), context, _start, arguments)
     try:

@@ -68,6 +68,7 @@ class _Row:
     def __init__(self, row: Mapping[str, Any], rules: Rules) -> None:
         self.row = row
         self.entry = rules.entry
+        self.objective = rules.objective
         self.roles: Collection[str] = rules.roles
         self.problems: list[str] = []
         self.parts: dict[str, Any] = {}
@@ -199,7 +200,8 @@ def _kinds(row: Mapping[str, Any], rules: Rules) -> Iterator[str]:
         yield "text"
     if has("instruction", "output"):
         yield "alpaca"
-    if has(prompt) or has(chat) or has(CONVERSATIONS):
+    is_asked = OBJECTIVES[rules.objective].answers_anew and has("instruction")
+    if has(prompt) or has(chat) or has(CONVERSATIONS) or is_asked:
         yield "prompt"
 
 
@@ -306,8 +308,11 @@ def _preference(taken: _Row) -> None:
     taken.parts["chosen"], taken.parts["rejected"] = map(without_marks, answers)
 
 
-def _before(taken: _Row, required: bool) -> None:
-    """The turns before the answers: `prompt`, the messages' key, or instruction and input."""
+def _before(taken: _Row, required: bool, *, drops_answer: bool = False) -> None:
+    """The turns before the answers: `prompt`, the messages' key, or instruction and input.
+
+    drops_answer  a conversation may end with the assistant's turns, which are left out
+    """
     prompt, chat = taken.entry.prompt_feature, taken.chat_key()
     if isinstance(taken.row.get(prompt), str):
         taken.parts["prompt"] = taken.text(prompt)
@@ -327,7 +332,17 @@ def _before(taken: _Row, required: bool) -> None:
             f"{prompt}: found nothing; expected the prompt of both answers (or whole conversations in "
             f"{taken.entry.chosen_feature} and {taken.entry.rejected_feature})"
         )
+    if drops_answer:
+        taken.parts["messages"] = _without_answer(taken.parts.get("messages"))
     _check_prompt(taken)
+
+
+def _without_answer(messages: Sequence[Any] | None) -> tuple[Any, ...] | None:
+    """Up to the last turn that is not the assistant's; None stays None."""
+    if messages is None:
+        return None
+    last = max((i for i, turn in enumerate(messages) if turn["role"] != "assistant"), default=-1)
+    return tuple(messages[: last + 1])
 
 
 def _check_prompt(taken: _Row) -> None:
@@ -400,14 +415,16 @@ def _unpaired(taken: _Row) -> None:
 
 
 def _prompt(taken: _Row) -> None:
-    """What is to be answered; every other column is for the reward."""
+    """What is to be answered; every other column is for the reward, unless the answers are to be given anew."""
     taken.tools()
-    _before(taken, required=False)
+    answers_anew = OBJECTIVES[taken.objective].answers_anew
+    _before(taken, required=False, drops_answer=answers_anew)
     if taken.parts.get("prompt") is None and not taken.parts.get("messages"):
         taken.problems += (
             [] if taken.problems else [f"{taken.entry.prompt_feature}: found nothing; expected text"]
         )
-    taken.parts["fields"] = {str(k): v for k, v in taken.row.items() if k not in taken.used}
+    others = {} if answers_anew else taken.row
+    taken.parts["fields"] = {str(k): v for k, v in others.items() if k not in taken.used}
 
 
 def _missing(fields: Mapping[str, Any], needs: Sequence[Need]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from serve.adapters.formats.lineage import Lineage
 from serve.errors import ConfigError
 from serve.model.template import ChatTemplate
 from serve.model.template_rules import TemplateRules
-from train.data.inherited import lineage_of_parent, with_parents
+from train.data.inherited import lineage_of_prompts, with_parents
 from train.recipe.recipe import Recipe
 
 
@@ -69,12 +69,13 @@ class TokenRules:
 def template_rules(recipe: Recipe, today: date | None) -> TemplateRules:
     """How a recipe's prompts are made; `today` as TemplateRules has it. ConfigError if its file cannot be read.
 
-    Where the recipe is silent, a warm start goes on with the template of the adapter that it starts from.
+    Where the recipe is silent, a warm start goes on with the template of the adapter that it starts from, and a
+    drafter with that of the adapter that its teacher answers with.
     """
     own = TemplateRules(
         recipe.special_tokens_in_messages, _source(recipe.chat_template), recipe.chat_template_kwargs, today
     )
-    return with_parents(own, lineage_of_parent(recipe))
+    return with_parents(own, lineage_of_prompts(recipe))
 
 
 def _source(file: str | None) -> str | None:

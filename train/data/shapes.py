@@ -1,4 +1,4 @@
-"""The small world of shapes: `Scene`, what one picture shows, and how it is drawn.
+"""The small world of shapes: `Scene`, what one picture shows, `Move`, what a clip does, and how they are drawn.
 
 Equal generators in equal states give equal pixels. It knows nothing of chats or files.
 """
@@ -34,10 +34,19 @@ PLACES = {
 
 SIZES = (56, 64, 84, 112, 128)
 """Edges in pixels; the model's processor makes 56 x 56 of each."""
+RADII = (0.18, 0.22)
+"""Of shapes, as shares of the edge."""
+FILM_STEPS = (2, 3, 4)
+"""Pictures of a clip, each of them two frames."""
 FINER = 3
 """Pixels are drawn so many times finer, then averaged: soft edges."""
+LIGHTER, TINTED = 55, 60
+"""By how much, of 255, the ground is lighter at the top, and bluer at the left and redder at the right. The model's
+tower knows only how far pieces of a picture are from each other; the ground tells which corner each is in."""
 
 Rgb = tuple[int, int, int]
+Corners = tuple[Rgb, Rgb, Rgb, Rgb]
+"""The ground's colours at top left, top right, bottom left and bottom right."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,21 @@ class Scene:
     place: str | None = None
 
 
+@dataclass(frozen=True)
+class Move:
+    """One shape of one colour that goes from one quarter of the picture to another."""
+
+    colour: str
+    shape: str
+    begin: str
+    end: str
+
+
+def draw_move(rng: random.Random) -> Move:
+    begin, end = rng.sample(list(PLACES), 2)
+    return Move(rng.choice(list(COLOURS)), rng.choice(SHAPES), begin, end)
+
+
 def draw_scene(rng: random.Random, share_plain: float = 0.0) -> Scene:
     """A random scene; so large a share of them is one colour all over."""
     colour = rng.choice(list(COLOURS))
@@ -58,17 +82,56 @@ def draw_scene(rng: random.Random, share_plain: float = 0.0) -> Scene:
 
 
 def paint(rng: random.Random, scene: Scene) -> Image.Image:
-    """The scene on a dark ground, with its colour, place and size varied a little; a square RGB picture."""
+    """The scene on a dark, shaded ground, with its colour, place and size varied a little; a square RGB picture."""
     edge = rng.choice(SIZES)
     colour = _near(rng, COLOURS[scene.colour], 12)
     if scene.shape is None or scene.place is None:
         return Image.new("RGB", (edge, edge), colour)
-    grey = rng.randint(20, 60)
+    ground = _ground(rng)
+    return _draw(edge, ground, scene.shape, _centre(rng, scene.place), rng.uniform(*RADII), colour)
+
+
+def film(rng: random.Random, move: Move) -> list[Image.Image]:
+    """The move as frames, two of each picture, as the tower takes them: it begins and ends in its corners."""
+    edge = rng.choice(SIZES)
+    colour = _near(rng, COLOURS[move.colour], 12)
+    ground, radius = _ground(rng), rng.uniform(*RADII)
+    begin, end = _centre(rng, move.begin), _centre(rng, move.end)
+    steps = rng.choice(FILM_STEPS)
+    frames = []
+    for step in range(steps):
+        share = step / (steps - 1)
+        centre = (begin[0] + (end[0] - begin[0]) * share, begin[1] + (end[1] - begin[1]) * share)
+        frames += [_draw(edge, ground, move.shape, centre, radius, colour)] * 2
+    return frames
+
+
+def _ground(rng: random.Random) -> Corners:
+    grey = rng.randint(20, 60) // 2
+    red, green, blue = _near(rng, (grey, grey, grey), 8)
+    top_left, top_right, bottom_left, bottom_right = (
+        (red + light + right, green + light, blue + light + left)
+        for light in (LIGHTER, 0)
+        for left, right in ((TINTED, 0), (0, TINTED))
+    )
+    return top_left, top_right, bottom_left, bottom_right
+
+
+def _centre(rng: random.Random, place: str) -> tuple[float, float]:
+    x, y = PLACES[place]
+    return x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03)
+
+
+def _draw(
+    edge: int, ground: Corners, shape: str, centre: tuple[float, float], radius: float, colour: Rgb
+) -> Image.Image:
+    """`centre` and `radius` as shares of the edge."""
     fine = edge * FINER
-    picture = Image.new("RGB", (fine, fine), _near(rng, (grey, grey, grey), 8))
-    x, y = PLACES[scene.place]
-    centre = ((x + rng.uniform(-0.03, 0.03)) * fine, (y + rng.uniform(-0.03, 0.03)) * fine)
-    _shape(ImageDraw.Draw(picture), scene.shape, centre, rng.uniform(0.18, 0.22) * fine, colour)
+    corners = Image.new("RGB", (2, 2))
+    corners.putdata(ground)
+    picture = corners.resize((fine, fine), Image.Resampling.BILINEAR)
+    x, y = centre
+    _shape(ImageDraw.Draw(picture), shape, (x * fine, y * fine), radius * fine, colour)
     return picture.resize((edge, edge), Image.Resampling.BOX)
 
 

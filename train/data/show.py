@@ -76,7 +76,7 @@ def show(
 
     DataError as `sources.read`, ConfigError for a row that is not there. Rows that are dropped are shown too.
     """
-    tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = load_tokenizer(recipe.prompting_model, trust_remote_code=recipe.trust_remote_code)
     rules = TokenRules.of_recipe(recipe, today or date.today())
     template = make_template(tokenizer, rules.template)
     reader = MediaReader.of(recipe)

@@ -95,7 +95,7 @@ def _streamed(
     recipe: Recipe, rules: TokenRules, held_out: Sequence[Example], reader: MediaReader | None
 ) -> Split:
     def own_template() -> ChatTemplate:
-        tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        tokenizer = load_tokenizer(recipe.prompting_model, trust_remote_code=recipe.trust_remote_code)
         return make_template(tokenizer, rules.template)
 
     rows = StreamedRows(

@@ -26,8 +26,9 @@ from rich.console import Console
 from serve import device
 from serve.adapters.layers.experts import LoRAExperts
 from serve.errors import AdapterError, ConfigError, ModelError
-from serve.model.loading import DTYPES, cast, read_config, resolve
+from serve.model.loading import DTYPES, cast, read_config, resolve, vocab_size_of
 from serve.model.network import Network
+from serve.model.quantization import Quantization
 from serve.model.towers import build_with_towers, has_towers
 from train.adapters.build import build_adapted
 from train.data.batches import num_parts, padded_length
@@ -38,6 +39,7 @@ from train.foresee.memory import Cost, Operation, Value, cost_of
 from train.foresee.preflight import Preflight
 from train.loop.loss import CHUNK_LOGITS, MIN_CHUNK_ROWS
 from train.loop.optim import build_optimizer
+from train.recipe.draft import DraftConfig
 from train.recipe.recipe import Recipe
 
 LOGITS_COPIES = 5
@@ -74,6 +76,8 @@ class Estimate:
     """Bytes at the peak of a step, by what takes them, and seconds."""
 
     weights_bytes: int
+    teacher_bytes: int
+    """Weights of the model that answers, where it is another one than the one that trains."""
     optimizer_bytes: int
     gradients_bytes: int
     activations_bytes: int
@@ -95,7 +99,13 @@ class Estimate:
 
         Of the logits about half are still there while the first layer is computed again (measured).
         """
-        kept = self.weights_bytes + self.optimizer_bytes + self.gradients_bytes + self.process_bytes
+        kept = (
+            self.weights_bytes
+            + self.teacher_bytes
+            + self.optimizer_bytes
+            + self.gradients_bytes
+            + self.process_bytes
+        )
         half = self.logits_bytes // 2
         at_loss = self.activations_bytes - self.recomputed_bytes + self.logits_bytes
         return kept + max(at_loss, self.activations_bytes + half, self.gradients_bytes)
@@ -169,7 +179,7 @@ def estimate(recipe: Recipe, workload: Workload) -> Estimate:
     """
     try:
         network = _unweighted(recipe)
-        vocab_size = _vocab_size(recipe)
+        vocab_size = vocab_size_of(read_config(resolve(recipe.model)))
         module = network.module
         weights = _num_bytes(module.parameters())
         gradients = _num_bytes(module.trainable_parameters())
@@ -189,11 +199,12 @@ def estimate(recipe: Recipe, workload: Workload) -> Estimate:
     valid_s = FORWARD_SHARE * _seconds(cost) * workload.valid_places / places
     return Estimate(
         weights_bytes=weights,
+        teacher_bytes=teacher_bytes(recipe),
         optimizer_bytes=state,
         gradients_bytes=gradients * (2 if workload.in_parts else 1),
         activations_bytes=cost.peak_bytes,
         recomputed_bytes=cost.recomputed_bytes,
-        logits_bytes=LOGITS_COPIES * chunk * vocab_size * 4,
+        logits_bytes=LOGITS_COPIES * chunk * vocab_size * 4 * (2 if _reads_teacher(recipe) else 1),
         process_bytes=process,
         total_bytes=_memory_bytes(on_cpu),
         available_bytes=device.free_memory_bytes() + process,
@@ -202,9 +213,26 @@ def estimate(recipe: Recipe, workload: Workload) -> Estimate:
     )
 
 
+def teacher_bytes(recipe: Recipe) -> int:
+    """Weights of the model that answers for a recipe, as it is loaded; its adapter's are little beside them."""
+    teacher = recipe.block.teacher if recipe.block is not None else None
+    if teacher is None:
+        return 0
+    network = _built(read_config(resolve(teacher[0])), None, is_random=False)
+    return _num_bytes(network.module.parameters())
+
+
 def _unweighted(recipe: Recipe) -> Network:
     """The network as it will train, its arrays never evaluated."""
     config = read_config(resolve(recipe.model))
+    network = _built(config, recipe.quantize, is_random=recipe.init == "random")
+    build_adapted(recipe, network, is_sketch=True)
+    network.module.train()
+    return network
+
+
+def _built(config: dict[str, Any], quantize: Quantization | None, *, is_random: bool) -> Network:
+    """A network as it is loaded, its arrays never evaluated."""
     if has_towers(config):
         module = build_with_towers(config)
     else:
@@ -212,9 +240,9 @@ def _unweighted(recipe: Recipe) -> Network:
         module = model_class(args_class.from_dict(config))
     text = config.get("text_config") or {}
     stored = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16")
-    dtype = device.compute_dtype("float32" if recipe.init == "random" else stored)
+    dtype = device.compute_dtype("float32" if is_random else stored)
     cast(module, DTYPES.get(dtype, mx.bfloat16))
-    packing = config.get("quantization") or (recipe.quantize.model_dump() if recipe.quantize else None)
+    packing = config.get("quantization") or (quantize.model_dump() if quantize else None)
     if packing and device.backend() != "cpu":
         known = {name: packing[name] for name in ("group_size", "bits", "mode") if name in packing}
         # Towers are packed by whoever made a folder, never as it is loaded.
@@ -223,20 +251,16 @@ def _unweighted(recipe: Recipe) -> Network:
             class_predicate=lambda _, layer: _fits(layer, known.get("group_size", 64)),
             **known,
         )
-    network = Network(module)
-    build_adapted(recipe, network, is_sketch=True)
-    module.train()
-    return network
+    return Network(module)
+
+
+def _reads_teacher(recipe: Recipe) -> bool:
+    """Whether a step holds the teacher's logits beside its own."""
+    return isinstance(recipe.block, DraftConfig) and recipe.block.kd_alpha > 0
 
 
 def _fits(layer: nn.Module, group_size: int) -> bool:
     return hasattr(layer, "to_quantized") and layer.weight.shape[-1] % group_size == 0
-
-
-def _vocab_size(recipe: Recipe) -> int:
-    config = read_config(resolve(recipe.model))
-    inside = config.get("text_config") or config.get("thinker_config", {}).get("text_config", {})
-    return int(config.get("vocab_size") or inside["vocab_size"])
 
 
 def _num_bytes(tree: Any) -> int:
@@ -294,6 +318,7 @@ def lines(found: Estimate, workload: Workload, *, has_rollouts: bool = False) ->
     """For people: memory beside what the machine has, and time."""
     parts = {
         "weights": found.weights_bytes,
+        "the teacher's weights": found.teacher_bytes,
         "optimizer": found.optimizer_bytes,
         "gradients": found.gradients_bytes,
         f"activations of {workload.rows} x {workload.tokens:,} tokens": found.activations_bytes,
@@ -305,7 +330,7 @@ def lines(found: Estimate, workload: Workload, *, has_rollouts: bool = False) ->
         f"estimated peak memory {_size(found.peak_bytes)} of {_size(found.total_bytes)}, "
         f"{_size(found.available_bytes)} of it free: {said}",
         f"estimated time {_duration(found.seconds)}: {found.step_s:.2g} s a step"
-        + (", the rollouts' time on top" if has_rollouts else ", validations included"),
+        + (", the answers' time on top" if has_rollouts else ", validations included"),
     ]
 
 

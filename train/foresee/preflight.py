@@ -42,8 +42,13 @@ from train.data.tables import (
 )
 from train.data.tokens import ENDLESS
 from train.loop.distributed import Alone, Ranks, share
+from train.loop.objective import Objective
+from train.objectives.draft import Draft
 from train.objectives.rewards import Scorer
 from train.objectives.rollouts import Questions, Rollouts
+from train.objectives.taught import TaughtBatches
+from train.objectives.teacher import check_tokenizers
+from train.recipe.grpo import GRPOConfig
 from train.recipe.optimizer_config import AdamConfig
 from train.recipe.recipe import Recipe
 from train.watch.lineage import lineage_of
@@ -119,10 +124,26 @@ class Preflight:
         """This process's share of the fixed validation batches."""
         return self._fixed_batches(self.valid, self.recipe.val_batches)
 
-    def rollouts(self, model: LoadedModel) -> Rollouts | None:
-        """What makes the batches of objective grpo, from answers; None under others, whose batches are read."""
-        config = self.recipe.answering
-        if config is None or self.scorer is None:
+    def answered(self, model: LoadedModel, objective: Objective) -> Rollouts | TaughtBatches | None:
+        """What makes the batches of objectives that learn from answers; None under others, whose batches are read.
+
+        model  that trains
+        """
+        recipe, config = self.recipe, self.recipe.answering
+        if isinstance(objective, Draft):
+            return TaughtBatches(
+                model,
+                objective,
+                self.train.rows,
+                self.plan.rows,
+                self.plan.batches_per_epoch,
+                seed=recipe.seed,
+                batch_size=recipe.batch_size,
+                max_positions=recipe.micro_batch_tokens,
+                ranks=self.ranks,
+                stop_ids=self.stop_ids,
+            )
+        if not isinstance(config, GRPOConfig) or self.scorer is None:
             return None
         return Rollouts(
             model,
@@ -170,10 +191,11 @@ def prepare(
     today  the day that a chat template prints, all the run long; None: the real one
     DataError when there is nothing to train on, or no validation where one is needed.
     """
-    tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = load_tokenizer(recipe.prompting_model, trust_remote_code=recipe.trust_remote_code)
     rules = TokenRules.of_recipe(recipe, today or date.today())
     template = make_template(tokenizer, rules.template)
-    scorer = Scorer(recipe.answering.rewards) if recipe.answering is not None else None
+    check_tokenizers(recipe, tokenizer)
+    scorer = Scorer(recipe.answering.rewards) if isinstance(recipe.answering, GRPOConfig) else None
     reader = MediaReader.of(recipe)
     needs_columns = scorer.needs if scorer is not None else ()
     splits = read_splits(recipe, template, rules, console, needs_columns, reader)

@@ -80,6 +80,7 @@ def identity_of(recipe: Recipe, lineage: Lineage, num_processes: int) -> dict[st
     """What is saved in each checkpoint, to be compared by `check`; plain JSON."""
     keys = recipe.model_dump(mode="json", exclude=set(PLACES))
     keys["lora_parameters"] = _meaning(recipe.lora_parameters)
+    _leave_out_places(keys, recipe)
     reference = {"reference": recipe.resume_adapter_file or "base"} if recipe.has_reference else {}
     return {
         **keys,
@@ -88,7 +89,21 @@ def identity_of(recipe: Recipe, lineage: Lineage, num_processes: int) -> dict[st
         "base_fingerprint": lineage.base_fingerprint,
         "data_hash": lineage.data_hash,
         "template_hash": lineage.template_hash,
+        **_of_teacher(recipe, lineage),
     }
+
+
+def _leave_out_places(keys: dict[str, Any], recipe: Recipe) -> None:
+    """Of the objective's block, what says where something is; in place."""
+    if recipe.block is not None:
+        for name in recipe.block.places:
+            del keys[recipe.objective][name]
+
+
+def _of_teacher(recipe: Recipe, lineage: Lineage) -> dict[str, str]:
+    if recipe.block is None or recipe.block.teacher is None:
+        return {}
+    return {"teacher_fingerprint": lineage.teacher_fingerprint, "teacher_hash": lineage.teacher_hash}
 
 
 def _meaning(lora: LoRAParameters | None) -> dict[str, Any] | None:
@@ -151,7 +166,9 @@ def facts_of(recipe: Recipe, lineage: Lineage) -> dict[str, str]:
         "resume_from_checkpoint",
     }
     keys = recipe.model_dump(mode="json", exclude=paths)
+    _leave_out_places(keys, recipe)
     return {
+        **_of_teacher(recipe, lineage),
         **{f"recipe key {name}": json.dumps(value) for name, value in keys.items()},
         "the base": lineage.base_fingerprint,
         "the chat template": lineage.template_hash or "",

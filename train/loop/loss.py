@@ -6,7 +6,7 @@ Knows neither optimizers nor means: whoever calls divides by the targets of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -150,7 +150,7 @@ def target_logprobs(
         return -_cross_entropy(network, leaves, ids, temperature)
 
     parts: list[mx.array] = []
-    for rows in _chunks(len(token_ids), size):
+    for rows in chunks(len(token_ids), size):
         scored = mx.checkpoint(partial(chunk_logprobs, ids=token_ids[rows]))
         parts.append(scored({**head, _HIDDEN: _after(parts, hidden[rows])}))
     return mx.concatenate(parts)
@@ -174,15 +174,33 @@ def sum_loss(
             False gives the same value, without a gradient where there is more than one chunk.
     """
     hidden = hidden_at(network, tokens, positions, segments, seen)
+
+    def losses(logits: mx.array, rows: slice) -> mx.array:
+        return cross_entropy(logits, token_ids[rows])  # type: ignore[return-value]
+
+    return sum_of_losses(network, hidden, weights, losses, trains=trains)
+
+
+Losses = Callable[[mx.array, slice], mx.array]
+"""(logits [n, V] in float32, which of all the targets they are of) → a loss each, [n]."""
+
+
+def sum_of_losses(
+    network: Network, hidden: mx.array, weights: mx.array, losses: Losses, *, trains: bool = True
+) -> mx.array:
+    """Losses of hidden states [N, D], weighted by [N] and summed. Scalar, float32. `trains` as `sum_loss`."""
     size = chunk_rows(network.vocab_size)
-    if len(token_ids) <= size:
-        return (_cross_entropy(network, {_HIDDEN: hidden}, token_ids) * weights).sum()
+
+    def part_sum(leaves: dict[str, mx.array], rows: slice) -> mx.array:
+        return (losses(_head_logits(network, leaves), rows) * weights[rows]).sum()
+
+    if len(weights) <= size:
+        return part_sum({_HIDDEN: hidden}, slice(0, len(weights)))
     if trains:
-        return _sum_with_gradient(network, hidden, token_ids, weights, size)
+        return _sum_with_gradient(network, hidden, part_sum, size)
     sums: list[mx.array] = []
-    for rows in _chunks(len(token_ids), size):
-        leaves = {_HIDDEN: _after(sums, hidden[rows])}
-        sums.append((_cross_entropy(network, leaves, token_ids[rows]) * weights[rows]).sum())
+    for rows in chunks(len(weights), size):
+        sums.append(part_sum({_HIDDEN: _after(sums, hidden[rows])}, rows))
     return mx.stack(sums).sum()
 
 
@@ -198,7 +216,7 @@ def sum_loss_and_hits(
     """`sum_loss` without a gradient, and the weight of the targets that are the likeliest token. Scalars, float32."""
     hidden = hidden_at(network, tokens, positions, segments, seen)
     sums: list[mx.array] = []
-    for rows in _chunks(len(token_ids), chunk_rows(network.vocab_size)):
+    for rows in chunks(len(token_ids), chunk_rows(network.vocab_size)):
         logits = network.logits(_after(sums, hidden[rows])).astype(mx.float32)
         is_hit = mx.equal(logits.argmax(axis=-1), token_ids[rows]).astype(mx.float32)
         losses: mx.array = cross_entropy(logits, token_ids[rows])  # type: ignore[assignment]
@@ -234,25 +252,22 @@ _HIDDEN = "hidden"
 
 
 def _sum_with_gradient(
-    network: Network, hidden: mx.array, token_ids: mx.array, weights: mx.array, size: int
+    network: Network,
+    hidden: mx.array,
+    part_sum: Callable[[dict[str, mx.array], slice], mx.array],
+    size: int,
 ) -> mx.array:
     """The sum, built so that differentiating it yields the gradients computed here.
 
     With g = ∂sum/∂x held constant, (x · g).sum() has gradient g; taken away from itself it adds nothing.
     """
-
-    def chunk_sum(leaves: dict[str, mx.array], ids: mx.array, weights: mx.array) -> mx.array:
-        return (_cross_entropy(network, leaves, ids) * weights).sum()
-
     head = {name: mx.stop_gradient(value) for name, value in _head_parameters(network).items()}
     values: list[mx.array] = []
     hidden_gradients: list[mx.array] = []
     gradients: dict[str, mx.array] = {}
-    for rows in _chunks(len(token_ids), size):
+    for rows in chunks(len(hidden), size):
         part = _after([*values[-1:], *hidden_gradients[-1:]], mx.stop_gradient(hidden[rows]))
-        value, chunk_gradients = mx.value_and_grad(chunk_sum)(
-            {**head, _HIDDEN: part}, token_ids[rows], weights[rows]
-        )
+        value, chunk_gradients = mx.value_and_grad(part_sum)({**head, _HIDDEN: part}, rows)
         values.append(value)
         hidden_gradients.append(chunk_gradients.pop(_HIDDEN))
         gradients = {
@@ -274,14 +289,20 @@ def _cross_entropy(
     network: Network, leaves: dict[str, mx.array], token_ids: mx.array, temperature: float = 1.0
 ) -> mx.array:
     """[n] float32 of n hidden states, with the head's trained parameters as given among the leaves."""
+    logits = _head_logits(network, leaves)
+    if temperature != 1.0:
+        logits = logits / temperature
+    return cross_entropy(logits, token_ids)  # type: ignore[return-value]
+
+
+def _head_logits(network: Network, leaves: dict[str, mx.array]) -> mx.array:
+    """[n, V] float32 likewise."""
     head = [(name, value) for name, value in leaves.items() if name != _HIDDEN]
     before = _head_parameters(network) if head else {}
     network.module.update(tree_unflatten(head)) if head else None
     logits = network.logits(leaves[_HIDDEN]).astype(mx.float32)
     network.module.update(tree_unflatten(list(before.items()))) if head else None
-    if temperature != 1.0:
-        logits = logits / temperature
-    return cross_entropy(logits, token_ids)  # type: ignore[return-value]
+    return logits
 
 
 def _head_parameters(network: Network) -> dict[str, mx.array]:
@@ -292,7 +313,7 @@ def _head_parameters(network: Network) -> dict[str, mx.array]:
     return {name: leaf for name, leaf in outside if id(leaf) not in inside and name.startswith(prefix)}
 
 
-def _chunks(count: int, size: int) -> Iterator[slice]:
+def chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 

@@ -8,7 +8,7 @@ the answers the uninterrupted one would have drawn.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,23 +16,18 @@ import numpy as np
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import Completion, generate
 from serve.engine.request import Request, Sampling
-from serve.errors import DataError
 from serve.model.loading import LoadedModel
 from serve.model.network import evaluating
-from serve.model.prompt import Prompt
-from train.data.batches import Batch, padded_length, validation_rows
+from train.data.batches import Batch, validation_rows
 from train.data.example import Example
-from train.data.row_media import Standing, media_array
 from train.data.splits import Split
 from train.data.tokens import TokenizedExample
 from train.loop.distributed import Alone, Ranks
 from train.loop.step import Evaluation
 from train.objectives.grpo import summary_of_scores
+from train.objectives.prompted import UNBOUNDED_BYTES, batch_of, check_context, prompt_of, seed_of
 from train.objectives.rewards import Answer, Scorer
 from train.recipe.grpo import GRPOConfig
-
-PAD_TO = 8
-UNBOUNDED_BYTES = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class Rollouts:
         self._ranks = ranks or Alone()
         self._stop_ids = stop_ids
         self._limits = EngineLimits(max_rows=batch_size, kv_budget_bytes=UNBOUNDED_BYTES)
-        _check_context(model, questions, config)
+        check_context(model.max_context, "the model", questions.rows, config.max_completion_length, "grpo")
 
     def batch_at(self, iteration: int) -> RolloutBatch:
         """The batch of an iteration, answered by the weights as they are. Groups stand together, in order.
@@ -107,7 +102,9 @@ class Rollouts:
         """
         size, config, ranks = self._config.num_generations, self._config, self._ranks
         rows = np.repeat(np.array(self._rows_at(iteration), int)[ranks.rank :: ranks.size], size)
-        seeds = [_seed(self._seed, iteration, row, number % size) for number, row in enumerate(rows.tolist())]
+        seeds = [
+            seed_of(self._seed, iteration, row, number % size) for number, row in enumerate(rows.tolist())
+        ]
         completions = self._generate(self._questions, rows, seeds, config.temperature)
         scores = self._score(self._questions, rows, completions)
         rewards = self._scorer.total(scores)
@@ -117,7 +114,8 @@ class Rollouts:
             "frac_reward_zero_std": is_flat.astype(np.float32)
         }
         prompts = [self._questions.rows[row] for row in rows]
-        batch = _collate(prompts, completions, tuple(rows.tolist()), advantages, measures)
+        answered = batch_of(prompts, [one.token_ids for one in completions], tuple(rows.tolist()))
+        batch = _scored(answered, advantages, measures)
         counts = ranks.gather_numbers([batch.num_targets, batch.num_tokens])
         num_targets, num_tokens = (round(sum(numbers)) for numbers in zip(*counts, strict=True))
         is_cut = np.array([one.finish == "length" for one in completions], bool)
@@ -133,6 +131,11 @@ class Rollouts:
             scored.append(scores_of(self._scorer, scores, completions))
         means = {name: float(np.concatenate([one[name] for one in scored]).mean()) for name in scored[0]}
         return Evaluation(-means["reward"], summary_of_scores(means))
+
+    def evaluation(self, split: Split, batch_size: int, num_batches: int) -> Evaluation:
+        """Mean rewards of greedy answers to a split's prompts: the same rows each time; `num_batches` -1 is all."""
+        questions = Questions.of(split.rows, split.examples)
+        return self.evaluate(questions, validation_rows(split.lengths, batch_size, num_batches))
 
     def _generate(
         self, questions: Questions, rows: np.ndarray, seeds: Sequence[int], temperature: float
@@ -157,12 +160,6 @@ class Rollouts:
     def _score(self, questions: Questions, rows: np.ndarray, completions: Sequence[Completion]) -> np.ndarray:
         answers = [questions.answer(row, one) for row, one in zip(rows.tolist(), completions, strict=True)]
         return self._scorer.score(answers)
-
-
-def evaluation_of(rollouts: Rollouts, split: Split, batch_size: int, num_batches: int) -> Evaluation:
-    """Mean rewards of greedy answers to a split's prompts: the same rows each time; `num_batches` -1 is all."""
-    questions = Questions.of(split.rows, split.examples)
-    return rollouts.evaluate(questions, validation_rows(split.lengths, batch_size, num_batches))
 
 
 def group_advantages(
@@ -201,52 +198,10 @@ def scores_of(scorer: Scorer, scores: np.ndarray, completions: Sequence[Completi
     return {name: values.astype(np.float32) for name, values in measured.items()}
 
 
-def _collate(
-    prompts: Sequence[TokenizedExample],
-    completions: Sequence[Completion],
-    row_ids: tuple[int, ...],
+def _scored(
+    batch: Batch,
     advantages: np.ndarray,
     scores: Mapping[str, np.ndarray],
 ) -> RolloutBatch:
-    lengths = np.array([len(p) + len(c.token_ids) for p, c in zip(prompts, completions, strict=True)])
-    shape = (len(prompts), int(padded_length(lengths.max(initial=0), PAD_TO)))
-    tokens, is_target = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    standing: list[list[Standing]] = []
-    for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        tokens[place, : len(prompt)] = prompt.token_ids
-        media = prompt.media
-        standing.append([Standing(0, int(lengths[place]), media)] if media is not None else [])
-        tokens[place, len(prompt) : lengths[place]] = completion.token_ids
-        is_target[place, len(prompt) : lengths[place]] = True
-    return RolloutBatch(
-        tokens,
-        is_target,
-        int(is_target.sum()),
-        int(lengths.sum()),
-        row_ids,
-        advantages=advantages,
-        scores=scores,
-        media=media_array(standing),
-    )
-
-
-def prompt_of(row: TokenizedExample) -> Prompt:
-    """A row of a prompt alone, as the engine takes it."""
-    token_ids = tuple(row.token_ids.tolist())
-    return Prompt(token_ids) if row.media is None else row.media.prompt(token_ids)
-
-
-def _seed(*numbers: int) -> int:
-    """64 bits that follow from the numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-def _check_context(model: LoadedModel, questions: Questions, config: GRPOConfig) -> None:
-    longest = max(questions.rows, key=len)
-    if len(longest) + config.max_completion_length > model.max_context:
-        raise DataError(
-            f"{longest.source}:{longest.line}: the prompt has {len(longest)} tokens, which with "
-            f"grpo.max_completion_length {config.max_completion_length} is more than the model's context of "
-            f"{model.max_context}; set max_seq_length to at most "
-            f"{model.max_context - config.max_completion_length}, which drops longer prompts"
-        )
+    known = {each.name: getattr(batch, each.name) for each in fields(batch)}
+    return RolloutBatch(**{**known, "advantages": advantages}, scores=scores)

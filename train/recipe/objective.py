@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from serve.settings import Strict
 from train.recipe.kinds import Kind
@@ -15,6 +15,9 @@ from train.recipe.kinds import Kind
 
 class ObjectiveConfig(Strict):
     """A recipe's block of one objective."""
+
+    places: ClassVar[frozenset[str]] = frozenset()
+    """Knobs that say where something is, which a run knows by a hash."""
 
     @property
     def has_reference(self) -> bool:
@@ -25,6 +28,11 @@ class ObjectiveConfig(Strict):
     def without_reference(self) -> str:
         """How to do without one, where that is possible; for a message."""
         return ""
+
+    @property
+    def teacher(self) -> tuple[str, str | None] | None:
+        """(model, adapter or None) that answer the prompts; None: the model that trains."""
+        return None
 
     def problems(self, recipe: Any) -> Iterator[tuple[str, str]]:
         """(key, what is wrong) of the recipe's other keys, where they do not agree with this objective."""
@@ -61,9 +69,12 @@ class ObjectiveEntry:
     is_supervised: bool = False
     """Whether its loss counts just the tokens that the recipe marks, in packed rows too; others weigh answers."""
 
+    answers_anew: bool = False
+    """Whether rows may have answers, which are left out: their prompts are answered anew."""
+
     @property
     def asks(self) -> bool:
-        """Whether its rows are prompts, which the model answers."""
+        """Whether its rows are prompts, to be answered."""
         return "prompt" in self.kinds
 
 

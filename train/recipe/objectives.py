@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from train.recipe import dpo, grpo, kto, orpo, sft
+from train.recipe import dpo, draft, grpo, kto, orpo, sft
 from train.recipe.kinds import SHAPES
 from train.recipe.objective import ObjectiveEntry
 
@@ -18,6 +18,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "orpo": orpo.ENTRY,
     "kto": kto.ENTRY,
     "grpo": grpo.ENTRY,
+    "draft": draft.ENTRY,
 }
 
 

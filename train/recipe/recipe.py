@@ -31,6 +31,7 @@ from serve.model.quantization import Quantization
 from serve.remote import base_url
 from serve.settings import Problems, Strict, load_yaml
 from train.recipe import vision
+from train.recipe.draft import DraftConfig
 from train.recipe.foreign import ALIASES, FOREIGN
 from train.recipe.grpo import GRPOConfig
 from train.recipe.kinds import Kind
@@ -413,9 +414,15 @@ class Recipe(Strict):
         return self.block is not None and self.block.has_reference
 
     @property
-    def answering(self) -> GRPOConfig | None:
-        """How the model answers prompts, where it learns from its own answers."""
-        return self.block if isinstance(self.block, GRPOConfig) else None
+    def answering(self) -> GRPOConfig | DraftConfig | None:
+        """How prompts are answered, where the run learns from answers of its own or a teacher's."""
+        return self.block if isinstance(self.block, GRPOConfig | DraftConfig) else None
+
+    @property
+    def prompting_model(self) -> str:
+        """Whose tokenizer and chat template make the prompts: the teacher's, where there is one."""
+        teacher = self.block.teacher if self.block is not None else None
+        return teacher[0] if teacher is not None else self.model
 
     @property
     def block(self) -> ObjectiveConfig | None:

@@ -14,6 +14,7 @@ from serve.model.template import ChatTemplate
 from serve.model.vocabulary import vocabulary_hash
 from train.adapters.warm_start import hash_of
 from train.data.rules import TokenRules
+from train.objectives.teacher import Teacher
 from train.recipe.recipe import Recipe
 
 
@@ -36,7 +37,7 @@ def lineage_of(
     keys = recipe.model_dump(
         mode="json", exclude={"adapter_path", "resume_from_checkpoint", "serve_to", "serve_as"}
     )
-    parent = recipe.resume_adapter_file
+    parent, teacher = recipe.resume_adapter_file, Teacher.of(recipe)
     return Lineage(
         base_model=recipe.model,
         base_fingerprint=model.fingerprint,
@@ -54,6 +55,8 @@ def lineage_of(
         chat_template_kwargs=template.defaults,
         template_day=template.day,
         stop_ids=stop_ids,
+        teacher_fingerprint=teacher.fingerprint if teacher is not None else "",
+        teacher_hash=teacher.adapter_hash if teacher is not None else "",
     )
 
 

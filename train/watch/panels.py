@@ -52,8 +52,8 @@ def panels_of(train: Curves, valid: Curves, rates: Sequence[float] = ()) -> list
 
 
 def _learned(train: Curves, valid: Curves) -> Iterator[Panel]:
-    """sft and cpt: loss and accuracy. dpo, orpo and kto: how far and how often the better answer is ahead, too; orpo,
-    which has no reference, shows its two parts."""
+    """sft and cpt: loss and accuracy. draft: loss, and how much is guessed. dpo, orpo and kto: how far and how often
+    the better answer is ahead, too; orpo, which has no reference, shows its two parts."""
     loss = _both("loss", train, valid)
     star = _best(valid.get("loss", ()), 1, "lowest validation loss")
     yield Panel("loss", loss, from_zero=True, may_be_logarithmic=True, star=star)
@@ -61,6 +61,13 @@ def _learned(train: Curves, valid: Curves) -> Iterator[Panel]:
     answers = [Line("exact answers", valid.get("exact_match", ()), OTHER)]
     tokens = [Line("tokens", valid.get("mean_token_accuracy", ()), VALID)]
     yield Panel("accuracy of validation", [*tokens, *answers], share)
+    for title, name, limits in (
+        ("share of tokens that are guessed", "acceptance", share),
+        ("guesses accepted, of 4 in a row", "accepted_of_4", (-0.1, 4.1)),
+    ):
+        ways = [("coupled", VALID), ("greedy", OTHER)]
+        lines = [Line(way, valid.get(f"{name}/{way}", ()), color) for way, color in ways]
+        yield Panel(title, lines, limits)
     yield Panel("accuracy: the better answer ahead", _both("rewards/accuracies", train, valid), share)
     yield Panel("margin of rewards", _both("rewards/margins", train, valid))
     # orpo's loss is the first of these, and what keeps the second from falling.

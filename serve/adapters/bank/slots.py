@@ -91,7 +91,7 @@ class Composition:
         self._rows = mx.arange(self.size, dtype=mx.uint32)
         self._indices: dict[Entries, mx.array] = {}
         self._shares: dict[tuple[Holding, int], Share | One] = {}
-        self._positions: dict[tuple[tuple[int, ...], ...], mx.array] = {}
+        self._positions: dict[tuple[tuple[tuple[int, ...], int], ...], mx.array] = {}
 
     @property
     def num_arrays(self) -> int:
@@ -117,7 +117,7 @@ class Composition:
 
     def positions(self, shares: Sequence[Share]) -> mx.array:
         """[B] uint32: each row's number in these outputs, one after the other; the next behind all if it has none."""
-        key = tuple(share.where for share in shares)
+        key = tuple((share.where, share.num_outputs) for share in shares)
         found = self._positions.get(key)
         if found is None:
             numbers, start = np.full(self.size, -1), 0

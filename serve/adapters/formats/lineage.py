@@ -44,6 +44,10 @@ class Lineage:
     """The day that the template printed in training, YYYY-MM-DD; empty if it prints none. Serving prints its own."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that ended the turns it learned from; its answers end at them, besides the base's own end tokens."""
+    teacher_fingerprint: str = ""
+    """Of a drafter: the weights of the model whose answers it learned to guess."""
+    teacher_hash: str = ""
+    """The content hash of the adapter that this model answered with; nothing where it was the base alone."""
 
 
 def parse_lineage(raw: Any, problems: list[str]) -> Lineage | None:

@@ -1,0 +1,171 @@
+"""How far to guess, over given times and luck: no arrays, no clock."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from serve.engine.drafts import Drafting
+from serve.engine.gains import MAX_DRAFT, WIDTHS, Gains, StepTimes
+
+Machine = Callable[[int], float]
+"""Tokens → seconds of a step."""
+
+MACHINES: dict[str, Machine] = {
+    "a cpu": lambda tokens: 0.025 + 0.0025 * tokens,
+    "a slow cpu": lambda tokens: 0.03 * tokens**0.8,
+    "a laptop's gpu": lambda tokens: 0.012 + 0.0003 * tokens,
+    "a large gpu": lambda tokens: 0.006 + 0.00001 * tokens,
+}
+
+
+class Nobody:
+    """A drafter that is never asked: the test's luck is."""
+
+    max_bytes = 0
+
+    def propose(self, wanted):
+        raise NotImplementedError
+
+    def forget(self, sequence):
+        raise NotImplementedError
+
+    def clear(self, tenant):
+        raise NotImplementedError
+
+
+@dataclass
+class Decode:
+    """Rows that are replaced by others when they have said `length` tokens."""
+
+    machine: Machine
+    num_rows: int
+    share: float
+    """How often a guess is right."""
+    known: float = 1.0
+    """How often there is one."""
+    guess_s: float = 0.0
+    """What a guess takes, for all rows."""
+    seed: int = 0
+    length: int = 120
+    gains: Gains = field(default_factory=Gains)
+    seconds: float = 0.0
+    num_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.rows = [[self.begin(), self.rng.randrange(self.length)] for _ in range(self.num_rows)]
+
+    def begin(self) -> Drafting:
+        return self.gains.begin("nobody", Nobody(), "")
+
+    def run(self, num_tokens: int) -> None:
+        until = self.num_tokens + num_tokens
+        while self.num_tokens < until:
+            self.step()
+
+    def step(self) -> None:
+        gains, rng = self.gains, self.rng
+        draftings = [drafting for drafting, _ in self.rows]
+        wanted, width, counts = gains.wanted(draftings), 1, [0] * self.num_rows
+        if wanted:
+            self.seconds += self.guess_s * wanted
+            gains.note_guessing("nobody", self.num_rows, wanted, self.guess_s * wanted)
+            counts = [wanted if rng.random() < self.known else 0 for _ in self.rows]
+            width = gains.width(draftings, counts)
+        drawn = 0
+        for row, count in zip(self.rows, counts, strict=True):
+            drafted, right = min(count, width - 1), 0
+            while right < drafted and rng.random() < self.share:
+                right += 1
+            if drafted:
+                gains.note_draft(row[0], "", drafted, right)
+            drawn += right + 1
+            row[1] += right + 1
+            if row[1] >= self.length:
+                row[:] = self.begin(), 0
+        took_s = self.machine(self.num_rows * width) * rng.uniform(0.97, 1.03)
+        gains.note_step(self.num_rows, width, drawn, took_s)
+        self.seconds += took_s
+        self.num_tokens += drawn
+
+    @property
+    def rate(self) -> float:
+        """Against decoding without guesses."""
+        return self.num_tokens / self.seconds * self.machine(self.num_rows) / self.num_rows
+
+
+def best_rate(decode: Decode) -> float:
+    """Of the width that is best on that machine, for all steps alike."""
+
+    def rate(width: int) -> float:
+        count, share = width - 1, decode.share
+        mean = sum(share**number for number in range(count + 1))
+        return (
+            mean
+            * decode.machine(decode.num_rows)
+            / (decode.machine(decode.num_rows * width) + decode.guess_s * count)
+        )
+
+    return max(map(rate, WIDTHS))
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+@pytest.mark.parametrize("num_rows", [1, 8, 32])
+@pytest.mark.parametrize("share", [0.0, 0.1])
+@pytest.mark.parametrize("guess_s", [0.0, 0.002, 0.02])
+def test_guesses_that_are_wrong_cost_little(machine, num_rows, share, guess_s):
+    decode = Decode(machine, num_rows, share, guess_s=guess_s)
+    decode.run(600 * num_rows)
+    assert decode.rate > 0.97
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("share", [0.6, 0.9, 0.99])
+@pytest.mark.parametrize("guess_s", [0.0, 0.002])
+def test_guesses_that_are_right_are_made_as_far_as_is_best(machine, num_rows, share, guess_s):
+    decode = Decode(machine, num_rows, share, guess_s=guess_s)
+    decode.run(600 * num_rows)
+    assert decode.rate > 0.85 * best_rate(decode)
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+@pytest.mark.parametrize("seed", range(3))
+def test_what_begins_to_pay_is_found_out_and_what_ends_to_pay_is_left(machine, seed):
+    decode = Decode(machine, 4, 0.0, seed=seed)
+    decode.run(2000)
+    for share in (0.95, 0.0, 0.95):
+        decode.share = share
+        decode.run(1500)  # until that is noticed
+        decode.seconds = decode.num_tokens = 0
+        decode.run(3000)
+        assert decode.rate > (0.7 * best_rate(decode) if share else 0.97)
+
+
+def test_a_guess_that_few_rows_have_is_not_paid_for_by_all():
+    decode = Decode(MACHINES["a slow cpu"], 16, 0.9, known=0.05)
+    decode.run(8000)
+    assert decode.rate > 0.97
+
+
+def test_times_between_measured_ones_are_between_them():
+    times = StepTimes()
+    assert times.of(3) is None
+    times.note(8, 0.4)
+    assert times.of(8) == 0.4
+    assert times.of(1) < 0.4 < times.of(64)
+    times.note(32, 0.9)
+    assert 0.4 < times.of(16) < 0.9
+    times.note(32, 5.0)  # somebody else was busy
+    assert times.of(32) == 0.9
+
+
+def test_no_step_is_wider_than_can_be_drafted():
+    assert max(WIDTHS) - 1 == MAX_DRAFT
+    decode = Decode(MACHINES["a large gpu"], 1, 0.999)
+    decode.run(500)
+    assert decode.gains.wanted([decode.rows[0][0]]) == MAX_DRAFT
