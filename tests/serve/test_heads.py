@@ -125,7 +125,7 @@ def kind_of(
         "gemma-4 assistant": partial(gemma4, "assistant"),
         "gemma-4 assistant that looks at few tokens": partial(
             gemma4,
-            "few",
+            "clusters",
             use_ordered_embeddings=True,
             num_centroids=37,
             centroid_intermediate_top_k=12,

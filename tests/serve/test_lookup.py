@@ -123,7 +123,9 @@ def test_a_match_is_gone_on_with_also_where_its_words_came_again_later():
     assert guess(drafter, one) == [118, 119, *common, 120, 121]
     one.generated += [118, 119, *common]
     assert guess(drafter, one) == list(range(120, 128))
-    assert guess(LookupDrafter(), sequence([*document, 7], common)) == [9, 9, 9, 7], "with nothing before them"
+    assert guess(LookupDrafter(), sequence([*document, 7], common)) == [9, 9, 9, 7], (
+        "with nothing before them"
+    )
 
 
 def test_a_text_that_repeats_itself_is_guessed_as_far_as_is_asked():
