@@ -52,6 +52,7 @@ COMMANDS = (
     "bench adapters",
     "bench step",
     "bench cache",
+    "bench constraints",
     "bench conversations",
     "bench images",
     "bench drafters",

@@ -15,6 +15,7 @@ from itertools import cycle, islice
 import mlx.core as mx
 
 from serve.bench.finding import Finding
+from serve.constraints.grammar import Grammar
 from serve.engine.engine import Engine
 from serve.engine.request import Request, Sampling
 from serve.errors import StoppedError
@@ -26,10 +27,11 @@ KINDS = ("wall", "cpu")
 
 @dataclass(frozen=True)
 class Side:
-    """An engine, and the adapters that its rows name in turn; none: the base."""
+    """An engine, the adapters that its rows name in turn, none: the base, and the grammars that they keep to."""
 
     engine: Engine
     adapters: Sequence[str] = ()
+    grammars: Sequence[Grammar] = ()
 
 
 @dataclass
@@ -95,7 +97,9 @@ def _begin(
         adapter = versions[row] if versions else None
         seed = number * len(prompts) + row
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature, ignore_eos=True, seed=seed)
-        engine.add(engine.check(Request(str(row), Prompt(tuple(prompt)), sampling, adapter)))
+        grammar = side.grammars[row % len(side.grammars)] if side.grammars else None
+        request = Request(str(row), Prompt(tuple(prompt)), sampling, adapter, grammar=grammar)
+        engine.add(engine.check(request))
     return versions
 
 

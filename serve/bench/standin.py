@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,19 +115,31 @@ def words_for(num_tokens: int) -> int:
     return max(1, num_tokens - MESSAGE_TOKENS - HEADER_TOKENS)
 
 
-def write_model(folder: Path, dtype: mx.Dtype, size: Size = SMALLEST, seed: int = 0) -> None:
-    """The model folder, as mlx-lm and mlx-vlm load it: config, weights, tokenizer with chat template."""
+def write_model(
+    folder: Path,
+    dtype: mx.Dtype,
+    size: Size = SMALLEST,
+    seed: int = 0,
+    texts: Iterable[str] | None = None,
+) -> None:
+    """The model folder, as mlx-lm and mlx-vlm load it: config, weights, tokenizer with chat template.
+
+    texts  what the tokenizer learns all of the vocabulary from; None: TOKENIZER_SIZE tokens at most, from WORDS
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = word_tokenizer(folder, size)
+    tokenizer = word_tokenizer(folder, size, texts=texts)
     config = config_of(size)
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": str(dtype).split(".")[-1]}))
     weights = _weights(tokenizer, seed, config, dtype)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
 
 
-def word_tokenizer(folder: Path, size: Size, more_specials: Sequence[str] = ()) -> Tokenizer:
+def word_tokenizer(
+    folder: Path, size: Size, more_specials: Sequence[str] = (), texts: Iterable[str] | None = None
+) -> Tokenizer:
     """The tokenizer of a model of that size, and its files in `folder`, with the tokens that end an answer."""
-    tokenizer = _tokenizer(min(size.vocabulary, TOKENIZER_SIZE), (*SPECIALS, *more_specials))
+    count = size.vocabulary if texts is not None else min(size.vocabulary, TOKENIZER_SIZE)
+    tokenizer = _tokenizer(count, (*SPECIALS, *more_specials), _made_up() if texts is None else texts)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS_TOKEN_ID}))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
@@ -202,8 +214,8 @@ def _adapter_tensors(size: Size, rank: int) -> Iterator[tuple[str, tuple[int, in
             yield f"{prefix}.lora_b", (rank, num_out), 0.02
 
 
-def _tokenizer(num_tokens: int, specials: Sequence[str]) -> Tokenizer:
-    """Byte-level BPE in which each of the benchmark's words is one token, if there is room for them."""
+def _tokenizer(num_tokens: int, specials: Sequence[str], texts: Iterable[str]) -> Tokenizer:
+    """Byte-level BPE, learned from these."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -213,14 +225,17 @@ def _tokenizer(num_tokens: int, specials: Sequence[str]) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _made_up() -> list[str]:
+    """From which each of the benchmark's words is one token, if there is room for them."""
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
     maker = PromptMaker(0, syllables)
     made_up = [maker.prompt(3).replace(" ", "") for _ in range(4000)]
     roles = ["user", "assistant", "system"]
-    tokenizer.train_from_iterator(
-        [*(WORDS * 50), *([f" {w}" for w in WORDS] * 50), *(roles * 50), *made_up], trainer
-    )
-    return tokenizer
+    return [*(WORDS * 50), *([f" {w}" for w in WORDS] * 50), *(roles * 50), *made_up]
 
 
 def _weights(tokenizer: Tokenizer, seed: int, config: dict[str, Any], dtype: mx.Dtype) -> dict[str, mx.array]:

@@ -171,6 +171,26 @@ def bench_step(
     save_json(json_file, step.as_json(asked, results))
 
 
+@app.command("constraints")
+def bench_constraints(
+    rows: Annotated[int, typer.Option(min=1, help="Each with a schema of its own.")] = 16,
+    vocabulary: Annotated[int, typer.Option(min=512, help="Tokens of the model.")] = 32_768,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Of answers, both sides' step by step.")] = 5,
+    size: ModelSize = "29M",
+    folder: Annotated[Path | None, typer.Option(help="Keep the model here.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure what a schema in each row takes of a step, over the same rows without, on a random model."""
+    from serve.bench import constraints
+    from serve.bench.standin import SIZES
+
+    size = one_of(size, tuple(SIZES), "--size")
+    asked = constraints.Setting(rows, vocabulary, max_tokens, rounds, size)
+    title = f"Vocabulary of {vocabulary:,}; median of {rounds} round(s), and extremes"
+    _measure(constraints.run, asked, title, folder, json_file)
+
+
 @app.command("cache")
 def bench_cache(
     parts: Parts = "ragged,prefix,precision,throughput",

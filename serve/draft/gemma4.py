@@ -35,6 +35,7 @@ class Gemma4Assistant:
         self.fingerprint = f"gemma4_assistant:{fingerprint}"
         self._width = module.config.backbone_hidden_size
         self._read: dict[str, LayerRows] = {}
+        self._embeddings: Any = None
 
     def bind(self, network: Network, rows: BatchRows) -> Sequence[LayerRows]:
         """No layers' rows: it has none. ModelError where it was made for another target."""

@@ -24,6 +24,8 @@ WIDTHS = (1, 2, 3, 4, 5, 7, 9, 12, 16)
 """Tokens a row of a step: few, so that each is timed often and compiled once."""
 COST_EXPONENT = 0.4
 """Measured on CPU: 1, 9 and 72 tokens take 27, 65 and 149 ms."""
+GUESSING_EXPONENT = 1.0
+"""Of guesses that are made one behind the other."""
 MIN_GAIN = 1.03
 TRIAL_SHARE = 0.01
 MAX_ALLOWANCE = 2.5
@@ -41,9 +43,11 @@ SHORTEST_S = 1e-9
 
 
 class StepTimes:
-    """Seconds of a step by its tokens."""
+    """Seconds by number of tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, exponent: float = COST_EXPONENT) -> None:
+        """exponent: of the tokens, by which times grow beyond what is measured."""
+        self._exponent = exponent
         self._seconds: dict[int, deque[float]] = {}
         self._sizes: list[int] = []  # in order
 
@@ -71,7 +75,7 @@ class StepTimes:
             of_low, of_high = self._shortest(low), self._shortest(high)
             part = math.log(num_tokens / low) / math.log(high / low)
             return of_low * (of_high / of_low) ** part
-        return self._shortest(nearest) * (num_tokens / nearest) ** COST_EXPONENT
+        return self._shortest(nearest) * (num_tokens / nearest) ** self._exponent
 
     def _shortest(self, num_tokens: int) -> float:
         """Of the last few: a busy machine makes the others longer."""
@@ -120,7 +124,7 @@ class Gains:
 
     def note_guessing(self, name: str, num_rows: int, count: int, seconds: float) -> None:
         """A drafter was asked for so many guesses of so many rows each."""
-        self._guessing.setdefault(name, StepTimes()).note(num_rows * count, seconds)
+        self._guessing.setdefault(name, StepTimes(GUESSING_EXPONENT)).note(num_rows * count, seconds)
         self._guessed_s += seconds
 
     def note_draft(self, drafting: Drafting, adapter: str, num_drafted: int, num_right: int) -> None:

@@ -15,10 +15,11 @@ from transformers import AutoTokenizer
 
 import lathe
 from serve.api.server import serving
-from serve.bench import standin
+from serve.bench import lockstep, standin
 from serve.bench.client import Answer, Ask
 from serve.bench.conversations import result_of
 from serve.bench.finding import Finding
+from serve.bench.lockstep import Side
 from serve.bench.player import Player, Turn
 from serve.bench.prefix import Times, findings_of
 from serve.bench.prompts import PromptMaker
@@ -28,7 +29,11 @@ from serve.bench.scripts import Script, Setting, num_positions, order_of, write_
 from serve.bench.step import PARTS
 from serve.bench.stopwatch import Lap, Moment, Stopwatch
 from serve.config import ServeConfig
+from serve.constraints.compiler import GrammarCompiler
+from serve.constraints.spec import ConstraintSpec
+from serve.engine.engine import Engine, EngineLimits
 from serve.errors import StoppedError
+from serve.model.loading import load
 from serve.runtime import Runtime
 
 pytestmark = pytest.mark.long
@@ -289,3 +294,25 @@ def test_bench_conversations_plays_the_same_turns_with_both_servers(run_bench, c
     assert set(numbers["ttft_ratios"]) == {"p50", "p95", "by turn"}
     asked = [each["num_prompt_tokens"] for each in numbers["results"]]
     assert asked[0] == pytest.approx(asked[1], rel=0.05)  # answers differ where a near-tie falls another way
+
+
+def test_the_bench_of_constraints_compares_rows_with_schemas_and_without(run_bench, tmp_path):
+    words = "bench constraints --rows 3 --rounds 2 --max-tokens 4 --vocabulary 600 --size tiny"
+    numbers = run_bench(f"{words} --folder {tmp_path}")
+    asked = {"num_rows": 3, "vocabulary": 600, "max_tokens": 4, "rounds": 2, "size": "tiny"}
+    assert numbers["settings"] == asked
+    (found,) = numbers["findings"]
+    free, with_schemas = found["values"]["free ms"], found["values"]["with schemas ms"]
+    assert found["ratios"] == [ours / bare for ours, bare in zip(with_schemas, free, strict=True)]
+    assert len(free) == 2
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == 600
+
+
+def test_rows_of_one_side_in_lockstep_keep_to_their_grammars(tmp_path):
+    folder = tmp_path / "tiny"
+    standin.write_model(folder, standin.default_dtype(), standin.TINY)
+    engine = Engine(load(str(folder)), EngineLimits(max_rows=2))
+    compiler = GrammarCompiler(engine.model.tokenizer, engine.token_bytes, standin.TINY.vocabulary)
+    short = [compiler.compile(ConstraintSpec("regex", pattern)) for pattern in ("a", "bbb")]
+    (cost,) = lockstep.run([Side(engine, grammars=short)], [[10, 11], [12, 13], [14]], 9, temperature=1.0)
+    assert cost.num_tokens == 1 + 3 + 1

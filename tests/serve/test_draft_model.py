@@ -131,17 +131,22 @@ def test_the_targets_twin_guesses_what_the_target_says_at_any_temperature(model_
     assert all(len(set(each.generated)) > 20 for each in watched.sequences.values())
 
 
+@pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("name", ["full", "sliding"])
 def test_a_guess_is_what_the_draft_model_says_of_the_whole_text_whatever_it_guessed_before(
-    name, lively, make_model, make_request, assert_drawn
+    name, every, lively, make_model, make_request, assert_drawn
 ):
-    """Another model's guesses are wrong all the time, so its rows go back all the time."""
+    """Another model's guesses are wrong all the time, so its rows go back all the time. Asked for every third token,
+    they go back to before the first wrong one of several."""
     folder = make_model(
         f"other-{name}", json.loads((lively.folder(name) / "config.json").read_text()), seed=7
     )
     watched = make_watched(lively.folder(name), folder)
+    watched.asks = lambda sequence: len(sequence.generated) % every == 0
     texts = ("hello there", LONG[:300], "x")
-    watched.run(*(make_request(f"{number}", text, max_tokens=24) for number, text in enumerate(texts)))
+    watched.run(
+        *(make_request(f"{number}", text, max_tokens=24 * every) for number, text in enumerate(texts))
+    )
     module, guessed = load(str(folder)).network.module, set()
     for request, before, found in watched.guesses():
         prompt = Prompt((*request.prompt.token_ids, *before))

@@ -125,7 +125,7 @@ def kind_of(
         "gemma-4 assistant": partial(gemma4, "assistant"),
         "gemma-4 assistant that looks at few tokens": partial(
             gemma4,
-            "few",
+            "clusters",
             use_ordered_embeddings=True,
             num_centroids=37,
             centroid_intermediate_top_k=12,
@@ -272,7 +272,10 @@ def test_guesses_are_those_of_a_row_by_itself(name, kind_of, in_company):
 
 @pytest.mark.parametrize("name", ["EAGLE-3", "DFlash", "MTP of glm4_moe_lite"])
 def test_scratch_stays_in_its_row_where_that_ends(name, kind_of, in_company, make_request):
-    kind, company = kind_of(name), in_company(name, prefill_chunk_tokens=256, row_chunk_tokens=256)
+    kind, company = (
+        kind_of(name),
+        in_company(name, prefill_chunk_tokens=256, row_chunk_tokens=256, prefix_cache_bytes=0),
+    )
     engine, network = company.engine, Network(company.modules[0])
     texts = ("z" * 250, "so " * 80, "short", "y" * 249)
     for number, text in enumerate(texts):

@@ -116,6 +116,18 @@ def test_a_guess_is_what_followed_the_longest_match_and_no_longer_than_it():
     assert guess(LookupDrafter(), sequence([3])) == []
 
 
+def test_a_match_is_gone_on_with_also_where_its_words_came_again_later():
+    common = [1, 2, 3, 4]
+    document = [*range(100, 120), *common, *range(120, 140), *common, 9, 9, 9]
+    drafter, one = LookupDrafter(), sequence([*document, 7], range(100, 118))
+    assert guess(drafter, one) == [118, 119, *common, 120, 121]
+    one.generated += [118, 119, *common]
+    assert guess(drafter, one) == list(range(120, 128))
+    assert guess(LookupDrafter(), sequence([*document, 7], common)) == [9, 9, 9, 7], (
+        "with nothing before them"
+    )
+
+
 def test_a_text_that_repeats_itself_is_guessed_as_far_as_is_asked():
     one = sequence([1, 2, 3], [4, 5, 6, 4, 5, 6, 4, 5, 6, 4, 5, 6])
     assert guess(LookupDrafter(), one) == [4, 5, 6, 4, 5, 6, 4, 5]

@@ -23,7 +23,7 @@ from serve.adapters.formats.lineage import Lineage
 from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter
 from serve.engine.request import Request, Sampling
 from serve.engine.sampler import Sampler
-from serve.errors import ConfigError, DataError
+from serve.errors import ConfigError, DataError, NotFoundError
 from serve.model.loading import LoadedModel, load
 from serve.model.network import Network
 from serve.model.prompt import Prompt
@@ -522,6 +522,12 @@ def test_a_draft_without_a_teacher_is_told_what_is_missing(tmp_path):
         ConfigError, match="objective draft needs a block draft with teacher_model, Who is drafted"
     ):
         load_recipe(path)
+
+
+def test_an_adapter_that_is_not_there_is_named_by_its_key(tmp_path, small_folder, model_folder):
+    recipe = recipe_of(tmp_path, small_folder, model_folder, draft={"teacher_adapter_path": "runs/nothing"})
+    with pytest.raises(NotFoundError, match=r"draft\.teacher_adapter_path: no adapter .*runs/nothing"):
+        run(recipe, dry_run=True, console=Console(quiet=True))
 
 
 def with_vocabulary(folder: Path, out: Path, change: Callable[[dict[str, int]], None]) -> Path:

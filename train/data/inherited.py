@@ -16,6 +16,7 @@ from serve.adapters.formats.config import AdapterConfig
 from serve.adapters.formats.files import read_adapter
 from serve.adapters.formats.lineage import Lineage
 from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE, read_config
+from serve.errors import NotFoundError
 from serve.model.template import ChatTemplate
 from serve.model.template_rules import TemplateRules
 from serve.model.vocabulary import vocabulary_hash
@@ -49,11 +50,15 @@ def lineage_of_parent(recipe: Recipe) -> Lineage | None:
 
 
 def lineage_of_teacher(recipe: Recipe) -> Lineage | None:
-    """Of the adapter that a teacher answers with; None without one, or where it does not say."""
+    """Of the adapter that a teacher answers with; None without one, or where it does not say. NotFoundError where
+    there is no adapter."""
     teacher = recipe.block.teacher if recipe.block is not None else None
     if teacher is None or teacher[1] is None:
         return None
-    return read_adapter(Path(teacher[1])).config.lineage
+    try:
+        return read_adapter(Path(teacher[1])).config.lineage
+    except NotFoundError as error:
+        raise NotFoundError(f"{recipe.objective}.teacher_adapter_path: {error}") from None
 
 
 def lineage_of_prompts(recipe: Recipe) -> Lineage | None:
