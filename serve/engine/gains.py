@@ -1,4 +1,4 @@
-"""How far to guess: acceptance of rows and adapters, and what a step of so many tokens takes. No arrays, no clock.
+"""How far to guess: acceptance of rows and adapters, and what a step of so many tokens takes. No clock.
 
 A step of B rows and W tokens a row gives row r
 
@@ -16,6 +16,8 @@ import math
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from serve.engine.drafts import Acceptance, Drafter, Drafting
 
@@ -145,20 +147,14 @@ class Gains:
         if plain_s is None:  # the first steps: they are timed
             return 1
         shares = [drafting.acceptance.share if drafting else 0.0 for drafting in draftings]
+        widths = [*(width for width in WIDTHS[1:] if width <= longest), longest + 1]
         best, most = 1, MIN_GAIN * num_rows / plain_s
-        for width in WIDTHS[1:]:
-            if width > longest + 1:
-                width = longest + 1
-            tokens = sum(
-                _expected(share, min(count, width - 1)) for share, count in zip(shares, counts, strict=True)
-            )
+        for width, tokens in zip(widths, _expected(shares, counts, widths), strict=True):
             step_s = self._steps.of(num_rows * width)
             assert step_s is not None
             rate = tokens / (step_s + guessing_s.get(width, 0.0))
             if rate > most:
                 best, most = width, rate
-            if width == longest + 1:
-                break
         if best > 1:
             return best
         return min(TRIAL_WIDTH, longest + 1) if self._may_try(num_rows, plain_s, guessing_s) else 1
@@ -199,9 +195,9 @@ class Gains:
         return group
 
 
-def _expected(share: float, count: int) -> float:
-    """Tokens of a row with so many guesses: itself, and those before the first wrong one."""
-    if count == 0:
-        return 1.0
-    share = min(share, 0.999)
-    return (1 - share ** (count + 1)) / (1 - share)
+def _expected(shares: Sequence[float], counts: Sequence[int], widths: Sequence[int]) -> list[float]:
+    """By width, tokens of all rows together: of each itself, and its guesses before the first wrong one."""
+    right = np.minimum(np.asarray(shares), 0.999)
+    checked = np.minimum(np.asarray(counts), np.asarray(widths)[:, None] - 1)  # [W, R]
+    found: list[float] = ((1 - right ** (checked + 1)) / (1 - right)).sum(axis=1).tolist()
+    return found
