@@ -275,8 +275,8 @@ class Engine:
         sequence = self._by_id.get(request_id)
         if sequence is None:
             return None
+        self._num_finished["cancelled"] += 1  # before its row is free, for whoever reads of it meanwhile
         self._forget([sequence])
-        self._num_finished["cancelled"] += 1
         return Event(request_id, finish="cancelled", num_cached_tokens=sequence.num_restored_tokens or 0)
 
     def step(self) -> list[Event]:
