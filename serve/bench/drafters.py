@@ -21,7 +21,7 @@ from serve.bench import lockstep, standin
 from serve.bench.finding import Finding, Keep, collect
 from serve.bench.lockstep import Cost, Side
 from serve.bench.standin import Size
-from serve.bench.walks import LEAD_TOKENS, copying_prompt, write_walking_model
+from serve.bench.walks import LEAD_TOKENS, QUIET, copying_prompt, write_walking_model
 from serve.bench.widened import write_widened
 from serve.draft.lookup import NAME as NGRAM
 from serve.draft.lookup import LookupDrafter
@@ -91,7 +91,10 @@ class _Measuring:
         setting, home = self.setting, self.folder / "walking"
         self.progress("writing a model that copies")
         text = write_walking_model(home, standin.default_dtype(), setting.size)
-        paths = standin.write_adapters(self.folder / "adapters", setting.num_adapters, setting.size)
+        # As quiet as what they are added to, or the model would say something else than its text.
+        paths = standin.write_adapters(
+            self.folder / "adapters", setting.num_adapters, setting.size, strength=QUIET
+        )
         rng = random.Random(0)
 
         def prompts(num_rows: int) -> list[list[int]]:

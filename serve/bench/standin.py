@@ -159,18 +159,25 @@ def word_tokenizer(
 
 
 def write_adapters(
-    folder: Path, count: int, size: Size = SMALLEST, *, ranks: Sequence[int] = (16,), seed: int = 1
+    folder: Path,
+    count: int,
+    size: Size = SMALLEST,
+    *,
+    ranks: Sequence[int] = (16,),
+    seed: int = 1,
+    strength: float = 1.0,
 ) -> dict[str, Path]:
     """`count` random adapters of all linear layers, each in its own folder: name -> folder.
 
-    ranks  they take turns at these
+    ranks     they take turns at these
+    strength  by how much their updates are larger
     """
     paths = {f"adapter-{number}": folder / f"adapter-{number}" for number in range(count)}
     for number, path in enumerate(paths.values()):
         rank = ranks[number % len(ranks)]
         keys = iter(mx.random.split(mx.random.key(seed + number), 2 * size.num_layers * len(size.shapes)))
         tensors = {
-            name: mx.random.normal(shape, key=next(keys)) * scale
+            name: mx.random.normal(shape, key=next(keys)) * (scale * strength**0.5)
             for name, shape, scale in _adapter_tensors(size, rank)
         }
         write_adapter(path, tensors, _adapter_config(size, rank))
