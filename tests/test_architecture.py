@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,6 +134,20 @@ def test_only_the_front_door_and_device_read_the_environment():
     places = [place for path in SOURCES for place in environment_reads(path)]
     assert not [place for place in places if place.partition(":")[0] not in MAY_TOUCH_ENVIRONMENT]
     assert places, "the scan finds what it looks for, in serve/device.py"
+
+
+MACHINE_PATH = re.compile(r"""["'](/(?:work|home|Users|root|opt|mnt|tmp|var)/[^"'\s]*)["']""")
+
+
+@pytest.mark.parametrize("folder", ["configs", "data", "recipes"])
+def test_no_file_that_is_made_by_a_run_remembers_whose_machine_that_was(folder):
+    """Exports, manifests and rows: what was written with an absolute path is made again from the root, or mended."""
+    files = [
+        path for path in (ROOT / folder).rglob("*") if path.suffix in (".json", ".jsonl", ".md", ".yaml")
+    ]
+    found = {name_of(path): match[1] for path in files if (match := MACHINE_PATH.search(path.read_text()))}
+    assert len(files) > 2
+    assert not found
 
 
 def tree_lines(kind: type, indent: str = "") -> Iterator[str]:
