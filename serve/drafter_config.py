@@ -7,10 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from serve.engine.drafts import MAX_DRAFT
 from serve.settings import Strict
-
-MOST_TOKENS = 15
-"""A step checks so many guesses of a row at most."""
 
 
 class NoDrafter(Strict):
@@ -24,7 +22,7 @@ class NgramDrafter(Strict):
     in earlier answers of its tenant, salt and adapter."""
 
     kind: Literal["ngram"] = "ngram"
-    max_tokens: int = Field(MOST_TOKENS, ge=1, le=MOST_TOKENS)
+    max_tokens: int = Field(MAX_DRAFT, ge=1, le=MAX_DRAFT)
     """Guesses of one step at most, and never more than tokens that agreed before them."""
     min_match: int = Field(2, ge=2, le=4)
     """So many of a row's last tokens are found again at least."""
@@ -41,7 +39,7 @@ class ModelDrafter(Strict):
     """A local folder or a hub name."""
     adapters: dict[str, Path] = Field(default_factory=dict)
     """Folders of the draft model's own adapters, by the name of the adapter whose answers they guess."""
-    max_tokens: int = Field(MOST_TOKENS, ge=1, le=MOST_TOKENS)
+    max_tokens: int = Field(MAX_DRAFT, ge=1, le=MAX_DRAFT)
     """Guesses of one step at most."""
     memory_gib: float | None = Field(None, gt=0)
     """Of the memory, at most so much for the draft model's rows and prefixes, in GiB; an eighth, if left out."""
@@ -53,7 +51,7 @@ class HeadsDrafter(Strict):
     kind: Literal["heads"]
     model: str | None = Field(None, min_length=1)
     """A local folder or a hub name; the checkpoint's own heads, if left out."""
-    max_tokens: int = Field(MOST_TOKENS, ge=1, le=MOST_TOKENS)
+    max_tokens: int = Field(MAX_DRAFT, ge=1, le=MAX_DRAFT)
     """Guesses of one step at most."""
 
 

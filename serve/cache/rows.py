@@ -191,9 +191,8 @@ class BatchRows:
                 "a chunk is longer than a window's buffer has room for beside the window"
             )
             written = self._num_written[run.bucket]
-            if any(run.new_ranges):
-                for rows in run.new_ranges:
-                    written[rows] = 0
+            for rows in run.new_ranges:
+                written[rows] = 0
             # Wrong guesses stay where they were written, and in a ring stand where others stood, until written over.
             written[run.rows] = np.maximum(written[run.rows], run.starts + span.num_tokens)
         if self._recurrent:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from serve.cache.capacity import Bucket
+from serve.cache.capacity import Bucket, Place
 
 SLICED_ROWS = 8
 """Up to so many rows of a chunk are written a slice each, more of them by one index."""
@@ -23,6 +24,19 @@ class SpanPart(NamedTuple):
     """Position of each row's first token in this forward."""
     begins: Sequence[bool]
     """The row holds nothing yet: it is cleared first."""
+
+
+def span_parts(places: Sequence[Place], starts: Sequence[int], begins: Sequence[bool]) -> list[SpanPart]:
+    """Of rows in the order of the batch, those of a bucket side by side."""
+    parts = []
+    for bucket, group in groupby(zip(places, starts, begins, strict=True), key=lambda row: row[0].bucket):
+        inside = list(group)
+        parts.append(
+            SpanPart(
+                bucket, [p.row for p, _, _ in inside], [s for _, s, _ in inside], [b for *_, b in inside]
+            )
+        )
+    return parts
 
 
 Blocks = Sequence[tuple[int, int]]

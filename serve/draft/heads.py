@@ -26,12 +26,11 @@ from serve.cache.layers import LayerRows
 from serve.cache.rows import BatchRows
 from serve.cache.spans import Span
 from serve.draft.places import Samplers, in_rows, place_of, span_of
-from serve.engine.drafts import Wanted
+from serve.engine.drafts import MAX_DRAFT, Wanted
 from serve.engine.plan import Chunk, SequenceState
 from serve.engine.sampler import Sampler
 from serve.model.network import Network
 
-MAX_TOKENS = 15
 MAX_CARRIED = 64
 """Of a longer chunk, only the last state is kept: a prompt's, in which nothing is guessed."""
 
@@ -66,13 +65,10 @@ class _States(NamedTuple):
     stop: int
 
 
-MAX_TOKENS = 15
-
-
 class Heads:
     """A drafter (`serve.engine.drafts.Reader`) over one head."""
 
-    def __init__(self, head: Head, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(self, head: Head, max_tokens: int = MAX_DRAFT) -> None:
         """`max_tokens`: guesses of one step at most, of a row."""
         self._head = head
         self._max_tokens = max_tokens

@@ -13,13 +13,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from serve.engine.drafts import Wanted
+from serve.engine.drafts import MAX_DRAFT, Wanted
 from serve.engine.plan import SequenceState
 from serve.model.ngrams import SIZES, Ngrams, ngram_keys
 
 NAME = "ngram"
 """By which requests choose it, vLLM's word."""
-MAX_TOKENS = 15
 MIN_MATCH = 2
 REMEMBERED_TOKENS = 1 << 18
 """Of earlier answers, of all spaces together."""
@@ -67,7 +66,7 @@ class LookupDrafter:
     def __init__(
         self,
         *,
-        max_tokens: int = MAX_TOKENS,
+        max_tokens: int = MAX_DRAFT,
         min_match: int = MIN_MATCH,
         remembered_tokens: int = REMEMBERED_TOKENS,
     ) -> None:

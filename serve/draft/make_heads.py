@@ -12,15 +12,15 @@ from serve import device
 from serve.draft.dflash import DFlash
 from serve.draft.eagle import Eagle3
 from serve.draft.gemma4 import Gemma4Assistant
-from serve.draft.heads import MAX_TOKENS, Heads
+from serve.draft.heads import Heads
 from serve.draft.mtp import own_mtp
-from serve.engine.drafts import Reader
+from serve.engine.drafts import MAX_DRAFT, Reader
 from serve.errors import ModelError
 from serve.model.loading import LOAD_ERRORS, LoadedModel, cast, fingerprint, read_config, resolve
 from serve.model.weights import dequantize
 
 
-def heads_of(path_or_repo: str, model: LoadedModel, max_tokens: int = MAX_TOKENS) -> Reader:
+def heads_of(path_or_repo: str, model: LoadedModel, max_tokens: int = MAX_DRAFT) -> Reader:
     """The drafter in a folder, or a hub repository, for a base. ModelError where it cannot be used, and why."""
     from mlx_vlm.utils import get_model_type
 
@@ -36,7 +36,7 @@ def heads_of(path_or_repo: str, model: LoadedModel, max_tokens: int = MAX_TOKENS
     return make(_module(path, path_or_repo, config, model), path_or_repo, fingerprint(path), max_tokens)
 
 
-def own_heads_of(model: LoadedModel, max_tokens: int = MAX_TOKENS) -> Reader:
+def own_heads_of(model: LoadedModel, max_tokens: int = MAX_DRAFT) -> Reader:
     """The drafter in the base's own checkpoint. ModelError where there is none that can be used."""
     return Heads(own_mtp(model), max_tokens)
 

@@ -18,18 +18,17 @@ from serve.cache.families import make_rows
 from serve.cache.spans import Span
 from serve.draft.adapters import DraftAdapters
 from serve.draft.agreement import check_agreement
+from serve.draft.places import Samplers
 from serve.draft.prefixes import DraftPrefixes
 from serve.draft.rows import DraftRows, Followed, order_of, span_of
-from serve.engine.drafts import Wanted
+from serve.engine.drafts import MAX_DRAFT, Wanted
 from serve.engine.plan import SequenceState
-from serve.engine.sampler import Sampler
 from serve.errors import ConfigError
 from serve.model.loading import LoadedModel
 
 NAME = "model"
 """By which requests choose it."""
 PAD_TOKEN = 0
-MAX_TOKENS = 15
 FEW_TOKENS = 8
 """What a row may lack and still guess in the same forward: after a draft, one or two."""
 CATCH_UP_TOKENS = 256
@@ -52,7 +51,7 @@ class DraftModel:
         max_bytes: int,
         max_rows: int = 64,
         adapters: Mapping[str, str | Path] = {},
-        max_tokens: int = MAX_TOKENS,
+        max_tokens: int = MAX_DRAFT,
         catch_up_tokens: int = CATCH_UP_TOKENS,
     ) -> None:
         """
@@ -88,7 +87,7 @@ class DraftModel:
         self._rows = DraftRows(rows, max_rows, self._max_bytes)
         self._prefixes = DraftPrefixes(model, rows, self._max_bytes)
         self._num_rounds = 0
-        self._sampler: tuple[list[SequenceState], Sampler] | None = None
+        self._samplers = Samplers()
 
     @property
     def max_bytes(self) -> int:
@@ -116,7 +115,6 @@ class DraftModel:
             one.settle()
             self._prefixes.keep(one)
             self._rows.release(sequence)
-            self._sampler = None
             self._bound_prefixes()
 
     def clear(self, tenant: str | None = None) -> None:
@@ -126,7 +124,6 @@ class DraftModel:
     def reset(self) -> None:
         """Forget all rows."""
         self._rows.clear()
-        self._sampler = None
         self._adapters.bank.rows.set([])
 
     def check_integrity(self) -> None:
@@ -194,7 +191,7 @@ class DraftModel:
     def _guess(self, ready: Sequence[Followed], reach: int) -> dict[SequenceState, list[int]]:
         """What follows each: all rows run together, and nothing is read before the last of them is drawn."""
         sequences = [one.sequence for one in ready]
-        sampler = self._sampler_of(sequences)
+        sampler = self._samplers.of(sequences)
         counters = [len(sequence.generated) for sequence in sequences]
         hidden = self._last_hidden(ready)
         span = span_of(ready, [sequence.num_tokens for sequence in sequences], 1)
@@ -230,9 +227,3 @@ class DraftModel:
         self._rows.rows.set_span(span)
         self._adapters.bank.rows.set([one.slot for one in followed])
         return self._network.hidden(tokens, self._rows.rows.caches)
-
-    def _sampler_of(self, sequences: list[SequenceState]) -> Sampler:
-        """As long as the rows are the same ones, the same."""
-        if self._sampler is None or self._sampler[0] != sequences:
-            self._sampler = sequences, Sampler([sequence.request.sampling for sequence in sequences])
-        return self._sampler[1]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 from serve.cache.capacity import Place
-from serve.cache.spans import Blocks, Span, SpanPart
+from serve.cache.spans import Blocks, Span, span_parts
 from serve.engine.drafts import Wanted
 from serve.engine.plan import SequenceState
+from serve.engine.request import Sampling
 from serve.engine.sampler import Sampler
 
 
@@ -23,18 +23,7 @@ def span_of(
 
     blocks  of each row, positions that see one another
     """
-    parts = []
-    rows = zip(sequences, starts, begins, strict=True)
-    for bucket, group in groupby(rows, key=lambda row: place_of(row[0])[0]):
-        inside = list(group)
-        parts.append(
-            SpanPart(
-                bucket,
-                [place_of(sequence)[1] for sequence, _, _ in inside],
-                [start for _, start, _ in inside],
-                [begin for _, _, begin in inside],
-            )
-        )
+    parts = span_parts([place_of(sequence) for sequence in sequences], starts, begins)
     return Span(parts, num_tokens, blocks=blocks)
 
 
@@ -57,14 +46,12 @@ class Samplers:
     """The settings of the rows that were asked last: most often the same ones again."""
 
     def __init__(self) -> None:
-        self._sequences: list[SequenceState] = []
+        self._settings: list[Sampling] = []  # and not the sequences, which may have ended
         self._sampler = Sampler([])
 
     def of(self, sequences: Sequence[SequenceState]) -> Sampler:
         """By which each draws."""
-        if len(sequences) != len(self._sequences) or any(
-            one is not other for one, other in zip(sequences, self._sequences, strict=True)
-        ):
-            self._sequences = list(sequences)
-            self._sampler = Sampler([sequence.request.sampling for sequence in sequences])
+        settings = [sequence.request.sampling for sequence in sequences]
+        if settings != self._settings:  # the same objects are equal at once
+            self._settings, self._sampler = settings, Sampler(settings)
         return self._sampler

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, groupby
+from itertools import chain
 
 from serve.cache.capacity import Bucket, Place, positions_capacity, rows_capacity
 from serve.cache.precision import PLAIN
 from serve.cache.rows import BatchRows
-from serve.cache.spans import Span, SpanPart
+from serve.cache.spans import Span, span_parts
 from serve.engine.placement import Tenant, arrange
 from serve.engine.plan import SequenceState
 
@@ -157,17 +157,7 @@ class DraftRows:
 
 def span_of(followed: Sequence[Followed], starts: Sequence[int], num_tokens: int) -> Span:
     """A forward of `num_tokens` tokens of each of these rows, from `starts` on; rows as `seat` has them in order."""
-    parts = []
-    for bucket, group in groupby(zip(followed, starts, strict=True), key=lambda pair: _place(pair[0]).bucket):
-        inside = list(group)
-        parts.append(
-            SpanPart(
-                bucket,
-                [_place(one).row for one, _ in inside],
-                [start for _, start in inside],
-                [start == 0 for _, start in inside],
-            )
-        )
+    parts = span_parts([_place(one) for one in followed], starts, [start == 0 for start in starts])
     return Span(parts, num_tokens)
 
 

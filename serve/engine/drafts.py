@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from serve.engine.plan import Chunk, SequenceState
     from serve.model.network import Network
 
+MAX_DRAFT = 15
+"""Guesses of a row that one step checks at most."""
 EMPTY_ASKS = 4
 MAX_RESTING = 8
 NONE = "none"

@@ -19,9 +19,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from serve.engine.drafts import Acceptance, Drafter, Drafting
+from serve.engine.drafts import MAX_DRAFT, Acceptance, Drafter, Drafting
 
-MAX_DRAFT = 15
 WIDTHS = (1, 2, 3, 4, 5, 7, 9, 12, 16)
 """Tokens a row of a step: few, so that each is timed often and compiled once."""
 COST_EXPONENT = 0.4

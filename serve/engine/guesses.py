@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from serve.engine.drafts import NONE, Drafter, Drafting, DraftStats, Wanted
+from serve.engine.drafts import MAX_RESTING, NONE, Drafter, Drafting, DraftStats, Wanted
 from serve.engine.gains import MAX_GROUPS, Gains
 from serve.engine.plan import Drawn, Plan, SequenceState
 from serve.engine.request import Request
@@ -29,6 +29,7 @@ class Guesses:
         """By name; "none": nobody."""
         self._gains = gains
         self._ahead = ahead
+        self._num_open = 0  # sequences that have a drafter
         self.stats: dict[str, DraftStats] = {}
         """By adapter's label; the base's by "". Those that drafted last."""
 
@@ -48,12 +49,14 @@ class Guesses:
         """Choose who drafts for it."""
         name = sequence.request.drafter or self.default
         if name != NONE:
+            self._num_open += 1
             sequence.drafting = self._gains.begin(name, self._drafters[name], _adapter_of(sequence))
 
     def forget(self, sequence: SequenceState) -> None:
         """It has ended."""
         if sequence.drafting is None:
             return
+        self._num_open -= 1
         try:
             sequence.drafting.drafter.forget(sequence)
         except Exception:  # its answer is out; what a drafter makes of it is nobody's trouble
@@ -71,6 +74,8 @@ class Guesses:
 
     def num_wanted(self, decoding: Sequence[SequenceState]) -> int:
         """Guesses for each of these rows that are worth asking for; 0: the next step may be planned as it is."""
+        if not self._num_open:
+            return 0
         draftings = [_awake(sequence.drafting) for sequence in decoding]
         return self._gains.wanted(draftings) if any(draftings) else 0
 
@@ -104,7 +109,10 @@ class Guesses:
             proposed = self._drafters[name].propose(wanted)
         except Exception:  # they go on without
             logger.exception("drafter %s has failed", name)
-            proposed = [()] * len(wanted)
+            for sequence, _ in wanted:
+                if sequence.drafting is not None:
+                    sequence.drafting.num_resting = MAX_RESTING
+            return {}
         self._gains.note_guessing(name, len(wanted), count, time.perf_counter() - began_s)
         drafts = {}
         for (sequence, most), guessed in zip(wanted, proposed, strict=True):
@@ -119,7 +127,7 @@ class Guesses:
 
     def note(self, plan: Plan, drawn: Sequence[Drawn], seconds: float | None) -> None:
         """A step was read. `seconds`: what it took, where it did nothing but run one token a row, and guesses."""
-        for one in drawn:
+        for one in drawn if plan.width > 1 else ():
             drafting = one.sequence.drafting
             if one.num_drafted and drafting is not None and one.token_ids:
                 adapter, num_right = _adapter_of(one.sequence), len(one.token_ids) - 1

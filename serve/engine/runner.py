@@ -11,17 +11,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from serve.adapters.bank.bank import Bank
-from serve.cache.capacity import Bucket
+from serve.cache.capacity import Bucket, Place
 from serve.cache.families import make_rows
 from serve.cache.segment import Segment
-from serve.cache.spans import Span, SpanPart
+from serve.cache.spans import Span, span_parts
 from serve.constraints.after_thoughts import GrammarAfterThoughts
 from serve.constraints.edit import GrammarEdit, Masks
 from serve.engine.decode_state import DecodeState, DrawState
@@ -446,19 +445,16 @@ def _choose(hidden: mx.array, chunks: Sequence[Chunk], parts: list[mx.array], dr
 
 
 def _span(chunks: Sequence[Chunk], num_tokens: int, num_state_rows: int) -> Span:
-    parts = []
-    for bucket, group in groupby(chunks, key=_bucket):
-        inside = list(group)
-        rows = [chunk.sequence.place.row for chunk in inside if chunk.sequence.place]
-        parts.append(SpanPart(bucket, rows, [c.start for c in inside], [c.begins for c in inside]))
+    places = [_place(chunk) for chunk in chunks]
+    parts = span_parts(places, [chunk.start for chunk in chunks], [chunk.begins for chunk in chunks])
     state_rows = [chunk.sequence.state_row for chunk in chunks]
     blocks = blocks_of(chunks) if num_tokens > 1 else None
     return Span(parts, num_tokens, state_rows, num_state_rows, blocks)
 
 
-def _bucket(chunk: Chunk) -> Bucket:
+def _place(chunk: Chunk) -> Place:
     assert chunk.sequence.place is not None
-    return chunk.sequence.place.bucket
+    return chunk.sequence.place
 
 
 def _slots(chunks: Sequence[Chunk]) -> list[int]:

@@ -361,9 +361,9 @@ def _demote(said: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_swap, ["2 tokens have other ids", "'a' is", "and not"]),
-        (_lose, ["1 tokens are not draft's", "'z'"]),
-        (_demote, ["token 1, '<|im_start|>', is not special"]),
+        (_swap, ["2 tokens have other ids ('b' is 67 and 68)"]),
+        (_lose, ["1 tokens are only in the second", "'z'"]),
+        (_demote, ["token 1, '<|im_start|>', is special only in the second"]),
     ],
 )
 def test_another_tokenizer_is_refused_with_what_differs(change, words, model_folder, model, tmp_path):
