@@ -20,6 +20,8 @@ from serve.experiments.assignment import Experiment, Variant
 from serve.media_config import MediaConfig, MediaLimitsConfig
 from serve.model.quantization import Quantization
 from serve.model.thoughts import MAX_MARK_CHARS, Parser
+from serve.operating_config import PATHS as OPERATING_PATHS
+from serve.operating_config import OperatingConfig
 from serve.settings import Problems, Strict, load_yaml
 
 Weight = Annotated[float, Field(gt=0, lt=math.inf)]
@@ -84,7 +86,7 @@ class DefaultSamplingConfig(Strict):
     """1, none, if nobody says."""
 
 
-class ServeConfig(Strict):
+class ServeConfig(OperatingConfig):
     """Everything `lathe serve` can be told."""
 
     model: str = Field(min_length=1)
@@ -323,6 +325,7 @@ class ServeConfig(Strict):
             *self._memory_problems(),
             *self._precision_problems(),
             *self._hub_problems(),
+            *self.operating_problems(),
             *self.media.problems(),
         ]
         if problems:
@@ -468,7 +471,7 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
         changes["allowed_media_roots"] = tuple(_under(folder, r) for r in config.allowed_media_roots)
     if config.adapter_dirs:
         changes["adapter_dirs"] = tuple(_under(folder, each) for each in config.adapter_dirs)
-    for key in ("prefix_cache_dir", "feature_cache_dir"):
+    for key in ("prefix_cache_dir", "feature_cache_dir", *OPERATING_PATHS):
         if (path := getattr(config, key)) is not None:
             changes[key] = _under(folder, path)
     changes["model"] = _model_under(folder, config.model)
