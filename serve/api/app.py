@@ -5,12 +5,20 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
-from serve.api import adapters, cache, chat, completions, errors, feedback, health, models, watch
+from serve.api import adapters, cache, chat, completions, errors, feedback, health, models, status, watch
 from serve.api.body import check_target
-from serve.api.metrics import CountErrors
+from serve.api.front import Front
+from serve.api.guard import Guard
 from serve.api.state import AppState
 from serve.runtime import Runtime
+
+EXPOSED_HEADERS = [
+    *("Retry-After", "X-Request-Id", "X-Lathe-Model", "X-Lathe-Variant"),
+    *(f"X-RateLimit-{which}-{what}" for which in ("Limit", "Remaining", "Reset") for what in ("Requests", "Tokens")),
+]
+"""What pages of other origins may read."""
 
 
 def create_app(runtime: Runtime) -> FastAPI:
@@ -21,9 +29,19 @@ def create_app(runtime: Runtime) -> FastAPI:
         dependencies=[Depends(check_target)],
         responses=errors.RESPONSES,
     )
-    app.state.belongings = AppState(runtime)
-    app.add_middleware(CountErrors, metrics=app.state.belongings.metrics)
+    state = app.state.belongings = AppState(runtime)
+    # The last one is the first that a request comes to.
+    app.add_middleware(Guard, state=state)
+    if state.config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=state.config.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
+    app.add_middleware(Front, state=state)
     errors.install(app)
-    for part in (chat, completions, models, adapters, watch, cache, feedback, health):
+    for part in (chat, completions, models, adapters, watch, cache, feedback, health, status):
         app.include_router(part.router)
     return app

@@ -9,11 +9,12 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 
+from serve.api.admin import ADMIN
 from serve.api.state import StateDep
 from serve.api.tenant import TenantDep
 from serve.errors import ForbiddenError
 
-router = APIRouter()
+router = APIRouter(dependencies=[ADMIN])
 
 
 @router.get("/v1/cache/stats")
@@ -33,7 +34,7 @@ async def reset_cache(state: StateDep, tenant: TenantDep) -> dict[str, Any]:
     """Forget the prefixes and features of the tenant that a header names, in memory and on disk; all of them, where
     none does."""
     runtime = state.services.runtime
-    if not tenant and not runtime.config.is_loopback:
+    if not tenant and state.keys is None and not runtime.config.is_loopback:
         raise ForbiddenError(
             f"this server listens on {runtime.config.host}, where nobody may drop what others keep; "
             "name your tenant with X-Tenant"

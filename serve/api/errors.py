@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from serve.api.exchange import current
 from serve.api.strict import Body
 from serve.errors import DeadlineError, LatheError, NotFoundError, OverloadedError, RequestError
 
@@ -24,12 +25,14 @@ STATUS_CODES = {
 }
 MAX_MESSAGE_CHARS = 4000
 MAX_PROBLEMS = 20
+LONGEST_RETRY_S = 60.0
+"""OpenAI's clients wait no longer, and would ask much too early."""
 
 
 _TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 _DETAILS = {
     "message": {"type": "string"},
-    "type": {"enum": ["invalid_request_error", "server_error"]},
+    "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
     "param": {**_TEXT_OR_NULL, "description": "The field at fault."},
     "code": _TEXT_OR_NULL,
 }
@@ -106,7 +109,14 @@ def error_response(
     request: Request, status: int, message: str, *, code: str | None = None, param: str | None = None
 ) -> JSONResponse:
     """A response that is an error, in the words of the request's API."""
-    return JSONResponse(form_of(request)(Problem(status, message, code, param)), status)
+    return JSONResponse(_told(request, Problem(status, message, code, param)), status)
+
+
+def _told(request: Request, problem: Problem) -> dict[str, Any]:
+    """The error object, and a note of it for the log."""
+    if exchange := current():
+        exchange.problem = problem
+    return form_of(request)(problem)
 
 
 def openai_error(
@@ -121,9 +131,11 @@ def response_of(request: Request, error: LatheError) -> JSONResponse:
     headers = {}
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        if error.retry_after_s > LONGEST_RETRY_S:
+            headers["X-Should-Retry"] = "false"
     if isinstance(error, DeadlineError):
         headers["X-Should-Retry"] = "false"  # OpenAI's clients would ask for it all again
-    return JSONResponse(form_of(request)(problem_of(error)), error.status, headers)
+    return JSONResponse(_told(request, problem_of(error)), error.status, headers)
 
 
 def install(app: FastAPI) -> None:
@@ -145,10 +157,6 @@ def install(app: FastAPI) -> None:
         response = error_response(request, status, message, code=STATUS_CODES.get(status))
         response.headers.update(error.headers or {})
         return response
-
-    @app.exception_handler(Exception)
-    async def on_fault(request: Request, error: Exception) -> JSONResponse:
-        return error_response(request, 500, f"internal error: {error!r}", code="internal_error")
 
 
 def _nothing_here(request: Request) -> str:

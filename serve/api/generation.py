@@ -7,11 +7,14 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import anyio.to_thread
 
+from serve.api.errors import problem_of
+from serve.api.exchange import Exchange, current
 from serve.api.logprobs import LogprobWriter
 from serve.api.metrics import Metrics
 from serve.api.schemas import CompletionBody, GenerationBody
@@ -70,6 +73,8 @@ class Generation:
         self._exposed: Future[None] | None = None
         self._finish = "cancelled"
         self._is_closed = False
+        self._exchange = current()
+        self._is_thinking: dict[int, bool] = {}  # by row
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open: dict[int, str] = {}
         self._num_rows = len(requests)
@@ -79,6 +84,8 @@ class Generation:
             self._finish = "refused"
             self.close()
             raise
+        if self._exchange is not None:
+            self._begin(self._exchange, requests)
 
     @property
     def is_done(self) -> bool:
@@ -100,6 +107,10 @@ class Generation:
         """The next event of any row, with the row's index. StoppedError or OverloadedError if the engine ended it."""
         index, event = await self._events.get()
         self.num_answer_tokens += len(event.token_ids)
+        if self._exchange is not None:
+            self._exchange.add_answer(len(event.token_ids))
+            if event.text or event.reasoning:
+                self._is_thinking[index] = not event.text
         if event.num_reasoning_tokens:
             self._num_reasoning_tokens[index] = event.num_reasoning_tokens
         if event.num_cached_tokens:
@@ -109,7 +120,10 @@ class Generation:
         if event.finish in ("error", "cancelled"):
             self._finish = "error"
             del self._open[index]
-            raise self._failure(event)
+            failure = self._failure(event)
+            if self._exchange is not None:
+                self._exchange.problem = problem_of(failure)
+            raise failure
         if event.token_ids and self._first_token_s is None:
             self._note_first_token()
         if event.finish is not None:
@@ -132,6 +146,34 @@ class Generation:
             self._finish = "cancelled"
         self._count()
 
+    def abort(self) -> None:
+        """End what runs by an error that says that the server ends; whoever waits for it gets that."""
+        ending = StoppedError("the server is shutting down")
+        for index, request_id in self._open.items():
+            self._put(index, Event(request_id, finish="error", error=ending))
+            self._runtime.worker.cancel(request_id)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """One entry a row that has not ended: where it is, by a step that may be the last but one."""
+        entries = []
+        for index, request_id in self._open.items():
+            progress = self._runtime.engine.progress(request_id)
+            is_thinking = progress.phase == "decode" and self._is_thinking.get(index, False)
+            phase = "thinking" if is_thinking else progress.phase
+            entries.append({"id": request_id, **asdict(progress), "phase": phase})
+        return entries
+
+    def _begin(self, exchange: Exchange, requests: Sequence[Request]) -> None:
+        exchange.asked, exchange.served = self.target.asked, self.target.served
+        exchange.add_prompt(sum(len(each.prompt.token_ids) for each in requests[:: self.num_choices]))
+        exchange.running.append(self)
+
+    def _leave(self, exchange: Exchange) -> None:
+        exchange.finish = self._finish
+        exchange.num_cached_tokens = self.num_cached_tokens
+        if self in exchange.running:
+            exchange.running.remove(self)
+
     def _submit(self, requests: Sequence[Request]) -> None:
         runtime = self._runtime
         for request in requests:
@@ -151,6 +193,8 @@ class Generation:
         now = time.perf_counter()
         self._first_token_s = now
         ttft_s = now - self._started_s
+        if self._exchange is not None:
+            self._exchange.ttft_s = now - self._exchange.started_s
         self._metrics.ttft_s.labels(self.target.label).observe(ttft_s)
         assignment, recorder = self.target.assignment, self._runtime.recorder
         if assignment is None or recorder is None:
@@ -170,6 +214,8 @@ class Generation:
         )
 
     def _count(self) -> None:
+        if self._exchange is not None:
+            self._leave(self._exchange)
         self._metrics.requests.labels(self._endpoint, self.target.label, self._finish).inc()
         now = time.perf_counter()
         latency_s = now - self._started_s

@@ -8,7 +8,6 @@ from dataclasses import astuple
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.adapters.versions.version import COMBINED
 from serve.cache.stats import FeatureStats, PrefixStats
@@ -109,24 +108,6 @@ class Metrics:
 
     def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, meaning, ["model"], buckets=buckets, registry=self.registry)
-
-
-class CountErrors:
-    """ASGI middleware: counts responses of 400 and above by status."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs as ASGI."""
-
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                self._metrics.errors.labels(str(message["status"])).inc()
-            await send(message)
-
-        await self._app(scope, receive, counted)
 
 
 class _EngineCollector(Collector):

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from serve.adapters.versions.version import AdapterVersion
+from serve.api.admin import check_model, may_ask
 from serve.api.services import Services
 from serve.api.state import StateDep
 from serve.errors import NotFoundError
@@ -18,21 +19,20 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(state: StateDep) -> dict[str, Any]:
     """As vLLM lists them: an adapter's `parent` is the base, its `root` the folder it came from. A bounded number of
-    those that nobody has asked for yet stand behind them, without a version."""
+    those that nobody has asked for yet stand behind them, without a version. A key sees what it may ask for."""
     services = state.services
     cards = _cards(services)
     known = {card["id"] for card in cards}
     found = await services.look_up(services.runtime.resolver.listed)
-    return {
-        "object": "list",
-        "data": [*cards, *(_found_card(services, name) for name in found if name not in known)],
-    }
+    all_cards = [*cards, *(_found_card(services, name) for name in found if name not in known)]
+    return {"object": "list", "data": [card for card in all_cards if may_ask(card["id"])]}
 
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, state: StateDep) -> dict[str, Any]:
     """One of them; `name@version` too, while that version is known."""
     services = state.services
+    check_model(services.runtime, model)
     for card in _cards(services):
         if card["id"] == model:
             return card

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from serve.adapters.sums.combination import Combination, Weighted, added_up
 from serve.adapters.sums.expression import Term, parse_expression
 from serve.adapters.versions.version import AdapterVersion
+from serve.api.admin import check_model
 from serve.api.services import Services
 from serve.api.state import AppState
 from serve.errors import NotFoundError, OverloadedError, RequestError
@@ -75,6 +76,7 @@ async def held_target(state: AppState, model: str, unit: str) -> AsyncIterator[T
     A name that nobody has loaded is looked up where the configuration allows it, off the event loop. NotFoundError,
     ForbiddenError, OverloadedError, and what loading raises.
     """
+    check_model(state.services.runtime, model)
     target = await _find(state.services, model, unit)
     try:
         yield target

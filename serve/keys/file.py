@@ -29,7 +29,8 @@ class KeyConfig(Strict):
     key_sha256: str | None = None
     """SHA-256 of its text in lower-case hex, so that the file opens nothing to who reads it."""
     tenant: str | None = Field(None, min_length=1, max_length=128)
-    """Whose prefixes and shares its requests have: its own name, if left out; `*`: whose X-Tenant says, for a proxy."""
+    """Whose prefixes and shares its requests have: its own name, if left out; `*`: whose X-Tenant says, for a
+    proxy, and for an admin where this is left out."""
     requests_per_minute: int | None = Field(None, ge=1)
     """More answer 429 with Retry-After. No bound, if left out; so of the others."""
     tokens_per_minute: int | None = Field(None, ge=1)
@@ -54,7 +55,7 @@ class KeyConfig(Strict):
         return Key(
             self.name,
             self.digest,
-            self.tenant or self.name,
+            self.tenant or (ANY_TENANT if self.admin else self.name),
             self.admin,
             self.adapters,
             Limits(self.name, allowance),

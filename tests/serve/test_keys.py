@@ -151,10 +151,21 @@ def test_tokens_that_were_overdrawn_are_paid_off_and_no_more_is_had_than_allowed
     clock.now_s += 30.2
     limits.take_request()
     limits.take_tokens(100_000)
-    clock.now_s += 120
-    with pytest.raises(KeyLimitError, match="tokens a day") as caught:
+    with pytest.raises(KeyLimitError, match="600 tokens a minute") as caught:
         limits.take_request()
-    assert 600 < caught.value.retry_after_s < 2000
+    assert caught.value.retry_after_s == pytest.approx(10_000, rel=0.01)
+
+
+def test_the_allowance_that_takes_longest_to_come_back_is_the_one_that_is_told():
+    clock = Clock()
+    limits = Limits("k", Allowance(tokens_per_minute=600, tokens_per_day=1000), clock)
+    for _ in range(3):
+        limits.take_request()
+        limits.take_tokens(400)
+        clock.now_s += 60
+    with pytest.raises(KeyLimitError, match="1000 tokens a day") as caught:
+        limits.take_request()
+    assert 15_000 < caught.value.retry_after_s < 18_000
 
 
 def test_a_request_refused_by_one_allowance_takes_nothing_of_another():
