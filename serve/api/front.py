@@ -13,6 +13,7 @@ from serve.api.state import AppState
 
 logger = logging.getLogger("serve.request")
 
+MAX_PATH_CHARS = 300
 ANTHROPIC = "/v1/messages"
 
 
@@ -71,8 +72,13 @@ def log(exchange: Exchange) -> None:
     else:
         level = logging.INFO
     if logger.isEnabledFor(level):
-        words = f"{exchange.method} {exchange.path} {exchange.status or 'no answer'}"
+        words = f"{exchange.method} {_written(exchange.path)} {exchange.status or 'no answer'}"
         logger.log(level, words, extra={"fields": fields_of(exchange)})
+
+
+def _written(path: str) -> str:
+    """A path that cannot end a line."""
+    return ascii(path[:MAX_PATH_CHARS])[1:-1]
 
 
 def fields_of(exchange: Exchange) -> dict[str, Any]:
@@ -82,7 +88,7 @@ def fields_of(exchange: Exchange) -> dict[str, Any]:
     fields = {
         "request_id": exchange.id,
         "method": exchange.method,
-        "path": exchange.path,
+        "path": _written(exchange.path),
         "status": exchange.status,
         "duration_ms": round(exchange.age_s * 1000, 1),
         "client": exchange.client or None,

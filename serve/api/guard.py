@@ -113,6 +113,8 @@ class Guard:
             key = current_key()
             response.headers.update({} if key is None else dict(_limit_headers(key.limits)))
         length = request.headers.get("content-length", "")
+        if isinstance(error, DrainingError):
+            response.headers["Connection"] = "close"
         if "transfer-encoding" in request.headers or (
             length.isdecimal() and int(length[:12]) > READ_ANYWAY_BYTES
         ):
