@@ -88,8 +88,9 @@ class _Unhurried(logging.Handler):
         try:
             self._lines.put(None, timeout=CLOSE_S)
         except queue.Full:
-            return super().close()
-        self._thread.join(max(end_s - time.monotonic(), 0))
+            pass  # nobody reads it
+        else:
+            self._thread.join(max(end_s - time.monotonic(), 0))
         super().close()
 
     def _write(self) -> None:
@@ -98,7 +99,9 @@ class _Unhurried(logging.Handler):
             try:
                 self._stream.write(line + "\n")
                 if (dropped := self.num_dropped) > told:
-                    self._stream.write(f"{dropped - told} lines of the log were dropped: it is read too slowly\n")
+                    self._stream.write(
+                        f"{dropped - told} lines of the log were dropped: it is read too slowly\n"
+                    )
                     told = dropped
                 self._stream.flush()
             except (OSError, ValueError):
@@ -143,5 +146,7 @@ def _shown(value: Any, *, is_prose: bool = False) -> str:
     if isinstance(value, int | float) or (isinstance(value, str) and value and BARE.issuperset(value)):
         return str(value)
     if isinstance(value, str) and is_prose:
-        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in value).replace("\n", "\n  ")
+        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in value).replace(
+            "\n", "\n  "
+        )
     return json.dumps(value, ensure_ascii=True, default=repr)

@@ -16,7 +16,11 @@ from serve.runtime import Runtime
 
 EXPOSED_HEADERS = [
     *("Retry-After", "X-Request-Id", "X-Lathe-Model", "X-Lathe-Variant"),
-    *(f"X-RateLimit-{which}-{what}" for which in ("Limit", "Remaining", "Reset") for what in ("Requests", "Tokens")),
+    *(
+        f"X-RateLimit-{which}-{what}"
+        for which in ("Limit", "Remaining", "Reset")
+        for what in ("Requests", "Tokens")
+    ),
 ]
 """What pages of other origins may read."""
 

@@ -1,4 +1,4 @@
-"""One HTTP request and its answer, as logs, metrics, limits and /v1/status have it. Whoever runs within it finds it."""
+"""One HTTP request and its answer, as logs, metrics, limits and /v1/status have it; whoever runs within finds it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.datastructures import Headers
-from starlette.types import Scope
+from starlette.types import Scope, Send
 
 from serve.keys.key import Key
 
@@ -67,6 +67,8 @@ class Exchange:
     """What went wrong."""
     prompt: Any = None
     """The body, where the server is to write down what requests say."""
+    send_body: Send | None = None
+    """Where the bytes of a response go that has begun: nothing that stands between changes them any more."""
     running: list[Running] = field(default_factory=list)
 
     @classmethod

@@ -34,6 +34,7 @@ class Front:
             return await self._app(scope, receive, send)
         exchange = Exchange.of(scope)
         enter(exchange)
+        exchange.send_body = send
         self._state.exchanges.add(exchange)
         extra = _headers(exchange)
 
@@ -82,8 +83,8 @@ def _written(path: str) -> str:
 
 
 def fields_of(exchange: Exchange) -> dict[str, Any]:
-    """What a line says beside its words; nothing that is not known, and nothing that a person wrote, unless the server
-    was told to."""
+    """What a line says beside its words; nothing that is not known, and nothing that a person wrote, unless the
+    server was told to."""
     problem, ttft_s = exchange.problem, exchange.ttft_s
     fields = {
         "request_id": exchange.id,

@@ -47,12 +47,14 @@ class Guard:
         """Runs as ASGI."""
         exchange = current()
         if scope["type"] != "http" or exchange is None:
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         request = Request(scope, receive)
         try:
             limits = await self._let_in(request, exchange)
         except LatheError as error:
-            return await self._refuse(request, error, scope, receive, send)
+            await self._refuse(request, error, scope, receive, send)
+            return
         if limits is not None:
             send = _with_limits(send, limits, exchange)
         await self._run(request, exchange, receive, send)
@@ -99,8 +101,8 @@ class Guard:
         is_right = _is_ours(name) if self._hosts is None else bool(self._hosts & {"*", name})
         if not is_right:
             raise ForbiddenError(
-                f"Host: found {name!a:.80}, by which this server is not to be asked for; name it in allowed_hosts, or "
-                "give the server keys"
+                f"Host: found {name!a:.80}, by which this server is not to be asked for; name it in allowed_hosts, "
+                "or give the server keys"
             )
 
     async def _refuse(

@@ -10,7 +10,8 @@ import logging
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import Message, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class Connection(H11Protocol):
         super().__init__(*args, **settings)
         self._head_due: asyncio.TimerHandle | None = None
         self._write_due: asyncio.TimerHandle | None = None
+        self._quick_cycle: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has come; it has a while to say what it wants."""
@@ -43,6 +45,14 @@ class Connection(H11Protocol):
             self._head_due = _stopped(self._head_due)
         elif self._head_due is None and self.timeout_keep_alive_task is None:
             self._await_head()
+
+    def handle_events(self) -> None:
+        """Begin what has come; a stream of its answer is written without ceremony."""
+        super().handle_events()
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is not None and cycle is not self._quick_cycle:
+            self._quick_cycle = cycle
+            cycle.send = _quick(cycle)  # type: ignore[method-assign, assignment]
 
     def on_response_complete(self) -> None:
         """Between two requests uvicorn's own clock runs; a head that has begun to come behind this one has ours."""
@@ -77,6 +87,36 @@ class Connection(H11Protocol):
         self._write_due = None
         logger.info("a client has taken nothing for %g s and is cut off", self.write_timeout_s)
         self.transport.abort()
+
+
+def _quick(cycle: RequestResponseCycle) -> Send:
+    """The cycle's `send`, by which chunks of a stream go to the socket as they are: h11 would make them objects, look
+    their state up, which a chunk does not change, and make them bytes again. A third of what a token costs here."""
+    through_h11: Send = cycle.send  # type: ignore[assignment]
+    transport, flow = cycle.transport, cycle.flow
+    is_chunked = False
+
+    async def send(message: Message) -> None:
+        nonlocal is_chunked
+        if is_chunked and message.get("more_body"):
+            if flow.write_paused and not cycle.disconnected:
+                await flow.drain()
+            body = message["body"]
+            if body and not cycle.disconnected:
+                transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+            return
+        await through_h11(message)
+        if message["type"] == "http.response.start":
+            is_chunked = _is_chunked(cycle, message)
+
+    return send
+
+
+def _is_chunked(cycle: RequestResponseCycle, start: Message) -> bool:
+    """Whether h11 has framed a response that begins so in chunks."""
+    has_body = cycle.scope["method"] != "HEAD" and start["status"] not in (204, 304)
+    named = {name.lower() for name, _ in start["headers"]}
+    return has_body and cycle.scope["http_version"] == "1.1" and b"content-length" not in named
 
 
 def _stopped(timer: asyncio.TimerHandle | None) -> None:

@@ -204,7 +204,9 @@ def _check_certificate(config: ServeConfig) -> None:
         if config.ssl_ca_certs is not None:
             context.load_verify_locations(config.ssl_ca_certs)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        files = ", ".join(map(str, filter(None, (config.ssl_certfile, config.ssl_keyfile, config.ssl_ca_certs))))
+        files = ", ".join(
+            map(str, filter(None, (config.ssl_certfile, config.ssl_keyfile, config.ssl_ca_certs)))
+        )
         raise ConfigError(
             f"ssl_certfile: {files} cannot be used: {error}; expected a certificate and its key, PEM"
         ) from None

@@ -23,8 +23,8 @@ PHASES = ("preparing", "waiting", "prefill", "thinking", "decode")
 
 @router.get("/v1/status")
 async def status(state: StateDep, sees_all: SeesAllDep) -> dict[str, Any]:
-    """Every request that has come and has no whole answer yet, the oldest first; to a key that is no admin's, those of
-    its tenant."""
+    """Every request that has come and has no whole answer yet, the oldest first; to a key that is no admin's, those
+    of its tenant."""
     asks = current()
     shown = [
         entry(each)

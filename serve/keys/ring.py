@@ -15,8 +15,8 @@ BLIND_BYTES = 32
 
 
 class KeyRing:
-    """Finds keys by a keyed hash of their hash, so how long it takes tells nothing of how near a guess was, and is the
-    same for one key and for ten thousand. Keeps nothing of what it does not know."""
+    """Finds keys by a keyed hash of their hash, so how long it takes tells nothing of how near a guess was, and is
+    the same for one key and for ten thousand. Keeps nothing of what it does not know."""
 
     def __init__(self, keys: Iterable[Key], before: KeyRing | None = None) -> None:
         """before: who was known until now; who has the same name goes on with what is left of the allowance."""

@@ -1,4 +1,4 @@
-"""The end of a server, asked for by signals, of a real process: who is told what, who may end, and when it is over."""
+"""The end of a server, asked for by signals, of a real process: who is told what, who may end, when it is over."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def drain(server: LeftRunning) -> None:
 
 def test_while_a_stream_ends_readiness_says_so_liveness_stays_and_nothing_new_is_taken(start):
     server = start()
-    with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as answer:
+    with httpx.stream(
+        "POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=60
+    ) as answer:
         lines = answer.iter_lines()
         next(lines)
         with httpx.Client(base_url=server.url) as http:  # a connection that was there before
@@ -72,7 +74,9 @@ def test_what_does_not_end_in_time_ends_with_an_error_event_or_a_503(start):
     server = start(drain_timeout_s=0.5, max_rows=1)
     whole: list[httpx.Response] = []
     ask = lambda: whole.append(httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60))  # noqa: E731
-    with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as answer:
+    with httpx.stream(
+        "POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=60
+    ) as answer:
         lines = answer.iter_lines()
         next(lines)
         asking = Thread(target=ask)
@@ -95,7 +99,9 @@ def test_what_does_not_end_in_time_ends_with_an_error_event_or_a_503(start):
 
 def test_a_second_signal_waits_for_nobody(start):
     server = start(drain_timeout_s=3600)
-    with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as answer:
+    with httpx.stream(
+        "POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=60
+    ) as answer:
         lines = answer.iter_lines()
         next(lines)
         drain(server)

