@@ -513,12 +513,13 @@ class LoadAdapterBody(Body):
     neutral: ClassVar[Neutral] = {
         "lora_int_id": (None,),
         "is_3d_lora_weight": (None, False),
-        "base_model_name": (None,),
     }
 
     lora_name: Label
     lora_path: str
     load_inplace: bool = False
+    base_model_name: Label | None = None
+    """Of the bases of a server, the one that it was trained on."""
 
 
 class UnloadAdapterBody(Body):

@@ -12,11 +12,11 @@ from fastapi import Request
 from serve.api.answer import Piece
 from serve.api.generation import Generation, build_requests, logprob_writers
 from serve.api.history import check_tools
+from serve.api.leaving import ClientGoneError, unless_gone
 from serve.api.logprobs import LogprobWriter
 from serve.api.schemas import ChatBody
 from serve.api.services import Services
 from serve.api.state import AppState
-from serve.api.streaming import ClientGoneError, unless_gone
 from serve.api.targets import Target, held_target
 from serve.api.thinking import thinking_of, thinking_variables, thoughts_of
 from serve.errors import RequestError
@@ -72,13 +72,18 @@ async def begin_turn(
     RequestError names the field that cannot be served. Nothing here outlives the call: pixels are the engine's to
     drop.
     """
-    async with held_target(state, body.model, body.user or id) as target:
+    try:
+        return await _begun(state, http, body, tenant, id, endpoint)
+    except ClientGoneError:
+        return None
+
+
+async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id: str, endpoint: str) -> Turn:
+    async with held_target(state, body.model, body.user or id, http) as target:
         services = target.services
         template = _template(target)
         thoughts = await services.tokenize(lambda: thoughts_of(services.runtime, template, body))
         media = await _look(services, body, http)
-        if media is None:
-            return None
         messages = [message.for_template() for message in body.messages]
         if body.has_tool_history:
             check_tools(template, messages)
@@ -113,15 +118,12 @@ async def begin_turn(
     )
 
 
-async def _look(services: Services, body: ChatBody, http: Request) -> list[Processed] | None:
-    """What the messages show, made ready; None if the client has left meanwhile."""
+async def _look(services: Services, body: ChatBody, http: Request) -> list[Processed]:
+    """What the messages show, made ready. ClientGoneError if the client has left meanwhile."""
     looking = services.media.look(body.messages, body.mm_processor_kwargs)
     if not any(True for message in body.messages for _ in message.shown):
         return await looking
-    try:
-        return await unless_gone(http.receive, looking)
-    except ClientGoneError:
-        return None
+    return await unless_gone(http.receive, looking)
 
 
 def _template(target: Target) -> ChatTemplate:

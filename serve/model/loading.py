@@ -255,6 +255,29 @@ def load_tokenizer(
     return tokenizer
 
 
+def found_here(path_or_repo: str) -> Path | None:
+    """The local folder of a model, be it one of the hub's that was downloaded; None where there is none. Asks nobody.
+    NotFoundError for a path at which nothing is."""
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    if not is_hub_name(path_or_repo):
+        raise NotFoundError(f"no model folder at {path_or_repo}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path_or_repo, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError):
+        return None
+
+
+def is_hub_name(path_or_repo: str) -> bool:
+    """Whether it reads as `owner/name`, and as no path."""
+    is_path = Path(path_or_repo).expanduser().is_absolute() or path_or_repo.startswith((".", "~"))
+    return not is_path and path_or_repo.count("/") == 1
+
+
 def resolve(path_or_repo: str, revision: str | None = None) -> Path:
     """The local folder of a model, downloaded from the hub where it is not one."""
     path = Path(path_or_repo).expanduser()
