@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from serve.tools.call import Tool
 from serve.tools.scan import MAX_NAME_CHARS, is_clean, loads
+from serve.tools.tool import Tool
 
 
 class Found(NamedTuple):

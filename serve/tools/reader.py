@@ -12,7 +12,8 @@ import secrets
 import string
 from collections.abc import Callable, Sequence
 
-from serve.tools.call import CallPiece, Read, Tool
+from serve.tools.call import CallPiece
+from serve.tools.tool import Read, Tool
 from serve.tools.formats import ToolFormat, Whole
 from serve.tools.scan import ObjectCall, Value, begins
 
