@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from serve.adapters.versions.names import label_problem, name_problem
 from serve.cache.precision import KvPrecision, KvScheme, precision
@@ -21,6 +21,7 @@ from serve.media_config import MediaConfig, MediaLimitsConfig
 from serve.model.quantization import Quantization
 from serve.model.thoughts import MAX_MARK_CHARS, Parser
 from serve.settings import Problems, Strict, load_yaml
+from serve.tools.formats import NAMES as TOOL_PARSERS
 
 Weight = Annotated[float, Field(gt=0, lt=math.inf)]
 SQLITE_PREFIX = "sqlite:///"
@@ -231,6 +232,9 @@ class ServeConfig(Strict):
     """What begins a thought, in place of the parser's mark; it may be several tokens."""
     thinking_end_token: str | None = Field(None, min_length=1, max_length=MAX_MARK_CHARS)
     """What ends it."""
+    tool_call_parser: str = "auto"
+    """In which family's way answers hold calls of tools. auto: by chat template, then by vocabulary; as Hermes,
+    where neither tells. none: calls stay text."""
     special_tokens_in_messages: Literal["words", "control"] = "words"
     """What the text of a special token is inside a message. words: its characters, so that nobody writes a turn into
     what they say. control: the token, for clients that build turns inside messages themselves."""
@@ -246,6 +250,13 @@ class ServeConfig(Strict):
     """A/B tests, each under its own public model name."""
     store: str = "sqlite:///lathe.sqlite"
     """SQLAlchemy URL of exposures and outcomes (SQLite or PostgreSQL); opened if there are experiments."""
+
+    @field_validator("tool_call_parser")
+    @classmethod
+    def _tool_call_parser_is_known(cls, value: str) -> str:
+        if value not in TOOL_PARSERS:
+            raise ValueError(f"found {value!r}; expected one of {', '.join(TOOL_PARSERS)}")
+        return value
 
     @property
     def base_name(self) -> str:

@@ -28,6 +28,7 @@ from serve.model.template import ChatTemplate
 from serve.model.template_rules import TemplateRules, make_template
 from serve.model.thoughts import ThoughtRules
 from serve.sight import Blind, Sight, sight_of
+from serve.tools.rules import ToolRules
 
 AHEAD: Mapping[str, bool | None] = {"auto": None, "on": True, "off": False}
 """What one_step_ahead means to the engine."""
@@ -55,6 +56,8 @@ class Runtime:
     """Of requests that say nothing."""
     thoughts: ThoughtRules
     """By which marks thoughts are told from answers."""
+    tools: ToolRules
+    """By which marks calls of tools are told from answers."""
     watch: AdapterWatch | None = None
     """None where no folder is watched."""
 
@@ -108,6 +111,7 @@ class Runtime:
             model.tokenizer, config.reasoning_parser, config.thinking_start_token, config.thinking_end_token
         )
         thoughts.check(template, config.thinking_budget)
+        tools = ToolRules(model.tokenizer, config.tool_call_parser)
         sight = sight_of(model, config)
         for adapter in config.adapters:
             engine.registry.load(adapter.name, adapter.path)
@@ -132,6 +136,7 @@ class Runtime:
             resolver,
             defaults,
             thoughts,
+            tools,
             watch,
         )
 

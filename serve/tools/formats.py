@@ -172,9 +172,7 @@ _MISTRAL_V3 = ToolFormat(
     marks=("[TOOL_CALLS]",),
     has_objects=True,
     header=_header(_MISTRAL_HEADER),
-    writing=Writing(
-        '{"name": "{name}", "arguments": ', "}", ", ", opening="[TOOL_CALLS] [", closing="]"
-    ),
+    writing=Writing('{"name": "{name}", "arguments": ', "}", ", ", opening="[TOOL_CALLS] [", closing="]"),
     short_ids=True,
     signs=(("[TOOL_CALLS]",),),
     vocabulary=("[TOOL_CALLS]",),

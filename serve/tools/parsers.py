@@ -1,5 +1,6 @@
-"""The text of a whole call → who is called and with what, for formats that are no JSON: mlx-lm's and mlx-vlm's parsers,
-and our own where theirs lose arguments or take quadratic time.
+"""The text of a whole call → who is called and with what, for formats that are no JSON.
+
+These are mlx-lm's and mlx-vlm's parsers, and our own where theirs lose arguments or take quadratic time.
 
 Theirs are foreign code: whatever they raise says that it is no call.
 """
@@ -15,7 +16,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from serve.tools.scan import MAX_NAME_CHARS, is_clean, loads
-from serve.tools.tool import Tool
+from serve.tools.tool import Tool, properties_of
 
 
 class Found(NamedTuple):
@@ -58,10 +59,8 @@ def _guarded(parse: Parse) -> Parse:
 def _plain(tool: Tool) -> dict[str, Any]:
     """With nothing that their parsers stumble over: a schema that is a boolean says nothing of types."""
     told = tool.for_template()
-    properties = told["function"]["parameters"].get("properties")
-    if isinstance(properties, Mapping):
-        plain = {key: value if isinstance(value, dict) else {} for key, value in properties.items()}
-        told["function"]["parameters"]["properties"] = plain
+    plain = {key: value if isinstance(value, dict) else {} for key, value in properties_of(tool).items()}
+    told["function"]["parameters"]["properties"] = plain
     return told
 
 
@@ -101,7 +100,8 @@ def glm47(text: str, tools: Sequence[Tool]) -> list[Found]:
 
 _INVOKE = re.compile(r'<｜DSML｜invoke\s+name="([^"]+)"\s*>(.*?)</｜DSML｜invoke>', re.DOTALL)
 _PARAMETER = re.compile(
-    r'<｜DSML｜parameter\s+name="([^"]+)"(?:\s+string="(true|false)")?\s*>(.*?)</｜DSML｜parameter>', re.DOTALL
+    r'<｜DSML｜parameter\s+name="([^"]+)"(?:\s+string="(true|false)")?\s*>(.*?)</｜DSML｜parameter>',
+    re.DOTALL,
 )
 
 
@@ -126,10 +126,7 @@ def deepseek_v32(text: str, tools: Sequence[Tool]) -> list[Found]:
 def python(text: str, tools: Sequence[Tool]) -> list[Found]:
     """Calls in Python's words, in a list or one a line, printed or not: `f(a=1)`. Arguments without a name are the
     tool's parameters in their order."""
-    orders = {
-        tool.name: list(properties) if isinstance(properties := (tool.parameters or {}).get("properties"), Mapping) else []
-        for tool in tools
-    }
+    orders = {tool.name: list(properties_of(tool)) for tool in tools}
     calls: list[Found] = []
     for statement in ast.parse(text.strip()).body:
         if not isinstance(statement, ast.Expr):

@@ -13,9 +13,9 @@ import string
 from collections.abc import Callable, Sequence
 
 from serve.tools.call import CallPiece
-from serve.tools.tool import Read, Tool
 from serve.tools.formats import ToolFormat, Whole
 from serve.tools.scan import ObjectCall, Value, begins
+from serve.tools.tool import Read, Tool
 
 MAX_HEADER_CHARS = 1024
 """Of what says who is called."""
@@ -35,8 +35,15 @@ class ToolReader:
     """Reads one answer."""
 
     def __init__(
-        self, format: ToolFormat, tools: Sequence[Tool], new_id: Callable[[ToolFormat], str] = new_call_id
+        self,
+        format: ToolFormat,
+        tools: Sequence[Tool],
+        new_id: Callable[[ToolFormat], str] = new_call_id,
+        *,
+        is_single: bool = False,
     ) -> None:
+        """is_single: nothing is read behind the first call."""
+        self._is_single = is_single
         self._format = format
         self._tools = tools
         self._names = frozenset(tool.name for tool in tools)
@@ -62,25 +69,26 @@ class ToolReader:
         self._all_ends = (*format.ends, *format.marks)
 
     @property
-    def has_whole_call(self) -> bool:
-        """Whether a call was told to its end, and no other has been told since."""
-        return self.num_calls > 0 and self._arguments is None and not (self._object and self._object.name)
+    def is_over(self) -> bool:
+        """Whether what follows is not read: the only call that is wanted has been told to its end."""
+        is_open = self._arguments is not None or (self._object is not None and self._object.name is not None)
+        return self._is_single and self.num_calls > 0 and not is_open
 
     def push(self, text: str) -> Read:
         """What is certain now."""
         text, at = self._held + text, 0
-        while at < len(text):
+        while at < len(text) and not self.is_over:
             state = self._state
             moved = state(text, at)
             if moved == at and self._state == state:
                 break
             at = moved
-        self._held = text[at:]
+        self._held = text[at:] if not self.is_over else ""
         return self._read()
 
     def finish(self, *, is_cut: bool = False) -> Read:
         """What was held, when nothing follows. is_cut: the answer did not end by itself."""
-        held, self._held = self._held, ""
+        held, self._held = "" if self.is_over else self._held, ""
         if self._state == self._in_body and not is_cut and self._is_balanced(held):
             self._end_whole("".join((*self._body, held)), "")
         elif self._object is not None:
@@ -272,7 +280,7 @@ class ToolReader:
             self._break(body + end)
             return
         self._state = self._after
-        for call in found:
+        for call in found[:1] if self._is_single else found:
             self._tell(call.name, None)
             self._add(call.arguments)
 

@@ -222,7 +222,7 @@ class ObjectCall:
     def _take_function(self, function: Any) -> None:
         if isinstance(function, dict):
             self._named = _name(function.get("name"))
-            value = next((function[key] for key in ARGUMENTS_KEYS if key in function), {})
+            value: Any = next((function[key] for key in ARGUMENTS_KEYS if key in function), {})
             self._arguments = _arguments(json.dumps(value, ensure_ascii=False))
 
     def _end(self) -> None:
@@ -250,7 +250,7 @@ def _name(value: Any) -> str | None:
 
 def _arguments(text: str) -> str | None:
     """Arguments as an object's text: they may be written as one, as text that holds one, or as none."""
-    value = _loaded(text)
+    value: Any = _loaded(text)
     if isinstance(value, str):
         text, value = value.strip() or "{}", _loaded(value.strip() or "{}")
     if text.strip() == "null":

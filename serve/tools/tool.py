@@ -30,6 +30,12 @@ class Tool:
         return {"type": "function", "function": function}
 
 
+def properties_of(tool: Tool) -> Mapping[str, Any]:
+    """The schemas of its parameters, by name."""
+    properties = (tool.parameters or {}).get("properties")
+    return properties if isinstance(properties, Mapping) else {}
+
+
 class Read(NamedTuple):
     """What a piece of an answer's text was found to say."""
 
