@@ -213,7 +213,7 @@ def test_whoever_was_used_least_lately_leaves_first_and_memory_is_kept_to():
             shop.pool.lease(name).release()
         shop.pool.lease("c").release()
         assert shop.stops == ["a"], "only two of them fit"
-        with pytest.raises(OverloadedError, match="'d' is not loaded and needs .* no room"):
+        with pytest.raises(OverloadedError, match=r"'d' is not loaded and needs .* no room"):
             shop.pool.lease("d")
         shop.pool.charge("d", 9)
         shop.pool.lease("d").release()
