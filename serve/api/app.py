@@ -8,6 +8,7 @@ from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from serve.api import adapters, cache, chat, completions, errors, feedback, health, models, status, watch
+from serve.api.bases import Bases
 from serve.api.body import check_target
 from serve.api.front import Front
 from serve.api.guard import Guard
@@ -25,15 +26,15 @@ EXPOSED_HEADERS = [
 """What pages of other origins may read."""
 
 
-def create_app(runtime: Runtime) -> FastAPI:
-    """The HTTP server's application. The runtime stays its maker's to close."""
+def create_app(served: Runtime | Bases) -> FastAPI:
+    """The HTTP server's application. A runtime, or bases, stay their maker's to close."""
     app = FastAPI(
         title="Lathe",
         version=version("mlx-lathe"),
         dependencies=[Depends(check_target)],
         responses=errors.RESPONSES,
     )
-    state = app.state.belongings = AppState(runtime)
+    state = app.state.belongings = AppState(served)
     # The last one is the first that a request comes to.
     app.add_middleware(Guard, state=state)
     if state.config.allowed_origins:

@@ -8,7 +8,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from serve.api.admin import has_name_of_ours
 from serve.api.state import AppState, StateDep
-from serve.api.targets import served_names
 
 router = APIRouter()
 
@@ -17,7 +16,8 @@ router = APIRouter()
 @router.get("/health/ready")
 @router.get("/ping")
 async def ready(state: StateDep) -> Response:
-    """200 while requests are taken; 503 while the server drains, and once the engine has failed, with its failure."""
+    """200 while every engine that runs takes requests; 503 while the server drains, and once an engine has failed,
+    with its failure."""
     failed = _failed(state)
     if failed is not None:
         return failed
@@ -27,14 +27,15 @@ async def ready(state: StateDep) -> Response:
         return JSONResponse(body if has_name_of_ours(state) else {"status": "draining"}, 503)
     if not has_name_of_ours(state):
         return JSONResponse({"status": "ok"})
-    stats = state.services.runtime.worker.stats()
+    stats = [runtime.worker.stats() for runtime in state.bases.runtimes()]
     return JSONResponse(
         {
             "status": "ok",
-            "models": served_names(state.services.runtime),
-            "num_decoding": stats.num_decoding,
-            "num_prefilling": stats.num_prefilling,
-            "num_waiting": stats.num_waiting,
+            "models": state.bases.names(),
+            "loaded": list(state.bases.pool.loaded()),
+            "num_decoding": sum(each.num_decoding for each in stats),
+            "num_prefilling": sum(each.num_prefilling for each in stats),
+            "num_waiting": sum(each.num_waiting for each in stats),
         }
     )
 
@@ -52,7 +53,8 @@ async def metrics(state: StateDep) -> Response:
 
 
 def _failed(state: AppState) -> Response | None:
-    failure = state.services.runtime.worker.failure
+    workers = [runtime.worker for runtime in state.bases.runtimes()]
+    failure = next((worker.failure for worker in workers if worker.failure is not None), None)
     if failure is None:
         return None
     body = {"status": "failed", "error": repr(failure)}

@@ -42,7 +42,7 @@ class Connection(H11Protocol):
         """Some of a request. While its head is not whole, the time that it has goes on running."""
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self._head_due = _stopped(self._head_due)
+            self._stop_head_clock()
         elif self._head_due is None and self.timeout_keep_alive_task is None:
             self._await_head()
 
@@ -69,15 +69,26 @@ class Connection(H11Protocol):
     def resume_writing(self) -> None:
         """It has taken some."""
         super().resume_writing()
-        self._write_due = _stopped(self._write_due)
+        self._stop_write_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
-        self._head_due, self._write_due = _stopped(self._head_due), _stopped(self._write_due)
+        self._stop_head_clock()
+        self._stop_write_clock()
         super().connection_lost(exc)
 
     def _await_head(self) -> None:
         self._head_due = self.loop.call_later(self.header_timeout_s, self._give_up_reading)
+
+    def _stop_head_clock(self) -> None:
+        if self._head_due is not None:
+            self._head_due.cancel()
+            self._head_due = None
+
+    def _stop_write_clock(self) -> None:
+        if self._write_due is not None:
+            self._write_due.cancel()
+            self._write_due = None
 
     def _give_up_reading(self) -> None:
         self._head_due = None
@@ -117,11 +128,6 @@ def _is_chunked(cycle: RequestResponseCycle, start: Message) -> bool:
     has_body = cycle.scope["method"] != "HEAD" and start["status"] not in (204, 304)
     named = {name.lower() for name, _ in start["headers"]}
     return has_body and cycle.scope["http_version"] == "1.1" and b"content-length" not in named
-
-
-def _stopped(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
 
 
 def connections(

@@ -19,9 +19,9 @@ from types import FrameType
 import uvicorn
 
 from serve.api.app import create_app
+from serve.api.bases import Bases
 from serve.api.protocol import connections
 from serve.api.state import AppState
-from serve.api.targets import served_names
 from serve.config import ServeConfig
 from serve.errors import ConfigError
 from serve.keys.file import read_keys
@@ -46,7 +46,7 @@ def run(config: ServeConfig, say: Callable[[str], None] = partial(print, flush=T
 
     say  gets one line with the models' names and the URL, once requests are answered
     Raises ConfigError (port in use, keys or a certificate that cannot be read) before anything is loaded, and what
-    Runtime.start raises.
+    Bases.start raises.
     """
     with (
         logging_to(config.log_level, config.log_format),
@@ -55,26 +55,26 @@ def run(config: ServeConfig, say: Callable[[str], None] = partial(print, flush=T
     ):
         _check(config)
         _make_room_for(config.max_connections)
-        runtime = Runtime.start(config)
+        bases = Bases.start(config)
         gc.collect()
         gc.freeze()  # what lives as long as the server is looked through no more, a millisecond of a step each time
         try:
-            server = make_server(runtime)
+            server = make_server(bases)
             scheme = "https" if server.config.is_ssl else "http"
-            say(f"Lathe serves {', '.join(served_names(runtime))} at {url_of(listener, scheme)}/v1")
+            say(f"Lathe serves {', '.join(bases.names())} at {url_of(listener, scheme)}/v1")
             with _told_by_sighup(server):
                 server.run(sockets=[listener])
         except KeyboardInterrupt:
             pass  # uvicorn has shut down and raised the signal again
         finally:
-            runtime.close()
+            bases.close()
 
 
 @contextmanager
-def serving(runtime: Runtime) -> Iterator[str]:
-    """Serve `runtime` on a free loopback port from a thread; the URL, without /v1. For tests and the demo."""
+def serving(models: Runtime | Bases) -> Iterator[str]:
+    """Serve them on a free loopback port from a thread; the URL, without /v1. For tests and the demo."""
     with bind("127.0.0.1", 0) as listener:
-        server = make_server(runtime)
+        server = make_server(models)
         thread = threading.Thread(target=server.run, args=([listener],), name="lathe-http")
         thread.start()
         try:
@@ -150,11 +150,11 @@ class Server(uvicorn.Server):
                 logger.error("the certificate stays as it was: %s", error)
 
 
-def make_server(runtime: Runtime) -> Server:
+def make_server(models: Runtime | Bases) -> Server:
     """Not yet running, and bound to nothing."""
-    told = runtime.config
+    told = models.config
     password = told.ssl_keyfile_password
-    app = create_app(runtime)
+    app = create_app(models)
     config = uvicorn.Config(
         app,
         http=connections(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,6 +18,11 @@ from serve.api.state import AppState, StateDep
 router = APIRouter()
 
 PACKAGES = {"lathe": "mlx-lathe", "mlx": "mlx", "mlx_lm": "mlx-lm", "mlx_vlm": "mlx-vlm"}
+COUNTS = (
+    *("num_decoding", "num_prefilling", "num_waiting"),
+    *("num_prompt_tokens", "num_generated_tokens", "num_steps"),
+)
+"""Of the engines that are loaded, added up."""
 PHASES = ("preparing", "waiting", "prefill", "thinking", "decode")
 """From the first to the last: what is read, fetched and tokenized before it reaches the engine is being prepared."""
 
@@ -34,7 +40,7 @@ async def status(state: StateDep, sees_all: SeesAllDep) -> dict[str, Any]:
     return {
         "object": "status",
         "status": _state(state),
-        "uptime_s": round(time.time() - state.services.created, 1),
+        "uptime_s": round(time.time() - state.bases.created, 1),
         **({"server": _totals(state)} if sees_all else {}),
         "requests": shown,
     }
@@ -77,21 +83,18 @@ def _is_of(asks: Exchange, other: Exchange) -> bool:
 
 
 def _state(state: AppState) -> str:
-    if state.services.runtime.worker.failure is not None:
+    if any(runtime.worker.failure is not None for runtime in state.bases.runtimes()):
         return "failed"
     return "draining" if state.drain.is_on else "ok"
 
 
 def _totals(state: AppState) -> dict[str, Any]:
-    stats = state.services.runtime.worker.stats()
+    each = [runtime.worker.stats() for runtime in state.bases.runtimes()]
+    finished = sum((Counter(stats.num_finished) for stats in each), Counter[str]())
     return {
-        "num_decoding": stats.num_decoding,
-        "num_prefilling": stats.num_prefilling,
-        "num_waiting": stats.num_waiting,
-        "num_prompt_tokens": stats.num_prompt_tokens,
-        "num_generated_tokens": stats.num_generated_tokens,
-        "num_finished": dict(stats.num_finished),
-        "num_steps": stats.num_steps,
+        "loaded": list(state.bases.pool.loaded()),
+        **{name: sum(getattr(stats, name) for stats in each) for name in COUNTS},
+        "num_finished": dict(finished),
         "num_keys": state.keys.num_keys if state.keys else None,
     }
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from serve.api.bases import Bases
+from serve.engine.request import EngineStats
 from serve.runtime import Runtime
 
 MODEL = "model_name"
@@ -39,6 +41,28 @@ GAP_NAMES = {
     "vllm:time_per_output_token_seconds": MODEL,
 }
 """Ours, vLLM's, and vLLM's name of it until 2025; each with its label."""
+
+
+Reading = Callable[[EngineStats, Runtime], float]
+GAUGES: tuple[tuple[str, str, Reading], ...] = (
+    (
+        "num_requests_running",
+        "Requests that have a row.",
+        lambda stats, _: stats.num_decoding + stats.num_prefilling,
+    ),
+    ("num_requests_waiting", "Requests that wait for one.", lambda stats, _: stats.num_waiting),
+    (
+        "kv_cache_usage_perc",
+        "Rows' memory in use; 1 is all.",
+        lambda stats, runtime: stats.kv_bytes / max(runtime.engine.scheduler.budget.max_bytes, 1),
+    ),
+)
+COUNTERS: tuple[tuple[str, str, Reading], ...] = (
+    ("num_preemptions", "Rows taken back into the queue.", lambda stats, _: stats.num_preempted),
+    ("prefix_cache_queries", "Tokens looked for.", lambda stats, _: stats.prefixes.num_query_tokens),
+    ("prefix_cache_hits", "Of them those found.", lambda stats, _: stats.prefixes.num_hit_tokens),
+)
+"""Of each base, under its name."""
 
 
 class Gaps:
@@ -89,33 +113,26 @@ class GapCollector(Collector):
 class VllmCollector(Collector):
     """What the engine and our own metrics know, said again in vLLM's words."""
 
-    def __init__(self, runtime: Runtime, ours: Mapping[str, Counter | Histogram], requests: Counter) -> None:
+    def __init__(self, bases: Bases, ours: Mapping[str, Counter | Histogram], requests: Counter) -> None:
         """ours: by vLLM's name, each labelled by `model`; requests: by endpoint, model and finish."""
-        self._runtime = runtime
+        self._bases = bases
         self._ours = ours
         self._requests = requests
 
     def collect(self) -> Iterable[Metric]:
-        stats, name = self._runtime.worker.stats(), self._runtime.model.name
-        most_bytes = self._runtime.engine.scheduler.budget.max_bytes
-        for metric, meaning, value in (
-            ("num_requests_running", "Requests that have a row.", stats.num_decoding + stats.num_prefilling),
-            ("num_requests_waiting", "Requests that wait for one.", stats.num_waiting),
-            (
-                "kv_cache_usage_perc",
-                "Rows' memory in use; 1 is all.",
-                stats.memory.kv_bytes / max(most_bytes, 1),
-            ),
-        ):
-            yield _labelled(GaugeMetricFamily(f"vllm:{metric}", meaning, labels=[MODEL]), name, value)
-        for metric, meaning, value in (
-            ("num_preemptions", "Rows taken back into the queue.", stats.num_preempted),
-            ("prefix_cache_queries", "Tokens that were looked for.", stats.prefixes.num_query_tokens),
-            ("prefix_cache_hits", "Of them those that were found.", stats.prefixes.num_hit_tokens),
-        ):
-            yield _labelled(CounterMetricFamily(f"vllm:{metric}", meaning, labels=[MODEL]), name, value)
-        for renamed, metric in self._ours.items():
-            yield from _renamed(renamed, metric)
+        runtimes = list(self._bases.runtimes())
+        for metric, meaning, value_of in GAUGES:
+            gauge = GaugeMetricFamily(f"vllm:{metric}", meaning, labels=[MODEL])
+            for runtime in runtimes:
+                gauge.add_metric([runtime.model.name], value_of(runtime.worker.stats(), runtime))
+            yield gauge
+        for metric, meaning, value_of in COUNTERS:
+            counter = CounterMetricFamily(f"vllm:{metric}", meaning, labels=[MODEL])
+            for runtime in runtimes:
+                counter.add_metric([runtime.model.name], value_of(runtime.worker.stats(), runtime))
+            yield counter
+        for renamed, of_ours in self._ours.items():
+            yield from _renamed(renamed, of_ours)
         yield self._successes()
 
     def _successes(self) -> Metric:
@@ -132,13 +149,6 @@ class VllmCollector(Collector):
         for (model, finish), count in counts.items():
             made.add_metric([model, finish], count)
         return made
-
-
-def _labelled(
-    family: GaugeMetricFamily | CounterMetricFamily, name: str, value: float
-) -> GaugeMetricFamily | CounterMetricFamily:
-    family.add_metric([name], value)
-    return family
 
 
 def _renamed(name: str, metric: Counter | Histogram) -> Iterator[Metric]:
