@@ -66,8 +66,8 @@ def problem_of(error: LatheError) -> Problem:
     return Problem(error.status, str(error), error.code, param)
 
 
-Form = Callable[[Problem], dict[str, Any]]
-"""One API's error object."""
+Form = Callable[[Request, Problem], JSONResponse]
+"""One API's response that is an error."""
 
 
 def openai_form(problem: Problem) -> dict[str, Any]:
@@ -89,10 +89,13 @@ FORMS: dict[str, Form] = {}
 """By the beginning of the path; OpenAI's stands for all others."""
 
 
-def form_of(request: Request) -> Form:
-    """The words in which this request's path tells of errors."""
+def problem_response(request: Request, problem: Problem) -> JSONResponse:
+    """A response that is an error, in the words of the request's path."""
     path = request.scope["path"]
-    return next((form for prefix, form in FORMS.items() if path.startswith(prefix)), openai_form)
+    for prefix, form in FORMS.items():
+        if path.startswith(prefix):
+            return form(request, problem)
+    return JSONResponse(openai_form(problem), problem.status)
 
 
 def writable(message: str) -> str:
@@ -106,7 +109,7 @@ def error_response(
     request: Request, status: int, message: str, *, code: str | None = None, param: str | None = None
 ) -> JSONResponse:
     """A response that is an error, in the words of the request's API."""
-    return JSONResponse(form_of(request)(Problem(status, message, code, param)), status)
+    return problem_response(request, Problem(status, message, code, param))
 
 
 def openai_error(
@@ -118,12 +121,14 @@ def openai_error(
 
 def response_of(request: Request, error: LatheError) -> JSONResponse:
     """The response to a deliberate error. One that passes carries Retry-After."""
-    headers = {}
+    response = problem_response(request, problem_of(error))
     if isinstance(error, OverloadedError):
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, DeadlineError):
-        headers["X-Should-Retry"] = "false"  # OpenAI's clients would ask for it all again
-    return JSONResponse(form_of(request)(problem_of(error)), error.status, headers)
+        response.headers["X-Should-Retry"] = (
+            "false"  # OpenAI's clients, and Anthropic's, would ask for it all again
+        )
+    return response
 
 
 def install(app: FastAPI) -> None:

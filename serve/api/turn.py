@@ -6,6 +6,7 @@ An endpoint of another API writes its body as a ChatBody, begins the turn here, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from fastapi import Request
 
@@ -19,11 +20,20 @@ from serve.api.state import AppState
 from serve.api.streaming import ClientGoneError, unless_gone
 from serve.api.targets import Target, held_target
 from serve.api.thinking import thinking_of, thinking_variables, thoughts_of
+from serve.engine.thinking import Thinking
 from serve.errors import RequestError
 from serve.media.processor import Processed
+from serve.model.prompt import Prompt
 from serve.model.template import ChatTemplate
 
 EFFORT = "reasoning_effort"
+
+
+class Asked(NamedTuple):
+    """A chat as the engine gets it."""
+
+    prompt: Prompt
+    thinking: Thinking | None
 
 
 class Turn:
@@ -73,44 +83,55 @@ async def begin_turn(
     drop.
     """
     async with held_target(state, body.model, body.user or id) as target:
-        services = target.services
-        template = _template(target)
-        thoughts = await services.tokenize(lambda: thoughts_of(services.runtime, template, body))
-        media = await _look(services, body, http)
-        if media is None:
+        asked = await prompt_of(target, body, http)
+        if asked is None:
             return None
-        messages = [message.for_template() for message in body.messages]
-        if body.has_tool_history:
-            check_tools(template, messages)
-        token_ids = await services.prompts.of_messages(
-            template,
-            messages,
-            {
-                **_effort(template, body),
-                **thinking_variables(services.runtime, template, thoughts, body),
-                **(body.chat_template_kwargs or {}),
-            },
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=bool(body.continue_final_message),
-            media=[item.expansion for item in media],
-        )
-        thinking = thinking_of(services.runtime, template, thoughts, body, token_ids)
         requests = await build_requests(
             id,
             body,
-            [await services.media.prompt(token_ids, media)],
+            [asked.prompt],
             target,
             tenant=tenant,
             continues_prompt=bool(body.continue_final_message),
-            thinking=thinking,
+            thinking=asked.thinking,
         )
         generation = Generation(state.metrics, id, endpoint, target, requests, body.n or 1)
     return Turn(
         generation,
-        len(token_ids),
-        logprobs=logprob_writers(services, body, requests),
-        tells_thoughts=thinking is not None and body.include_reasoning is not False,
+        len(asked.prompt.token_ids),
+        logprobs=logprob_writers(target.services, body, requests),
+        tells_thoughts=asked.thinking is not None and body.include_reasoning is not False,
     )
+
+
+async def prompt_of(target: Target, body: ChatBody, http: Request) -> Asked | None:
+    """What a chat asks of the model that answers it, with what it shows; None if the client has left meanwhile.
+
+    RequestError names the field that cannot be served.
+    """
+    services = target.services
+    template = _template(target)
+    thoughts = await services.tokenize(lambda: thoughts_of(services.runtime, template, body))
+    media = await _look(services, body, http)
+    if media is None:
+        return None
+    messages = [message.for_template() for message in body.messages]
+    if body.has_tool_history:
+        check_tools(template, messages)
+    token_ids = await services.prompts.of_messages(
+        template,
+        messages,
+        {
+            **_effort(template, body),
+            **thinking_variables(services.runtime, template, thoughts, body),
+            **(body.chat_template_kwargs or {}),
+        },
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        media=[item.expansion for item in media],
+    )
+    thinking = thinking_of(services.runtime, template, thoughts, body, token_ids)
+    return Asked(await services.media.prompt(token_ids, media), thinking)
 
 
 async def _look(services: Services, body: ChatBody, http: Request) -> list[Processed] | None:
