@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
@@ -85,14 +86,10 @@ def openai_form(problem: Problem) -> dict[str, Any]:
     }
 
 
-FORMS: dict[str, Form] = {}
-"""By the beginning of the path; OpenAI's stands for all others."""
-
-
 def problem_response(request: Request, problem: Problem) -> JSONResponse:
     """A response that is an error, in the words of the request's path."""
     path = request.scope["path"]
-    for prefix, form in FORMS.items():
+    for prefix, form in request.app.state.error_forms.items():
         if path.startswith(prefix):
             return form(request, problem)
     return JSONResponse(openai_form(problem), problem.status)
@@ -131,8 +128,9 @@ def response_of(request: Request, error: LatheError) -> JSONResponse:
     return response
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error of `app` in this form."""
+def install(app: FastAPI, forms: Mapping[str, Form] = MappingProxyType({})) -> None:
+    """Answer every error of `app` in the form that stands by the beginning of its path, or in OpenAI's."""
+    app.state.error_forms = forms
 
     @app.exception_handler(LatheError)
     async def on_lathe_error(request: Request, error: LatheError) -> JSONResponse:
