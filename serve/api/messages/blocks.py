@@ -70,12 +70,22 @@ class PlainSource(Body):
     type: Literal["text"]
     data: str
 
+    @property
+    def parts(self) -> Sequence[Any]:
+        """Its content as blocks."""
+        return [TextBlock(type="text", text=self.data)]
+
 
 class ContentSource(Body):
     """A document that was cut into blocks."""
 
     type: Literal["content"]
     content: str | list[Annotated[TextBlock | ImageBlock, Field(discriminator="type")]]
+
+    @property
+    def parts(self) -> Sequence[Any]:
+        """Its content as blocks."""
+        return [TextBlock(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
 class DocumentBlock(Body):
@@ -93,7 +103,8 @@ class DocumentBlock(Body):
     @classmethod
     def _is_text(cls, data: Any) -> Any:
         source = data.get("source") if isinstance(data, dict) else None
-        kind = source.get("type") if isinstance(source, dict) else None
+        source = source if isinstance(source, dict) else {}
+        kind = source.get("type")
         if kind in ("base64", "url", "file"):
             what = source.get("media_type") if kind == "base64" else f"a source of type {kind!r}"
             raise RequestError(

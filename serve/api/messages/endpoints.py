@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
 from serve.api.messages.body import CountBody, MessagesBody
-from serve.api.messages.translation import chat_body
+from serve.api.messages.translation import chat_of
 from serve.api.messages.writer import PING, MessagesWriter
 from serve.api.state import StateDep
 from serve.api.streaming import EVENT_STREAM, Responder
@@ -23,7 +23,9 @@ router = APIRouter(route_class=JsonRoute)
 async def create_message(body: MessagesBody, http: Request, state: StateDep, tenant: TenantDep) -> Response:
     """Anthropic's messages; the engine's extras of chat completions (`seed`, `min_p`, `drafter`, …) beside their
     fields."""
-    turn = await begin_turn(state, http, chat_body(body), tenant, id=_new_id(), endpoint="messages")
+    translated = chat_of(body)
+    with translated.named_as_sent():
+        turn = await begin_turn(state, http, translated.chat, tenant, id=_new_id(), endpoint="messages")
     if turn is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     writer = MessagesWriter(turn, is_silent=body.max_tokens == 0)
@@ -34,9 +36,11 @@ async def create_message(body: MessagesBody, http: Request, state: StateDep, ten
 @router.post("/v1/messages/count_tokens", response_model=None)
 async def count_tokens(body: CountBody, http: Request, state: StateDep) -> dict[str, int] | Response:
     """How many tokens the prompt of these messages has, with the template's own, pictures and tools."""
-    chat = chat_body(body)
-    async with held_target(state, chat.model, chat.user or "") as target:
-        asked = await prompt_of(target, chat, http)
+    translated = chat_of(body)
+    chat = translated.chat
+    with translated.named_as_sent():
+        async with held_target(state, chat.model, chat.user or "") as target:
+            asked = await prompt_of(target, chat, http)
     if asked is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return {"input_tokens": len(asked.prompt.token_ids)}

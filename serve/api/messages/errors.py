@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import Request
@@ -24,6 +25,8 @@ TYPES = {
 }
 """By status; of others invalid_request_error below 500, and api_error."""
 
+_LIMIT = re.compile(r"maximum context length is (\d+) tokens\. However, the prompt has (\d+)")
+
 
 def error_response(request: Request, problem: Problem) -> JSONResponse:
     """The response to a request under /v1/messages that cannot be served."""
@@ -36,9 +39,19 @@ def error_object(problem: Problem) -> dict[str, Any]:
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     return {
         "type": "error",
-        "error": {"type": kind, "message": writable(problem.message)},
+        "error": {"type": kind, "message": writable(_message(problem))},
         "request_id": None,
     }
+
+
+def _message(problem: Problem) -> str:
+    """Claude Code makes its history shorter where it reads that a prompt is too long, in these words."""
+    if problem.code != "context_length_exceeded":
+        return problem.message
+    found = _LIMIT.search(problem.message)
+    # One token at least is the answer's.
+    words = f"{found[2]} tokens > {int(found[1]) - 1} maximum. " if found else ""
+    return f"prompt is too long: {words}{problem.message}"
 
 
 def _status(problem: Problem) -> int:
