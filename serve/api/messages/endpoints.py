@@ -33,16 +33,14 @@ async def create_message(body: MessagesBody, http: Request, state: StateDep, ten
     return await responder.stream() if body.stream else await responder.whole()
 
 
-@router.post("/v1/messages/count_tokens", response_model=None)
-async def count_tokens(body: CountBody, http: Request, state: StateDep) -> dict[str, int] | Response:
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(body: CountBody, http: Request, state: StateDep) -> dict[str, int]:
     """How many tokens the prompt of these messages has, with the template's own, pictures and tools."""
     translated = chat_of(body)
     chat = translated.chat
     with translated.named_as_sent():
-        async with held_target(state, chat.model, chat.user or "") as target:
+        async with held_target(state, chat.model, chat.user or "", http) as target:
             asked = await prompt_of(target, chat, http)
-    if asked is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
     return {"input_tokens": len(asked.prompt.token_ids)}
 
 
