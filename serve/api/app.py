@@ -10,6 +10,7 @@ from serve.api import adapters, cache, chat, completions, errors, feedback, heal
 from serve.api.bases import Bases
 from serve.api.body import check_target
 from serve.api.metrics import CountErrors
+from serve.api.opening import Openings
 from serve.api.state import AppState
 from serve.runtime import Runtime
 
@@ -23,6 +24,7 @@ def create_app(served: Runtime | Bases) -> FastAPI:
         responses=errors.RESPONSES,
     )
     app.state.belongings = AppState(served)
+    app.add_middleware(Openings, state=app.state.belongings)
     app.add_middleware(CountErrors, metrics=app.state.belongings.metrics)
     errors.install(app)
     for part in (chat, completions, models, adapters, watch, cache, feedback, health):
