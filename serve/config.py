@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from serve.adapters.versions.names import label_problem, name_problem
 from serve.cache.precision import KvPrecision, KvScheme, precision
@@ -21,6 +21,7 @@ from serve.media_config import MediaConfig, MediaLimitsConfig
 from serve.model.quantization import Quantization
 from serve.model.thoughts import MAX_MARK_CHARS, Parser
 from serve.settings import Problems, Strict, load_yaml
+from serve.tools.formats import NAMES as TOOL_PARSERS
 
 Weight = Annotated[float, Field(gt=0, lt=math.inf)]
 SQLITE_PREFIX = "sqlite:///"
@@ -220,6 +221,9 @@ class ModelSettings(Strict):
     """What begins a thought, in place of the parser's mark; it may be several tokens."""
     thinking_end_token: str | None = Field(None, min_length=1, max_length=MAX_MARK_CHARS)
     """What ends it."""
+    tool_call_parser: str = "auto"
+    """In which family's way answers hold calls of tools. auto: by chat template, then by vocabulary; as Hermes,
+    where neither tells. none: calls stay text."""
     special_tokens_in_messages: Literal["words", "control"] = "words"
     """What the text of a special token is inside a message. words: its characters, so that nobody writes a turn into
     what they say. control: the token, for clients that build turns inside messages themselves."""
@@ -231,6 +235,13 @@ class ModelSettings(Strict):
     """Expand quantized weights at load; yes on CPU and no elsewhere, if left out."""
     quantize: Quantization | None = None
     """Pack a full-precision base as it is loaded: as the recipe of its adapters did, or to save memory."""
+
+    @field_validator("tool_call_parser")
+    @classmethod
+    def _tool_call_parser_is_known(cls, value: str) -> str:
+        if value not in TOOL_PARSERS:
+            raise ValueError(f"found {value!r}; expected one of {', '.join(TOOL_PARSERS)}")
+        return value
 
     @property
     def base_name(self) -> str:

@@ -30,6 +30,7 @@ from serve.model.template import ChatTemplate
 from serve.model.template_rules import TemplateRules, make_template
 from serve.model.thoughts import ThoughtRules
 from serve.sight import Blind, Sight, sight_of
+from serve.tools.rules import ToolRules
 
 AHEAD: Mapping[str, bool | None] = {"auto": None, "on": True, "off": False}
 """What one_step_ahead means to the engine."""
@@ -58,6 +59,8 @@ class Runtime:
     """By which marks thoughts are told from answers."""
     weight_bytes: int
     """Of the base alone."""
+    tools: ToolRules
+    """By which marks calls of tools are told from answers."""
     watch: AdapterWatch | None = None
     """None where no folder is watched."""
     owns_experiments: bool = True
@@ -147,6 +150,7 @@ class Runtime:
                 config.thinking_end_token,
             )
             thoughts.check(template, config.thinking_budget)
+            tools = ToolRules(model.tokenizer, config.tool_call_parser)
             sight = sight_of(model, config)
             for adapter in config.adapters:
                 engine.registry.load(adapter.name, adapter.path)
@@ -176,6 +180,7 @@ class Runtime:
             defaults,
             thoughts,
             weight_bytes,
+            tools,
             watch,
             owns_experiments,
         )

@@ -17,6 +17,7 @@ from serve.api.metrics import Metrics
 from serve.api.schemas import CompletionBody, GenerationBody
 from serve.api.services import Services
 from serve.api.targets import Target
+from serve.api.tools import NO_TOOLS, ToolUse
 from serve.draft.lookup import NAME as NGRAM
 from serve.engine.drafts import NONE
 from serve.engine.request import Event, Request, Sampling
@@ -100,6 +101,8 @@ class Generation:
     async def next(self) -> tuple[int, Event]:
         """The next event of any row, with the row's index. StoppedError or OverloadedError if the engine ended it."""
         index, event = await self._events.get()
+        while index not in self._open:  # ended here, before the engine knew
+            index, event = await self._events.get()
         self.num_answer_tokens += len(event.token_ids)
         if event.num_reasoning_tokens:
             self._num_reasoning_tokens[index] = event.num_reasoning_tokens
@@ -120,6 +123,11 @@ class Generation:
                 # Whoever has seen the end of the answer may send feedback on it, to any replica.
                 await asyncio.wrap_future(self._exposed)
         return index, event
+
+    def end(self, row: int) -> None:
+        """End an open row's answer where it stands, as if it had stopped there."""
+        self._runtime.worker.cancel(self._open.pop(row))
+        self._finish = "stop"
 
     def close(self) -> None:
         """Cancel what still runs, and count the request."""
@@ -198,6 +206,7 @@ async def build_requests(
     tenant: str,
     continues_prompt: bool,
     thinking: Thinking | None = None,
+    tools: ToolUse = NO_TOOLS,
 ) -> list[Request]:
     """One engine request per prompt and drawn answer, all of one group; answer i draws with seed + i.
 
@@ -209,7 +218,8 @@ async def build_requests(
     if precision is not None:
         # The first of a scheme imports what it needs, which takes seconds: not on the loop that serves everyone.
         await anyio.to_thread.run_sync(services.runtime.engine.max_context_at, precision)
-    grammar = None if body.constraint is None else await services.grammars.get(body.constraint)
+    constraint = tools.constraint or body.constraint
+    grammar = None if constraint is None else await services.grammars.get(constraint)
     drafter, prediction = await _drafting(services, body, prompts)
     num_choices = body.num_drawn
     sampling = _sampling(services, body)
@@ -231,6 +241,8 @@ async def build_requests(
             deadline_s=body.deadline_s,
             thinking=thinking,
             grammar=grammar,
+            shown_ids=tools.shown_ids,
+            stop_ids=tools.stop_ids,
         )
         for p, prompt in enumerate(prompts)
         for choice in range(num_choices)

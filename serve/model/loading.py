@@ -23,6 +23,7 @@ from serve.model.family_template import template_beside
 from serve.model.network import Network
 from serve.model.quantization import Quantization
 from serve.model.retold import Retold
+from serve.model.rope import in_older_words
 from serve.model.towers import NESTED, build_with_towers, has_towers, load_with_towers
 from serve.model.vision import Vision
 from serve.model.weights import QUANTIZED
@@ -105,7 +106,9 @@ def _load_module(
         except LOAD_ERRORS as error:
             problem = str(error)
     try:
-        module, config = mlx_lm_utils.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+        module, config = mlx_lm_utils.load_model(
+            path, lazy=True, model_config=config, trust_remote_code=trust_remote_code
+        )
     except LOAD_ERRORS as error:
         if seeing is None:
             raise ModelError(f"{name}: cannot be loaded: {problem or error}") from error
@@ -299,9 +302,9 @@ def resolve(path_or_repo: str, revision: str | None = None) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """`config.json` of a model folder."""
+    """`config.json` of a model folder, in the words that all classes read."""
     try:
-        return mlx_lm_utils.load_config(path)
+        return in_older_words(mlx_lm_utils.load_config(path))
     except FileNotFoundError as error:
         raise ModelError(f"{path} is not a model folder: it has no config.json") from error
     except json.JSONDecodeError as error:
