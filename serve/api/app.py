@@ -12,6 +12,7 @@ from serve.api.body import check_target
 from serve.api.messages import endpoints as messages
 from serve.api.messages.errors import error_response as anthropic_error
 from serve.api.metrics import CountErrors
+from serve.api.opening import Openings
 from serve.api.state import AppState
 from serve.runtime import Runtime
 
@@ -25,6 +26,7 @@ def create_app(served: Runtime | Bases) -> FastAPI:
         responses=errors.RESPONSES,
     )
     app.state.belongings = AppState(served)
+    app.add_middleware(Openings, state=app.state.belongings)
     app.add_middleware(CountErrors, metrics=app.state.belongings.metrics)
     errors.install(app, {"/v1/messages": anthropic_error})
     for part in (chat, completions, messages, models, adapters, watch, cache, feedback, health):
