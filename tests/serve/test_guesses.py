@@ -167,7 +167,9 @@ def test_rows_of_state_that_guess_become_quantized_where_they_should(lively, mak
     """A row runs nothing again across the token from which its keys and values are quantized."""
     folder = str(lively.folder("hybrid"))
     requests = [
-        replace(make_request(str(n), "hello"[n:], max_tokens=40), precision=precision(4, start_after=12 + 3 * n))
+        replace(
+            make_request(str(n), "hello"[n:], max_tokens=40), precision=precision(4, start_after=12 + 3 * n)
+        )
         for n in range(4)
     ]
     known = answers(Engine(load(folder)), requests)
