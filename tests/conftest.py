@@ -306,7 +306,7 @@ def make_adapter_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         mx.random.seed(seed)
         for path, linear in linears.items():
             # Of model.layers.0.self_attn.q_proj the last two; of lm_head nothing.
-            inside = path.split(".", 3)[3:]
+            inside = path.partition("layers.")[2].split(".", 1)[1:]
             if inside and (keys is None or inside[0] in keys):
                 inputs, outputs = linear_shape(linear)
                 tensors[f"{path}.lora_a"] = mx.random.normal((inputs, rank)) * size
