@@ -12,6 +12,9 @@ from serve.api.bases import Bases
 from serve.api.body import check_target
 from serve.api.front import Front
 from serve.api.guard import Guard
+from serve.api.messages import endpoints as messages
+from serve.api.messages.errors import error_response as anthropic_error
+from serve.api.opening import Openings
 from serve.api.state import AppState
 from serve.runtime import Runtime
 
@@ -36,6 +39,7 @@ def create_app(served: Runtime | Bases) -> FastAPI:
     )
     state = app.state.belongings = AppState(served)
     # The last one is the first that a request comes to.
+    app.add_middleware(Openings, state=state)
     app.add_middleware(Guard, state=state)
     if state.config.allowed_origins:
         app.add_middleware(
@@ -46,7 +50,7 @@ def create_app(served: Runtime | Bases) -> FastAPI:
             expose_headers=EXPOSED_HEADERS,
         )
     app.add_middleware(Front, state=state)
-    errors.install(app)
-    for part in (chat, completions, models, adapters, watch, cache, feedback, health, status):
+    errors.install(app, {"/v1/messages": anthropic_error})
+    for part in (chat, completions, messages, models, adapters, watch, cache, feedback, health, status):
         app.include_router(part.router)
     return app
