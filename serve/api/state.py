@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -19,6 +20,7 @@ from serve.errors import StoppedError
 from serve.keys.keeper import Keeper
 from serve.pool.pool import Lease
 from serve.runtime import Runtime
+from serve.tracing import Tracer
 
 
 class AppState:
@@ -32,7 +34,15 @@ class AppState:
         """None: everybody may ask for everything."""
         self.exchanges: set[Exchange] = set()
         """Requests that have come and whose answers have not been sent."""
+        endpoint = self.bases.config.otlp_endpoint
+        self.tracer = None if endpoint is None else Tracer(endpoint, version("mlx-lathe"))
+        """None: no spans are sent."""
         self.drain = Drain(self.exchanges, self.bases.config.drain_timeout_s)
+
+    def close(self) -> None:
+        """Send the spans that wait. The models stay their maker's."""
+        if self.tracer is not None:
+            self.tracer.close()
 
     @property
     def services(self) -> Services:
