@@ -14,8 +14,11 @@ from serve.api.messages.errors import error_response as anthropic_error
 from serve.api.metrics import CountErrors
 from serve.api.ollama import endpoints as ollama
 from serve.api.ollama.errors import error_response as ollama_error
+from serve.api.opening import WORDS, Openings
 from serve.api.state import AppState
 from serve.runtime import Runtime
+
+WORDS.update({"/v1/messages": messages.OPENING, **ollama.OPENINGS})
 
 
 def create_app(served: Runtime | Bases) -> FastAPI:
@@ -27,6 +30,7 @@ def create_app(served: Runtime | Bases) -> FastAPI:
         responses=errors.RESPONSES,
     )
     app.state.belongings = AppState(served)
+    app.add_middleware(Openings, state=app.state.belongings)
     app.add_middleware(CountErrors, metrics=app.state.belongings.metrics)
     errors.install(app, {"/v1/messages": anthropic_error, "/api/": ollama_error})
     for part in (chat, completions, messages, ollama, models, adapters, watch, cache, feedback, health):

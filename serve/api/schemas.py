@@ -533,6 +533,13 @@ class LoadAdapterBody(Body):
     """Of the bases of a server, the one that it was trained on."""
 
 
+class ModelBody(Body):
+    """POST /v1/models/load and /v1/models/unload."""
+
+    model: Label
+    """A base's name or alias."""
+
+
 class UnloadAdapterBody(Body):
     """POST /v1/unload_lora_adapter, vLLM's fields."""
 

@@ -16,7 +16,8 @@ from serve.api.generation import new_id
 from serve.api.ollama import listing
 from serve.api.ollama.body import OllamaChatBody, OllamaGenerateBody, ShowBody
 from serve.api.ollama.translation import LATEST, chat_of, completion_of, told_as_sent
-from serve.api.ollama.writer import MEDIA_TYPE, Format, OllamaWriter, as_message, as_response, now
+from serve.api.ollama.writer import MEDIA_TYPE, Format, OllamaWriter, as_message, as_response, line, now
+from serve.api.opening import Words
 from serve.api.state import AppState, StateDep
 from serve.api.streaming import Responder
 from serve.api.targets import held_target
@@ -27,6 +28,13 @@ from serve.errors import RequestError
 router = APIRouter(route_class=JsonRoute)
 OLLAMA = "0.12.6"
 """Whose API this is: clients ask for the version before they use what is new."""
+OPENINGS = {
+    path: Words(
+        MEDIA_TYPE, line({**said("", "", ()), "done": False}), lambda body: body + b"\n", is_default=True
+    )
+    for path, said in (("/api/chat", as_message), ("/api/generate", as_response))
+}
+"""Of streams that have nothing to say yet, by path."""
 LINES: dict[int | str, dict[str, Any]] = {200: {"content": {MEDIA_TYPE: {}}}}
 
 

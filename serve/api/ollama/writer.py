@@ -58,7 +58,7 @@ class OllamaWriter:
     @property
     def keep_alive(self) -> bytes:
         """What breaks a silence: an object that brings nothing."""
-        return _line({**self._head(), **self._format("", "", ()), "done": False})
+        return line({**self._head(), **self._format("", "", ()), "done": False})
 
     def whole(self, answers: Mapping[int, Answer]) -> dict[str, Any]:
         answer = answers[0]
@@ -83,13 +83,13 @@ class OllamaWriter:
         if not (piece.text or thinking or calls or logprobs):
             return b""
         said = self._format(piece.text, thinking, calls)
-        return _line({**self._head(), **said, **logprobs, "done": False})
+        return line({**self._head(), **said, **logprobs, "done": False})
 
     def end(self) -> bytes:
-        return _line({**self._head(), **self._format("", "", ()), **self._ending(self._finish)})
+        return line({**self._head(), **self._format("", "", ()), **self._ending(self._finish)})
 
     def error(self, error: LatheError) -> bytes:
-        return _line(error_object(problem_of(error)))
+        return line(error_object(problem_of(error)))
 
     def _thoughts(self, reasoning: str) -> str:
         return reasoning if self._turn.tells_thoughts else ""
@@ -140,5 +140,6 @@ def _ns(seconds: float) -> int:
     return int(max(seconds, 0) * 1e9)
 
 
-def _line(data: dict[str, Any]) -> bytes:
+def line(data: dict[str, Any]) -> bytes:
+    """One object of a stream."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
