@@ -14,7 +14,9 @@ from serve.api.front import Front
 from serve.api.guard import Guard
 from serve.api.messages import endpoints as messages
 from serve.api.messages.errors import error_response as anthropic_error
-from serve.api.opening import Openings
+from serve.api.ollama import endpoints as ollama
+from serve.api.ollama.errors import error_response as ollama_error
+from serve.api.opening import WORDS, Openings
 from serve.api.state import AppState
 from serve.runtime import Runtime
 
@@ -27,6 +29,8 @@ EXPOSED_HEADERS = [
     ),
 ]
 """What pages of other origins may read."""
+
+WORDS.update({"/v1/messages": messages.OPENING, **ollama.OPENINGS})
 
 
 def create_app(served: Runtime | Bases) -> FastAPI:
@@ -50,7 +54,10 @@ def create_app(served: Runtime | Bases) -> FastAPI:
             expose_headers=EXPOSED_HEADERS,
         )
     app.add_middleware(Front, state=state)
-    errors.install(app, {"/v1/messages": anthropic_error})
-    for part in (chat, completions, messages, models, adapters, watch, cache, feedback, health, status):
+    errors.install(app, {"/v1/messages": anthropic_error, "/api/": ollama_error})
+    for part in (
+        *(chat, completions, messages, ollama, models),
+        *(adapters, watch, cache, feedback, health, status),
+    ):
         app.include_router(part.router)
     return app
