@@ -105,7 +105,9 @@ async def begin_turn(
             media=[item.expansion for item in media],
             tools=tools.for_template(template),
         )
-        thinking = thinking_of(services.runtime, template, thoughts, body, token_ids)
+        thinking = thinking_of(
+            services.runtime, template, thoughts, body, token_ids, tells_calls=tools.is_in_headers
+        )
         requests = await build_requests(
             id,
             body,

@@ -194,7 +194,9 @@ def _is_text(part: Mapping[str, Any]) -> bool:
         return kind == "string"
     if "enum" in part or "const" in part:
         return all(isinstance(each, str) for each in part.get("enum", [part.get("const")]))
-    return (not isinstance(kind, list) and "$ref" not in part) or (isinstance(kind, list) and "string" in kind)
+    return (not isinstance(kind, list) and "$ref" not in part) or (
+        isinstance(kind, list) and "string" in kind
+    )
 
 
 def _counted(part: Mapping[str, Any]) -> str:

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from thinkers import Family
 from transformers import AutoTokenizer
 
 from serve.constraints.grammar import compile_grammar
 from serve.constraints.spec import ConstraintSpec
 from serve.constraints.vocabulary import GrammarVocabulary
+from serve.engine.thinking import Thinking, ThoughtStream
 from serve.model.token_bytes import TokenBytes
 from serve.tools.call import Call, add_pieces
 from serve.tools.formats import ALIASES, FORMATS, NAMES, ToolFormat, named
@@ -381,3 +383,43 @@ def walked(
         assert matcher.consume_token(ids[-1])
         assert len(ids) < 3000, "it comes to no end"
     return b"".join(shown[number] for number in ids).decode("utf-8", "replace")
+
+
+HEADERS = (
+    "<|channel|>analysis<|message|>Where is it?<|end|><|start|>assistant<|channel|>commentary<|message|>I look."
+    '<|end|><|start|>assistant<|channel|>{header}<|message|>{{"city": "Paris"}}<|call|>'
+)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "commentary to=functions.get_weather <|constrain|>json",
+        "commentary to=functions.get_weather",
+        "analysis to=functions.get_weather code",
+    ],
+)
+def test_calls_in_gpt_oss_headers_are_told_apart_from_thoughts_and_words(header):
+    family = Family("gpt_oss")
+    thinking = Thinking(family.thoughts, tells_calls=True)
+    for answer in (HEADERS.format(header=header), HEADERS.format(header=header).removesuffix("<|call|>")):
+        stream, reader = ThoughtStream(thinking, family.tokens), ToolReader(FORMATS["gpt_oss"], TOOLS)
+        pieces = [stream.push(token_id) for token_id in family.encode(answer)] + [stream.finish()]
+        found = [*map(reader.push, pieces), reader.finish()]
+        calls = list[Call]()
+        for each in found:
+            add_pieces(calls, each.calls)
+        assert "".join(each.text for each in found) == "I look."
+        assert [(call.name, call.arguments) for call in calls] == [("get_weather", '{"city": "Paris"}')]
+        assert stream.take_reasoning() == "Where is it?"
+    plain = ThoughtStream(Thinking(family.thoughts), family.tokens)
+    ids = family.encode(HEADERS.format(header=header))
+    assert "to=" not in "".join(map(plain.push, ids)) + plain.finish()
+
+
+def test_a_call_before_the_recipients_channel_is_one_too():
+    family = Family("gpt_oss")
+    stream = ThoughtStream(Thinking(family.thoughts, tells_calls=True), family.tokens)
+    answer = "<|start|>assistant to=functions.now<|channel|>commentary json<|message|>{}<|call|>"
+    text = "".join(map(stream.push, family.encode(answer))) + stream.finish()
+    assert read(FORMATS["gpt_oss"], [text]) == ("", [("id0", "now", "{}")])
