@@ -35,7 +35,7 @@ class Generation:
     """Rows of the engine that answer one HTTP request: one per prompt and choice, in that order.
 
     The rows belong to this object until `close`, which may be called at any time and any number of times, and
-    takes out of the engine what is still running.
+    takes out of the engine what is still running. So long the model stays loaded.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Generation:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open: dict[int, str] = {}
         self._num_rows = len(requests)
+        self._lease = target.lease.again() if target.lease is not None else None
         try:
             self._submit(requests)
         except LatheError:
@@ -139,6 +140,8 @@ class Generation:
         if self._open and self._finish not in ("error", "refused"):
             self._finish = "cancelled"
         self._count()
+        if self._lease is not None:
+            self._lease.release()
 
     def _submit(self, requests: Sequence[Request]) -> None:
         runtime = self._runtime
