@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
@@ -14,6 +15,8 @@ from serve.api.metrics import Metrics
 from serve.api.services import Services
 from serve.config import ServeConfig
 from serve.errors import StoppedError
+from serve.mcp.config import read_servers
+from serve.mcp.servers import McpServers
 from serve.pool.pool import Lease
 from serve.runtime import Runtime
 
@@ -25,6 +28,11 @@ class AppState:
         """models: those of the server; of one runtime, that alone."""
         self.bases = models if isinstance(models, Bases) else Bases.around(models)
         self.metrics = Metrics(self.bases)
+        config = self.bases.config
+        servers = read_servers(config.mcp_servers) if config.mcp_servers is not None else {}
+        self.mcp = McpServers(servers, config.mcp_timeout_s, config.mcp_max_result_chars)
+        """Whose tools are run for requests; none where the configuration names none."""
+        weakref.finalize(self, self.mcp.close)
 
     @property
     def services(self) -> Services:
