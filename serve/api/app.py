@@ -12,9 +12,13 @@ from serve.api.body import check_target
 from serve.api.messages import endpoints as messages
 from serve.api.messages.errors import error_response as anthropic_error
 from serve.api.metrics import CountErrors
-from serve.api.opening import Openings
+from serve.api.ollama import endpoints as ollama
+from serve.api.ollama.errors import error_response as ollama_error
+from serve.api.opening import WORDS, Openings
 from serve.api.state import AppState
 from serve.runtime import Runtime
+
+WORDS.update({"/v1/messages": messages.OPENING, **ollama.OPENINGS})
 
 
 def create_app(served: Runtime | Bases) -> FastAPI:
@@ -28,7 +32,7 @@ def create_app(served: Runtime | Bases) -> FastAPI:
     app.state.belongings = AppState(served)
     app.add_middleware(Openings, state=app.state.belongings)
     app.add_middleware(CountErrors, metrics=app.state.belongings.metrics)
-    errors.install(app, {"/v1/messages": anthropic_error})
-    for part in (chat, completions, messages, models, adapters, watch, cache, feedback, health):
+    errors.install(app, {"/v1/messages": anthropic_error, "/api/": ollama_error})
+    for part in (chat, completions, messages, ollama, models, adapters, watch, cache, feedback, health):
         app.include_router(part.router)
     return app
