@@ -367,6 +367,7 @@ OWN = frozenset(
             "feature_cache_dir",
         ),
         *("feature_cache_disk_gib", "reasoning_parser", "thinking_start_token", "thinking_end_token"),
+        "tool_call_parser",
     }
 )
 """Keys that say something of one model, and nothing of its neighbours."""
@@ -411,6 +412,15 @@ class ServeConfig(ModelSettings, OperatingConfig):
     nothing."""
     media_limits: MediaLimitsConfig = MediaLimitsConfig.model_validate({})
     """What a request may show."""
+    mcp_servers: Path | None = None
+    """A file of MCP servers as other clients have it, {"mcpServers": {name: {command, args, env} or {url}}}: a request
+    may have their tools run for it by their names, `tools: [{"type": "mcp", "server_label": name}]`. Left out: none."""
+    mcp_max_rounds: int = Field(8, ge=1)
+    """So often a request's answer may call such tools; the next answer is text."""
+    mcp_timeout_s: float = Field(30, gt=0)
+    """What connecting to one, or one call, may take."""
+    mcp_max_result_chars: int = Field(65536, ge=256)
+    """Of a call's result; the model is told where more was cut off."""
     experiments: tuple[ExperimentConfig, ...] = ()
     """A/B tests, each under its own public model name."""
     store: str = "sqlite:///lathe.sqlite"

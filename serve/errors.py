@@ -20,6 +20,7 @@ LatheError                        500 internal_error
 ├── DeadlineError (TimeoutError)  504 deadline_exceeded
 ├── StoppedError (RuntimeError)   503 engine_stopped
 ├── GenerationError (RuntimeError) 500 generation_failed
+├── ToolServerError (RuntimeError) 424 tool_server_failed
 ├── TrainingError (RuntimeError)  500 training_failed
 └── StorageError (OSError)        507 storage_failed
 """
@@ -174,6 +175,13 @@ class GenerationError(LatheError, RuntimeError):
     """One row could not go on (not-a-number logits, text that cannot be read); the others are untouched."""
 
     code = "generation_failed"
+
+
+class ToolServerError(LatheError, RuntimeError):
+    """An MCP server that a request asks for does not answer."""
+
+    status = 424
+    code = "tool_server_failed"
 
 
 class TrainingError(LatheError, RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
@@ -17,6 +18,8 @@ from serve.api.services import Services
 from serve.config import ServeConfig
 from serve.errors import StoppedError
 from serve.keys.keeper import Keeper
+from serve.mcp.config import read_servers
+from serve.mcp.servers import McpServers
 from serve.pool.pool import Lease
 from serve.runtime import Runtime
 
@@ -28,11 +31,16 @@ class AppState:
         """models: those of the server; of one runtime, that alone."""
         self.bases = models if isinstance(models, Bases) else Bases.around(models)
         self.metrics = Metrics(self.bases)
-        self.keys = _keys_of(self.bases.config)
+        config = self.bases.config
+        self.keys = _keys_of(config)
         """None: everybody may ask for everything."""
         self.exchanges: set[Exchange] = set()
         """Requests that have come and whose answers have not been sent."""
-        self.drain = Drain(self.exchanges, self.bases.config.drain_timeout_s)
+        self.drain = Drain(self.exchanges, config.drain_timeout_s)
+        servers = read_servers(config.mcp_servers) if config.mcp_servers is not None else {}
+        self.mcp = McpServers(servers, config.mcp_timeout_s, config.mcp_max_result_chars)
+        """Whose tools are run for requests; none where the configuration names none."""
+        weakref.finalize(self, self.mcp.close)
 
     @property
     def services(self) -> Services:

@@ -152,7 +152,9 @@ async def prompt_of(target: Target, body: ChatBody, http: Request) -> Asked:
         media=[item.expansion for item in media],
         tools=tools.for_template(template),
     )
-    thinking = thinking_of(services.runtime, template, thoughts, body, token_ids)
+    thinking = thinking_of(
+        services.runtime, template, thoughts, body, token_ids, tells_calls=tools.is_in_headers
+    )
     return Asked(await services.media.prompt(token_ids, media), thinking, tools)
 
 
