@@ -6,11 +6,14 @@ An endpoint of another API writes its body as a ChatBody, begins the turn here, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from fastapi import Request
 
-from serve.api.answer import Piece
-from serve.api.generation import Generation, build_requests, logprob_writers
+from serve.api.answer import Answer, Piece
+from serve.api.fitting import Fitting
+from serve.api.generation import Generation, build_requests, logprob_writers, new_id
 from serve.api.leaving import ClientGoneError, unless_gone
 from serve.api.logprobs import LogprobWriter
 from serve.api.schemas import ChatBody
@@ -19,11 +22,21 @@ from serve.api.state import AppState
 from serve.api.targets import Target, held_target
 from serve.api.thinking import thinking_of, thinking_variables, thoughts_of
 from serve.api.tools import NO_TOOLS, RowReader, ToolUse, tools_of
+from serve.engine.thinking import Thinking
 from serve.errors import RequestError
 from serve.media.processor import Processed
+from serve.model.prompt import Prompt
 from serve.model.template import ChatTemplate
 
 EFFORT = "reasoning_effort"
+
+
+class Asked(NamedTuple):
+    """A chat as the engine gets it, and what its answer is read by."""
+
+    prompt: Prompt
+    thinking: Thinking | None
+    tools: ToolUse
 
 
 class Turn:
@@ -91,44 +104,83 @@ async def begin_turn(
 
 async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id: str, endpoint: str) -> Turn:
     async with held_target(state, body.model, body.user or id, http) as target:
-        services = target.services
-        template = _template(target)
-        thoughts = await services.tokenize(lambda: thoughts_of(services.runtime, template, body))
-        media = await _look(services, body, http)
-        tools = await services.tokenize(lambda: tools_of(services.runtime, template, thoughts, body))
-        messages = tools.messages(template, [message.for_template() for message in body.messages])
-        token_ids = await services.prompts.of_messages(
-            template,
-            messages,
-            {
-                **_effort(template, body),
-                **thinking_variables(services.runtime, template, thoughts, body),
-                **(body.chat_template_kwargs or {}),
-            },
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=bool(body.continue_final_message),
-            media=[item.expansion for item in media],
-            tools=tools.for_template(template),
-        )
-        thinking = thinking_of(services.runtime, template, thoughts, body, token_ids)
-        requests = await build_requests(
-            id,
-            body,
-            [await services.media.prompt(token_ids, media)],
-            target,
-            tenant=tenant,
-            continues_prompt=bool(body.continue_final_message),
-            thinking=thinking,
-            tools=tools,
-        )
-        generation = Generation(state.metrics, id, endpoint, target, requests, body.n or 1)
+
+        async def prompt(chat: ChatBody) -> Asked:
+            return await prompt_of(target, chat, http)
+
+        async def answer(chat: ChatBody) -> str:
+            # No arm of an experiment has answered with it.
+            asks = replace(target, assignment=None)
+            turn = await _submitted(
+                state, asks, chat, await prompt(chat), tenant, new_id(f"{id}-summary"), "summary"
+            )
+            return await unless_gone(http.receive, _text_of(turn))
+
+        asked, fitted = await Fitting(target, tenant, prompt, lambda asked: asked.prompt, answer).of(body)
+        told = replace(target, overflow=fitted.note)
+        return await _submitted(state, told, fitted.body, asked, tenant, id, endpoint)
+
+
+async def _submitted(
+    state: AppState, target: Target, body: ChatBody, asked: Asked, tenant: str, id: str, endpoint: str
+) -> Turn:
+    requests = await build_requests(
+        id,
+        body,
+        [asked.prompt],
+        target,
+        tenant=tenant,
+        continues_prompt=bool(body.continue_final_message),
+        thinking=asked.thinking,
+        tools=asked.tools,
+    )
+    generation = Generation(state.metrics, id, endpoint, target, requests, body.n or 1)
     return Turn(
         generation,
-        len(token_ids),
-        logprobs=logprob_writers(services, body, requests),
-        tells_thoughts=thinking is not None and body.include_reasoning is not False,
-        tools=tools,
+        len(asked.prompt.token_ids),
+        logprobs=logprob_writers(target.services, body, requests),
+        tells_thoughts=asked.thinking is not None and body.include_reasoning is not False,
+        tools=asked.tools,
     )
+
+
+async def _text_of(turn: Turn) -> str:
+    """The whole answer's, less its thoughts."""
+    answer = Answer()
+    try:
+        while not turn.is_done:
+            answer.add((await turn.next())[1])
+    finally:
+        turn.close()
+    return answer.text
+
+
+async def prompt_of(target: Target, body: ChatBody, http: Request) -> Asked:
+    """What a chat asks of the model that answers it, with what it shows.
+
+    RequestError names the field that cannot be served. ClientGoneError if the client has left meanwhile.
+    """
+    services = target.services
+    template = _template(target)
+    thoughts = await services.tokenize(lambda: thoughts_of(services.runtime, template, body))
+    media = await _look(services, body, http)
+    tools = await services.tokenize(lambda: tools_of(services.runtime, template, thoughts, body))
+    messages = tools.messages(template, [message.for_template() for message in body.messages])
+    token_ids = await services.prompts.of_messages(
+        template,
+        messages,
+        {
+            **_effort(template, body),
+            **thinking_variables(services.runtime, template, thoughts, body),
+            **(body.chat_template_kwargs or {}),
+        },
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        media=[item.expansion for item in media],
+        tools=tools.for_template(template),
+    )
+    thinking = thinking_of(services.runtime, template, thoughts, body, token_ids)
+    return Asked(await services.media.prompt(token_ids, media), thinking, tools)
 
 
 async def _look(services: Services, body: ChatBody, http: Request) -> list[Processed]:
