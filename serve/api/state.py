@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from serve.api.bases import Base, Bases
 from serve.api.leaving import unless_gone
 from serve.api.metrics import Metrics
+from serve.api.opening import expect_long
 from serve.api.services import Services
 from serve.config import ServeConfig
 from serve.errors import StoppedError
@@ -55,6 +56,7 @@ async def held_base(
         if waiter.is_served or http is None:
             lease = await waiter.taken()
         else:
+            expect_long(http)
             lease = await unless_gone(http.receive, waiter.taken())
         yield lease
     finally:

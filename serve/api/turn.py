@@ -16,6 +16,7 @@ from serve.api.fitting import Fitting
 from serve.api.generation import Generation, build_requests, logprob_writers, new_id
 from serve.api.leaving import ClientGoneError, unless_gone
 from serve.api.logprobs import LogprobWriter
+from serve.api.opening import expect_long
 from serve.api.schemas import ChatBody
 from serve.api.services import Services
 from serve.api.state import AppState
@@ -109,6 +110,7 @@ async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id
             return await prompt_of(target, chat, http)
 
         async def answer(chat: ChatBody) -> str:
+            expect_long(http)
             # No arm of an experiment has answered with it.
             asks = replace(target, assignment=None)
             turn = await _submitted(
