@@ -354,6 +354,9 @@ class ChatBody(GenerationBody, ToolsBody):
         "web_search_options": (None,),
     }
 
+    insists_on_thinking: ClassVar[bool] = True
+    """Whether a request for thoughts, or for none, is refused by a model that cannot be told. False: it is a wish."""
+
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
