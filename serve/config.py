@@ -26,6 +26,7 @@ from serve.settings import Problems, Strict, load_yaml
 from serve.tools.formats import NAMES as TOOL_PARSERS
 
 Weight = Annotated[float, Field(gt=0, lt=math.inf)]
+ContextOverflow = Literal["error", "summarize", "truncate"]
 SQLITE_PREFIX = "sqlite:///"
 ELSEWHERE = {
     "quantized_kv_start": "write kv_quantize_after",
@@ -203,6 +204,10 @@ class ModelSettings(Strict):
     """Largest rank an adapter may have."""
     allow_other_base: bool = False
     """Load adapters whose manifest names other base weights, or another tokenizer."""
+    context_overflow: ContextOverflow = "error"
+    """What is done to a chat that leaves the answer no room in the context. error: it is refused. truncate: its
+    oldest turns are left out. summarize: the model itself sums it up, but for what the system says and the last six
+    messages."""
     default_max_tokens: int | None = Field(None, ge=1)
     """Answer length of requests that name none, in tokens; the rest of the context, if left out."""
     generation_config: Literal["auto", "none"] = "auto"

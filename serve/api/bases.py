@@ -72,8 +72,8 @@ class Bases:
         loader = _Loader(config, experiments)
         pool = Pool(loader.load, loader.stop, device.give_back_all_memory, _bounds(config))
         bases = loader.bases = cls(config, experiments, pool)
-        for block in config.blocks:
-            own = config.of_first_model if block is config.blocks[0] else config.of_model(block)
+        for number, block in enumerate(config.blocks):
+            own = config.of_model(block) if number else config.of_first_model
             bases._add(Base(own.base_name, own, own.aliases))
             pool.add(own.base_name, Terms(own.pinned, own.idle_unload_s))
         pool.start()

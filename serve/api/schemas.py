@@ -15,7 +15,7 @@ from serve.api.sampling import SamplingBody
 from serve.api.strict import Body, Neutral
 from serve.api.tool_bodies import ToolsBody
 from serve.cache.precision import PLAIN, KvPrecision, KvScheme
-from serve.config import ServeConfig
+from serve.config import ContextOverflow, ServeConfig
 from serve.draft.lookup import NAME as NGRAM
 from serve.errors import RequestError
 from serve.model.thoughts import MAX_MARK_CHARS
@@ -378,6 +378,8 @@ class ChatBody(GenerationBody, ToolsBody):
     thinking_end_token: ThoughtMark | None = None
     include_reasoning: bool | None = None
     """vLLM's: false leaves thoughts out of the response; they count all the same."""
+    context_overflow: ContextOverflow | None = None
+    """What is done to a conversation that is longer than the context: as the server's key of that name."""
     add_generation_prompt: bool | None = None
     """Open the assistant's next turn; true, unless the last message is continued."""
     continue_final_message: bool | None = None

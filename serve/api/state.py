@@ -14,6 +14,7 @@ from serve.api.drain import Drain
 from serve.api.exchange import Exchange
 from serve.api.leaving import unless_gone
 from serve.api.metrics import Metrics
+from serve.api.opening import expect_long
 from serve.api.services import Services
 from serve.config import ServeConfig
 from serve.errors import StoppedError
@@ -71,6 +72,7 @@ async def held_base(
         if waiter.is_served or http is None:
             lease = await waiter.taken()
         else:
+            expect_long(http)
             lease = await unless_gone(http.receive, waiter.taken())
         yield lease
     finally:

@@ -51,6 +51,8 @@ class Target:
     assignment: Assignment | None = None
     lease: Lease[Services] | None = None
     """On that model, for as long as the target is held; who goes on after that takes another (`again`)."""
+    overflow: str = ""
+    """What was done to the conversation to make it fit; empty: nothing."""
 
     @property
     def base(self) -> str:
@@ -73,6 +75,8 @@ class Target:
         headers = {"x-lathe-model": _header(self.served)}
         if self.assignment is not None:
             headers["x-lathe-variant"] = _header(self.assignment.variant.name)
+        if self.overflow:
+            headers["x-lathe-context-overflow"] = self.overflow
         return headers
 
 
