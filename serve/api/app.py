@@ -9,6 +9,7 @@ from fastapi import Depends, FastAPI
 from serve.api import adapters, cache, chat, completions, errors, feedback, health, models, watch
 from serve.api.body import check_target
 from serve.api.metrics import CountErrors
+from serve.api.responses import endpoints as responses
 from serve.api.state import AppState
 from serve.runtime import Runtime
 
@@ -24,6 +25,6 @@ def create_app(runtime: Runtime) -> FastAPI:
     app.state.belongings = AppState(runtime)
     app.add_middleware(CountErrors, metrics=app.state.belongings.metrics)
     errors.install(app)
-    for part in (chat, completions, models, adapters, watch, cache, feedback, health):
+    for part in (chat, completions, responses, models, adapters, watch, cache, feedback, health):
         app.include_router(part.router)
     return app

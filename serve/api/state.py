@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from serve.api.metrics import Metrics
+from serve.api.responses.kept import Responses
 from serve.api.services import Services
 from serve.config import ServeConfig
 from serve.runtime import Runtime
@@ -19,6 +20,8 @@ class AppState:
         self.services = Services(runtime)
         """The model's."""
         self.metrics = Metrics(runtime, self.services.grammars.stats)
+        self.responses = Responses(runtime.config)
+        """Those of /v1/responses that run or are kept."""
 
     @property
     def config(self) -> ServeConfig:
