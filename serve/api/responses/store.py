@@ -100,11 +100,9 @@ class ResponseStore:
             return False
         item_ids = tuple(each["id"] for each in (*input, *response["output"]) if each.get("id"))
         entry = Entry(response["id"], tenant, written, item_ids, previous, self._clock())
-        if previous is not None:
-            previous.num_after += 1
-            key = (tenant, previous.id)
-            if key in self._known:
-                self._known.move_to_end(key)
+        self._retain(previous)
+        if previous is not None and previous.is_known:
+            self._known.move_to_end((tenant, previous.id))
         self._known[tenant, entry.id] = entry
         self._items |= dict.fromkeys(((tenant, each) for each in item_ids), entry)
         self.num_bytes += len(written)
@@ -140,6 +138,16 @@ class ResponseStore:
             if self._items.get((entry.tenant, each)) is entry:
                 del self._items[entry.tenant, each]
         self._release(entry)
+
+    def _retain(self, entry: Entry | None) -> None:
+        """One more goes on from it. What had been forgotten meanwhile counts again."""
+        while entry is not None:
+            was_gone = not entry.is_known and not entry.num_after
+            entry.num_after += 1
+            if not was_gone:
+                return
+            self.num_bytes += len(entry.written)
+            entry = entry.previous
 
     def _release(self, entry: Entry | None) -> None:
         """Stop counting it, and what only it referred to, once nobody can come to it."""
