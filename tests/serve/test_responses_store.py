@@ -21,7 +21,9 @@ class Clock:
         return self.now_s
 
 
-def put(store: ResponseStore, id: str, previous: Entry | None = None, tenant: str = "", size: int = 1) -> bool:
+def put(
+    store: ResponseStore, id: str, previous: Entry | None = None, tenant: str = "", size: int = 1
+) -> bool:
     asked = [{"id": f"in-{id}", "type": "message", "role": "user", "content": "x" * size}]
     answer = {"id": f"out-{id}", "type": "message", "role": "assistant", "content": "y" * size}
     return store.put(tenant, {"id": id, "output": [answer]}, asked, previous)
@@ -124,7 +126,9 @@ def test_bytes_are_of_what_can_be_come_to_whatever_happens(seed):
     for number in range(200):
         clock.now_s += rng.expovariate(1 / 5)
         tenant = rng.choice(["", "t"])
-        known = [entry for entry in held.values() if store.get(entry.tenant, entry.id) and entry.tenant == tenant]
+        known = [
+            entry for entry in held.values() if store.get(entry.tenant, entry.id) and entry.tenant == tenant
+        ]
         if known and rng.random() < 0.2:
             store.delete(tenant, rng.choice(known).id)
             continue

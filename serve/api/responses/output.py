@@ -6,6 +6,7 @@ in which the model writes them. Events stand without their numbers; what deltas 
 
 from __future__ import annotations
 
+import codecs
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,8 @@ class Output:
         self._write_logprobs = logprobs
         self._pending: Entries = []
         """Of tokens whose text has not come."""
+        self._is_behind = False
+        """They may begin with what is no text: the end of a thought, or of a call."""
         self._call_index = -1
         """Of the call that is open, among the answer's calls."""
         self._typed = ""
@@ -63,11 +66,12 @@ class Output:
         if piece.reasoning:
             if self._tells_thoughts:
                 events += self._think(piece.reasoning)
-            self._pending = []
+            self._pending, self._is_behind = [], True
         if piece.text:
             events += self._say(piece.text)
         for call in piece.calls:
             events += self._call(call)
+            self._is_behind = True
         return events
 
     def finish(self, status: Status) -> list[Event]:
@@ -103,8 +107,9 @@ class Output:
     def _say(self, text: str) -> list[Event]:
         events = [] if self._is_open("message") else self._open_message()
         part = self.items[-1]["content"][0]
-        entries, self._pending = _of_text(self._pending, text) if not part["text"] else self._pending, []
-        entries = [entry for entry in entries if entry["bytes"]]
+        entries, self._pending = [entry for entry in self._pending if entry["bytes"]], []
+        if self._is_behind:
+            entries, self._is_behind = _of_text(entries, text), False
         part["text"] += text
         if self._write_logprobs is not None:
             part["logprobs"] += entries
@@ -240,9 +245,9 @@ def _typed(text: str) -> str:
 
 def _of_text(entries: Entries, text: str) -> Entries:
     """Those of the tokens that begin `text`: what came before it, a mark or a newline, is none of it."""
-    wanted = text.encode()
     for first in range(len(entries)):
-        said = bytes(value for entry in entries[first:] for value in entry["bytes"])
-        if wanted.startswith(said) or said.startswith(wanted):
+        written = bytes(value for entry in entries[first:] for value in entry["bytes"])
+        said = codecs.getincrementaldecoder("utf-8")("replace").decode(written)
+        if text.startswith(said) or said.startswith(text):
             return entries[first:]
     return []
