@@ -7,6 +7,7 @@ from importlib.metadata import version
 from fastapi import Depends, FastAPI
 
 from serve.api import adapters, cache, chat, completions, errors, feedback, health, models, watch
+from serve.api.bases import Bases
 from serve.api.body import check_target
 from serve.api.metrics import CountErrors
 from serve.api.responses import endpoints as responses
@@ -14,15 +15,15 @@ from serve.api.state import AppState
 from serve.runtime import Runtime
 
 
-def create_app(runtime: Runtime) -> FastAPI:
-    """The HTTP server's application. The runtime stays its maker's to close."""
+def create_app(served: Runtime | Bases) -> FastAPI:
+    """The HTTP server's application. A runtime, or bases, stay their maker's to close."""
     app = FastAPI(
         title="Lathe",
         version=version("mlx-lathe"),
         dependencies=[Depends(check_target)],
         responses=errors.RESPONSES,
     )
-    app.state.belongings = AppState(runtime)
+    app.state.belongings = AppState(served)
     app.add_middleware(CountErrors, metrics=app.state.belongings.metrics)
     errors.install(app)
     for part in (chat, completions, responses, models, adapters, watch, cache, feedback, health):

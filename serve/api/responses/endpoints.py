@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 
-from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
+from serve.api.body import JsonRoute
+from serve.api.leaving import CLIENT_CLOSED_REQUEST
 from serve.api.responses.body import ResponsesBody
 from serve.api.responses.chat import begin
 from serve.api.responses.output import item_id

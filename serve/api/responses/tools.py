@@ -192,17 +192,15 @@ def toolbox(
             )
         offered[each.name] = each
     if isinstance(choice, AllowedChoice):
-        allowed = {
-            _chosen(one, offered, f"tool_choice.tools.{number}")
+        named = [
+            _function(_chosen(one, offered, f"tool_choice.tools.{number}"))
             for number, one in enumerate(choice.tools)
             if not _is_hosted(one.type)
-        }
-        kept = {name: each for name, each in offered.items() if name in allowed}
-        return Toolbox(kept, choice.mode)
+        ]
+        allowed = {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": named}}
+        return Toolbox(offered, allowed if named else "none")
     if isinstance(choice, NamedChoice):
-        return Toolbox(
-            offered, {"type": "function", "function": {"name": _chosen(choice, offered, "tool_choice")}}
-        )
+        return Toolbox(offered, _function(_chosen(choice, offered, "tool_choice")))
     if choice == "required" and not offered:
         raise RequestError("tool_choice: found required, but no tool is offered to the model", "tool_choice")
     return Toolbox(offered, choice)
@@ -222,6 +220,11 @@ def _offered(tools: Sequence[FunctionTool | CustomTool | NamespaceTool | OtherTo
                 f"own tools, which no model is offered here: {', '.join(sorted(HOSTED))}",
                 "tools",
             )
+
+
+def _function(name: str) -> dict[str, Any]:
+    """A choice, as a chat's body has it."""
+    return {"type": "function", "function": {"name": name}}
 
 
 def _is_hosted(kind: str) -> bool:
