@@ -1,4 +1,4 @@
-"""/v1/responses over real HTTP with the official client: answers, streams, what is remembered, and what is refused."""
+"""/v1/responses over real HTTP with the official client: answers, streams, what is remembered, what is refused."""
 
 from __future__ import annotations
 
@@ -406,20 +406,18 @@ def test_a_stream_that_breaks_tells_so_and_the_client_raises(make_model, model_f
     with (
         _own(model_folder, stream_keep_alive_s=0.02) as (runtime, url),
         httpx.Client(base_url=url, timeout=60) as http,
+        http.stream("POST", "/v1/responses", json={"model": "own", "input": "x", "stream": True}) as first,
     ):
+        lines = first.iter_lines()
+        next(lines)
         with http.stream(
             "POST", "/v1/responses", json={"model": "own", "input": "x", "stream": True}
-        ) as first:
-            lines = first.iter_lines()
-            next(lines)
-            with http.stream(
-                "POST", "/v1/responses", json={"model": "own", "input": "x", "stream": True}
-            ) as other:
-                waiting = other.iter_lines()
-                assert next(waiting) == ": keep-alive"
-                runtime.worker.stop()
-                late = [json.loads(line[6:]) for line in waiting if line.startswith("data: ")]
-            begun = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+        ) as other:
+            waiting = other.iter_lines()
+            assert next(waiting) == ": keep-alive"
+            runtime.worker.stop()
+            late = [json.loads(line[6:]) for line in waiting if line.startswith("data: ")]
+        begun = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
     for events in (late, begun):
         told = check(events)
         assert told["status"] == "failed"

@@ -10,10 +10,10 @@ import pytest
 from response_events import check_items, nameless
 
 from serve.api.answer import Piece
+from serve.api.responses.body import ResponsesBody
 from serve.api.responses.items import thought_in
 from serve.api.responses.output import Output
 from serve.api.responses.tools import toolbox
-from serve.api.responses.body import ResponsesBody
 from serve.tools.call import CallPiece
 
 TOOLS = [

@@ -1,4 +1,4 @@
-"""What is kept of responses: within its bounds, each tenant its own, and whole as long as something goes on from it."""
+"""What is kept of responses: within its bounds, each tenant its own, whole as long as something goes on from it."""
 
 from __future__ import annotations
 

@@ -75,11 +75,10 @@ class InputFile(Body):
     """A data URI, or base64 alone."""
     filename: str | None = None
 
-    @field_validator("file_data")
-    @classmethod
-    def _is_text(cls, data: str) -> str:
-        _text_of(data)
-        return data
+    @model_validator(mode="after")
+    def _is_text(self) -> InputFile:
+        _text_of(self.file_data)
+        return self
 
     @property
     def text(self) -> str:
@@ -326,25 +325,25 @@ class UnreadItem(Body):
 
 
 KINDS: dict[str, str] = {
-    "message": "message",
-    "reasoning": "reasoning",
-    "function_call": "function_call",
-    "custom_tool_call": "custom_tool_call",
-    "local_shell_call": "action",
-    "shell_call": "action",
-    "apply_patch_call": "action",
-    "mcp_call": "mcp_call",
-    "function_call_output": "output",
-    "custom_tool_call_output": "output",
-    "local_shell_call_output": "output",
-    "shell_call_output": "shell_output",
-    "apply_patch_call_output": "output",
-    "item_reference": "item_reference",
-    "web_search_call": "passed",
-    "tool_search_call": "passed",
-    "tool_search_output": "passed",
-    "ghost_snapshot": "passed",
-    "mcp_list_tools": "passed",
+    "message": "message item",
+    "reasoning": "reasoning item",
+    "function_call": "function_call item",
+    "custom_tool_call": "custom_tool_call item",
+    "local_shell_call": "action item",
+    "shell_call": "action item",
+    "apply_patch_call": "action item",
+    "mcp_call": "mcp_call item",
+    "function_call_output": "output item",
+    "custom_tool_call_output": "output item",
+    "local_shell_call_output": "output item",
+    "shell_call_output": "shell_output item",
+    "apply_patch_call_output": "output item",
+    "item_reference": "item_reference item",
+    "web_search_call": "passed item",
+    "tool_search_call": "passed item",
+    "tool_search_output": "passed item",
+    "ghost_snapshot": "passed item",
+    "mcp_list_tools": "passed item",
 }
 
 
@@ -354,22 +353,22 @@ def _kind(item: Any) -> str:
         return KINDS[getattr(item, "type", None) or "item_reference"]
     kind = item.get("type") if isinstance(item, dict) else ""
     if kind is None:
-        return "item_reference" if "id" in item and "role" not in item else "message"
-    return KINDS.get(kind, "unread") if isinstance(kind, str) else "unread"
+        return "item_reference item" if "id" in item and "role" not in item else "message item"
+    return KINDS.get(kind, "unread item") if isinstance(kind, str) else "unread item"
 
 
 Item = Annotated[
-    Annotated[MessageItem, Tag("message")]
-    | Annotated[ReasoningItem, Tag("reasoning")]
-    | Annotated[FunctionCallItem, Tag("function_call")]
-    | Annotated[CustomToolCallItem, Tag("custom_tool_call")]
-    | Annotated[ActionItem, Tag("action")]
-    | Annotated[McpCallItem, Tag("mcp_call")]
-    | Annotated[CallOutputItem, Tag("output")]
-    | Annotated[ShellOutputItem, Tag("shell_output")]
-    | Annotated[ItemReference, Tag("item_reference")]
-    | Annotated[PassedItem, Tag("passed")]
-    | Annotated[UnreadItem, Tag("unread")],
+    Annotated[MessageItem, Tag("message item")]
+    | Annotated[ReasoningItem, Tag("reasoning item")]
+    | Annotated[FunctionCallItem, Tag("function_call item")]
+    | Annotated[CustomToolCallItem, Tag("custom_tool_call item")]
+    | Annotated[ActionItem, Tag("action item")]
+    | Annotated[McpCallItem, Tag("mcp_call item")]
+    | Annotated[CallOutputItem, Tag("output item")]
+    | Annotated[ShellOutputItem, Tag("shell_output item")]
+    | Annotated[ItemReference, Tag("item_reference item")]
+    | Annotated[PassedItem, Tag("passed item")]
+    | Annotated[UnreadItem, Tag("unread item")],
     Discriminator(_kind),
 ]
 

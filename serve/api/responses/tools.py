@@ -71,12 +71,7 @@ class NamespaceTool(Body):
     type: Literal["namespace"]
     name: str = Field(min_length=1)
     description: str | None = None
-    tools: list[
-        Annotated[
-            Annotated[FunctionTool, Tag("function")] | Annotated[CustomTool, Tag("custom")],
-            Field(discriminator="type"),
-        ]
-    ]
+    tools: list[Annotated[FunctionTool | CustomTool, Field(discriminator="type")]]
 
 
 class OtherTool(Body, extra="allow"):
@@ -86,21 +81,15 @@ class OtherTool(Body, extra="allow"):
 
 
 def _kind(tool: Any) -> str:
-    kind = (
-        getattr(tool, "type", None)
-        if isinstance(tool, Body)
-        else tool.get("type")
-        if isinstance(tool, dict)
-        else ""
-    )
-    return kind if kind in ("function", "custom", "namespace") else "other"
+    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return f"{kind} tool" if kind in ("function", "custom", "namespace") else "other tool"
 
 
 ToolEntry = Annotated[
-    Annotated[FunctionTool, Tag("function")]
-    | Annotated[CustomTool, Tag("custom")]
-    | Annotated[NamespaceTool, Tag("namespace")]
-    | Annotated[OtherTool, Tag("other")],
+    Annotated[FunctionTool, Tag("function tool")]
+    | Annotated[CustomTool, Tag("custom tool")]
+    | Annotated[NamespaceTool, Tag("namespace tool")]
+    | Annotated[OtherTool, Tag("other tool")],
     Discriminator(_kind),
 ]
 Choice = Literal["auto", "none", "required"]
