@@ -18,6 +18,7 @@ from serve.api.outline import Outline
 from serve.api.services import Services
 from serve.config import ServeConfig
 from serve.engine.limits import SHARE_OF_FREE_MEMORY
+from serve.errors import ModelLoadError
 from serve.experiments.served import ServedExperiments
 from serve.pool.member import Terms
 from serve.pool.pool import Pool
@@ -80,8 +81,10 @@ class Bases:
             for block in config.blocks:
                 if block.preload:
                     pool.lease(block.base_name).release()
-        except BaseException:
+        except BaseException as error:
             bases.close()
+            if isinstance(error, ModelLoadError) and error.problem is not None:
+                raise error.problem from None
             raise
         return bases
 

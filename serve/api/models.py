@@ -1,21 +1,26 @@
-"""GET /v1/models and /v1/models/{id}: the bases, the adapters, and the experiments' public names."""
+"""GET /v1/models and /v1/models/{id}: the bases, the adapters, and the experiments' public names; POST to load and
+unload a base."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import anyio.to_thread
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from serve.adapters.versions.version import AdapterVersion
 from serve.api.bases import Base, Bases
+from serve.api.body import JsonRoute
+from serve.api.leaving import unless_gone
 from serve.api.outline import Outline
+from serve.api.schemas import ModelBody
 from serve.api.services import Services
-from serve.api.state import StateDep
+from serve.api.state import StateDep, held_base
 from serve.errors import NotFoundError
 from serve.pool.pool import Standing
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.get("/v1/models")
@@ -30,6 +35,36 @@ async def list_models(state: StateDep) -> dict[str, Any]:
 async def retrieve_model(model: str, state: StateDep) -> dict[str, Any]:
     """One of them; `name@version` too, while that version is known."""
     return await anyio.to_thread.run_sync(Listing(state.bases).card, model)
+
+
+@router.post("/v1/models/load")
+async def load_model(body: ModelBody, http: Request, state: StateDep) -> dict[str, Any]:
+    """Bring a base that the configuration names into memory, where another may have to make room; its card, once it
+    is there. An adapter's name stands for its base."""
+    base = await anyio.to_thread.run_sync(_named, state.bases, body.model)
+    async with held_base(state, base, http):
+        return await anyio.to_thread.run_sync(Listing(state.bases).card, base.name)
+
+
+@router.post("/v1/models/unload")
+async def unload_model(body: ModelBody, http: Request, state: StateDep) -> dict[str, Any]:
+    """Give its memory back, once the requests that it has have ended; its card. The next request loads it again."""
+    base = await anyio.to_thread.run_sync(_named, state.bases, body.model)
+    await unless_gone(http.receive, _gone(state.bases, base))
+    return await anyio.to_thread.run_sync(Listing(state.bases).card, base.name)
+
+
+async def _gone(bases: Bases, base: Base) -> None:
+    await asyncio.wrap_future(bases.pool.unload(base.name))
+
+
+def _named(bases: Bases, name: str) -> Base:
+    """The base that is meant. NotFoundError names those there are."""
+    found = bases.find(name) or bases.of_model(name) or bases.looked_up(name)
+    if found is None:
+        there = ", ".join(base.name for base in bases.all())
+        raise NotFoundError(f"model {name!a:.200} is not configured here; there are {there}")
+    return found
 
 
 class Listing:

@@ -8,17 +8,19 @@ from fastapi import APIRouter, Query, Request, Response
 
 from serve.api.body import JsonRoute
 from serve.api.leaving import CLIENT_CLOSED_REQUEST
+from serve.api.opening import WORDS, Words
 from serve.api.responses.body import ResponsesBody
 from serve.api.responses.chat import begin
 from serve.api.responses.output import item_id
 from serve.api.responses.store import Entry, Items
-from serve.api.responses.writer import ResponseWriter
+from serve.api.responses.writer import ResponseWriter, refused
 from serve.api.state import AppState, StateDep
 from serve.api.streaming import EVENT_STREAM, Responder
 from serve.api.tenant import TenantDep
 from serve.errors import RequestError, ResponseNotFoundError
 
 router = APIRouter(route_class=JsonRoute)
+WORDS["/v1/responses"] = Words(error=refused)
 
 PREFIXES = {
     "message": "msg",

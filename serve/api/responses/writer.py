@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -199,6 +200,13 @@ class ResponseWriter:
             "usage": None,
             "metadata": body.metadata or {},
         }
+
+
+def refused(body: bytes) -> bytes:
+    """The only event of a stream that was refused before it began, made of an error's JSON."""
+    error = json.loads(body)["error"]
+    told = {name: error[name] for name in ("code", "message", "param")}
+    return sse({"type": "error", **told, "error": error, "sequence_number": 0}, "error")
 
 
 def _tool(tool: Any) -> dict[str, Any]:
