@@ -9,15 +9,16 @@ import base64
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
 from openai.types import responses
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from response_events import check, nameless
 from transformers import AutoTokenizer
 
+from serve.api.responses.items import packed_thought
 from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.runtime import Runtime
@@ -506,7 +507,7 @@ def test_choices_are_kept_to(http):
         return [item["name"] for item in answer["output"] if item["type"] == "function_call"]
 
     assert called(tool_choice="required", parallel_tool_calls=False)
-    assert called(tool_choice={"type": "function", "name": "now"}) == ["now"]
+    assert set(called(tool_choice={"type": "function", "name": "now"})) == {"now"}
     allowed = {
         "type": "allowed_tools",
         "mode": "required",
@@ -556,16 +557,233 @@ def test_tools_of_any_text_and_of_namespaces_are_offered_and_called_by_their_own
 class Look(BaseModel):
     """Arguments of a tool, as the client's user writes them."""
 
-    at: str
+    model_config = ConfigDict(extra="forbid")
+
+    at: Literal["sea", "sky"]
 
 
 def test_the_clients_helpers_parse_calls(client):
     tool = {"type": "function", "name": "look", "parameters": Look.model_json_schema(), "strict": True}
-    only = {"structured_outputs": {"choice": [call("look", at="sea")]}}
-    parsed = client.responses.parse(model="m", input="Look.", tools=[tool], extra_body=only)
+    said = {
+        "model": "m",
+        "input": "Look.",
+        "tools": [tool],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+    }
+    parsed = client.responses.parse(**said, extra_body={"seed": 1})
     assert parsed.output[0].type == "function_call"
-    assert parsed.output[0].parsed_arguments == {"at": "sea"}
-    with client.responses.stream(model="m", input="Look.", tools=[tool], extra_body=only) as stream:
+    assert Look.model_validate(parsed.output[0].parsed_arguments)
+    with client.responses.stream(**said, extra_body={"seed": 1}) as stream:
         deltas = [event for event in stream if event.type == "response.function_call_arguments.delta"]
         final = stream.get_final_response()
     assert deltas[-1].snapshot == "".join(event.delta for event in deltas) == final.output[0].arguments
+    assert final.output[0].arguments == parsed.output[0].arguments
+
+
+# What agents send, and what went wrong elsewhere
+
+
+CODEX_TOOLS = [
+    {
+        "type": "function", "name": "shell_command", "strict": False, "description": "Runs a shell command.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "command": {"type": "string", "description": "The script"},
+                "workdir": {"type": "string"},
+                "timeout_ms": {"type": "number"},
+            },
+            "required": ["command"],
+            "additionalProperties": False,
+        },
+    },
+    {
+        "type": "function", "name": "update_plan", "strict": False, "description": "Updates the plan.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "plan": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"step": {"type": "string"}, "status": {"type": "string"}},
+                        "required": ["step", "status"],
+                        "additionalProperties": False,
+                    },
+                }
+            },
+            "required": ["plan"],
+            "additionalProperties": False,
+        },
+    },
+    {
+        "type": "custom", "name": "apply_patch", "description": "Edits files.",
+        "format": {"type": "grammar", "syntax": "lark", "definition": "start: begin_patch hunk+ end_patch"},
+    },
+    {
+        "type": "namespace", "name": "mcp__docs__", "description": "Documents.",
+        "tools": [{"type": "function", "name": "search", "parameters": {"type": "object", "properties": {}}}],
+    },
+    {"type": "web_search", "external_web_access": False},
+    {"type": "image_generation", "output_format": "png"},
+    {"type": "tool_search", "execution": "client", "description": "Finds tools.", "parameters": {"type": "object"}},
+    {"type": "local_shell"},
+]  # fmt: skip
+CODEX = {
+    "model": "m",
+    "instructions": "You are Codex, a coding agent that runs in a terminal.",
+    "input": [
+        {
+            "type": "message", "role": "developer",
+            "content": [{"type": "input_text", "text": "<permissions>read only</permissions>"}],
+        },
+        {
+            "type": "message", "role": "user",
+            "content": [{"type": "input_text", "text": "<environment_context><cwd>/src</cwd></environment_context>"}],
+        },
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Which files are there?"}]},
+    ],
+    "tools": CODEX_TOOLS,
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "reasoning": {"effort": "medium", "summary": "auto"},
+    "store": False,
+    "stream": True,
+    "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "7c9b8f2e-0000-4c00-8000-000000000002",
+    "text": {"verbosity": "low"},
+    "client_metadata": {"x-codex-installation-id": "9c1a2b3c"},
+}  # fmt: skip
+"""A request as Codex's source has it."""
+
+
+def codex_items(events: list[dict]) -> list[dict]:
+    """What Codex keeps of a stream and sends back: items as they are done, without their ids."""
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    [completed] = [event["response"] for event in events if event["type"] == "response.completed"]
+    assert completed["usage"]["total_tokens"] > 0
+    return [{name: value for name, value in item.items() if name not in ("id", "status")} for item in done]
+
+
+def test_codex_is_answered_call_by_call(strict):
+    """dynamo 10206 and litellm 39282: instructions and a developer's message were two messages of the system, which
+    Qwen's templates refuse. llama.cpp 20156 and 22389, codex 10635, LM Studio 1812: tools that are no functions, and
+    namespaces, were refused. llama.cpp 23465: a result in parts was."""
+    items = list(CODEX["input"])
+    answers = (
+        "I shall look.\n" + call("shell_command", command="ls"),
+        call("mcp__docs__search") + call("apply_patch", input="*** Begin Patch\n*** End Patch"),
+        "There is a.txt.",
+    )
+    outputs = iter(
+        [
+            {"type": "function_call_output", "output": "a.txt\n"},
+            {"type": "function_call_output", "output": [{"type": "input_text", "text": "nothing"}]},
+            {"type": "custom_tool_call_output", "output": "Done!"},
+        ]
+    )
+    for answer in answers:
+        only = {"structured_outputs": {"choice": [answer]}, "max_output_tokens": 400}
+        events = streamed_whole(strict, {**CODEX, "input": items, **only})
+        check(events)
+        new = codex_items(events)
+        results = [{**next(outputs), "call_id": item["call_id"]} for item in new if "call_id" in item]
+        items = [*items, *new, *results]
+    kinds = [item["type"] for item in items[3:]]
+    assert kinds == [
+        *("message", "function_call", "function_call_output"),
+        *("function_call", "custom_tool_call", "function_call_output", "custom_tool_call_output", "message"),
+    ]
+    assert items[6]["namespace"] == "mcp__docs__"
+    assert items[7]["input"] == "*** Begin Patch\n*** End Patch"
+
+
+def streamed_whole(http: httpx.Client, body: dict) -> list[dict]:
+    with http.stream("POST", "/v1/responses", json=body) as answer:
+        assert answer.status_code == 200, answer.read()
+        return [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
+
+
+def test_what_developers_say_later_reaches_templates_that_take_a_system_first_alone(strict, http):
+    """litellm 39852: a developer's message after the first turn failed the whole request."""
+    items = [
+        user("Hello"),
+        {"role": "assistant", "content": "Yes."},
+        {"role": "developer", "content": "Now."},
+        user("So?"),
+    ]
+    answer = ask(strict, input=items, instructions="Be brief.")
+    messages = [{"role": "system", "content": "Be brief.\n\nNow."}, items[0], items[1], items[3]]
+    expected = chat(strict, messages)
+    assert text_of(answer) == expected["choices"][0]["message"]["content"]
+    as_they_are = ask(http, input=items, instructions="Be brief.")
+    assert as_they_are["usage"]["input_tokens"] > answer["usage"]["input_tokens"]  # a turn of its own
+    told = refused(
+        strict, input=[*items, {"role": "developer", "content": "x"}], chat_template_kwargs={"nobody": 1}
+    )
+    assert told[0] == "chat_template_kwargs"
+
+
+def test_items_come_back_with_fields_missing_or_null(http):
+    """vllm 54224 and 41355, litellm 13420: items without an id, or with null for one, and thoughts were refused."""
+    given = ask(http, input="Hello")["output"]
+    wanted = None
+    for change in (
+        {},
+        {"id": None},
+        {"id": None, "status": None, "phase": None},
+        {"status": "in_progress", "internal_chat_message_metadata_passthrough": {"turn_id": "x"}},
+    ):
+        items = [{**item, **change} for item in given]
+        answer = text_of(
+            ask(
+                http, input=[user("Hello"), {"type": "reasoning", "id": "", "summary": []}, *items, user("?")]
+            )
+        )
+        wanted = wanted or answer
+        assert answer == wanted
+    bare = [{"role": "assistant", "content": text_of({"output": given})}]
+    assert text_of(ask(http, input=[user("Hello"), *bare, user("?")])) == wanted
+
+
+def test_thoughts_of_another_server_are_passed_over_and_name_nothing(http):
+    """vllm 50256: encrypted thoughts were an error that named no field."""
+    sealed = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAAAABo"}
+    with_it = ask(http, input=[user("Hello"), sealed, {"role": "assistant", "content": "Yes."}, user("?")])
+    without = ask(http, input=[user("Hello"), {"role": "assistant", "content": "Yes."}, user("?")])
+    assert text_of(with_it) == text_of(without)
+    told = [
+        user("Hello"),
+        {**sealed, "encrypted_content": packed_thought("hm")},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    ours = ask(http, input=[*told, user("?")])
+    assert ours["usage"]["input_tokens"] == without["usage"]["input_tokens"] + len("(hm)")
+
+
+def test_indices_begin_at_zero_and_numbers_never_repeat(http):
+    """sglang 12644: output_index began at 1. vllm 35184: content_index grew with each delta. litellm 28899, mlx-vlm
+    494: sequence_number was missing or stood still. sglang 12652: a call had no end, and the last event no call."""
+    events = streamed(http, **saying("Words.\n" + call("look", at="sea") + call("now")))
+    check(events)
+    added = [event["output_index"] for event in events if event["type"] == "response.output_item.added"]
+    done = [event["output_index"] for event in events if event["type"] == "response.output_item.done"]
+    assert added == done == [0, 1, 2]
+    assert {event.get("content_index", 0) for event in events} == {0}
+    assert [item["type"] for item in events[-1]["response"]["output"]] == [
+        "message",
+        "function_call",
+        "function_call",
+    ]
+    assert events[-1]["type"] == "response.completed"
+
+
+def test_a_cut_answer_ends_with_its_own_event(http):
+    """langchain 33840: readers wait for response.incomplete where an answer was cut, and for nothing behind it."""
+    events = streamed(http, max_output_tokens=3)
+    assert events[-1]["type"] == "response.incomplete"
+    assert events[-1]["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
+    cut = ask(http, **{**saying(call("look", at="sea")), "max_output_tokens": 40})
+    assert (cut["status"], cut["output"][-1]["type"]) == ("incomplete", "function_call")
+    assert cut["output"][-1]["status"] == "incomplete"
