@@ -409,6 +409,12 @@ class ServeConfig(ModelSettings, OperatingConfig):
     """What a request's body may take to arrive, in seconds; one that takes longer answers 408."""
     stream_keep_alive_s: float = Field(5, ge=0)
     """A stream with nothing to say for so many seconds sends a comment, at first with its headers; 0: never."""
+    response_store_mib: float = Field(256, ge=0, lt=math.inf)
+    """What responses (/v1/responses) may take that can be asked for later and gone on from, pictures included."""
+    response_store_count: int = Field(10_000, ge=0)
+    """So many of them at most; 0: none is kept."""
+    response_store_hours: float = Field(24, gt=0, lt=math.inf)
+    """So long at most. Whoever has not been used longest goes first, of the tenant who holds most."""
     allowed_adapter_roots: tuple[Path, ...] | None = None
     """Folders under which /v1/load_lora_adapter may read. Left out: everywhere when bound to loopback, else
     nowhere."""

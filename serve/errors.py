@@ -11,6 +11,7 @@ LatheError                        500 internal_error
 ├── RequestError (ValueError)     400 invalid_request_error
 │   └── ContextLengthError        400 context_length_exceeded
 ├── NotFoundError (LookupError)   404 model_not_found
+│   └── ResponseNotFoundError     404 response_not_found
 ├── AuthenticationError (PermissionError) 401 invalid_api_key
 ├── ForbiddenError (PermissionError) 403 forbidden
 ├── OverloadedError (RuntimeError) 503 overloaded
@@ -110,6 +111,16 @@ class NotFoundError(LatheError, LookupError):
 
     status = 404
     code = "model_not_found"
+
+
+class ResponseNotFoundError(NotFoundError):
+    """No response of that id: it was never stored, or is stored no more."""
+
+    code = "response_not_found"
+
+    def __init__(self, id: str) -> None:
+        super().__init__(f"there is no response {id!a:.120}: it was not stored, or is no more")
+        self.param = "response_id"
 
 
 class AuthenticationError(LatheError, PermissionError):

@@ -17,6 +17,7 @@ from serve.api.messages.errors import error_response as anthropic_error
 from serve.api.ollama import endpoints as ollama
 from serve.api.ollama.errors import error_response as ollama_error
 from serve.api.opening import WORDS, Openings
+from serve.api.responses import endpoints as responses
 from serve.api.state import AppState
 from serve.runtime import Runtime
 
@@ -56,7 +57,7 @@ def create_app(served: Runtime | Bases) -> FastAPI:
     app.add_middleware(Front, state=state)
     errors.install(app, {"/v1/messages": anthropic_error, "/api/": ollama_error})
     for part in (
-        *(chat, completions, messages, ollama, models),
+        *(chat, completions, responses, messages, ollama, models),
         *(adapters, watch, cache, feedback, health, status),
     ):
         app.include_router(part.router)

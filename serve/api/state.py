@@ -15,6 +15,7 @@ from serve.api.exchange import Exchange
 from serve.api.leaving import unless_gone
 from serve.api.metrics import Metrics
 from serve.api.opening import expect_long
+from serve.api.responses.kept import Responses
 from serve.api.services import Services
 from serve.config import ServeConfig
 from serve.errors import StoppedError
@@ -42,6 +43,8 @@ class AppState:
         self.mcp = McpServers(servers, config.mcp_timeout_s, config.mcp_max_result_chars)
         """Whose tools are run for requests; none where the configuration names none."""
         weakref.finalize(self, self.mcp.close)
+        self.responses = Responses(self.bases.config)
+        """Those of /v1/responses that run or are kept."""
 
     @property
     def services(self) -> Services:
