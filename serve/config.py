@@ -15,6 +15,7 @@ from serve.adapters.versions.names import label_problem, name_problem
 from serve.cache.precision import KvPrecision, KvScheme, precision
 from serve.drafter_config import ELSEWHERE as DRAFTERS_ELSEWHERE
 from serve.drafter_config import DrafterConfig, HeadsDrafter, ModelDrafter, NoDrafter
+from serve.embed.config import EmbeddingModelConfig
 from serve.errors import ConfigError, RequestError
 from serve.experiments.assignment import Experiment, Variant
 from serve.media_config import MediaConfig, MediaLimitsConfig
@@ -93,6 +94,13 @@ class ServeConfig(Strict):
     """What requests call the base; the folder's name or the hub name, if left out."""
     adapters: tuple[AdapterConfig, ...] = ()
     """Loaded at start, in this order."""
+    embedding_models: tuple[EmbeddingModelConfig, ...] = ()
+    """Models beside the base that make vectors of texts, or scores of pairs; loaded at start."""
+    embedding_piece_tokens: int = Field(2048, ge=1)
+    """Tokens of texts, padding included, encoded between two decode steps, or one text of any length: the longest a
+    running stream is held up by them."""
+    max_waiting_texts: int = Field(8192, ge=1)
+    """Texts that wait to be encoded; more answer 503 with Retry-After."""
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback also closes the adapter paths, see allowed_adapter_roots."""
     port: int = Field(8000, ge=0, le=65535)
@@ -395,9 +403,10 @@ class ServeConfig(Strict):
                         yield f"experiments.{index}.variants.{i}.{key}", f"found {label!a:.80}; {expected}"
 
     def _name_problems(self) -> list[tuple[str, str]]:
-        """Public names share one space: the base's, the adapters' and the experiments'."""
+        """Public names share one space: the base's, the adapters', the embedding models' and the experiments'."""
         taken = {self.base_name: "the base"}
         names = [(f"adapters.{i}", adapter.name) for i, adapter in enumerate(self.adapters)]
+        names += [(f"embedding_models.{i}", each.name) for i, each in enumerate(self.embedding_models)]
         names += [(f"experiments.{i}", experiment.name) for i, experiment in enumerate(self.experiments)]
         problems = []
         if self.name is not None and (expected := name_problem(self.name)):
@@ -430,7 +439,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **changes: Any)
     if not changed:
         return config
     added = tuple(AdapterConfig.model_validate(adapter) for adapter in changed.pop("adapters", ()))
-    merged = {**dict(config), **changed, "adapters": (*config.adapters, *added)}
+    embedding = tuple(
+        EmbeddingModelConfig.model_validate(each) for each in changed.pop("embedding_models", ())
+    )
+    merged = {
+        **dict(config),
+        **changed,
+        "adapters": (*config.adapters, *added),
+        "embedding_models": (*config.embedding_models, *embedding),
+    }
     return _checked(merged)
 
 
@@ -472,6 +489,10 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
         if (path := getattr(config, key)) is not None:
             changes[key] = _under(folder, path)
     changes["model"] = _model_under(folder, config.model)
+    changes["embedding_models"] = tuple(
+        each.model_copy(update={"model": _model_under(folder, each.model)})
+        for each in config.embedding_models
+    )
     if isinstance(config.drafter, ModelDrafter | HeadsDrafter):
         changes["drafter"] = _drafter_under(folder, config.drafter)
     if "store" in config.model_fields_set and config.store.startswith(SQLITE_PREFIX):

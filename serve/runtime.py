@@ -6,7 +6,7 @@ Knows no HTTP. One Runtime a process is the usual number, but nothing here is gl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from serve.adapters.registry.copies import Copies
@@ -16,6 +16,8 @@ from serve.adapters.registry.watch import AdapterWatch
 from serve.adapters.versions.version import AdapterVersion
 from serve.config import ServeConfig
 from serve.draft.make import make_drafters
+from serve.embed.model import TextModel
+from serve.embed.models import load_text_models
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.gains import Gains
 from serve.engine.worker import Worker
@@ -57,6 +59,8 @@ class Runtime:
     """By which marks thoughts are told from answers."""
     watch: AdapterWatch | None = None
     """None where no folder is watched."""
+    text_models: Mapping[str, TextModel] = field(default_factory=dict)
+    """What makes vectors of texts, by name."""
 
     @property
     def registry(self) -> Registry:
@@ -98,6 +102,7 @@ class Runtime:
         defaults = SamplingDefaults(**config.default_sampling.model_dump())
         if config.generation_config == "auto":
             defaults = defaults.over(read_defaults(model.path))
+        text_models = load_text_models(config.embedding_models)  # before what is left is shared out
         rules = TemplateRules(config.special_tokens_in_messages)
         limits = _limits(config)
         drafters = make_drafters(config.drafter, model, limits)
@@ -133,6 +138,7 @@ class Runtime:
             defaults,
             thoughts,
             watch,
+            text_models,
         )
 
     def close(self) -> None:

@@ -6,7 +6,19 @@ from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
 
-from serve.api import adapters, cache, chat, completions, errors, feedback, health, models, watch
+from serve.api import (
+    adapters,
+    cache,
+    chat,
+    completions,
+    embeddings,
+    errors,
+    feedback,
+    health,
+    models,
+    rerank,
+    watch,
+)
 from serve.api.body import check_target
 from serve.api.metrics import CountErrors
 from serve.api.state import AppState
@@ -24,6 +36,6 @@ def create_app(runtime: Runtime) -> FastAPI:
     app.state.belongings = AppState(runtime)
     app.add_middleware(CountErrors, metrics=app.state.belongings.metrics)
     errors.install(app)
-    for part in (chat, completions, models, adapters, watch, cache, feedback, health):
+    for part in (chat, completions, embeddings, rerank, models, adapters, watch, cache, feedback, health):
         app.include_router(part.router)
     return app

@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from serve.adapters.versions.version import AdapterVersion
 from serve.api.services import Services
 from serve.api.state import StateDep
+from serve.api.text_cards import text_cards
 from serve.errors import NotFoundError
 from serve.sight import kinds_of
 
@@ -20,7 +21,7 @@ async def list_models(state: StateDep) -> dict[str, Any]:
     """As vLLM lists them: an adapter's `parent` is the base, its `root` the folder it came from. A bounded number of
     those that nobody has asked for yet stand behind them, without a version."""
     services = state.services
-    cards = _cards(services)
+    cards = [*_cards(services), *text_cards(state.texts)]
     known = {card["id"] for card in cards}
     found = await services.look_up(services.runtime.resolver.listed)
     return {
@@ -33,7 +34,7 @@ async def list_models(state: StateDep) -> dict[str, Any]:
 async def retrieve_model(model: str, state: StateDep) -> dict[str, Any]:
     """One of them; `name@version` too, while that version is known."""
     services = state.services
-    for card in _cards(services):
+    for card in [*_cards(services), *text_cards(state.texts)]:
         if card["id"] == model:
             return card
     try:

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 
 from serve.api.metrics import Metrics
 from serve.api.services import Services
+from serve.api.texts import Texts
 from serve.config import ServeConfig
 from serve.runtime import Runtime
 
@@ -19,6 +20,19 @@ class AppState:
         self.services = Services(runtime)
         """The model's."""
         self.metrics = Metrics(runtime, self.services.grammars.stats)
+        self.texts = Texts(
+            runtime.text_models,
+            runtime.config,
+            lambda work: self.services.runtime.worker.call(work),
+            self.metrics.registry,
+            self._generates,
+        )
+        """What makes vectors of texts."""
+
+    def _generates(self, name: str) -> bool:
+        """Whether text is generated under that name."""
+        runtime = self.services.runtime
+        return name == runtime.model.name or name in runtime.registry.names() or name in runtime.experiments
 
     @property
     def config(self) -> ServeConfig:

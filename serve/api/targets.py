@@ -75,6 +75,12 @@ async def held_target(state: AppState, model: str, unit: str) -> AsyncIterator[T
     A name that nobody has loaded is looked up where the configuration allows it, off the event loop. NotFoundError,
     ForbiddenError, OverloadedError, and what loading raises.
     """
+    if model in state.texts.models:
+        raise RequestError(
+            f"model {model!r} makes vectors or scores of texts and generates none; ask it at /v1/embeddings, "
+            "/v1/rerank or /v1/score",
+            "model",
+        )
     target = await _find(state.services, model, unit)
     try:
         yield target
