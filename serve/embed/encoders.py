@@ -85,6 +85,9 @@ def load_encoder(
         if is_classifier and score is None:
             raise ModelError(f"{path}: has no {SCORE}, by which a language model classifies")
         _ready(module, dtype)
+        if score is not None:
+            score = score.astype(mx.float32)
+            mx.eval(score)
         network = Network(module)
         network.check()
         if config.get("use_bidirectional_attention") or _text(config).get("use_bidirectional_attention"):
@@ -241,7 +244,7 @@ class _LanguageEncoder:
 
     def labels(self, batch: Batch) -> mx.array:
         assert self._score is not None
-        return self._last(batch) @ self._score.T
+        return self._last(batch).astype(mx.float32) @ self._score.T
 
     def logits(self, batch: Batch, token_ids: list[int]) -> mx.array:
         return self._network.logits(self._last(batch)[:, None])[:, 0, mx.array(token_ids)]
