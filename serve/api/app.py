@@ -19,21 +19,22 @@ from serve.api import (
     rerank,
     watch,
 )
+from serve.api.bases import Bases
 from serve.api.body import check_target
 from serve.api.metrics import CountErrors
 from serve.api.state import AppState
 from serve.runtime import Runtime
 
 
-def create_app(runtime: Runtime) -> FastAPI:
-    """The HTTP server's application. The runtime stays its maker's to close."""
+def create_app(served: Runtime | Bases) -> FastAPI:
+    """The HTTP server's application. A runtime, or bases, stay their maker's to close."""
     app = FastAPI(
         title="Lathe",
         version=version("mlx-lathe"),
         dependencies=[Depends(check_target)],
         responses=errors.RESPONSES,
     )
-    app.state.belongings = AppState(runtime)
+    app.state.belongings = AppState(served)
     app.add_middleware(CountErrors, metrics=app.state.belongings.metrics)
     errors.install(app)
     for part in (chat, completions, embeddings, rerank, models, adapters, watch, cache, feedback, health):

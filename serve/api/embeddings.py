@@ -12,8 +12,8 @@ from fastapi import APIRouter, Request, Response
 from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
 from serve.api.embedding_schemas import EmbeddingBody
 from serve.api.generation import new_id
+from serve.api.leaving import ClientGoneError, unless_gone
 from serve.api.state import StateDep
-from serve.api.streaming import ClientGoneError, unless_gone
 from serve.api.texts import Texts
 from serve.embed.model import Embedder, Encoded, Rows
 

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from serve.api.leaving import CLIENT_CLOSED_REQUEST, ClientGoneError
 from serve.api.strict import Body
 from serve.errors import DeadlineError, LatheError, NotFoundError, OverloadedError, RequestError
 
@@ -132,6 +133,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(LatheError)
     async def on_lathe_error(request: Request, error: LatheError) -> JSONResponse:
         return response_of(request, error)
+
+    @app.exception_handler(ClientGoneError)
+    async def on_client_gone(request: Request, error: ClientGoneError) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:

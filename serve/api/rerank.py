@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse
 from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
 from serve.api.embedding_schemas import RerankBody, ScoreBody
 from serve.api.generation import new_id
+from serve.api.leaving import ClientGoneError, unless_gone
 from serve.api.state import StateDep
-from serve.api.streaming import ClientGoneError, unless_gone
 from serve.api.texts import Texts
 from serve.embed.model import DOCUMENT, QUERY, Embedder, Encoded, Length, Scorer, TextModel
 from serve.errors import RequestError

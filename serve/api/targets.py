@@ -6,15 +6,19 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import anyio.to_thread
+from fastapi import Request
+
 from serve.adapters.sums.combination import Combination, Weighted, added_up
 from serve.adapters.sums.expression import Term, parse_expression
 from serve.adapters.versions.version import AdapterVersion
+from serve.api.bases import Base
 from serve.api.services import Services
-from serve.api.state import AppState
+from serve.api.state import AppState, held_base
 from serve.errors import NotFoundError, OverloadedError, RequestError
 from serve.experiments.assignment import Variant, assign
 from serve.experiments.store import Run
-from serve.runtime import Runtime
+from serve.pool.pool import Lease
 
 VARIANT_RETRY_AFTER_S = 5.0
 MAX_HEADER_CHARS = 512
@@ -43,6 +47,8 @@ class Target:
     """Of the model that answers."""
     version: AdapterVersion | None
     assignment: Assignment | None = None
+    lease: Lease[Services] | None = None
+    """On that model, for as long as the target is held; who goes on after that takes another (`again`)."""
 
     @property
     def base(self) -> str:
@@ -69,9 +75,13 @@ class Target:
 
 
 @asynccontextmanager
-async def held_target(state: AppState, model: str, unit: str) -> AsyncIterator[Target]:
-    """What `model` stands for now; an adapter version is held inside the block.
+async def held_target(
+    state: AppState, model: str, unit: str, http: Request | None = None
+) -> AsyncIterator[Target]:
+    """What `model` stands for now; its base, brought where it is not in memory, and an adapter's version are held
+    inside the block.
 
+    http  the request that waits for it: its stream gets comments meanwhile; ClientGoneError once its client has left
     A name that nobody has loaded is looked up where the configuration allows it, off the event loop. NotFoundError,
     ForbiddenError, OverloadedError, and what loading raises.
     """
@@ -81,42 +91,50 @@ async def held_target(state: AppState, model: str, unit: str) -> AsyncIterator[T
             "/v1/rerank or /v1/score",
             "model",
         )
-    target = await _find(state.services, model, unit)
+    run = state.bases.experiments.runs.get(model)
+    variant = assign(run.experiment, unit) if run is not None else None
+    wanted = model if variant is None else variant.model
+    base = await _base_of(state, wanted)
+    async with held_base(state, base, http) as lease:
+        services = lease.loaded
+        version = None
+        if state.bases.find(wanted) is None:
+            version = await (
+                _acquire(state, services, model) if run is None else _armed(services, run, variant)
+            )
+        assignment = None if run is None or variant is None else Assignment(run, variant, unit)
+        try:
+            yield Target(model, services, version, assignment, lease)
+        finally:
+            if version is not None:
+                services.runtime.registry.release(version)
+
+
+async def _base_of(state: AppState, model: str) -> Base:
+    """The base that answers it; the first, where nobody knows the name, or it is none."""
+    bases = state.bases
+    found = bases.of_model(model)
+    if found is None and len(bases.all()) > 1:
+        found = await anyio.to_thread.run_sync(bases.looked_up, model)
+    return found or bases.first
+
+
+async def _armed(services: Services, run: Run, variant: Variant | None) -> AdapterVersion | None:
+    """An arm's adapter, held."""
+    assert variant is not None
     try:
-        yield target
-    finally:
-        if target.version is not None:
-            target.services.runtime.registry.release(target.version)
-
-
-def served_names(runtime: Runtime) -> list[str]:
-    """Every name a request may ask for, without versions."""
-    return [runtime.model.name, *runtime.registry.names(), *runtime.experiments]
-
-
-async def _find(services: Services, model: str, unit: str) -> Target:
-    runtime = services.runtime
-    base = runtime.model.name
-    run = runtime.experiments.get(model)
-    if run is None:
-        return Target(model, services, None if model == base else await _acquire(services, model))
-    variant = assign(run.experiment, unit)
-    assignment = Assignment(run, variant, unit)
-    if variant.model == base:
-        return Target(model, services, None, assignment)
-    try:
-        return Target(model, services, await _looked_up(services, variant.model), assignment)
+        return await _looked_up(services, variant.model)
     except NotFoundError:
         error = OverloadedError(
-            f"variant {variant.name!r} of experiment {model!r} needs adapter {variant.model!r}, which is not loaded; "
-            "load it with /v1/load_lora_adapter",
+            f"variant {variant.name!r} of experiment {run.experiment.name!r} needs adapter {variant.model!r}, "
+            "which is not loaded; load it with /v1/load_lora_adapter",
             VARIANT_RETRY_AFTER_S,
         )
         error.code = "variant_not_loaded"
         raise error from None
 
 
-async def _acquire(services: Services, model: str) -> AdapterVersion | None:
+async def _acquire(state: AppState, services: Services, model: str) -> AdapterVersion | None:
     runtime = services.runtime
     try:
         return await _looked_up(services, model)
@@ -125,7 +143,7 @@ async def _acquire(services: Services, model: str) -> AdapterVersion | None:
             raise
         if "@" in model and model.partition("@")[0] in runtime.registry.names():
             raise NotFoundError(f"model {model!r} is not served here: {error}") from None
-        names = served_names(runtime)
+        names = state.bases.names()
         there = ", ".join(names[:MAX_NAMES]) + (
             f" and {len(names) - MAX_NAMES} more" * (len(names) > MAX_NAMES)
         )

@@ -130,6 +130,12 @@ def serve(
         str | None, typer.Option(help="What begins a thought, in place of the parser's mark.")
     ] = None,
     thinking_end_token: Annotated[str | None, typer.Option(help="What ends it.")] = None,
+    tool_call_parser: Annotated[
+        str | None,
+        typer.Option(
+            help="How answers hold calls of tools: auto, none, hermes, qwen3_coder, llama3, mistral, …"
+        ),
+    ] = None,
     allowed_media_root: Annotated[
         list[Path] | None,
         typer.Option(help="Requests may show files in this folder; repeatable. On loopback: any."),

@@ -258,12 +258,13 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request that `check` has returned."""
         assert request.id not in self._by_id, f"request {request.id} is already here"
-        rule = self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
+        tokens = self.token_bytes.showing(request.shown_ids)
+        rule = self._rules[request.id] = FinishRule(request, tokens, self._eos)
         others = []
         if request.grammar is not None:
-            rule.whole = grammar_edit(request, rule.ends, self.token_bytes)
+            rule.whole = grammar_edit(request, rule.ends, tokens)
             others.append(rule.whole)
-        sequence = SequenceState(request, edit=make_edit(request, rule.ends, self.token_bytes, *others))
+        sequence = SequenceState(request, edit=make_edit(request, rule.ends, tokens, *others))
         self.guesses.begin(sequence)
         self._by_id[request.id] = sequence
         self.scheduler.add(sequence)

@@ -68,13 +68,17 @@ def test_the_best_documents_come_first_by_the_cross_encoder(
     assert {each["index"] for each in told["results"]} == {*range(5)}
     assert all(each["document"] == {"text": DOCUMENTS[each["index"]]} for each in told["results"])
     if name == "bert":  # of the others CrossEncoder is given types that their networks have none of
-        wanted = CrossEncoder(str(folders / name), device="cpu").predict([(QUERY, each) for each in DOCUMENTS])
+        wanted = CrossEncoder(str(folders / name), device="cpu").predict(
+            [(QUERY, each) for each in DOCUMENTS]
+        )
         np.testing.assert_allclose(scores_of(told), wanted, atol=2e-5)
     pairs = asked(http, "/v1/score", model=name, text_1=QUERY, text_2=DOCUMENTS)["data"]
     np.testing.assert_allclose([each["score"] for each in pairs], scores_of(told), atol=1e-5)
 
 
-def test_an_embedding_model_ranks_by_cosine_with_the_prompt_of_either_side(http: httpx.Client, near: Any) -> None:
+def test_an_embedding_model_ranks_by_cosine_with_the_prompt_of_either_side(
+    http: httpx.Client, near: Any
+) -> None:
     wanted = near.similarity(near.encode_query([QUERY]), near.encode_document(DOCUMENTS))[0]
     np.testing.assert_allclose(scores_of(asked(http, "/v1/rerank", model="near", **BODY)), wanted, atol=2e-5)
     plain = near.similarity(near.encode([QUERY]), near.encode(DOCUMENTS))[0]
@@ -92,7 +96,9 @@ def test_documents_may_be_objects_and_be_left_out_of_the_answer(http: httpx.Clie
     whole = asked(http, "/v1/rerank", model="bert", **BODY)
     body = {**BODY, "documents": [{"text": text} for text in DOCUMENTS], "query": {"text": QUERY}}
     bare = asked(http, "/v1/rerank", model="bert", **body, return_documents=False, top_n=0)
-    assert [{k: v for k, v in each.items() if k != "document"} for each in whole["results"]] == bare["results"]
+    assert [{k: v for k, v in each.items() if k != "document"} for each in whole["results"]] == bare[
+        "results"
+    ]
 
 
 def test_two_documents_alike_have_one_score_and_keep_their_order(http: httpx.Client) -> None:
@@ -106,7 +112,9 @@ def test_one_text_is_scored_against_each_or_pair_by_pair(http: httpx.Client) -> 
     each = asked(http, path, model="bert", text_1=QUERY, text_2=DOCUMENTS)["data"]
     pairs = asked(http, path, model="bert", text_1=[QUERY] * 5, text_2=DOCUMENTS)["data"]
     named = asked(http, path, model="bert", queries=QUERY, documents=DOCUMENTS)["data"]
-    alone = [asked(http, path, model="bert", text_1=QUERY, text_2=text)["data"][0]["score"] for text in DOCUMENTS]
+    alone = [
+        asked(http, path, model="bert", text_1=QUERY, text_2=text)["data"][0]["score"] for text in DOCUMENTS
+    ]
     for found in (pairs, named):
         np.testing.assert_allclose([one["score"] for one in found], [one["score"] for one in each], atol=1e-5)
     np.testing.assert_allclose([one["score"] for one in each], alone, atol=1e-5)

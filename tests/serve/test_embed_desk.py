@@ -1,4 +1,4 @@
-"""The desk's turns: nobody starves, pieces are bounded, whoever leaves takes the rest along, one row's fault is its own."""
+"""The desk takes turns: nobody starves, pieces are bounded, whoever leaves takes the rest along."""
 
 from __future__ import annotations
 
@@ -108,7 +108,9 @@ class Poisoned(Summing):
         return found
 
 
-@pytest.mark.parametrize(("token", "words", "others_go_on"), [(13, "not finite", True), (14, "fourteen", False)])
+@pytest.mark.parametrize(
+    ("token", "words", "others_go_on"), [(13, "not finite", True), (14, "fourteen", False)]
+)
 def test_a_row_that_fails_is_told_to_who_asked(token: int, words: str, others_go_on: bool) -> None:
     model, desk = Poisoned(), EncodeDesk(at_once, 100, 10_000)
 
