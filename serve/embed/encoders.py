@@ -299,10 +299,13 @@ def _load_language(path: Path, config: dict[str, Any]) -> tuple[nn.Module, mx.ar
 
         return build, args_class
 
-    changes = _positions(config)
+    told = dict(config)  # mlx-lm would read it again, as it stands in the folder
     if not _has_head(path):
-        changes["tie_word_embeddings"] = True
-    module, _ = mlx_lm_utils.load_model(path, lazy=True, model_config=changes, get_model_classes=classes)
+        told["tie_word_embeddings"] = True
+    kinds = config.get("layer_types") or ()
+    if "full_attention" in kinds and "sliding_window_pattern" not in config:
+        told["sliding_window_pattern"] = kinds.index("full_attention") + 1
+    module, _ = mlx_lm_utils.load_model(path, lazy=True, model_config=told, get_model_classes=classes)
     return module, found.get(SCORE)
 
 
@@ -325,33 +328,6 @@ def _named_as_in_mlx_lm(
 def _has_head(path: Path) -> bool:
     """Whether a folder has the weights of a language model's head."""
     return any("lm_head.weight" in mx.load(str(file)) for file in path.glob("model*.safetensors"))
-
-
-def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers writes how positions turn under one key since its version 5; most of mlx-lm reads older ones."""
-    told = config.get("rope_parameters") or {}
-    if "full_attention" in told and config.get("model_type") == "gemma3_text":
-        return _positions_of_gemma(config, told)
-    if "rope_theta" not in told:
-        return {}
-    changes = {"rope_theta": config.get("rope_theta") or told["rope_theta"]}
-    if told.get("rope_type", "default") != "default":
-        changes["rope_scaling"] = config.get("rope_scaling") or told
-    return changes
-
-
-def _positions_of_gemma(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-    """By kind of layer."""
-    changes: dict[str, Any] = {
-        "rope_theta": told["full_attention"]["rope_theta"],
-        "rope_local_base_freq": told["sliding_attention"]["rope_theta"],
-    }
-    if told["full_attention"].get("rope_type", "default") != "default":
-        changes["rope_scaling"] = told["full_attention"]
-    kinds = config.get("layer_types")
-    if kinds and "full_attention" in kinds and "sliding_window_pattern" not in config:
-        changes["sliding_window_pattern"] = kinds.index("full_attention") + 1
-    return changes
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
