@@ -186,7 +186,7 @@ class ModelSettings(Strict):
     drafter: DrafterConfig = Field(default_factory=NoDrafter)
     """Who guesses the next tokens of requests that name nobody (`drafter` in their body), for a step to check: none,
     ngram, or a block with a kind: ngram, model or heads. Tokens are the same with any. Requests may ask for ngram in
-    any case, unless layers keep recurrent state."""
+    any case."""
     max_adapters: int = Field(64, ge=1)
     """Adapters that are on the device at once. Others that are known come there when they are asked for. A version
     that was replaced while requests hold it counts no more."""

@@ -17,11 +17,15 @@ from serve.api import (
     health,
     models,
     rerank,
+    tokenize,
     watch,
 )
 from serve.api.bases import Bases
 from serve.api.body import check_target
+from serve.api.messages import endpoints as messages
+from serve.api.messages.errors import error_response as anthropic_error
 from serve.api.metrics import CountErrors
+from serve.api.opening import Openings
 from serve.api.state import AppState
 from serve.runtime import Runtime
 
@@ -35,8 +39,22 @@ def create_app(served: Runtime | Bases) -> FastAPI:
         responses=errors.RESPONSES,
     )
     app.state.belongings = AppState(served)
+    app.add_middleware(Openings, state=app.state.belongings)
     app.add_middleware(CountErrors, metrics=app.state.belongings.metrics)
-    errors.install(app)
-    for part in (chat, completions, embeddings, rerank, models, adapters, watch, cache, feedback, health):
+    errors.install(app, {"/v1/messages": anthropic_error})
+    for part in (
+        chat,
+        completions,
+        messages,
+        embeddings,
+        rerank,
+        tokenize,
+        models,
+        adapters,
+        watch,
+        cache,
+        feedback,
+        health,
+    ):
         app.include_router(part.router)
     return app

@@ -19,7 +19,7 @@ from serve.api.services import Services
 from serve.config import ServeConfig
 from serve.embed.models import load_text_models
 from serve.engine.limits import SHARE_OF_FREE_MEMORY
-from serve.errors import StoppedError
+from serve.errors import ModelLoadError, StoppedError
 from serve.experiments.served import ServedExperiments
 from serve.pool.member import Terms
 from serve.pool.pool import Pool
@@ -84,8 +84,10 @@ class Bases:
             for block in config.blocks:
                 if block.preload:
                     pool.lease(block.base_name).release()
-        except BaseException:
+        except BaseException as error:
             bases.close()
+            if isinstance(error, ModelLoadError) and error.problem is not None:
+                raise error.problem from None
             raise
         return bases
 

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from serve.api.leaving import CLIENT_CLOSED_REQUEST as CLIENT_CLOSED_REQUEST
+from serve.api.opening import announce
 from serve.config import ServeConfig
 from serve.errors import RequestError
 
@@ -47,7 +48,9 @@ class JsonRoute(APIRoute):
                 raw = await _read(request, request.app.state.belongings.config)
             except ClientDisconnect:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
-            return await answer(_ReadRequest(request, raw, parse(raw)))
+            value = parse(raw)
+            announce(request, value)
+            return await answer(_ReadRequest(request, raw, value))
 
         return checked
 

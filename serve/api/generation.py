@@ -17,7 +17,7 @@ from serve.api.metrics import Metrics
 from serve.api.schemas import CompletionBody, GenerationBody
 from serve.api.services import Services
 from serve.api.targets import Target
-from serve.api.tools import NO_TOOLS, ToolUse
+from serve.api.tools import NO_TOOLS, ToolUse, grammar_of
 from serve.draft.lookup import NAME as NGRAM
 from serve.engine.drafts import NONE
 from serve.engine.request import Event, Request, Sampling
@@ -218,8 +218,7 @@ async def build_requests(
     if precision is not None:
         # The first of a scheme imports what it needs, which takes seconds: not on the loop that serves everyone.
         await anyio.to_thread.run_sync(services.runtime.engine.max_context_at, precision)
-    constraint = tools.constraint or body.constraint
-    grammar = None if constraint is None else await services.grammars.get(constraint)
+    grammar = await grammar_of(services, body, tools)
     drafter, prediction = await _drafting(services, body, prompts)
     num_choices = body.num_drawn
     sampling = _sampling(services, body)

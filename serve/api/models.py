@@ -1,23 +1,27 @@
-"""GET /v1/models and /v1/models/{id}: the bases, the adapters, and the experiments' public names."""
+"""GET /v1/models and /v1/models/{id}: the bases, the adapters, and the experiments' public names; POST to load and
+unload a base."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
 from typing import Any
 
 import anyio.to_thread
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from serve.adapters.versions.version import AdapterVersion
 from serve.api.bases import Base, Bases
+from serve.api.body import JsonRoute
+from serve.api.leaving import unless_gone
 from serve.api.outline import Outline
+from serve.api.schemas import ModelBody
 from serve.api.services import Services
-from serve.api.state import StateDep
+from serve.api.state import StateDep, held_base
 from serve.api.text_cards import text_cards
 from serve.errors import NotFoundError
 from serve.pool.pool import Standing
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.get("/v1/models")
@@ -25,24 +29,50 @@ async def list_models(state: StateDep) -> dict[str, Any]:
     """As vLLM lists them: an adapter's `parent` is its base, its `root` the folder it came from. A bounded number of
     those that nobody has asked for yet stand behind them, without a version. A base's `status` says whether it is in
     memory; one that is not is loaded by the request that asks for it."""
-    listing = Listing(state.bases, text_cards(state.texts))
-    return {"object": "list", "data": await anyio.to_thread.run_sync(listing.cards)}
+    return {"object": "list", "data": await anyio.to_thread.run_sync(Listing(state.bases).cards)}
 
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, state: StateDep) -> dict[str, Any]:
     """One of them; `name@version` too, while that version is known."""
-    listing = Listing(state.bases, text_cards(state.texts))
-    return await anyio.to_thread.run_sync(listing.card, model)
+    return await anyio.to_thread.run_sync(Listing(state.bases).card, model)
+
+
+@router.post("/v1/models/load")
+async def load_model(body: ModelBody, http: Request, state: StateDep) -> dict[str, Any]:
+    """Bring a base that the configuration names into memory, where another may have to make room; its card, once it
+    is there. An adapter's name stands for its base."""
+    base = await anyio.to_thread.run_sync(_named, state.bases, body.model)
+    async with held_base(state, base, http):
+        return await anyio.to_thread.run_sync(Listing(state.bases).card, base.name)
+
+
+@router.post("/v1/models/unload")
+async def unload_model(body: ModelBody, http: Request, state: StateDep) -> dict[str, Any]:
+    """Give its memory back, once the requests that it has have ended; its card. The next request loads it again."""
+    base = await anyio.to_thread.run_sync(_named, state.bases, body.model)
+    await unless_gone(http.receive, _gone(state.bases, base))
+    return await anyio.to_thread.run_sync(Listing(state.bases).card, base.name)
+
+
+async def _gone(bases: Bases, base: Base) -> None:
+    await asyncio.wrap_future(bases.pool.unload(base.name))
+
+
+def _named(bases: Bases, name: str) -> Base:
+    """The base that is meant. NotFoundError names those there are."""
+    found = bases.find(name) or bases.of_model(name) or bases.looked_up(name)
+    if found is None:
+        there = ", ".join(base.name for base in bases.all())
+        raise NotFoundError(f"model {name!a:.200} is not configured here; there are {there}")
+    return found
 
 
 class Listing:
     """What there is now. Reads folders: not for the event loop."""
 
-    def __init__(self, bases: Bases, beside: Sequence[dict[str, Any]]) -> None:
-        """beside: cards of what generates no text"""
+    def __init__(self, bases: Bases) -> None:
         self._bases = bases
-        self._beside = beside
         self._loaded = bases.pool.loaded()
         self._standings = {each.name: each for each in bases.pool.standings()}
 
@@ -78,7 +108,7 @@ class Listing:
             *(self._base_card(base) for base in bases),
             *adapters,
             *self._experiment_cards(),
-            *self._beside,
+            *text_cards(self._bases.text_models, self._bases.created),
         ]
 
     def _with_services(self) -> list[tuple[Base, Services]]:

@@ -354,6 +354,9 @@ class ChatBody(GenerationBody, ToolsBody):
         "web_search_options": (None,),
     }
 
+    insists_on_thinking: ClassVar[bool] = True
+    """Whether a request for thoughts, or for none, is refused by a model that cannot be told. False: it is a wish."""
+
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -528,6 +531,13 @@ class LoadAdapterBody(Body):
     load_inplace: bool = False
     base_model_name: Label | None = None
     """Of the bases of a server, the one that it was trained on."""
+
+
+class ModelBody(Body):
+    """POST /v1/models/load and /v1/models/unload."""
+
+    model: Label
+    """A base's name or alias."""
 
 
 class UnloadAdapterBody(Body):

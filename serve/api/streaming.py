@@ -17,14 +17,13 @@ from starlette.types import Message, Receive, Scope, Send
 from serve.api.answer import Answer, Piece
 from serve.api.body import CLIENT_CLOSED_REQUEST
 from serve.api.leaving import ClientGoneError, unless_gone
+from serve.api.opening import KEEP_ALIVE
 from serve.api.targets import Target
 from serve.errors import LatheError
 
 T = TypeVar("T")
 EVENT_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 """What a route that can stream adds to its OpenAPI description."""
-KEEP_ALIVE = b": keep-alive\n\n"
-"""A comment, which readers of server-sent events skip."""
 
 
 class Turn(Protocol):

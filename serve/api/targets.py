@@ -13,6 +13,7 @@ from serve.adapters.sums.combination import Combination, Weighted, added_up
 from serve.adapters.sums.expression import Term, parse_expression
 from serve.adapters.versions.version import AdapterVersion
 from serve.api.bases import Base
+from serve.api.opening import withdraw
 from serve.api.services import Services
 from serve.api.state import AppState, held_base
 from serve.errors import NotFoundError, OverloadedError, RequestError
@@ -92,46 +93,64 @@ async def held_target(
             "model",
         )
     run = state.bases.experiments.runs.get(model)
-    variant = assign(run.experiment, unit) if run is not None else None
-    wanted = model if variant is None else variant.model
-    base = await _base_of(state, wanted)
+    arm = None if run is None else (run, assign(run.experiment, unit))
+    wanted = model if arm is None else arm[1].model
+    base = await (_base_of(state, model) if arm is None else _base_of_arm(state, *arm))
     async with held_base(state, base, http) as lease:
         services = lease.loaded
         version = None
         if state.bases.find(wanted) is None:
-            version = await (
-                _acquire(state, services, model) if run is None else _armed(services, run, variant)
-            )
-        assignment = None if run is None or variant is None else Assignment(run, variant, unit)
+            version = await (_acquire(state, services, model) if arm is None else _armed(services, *arm))
+        assignment = None if arm is None else Assignment(*arm, unit)
         try:
             yield Target(model, services, version, assignment, lease)
+            if http is not None:
+                await withdraw(http)
         finally:
             if version is not None:
                 services.runtime.registry.release(version)
 
 
 async def _base_of(state: AppState, model: str) -> Base:
-    """The base that answers it; the first, where nobody knows the name, or it is none."""
+    """The base that answers it; the first, where that is in memory and may know more of the name than that nobody has
+    it. NotFoundError."""
     bases = state.bases
     found = bases.of_model(model)
     if found is None and len(bases.all()) > 1:
         found = await anyio.to_thread.run_sync(bases.looked_up, model)
+    if found is None and bases.first.name not in bases.pool.loaded():
+        raise NotFoundError(f"model {model!r} is not served here; there are {_listed(bases.names())}")
     return found or bases.first
 
 
-async def _armed(services: Services, run: Run, variant: Variant | None) -> AdapterVersion | None:
+async def _base_of_arm(state: AppState, run: Run, variant: Variant) -> Base:
+    try:
+        return await _base_of(state, variant.model)
+    except NotFoundError:
+        raise _not_loaded(run, variant) from None
+
+
+async def _armed(services: Services, run: Run, variant: Variant) -> AdapterVersion | None:
     """An arm's adapter, held."""
-    assert variant is not None
     try:
         return await _looked_up(services, variant.model)
     except NotFoundError:
-        error = OverloadedError(
-            f"variant {variant.name!r} of experiment {run.experiment.name!r} needs adapter {variant.model!r}, "
-            "which is not loaded; load it with /v1/load_lora_adapter",
-            VARIANT_RETRY_AFTER_S,
-        )
-        error.code = "variant_not_loaded"
-        raise error from None
+        raise _not_loaded(run, variant) from None
+
+
+def _not_loaded(run: Run, variant: Variant) -> OverloadedError:
+    error = OverloadedError(
+        f"variant {variant.name!r} of experiment {run.experiment.name!r} needs adapter {variant.model!r}, "
+        "which is not loaded; load it with /v1/load_lora_adapter",
+        VARIANT_RETRY_AFTER_S,
+    )
+    error.code = "variant_not_loaded"
+    return error
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 async def _acquire(state: AppState, services: Services, model: str) -> AdapterVersion | None:
@@ -143,10 +162,7 @@ async def _acquire(state: AppState, services: Services, model: str) -> AdapterVe
             raise
         if "@" in model and model.partition("@")[0] in runtime.registry.names():
             raise NotFoundError(f"model {model!r} is not served here: {error}") from None
-        names = state.bases.names()
-        there = ", ".join(names[:MAX_NAMES]) + (
-            f" and {len(names) - MAX_NAMES} more" * (len(names) > MAX_NAMES)
-        )
+        there = _listed(state.bases.names())
         raise NotFoundError(f"model {model!r} is not served here; there are {there}") from None
 
 

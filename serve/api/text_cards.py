@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from serve.api.texts import Texts
-from serve.embed.model import Embedder
+from serve.embed.model import Embedder, TextModel
 
 
-def text_cards(texts: Texts) -> list[dict[str, Any]]:
+def text_cards(models: Mapping[str, TextModel], created: int) -> list[dict[str, Any]]:
     """One a model; `dimensions` are those of a vector."""
     return [
         {
             "id": model.name,
             "object": "model",
-            "created": texts.created,
+            "created": created,
             "owned_by": "lathe",
             "root": str(model.path),
             "parent": None,
@@ -23,5 +23,5 @@ def text_cards(texts: Texts) -> list[dict[str, Any]]:
             "task": "embed" if isinstance(model, Embedder) else "score",
             **({"dimensions": model.width} if isinstance(model, Embedder) else {}),
         }
-        for model in texts.models.values()
+        for model in models.values()
     ]

@@ -40,7 +40,6 @@ class Texts:
         """run: as EncodeDesk has it. registry: where to count. generates: whether
         a name is of what generates text."""
         self.models = models
-        self.created = int(time.time())
         self._generates = generates
         self._desk = EncodeDesk(run, config.embedding_piece_tokens, config.max_waiting_texts)
         # One at a time: a fast tokenizer refuses to be used by two threads at once.

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from serve.api.answer import Piece
-from serve.api.schemas import ChatBody
+from serve.api.schemas import ChatBody, GenerationBody
+from serve.api.services import Services
+from serve.constraints.grammar import Grammar
 from serve.constraints.spec import ConstraintSpec
 from serve.engine.request import Event
+from serve.errors import RequestError
 from serve.model.template import ChatTemplate
 from serve.model.thoughts import Thoughts
 from serve.runtime import Runtime
+from serve.tools.grammar import Wanted, calls_grammar, schema_of
 from serve.tools.reader import ToolReader
 from serve.tools.rules import FALLBACK, ToolMarks
 from serve.tools.tool import Tool
@@ -33,8 +38,8 @@ class ToolUse:
     """How calls are written; None: they are not read."""
     is_single: bool = False
     """An answer ends with its first call."""
-    constraint: ConstraintSpec | None = None
-    """What answers must be, where they must call, or call as a schema says."""
+    wanted: Wanted | None = None
+    """What answers must be, by grammar; None: what they like."""
 
     @property
     def is_read(self) -> bool:
@@ -99,10 +104,76 @@ class RowReader:
 
 
 def tools_of(runtime: Runtime, template: ChatTemplate, thoughts: Thoughts | None, body: ChatBody) -> ToolUse:
-    """What a body's tools come to under a template. To be called on the tokenizer's thread."""
+    """What a body's tools come to under a template. To be called on the tokenizer's thread.
+
+    RequestError where answers are to be held to calls that no grammar can say here.
+    """
     tools = body.all_tools
     if not tools and not body.has_tool_history:
         return NO_TOOLS
     marks = runtime.tools.of(template, has_channels=thoughts is not None and thoughts.name == HARMONY)
-    may_call = body.callable_tools if body.mode != "none" else ()
-    return ToolUse(tools, may_call, marks, is_single=body.calls_one_at_most)
+    mode, may_call = body.mode, body.callable_tools
+    if mode == "none" or not may_call:
+        return ToolUse(tools, (), marks)
+    wanted: Wanted | None = None
+    if mode == "required":
+        wanted, param = "required", "function_call" if body.function_call is not None else "tool_choice"
+    elif any(tool.strict for tool in may_call):
+        wanted, param = "auto", "functions" if body.uses_functions else "tools"
+    if wanted is not None and (marks is None or marks.format.writing is None):
+        way = (
+            "calls are not read here"
+            if marks is None
+            else f"calls in {marks.format.name}'s way have no grammar"
+        )
+        raise RequestError(
+            f"{param}: answers are to be held to {'a call' if mode == 'required' else 'strict tools'}, but {way}; "
+            "send tool_choice auto, and no strict",
+            param,
+        )
+    other = body.constraint
+    if other is not None and mode == "auto":
+        if other.kind == "json" and marks is not None and marks.format.writing is not None:
+            wanted = "auto"
+        elif wanted is not None:
+            name = other.place.partition(".")[0]
+            raise RequestError(f"{name}: found beside strict tools; an answer keeps to one of them", name)
+    return ToolUse(tools, may_call, marks, body.calls_one_at_most, wanted)
+
+
+async def grammar_of(services: Services, body: GenerationBody, use: ToolUse) -> Grammar | None:
+    """What an answer must be; None: anything. RequestError names the place that cannot be kept to."""
+    spec = body.constraint
+    if use.wanted is None:
+        return None if spec is None else await services.grammars.get(spec)
+    strict = [tool.name for tool in use.readable if tool.strict]
+    loose = {tool.name for tool in use.readable} - set(strict) if use.wanted == "auto" else set()
+    answer = json.loads(spec.text) if spec is not None and use.wanted == "auto" else None
+    answer = {} if answer is True else answer
+    try:
+        return await services.grammars.get(_spec(use, loose, answer))
+    except RequestError:
+        # Whose schema it is; of those that need not be kept to, the arguments are any.
+        if spec is not None and answer is not None:
+            await services.grammars.get(spec)
+        for number, tool in enumerate(use.tools):
+            if tool not in use.readable or tool.name in loose:
+                continue
+            try:
+                place = f"tools.{number}.function.parameters"
+                await services.grammars.get(ConstraintSpec.of_schema(schema_of(tool), place))
+            except RequestError:
+                if tool.strict:
+                    raise
+                loose.add(tool.name)
+    return await services.grammars.get(_spec(use, loose, answer))
+
+
+def _spec(use: ToolUse, loose: Collection[str], answer: Mapping[str, Any] | None) -> ConstraintSpec:
+    assert use.marks is not None
+    assert use.wanted is not None
+    text = calls_grammar(
+        use.marks, use.readable, use.wanted, is_single=use.is_single, loose=loose, answer=answer
+    )
+    assert text is not None
+    return ConstraintSpec("grammar", text, "tools")

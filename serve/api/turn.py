@@ -6,6 +6,7 @@ An endpoint of another API writes its body as a ChatBody, begins the turn here, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from fastapi import Request
 
@@ -19,11 +20,21 @@ from serve.api.state import AppState
 from serve.api.targets import Target, held_target
 from serve.api.thinking import thinking_of, thinking_variables, thoughts_of
 from serve.api.tools import NO_TOOLS, RowReader, ToolUse, tools_of
+from serve.engine.thinking import Thinking
 from serve.errors import RequestError
 from serve.media.processor import Processed
+from serve.model.prompt import Prompt
 from serve.model.template import ChatTemplate
 
 EFFORT = "reasoning_effort"
+
+
+class Asked(NamedTuple):
+    """A chat as the engine gets it, and what its answer is read by."""
+
+    prompt: Prompt
+    thinking: Thinking | None
+    tools: ToolUse
 
 
 class Turn:
@@ -91,44 +102,53 @@ async def begin_turn(
 
 async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id: str, endpoint: str) -> Turn:
     async with held_target(state, body.model, body.user or id, http) as target:
-        services = target.services
-        template = _template(target)
-        thoughts = await services.tokenize(lambda: thoughts_of(services.runtime, template, body))
-        media = await _look(services, body, http)
-        tools = await services.tokenize(lambda: tools_of(services.runtime, template, thoughts, body))
-        messages = tools.messages(template, [message.for_template() for message in body.messages])
-        token_ids = await services.prompts.of_messages(
-            template,
-            messages,
-            {
-                **_effort(template, body),
-                **thinking_variables(services.runtime, template, thoughts, body),
-                **(body.chat_template_kwargs or {}),
-            },
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=bool(body.continue_final_message),
-            media=[item.expansion for item in media],
-            tools=tools.for_template(template),
-        )
-        thinking = thinking_of(services.runtime, template, thoughts, body, token_ids)
+        asked = await prompt_of(target, body, http)
         requests = await build_requests(
             id,
             body,
-            [await services.media.prompt(token_ids, media)],
+            [asked.prompt],
             target,
             tenant=tenant,
             continues_prompt=bool(body.continue_final_message),
-            thinking=thinking,
-            tools=tools,
+            thinking=asked.thinking,
+            tools=asked.tools,
         )
         generation = Generation(state.metrics, id, endpoint, target, requests, body.n or 1)
     return Turn(
         generation,
-        len(token_ids),
-        logprobs=logprob_writers(services, body, requests),
-        tells_thoughts=thinking is not None and body.include_reasoning is not False,
-        tools=tools,
+        len(asked.prompt.token_ids),
+        logprobs=logprob_writers(target.services, body, requests),
+        tells_thoughts=asked.thinking is not None and body.include_reasoning is not False,
+        tools=asked.tools,
     )
+
+
+async def prompt_of(target: Target, body: ChatBody, http: Request) -> Asked:
+    """What a chat asks of the model that answers it, with what it shows.
+
+    RequestError names the field that cannot be served. ClientGoneError if the client has left meanwhile.
+    """
+    services = target.services
+    template = _template(target)
+    thoughts = await services.tokenize(lambda: thoughts_of(services.runtime, template, body))
+    media = await _look(services, body, http)
+    tools = await services.tokenize(lambda: tools_of(services.runtime, template, thoughts, body))
+    messages = tools.messages(template, [message.for_template() for message in body.messages])
+    token_ids = await services.prompts.of_messages(
+        template,
+        messages,
+        {
+            **_effort(template, body),
+            **thinking_variables(services.runtime, template, thoughts, body),
+            **(body.chat_template_kwargs or {}),
+        },
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        media=[item.expansion for item in media],
+        tools=tools.for_template(template),
+    )
+    thinking = thinking_of(services.runtime, template, thoughts, body, token_ids)
+    return Asked(await services.media.prompt(token_ids, media), thinking, tools)
 
 
 async def _look(services: Services, body: ChatBody, http: Request) -> list[Processed]:

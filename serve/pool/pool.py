@@ -18,7 +18,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from serve.errors import LatheError, ModelError, NotFoundError, OverloadedError, StoppedError
+from serve.errors import (
+    ForbiddenError,
+    LatheError,
+    ModelLoadError,
+    NotFoundError,
+    OverloadedError,
+    StoppedError,
+)
 from serve.pool.member import Member, State, Terms
 from serve.pool.rule import Bounds, Step, next_step
 
@@ -191,7 +198,9 @@ class Pool(Generic[T]):
             if member.state == "unloaded" and not member.waiters:
                 done.set_result(None)
             elif not self._thread.is_alive():
-                done.set_exception(ModelError(f"model {name!r} is not this server's to unload"))
+                done.set_exception(
+                    ForbiddenError(f"model {name!r} is the only one of this server, and stays")
+                )
             else:
                 member.is_to_leave = True
                 member.leavers.append(done)
@@ -331,14 +340,13 @@ class Pool(Generic[T]):
 
     def _bring(self, member: Member[T]) -> None:
         started_s = self._clock()
-        error: LatheError
         try:
             loaded = self._load(member.name)
         except LatheError as problem:
-            error = _bare(problem)
+            error = ModelLoadError(f"model {member.name!r} cannot be loaded: {problem}", _bare(problem))
         except Exception as problem:  # whatever it is, everybody who waits must hear of it
             logger.exception("model %r cannot be loaded", member.name)
-            error = ModelError(f"model {member.name!r} cannot be loaded: {problem!r}")
+            error = ModelLoadError(f"model {member.name!r} cannot be loaded: {problem!r}")
         else:
             with self._changed:
                 now_s = self._clock()
@@ -348,7 +356,7 @@ class Pool(Generic[T]):
                 member.load_s += now_s - started_s
                 self._serve(member)
             return
-        logger.warning("model %r cannot be loaded: %s", member.name, error)
+        logger.warning("%s", error)
         with self._changed:
             member.state, member.problem = "unloaded", str(error)
             member.num_failed += 1
@@ -375,7 +383,8 @@ class Pool(Generic[T]):
     def _told(self, member: Member[T]) -> None:
         member.is_to_leave = False
         for leaver in member.leavers:
-            leaver.set_result(None)
+            if leaver.set_running_or_notify_cancel():  # who asked may have gone meanwhile
+                leaver.set_result(None)
         member.leavers.clear()
 
     def _end(self) -> None:

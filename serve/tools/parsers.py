@@ -80,7 +80,7 @@ def _found(call: Any) -> Found:
 qwen3_coder = _theirs("qwen3_coder")
 minimax_m2 = _theirs("minimax_m2")
 minimax_m3 = _theirs("minimax_m3", "mlx_vlm.tools.parsers")
-longcat = _theirs("longcat")
+_longcat = _theirs("longcat")
 kimi_k3 = _theirs("kimi_k3")
 minicpm5 = _theirs("minicpm5")
 muse_spark = _theirs("muse_spark")
@@ -96,6 +96,14 @@ def glm47(text: str, tools: Sequence[Tool]) -> list[Found]:
         if (is_raw or any(character.isspace() for character in call.name)) and call.name not in known:
             raise ValueError("words")
     return found
+
+
+def longcat(text: str, tools: Sequence[Tool]) -> list[Found]:
+    """mlx-lm's, which knows no call without arguments."""
+    name = text.strip()
+    if re.fullmatch(r"[\w.:/-]+", name):
+        return [Found(name, "{}")]
+    return _longcat(text, tools)
 
 
 _INVOKE = re.compile(r'<｜DSML｜invoke\s+name="([^"]+)"\s*>(.*?)</｜DSML｜invoke>', re.DOTALL)

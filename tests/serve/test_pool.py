@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from serve.errors import ModelError, NotFoundError, OverloadedError, StoppedError
+from serve.errors import ModelError, ModelLoadError, NotFoundError, OverloadedError, StoppedError
 from serve.pool.member import Member, Terms
 from serve.pool.pool import Lease, Pool
 from serve.pool.rule import Bounds, next_step
@@ -122,15 +122,17 @@ def test_a_model_in_use_lets_its_requests_end_takes_no_more_and_comes_back_for_t
 def test_a_load_that_fails_answers_everybody_by_name_and_the_next_request_tries_it_again():
     with open_shop() as shop:
         shop.doors["a"] = threading.Event()
-        shop.failing["a"] = ModelError("a: its weights are not whole")
+        shop.failing["a"] = ModelError("its weights are not whole")
         waiters = [shop.pool.ask("a") for _ in range(5)]
         shop.doors["a"].set()
         errors = [waiter.future.exception(30) for waiter in waiters]
-        assert all(isinstance(error, ModelError) and "not whole" in str(error) for error in errors)
+        assert all(
+            isinstance(error, ModelLoadError) and "'a' cannot be loaded" in str(error) for error in errors
+        )
         assert len(set(map(id, errors))) == 5, "each has an error of their own"
-        assert shop.pool.standings()[0].problem == "a: its weights are not whole"
+        assert shop.pool.standings()[0].problem == "model 'a' cannot be loaded: its weights are not whole"
         shop.failing["a"] = RuntimeError("out of memory")
-        with pytest.raises(ModelError, match="'a' cannot be loaded: RuntimeError\\('out of memory'\\)"):
+        with pytest.raises(ModelLoadError, match="'a' cannot be loaded: RuntimeError\\('out of memory'\\)"):
             shop.pool.lease("a")
         del shop.failing["a"]
         shop.pool.lease("a").release()
