@@ -15,6 +15,7 @@ from serve.adapters.versions.names import label_problem, name_problem
 from serve.cache.precision import KvPrecision, KvScheme, precision
 from serve.drafter_config import ELSEWHERE as DRAFTERS_ELSEWHERE
 from serve.drafter_config import DrafterConfig, HeadsDrafter, ModelDrafter, NoDrafter
+from serve.embed.config import EmbeddingModelConfig
 from serve.errors import ConfigError, RequestError
 from serve.experiments.assignment import Experiment, Variant
 from serve.media_config import MediaConfig, MediaLimitsConfig
@@ -376,7 +377,7 @@ OWN = frozenset(
     }
 )
 """Keys that say something of one model, and nothing of its neighbours."""
-SERVERS_OWN: dict[str, Any] = {"models": (), "model_dirs": (), "experiments": ()}
+SERVERS_OWN: dict[str, Any] = {"models": (), "model_dirs": (), "experiments": (), "embedding_models": ()}
 """Keys that say something of a server, and nothing of one of its models; as they are where there are none."""
 
 
@@ -399,6 +400,13 @@ class ServeConfig(ModelSettings, OperatingConfig):
     max_drain_s: float = Field(300, ge=0)
     """Seconds that a model which is to go lets its requests run on at most; those that still run then end with
     503."""
+    embedding_models: tuple[EmbeddingModelConfig, ...] = ()
+    """Models beside them that make vectors of texts, or scores of pairs; loaded at start, and there to stay."""
+    embedding_piece_tokens: int = Field(2048, ge=1)
+    """Tokens of texts, padding included, encoded between two decode steps, or one text of any length: the longest a
+    running stream is held up by them."""
+    max_waiting_texts: int = Field(8192, ge=1)
+    """Texts that wait to be encoded; more answer 503 with Retry-After."""
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback also closes the adapter paths, see allowed_adapter_roots."""
     port: int = Field(8000, ge=0, le=65535)
@@ -554,7 +562,8 @@ class ServeConfig(ModelSettings, OperatingConfig):
                         yield f"experiments.{index}.variants.{i}.{key}", f"found {label!a:.80}; {expected}"
 
     def _name_problems(self) -> Iterator[tuple[str, str]]:
-        """Public names share one space: the bases', their aliases, the adapters' and the experiments'."""
+        """Public names share one space: the bases', their aliases, the adapters', the embedding
+        models' and the experiments'."""
         taken: dict[str, str] = {}
         for key, name, what in self._public_names():
             if key and (expected := name_problem(name)):
@@ -576,6 +585,8 @@ class ServeConfig(ModelSettings, OperatingConfig):
                 yield f"{where}aliases.{i}", alias, f"{where}aliases.{i}"
             for i, adapter in enumerate(block.adapters):
                 yield f"{where}adapters.{i}.name", adapter.name, f"{where}adapters.{i}"
+        for i, each in enumerate(self.embedding_models):
+            yield f"embedding_models.{i}.name", each.name, f"embedding_models.{i}"
         for i, experiment in enumerate(self.experiments):
             yield f"experiments.{i}.name", experiment.name, f"experiments.{i}"
 
@@ -599,7 +610,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **changes: Any)
     if not changed:
         return config
     added = tuple(AdapterConfig.model_validate(adapter) for adapter in changed.pop("adapters", ()))
-    merged = {**dict(config), **changed, "adapters": (*config.adapters, *added)}
+    embedding = tuple(
+        EmbeddingModelConfig.model_validate(each) for each in changed.pop("embedding_models", ())
+    )
+    merged = {
+        **dict(config),
+        **changed,
+        "adapters": (*config.adapters, *added),
+        "embedding_models": (*config.embedding_models, *embedding),
+    }
     return _checked(merged)
 
 
@@ -633,6 +652,10 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
         changes["allowed_adapter_roots"] = tuple(_under(folder, r) for r in config.allowed_adapter_roots)
     if config.allowed_media_roots is not None:
         changes["allowed_media_roots"] = tuple(_under(folder, r) for r in config.allowed_media_roots)
+    changes["embedding_models"] = tuple(
+        each.model_copy(update={"model": _model_under(folder, each.model)})
+        for each in config.embedding_models
+    )
     if "store" in config.model_fields_set and config.store.startswith(SQLITE_PREFIX):
         changes["store"] = SQLITE_PREFIX + str(_under(folder, Path(config.store[len(SQLITE_PREFIX) :])))
     return config.model_copy(update=changes)

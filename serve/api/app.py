@@ -7,7 +7,21 @@ from importlib.metadata import version
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from serve.api import adapters, cache, chat, completions, errors, feedback, health, models, status, watch
+from serve.api import (
+    adapters,
+    cache,
+    chat,
+    completions,
+    embeddings,
+    errors,
+    feedback,
+    health,
+    models,
+    rerank,
+    status,
+    tokenize,
+    watch,
+)
 from serve.api.bases import Bases
 from serve.api.body import check_target
 from serve.api.front import Front
@@ -58,6 +72,7 @@ def create_app(served: Runtime | Bases) -> FastAPI:
     errors.install(app, {"/v1/messages": anthropic_error, "/api/": ollama_error})
     for part in (
         *(chat, completions, responses, messages, ollama, models),
+        *(embeddings, rerank, tokenize),
         *(adapters, watch, cache, feedback, health, status),
     ):
         app.include_router(part.router)

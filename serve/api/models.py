@@ -19,6 +19,7 @@ from serve.api.outline import Outline
 from serve.api.schemas import ModelBody
 from serve.api.services import Services
 from serve.api.state import StateDep, held_base
+from serve.api.text_cards import text_cards
 from serve.errors import NotFoundError
 from serve.pool.pool import Standing
 
@@ -105,7 +106,12 @@ class Listing:
     def _known(self) -> list[dict[str, Any]]:
         bases = [base for base in self._bases.all() if not base.is_found or base.name in self._loaded]
         adapters = [card for base in bases for card in self._adapter_cards(base)]
-        return [*(self._base_card(base) for base in bases), *adapters, *self._experiment_cards()]
+        return [
+            *(self._base_card(base) for base in bases),
+            *adapters,
+            *self._experiment_cards(),
+            *text_cards(self._bases.text_models, self._bases.created),
+        ]
 
     def _with_services(self) -> list[tuple[Base, Services]]:
         return [(base, self._loaded[base.name]) for base in self._bases.all() if base.name in self._loaded]

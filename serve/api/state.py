@@ -17,6 +17,7 @@ from serve.api.metrics import Metrics
 from serve.api.opening import expect_long
 from serve.api.responses.kept import Responses
 from serve.api.services import Services
+from serve.api.texts import Texts
 from serve.config import ServeConfig
 from serve.errors import StoppedError
 from serve.keys.keeper import Keeper
@@ -45,6 +46,14 @@ class AppState:
         weakref.finalize(self, self.mcp.close)
         self.responses = Responses(self.bases.config)
         """Those of /v1/responses that run or are kept."""
+        self.texts = Texts(
+            self.bases.text_models,
+            self.bases.config,
+            self.bases.run,
+            self.metrics.registry,
+            lambda name: self.bases.of_model(name) is not None or name in self.bases.experiments.runs,
+        )
+        """What makes vectors of texts."""
 
     @property
     def services(self) -> Services:

@@ -92,6 +92,12 @@ async def held_target(
     ForbiddenError, OverloadedError, and what loading raises.
     """
     check_model(state.bases, model)
+    if model in state.texts.models:
+        raise RequestError(
+            f"model {model!r} makes vectors or scores of texts and generates none; ask it at /v1/embeddings, "
+            "/v1/rerank or /v1/score",
+            "model",
+        )
     run = state.bases.experiments.runs.get(model)
     arm = None if run is None else (run, assign(run.experiment, unit))
     wanted = model if arm is None else arm[1].model

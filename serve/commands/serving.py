@@ -23,6 +23,13 @@ Adapters = Annotated[
     list[str] | None, typer.Option("--adapter", metavar="NAME=PATH", help="Load this adapter; repeatable.")
 ]
 
+EmbeddingModels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--embedding-model", metavar="NAME=PATH", help="Load this model of vectors or scores too; repeatable."
+    ),
+]
+
 KEYS_OF = {
     "allowed_media_root": "allowed_media_roots",
     "allow_private_hosts": "media_limits.allow_private_hosts",
@@ -35,7 +42,7 @@ KEYS_OF = {
     },
 }
 """Flags of `lathe serve` by other names than their keys': one is given several times, the others stand in groups."""
-NOT_KEYS = ("model", "adapter", "host", "port", "overrides")
+NOT_KEYS = ("model", "adapter", "embedding_model", "host", "port", "overrides")
 """What is not put into the file before it is checked."""
 
 
@@ -46,6 +53,7 @@ def serve(
         str, typer.Argument(help="A model folder, a hub name, or a serving configuration (.yaml).")
     ],
     adapter: Adapters = None,
+    embedding_model: EmbeddingModels = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     adapter_watch: Annotated[
@@ -148,7 +156,8 @@ def serve(
 
     # What was typed is read as a whole, so no flag can be taken and forgotten.
     keys = keys_given(context.params)
-    run(_serve_config(model, adapter or [], host, port, [*keys, *(overrides or [])]))
+    words = [*keys, *(overrides or [])]
+    run(_serve_config(model, adapter or [], host, port, words, embedding_models=embedding_model or []))
 
 
 @app.command()
@@ -245,7 +254,12 @@ def doctor(
 
 
 def _serve_config(
-    model: str, adapters: list[str], host: str | None, port: int | None, overrides: list[str]
+    model: str,
+    adapters: list[str],
+    host: str | None,
+    port: int | None,
+    overrides: list[str],
+    embedding_models: list[str] | None = None,
 ) -> ServeConfig:
     """The configuration that `lathe serve` was asked for: a file's, or one made of words."""
     from serve.config import load_config
@@ -253,6 +267,9 @@ def _serve_config(
     changes: dict[str, Any] = {"host": host, "port": port}
     if adapters:
         changes["adapters"] = [_adapter(words) for words in adapters]
+    if embedding_models:
+        named = [_named(words, "--embedding-model") for words in embedding_models]
+        changes["embedding_models"] = [{"name": name, "model": path} for name, path in named]
     return load_config(model, overrides, **changes)
 
 
@@ -307,8 +324,13 @@ def _talk(conversation: Conversation) -> None:
 
 
 def _adapter(words: str) -> dict[str, str]:
+    name, path = _named(words, "--adapter")
+    return {"name": name, "path": path}
+
+
+def _named(words: str, option: str) -> tuple[str, str]:
     """'NAME=PATH' -> its parts."""
     name, equals, path = words.partition("=")
     if not (name and equals and path):
-        raise typer.BadParameter(f"found {words!r}; expected NAME=PATH", param_hint="--adapter")
-    return {"name": name, "path": path}
+        raise typer.BadParameter(f"found {words!r}; expected NAME=PATH", param_hint=option)
+    return name, path
