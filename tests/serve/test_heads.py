@@ -481,6 +481,26 @@ def test_a_checkpoint_without_a_head_says_so(model, recurrent_folder, kind_of, t
         own_heads_of(load(str(part)))
 
 
+def test_a_model_that_sees_guesses_by_its_own_head(vlm_folder, make_request, tmp_path):
+    folder = shutil.copytree(vlm_folder("qwen3_5"), tmp_path / "seeing")
+    drafter = write_qwen_mtp(folder, json.loads((folder / "config.json").read_text()), is_mlx=True)
+    model, whole = load(str(folder)), load(str(folder)).network
+    reader = own_heads_of(model)
+    engine = Engine(model, drafters={"heads": reader}, drafter="heads", gains=Eager(3))
+    for number, text in enumerate(TEXTS[:3]):
+        engine.add(engine.check(make_request(f"r{number}", text, max_tokens=12)))
+    found, expected = [], []
+    while engine.has_work:
+        engine.step()
+        wanted = [Wanted(one, 3) for one in engine.scheduler.decoding if one.generated]
+        for one, guesses in zip(wanted, reader.propose(wanted) if wanted else (), strict=True):
+            row = Tokens(one.sequence.tokens(0, one.sequence.num_tokens), len(guesses))
+            found.append(guesses)
+            expected.append(qwen_mtp_guesses(drafter, whole, row, lambda logits: logits.argmax().item()))
+    assert len({tuple(guesses) for guesses in found}) > 8
+    assert sum(a != b for a, b in zip(found, expected, strict=True)) <= 1, "but for a near-tie"
+
+
 def pack(folder: Path, *, is_packed: bool) -> LoadedModel:
     """The model in a folder, its head's weights packed in eight bits, or as what they stand for then."""
     file = folder / "model-mtp.safetensors"

@@ -367,7 +367,7 @@ LESS_ONE = ("layernorm.weight", "q_norm.weight", "k_norm.weight", "model.norm.we
 def write_qwen_mtp(folder: Path, config: Mapping[str, Any], seed: int = 3, *, is_mlx: bool = False) -> Any:
     """Add a random `mtp` block to the folder of a Qwen that keeps a state. Returns mlx-vlm's drafter over the same
     weights. `is_mlx`: with the names and norms of mlx-vlm's own conversions, not Hugging Face's."""
-    text = {**config.get("text_config", config), "rope_parameters": ROPE}
+    text = {"rope_parameters": ROPE, "num_experts": 0, **config.get("text_config", config)}
     drafter = Qwen3_5MTPDraftModel(Qwen3_5MTPConfig.from_dict({"text_config": text}))
     mx.random.seed(seed)
     weights = lively(dict(tree_flatten(drafter.parameters())))
