@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Serve a model and any number of adapters over an OpenAI-compatible API.",
     ),
     "chat": ("serve.commands.serving", "Talk to a model in the terminal."),
+    "generate": ("serve.commands.generate", "Answer one prompt and end."),
     "export": (
         "train.commands",
         "Fuse an adapter into its base, quantize if asked, and measure what that changed.",

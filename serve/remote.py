@@ -121,7 +121,12 @@ def _listed(url: str, api_key: str | None) -> list[dict[str, Any]]:
 
 def served_adapters(url: str, api_key: str | None = None) -> list[str]:
     """Those of its models that say they stand on another one, in its order. Raises ConfigError."""
-    return [str(entry["id"]) for entry in _listed(url, api_key) if entry.get("parent")]
+    return [name for name, parent in served_parents(url, api_key).items() if parent]
+
+
+def served_parents(url: str, api_key: str | None = None) -> dict[str, str | None]:
+    """Its models in its order, each with the one that it stands on, if any. Raises ConfigError."""
+    return {str(entry["id"]): entry.get("parent") for entry in _listed(url, api_key)}
 
 
 def choose_model(url: str, model: str | None, api_key: str | None = None) -> str:
