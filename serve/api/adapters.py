@@ -18,9 +18,9 @@ from serve.adapters.formats.files import find_files, located
 from serve.adapters.versions.version import AdapterVersion
 from serve.api.adapter_cards import adapter_card, listing
 from serve.api.body import JsonRoute
-from serve.api.errors import error_response
+from serve.api.errors import openai_error
 from serve.api.schemas import LoadAdapterBody, PinAdapterBody, RollbackBody, UnloadAdapterBody
-from serve.api.services import ServicesDep
+from serve.api.state import StateDep
 from serve.config import ServeConfig
 from serve.errors import AdapterError, ForbiddenError, NotFoundError, RequestError
 from serve.runtime import Runtime
@@ -31,67 +31,67 @@ router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
-async def load_lora_adapter(body: LoadAdapterBody, services: ServicesDep) -> Response:
+async def load_lora_adapter(body: LoadAdapterBody, state: StateDep) -> Response:
     """Load a folder under a name; with load_inplace, replace the version that new requests get."""
     if not body.lora_name or not body.lora_path:
         raise RequestError("Both 'lora_name' and 'lora_path' must be provided.", "lora_name")
     try:
-        version = await run_in_threadpool(_load, services.runtime, body)
+        version = await run_in_threadpool(_load, state.services.runtime, body)
     except NotFoundError as error:
-        return error_response(404, str(error), code="not_found", param="lora_path")
+        return openai_error(404, str(error), code="not_found", param="lora_path")
     modules = f"\n{version.id} adapts {version.num_modules} modules, {_ranks(version)}."
     notes = "".join(f"\nWarning: {note}" for note in version.notes)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.{modules}{notes}")
 
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
-async def unload_lora_adapter(body: UnloadAdapterBody, services: ServicesDep) -> Response:
+async def unload_lora_adapter(body: UnloadAdapterBody, state: StateDep) -> Response:
     """Refuse the name to new requests; running ones end with the version they hold."""
     if not body.lora_name:
         raise RequestError("'lora_name' needs to be provided to unload a LoRA adapter.", "lora_name")
     try:
-        await run_in_threadpool(services.runtime.registry.unload, body.lora_name)
+        await run_in_threadpool(state.services.runtime.registry.unload, body.lora_name)
     except NotFoundError:
         message = f"The lora adapter '{body.lora_name}' cannot be found."
-        return error_response(404, message, code="not_found", param="lora_name")
-    services.metrics.unloaded()
+        return openai_error(404, message, code="not_found", param="lora_name")
+    state.metrics.unloaded()
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 @router.get("/v1/adapters")
-async def list_adapters(services: ServicesDep) -> dict[str, Any]:
+async def list_adapters(state: StateDep) -> dict[str, Any]:
     """All that are known: their versions, where each is, and who holds it; slots and bytes of all together."""
-    return await run_in_threadpool(listing, services.runtime)
+    return await run_in_threadpool(listing, state.services.runtime)
 
 
 @router.post("/v1/adapters/{name:path}/rollback")
-async def roll_back(name: str, body: RollbackBody, services: ServicesDep) -> dict[str, Any]:
+async def roll_back(name: str, body: RollbackBody, state: StateDep) -> dict[str, Any]:
     """Give new requests an earlier version again; the one before, if none is named."""
-    runtime = services.runtime
+    runtime = state.services.runtime
     await run_in_threadpool(runtime.registry.rollback, name, body.version)
     return await run_in_threadpool(adapter_card, runtime, name)
 
 
 @router.post("/v1/adapters/{name:path}/pin")
-async def pin(name: str, body: PinAdapterBody, services: ServicesDep) -> dict[str, Any]:
+async def pin(name: str, body: PinAdapterBody, state: StateDep) -> dict[str, Any]:
     """Keep a slot for whatever version the name stands for."""
-    runtime = services.runtime
+    runtime = state.services.runtime
     await run_in_threadpool(runtime.registry.pin, name)
     return await run_in_threadpool(adapter_card, runtime, name)
 
 
 @router.post("/v1/adapters/{name:path}/unpin")
-async def unpin(name: str, body: PinAdapterBody, services: ServicesDep) -> dict[str, Any]:
+async def unpin(name: str, body: PinAdapterBody, state: StateDep) -> dict[str, Any]:
     """Let it give way again to adapters that are asked for."""
-    runtime = services.runtime
+    runtime = state.services.runtime
     await run_in_threadpool(runtime.registry.unpin, name)
     return await run_in_threadpool(adapter_card, runtime, name)
 
 
 @router.get("/v1/adapters/{name:path}")
-async def show_adapter(name: str, services: ServicesDep) -> dict[str, Any]:
+async def show_adapter(name: str, state: StateDep) -> dict[str, Any]:
     """One of them, and its manifest: what it was made for, how it is asked, where its answers end."""
-    return await run_in_threadpool(adapter_card, services.runtime, name)
+    return await run_in_threadpool(adapter_card, state.services.runtime, name)
 
 
 def _load(runtime: Runtime, body: LoadAdapterBody) -> AdapterVersion:

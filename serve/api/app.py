@@ -9,7 +9,7 @@ from fastapi import Depends, FastAPI
 from serve.api import adapters, cache, chat, completions, errors, feedback, health, models, watch
 from serve.api.body import check_target
 from serve.api.metrics import CountErrors
-from serve.api.services import Services
+from serve.api.state import AppState
 from serve.runtime import Runtime
 
 
@@ -21,9 +21,8 @@ def create_app(runtime: Runtime) -> FastAPI:
         dependencies=[Depends(check_target)],
         responses=errors.RESPONSES,
     )
-    services = Services(runtime)
-    app.state.services = services
-    app.add_middleware(CountErrors, metrics=services.metrics)
+    app.state.belongings = AppState(runtime)
+    app.add_middleware(CountErrors, metrics=app.state.belongings.metrics)
     errors.install(app)
     for part in (chat, completions, models, adapters, watch, cache, feedback, health):
         app.include_router(part.router)

@@ -45,7 +45,7 @@ class JsonRoute(APIRoute):
         async def checked(request: Request) -> Response:
             _check_content_type(request.headers.get("content-type"))
             try:
-                raw = await _read(request, request.app.state.services.runtime.config)
+                raw = await _read(request, request.app.state.belongings.config)
             except ClientDisconnect:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
             return await answer(_ReadRequest(request, raw, parse(raw)))

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 
-from serve.api.services import ServicesDep
+from serve.api.state import StateDep
 from serve.api.tenant import TenantDep
 from serve.errors import ForbiddenError
 
@@ -17,11 +17,11 @@ router = APIRouter()
 
 
 @router.get("/v1/cache/stats")
-async def cache_stats(services: ServicesDep) -> dict[str, Any]:
+async def cache_stats(state: StateDep) -> dict[str, Any]:
     """Bytes now and counts since the start, of the whole server."""
-    stats = services.runtime.worker.stats()
+    stats = state.services.runtime.worker.stats()
     return {
-        "enabled": services.runtime.engine.has_prefixes,
+        "enabled": state.services.runtime.engine.has_prefixes,
         **asdict(stats.memory),
         **asdict(stats.prefixes),
         "features": asdict(stats.features),
@@ -29,10 +29,10 @@ async def cache_stats(services: ServicesDep) -> dict[str, Any]:
 
 
 @router.post("/v1/cache/reset")
-async def reset_cache(services: ServicesDep, tenant: TenantDep) -> dict[str, Any]:
+async def reset_cache(state: StateDep, tenant: TenantDep) -> dict[str, Any]:
     """Forget the prefixes and features of the tenant that a header names, in memory and on disk; all of them, where
     none does."""
-    runtime = services.runtime
+    runtime = state.services.runtime
     if not tenant and not runtime.config.is_loopback:
         raise ForbiddenError(
             f"this server listens on {runtime.config.host}, where nobody may drop what others keep; "

@@ -1,10 +1,10 @@
-"""Errors as OpenAI's clients read them: {"error": {"message", "type", "param", "code"}}."""
+"""Errors as clients read them: OpenAI's {"error": {"message", "type", "param", "code"}}, and other APIs' by path."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -48,67 +48,107 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 """What the OpenAPI description says of every route's errors."""
 
 
-def error_body(
-    status: int, message: str, *, code: str | None = None, param: str | None = None
-) -> dict[str, Any]:
-    """The error object, for a response or for an event of a stream. Whatever a message quotes, it can be written."""
-    if len(message) > MAX_MESSAGE_CHARS:
-        message = f"{message[:MAX_MESSAGE_CHARS]}… ({len(message)} characters)"
-    message = message.encode("utf-8", "backslashreplace").decode()
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    if status == 429:
-        kind = "rate_limit_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+class Problem(NamedTuple):
+    """What went wrong with a request, before any API's words for it."""
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    """The field at fault."""
 
 
-def body_of(error: LatheError) -> dict[str, Any]:
-    """The error object of a deliberate error."""
+def problem_of(error: LatheError) -> Problem:
+    """A deliberate error's. Whatever its message quotes, it can be written."""
     param = getattr(error, "param", None)
     if param is None and isinstance(error, NotFoundError):
         param = "model"
-    return error_body(error.status, str(error), code=error.code, param=param)
+    return Problem(error.status, str(error), error.code, param)
+
+
+Form = Callable[[Problem], dict[str, Any]]
+"""One API's error object."""
+
+
+def openai_form(problem: Problem) -> dict[str, Any]:
+    """OpenAI's: {"error": {"message", "type", "param", "code"}}."""
+    kind = "invalid_request_error" if problem.status < 500 else "server_error"
+    if problem.status == 429:
+        kind = "rate_limit_error"
+    return {
+        "error": {
+            "message": writable(problem.message),
+            "type": kind,
+            "param": problem.param,
+            "code": problem.code,
+        }
+    }
+
+
+FORMS: dict[str, Form] = {}
+"""By the beginning of the path; OpenAI's stands for all others."""
+
+
+def form_of(request: Request) -> Form:
+    """The words in which this request's path tells of errors."""
+    path = request.scope["path"]
+    return next((form for prefix, form in FORMS.items() if path.startswith(prefix)), openai_form)
+
+
+def writable(message: str) -> str:
+    """A message that JSON can hold, of bounded length."""
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = f"{message[:MAX_MESSAGE_CHARS]}… ({len(message)} characters)"
+    return message.encode("utf-8", "backslashreplace").decode()
 
 
 def error_response(
+    request: Request, status: int, message: str, *, code: str | None = None, param: str | None = None
+) -> JSONResponse:
+    """A response that is an error, in the words of the request's API."""
+    return JSONResponse(form_of(request)(Problem(status, message, code, param)), status)
+
+
+def openai_error(
     status: int, message: str, *, code: str | None = None, param: str | None = None
 ) -> JSONResponse:
-    """A response that is an error."""
-    return JSONResponse(error_body(status, message, code=code, param=param), status)
+    """A response that is an error, in OpenAI's words."""
+    return JSONResponse(openai_form(Problem(status, message, code, param)), status)
 
 
-def response_of(error: LatheError) -> JSONResponse:
+def response_of(request: Request, error: LatheError) -> JSONResponse:
     """The response to a deliberate error. One that passes carries Retry-After."""
     headers = {}
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, DeadlineError):
         headers["X-Should-Retry"] = "false"  # OpenAI's clients would ask for it all again
-    return JSONResponse(body_of(error), error.status, headers)
+    return JSONResponse(form_of(request)(problem_of(error)), error.status, headers)
 
 
 def install(app: FastAPI) -> None:
     """Answer every error of `app` in this form."""
 
     @app.exception_handler(LatheError)
-    async def on_lathe_error(_request: Request, error: LatheError) -> JSONResponse:
-        return response_of(error)
+    async def on_lathe_error(request: Request, error: LatheError) -> JSONResponse:
+        return response_of(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _invalid_body(error.errors(), error.body, _body_class(request))
+        return _invalid_body(request, error.errors(), error.body)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         message, status = str(error.detail), error.status_code
         if status == 404:
             message = _nothing_here(request)
-        response = error_response(status, message, code=STATUS_CODES.get(status))
+        response = error_response(request, status, message, code=STATUS_CODES.get(status))
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)
-    async def on_fault(_request: Request, error: Exception) -> JSONResponse:
-        return error_response(500, f"internal error: {error!r}", code="internal_error")
+    async def on_fault(request: Request, error: Exception) -> JSONResponse:
+        return error_response(request, 500, f"internal error: {error!r}", code="internal_error")
 
 
 def _nothing_here(request: Request) -> str:
@@ -131,8 +171,9 @@ def _body_class(request: Request) -> type[Body] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Body) else None
 
 
-def _invalid_body(problems: Sequence[Any], value: Any, body: type[Body] | None) -> JSONResponse:
+def _invalid_body(request: Request, problems: Sequence[Any], value: Any) -> JSONResponse:
     """All problems of the body `value` in one message; `param` is the first field at fault."""
+    body = _body_class(request)
     params, lines = [], []
     paths = [_path_in(value, each["loc"][1:], each["type"] == "missing") for each in problems]
     for problem, path in zip(problems, paths, strict=True):
@@ -149,7 +190,9 @@ def _invalid_body(problems: Sequence[Any], value: Any, body: type[Body] | None) 
     told = list(dict.fromkeys(lines))
     more = [f"and {len(told) - MAX_PROBLEMS} more"] if len(told) > MAX_PROBLEMS else []
     message = "; ".join([*told[:MAX_PROBLEMS], *more])
-    return error_response(400, message, code="invalid_request_error", param=params[0] if params else None)
+    return error_response(
+        request, 400, message, code="invalid_request_error", param=params[0] if params else None
+    )
 
 
 def _path_in(value: Any, location: Sequence[str | int], is_missing: bool) -> list[str | int]:

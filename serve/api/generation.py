@@ -13,6 +13,7 @@ from functools import partial
 import anyio.to_thread
 
 from serve.api.logprobs import LogprobWriter
+from serve.api.metrics import Metrics
 from serve.api.schemas import CompletionBody, GenerationBody
 from serve.api.services import Services
 from serve.api.targets import Target
@@ -38,7 +39,7 @@ class Generation:
 
     def __init__(
         self,
-        services: Services,
+        metrics: Metrics,
         id: str,
         endpoint: str,
         target: Target,
@@ -56,12 +57,13 @@ class Generation:
         """Thoughts are told apart from answers."""
         self._num_cached_tokens: dict[int, int] = {}  # by row
         self._num_reasoning_tokens: dict[int, int] = {}  # by row
-        guesses = services.runtime.engine.guesses
+        guesses = target.services.runtime.engine.guesses
         self.has_drafter = any((request.drafter or guesses.default) != NONE for request in requests)
         self.num_drafted = 0
         self.num_accepted = 0
         """Guesses of tokens that were checked, and right, of the rows that have ended."""
-        self._services = services
+        self._metrics = metrics
+        self._runtime = target.services.runtime
         self._endpoint = endpoint
         self._started_s = time.perf_counter()
         self._first_token_s: float | None = None
@@ -123,7 +125,7 @@ class Generation:
         if self._is_closed:
             return
         self._is_closed = True
-        worker = self._services.runtime.worker
+        worker = self._runtime.worker
         for request_id in self._open.values():
             worker.cancel(request_id)
         if self._open and self._finish not in ("error", "refused"):
@@ -131,7 +133,7 @@ class Generation:
         self._count()
 
     def _submit(self, requests: Sequence[Request]) -> None:
-        runtime = self._services.runtime
+        runtime = self._runtime
         for request in requests:
             if request.adapter is not None:
                 runtime.registry.acquire(request.adapter.id)  # released by the worker
@@ -149,8 +151,8 @@ class Generation:
         now = time.perf_counter()
         self._first_token_s = now
         ttft_s = now - self._started_s
-        self._services.metrics.ttft_s.labels(self.target.label).observe(ttft_s)
-        assignment, recorder = self.target.assignment, self._services.runtime.recorder
+        self._metrics.ttft_s.labels(self.target.label).observe(ttft_s)
+        assignment, recorder = self.target.assignment, self._runtime.recorder
         if assignment is None or recorder is None:
             return
         version = self.target.version
@@ -161,24 +163,23 @@ class Generation:
                 variant=assignment.variant.name,
                 unit=assignment.unit,
                 model_version=self.target.served,
-                content_hash=version.content_hash if version else self._services.runtime.model.fingerprint,
+                content_hash=version.content_hash if version else self._runtime.model.fingerprint,
                 exposed_at=time.time(),
                 ttft_s=ttft_s,
             )
         )
 
     def _count(self) -> None:
-        metrics = self._services.metrics
-        metrics.requests.labels(self._endpoint, self.target.label, self._finish).inc()
+        self._metrics.requests.labels(self._endpoint, self.target.label, self._finish).inc()
         now = time.perf_counter()
         latency_s = now - self._started_s
         if self._finish in ("stop", "length") and self._first_token_s is not None:
-            metrics.e2e_s.labels(self.target.label).observe(latency_s)
+            self._metrics.e2e_s.labels(self.target.label).observe(latency_s)
             tokens_a_row = self.num_answer_tokens / self._num_rows
             if tokens_a_row > 1:
                 tpot_s = (now - self._first_token_s) / (tokens_a_row - 1)
-                metrics.tpot_s.labels(self.target.label).observe(tpot_s)
-        recorder = self._services.runtime.recorder
+                self._metrics.tpot_s.labels(self.target.label).observe(tpot_s)
+        recorder = self._runtime.recorder
         if self._exposed is not None and recorder is not None:
             recorder.complete(
                 self.id, latency_s=latency_s, num_tokens=self.num_answer_tokens, finish=self._finish
@@ -186,7 +187,6 @@ class Generation:
 
 
 async def build_requests(
-    services: Services,
     id: str,
     body: GenerationBody,
     prompts: Sequence[Prompt],
@@ -201,6 +201,7 @@ async def build_requests(
     tenant, continues_prompt, thinking  as Request has them
     RequestError names the field that cannot be served.
     """
+    services = target.services
     precision = body.precision(services.runtime.config)
     if precision is not None:
         # The first of a scheme imports what it needs, which takes seconds: not on the loop that serves everyone.

@@ -7,7 +7,8 @@ from typing import Any
 from fastapi import APIRouter
 
 from serve.adapters.versions.version import AdapterVersion
-from serve.api.services import Services, ServicesDep
+from serve.api.services import Services
+from serve.api.state import StateDep
 from serve.errors import NotFoundError
 from serve.sight import kinds_of
 
@@ -15,9 +16,10 @@ router = APIRouter()
 
 
 @router.get("/v1/models")
-async def list_models(services: ServicesDep) -> dict[str, Any]:
+async def list_models(state: StateDep) -> dict[str, Any]:
     """As vLLM lists them: an adapter's `parent` is the base, its `root` the folder it came from. A bounded number of
     those that nobody has asked for yet stand behind them, without a version."""
+    services = state.services
     cards = _cards(services)
     known = {card["id"] for card in cards}
     found = await services.look_up(services.runtime.resolver.listed)
@@ -28,8 +30,9 @@ async def list_models(services: ServicesDep) -> dict[str, Any]:
 
 
 @router.get("/v1/models/{model:path}")
-async def retrieve_model(model: str, services: ServicesDep) -> dict[str, Any]:
+async def retrieve_model(model: str, state: StateDep) -> dict[str, Any]:
     """One of them; `name@version` too, while that version is known."""
+    services = state.services
     for card in _cards(services):
         if card["id"] == model:
             return card

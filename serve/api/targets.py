@@ -10,6 +10,7 @@ from serve.adapters.sums.combination import Combination, Weighted, added_up
 from serve.adapters.sums.expression import Term, parse_expression
 from serve.adapters.versions.version import AdapterVersion
 from serve.api.services import Services
+from serve.api.state import AppState
 from serve.errors import NotFoundError, OverloadedError, RequestError
 from serve.experiments.assignment import Variant, assign
 from serve.experiments.store import Run
@@ -38,9 +39,15 @@ class Target:
 
     asked: str
     """The `model` field, which the response repeats."""
-    base: str
+    services: Services
+    """Of the model that answers."""
     version: AdapterVersion | None
     assignment: Assignment | None = None
+
+    @property
+    def base(self) -> str:
+        """The model's name, without adapters."""
+        return self.services.runtime.model.name
 
     @property
     def served(self) -> str:
@@ -62,18 +69,18 @@ class Target:
 
 
 @asynccontextmanager
-async def held_target(services: Services, model: str, unit: str) -> AsyncIterator[Target]:
+async def held_target(state: AppState, model: str, unit: str) -> AsyncIterator[Target]:
     """What `model` stands for now; an adapter version is held inside the block.
 
     A name that nobody has loaded is looked up where the configuration allows it, off the event loop. NotFoundError,
     ForbiddenError, OverloadedError, and what loading raises.
     """
-    target = await _find(services, model, unit)
+    target = await _find(state.services, model, unit)
     try:
         yield target
     finally:
         if target.version is not None:
-            services.runtime.registry.release(target.version)
+            target.services.runtime.registry.release(target.version)
 
 
 def served_names(runtime: Runtime) -> list[str]:
@@ -86,13 +93,13 @@ async def _find(services: Services, model: str, unit: str) -> Target:
     base = runtime.model.name
     run = runtime.experiments.get(model)
     if run is None:
-        return Target(model, base, None if model == base else await _acquire(services, model))
+        return Target(model, services, None if model == base else await _acquire(services, model))
     variant = assign(run.experiment, unit)
     assignment = Assignment(run, variant, unit)
     if variant.model == base:
-        return Target(model, base, None, assignment)
+        return Target(model, services, None, assignment)
     try:
-        return Target(model, base, await _looked_up(services, variant.model), assignment)
+        return Target(model, services, await _looked_up(services, variant.model), assignment)
     except NotFoundError:
         error = OverloadedError(
             f"variant {variant.name!r} of experiment {model!r} needs adapter {variant.model!r}, which is not loaded; "

@@ -7,15 +7,15 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from serve.api.services import ServicesDep
+from serve.api.state import StateDep
 
 router = APIRouter()
 
 
 @router.get("/v1/adapter_watch")
-async def adapter_watch(services: ServicesDep) -> dict[str, Any]:
+async def adapter_watch(state: StateDep) -> dict[str, Any]:
     """`data` has an entry for each adapter that stands, or stood, in a watched folder; those with a problem first."""
-    runtime = services.runtime
+    runtime = state.services.runtime
     if runtime.watch is None:
         return {"object": "list", "interval_s": None, "folders": [], "num_problems": 0, "data": []}
     troubles = runtime.watch.troubles()

@@ -1,0 +1,143 @@
+"""A chat's body in, its answers under way out. No endpoint that chats has another way into generation.
+
+An endpoint of another API writes its body as a ChatBody, begins the turn here, and words the Pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import Request
+
+from serve.api.answer import Piece
+from serve.api.generation import Generation, build_requests, logprob_writers
+from serve.api.history import check_tools
+from serve.api.logprobs import LogprobWriter
+from serve.api.schemas import ChatBody
+from serve.api.services import Services
+from serve.api.state import AppState
+from serve.api.streaming import ClientGoneError, unless_gone
+from serve.api.targets import Target, held_target
+from serve.api.thinking import thinking_of, thinking_variables, thoughts_of
+from serve.errors import RequestError
+from serve.media.processor import Processed
+from serve.model.template import ChatTemplate
+
+EFFORT = "reasoning_effort"
+
+
+class Turn:
+    """The answers to one request, row by row. Whoever has it closes it."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        num_prompt_tokens: int,
+        *,
+        logprobs: Sequence[LogprobWriter] | None = None,
+        tells_thoughts: bool = False,
+    ) -> None:
+        """logprobs: one a row, where log-probabilities are wanted; tells_thoughts: the response is to have them."""
+        self.generation = generation
+        self.num_prompt_tokens = num_prompt_tokens
+        self.logprobs = logprobs
+        self.tells_thoughts = tells_thoughts
+
+    @property
+    def target(self) -> Target:
+        """What answers."""
+        return self.generation.target
+
+    @property
+    def is_done(self) -> bool:
+        """True when every row has had its final piece."""
+        return self.generation.is_done
+
+    async def next(self) -> tuple[int, Piece]:
+        """What came next, with its row. Raises what the engine ended a row with."""
+        row, event = await self.generation.next()
+        return row, Piece.of(event)
+
+    def close(self) -> None:
+        """Cancel what still runs; at any time, any number of times."""
+        self.generation.close()
+
+
+async def begin_turn(
+    state: AppState, http: Request, body: ChatBody, tenant: str, *, id: str, endpoint: str
+) -> Turn | None:
+    """The answers to a chat under way; None if the client has left before.
+
+    endpoint  its label in metrics
+    RequestError names the field that cannot be served. Nothing here outlives the call: pixels are the engine's to
+    drop.
+    """
+    async with held_target(state, body.model, body.user or id) as target:
+        services = target.services
+        template = _template(target)
+        thoughts = await services.tokenize(lambda: thoughts_of(services.runtime, template, body))
+        media = await _look(services, body, http)
+        if media is None:
+            return None
+        messages = [message.for_template() for message in body.messages]
+        if body.has_tool_history:
+            check_tools(template, messages)
+        token_ids = await services.prompts.of_messages(
+            template,
+            messages,
+            {
+                **_effort(template, body),
+                **thinking_variables(services.runtime, template, thoughts, body),
+                **(body.chat_template_kwargs or {}),
+            },
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=bool(body.continue_final_message),
+            media=[item.expansion for item in media],
+        )
+        thinking = thinking_of(services.runtime, template, thoughts, body, token_ids)
+        requests = await build_requests(
+            id,
+            body,
+            [await services.media.prompt(token_ids, media)],
+            target,
+            tenant=tenant,
+            continues_prompt=bool(body.continue_final_message),
+            thinking=thinking,
+        )
+        generation = Generation(state.metrics, id, endpoint, target, requests, body.n or 1)
+    return Turn(
+        generation,
+        len(token_ids),
+        logprobs=logprob_writers(services, body, requests),
+        tells_thoughts=thinking is not None and body.include_reasoning is not False,
+    )
+
+
+async def _look(services: Services, body: ChatBody, http: Request) -> list[Processed] | None:
+    """What the messages show, made ready; None if the client has left meanwhile."""
+    looking = services.media.look(body.messages, body.mm_processor_kwargs)
+    if not any(True for message in body.messages for _ in message.shown):
+        return await looking
+    try:
+        return await unless_gone(http.receive, looking)
+    except ClientGoneError:
+        return None
+
+
+def _template(target: Target) -> ChatTemplate:
+    """The template of what answers. RequestError if it has none."""
+    template = target.services.runtime.template_of(target.version)
+    if not template.exists:
+        raise RequestError(
+            f"model {target.served!r} has no chat template: neither its tokenizer nor an adapter brings one; send a "
+            f"prompt to /v1/completions instead",
+            "messages",
+        )
+    return template
+
+
+def _effort(template: ChatTemplate, body: ChatBody) -> dict[str, str]:
+    """reasoning_effort, where the template reads such a variable."""
+    if body.reasoning_effort is None or EFFORT not in template.variables:
+        return {}
+    return {EFFORT: body.reasoning_effort}
