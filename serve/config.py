@@ -103,6 +103,8 @@ class ServeConfig(Strict):
     """What a request's body may take to arrive, in seconds; one that takes longer answers 408."""
     stream_keep_alive_s: float = Field(5, ge=0)
     """A stream with nothing to say for so many seconds sends a comment, at first with its headers; 0: never."""
+    ui: bool = True
+    """Show the page at /ui/. Everybody who reaches the server may read it; what it asks needs a key like all else."""
     allowed_adapter_roots: tuple[Path, ...] | None = None
     """Folders under which /v1/load_lora_adapter may read. Left out: everywhere when bound to loopback, else
     nowhere."""

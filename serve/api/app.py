@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
 
-from serve.api import adapters, cache, chat, completions, errors, feedback, health, models, watch
+from serve.api import adapters, cache, chat, completions, errors, feedback, health, models, page, watch
 from serve.api.body import check_target
 from serve.api.metrics import CountErrors
 from serve.api.state import AppState
@@ -26,4 +26,6 @@ def create_app(runtime: Runtime) -> FastAPI:
     errors.install(app)
     for part in (chat, completions, models, adapters, watch, cache, feedback, health):
         app.include_router(part.router)
+    if runtime.config.ui:
+        app.include_router(page.router)
     return app
