@@ -6,6 +6,7 @@ import { copied, element, MarkdownView } from "./markdown.js";
 import { remember, remembered } from "./store.js";
 
 const NEAR_THE_END = 80;
+const FEWEST_FOR_A_RATE = 8;
 
 export class Talk {
   constructor(log, toEnd, { request, onState, onRefused }) {
@@ -83,6 +84,7 @@ export class Talk {
     this.onState();
     const began = performance.now();
     let first = null;
+    let refused = null;
     try {
       for await (const chunk of chat(body, abort.signal)) {
         first ??= performance.now();
@@ -93,7 +95,7 @@ export class Talk {
       if (error.name === "AbortError") message.stopped = true;
       else {
         message.error = error instanceof Refused ? error.message : String(error);
-        this.onRefused(error);
+        refused = error;
       }
     }
     if (first !== null) message.seconds = [(first - began) / 1000, (performance.now() - began) / 1000];
@@ -103,6 +105,7 @@ export class Talk {
       this.draw();
     }
     this.onState();
+    if (refused) this.onRefused(refused);
   }
 
   // Ask again for the answer at `index`, or for the one behind it.
@@ -251,7 +254,7 @@ function told(message) {
   const tokens = message.usage?.completion_tokens;
   if (tokens) {
     const [first, whole] = message.seconds ?? [];
-    const rate = tokens > 1 && whole > first ? `, ${((tokens - 1) / (whole - first)).toFixed(1)} a second` : "";
+    const rate = tokens >= FEWEST_FOR_A_RATE && whole > first ? `, ${((tokens - 1) / (whole - first)).toFixed(1)} a second` : "";
     parts.push(`${tokens} tokens${rate}${first === undefined ? "" : `, the first after ${first.toFixed(1)} s`}`);
   }
   return parts.join(" · ");

@@ -2,7 +2,7 @@
 // Links lead to http, https and mailto alone; pictures are links, so that no text makes this page load anything.
 
 const SAFE = /^(https?:|mailto:)/i;
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`\s]*)[^`]*$/;
+const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
 const RULE = /^ {0,3}([-*_])(\s*\1){2,}\s*$/;
 const QUOTE = /^ {0,3}> ?/;
@@ -124,7 +124,7 @@ export function nodeOf(source, depth = 0) {
   const fence = FENCE.exec(lines[0]);
   if (fence) {
     const last = lines.length > 1 && closes(lines[lines.length - 1], fence[1]) ? -1 : undefined;
-    return codeBlock(lines.slice(1, last).join("\n"), fence[2]);
+    return codeBlock(lines.slice(1, last).join("\n"), fence[2].trim());
   }
   const heading = HEADING.exec(lines[0]);
   if (heading) return element(`h${heading[1].length}`, {}, ...inline(heading[2]));
@@ -201,11 +201,12 @@ function cells(line) {
 }
 
 function table(lines) {
-  const heads = cells(lines[0]);
-  const row = (kind, texts) => element("tr", {}, ...heads.map((_, at) => element(kind, {}, ...inline(texts[at] ?? ""))));
+  const rows = [lines[0], ...lines.slice(2)].map(cells);
+  const width = Math.max(...rows.map((each) => each.length));
+  const row = (kind, texts) => element("tr", {}, ...Array.from({ length: width }, (_, at) => element(kind, {}, ...inline(texts[at] ?? ""))));
   return element("div", { class: "table" }, element("table", {},
-    element("thead", {}, row("th", heads)),
-    element("tbody", {}, ...lines.slice(2).map((line) => row("td", cells(line))))));
+    element("thead", {}, row("th", rows[0])),
+    element("tbody", {}, ...rows.slice(1).map((texts) => row("td", texts)))));
 }
 
 const WEAK_STAR = /^\*(?=[^\s*])((?:[^*]|\*\*[^*]+\*\*)*?[^\s*])\*(?!\*)/;
