@@ -18,6 +18,8 @@ export class Talk {
     this.messages = remembered("chat", []).filter((each) => each && typeof each.text === "string");
     this.abort = null;
     this.editing = null;
+    this.drawnNodes = new WeakMap();
+    this.views = new WeakMap();
     this.log.addEventListener("scroll", () => this.showToEnd());
     this.toEnd.addEventListener("click", () => this.scrollToEnd());
     this.draw();
@@ -133,14 +135,28 @@ export class Talk {
     remember("chat", this.messages.map((each) => ({ ...each, pictures: [] })));
   }
 
+  // Nodes of messages that are as they were stay, with what is selected, opened or scrolled in them.
   draw() {
-    this.views = new Map();
-    this.log.replaceChildren(...this.messages.map((message, index) => this.drawn(message, index)));
-    if (!this.messages.length) {
-      this.log.append(element("div", { class: "empty" }, element("h1", {}, "What shall it be?"),
+    const isAtEnd = this.isAtEnd();
+    const nodes = this.messages.map((message, index) => {
+      const isComing = this.isBusy && index === this.messages.length - 1;
+      const key = JSON.stringify([index, this.editing === index, isComing, message.text, message.error, message.finish]);
+      const before = this.drawnNodes.get(message);
+      if (before?.key === key) return before.node;
+      const node = this.drawn(message, index, isComing);
+      this.drawnNodes.set(message, { key, node });
+      return node;
+    });
+    if (!nodes.length) {
+      nodes.push(element("div", { class: "empty" }, element("h1", {}, "What shall it be?"),
         "Pick a model or an adapter above, and ask."));
     }
-    this.showToEnd();
+    nodes.forEach((node, at) => {
+      if (this.log.children[at] !== node) this.log.insertBefore(node, this.log.children[at] ?? null);
+    });
+    while (this.log.children.length > nodes.length) this.log.lastChild.remove();
+    if (isAtEnd) this.scrollToEnd();
+    else this.showToEnd();
   }
 
   // While an answer comes: its own node, once a frame.
@@ -159,7 +175,7 @@ export class Talk {
     else requestAnimationFrame(draw);
   }
 
-  drawn(message, index) {
+  drawn(message, index, isComing) {
     const isUser = message.role === "user";
     const node = element("article", { class: `message ${isUser ? "user" : "assistant"}` });
     node.append(element("div", { class: "who" }, isUser ? "You" : message.model ?? ""));
@@ -177,7 +193,6 @@ export class Talk {
       this.views.set(message, view);
       view.show();
     }
-    const isComing = this.isBusy && index === this.messages.length - 1;
     if (isComing) view.begin();
     else node.append(this.actions(message, index));
     return node;
@@ -264,7 +279,9 @@ class AnswerView {
   constructor(message) {
     this.message = message;
     this.thoughtText = element("div", { class: "text" });
-    this.thought = element("details", { class: "thought", hidden: true }, element("summary", {}, "Thoughts"), this.thoughtText);
+    this.thought = element("details", { class: "thought", hidden: true, open: message.isOpen ?? false },
+      element("summary", {}, "Thoughts"), this.thoughtText);
+    this.thought.addEventListener("toggle", () => { message.isOpen = this.thought.open; });
     this.calls = element("div");
     this.text = new MarkdownView();
     this.waiting = element("span", { class: "waiting", hidden: true }, "Thinking");

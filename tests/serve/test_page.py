@@ -401,8 +401,13 @@ def test_thoughts_are_folded_above_the_answer(opened, model_folder):
         assert not thought.evaluate("node => node.open")
         thought.locator("summary").click()
         assert len(thought.locator(".text").inner_text()) > 3
+        page.page.evaluate("window.before = [...document.querySelectorAll('.message')]")
         page.say("again")
         page.ended(2)
+        # What was opened, or selected, stays so while others come: its nodes are the same.
+        assert thought.first.evaluate("node => node.open")
+        assert page.page.evaluate("window.before.length == 2 && window.before.every(each => each.isConnected)")
+        assert page.page.evaluate(AT_END)
         assert page.asked[1]["messages"][1]["reasoning_content"]
     runtime.close()
 
@@ -474,6 +479,7 @@ def contents(body: dict) -> list[str]:
     return [message["content"] for message in body["messages"]]
 
 
+AT_END = "(n => n.scrollHeight - n.scrollTop - n.clientHeight < 2)(document.querySelector('#messages'))"
 DROPPED = """([place, kind, bytes]) => {
   const data = new DataTransfer();
   data.items.add(new File([new Uint8Array(bytes)], "a.png", { type: "image/png" }));
