@@ -7,14 +7,32 @@ from importlib.metadata import version
 from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from serve.api import adapters, cache, chat, completions, errors, feedback, health, models, status, watch
+from serve.api import (
+    adapters,
+    cache,
+    chat,
+    completions,
+    embeddings,
+    errors,
+    feedback,
+    health,
+    models,
+    page,
+    rerank,
+    status,
+    tokenize,
+    watch,
+)
 from serve.api.bases import Bases
 from serve.api.body import check_target
 from serve.api.front import Front
 from serve.api.guard import Guard
 from serve.api.messages import endpoints as messages
 from serve.api.messages.errors import error_response as anthropic_error
-from serve.api.opening import Openings
+from serve.api.ollama import endpoints as ollama
+from serve.api.ollama.errors import error_response as ollama_error
+from serve.api.opening import WORDS, Openings
+from serve.api.responses import endpoints as responses
 from serve.api.state import AppState
 from serve.runtime import Runtime
 
@@ -27,6 +45,8 @@ EXPOSED_HEADERS = [
     ),
 ]
 """What pages of other origins may read."""
+
+WORDS.update({"/v1/messages": messages.OPENING, **ollama.OPENINGS})
 
 
 def create_app(served: Runtime | Bases) -> FastAPI:
@@ -50,7 +70,13 @@ def create_app(served: Runtime | Bases) -> FastAPI:
             expose_headers=EXPOSED_HEADERS,
         )
     app.add_middleware(Front, state=state)
-    errors.install(app, {"/v1/messages": anthropic_error})
-    for part in (chat, completions, messages, models, adapters, watch, cache, feedback, health, status):
+    errors.install(app, {"/v1/messages": anthropic_error, "/api/": ollama_error})
+    for part in (
+        *(chat, completions, responses, messages, ollama, models),
+        *(embeddings, rerank, tokenize),
+        *(adapters, watch, cache, feedback, health, status),
+    ):
         app.include_router(part.router)
+    if state.config.ui:
+        app.include_router(page.router)
     return app

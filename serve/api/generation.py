@@ -110,6 +110,11 @@ class Generation:
         return sum(self._num_cached_tokens.get(row, 0) for row in range(0, self._num_rows, self.num_choices))
 
     @property
+    def first_token_s(self) -> float | None:
+        """When the first token of any row came, by time.perf_counter; None: it has not."""
+        return self._first_token_s
+
+    @property
     def num_reasoning_tokens(self) -> int:
         """Of the answers' tokens, those of thoughts, as far as is known."""
         return sum(self._num_reasoning_tokens.values())

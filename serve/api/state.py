@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -14,10 +15,15 @@ from serve.api.drain import Drain
 from serve.api.exchange import Exchange
 from serve.api.leaving import unless_gone
 from serve.api.metrics import Metrics
+from serve.api.opening import expect_long
+from serve.api.responses.kept import Responses
 from serve.api.services import Services
+from serve.api.texts import Texts
 from serve.config import ServeConfig
 from serve.errors import StoppedError
 from serve.keys.keeper import Keeper
+from serve.mcp.config import read_servers
+from serve.mcp.servers import McpServers
 from serve.pool.pool import Lease
 from serve.runtime import Runtime
 from serve.tracing import Tracer
@@ -30,14 +36,29 @@ class AppState:
         """models: those of the server; of one runtime, that alone."""
         self.bases = models if isinstance(models, Bases) else Bases.around(models)
         self.metrics = Metrics(self.bases)
-        self.keys = _keys_of(self.bases.config)
+        config = self.bases.config
+        self.keys = _keys_of(config)
         """None: everybody may ask for everything."""
         self.exchanges: set[Exchange] = set()
         """Requests that have come and whose answers have not been sent."""
-        endpoint = self.bases.config.otlp_endpoint
+        endpoint = config.otlp_endpoint
         self.tracer = None if endpoint is None else Tracer(endpoint, version("mlx-lathe"))
         """None: no spans are sent."""
-        self.drain = Drain(self.exchanges, self.bases.config.drain_timeout_s)
+        self.drain = Drain(self.exchanges, config.drain_timeout_s)
+        servers = read_servers(config.mcp_servers) if config.mcp_servers is not None else {}
+        self.mcp = McpServers(servers, config.mcp_timeout_s, config.mcp_max_result_chars)
+        """Whose tools are run for requests; none where the configuration names none."""
+        weakref.finalize(self, self.mcp.close)
+        self.responses = Responses(self.bases.config)
+        """Those of /v1/responses that run or are kept."""
+        self.texts = Texts(
+            self.bases.text_models,
+            self.bases.config,
+            self.bases.run,
+            self.metrics.registry,
+            lambda name: self.bases.of_model(name) is not None or name in self.bases.experiments.runs,
+        )
+        """What makes vectors of texts."""
 
     def close(self) -> None:
         """Send the spans that wait. The models stay their maker's."""
@@ -73,6 +94,7 @@ async def held_base(
         if waiter.is_served or http is None:
             lease = await waiter.taken()
         else:
+            expect_long(http)
             lease = await unless_gone(http.receive, waiter.taken())
         yield lease
     finally:
