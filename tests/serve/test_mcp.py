@@ -22,6 +22,11 @@ from serve.runtime import Runtime
 
 PROGRAM = Path(__file__).parents[1] / "support" / "mcp_server.py"
 OVER_STREAMS = McpServerConfig(command=sys.executable, args=(str(PROGRAM),))
+CONFIG = {
+    "model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 259,
+    "max_position_embeddings": 16384, "rope_theta": 10000.0, "tie_word_embeddings": False,
+}  # fmt: skip
 MESSAGES = [{"role": "user", "content": "What is two and three?"}]
 
 
@@ -154,13 +159,15 @@ def test_servers_that_are_disabled_are_none(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def client(model_folder, tmp_path_factory, http_address):
+def client(make_model, tmp_path_factory, http_address):
     path = tmp_path_factory.mktemp("mcp") / "servers.json"
     one = {"command": sys.executable, "args": [str(PROGRAM)]}
     gone = {"url": "http://127.0.0.1:9/mcp"}
     path.write_text(json.dumps({"mcpServers": {"one": one, "web": {"url": http_address}, "gone": gone}}))
     keys = {"mcp_servers": path, "mcp_max_rounds": 3, "mcp_timeout_s": 30}
-    runtime = Runtime.start(ServeConfig(model=str(model_folder), name="m", max_rows=8, **keys))
+    runtime = Runtime.start(
+        ServeConfig(model=str(make_model("talker", CONFIG)), name="m", max_rows=8, **keys)
+    )
     try:
         with (
             serving(runtime) as url,
@@ -184,7 +191,8 @@ def asked(**fields) -> dict:
         "tools": [entry(allowed_tools=["add"])],
         "tool_choice": choice,
     }
-    return {**said, "max_tokens": 120, "seed": 3, "parallel_tool_calls": False, **fields}
+    more = {"max_tokens": 120, "seed": 3, "parallel_tool_calls": False, "extra_body": {"min_tokens": 8}}
+    return {**said, **more, **fields}
 
 
 @pytest.mark.parametrize("label", ["one", "web"])
@@ -278,7 +286,10 @@ def test_a_request_names_a_configured_server_and_nothing_else(client, tool, stat
 
 def test_a_server_without_a_file_runs_nothing(model_folder):
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="m"))
-    with serving(runtime) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as plain:
-        with pytest.raises(openai.BadRequestError, match="none is configured"):
-            plain.chat.completions.create(**asked(tool_choice="auto"))
+    with (
+        serving(runtime) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as plain,
+        pytest.raises(openai.BadRequestError, match="none is configured"),
+    ):
+        plain.chat.completions.create(**asked(tool_choice="auto"))
     runtime.close()
