@@ -23,8 +23,8 @@ from serve.runtime import Runtime
 PROGRAM = Path(__file__).parents[1] / "support" / "mcp_server.py"
 OVER_STREAMS = McpServerConfig(command=sys.executable, args=(str(PROGRAM),))
 CONFIG = {
-    "model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 259,
+    "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 259,
     "max_position_embeddings": 16384, "rope_theta": 10000.0, "tie_word_embeddings": False,
 }  # fmt: skip
 MESSAGES = [{"role": "user", "content": "What is two and three?"}]
