@@ -48,6 +48,11 @@ class ToolUse:
         return self.marks is not None and bool(self.readable)
 
     @property
+    def is_in_headers(self) -> bool:
+        """Whether calls begin in the headers by which thoughts are told from answers."""
+        return self.is_read and self.marks is not None and self.marks.format.name == HARMONY
+
+    @property
     def shown_ids(self) -> frozenset[int]:
         """Special tokens that the answers' text has to show."""
         return self.marks.shown_ids if self.marks is not None and self.is_read else frozenset()

@@ -9,6 +9,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 
 from serve.api.errors import Problem, error_responses, writable
+from serve.api.exchange import current
 
 OVERLOADED = 529
 """Their status for a server that has too much to do; their clients ask again."""
@@ -57,11 +58,12 @@ def error_response(request: Request, problem: Problem) -> JSONResponse:
 def error_object(problem: Problem) -> dict[str, Any]:
     """What such a response, and the event `error` of a stream, hold."""
     status = _status(problem)
+    exchange = current()
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     return {
         "type": "error",
         "error": {"type": kind, "message": writable(_message(problem))},
-        "request_id": None,
+        "request_id": exchange.id if exchange else None,
     }
 
 
