@@ -7,7 +7,7 @@ was loaded into a base while it served (adapters over HTTP, rollbacks) is there 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from serve import device
@@ -17,8 +17,9 @@ from serve.api.kept import KeptAdapter, keep_adapters, restore_adapters
 from serve.api.outline import Outline
 from serve.api.services import Services
 from serve.config import ServeConfig
+from serve.embed.models import load_text_models
 from serve.engine.limits import SHARE_OF_FREE_MEMORY
-from serve.errors import ModelLoadError
+from serve.errors import ModelLoadError, StoppedError
 from serve.experiments.served import ServedExperiments
 from serve.pool.member import Terms
 from serve.pool.pool import Pool
@@ -45,6 +46,8 @@ class Bases:
         self.config = config
         self.experiments = experiments
         self.pool = pool
+        self.text_models = load_text_models(config.embedding_models)
+        """What makes vectors of texts, by name; loaded before the bases, which share out what is left."""
         self.created = int(time.time())
         self._by_name: dict[str, Base] = {}
         self._aliases: dict[str, str] = {}
@@ -72,8 +75,8 @@ class Bases:
         loader = _Loader(config, experiments)
         pool = Pool(loader.load, loader.stop, device.give_back_all_memory, _bounds(config))
         bases = loader.bases = cls(config, experiments, pool)
-        for block in config.blocks:
-            own = config.of_first_model if block is config.blocks[0] else config.of_model(block)
+        for number, block in enumerate(config.blocks):
+            own = config.of_model(block) if number else config.of_first_model
             bases._add(Base(own.base_name, own, own.aliases))
             pool.add(own.base_name, Terms(own.pinned, own.idle_unload_s))
         pool.start()
@@ -168,6 +171,18 @@ class Bases:
     def models_found(self) -> list[str]:
         """Names in model_dirs. Reads folders."""
         return []
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Run it on the thread of a base that is loaded, between two of its steps, the first base's if it is; here,
+        where none is loaded. What it raises is raised here."""
+        loaded = self.pool.loaded()
+        for name in sorted(loaded, key=lambda name: name != self.first.name):
+            try:
+                loaded[name].runtime.worker.call(work)
+            except StoppedError:  # it has left meanwhile
+                continue
+            return
+        work()
 
     def runtimes(self) -> Iterator[Runtime]:
         """Of the bases that are loaded: for a look."""

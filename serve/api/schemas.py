@@ -15,7 +15,7 @@ from serve.api.sampling import SamplingBody
 from serve.api.strict import Body, Neutral
 from serve.api.tool_bodies import ToolsBody
 from serve.cache.precision import PLAIN, KvPrecision, KvScheme
-from serve.config import ServeConfig
+from serve.config import ContextOverflow, ServeConfig
 from serve.draft.lookup import NAME as NGRAM
 from serve.errors import RequestError
 from serve.model.thoughts import MAX_MARK_CHARS
@@ -409,6 +409,8 @@ class ChatBody(TemplatedBody, ToolsBody):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """A variable of the template; a hint where the template does not read it."""
+    context_overflow: ContextOverflow | None = None
+    """What is done to a conversation that is longer than the context: as the server's key of that name."""
     add_generation_prompt: bool | None = None
     """Open the assistant's next turn; true, unless the last message is continued."""
     continue_final_message: bool | None = None
