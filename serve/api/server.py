@@ -32,9 +32,13 @@ def run(config: ServeConfig, say: Callable[[str], None] = partial(print, flush=T
     Raises ConfigError (port in use) before anything is loaded, and what Bases.start raises.
     """
     with _ended_by_sigterm(), bind(config.host, config.port) as listener:
+        # What lives as long as the server is looked through no more, a millisecond of a step each time; where models
+        # come and go that is what was there before them.
+        if config.has_several_models:
+            _set_aside()
         bases = Bases.start(config)
-        gc.collect()
-        gc.freeze()  # what lives as long as the server is looked through no more, a millisecond of a step each time
+        if not config.has_several_models:
+            _set_aside()
         try:
             say(f"Lathe serves {', '.join(bases.names())} at {url_of(listener)}/v1")
             make_server(bases).run(sockets=[listener])
@@ -79,6 +83,12 @@ def url_of(listener: socket.socket) -> str:
     """http://host:port, with the port that was really taken."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _set_aside() -> None:
+    """Leave what there is out of collections."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager
