@@ -151,6 +151,7 @@ class Runtime:
             )
             thoughts.check(template, config.thinking_budget)
             tools = ToolRules(model.tokenizer, config.tool_call_parser)
+            tools.of(template, has_channels=False)  # what it needs is imported here
             sight = sight_of(model, config)
             for adapter in config.adapters:
                 engine.registry.load(adapter.name, adapter.path)

@@ -7,7 +7,7 @@ was loaded into a base while it served (adapters over HTTP, rollbacks) is there 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,8 +18,9 @@ from serve.api.kept import KeptAdapter, keep_adapters, restore_adapters
 from serve.api.outline import Outline
 from serve.api.services import Services
 from serve.config import ServeConfig
+from serve.embed.models import load_text_models
 from serve.engine.limits import SHARE_OF_FREE_MEMORY
-from serve.errors import ModelLoadError
+from serve.errors import ModelLoadError, StoppedError
 from serve.experiments.served import ServedExperiments
 from serve.pool.member import Terms
 from serve.pool.pool import Pool
@@ -46,6 +47,8 @@ class Bases:
         self.config = config
         self.experiments = experiments
         self.pool = pool
+        self.text_models = load_text_models(config.embedding_models)
+        """What makes vectors of texts, by name; loaded before the bases, which share out what is left."""
         self.created = int(time.time())
         self._by_name: dict[str, Base] = {}
         self._aliases: dict[str, str] = {}
@@ -170,6 +173,18 @@ class Bases:
     def models_found(self) -> list[str]:
         """Names in model_dirs. Reads folders."""
         return []
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Run it on the thread of a base that is loaded, between two of its steps, the first base's if it is; here,
+        where none is loaded. What it raises is raised here."""
+        loaded = self.pool.loaded()
+        for name in sorted(loaded, key=lambda name: name != self.first.name):
+            try:
+                loaded[name].runtime.worker.call(work)
+            except StoppedError:  # it has left meanwhile
+                continue
+            return
+        work()
 
     def runtimes(self) -> Iterator[Runtime]:
         """Of the bases that are loaded: for a look."""

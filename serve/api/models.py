@@ -11,6 +11,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Request
 
 from serve.adapters.versions.version import AdapterVersion
+from serve.api.admin import check_model, may_ask
 from serve.api.bases import Base, Bases
 from serve.api.body import JsonRoute
 from serve.api.leaving import unless_gone
@@ -18,6 +19,7 @@ from serve.api.outline import Outline
 from serve.api.schemas import ModelBody
 from serve.api.services import Services
 from serve.api.state import StateDep, held_base
+from serve.api.text_cards import text_cards
 from serve.errors import NotFoundError
 from serve.pool.pool import Standing
 
@@ -28,13 +30,15 @@ router = APIRouter(route_class=JsonRoute)
 async def list_models(state: StateDep) -> dict[str, Any]:
     """As vLLM lists them: an adapter's `parent` is its base, its `root` the folder it came from. A bounded number of
     those that nobody has asked for yet stand behind them, without a version. A base's `status` says whether it is in
-    memory; one that is not is loaded by the request that asks for it."""
-    return {"object": "list", "data": await anyio.to_thread.run_sync(Listing(state.bases).cards)}
+    memory; one that is not is loaded by the request that asks for it. A key sees what it may ask for."""
+    cards = await anyio.to_thread.run_sync(Listing(state.bases).cards)
+    return {"object": "list", "data": [card for card in cards if may_ask(card["id"])]}
 
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, state: StateDep) -> dict[str, Any]:
     """One of them; `name@version` too, while that version is known."""
+    check_model(state.bases, model)
     return await anyio.to_thread.run_sync(Listing(state.bases).card, model)
 
 
@@ -102,7 +106,12 @@ class Listing:
     def _known(self) -> list[dict[str, Any]]:
         bases = [base for base in self._bases.all() if not base.is_found or base.name in self._loaded]
         adapters = [card for base in bases for card in self._adapter_cards(base)]
-        return [*(self._base_card(base) for base in bases), *adapters, *self._experiment_cards()]
+        return [
+            *(self._base_card(base) for base in bases),
+            *adapters,
+            *self._experiment_cards(),
+            *text_cards(self._bases.text_models, self._bases.created),
+        ]
 
     def _with_services(self) -> list[tuple[Base, Services]]:
         return [(base, self._loaded[base.name]) for base in self._bases.all() if base.name in self._loaded]

@@ -12,6 +12,7 @@ from fastapi import Request
 from serve.adapters.sums.combination import Combination, Weighted, added_up
 from serve.adapters.sums.expression import Term, parse_expression
 from serve.adapters.versions.version import AdapterVersion
+from serve.api.admin import check_model
 from serve.api.bases import Base
 from serve.api.opening import withdraw
 from serve.api.services import Services
@@ -90,6 +91,13 @@ async def held_target(
     A name that nobody has loaded is looked up where the configuration allows it, off the event loop. NotFoundError,
     ForbiddenError, OverloadedError, and what loading raises.
     """
+    check_model(state.bases, model)
+    if model in state.texts.models:
+        raise RequestError(
+            f"model {model!r} makes vectors or scores of texts and generates none; ask it at /v1/embeddings, "
+            "/v1/rerank or /v1/score",
+            "model",
+        )
     run = state.bases.experiments.runs.get(model)
     arm = None if run is None else (run, assign(run.experiment, unit))
     wanted = model if arm is None else arm[1].model

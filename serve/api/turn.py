@@ -5,6 +5,7 @@ An endpoint of another API writes its body as a ChatBody, begins the turn here, 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -55,6 +56,7 @@ class Turn:
         """logprobs: one a row, where log-probabilities are wanted; tells_thoughts: the response is to have them."""
         self._tools = tools
         self._readers: dict[int, RowReader | None] = {}  # by row
+        self._ready: deque[tuple[int, Piece]] = deque()
         self.generation = generation
         self.num_prompt_tokens = num_prompt_tokens
         self.logprobs = logprobs
@@ -68,20 +70,23 @@ class Turn:
     @property
     def is_done(self) -> bool:
         """True when every row has had its final piece."""
-        return self.generation.is_done
+        return self.generation.is_done and not self._ready
 
     async def next(self) -> tuple[int, Piece]:
         """What came next, with its row. Raises what the engine ended a row with."""
+        if self._ready:
+            return self._ready.popleft()
         row, event = await self.generation.next()
         if row not in self._readers:
             self._readers[row] = self._tools.reader()
         reader = self._readers[row]
         if reader is None:
             return row, Piece.of(event)
-        piece = reader.read(event)
-        if piece.finish is not None and event.finish is None:
+        first, *rest = reader.read(event)
+        if reader.is_over and event.finish is None:
             self.generation.end(row)
-        return row, piece
+        self._ready += ((row, piece) for piece in rest)
+        return row, first
 
     def close(self) -> None:
         """Cancel what still runs; at any time, any number of times."""
@@ -181,7 +186,9 @@ async def prompt_of(target: Target, body: ChatBody, http: Request) -> Asked:
         media=[item.expansion for item in media],
         tools=tools.for_template(template),
     )
-    thinking = thinking_of(services.runtime, template, thoughts, body, token_ids)
+    thinking = thinking_of(
+        services.runtime, template, thoughts, body, token_ids, tells_calls=tools.is_in_headers
+    )
     return Asked(await services.media.prompt(token_ids, media), thinking, tools)
 
 

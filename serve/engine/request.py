@@ -195,6 +195,18 @@ class Event(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a request is."""
+
+    phase: Literal["waiting", "prefill", "decode"] = "waiting"
+    """Without a row, before its first token, behind it."""
+    num_prompt_tokens: int = 0
+    num_computed_tokens: int = 0
+    """Of prompt and answer, those whose keys and values its row has."""
+    num_generated_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class MemoryUse:
     """Bytes now, and what they may be together."""
 
