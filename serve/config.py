@@ -423,6 +423,8 @@ class ServeConfig(ModelSettings, OperatingConfig):
     """So many of them at most; 0: none is kept."""
     response_store_hours: float = Field(24, gt=0, lt=math.inf)
     """So long at most. Whoever has not been used longest goes first, of the tenant who holds most."""
+    ui: bool = True
+    """Show the page at /ui/. Everybody who reaches the server may read it; what it asks needs a key like all else."""
     allowed_adapter_roots: tuple[Path, ...] | None = None
     """Folders under which /v1/load_lora_adapter may read. Left out: everywhere when bound to loopback, else
     nowhere."""

@@ -244,6 +244,25 @@ def matmul_gflops(size: int = 1024, repeats: int = 3) -> float:
     return 2 * size**3 / best_s / 1e9
 
 
+def weights_gb_s(mib: int = 256, repeats: int = 3) -> float:
+    """Measured rate at which one token's product reads float32 weights, best of `repeats`, in 10^9 bytes a second.
+
+    That is what bounds a single stream: it reads all weights for each token.
+    """
+    import mlx.core as mx
+
+    num_inputs = 4096
+    weights = mx.random.normal((mib * 2**20 // 4 // num_inputs, num_inputs))
+    token = mx.random.normal((1, num_inputs))
+    mx.eval(weights, token, token @ weights.T)
+    best_s = float("inf")
+    for _ in range(repeats):
+        start_s = time.perf_counter()
+        mx.eval(token @ weights.T)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return mib * 2**20 / best_s / 1e9
+
+
 def describe() -> Device:
     """Everything `lathe doctor` prints about the machine."""
     import mlx.core as mx

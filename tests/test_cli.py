@@ -27,6 +27,7 @@ COMMANDS = (
     "runs",
     "serve",
     "chat",
+    "generate",
     "ab",
     "ab report",
     "ab runs",
@@ -284,6 +285,19 @@ BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\nite
         ("chat", ("--url",)),
         ("chat {tmp}/no-such-model", ("no-such-model",)),
         ("chat {tmp}/no-such-model --url http://127.0.0.1:1", ("--url",)),
+        ("chat --url http://127.0.0.1:1 --adapter a={tmp}", ("--adapter", "--model")),
+        ("generate --url http://127.0.0.1:1 -p hello", ("http://127.0.0.1:1", "lathe serve")),
+        ("generate -p hello", ("MODEL, --url",)),
+        ("generate {tmp}/no-such-model -p hello", ("no-such-model",)),
+        ("generate {tmp}/m -p hello --field =3", ("--field", "NAME=VALUE")),
+        ("generate {tmp}/m -p hello --chat-template-config []", ("--chat-template-config", "JSON object")),
+        ("generate {tmp}/m -p hello --image {tmp}/none.png", ("none.png", "cannot be read")),
+        ("generate {tmp}/m -p hello --ignore-chat-template --system be", ("--system", "of chats")),
+        (
+            "generate {tmp}/m -p hello --json /dev/null/answer.json",
+            ("/dev/null/answer.json", "cannot be written"),
+        ),
+        ("generate --url http://127.0.0.1:1 -p hello --set max_rows=3", ("--set", "loaded here")),
         ("ab report nothing --store sqlite:///{tmp}/none.sqlite", ("none.sqlite",)),
         ("ab runs nothing --store sqlite:///{tmp}/none.sqlite", ("none.sqlite",)),
         ("ab drop nothing --outcome x --store sqlite:///{tmp}/none.sqlite", ("none.sqlite",)),
@@ -371,6 +385,9 @@ def test_doctor_measures_the_machine_and_writes_every_number(tmp_path):
     assert numbers["matmul_gflops"] > 0
     assert numbers["device"]["memory_bytes"] > 2**28
     assert numbers["packages"]["mlx-lm"]
+    assert numbers["weights_gb_s"] > 0
+    assert numbers["hardware"]["chip"] in done.stdout
+    assert numbers["hardware"]["memory_bytes"] > 2**28
     for shown in (numbers["device"]["mlx_version"], f"{numbers['matmul_gflops']:.1f} GFLOP/s"):
         assert shown in done.stdout
 

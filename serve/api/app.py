@@ -17,6 +17,7 @@ from serve.api import (
     feedback,
     health,
     models,
+    page,
     rerank,
     status,
     tokenize,
@@ -76,4 +77,6 @@ def create_app(served: Runtime | Bases) -> FastAPI:
         *(adapters, watch, cache, feedback, health, status),
     ):
         app.include_router(part.router)
+    if state.config.ui:
+        app.include_router(page.router)
     return app

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from serve.commands.drawing import (
+    EnableThinking,
+    FrequencyPenalty,
+    MaxTokens,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    ThinkingBudget,
+    TopK,
+    TopNSigma,
+    TopP,
+    XtcProbability,
+    XtcThreshold,
+    fields_given,
+)
 from serve.commands.options import EMBEDDED_MODEL, ApiKey, JsonFile, Overrides, check_writable, overrides_of
 from serve.commands.output import new_console, save_json
 
@@ -162,6 +179,7 @@ def serve(
 
 @app.command()
 def chat(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="What to serve and talk to; without --url only.")
     ] = None,
@@ -174,51 +192,35 @@ def chat(
         typer.Option("--model", help="Which of the server's models or adapters; else its only --adapter."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="0 is greedy. What the server has, if left out; so are these:"),
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
-    top_k: Annotated[int | None, typer.Option(min=0)] = None,
-    min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
-    top_n_sigma: Annotated[float | None, typer.Option(min=0.0)] = None,
-    xtc_probability: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
-    xtc_threshold: Annotated[float | None, typer.Option(min=0.0, max=0.5)] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(min=0.0)] = None,
-    presence_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0)] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0)] = None,
-    enable_thinking: Annotated[bool | None, typer.Option(help="Whether to think before answering.")] = None,
-    thinking_budget: Annotated[int | None, typer.Option(min=0, help="Tokens of thoughts at most.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same talk again.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    top_n_sigma: TopNSigma = None,
+    xtc_probability: XtcProbability = None,
+    xtc_threshold: XtcThreshold = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    enable_thinking: EnableThinking = None,
+    thinking_budget: ThinkingBudget = None,
+    seed: Seed = None,
+    max_tokens: MaxTokens = 512,
+    history: Annotated[
+        bool, typer.Option(help="Keep what is typed in ~/.cache/lathe/chat_history, for the arrow keys.")
+    ] = True,
     api_key: ApiKey = None,
 ) -> None:
     """Talk to a model in the terminal. Ctrl-C ends an answer, Ctrl-D the talk. Lines may come from a pipe."""
     from serve.conversation import Conversation, Speaker
     from serve.remote import choose_model
 
-    said = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "top_n_sigma": top_n_sigma,
-        "xtc_probability": xtc_probability,
-        "xtc_threshold": xtc_threshold,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "enable_thinking": enable_thinking,
-        "thinking_budget": thinking_budget,
-        "seed": seed,
-        "max_tokens": max_tokens,
-    }
-    sampling = {name: value for name, value in said.items() if value is not None}
-    with _server_for(model, adapter or [], url) as served_url:
+    sampling = fields_given(context.params)
+    with server_for(model, adapter or [], url) as served_url:
         # Who names one adapter to serve here means to talk to it.
-        only = _adapter(adapter[0])["name"] if url is None and adapter and len(adapter) == 1 else None
+        only = adapter_of(adapter[0])["name"] if url is None and adapter and len(adapter) == 1 else None
         chosen = choose_model(served_url, to or only, api_key)
-        _talk(Conversation(Speaker(served_url, chosen, api_key, sampling), system))
+        _talk(Conversation(Speaker(served_url, chosen, api_key, sampling), system), keeps_history=history)
 
 
 @app.command()
@@ -266,7 +268,7 @@ def _serve_config(
 
     changes: dict[str, Any] = {"host": host, "port": port}
     if adapters:
-        changes["adapters"] = [_adapter(words) for words in adapters]
+        changes["adapters"] = [adapter_of(words) for words in adapters]
     if embedding_models:
         named = [_named(words, "--embedding-model") for words in embedding_models]
         changes["embedding_models"] = [{"name": name, "model": path} for name, path in named]
@@ -293,11 +295,18 @@ def _as_key(value: Any) -> bool | float | str | list[str] | None:
 
 
 @contextmanager
-def _server_for(model: str | None, adapters: list[str], url: str | None) -> Iterator[str]:
+def server_for(
+    model: str | None, adapters: list[str], url: str | None, overrides: Sequence[str] = ()
+) -> Iterator[str]:
     """The address of a server: the one that was named, or one started here for as long as it is needed."""
     if (model is None) == (url is None):
         raise typer.BadParameter(
             "name what to serve, or a running server with --url", param_hint="MODEL, --url"
+        )
+    if url is not None and (adapters or overrides):
+        raise typer.BadParameter(
+            "are of a model that is loaded here; name one of a server's with --model",
+            param_hint="--adapter, --set" if overrides else "--adapter",
         )
     if url is not None:
         yield url
@@ -305,7 +314,7 @@ def _server_for(model: str | None, adapters: list[str], url: str | None) -> Iter
     from serve.api.server import serving
     from serve.runtime import Runtime
 
-    runtime = Runtime.start(_serve_config(str(model), adapters, None, None, []))
+    runtime = Runtime.start(_serve_config(str(model), adapters, None, None, [*overrides]))
     try:
         with serving(runtime) as served_url:
             yield served_url
@@ -313,17 +322,19 @@ def _server_for(model: str | None, adapters: list[str], url: str | None) -> Iter
         runtime.close()
 
 
-def _talk(conversation: Conversation) -> None:
+def _talk(conversation: Conversation, *, keeps_history: bool) -> None:
     from serve import chat as terminal
 
     if sys.stdin.isatty():
-        with terminal.Keyboard() as keyboard:
+        history = terminal.HISTORY if keeps_history else None
+        with terminal.Keyboard(history=history) as keyboard:
             terminal.at_terminal(conversation, keyboard.read, new_console())
     else:
         terminal.from_pipe(conversation, sys.stdin.buffer, new_console())
 
 
-def _adapter(words: str) -> dict[str, str]:
+def adapter_of(words: str) -> dict[str, str]:
+    """'NAME=PATH' -> its parts."""
     name, path = _named(words, "--adapter")
     return {"name": name, "path": path}
 

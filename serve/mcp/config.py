@@ -46,7 +46,7 @@ class McpServerConfig(Strict):
 class McpFile(Strict):
     """All of a file."""
 
-    mcpServers: Mapping[str, McpServerConfig]  # noqa: N815 - as others write it
+    mcpServers: Mapping[str, McpServerConfig]
 
 
 def read_servers(path: Path) -> dict[str, McpServerConfig]:

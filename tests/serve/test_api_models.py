@@ -233,7 +233,7 @@ def test_each_base_has_its_own_keys_and_adapters_and_what_was_loaded_is_there_ag
 
 
 def test_models_are_loaded_and_unloaded_over_http_and_health_and_metrics_say_so(folders, alone):
-    with both(folders) as (bases, http):
+    with both(folders) as (_bases, http):
         assert http.get("/health").json()["loaded"] == ["ant"]
         assert http.post("/v1/models/load", json={"model": "bee"}).json()["status"] == "ready"
         assert http.get("/health").json()["loaded"] == ["bee"]
