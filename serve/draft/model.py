@@ -207,7 +207,8 @@ class DraftModel:
         counters = [len(sequence.generated) for sequence in sequences]
         hidden = self._last_hidden(ready)
         span = span_of(ready, [sequence.num_tokens for sequence in sequences], 1)
-        are_likeliest = [self._kinds.is_likeliest(_group(one)) for one in ready]
+        # Where nobody draws, the sampler's tokens are the likeliest.
+        are_likeliest = [not sampler.is_greedy and self._kinds.is_likeliest(_group(one)) for one in ready]
         drawn: list[mx.array] = []
         firsts: tuple[mx.array, ...] = ()
         while True:
