@@ -56,9 +56,13 @@ def run(config: ServeConfig, say: Callable[[str], None] = partial(print, flush=T
     ):
         _check(config)
         _make_room_for(config.max_connections)
+        # What lives as long as the server is looked through no more, a millisecond of a step each time; where models
+        # come and go that is what was there before them.
+        if config.has_several_models:
+            _set_aside()
         bases = Bases.start(config)
-        gc.collect()
-        gc.freeze()  # what lives as long as the server is looked through no more, a millisecond of a step each time
+        if not config.has_several_models:
+            _set_aside()
         try:
             server = make_server(bases)
             scheme = "https" if server.config.is_ssl else "http"
@@ -229,6 +233,12 @@ def _make_room_for(num_connections: int) -> None:
     wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft not in (resource.RLIM_INFINITY,) and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _set_aside() -> None:
+    """Leave what there is out of collections."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager
