@@ -54,6 +54,13 @@ def may_ask(name: str) -> bool:
     return exchange is None or exchange.key is None or exchange.key.allows(name)
 
 
+def check_name(name: str) -> None:
+    """ForbiddenError where the request's key may not ask for what is called so and nothing else."""
+    exchange = current()
+    if exchange is not None and exchange.key is not None and not exchange.key.allows(name):
+        raise _forbidden(exchange.key, name)
+
+
 def check_model(bases: Bases, model: str) -> None:
     """ForbiddenError where the request's key may not ask for `model`, or for one of the adapters that it adds up.
 
@@ -66,10 +73,7 @@ def check_model(bases: Bases, model: str) -> None:
     for name in _names_in(bases, model):
         base = bases.find(name)  # an alias stands for what it is an alias of
         if not _allows(key, name) and not (base is not None and key.allows(base.name)):
-            part = "" if name == model else f" ({model!a:.200} adds it)"
-            raise ForbiddenError(
-                f"key {key.name!r} may not ask for model {name!a:.200}{part}; it may ask for {', '.join(key.models)}"
-            )
+            raise _forbidden(key, name, "" if name == model else f" ({model!a:.200} adds it)")
 
 
 def _names_in(bases: Bases, model: str) -> Sequence[str]:
@@ -81,6 +85,11 @@ def _names_in(bases: Bases, model: str) -> Sequence[str]:
     except RequestError:
         return []
     return [model] if terms is None else [term.name for term in terms]
+
+
+def _forbidden(key: Key, name: str, part: str = "") -> ForbiddenError:
+    may = ", ".join(key.models or ())
+    return ForbiddenError(f"key {key.name!r} may not ask for model {name!a:.200}{part}; it may ask for {may}")
 
 
 def _allows(key: Key, name: str) -> bool:
