@@ -11,7 +11,8 @@ import anyio.to_thread
 from fastapi import APIRouter, Request
 
 from serve.adapters.versions.version import AdapterVersion
-from serve.api.admin import ADMIN, check_model, may_ask
+from serve.api.admin import ADMIN
+from serve.api.allowed import check_model, may_ask
 from serve.api.bases import Base, Bases
 from serve.api.body import JsonRoute
 from serve.api.leaving import unless_gone
