@@ -483,6 +483,11 @@ class ServeConfig(ModelSettings, OperatingConfig):
         return tuple(root.expanduser().resolve() for root in roots)
 
     @property
+    def has_several_models(self) -> bool:
+        """Whether models come and go."""
+        return bool(self.models or self.model_dirs)
+
+    @property
     def blocks(self) -> tuple[ModelConfig, ...]:
         """Every model that is configured, the first of them loaded at start."""
         first = {"model": self.model, "name": self.name, "aliases": self.aliases, "preload": True}

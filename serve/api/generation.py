@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections import deque
@@ -308,6 +309,9 @@ async def build_requests(
         await anyio.to_thread.run_sync(services.runtime.engine.max_context_at, precision)
     grammar = await grammar_of(services, body, tools)
     drafter, prediction = await _drafting(services, body, prompts)
+    deadline_s, most_s = body.deadline_s, services.runtime.config.max_request_s
+    if most_s is not None:
+        deadline_s = min(deadline_s or math.inf, time.monotonic() + most_s)
     num_choices = body.num_drawn
     sampling = _sampling(services, body)
     seed = body.seed if body.seed is not None else secrets.randbits(32)
@@ -325,7 +329,7 @@ async def build_requests(
             priority=body.priority or 0,
             drafter=drafter,
             prediction=prediction,
-            deadline_s=body.deadline_s,
+            deadline_s=deadline_s,
             thinking=thinking,
             grammar=grammar,
             shown_ids=tools.shown_ids,
