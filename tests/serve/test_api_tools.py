@@ -302,7 +302,7 @@ def test_the_older_words_are_answered_in_them(client):
     [
         ({"tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice: found 'fly'"),
         ({"tools": [WEATHER, WEATHER]}, "tools: found 'get_weather' twice"),
-        ({"tools": [{"type": "retrieval"}]}, "tools.0.type"),
+        ({"tools": [{"type": "retrieval"}]}, "tools.0: Input tag 'retrieval'"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"functions": [WEATHER["function"]]}, "functions: found beside tools"),
         (
