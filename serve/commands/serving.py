@@ -154,6 +154,10 @@ def serve(
             help="How answers hold calls of tools: auto, none, hermes, qwen3_coder, llama3, mistral, …"
         ),
     ] = None,
+    mcp_servers: Annotated[
+        Path | None,
+        typer.Option(help="A file of MCP servers whose tools are run for requests that name them."),
+    ] = None,
     allowed_media_root: Annotated[
         list[Path] | None,
         typer.Option(help="Requests may show files in this folder; repeatable. On loopback: any."),
