@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from serve import device
 from serve.adapters.registry.resolver import may_find
@@ -73,7 +74,8 @@ class Bases:
         """Load the first, and those that are to be preloaded. Raises LatheError."""
         experiments = ServedExperiments.open([each.build() for each in config.experiments], config.store)
         loader = _Loader(config, experiments)
-        pool = Pool(loader.load, loader.stop, device.give_back_all_memory, _bounds(config))
+        tidy = partial(device.give_back_all_memory, thaws=not config.has_several_models)
+        pool = Pool(loader.load, loader.stop, tidy, _bounds(config))
         bases = loader.bases = cls(config, experiments, pool)
         for number, block in enumerate(config.blocks):
             own = config.of_model(block) if number else config.of_first_model

@@ -233,7 +233,7 @@ def test_each_base_has_its_own_keys_and_adapters_and_what_was_loaded_is_there_ag
 
 
 def test_models_are_loaded_and_unloaded_over_http_and_health_and_metrics_say_so(folders, alone):
-    with both(folders) as (_bases, http):
+    with both(folders) as (_, http):
         assert http.get("/health").json()["loaded"] == ["ant"]
         assert http.post("/v1/models/load", json={"model": "bee"}).json()["status"] == "ready"
         assert http.get("/health").json()["loaded"] == ["bee"]
@@ -314,7 +314,7 @@ def test_a_base_that_nobody_asks_for_gives_its_memory_back(folders, alone):
 WRONG = {
     "models.0: 'ant' is already": {"name": "ant"},
     "aliases.0: 'x' is already": {"aliases": ["x", "x"]},
-    "models.0: kv_bits: found 7": {"kv_bits": 7},
+    "kv_bits: kv_bits is 7": {"kv_bits": 7},
     "max_loaded_models: found 1, and 2 models are loaded at start": {"preload": True},
     "max_loaded_models: found 1, and 1 models are pinned": {"pinned": True},
 }
