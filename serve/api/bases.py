@@ -6,6 +6,7 @@ was loaded into a base while it served (adapters over HTTP, rollbacks) is there 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from functools import partial
 from serve import device
 from serve.adapters.registry.resolver import may_find
 from serve.adapters.sums.expression import parse_expression
+from serve.api.folders import model_in, models_in
 from serve.api.kept import KeptAdapter, keep_adapters, restore_adapters
 from serve.api.outline import Outline
 from serve.api.services import Services
-from serve.config import ServeConfig
+from serve.config import ModelConfig, ServeConfig
 from serve.embed.models import load_text_models
 from serve.engine.limits import SHARE_OF_FREE_MEMORY
 from serve.errors import ModelLoadError, StoppedError
@@ -50,6 +52,7 @@ class Bases:
         self.text_models = load_text_models(config.embedding_models)
         """What makes vectors of texts, by name; loaded before the bases, which share out what is left."""
         self.created = int(time.time())
+        self._adding = threading.Lock()
         self._by_name: dict[str, Base] = {}
         self._aliases: dict[str, str] = {}
         self._kept: dict[str, tuple[KeptAdapter, ...]] = {}
@@ -140,8 +143,14 @@ class Bases:
         return None
 
     def looked_up(self, model: str) -> Base | None:
-        """The first base in whose adapter_dirs, or on whose adapter_hub, an adapter of that name may be. Blocks: it
-        asks the disk. ForbiddenError for a name that leads out of them."""
+        """A base of that name in model_dirs; else the first in whose adapter_dirs, or on whose adapter_hub, an
+        adapter of that name may be. Blocks: it asks the disk. ForbiddenError for a name that leads out of them."""
+        path = model_in(self.config.model_dirs, model) if model not in self._by_name else None
+        if path is not None:
+            block = ModelConfig.model_validate({"model": str(path), "name": model})
+            self._add(Base(model, self.config.of_model(block), is_found=True))
+            self.pool.add(model, Terms(idle_unload_s=self.config.idle_unload_s))
+            return self._by_name[model]
         for base in self._by_name.values():
             if may_find(model, base.config.adapter_dirs, base.config.adapter_hub):
                 return base
@@ -172,7 +181,7 @@ class Bases:
 
     def models_found(self) -> list[str]:
         """Names in model_dirs. Reads folders."""
-        return []
+        return models_in(self.config.model_dirs)
 
     def run(self, work: Callable[[], None]) -> None:
         """Run it on the thread of a base that is loaded, between two of its steps, the first base's if it is; here,
@@ -192,8 +201,9 @@ class Bases:
             yield services.runtime
 
     def _add(self, base: Base) -> None:
-        self._by_name[base.name] = base
-        self._aliases.update(dict.fromkeys(base.aliases, base.name))
+        with self._adding:  # others go on reading the dictionary that was there
+            self._by_name = {**self._by_name, base.name: base}
+            self._aliases = {**self._aliases, **dict.fromkeys(base.aliases, base.name)}
 
     def _keep(self, name: str, adapters: tuple[KeptAdapter, ...]) -> None:
         self._kept[name] = adapters
