@@ -24,10 +24,11 @@ from serve.embed.models import load_text_models
 from serve.engine.limits import SHARE_OF_FREE_MEMORY
 from serve.errors import ModelLoadError, StoppedError
 from serve.experiments.served import ServedExperiments
+from serve.model.loading import expected_bytes, found_here, read_config
 from serve.pool.member import Terms
 from serve.pool.pool import Pool
 from serve.pool.rule import Bounds
-from serve.runtime import Runtime
+from serve.runtime import Runtime, rows_of_share
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Bases:
         bases = cls(
             runtime.config,
             runtime.served_experiments,
-            Pool(_never, _nothing, device.give_back_all_memory),
+            Pool(_none, _never, _nothing, device.give_back_all_memory),
         )
         bases._add(Base(runtime.model.name, runtime.config, runtime.config.aliases))
         bases._outlines[runtime.model.name] = Outline.of(runtime)
@@ -78,7 +79,7 @@ class Bases:
         experiments = ServedExperiments.open([each.build() for each in config.experiments], config.store)
         loader = _Loader(config, experiments)
         tidy = partial(device.give_back_all_memory, thaws=not config.has_several_models)
-        pool = Pool(loader.load, loader.stop, tidy, _bounds(config))
+        pool = Pool(loader.look, loader.load, loader.stop, tidy, _bounds(config))
         bases = loader.bases = cls(config, experiments, pool)
         for number, block in enumerate(config.blocks):
             own = config.of_model(block) if number else config.of_first_model
@@ -220,6 +221,19 @@ class _Loader:
         self._experiments = experiments
         self._share_bytes = _share_of(config)
 
+    def look(self, name: str) -> int:
+        """Bytes that it will take, by its files and by what is kept for its rows. Raises where it is not there."""
+        base = self.bases.find(name)
+        assert base is not None
+        folder = found_here(base.config.model)
+        if folder is None:
+            return 0  # the hub's, and to be downloaded
+        read_config(folder)
+        weights = expected_bytes(folder, base.config.dtype, base.config.quantize, base.config.dequantize)
+        own = base.config.memory_budget_gib
+        rows = 0 if self._share_bytes is None else rows_of_share(self._share_bytes, weights)
+        return weights + (rows if own is None else int(own * 2**30))
+
     def load(self, name: str) -> Services:
         base = self.bases.find(name)
         assert base is not None
@@ -256,6 +270,11 @@ def _share_of(config: ServeConfig) -> int | None:
     if config.max_loaded_models == 1:
         return None
     return int(device.free_memory_bytes() * SHARE_OF_FREE_MEMORY / config.max_loaded_models)
+
+
+def _none(_name: str) -> int:
+    """It is there."""
+    return 0
 
 
 def _never(name: str) -> Services:

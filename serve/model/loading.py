@@ -286,6 +286,26 @@ def _is_whole(folder: Path) -> bool:
     return bool(shards) and all((folder / name).exists() for name in {"config.json", *shards})
 
 
+def expected_bytes(
+    folder: Path, dtype: str | None, quantize: Quantization | None, dequantize: bool | None
+) -> int:
+    """What the weights in a folder will take once they are loaded so, about: by its files' sizes and its config."""
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    config = read_config(folder)
+    stored = DTYPES.get(str(config.get("torch_dtype") or config.get("dtype")), mx.float32).size * 8.0
+    packed = config.get("quantization")
+    on_cpu = device.backend() == "cpu"
+    is_unpacked = dequantize if dequantize is not None else on_cpu
+    computed = DTYPES[dtype].size * 8.0 if dtype else (32.0 if on_cpu else stored)
+    bits = computed
+    if isinstance(packed, dict) and isinstance(packed.get("bits"), int):
+        stored = packed["bits"] + 0.5  # a scale and a bias for each group
+        bits = computed if is_unpacked else stored
+    elif quantize is not None and not is_unpacked:
+        bits = quantize.bits + 0.5
+    return int(num_bytes * bits / stored)
+
+
 def is_hub_name(path_or_repo: str) -> bool:
     """Whether it reads as `owner/name`, and as no path."""
     is_path = Path(path_or_repo).expanduser().is_absolute() or path_or_repo.startswith((".", "~"))

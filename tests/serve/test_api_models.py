@@ -20,7 +20,7 @@ from serve.api.bases import Bases
 from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.errors import ModelError
-from serve.model.loading import load
+from serve.model.loading import expected_bytes, load
 from serve.runtime import Runtime
 
 PROMPT = "Who are you?"
@@ -403,3 +403,22 @@ def test_a_model_that_brings_its_own_code_is_refused_and_told_so(folders, tmp_pa
     (copy / "own.py").write_text("raise SystemExit")
     with pytest.raises(ModelError, match="Lathe runs no code that comes with a model"):
         load(str(copy))
+
+
+def test_memory_is_kept_to_by_weights_that_are_known_before_they_are_loaded(folders):
+    """Each has a quarter of a gibibyte for its rows and 0.4 MB of weights: of half of one, two never fit."""
+    num_bytes = expected_bytes(folders["bee"], None, None, None)
+    runtime = Runtime.start(ServeConfig(model=str(folders["bee"]), name="bee"))
+    try:
+        assert runtime.weight_bytes <= num_bytes < 1.2 * runtime.weight_bytes
+    finally:
+        runtime.close()
+    few = {"memory_budget_gib": 0.25, "max_loaded_models": 2}
+    for budget, loaded in ((0.5, {"bee"}), (0.51, {"ant", "bee"})):
+        with both(folders, models_budget_gib=budget, **few) as (bases, http):
+            ask(http, "bee")
+            assert set(bases.pool.loaded()) == loaded
+    with both(folders, models_budget_gib=0.3, bee={"memory_budget_gib": 0.5}, **few) as (bases, http):
+        answer = http.post("/v1/completions", json={"model": "bee", "prompt": "x", "max_tokens": 1})
+        assert (answer.status_code, "there is no room for it" in answer.text) == (503, True)
+        assert set(bases.pool.loaded()) == {"ant"}, "nobody leaves in vain"
