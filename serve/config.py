@@ -434,8 +434,8 @@ class ServeConfig(ModelSettings, OperatingConfig):
     media_limits: MediaLimitsConfig = MediaLimitsConfig.model_validate({})
     """What a request may show."""
     mcp_servers: Path | None = None
-    """A file of MCP servers as other clients have it, {"mcpServers": {name: {command, args, env} or {url}}}: a request
-    may have their tools run for it by their names, `tools: [{"type": "mcp", "server_label": name}]`. Left out: none."""
+    """A file of MCP servers as other clients have it, {"mcpServers": {name: {command, args, env} or {url}}}: a
+    request may have their tools run for it, `tools: [{"type": "mcp", "server_label": name}]`. Left out: none."""
     mcp_max_rounds: int = Field(8, ge=1)
     """So often a request's answer may call such tools; the next answer is text."""
     mcp_timeout_s: float = Field(30, gt=0)

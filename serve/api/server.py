@@ -27,6 +27,7 @@ from serve.errors import ConfigError
 from serve.keys.file import read_keys
 from serve.logs import logging_to
 from serve.runtime import Runtime
+from serve.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,13 @@ class Server(uvicorn.Server):
         self.state = state
         self._is_forced = False
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Until it has ended."""
+        try:
+            super().run(sockets)
+        finally:
+            self.state.close()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins to drain; a second one ends what runs at once."""
         self._captured_signals.append(sig)
@@ -189,6 +197,8 @@ def _check(config: ServeConfig) -> None:
         read_keys(config.api_keys)
     if config.ssl_certfile is not None:
         _check_certificate(config)
+    if config.otlp_endpoint is not None:
+        Tracer(config.otlp_endpoint, "").close()
     if not config.has_keys and not config.is_loopback:
         logger.warning(
             "everybody who reaches %s may ask for everything and load adapters: api_key and api_keys say who may",

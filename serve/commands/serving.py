@@ -52,6 +52,7 @@ KEYS_OF = {
     "model_dir": "model_dirs",
     "allowed_media_root": "allowed_media_roots",
     "allow_private_hosts": "media_limits.allow_private_hosts",
+    "allowed_origin": "allowed_origins",
     "max_media": "media_limits.max_items",
     "max_pixels": "media.max_pixels",
     **{f"drafter_{name}": f"drafter.{name}" for name in ("model", "max_tokens", "min_match")},
@@ -192,6 +193,34 @@ def serve(
     ] = None,
     max_pixels: Annotated[
         int | None, typer.Option(help="Of a picture; larger ones are made smaller, unless a request says.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="LATHE_API_KEY", help="A key that every request needs; better by LATHE_API_KEY."),
+    ] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="A file of keys, with tenants, limits and adapters.")
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="A page that may ask from a browser, https://…, or *; repeatable."),
+    ] = None,
+    drain_timeout_s: Annotated[
+        float | None, typer.Option(help="What running requests have to end, after SIGTERM or Ctrl-C.")
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json: one line a request.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_prompts: Annotated[
+        bool | None, typer.Option("--log-prompts", help="Write down what requests say, too.")
+    ] = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="OpenTelemetry collector: http://host:4318/v1/traces.")
+    ] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate chain, PEM: HTTPS alone.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
+    ssl_keyfile_password: Annotated[str | None, typer.Option(help="Of that key.")] = None,
+    ssl_ca_certs: Annotated[
+        Path | None, typer.Option(help="Clients must show a certificate of one of these authorities.")
     ] = None,
     overrides: Overrides = None,
 ) -> None:

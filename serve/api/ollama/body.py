@@ -78,7 +78,7 @@ class CalledFunction(Body):
     arguments: dict[str, Any] | str
 
 
-class ToolCall(Body):
+class OllamaToolCall(Body):
     """A call in a turn of the history."""
 
     hints = frozenset({"type"})
@@ -103,7 +103,7 @@ class OllamaMessage(Body):
     content: str | None = None
     thinking: str | None = None
     images: Images | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[OllamaToolCall], Field(fail_fast=True)] | None = None
     tool_name: str | None = None
     """Whose result a tool's turn is."""
     tool_call_id: str | None = None

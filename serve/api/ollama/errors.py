@@ -7,7 +7,17 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
-from serve.api.errors import Problem, writable
+from serve.api.errors import Problem, error_responses, writable
+
+RESPONSES = error_responses(
+    {
+        "type": "object",
+        "required": ["error"],
+        "properties": {"error": {"type": "string"}},
+        "additionalProperties": False,
+    }
+)
+"""What the OpenAPI description says of them."""
 
 
 def error_response(request: Request, problem: Problem) -> JSONResponse:
