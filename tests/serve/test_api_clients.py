@@ -94,7 +94,13 @@ def lite(litellm: Any, url: str) -> Callable[..., Any]:
     """litellm's completion, of this server's model."""
 
     def complete(**fields: Any) -> Any:
-        told = {"model": "openai/m", "messages": MESSAGES, "api_base": url, "api_key": "none", "num_retries": 0}
+        told = {
+            "model": "openai/m",
+            "messages": MESSAGES,
+            "api_base": url,
+            "api_key": "none",
+            "num_retries": 0,
+        }
         return litellm.completion(**{**told, **fields})
 
     return complete
@@ -131,7 +137,9 @@ def test_litellm_answers_whole_and_streamed_as_openais_client(lite: Any, client:
     chunks = list(lite(**DRAWN, extra_body=FREE, stream=True, stream_options={"include_usage": True}))
     said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert said == wanted
-    assert next(c.usage for c in chunks if getattr(c, "usage", None)).prompt_tokens == whole.usage.prompt_tokens
+    assert (
+        next(c.usage for c in chunks if getattr(c, "usage", None)).prompt_tokens == whole.usage.prompt_tokens
+    )
 
 
 def test_litellm_calls_tools_whole_and_streamed(lite: Any, litellm: Any) -> None:
@@ -242,23 +250,33 @@ def test_langchain_embeds(url: str, client: openai.OpenAI) -> None:
     from langchain_openai import OpenAIEmbeddings
 
     texts = ["a lamp", "The lamp arrived broken."]
-    embeddings = OpenAIEmbeddings(model="tiny", base_url=url, api_key="none", check_embedding_ctx_length=False)
+    embeddings = OpenAIEmbeddings(
+        model="tiny", base_url=url, api_key="none", check_embedding_ctx_length=False
+    )
     wanted = [each.embedding for each in client.embeddings.create(model="tiny", input=texts).data]
     np.testing.assert_allclose(embeddings.embed_documents(texts), wanted, atol=1e-6)
     np.testing.assert_allclose(embeddings.embed_query(texts[0]), wanted[0], atol=1e-6)
 
 
-def test_pictures_reach_the_model_through_every_client(litellm: Any, vlm_folder: Callable[[str], Path]) -> None:
+def test_pictures_reach_the_model_through_every_client(
+    litellm: Any, vlm_folder: Callable[[str], Path]
+) -> None:
     from langchain_openai import ChatOpenAI
 
-    messages = [[{"role": "user", "content": [shown(seed), {"type": "text", "text": "what is it?"}]}] for seed in (1, 2)]
+    messages = [
+        [{"role": "user", "content": [shown(seed), {"type": "text", "text": "what is it?"}]}]
+        for seed in (1, 2)
+    ]
     fields = {"temperature": 0.0, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
     runtime = Runtime.start(ServeConfig(model=str(vlm_folder("qwen2_vl")), name="sees"))
     try:
         with serving(runtime) as address:
             url = f"{address}/v1"
             client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-            wanted = [first(client.chat.completions.create(model="sees", messages=each, **fields)) for each in messages]
+            wanted = [
+                first(client.chat.completions.create(model="sees", messages=each, **fields))
+                for each in messages
+            ]
             assert np.abs(np.subtract(*wanted)).max() > 0.05
             told = {"model": "openai/sees", "api_base": url, "api_key": "none", **fields}
             found = [first(litellm.completion(messages=each, **told)) for each in messages]
