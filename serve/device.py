@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib.util
 import os
 import platform
@@ -103,6 +104,21 @@ def give_back_freed_memory() -> None:
     """Give the system what `keep_freed_memory` has kept: for when nothing is computed for a while."""
     if keep_freed_memory():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back_all_memory() -> None:
+    """Give the system what nothing refers to any more, be it in cycles or set aside from collection, and what MLX has
+    kept of it: for when a model has left."""
+    import mlx.core as mx
+
+    is_frozen = gc.get_freeze_count() > 0
+    if is_frozen:
+        gc.unfreeze()
+    gc.collect()
+    if is_frozen:
+        gc.freeze()
+    mx.clear_cache()
+    give_back_freed_memory()
 
 
 @cache

@@ -4,6 +4,7 @@ LatheError                        500 internal_error
 ├── ConfigError (ValueError)      400 invalid_config
 ├── DataError (ValueError)        400 invalid_data
 ├── ModelError (ValueError)       400 invalid_model
+├── ModelLoadError (RuntimeError) 503 model_load_failed
 ├── AdapterError (ValueError)     400 invalid_adapter
 ├── AdapterMemoryError (MemoryError) 507 adapter_memory
 ├── AdapterGoneError (LookupError) 410 adapter_gone
@@ -49,6 +50,17 @@ class ModelError(LatheError, ValueError):
 
     status = 400
     code = "invalid_model"
+
+
+class ModelLoadError(LatheError, RuntimeError):
+    """A base that the server is to have and could not load; the next request has it tried again. `problem` is why."""
+
+    status = 503
+    code = "model_load_failed"
+
+    def __init__(self, message: str, problem: LatheError | None = None) -> None:
+        super().__init__(message)
+        self.problem = problem
 
 
 class AdapterError(LatheError, ValueError):

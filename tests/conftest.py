@@ -110,6 +110,19 @@ RECURRENT = {
 """Families whose layers keep recurrent state: all of them (mamba2), or beside attention (qwen3_next)."""
 
 
+BEGIN_AT_ZERO = (
+    "gate.weight",
+    ".attn.x_",
+    ".attn.k_",
+    ".attn.r_k",
+    "g_norm.weight",
+    "ffn.x_k",
+    "conv_1d.",
+    "rg_lru.",
+)
+"""Parts of names of what a trained model has and a new one does not."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long come first, so that several processes end together."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
@@ -159,10 +172,15 @@ def write_model(
             module.parameters(),
         )
         module.update(scaled)
-        # Routers that begin at zero (deepseek) would send every token to the same experts.
-        routers = {p: w for p, w in tree_flatten(scaled) if p.endswith("gate.weight") and not w.any().item()}
+        # Routers that begin at zero (deepseek) would send every token to the same experts, and recurrent layers that
+        # do (rwkv7, recurrent_gemma) would remember nothing.
+        asleep = [
+            (path, weight)
+            for path, weight in tree_flatten(scaled)
+            if any(part in path for part in BEGIN_AT_ZERO) and not weight.any().item()
+        ]
         module.load_weights(
-            [(p, mx.random.normal(w.shape) / w.shape[-1] ** 0.5) for p, w in routers.items()], strict=False
+            [(p, mx.random.normal(w.shape) / w.shape[-1] ** 0.5) for p, w in asleep], strict=False
         )
     folder.mkdir(parents=True, exist_ok=True)
     weights = dict(tree_flatten(module.parameters()))
@@ -288,7 +306,7 @@ def make_adapter_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         mx.random.seed(seed)
         for path, linear in linears.items():
             # Of model.layers.0.self_attn.q_proj the last two; of lm_head nothing.
-            inside = path.split(".", 3)[3:]
+            inside = path.partition("layers.")[2].split(".", 1)[1:]
             if inside and (keys is None or inside[0] in keys):
                 inputs, outputs = linear_shape(linear)
                 tensors[f"{path}.lora_a"] = mx.random.normal((inputs, rank)) * size

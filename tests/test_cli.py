@@ -195,6 +195,7 @@ FLAGS_GIVEN = {
     "reasoning_parser": "deepseek_r1",
     "enable_thinking": True,
     "thinking_budget": 0,
+    "tool_call_parser": "hermes",
     "thinking_start_token": "<a>",
     "thinking_end_token": "</a>",
 }

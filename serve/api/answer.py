@@ -10,6 +10,7 @@ from serve.engine.request import Event, FinishReason, TokenLogprob
 from serve.tools.call import Call, CallPiece, add_pieces
 
 Finish = FinishReason | Literal["tool_calls"]
+Kind = Literal["reasoning", "text", "call"]
 
 
 class Piece(NamedTuple):
@@ -44,6 +45,17 @@ class Piece(NamedTuple):
 
 
 @dataclass
+class Span:
+    """What an answer says in one way before it says something in another."""
+
+    kind: Kind
+    text: str = ""
+    """Of a call: nothing."""
+    call: int = -1
+    """Its number among the answer's calls."""
+
+
+@dataclass
 class Answer:
     """One row's whole answer, as it grows."""
 
@@ -54,16 +66,30 @@ class Answer:
     finish: Finish | None = None
     stop_reason: str | int | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    spans: list[Span] = field(default_factory=list)
+    """Thoughts, text and calls in the order in which they came. What one piece brought stands in this order."""
 
     def add(self, piece: Piece) -> None:
         """Append what a piece brought."""
         self.text += piece.text
         self.reasoning += piece.reasoning
         add_pieces(self.calls, piece.calls)
+        self._add_span("reasoning", piece.reasoning)
+        self._add_span("text", piece.text)
+        for call in piece.calls:
+            if not self.spans or self.spans[-1].call != call.index:
+                self.spans.append(Span("call", call=call.index))
         self.logprobs += piece.logprobs
         self.finish = piece.finish
         self.stop_reason = piece.stop_reason
         self.prompt_logprobs = self.prompt_logprobs or piece.prompt_logprobs
+
+    def _add_span(self, kind: Kind, text: str) -> None:
+        if not text:
+            return
+        if not self.spans or self.spans[-1].kind != kind:
+            self.spans.append(Span(kind))
+        self.spans[-1].text += text
 
 
 def best_of(answers: Mapping[int, Answer], num_drawn: int, num_kept: int | None) -> list[int]:

@@ -21,13 +21,13 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from serve.api.leaving import CLIENT_CLOSED_REQUEST as CLIENT_CLOSED_REQUEST
+from serve.api.opening import announce
 from serve.config import ServeConfig
 from serve.errors import RequestError
 
 MAX_DEPTH = 64
 """Objects and lists inside each other; the JSON schema of a tool nests about ten."""
-CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that left; nobody reads it, logs do."""
 
 # Only an escape can bring half a pair: as bytes it is not UTF-8.
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -48,7 +48,9 @@ class JsonRoute(APIRoute):
                 raw = await _read(request, request.app.state.belongings.config)
             except ClientDisconnect:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
-            return await answer(_ReadRequest(request, raw, parse(raw)))
+            value = parse(raw)
+            announce(request, value)
+            return await answer(_ReadRequest(request, raw, value))
 
         return checked
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from serve.api.answer import Answer, Piece
+from serve.api.answer import Answer, Finish, Piece
 from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
 from serve.api.choices import ChoicesWriter
 from serve.api.generation import new_id
@@ -18,6 +19,7 @@ from serve.api.streaming import EVENT_STREAM, Responder
 from serve.api.tenant import TenantDep
 from serve.api.turn import Turn, begin_turn
 from serve.engine.request import TokenLogprob
+from serve.tools.call import Call, CallPiece
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -28,8 +30,9 @@ class ChatFormat:
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, turn: Turn, prompt_logprobs: int | None) -> None:
-        """prompt_logprobs: so many of the prompt's, if any."""
+    def __init__(self, turn: Turn, prompt_logprobs: int | None, *, uses_functions: bool = False) -> None:
+        """prompt_logprobs: so many of the prompt's, if any. uses_functions: calls are told in the older words."""
+        self._uses_functions = uses_functions
         self._tells_thoughts = turn.tells_thoughts
         self._writers = turn.logprobs
         self._tokens = turn.target.services.runtime.engine.token_bytes
@@ -38,13 +41,16 @@ class ChatFormat:
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        if answer.calls:
+            message["content"] = answer.text or None
+            message |= self._called(answer.calls)
         if self._tells_thoughts:
             message |= _thoughts(answer.reasoning or None)
         return {
             "index": index,
             "message": message,
             "logprobs": self._logprobs(index, answer.logprobs),
-            "finish_reason": answer.finish,
+            "finish_reason": self._finish(answer.finish),
             "stop_reason": answer.stop_reason,
         }
 
@@ -62,15 +68,55 @@ class ChatFormat:
         reasoning = piece.reasoning if self._tells_thoughts else ""
         if piece.text or piece.logprobs or reasoning:
             logprobs = self._logprobs(index, piece.logprobs)
-            delta = {} if reasoning and not piece.text else {"content": piece.text}
+            delta = {} if not piece.text and (reasoning or piece.calls) else {"content": piece.text}
             found.append(_delta(index, {**(_thoughts(reasoning) if reasoning else {}), **delta}, logprobs))
+        found += [_delta(index, self._call_delta(call)) for call in _merged(piece.calls)]
         if piece.finish is not None:
-            end = {"finish_reason": piece.finish, "stop_reason": piece.stop_reason}
+            end = {"finish_reason": self._finish(piece.finish), "stop_reason": piece.stop_reason}
             found.append({**_delta(index, {}), **end})
         return found
 
+    def _called(self, calls: Sequence[Call]) -> dict[str, Any]:
+        """Of a message; in the older words an answer calls one function."""
+        if self._uses_functions:
+            return {"function_call": {"name": calls[0].name, "arguments": calls[0].arguments}}
+        return {"tool_calls": [_call(call) for call in calls]}
+
+    def _call_delta(self, piece: CallPiece) -> dict[str, Any]:
+        function: dict[str, Any] = {"arguments": piece.arguments}
+        if piece.name is not None:
+            function = {"name": piece.name, **function}
+        if self._uses_functions:
+            return {"function_call": function}
+        begun = {"id": piece.id, "type": "function"} if piece.id is not None else {}
+        return {"tool_calls": [{"index": piece.index, **begun, "function": function}]}
+
+    def _finish(self, finish: Finish | None) -> str | None:
+        return "function_call" if finish == "tool_calls" and self._uses_functions else finish
+
     def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         return self._writers[index].chat(entries) if self._writers is not None else None
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def _merged(pieces: Sequence[CallPiece]) -> list[CallPiece]:
+    """Pieces that came at once, those of a call joined; the first of each, which names it, stands alone, as clients
+    know streams."""
+    merged: list[CallPiece] = []
+    for piece in pieces:
+        last = merged[-1] if merged else None
+        if last is not None and last.index == piece.index and last.id is None:
+            merged[-1] = replace(last, arguments=last.arguments + piece.arguments)
+        else:
+            merged.append(piece)
+    return merged
 
 
 def _thoughts(reasoning: str | None) -> dict[str, Any]:
@@ -93,7 +139,7 @@ async def create_chat_completion(
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     writer = ChoicesWriter(
         turn,
-        ChatFormat(turn, body.prompt_logprobs),
+        ChatFormat(turn, body.prompt_logprobs, uses_functions=body.uses_functions),
         wants_usage=body.wants_usage_chunk,
         is_continuous=body.wants_continuous_usage,
     )

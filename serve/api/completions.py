@@ -108,7 +108,7 @@ async def create_completion(
 ) -> Response:
     """OpenAI's completions, with prompts as text or token ids; vLLM's `top_k`, `min_p`, `ignore_eos` beside them."""
     id = new_id("cmpl")
-    async with held_target(state, body.model, body.user or id) as target:
+    async with held_target(state, body.model, body.user or id, http) as target:
         services = target.services
         prompts = await services.tokenize(lambda: [_encode(services, prompt) for prompt in body.prompts])
         requests = await build_requests(

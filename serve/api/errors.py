@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from serve.api.leaving import CLIENT_CLOSED_REQUEST, ClientGoneError
 from serve.api.strict import Body
 from serve.errors import DeadlineError, LatheError, NotFoundError, OverloadedError, RequestError
 
@@ -66,8 +68,8 @@ def problem_of(error: LatheError) -> Problem:
     return Problem(error.status, str(error), error.code, param)
 
 
-Form = Callable[[Problem], dict[str, Any]]
-"""One API's error object."""
+Form = Callable[[Request, Problem], JSONResponse]
+"""One API's response that is an error."""
 
 
 def openai_form(problem: Problem) -> dict[str, Any]:
@@ -85,14 +87,13 @@ def openai_form(problem: Problem) -> dict[str, Any]:
     }
 
 
-FORMS: dict[str, Form] = {}
-"""By the beginning of the path; OpenAI's stands for all others."""
-
-
-def form_of(request: Request) -> Form:
-    """The words in which this request's path tells of errors."""
+def problem_response(request: Request, problem: Problem) -> JSONResponse:
+    """A response that is an error, in the words of the request's path."""
     path = request.scope["path"]
-    return next((form for prefix, form in FORMS.items() if path.startswith(prefix)), openai_form)
+    for prefix, form in request.app.state.error_forms.items():
+        if path.startswith(prefix):
+            return form(request, problem)
+    return JSONResponse(openai_form(problem), problem.status)
 
 
 def writable(message: str) -> str:
@@ -106,7 +107,7 @@ def error_response(
     request: Request, status: int, message: str, *, code: str | None = None, param: str | None = None
 ) -> JSONResponse:
     """A response that is an error, in the words of the request's API."""
-    return JSONResponse(form_of(request)(Problem(status, message, code, param)), status)
+    return problem_response(request, Problem(status, message, code, param))
 
 
 def openai_error(
@@ -118,20 +119,27 @@ def openai_error(
 
 def response_of(request: Request, error: LatheError) -> JSONResponse:
     """The response to a deliberate error. One that passes carries Retry-After."""
-    headers = {}
+    response = problem_response(request, problem_of(error))
     if isinstance(error, OverloadedError):
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, DeadlineError):
-        headers["X-Should-Retry"] = "false"  # OpenAI's clients would ask for it all again
-    return JSONResponse(form_of(request)(problem_of(error)), error.status, headers)
+        response.headers["X-Should-Retry"] = (
+            "false"  # OpenAI's clients, and Anthropic's, would ask for it all again
+        )
+    return response
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error of `app` in this form."""
+def install(app: FastAPI, forms: Mapping[str, Form] = MappingProxyType({})) -> None:
+    """Answer every error of `app` in the form that stands by the beginning of its path, or in OpenAI's."""
+    app.state.error_forms = forms
 
     @app.exception_handler(LatheError)
     async def on_lathe_error(request: Request, error: LatheError) -> JSONResponse:
         return response_of(request, error)
+
+    @app.exception_handler(ClientGoneError)
+    async def on_client_gone(request: Request, error: ClientGoneError) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:

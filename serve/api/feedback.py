@@ -19,7 +19,7 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/v1/feedback")
 async def feedback(body: FeedbackBody, state: StateDep) -> Response:
     """Idempotent by (id, name): the last value counts."""
-    recorder = state.services.runtime.recorder
+    recorder = state.bases.experiments.recorder
     if recorder is None:
         message = "id: this server runs no experiment, so no completion takes feedback"
         return openai_error(404, message, code="not_found", param="id")

@@ -17,6 +17,7 @@ from serve.api.metrics import Metrics
 from serve.api.schemas import CompletionBody, GenerationBody
 from serve.api.services import Services
 from serve.api.targets import Target
+from serve.api.tools import NO_TOOLS, ToolUse, grammar_of
 from serve.draft.lookup import NAME as NGRAM
 from serve.engine.drafts import NONE
 from serve.engine.request import Event, Request, Sampling
@@ -34,7 +35,7 @@ class Generation:
     """Rows of the engine that answer one HTTP request: one per prompt and choice, in that order.
 
     The rows belong to this object until `close`, which may be called at any time and any number of times, and
-    takes out of the engine what is still running.
+    takes out of the engine what is still running. So long the model stays loaded.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Generation:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open: dict[int, str] = {}
         self._num_rows = len(requests)
+        self._lease = target.lease.again() if target.lease is not None else None
         try:
             self._submit(requests)
         except LatheError:
@@ -99,6 +101,8 @@ class Generation:
     async def next(self) -> tuple[int, Event]:
         """The next event of any row, with the row's index. StoppedError or OverloadedError if the engine ended it."""
         index, event = await self._events.get()
+        while index not in self._open:  # ended here, before the engine knew
+            index, event = await self._events.get()
         self.num_answer_tokens += len(event.token_ids)
         if event.num_reasoning_tokens:
             self._num_reasoning_tokens[index] = event.num_reasoning_tokens
@@ -120,6 +124,11 @@ class Generation:
                 await asyncio.wrap_future(self._exposed)
         return index, event
 
+    def end(self, row: int) -> None:
+        """End an open row's answer where it stands, as if it had stopped there."""
+        self._runtime.worker.cancel(self._open.pop(row))
+        self._finish = "stop"
+
     def close(self) -> None:
         """Cancel what still runs, and count the request."""
         if self._is_closed:
@@ -131,6 +140,8 @@ class Generation:
         if self._open and self._finish not in ("error", "refused"):
             self._finish = "cancelled"
         self._count()
+        if self._lease is not None:
+            self._lease.release()
 
     def _submit(self, requests: Sequence[Request]) -> None:
         runtime = self._runtime
@@ -195,6 +206,7 @@ async def build_requests(
     tenant: str,
     continues_prompt: bool,
     thinking: Thinking | None = None,
+    tools: ToolUse = NO_TOOLS,
 ) -> list[Request]:
     """One engine request per prompt and drawn answer, all of one group; answer i draws with seed + i.
 
@@ -206,7 +218,7 @@ async def build_requests(
     if precision is not None:
         # The first of a scheme imports what it needs, which takes seconds: not on the loop that serves everyone.
         await anyio.to_thread.run_sync(services.runtime.engine.max_context_at, precision)
-    grammar = None if body.constraint is None else await services.grammars.get(body.constraint)
+    grammar = await grammar_of(services, body, tools)
     drafter, prediction = await _drafting(services, body, prompts)
     num_choices = body.num_drawn
     sampling = _sampling(services, body)
@@ -228,6 +240,8 @@ async def build_requests(
             deadline_s=body.deadline_s,
             thinking=thinking,
             grammar=grammar,
+            shown_ids=tools.shown_ids,
+            stop_ids=tools.stop_ids,
         )
         for p, prompt in enumerate(prompts)
         for choice in range(num_choices)

@@ -7,25 +7,26 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from serve.api.state import StateDep
-from serve.api.targets import served_names
 
 router = APIRouter()
 
 
 @router.get("/health")
 async def health(state: StateDep) -> Response:
-    """200 while the engine takes requests; 503 with its failure once it does not."""
-    worker = state.services.runtime.worker
-    if worker.failure is not None:
-        return JSONResponse({"status": "failed", "error": repr(worker.failure)}, 503)
-    stats = worker.stats()
+    """200 while every engine that runs takes requests; 503 with its failure once one does not."""
+    workers = [runtime.worker for runtime in state.bases.runtimes()]
+    for worker in workers:
+        if worker.failure is not None:
+            return JSONResponse({"status": "failed", "error": repr(worker.failure)}, 503)
+    stats = [worker.stats() for worker in workers]
     return JSONResponse(
         {
             "status": "ok",
-            "models": served_names(state.services.runtime),
-            "num_decoding": stats.num_decoding,
-            "num_prefilling": stats.num_prefilling,
-            "num_waiting": stats.num_waiting,
+            "models": state.bases.names(),
+            "loaded": list(state.bases.pool.loaded()),
+            "num_decoding": sum(each.num_decoding for each in stats),
+            "num_prefilling": sum(each.num_prefilling for each in stats),
+            "num_waiting": sum(each.num_waiting for each in stats),
         }
     )
 

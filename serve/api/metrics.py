@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,10 +12,13 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.adapters.versions.version import COMBINED
+from serve.api.bases import Bases
+from serve.api.services import Services
 from serve.cache.stats import FeatureStats, PrefixStats
 from serve.constraints.compiler import GrammarStats
 from serve.engine.drafts import DraftStats
 from serve.engine.request import MemoryUse
+from serve.pool.member import State
 from serve.runtime import Runtime
 
 TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -33,10 +37,10 @@ class Metrics:
     as many as the adapters in memory, whatever comes and goes.
     """
 
-    def __init__(self, runtime: Runtime, grammars: Callable[[], GrammarStats]) -> None:
-        self._runtime = runtime
+    def __init__(self, bases: Bases) -> None:
+        self._bases = bases
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(runtime, grammars))
+        self.registry.register(_EngineCollectors(bases))
         self.requests = Counter(
             "lathe_requests",
             "Generations by how they ended.",
@@ -54,7 +58,7 @@ class Metrics:
                 ("accepted_tokens", "Guesses that were right, and no wrong one before them."),
             )
         )
-        self._counted: Mapping[str, DraftStats] = {}
+        self._counted: Mapping[str, DraftStats] = {}  # by label
         self.ttft_s = self._histogram("lathe_ttft_seconds", "Time to the first token.", TTFT_BUCKETS_S)
         self.tpot_s = self._histogram("lathe_tpot_seconds", "Time per token after the first.", TPOT_BUCKETS_S)
         self.e2e_s = self._histogram("lathe_request_seconds", "Time to the last token.", E2E_BUCKETS_S)
@@ -79,22 +83,27 @@ class Metrics:
 
     def _count_drafts(self) -> None:
         """What the engine has counted since it was last asked, under the labels of everything else."""
-        found = self._runtime.worker.stats().drafts
-        for name, now in found.items():
-            before = self._counted.get(name, DraftStats())
-            if now.num_drafts < before.num_drafts:  # nobody had asked for it in long, and it was counted anew
+        found = {
+            name or runtime.model.name: stats
+            for runtime in self._bases.runtimes()
+            for name, stats in runtime.worker.stats().drafts.items()
+        }
+        for label, now in found.items():
+            before = self._counted.get(label, DraftStats())
+            # Nobody had asked for it in long, or its base had left, and it was counted anew.
+            if now.num_drafts < before.num_drafts:
                 before = DraftStats()
             if now != before:
-                label = name or self._runtime.model.name
                 for counter, new, old in zip(self._drafted, astuple(now), astuple(before), strict=True):
                     counter.labels(label).inc(new - old)
         self._counted = found
 
     def _gone(self) -> set[str]:
         """Names that were counted, and that neither new requests nor running ones use."""
-        registry = self._runtime.registry
-        versions = (version.name for version in registry.versions())
-        served = {self._runtime.model.name, COMBINED, *registry.names(), *versions}
+        versions = {
+            version.name for runtime in self._bases.runtimes() for version in runtime.registry.versions()
+        }
+        served = {COMBINED, *self._bases.names(), *versions}
         return {
             sample.labels["model"]
             for metric in self._by_model
@@ -129,12 +138,65 @@ class CountErrors:
         await self._app(scope, receive, counted)
 
 
-class _EngineCollector(Collector):
-    """Reads the engine when asked, so nothing is counted twice."""
+class _EngineCollectors(Collector):
+    """Reads the engines of the bases that are loaded when asked, so nothing is counted twice. Where a server has
+    several bases, `base` says whose each number is."""
 
-    def __init__(self, runtime: Runtime, grammars: Callable[[], GrammarStats]) -> None:
-        self._runtime = runtime
-        self._grammars = grammars
+    def __init__(self, bases: Bases) -> None:
+        self._bases = bases
+
+    def collect(self) -> Iterable[Metric]:
+        loaded = self._bases.pool.loaded()
+        found = {name: _EngineCollector(services) for name, services in loaded.items()}
+        if len(self._bases.all()) == 1:
+            for collector in found.values():
+                yield from collector.collect()
+            return
+        yield from _together(found)
+        yield from _models(self._bases)
+
+
+def _together(collectors: Mapping[str, _EngineCollector]) -> Iterable[Metric]:
+    """Each family once, with every base's samples."""
+    families: dict[str, Metric] = {}
+    for base, collector in collectors.items():
+        for family in collector.collect():
+            merged = families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type, family.unit)
+            )
+            for sample in family.samples:
+                merged.add_sample(sample.name, {**sample.labels, "base": base}, sample.value)
+    return families.values()
+
+
+def _models(bases: Bases) -> Iterator[Metric]:
+    """What is loaded, and how often it was."""
+    standings = bases.pool.standings()
+    state = GaugeMetricFamily(
+        "lathe_model_state", "1 for the state that a base is in.", labels=["base", "state"]
+    )
+    leases = GaugeMetricFamily("lathe_model_in_use", "Requests that hold a base.", labels=["base"])
+    waiters = GaugeMetricFamily("lathe_model_awaited", "Requests that wait for a base.", labels=["base"])
+    loads = CounterMetricFamily("lathe_model_loads", "Times that a base was loaded.", labels=["base"])
+    failed = CounterMetricFamily("lathe_model_load_failures", "Times that it could not be.", labels=["base"])
+    load_s = CounterMetricFamily("lathe_model_load_seconds", "Time that its loads took.", labels=["base"])
+    for each in standings:
+        for name in get_args(State):
+            state.add_metric([each.name, name], float(each.state == name))
+        leases.add_metric([each.name], each.num_leases)
+        waiters.add_metric([each.name], each.num_waiters)
+        loads.add_metric([each.name], each.num_loads)
+        failed.add_metric([each.name], each.num_failed)
+        load_s.add_metric([each.name], each.load_s)
+    return iter((state, leases, waiters, loads, failed, load_s))
+
+
+class _EngineCollector(Collector):
+    """Of one base."""
+
+    def __init__(self, services: Services) -> None:
+        self._runtime = services.runtime
+        self._grammars = services.grammars.stats
 
     def collect(self) -> Iterable[Metric]:
         stats = self._runtime.worker.stats()

@@ -50,6 +50,7 @@ class Prompts:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         media: Sequence[Expansion] = (),
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> TokenIds:
         """Ids of a chat. RequestError as ChatTemplate.write, ContextLengthError for more than can ever fit.
 
@@ -58,9 +59,10 @@ class Prompts:
         runtime = self._runtime
 
         def write() -> Written:
-            self._check_size(messages, variables)
+            self._check_size(messages, [variables, tools])
             written = template.write(
                 messages,
+                tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 variables=variables,
@@ -102,7 +104,7 @@ class Prompts:
                 )
         return encode(None)
 
-    def _check_size(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> None:
+    def _check_size(self, messages: Sequence[Mapping[str, Any]], variables: Any) -> None:
         if len(messages) > self._runtime.max_context:
             raise self._too_long(f"your request has {len(messages):,} messages", "messages")
         try:

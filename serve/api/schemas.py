@@ -13,6 +13,7 @@ from serve.api.constraints import ConstrainedBody
 from serve.api.parts import Part, Shown, TextPart
 from serve.api.sampling import SamplingBody
 from serve.api.strict import Body, Neutral
+from serve.api.tool_bodies import ToolsBody
 from serve.cache.precision import PLAIN, KvPrecision, KvScheme
 from serve.config import ServeConfig
 from serve.draft.lookup import NAME as NGRAM
@@ -267,14 +268,17 @@ class ToolCall(Body):
     function: FunctionCall
 
 
+_ROLES: Mapping[str, str] = {"developer": "system", "function": "tool"}
+
+
 class Message(Body):
     """One turn of a chat. The template gets what its turn says: who, what, what was called and what came of it."""
 
-    neutral: ClassVar[Neutral] = {"audio": (None,), "function_call": (None,)}
+    neutral: ClassVar[Neutral] = {"audio": (None,)}
     hints = frozenset({"annotations", "cache_control", "reasoning_details", "refusal"})
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    """developer is OpenAI's newer word for system, and is rendered as system."""
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    """developer is OpenAI's newer word for system, and is rendered as system; function its older one for tool."""
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     """Text, or pieces of it with pictures, clips and sounds between them. Null beside tool calls only."""
     name: str | None = None
@@ -284,23 +288,30 @@ class Message(Body):
     reasoning: str | None = None
     """The same by its newer name."""
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    function_call: FunctionCall | None = None
+    """OpenAI's older word for tool_calls."""
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
     def _says_something_of_its_role(self) -> Message:
-        if self.tool_calls and self.role != "assistant":
-            raise RequestError(
-                f"tool_calls: found in a turn of {self.role!r}; an assistant calls", "tool_calls"
-            )
+        for name in ("tool_calls", "function_call"):
+            if getattr(self, name) and self.role != "assistant":
+                raise RequestError(f"{name}: found in a turn of {self.role!r}; an assistant calls", name)
         if self.tool_call_id is not None and self.role != "tool":
             raise RequestError(
                 f"tool_call_id: found in a turn of {self.role!r}; a tool answers", "tool_call_id"
             )
-        if self.content is None and not self.tool_calls:
+        if self.content is None and not self.calls:
             raise RequestError(
                 "content: found null or none; it is text, or null beside tool_calls", "content"
             )
         return self
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """By whichever word."""
+        old = [] if self.function_call is None else [ToolCall(function=self.function_call)]
+        return [*(self.tool_calls or ()), *old]
 
     @property
     def shown(self) -> Iterator[tuple[int, Shown]]:
@@ -311,8 +322,10 @@ class Message(Body):
 
     def for_template(self) -> dict[str, Any]:
         """As ChatTemplate takes it: of a picture, a clip or a sound it gets the kind alone."""
-        turn = self.model_dump(exclude_none=True, exclude={"content", "reasoning"})
-        turn["role"] = "system" if self.role == "developer" else self.role
+        turn = self.model_dump(
+            exclude_none=True, exclude={"content", "reasoning", "tool_calls", "function_call"}
+        )
+        turn["role"] = _ROLES.get(self.role, self.role)
         turn["content"] = self.content
         if isinstance(self.content, list):
             turn["content"] = [
@@ -321,30 +334,28 @@ class Message(Body):
             ]
         if self.reasoning is not None and self.reasoning_content is None:
             turn["reasoning_content"] = self.reasoning
-        if not self.tool_calls:
-            turn.pop("tool_calls", None)
+        if self.calls:
+            turn["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.calls]
         return turn
 
 
 _TEMPLATE_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
-class ChatBody(GenerationBody):
+class ChatBody(GenerationBody, ToolsBody):
     """POST /v1/chat/completions."""
 
     neutral: ClassVar[Neutral] = {
         **UNCONSTRAINED,
         "audio": (None,),
-        "function_call": (None, "none"),
-        "functions": (None, []),
         "modalities": (None, ["text"]),
         "moderation": (None,),
-        "parallel_tool_calls": (None, True, False),
-        "tool_choice": (None, "none"),
-        "tools": (None, []),
         "verbosity": (None, "medium"),
         "web_search_options": (None,),
     }
+
+    insists_on_thinking: ClassVar[bool] = True
+    """Whether a request for thoughts, or for none, is refused by a model that cannot be told. False: it is a wish."""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -421,7 +432,7 @@ class ChatBody(GenerationBody):
     @property
     def has_tool_history(self) -> bool:
         """True if a turn calls a tool or brings a result."""
-        return any(message.tool_calls or message.role == "tool" for message in self.messages)
+        return any(message.calls or message.role in ("tool", "function") for message in self.messages)
 
     @property
     def budget(self) -> int | None:
@@ -513,12 +524,20 @@ class LoadAdapterBody(Body):
     neutral: ClassVar[Neutral] = {
         "lora_int_id": (None,),
         "is_3d_lora_weight": (None, False),
-        "base_model_name": (None,),
     }
 
     lora_name: Label
     lora_path: str
     load_inplace: bool = False
+    base_model_name: Label | None = None
+    """Of the bases of a server, the one that it was trained on."""
+
+
+class ModelBody(Body):
+    """POST /v1/models/load and /v1/models/unload."""
+
+    model: Label
+    """A base's name or alias."""
 
 
 class UnloadAdapterBody(Body):

@@ -14,7 +14,7 @@ from functools import partial
 import uvicorn
 
 from serve.api.app import create_app
-from serve.api.targets import served_names
+from serve.api.bases import Bases
 from serve.config import ServeConfig
 from serve.errors import ConfigError
 from serve.runtime import Runtime
@@ -29,26 +29,26 @@ def run(config: ServeConfig, say: Callable[[str], None] = partial(print, flush=T
     """Serve until SIGINT or SIGTERM, then let streams end for a while and write what is queued. Main thread only.
 
     say  gets one line with the models' names and the URL, once requests are answered
-    Raises ConfigError (port in use) before anything is loaded, and what Runtime.start raises.
+    Raises ConfigError (port in use) before anything is loaded, and what Bases.start raises.
     """
     with _ended_by_sigterm(), bind(config.host, config.port) as listener:
-        runtime = Runtime.start(config)
+        bases = Bases.start(config)
         gc.collect()
         gc.freeze()  # what lives as long as the server is looked through no more, a millisecond of a step each time
         try:
-            say(f"Lathe serves {', '.join(served_names(runtime))} at {url_of(listener)}/v1")
-            make_server(runtime).run(sockets=[listener])
+            say(f"Lathe serves {', '.join(bases.names())} at {url_of(listener)}/v1")
+            make_server(bases).run(sockets=[listener])
         except KeyboardInterrupt:
             pass  # uvicorn has shut down and raised the signal again
         finally:
-            runtime.close()
+            bases.close()
 
 
 @contextmanager
-def serving(runtime: Runtime) -> Iterator[str]:
-    """Serve `runtime` on a free loopback port from a thread; the URL, without /v1. For tests and the demo."""
+def serving(models: Runtime | Bases) -> Iterator[str]:
+    """Serve them on a free loopback port from a thread; the URL, without /v1. For tests and the demo."""
     with bind("127.0.0.1", 0) as listener:
-        server = make_server(runtime)
+        server = make_server(models)
         thread = threading.Thread(target=server.run, args=([listener],), name="lathe-http")
         thread.start()
         try:
@@ -95,10 +95,10 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def make_server(runtime: Runtime) -> uvicorn.Server:
+def make_server(models: Runtime | Bases) -> uvicorn.Server:
     """Not yet running, and bound to nothing."""
     config = uvicorn.Config(
-        create_app(runtime),
+        create_app(models),
         log_level="warning",
         access_log=False,
         lifespan="off",

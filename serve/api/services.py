@@ -35,6 +35,11 @@ class Services:
         vocab_size = engine.model.network.vocab_size
         self.grammars = GrammarCompiler(engine.model.tokenizer, engine.token_bytes, vocab_size)
 
+    def close(self) -> None:
+        """End the threads that work for it. The runtime's are its own."""
+        self.media.close()
+        self.grammars.close()
+
     async def look_up(self, work: Callable[[], T]) -> T:
         """Find or read adapters, on one of the threads for that."""
         return await anyio.to_thread.run_sync(work, limiter=self._looking_up)

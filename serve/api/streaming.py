@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -16,14 +16,14 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve.api.answer import Answer, Piece
 from serve.api.body import CLIENT_CLOSED_REQUEST
+from serve.api.leaving import ClientGoneError, unless_gone
+from serve.api.opening import KEEP_ALIVE
 from serve.api.targets import Target
 from serve.errors import LatheError
 
 T = TypeVar("T")
 EVENT_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 """What a route that can stream adds to its OpenAPI description."""
-KEEP_ALIVE = b": keep-alive\n\n"
-"""A comment, which readers of server-sent events skip."""
 
 
 class Turn(Protocol):
@@ -62,10 +62,6 @@ class Writer(Protocol):
 
     def error(self, error: LatheError) -> bytes:
         """What a stream ends with that broke."""
-
-
-class ClientGoneError(Exception):
-    """The client has closed the connection; never leaves this package."""
 
 
 @dataclass(frozen=True)
@@ -196,21 +192,6 @@ class _SteadySend:
                     self._last_s = time.monotonic()
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled with ClientGoneError as soon as the client closes the connection."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGoneError
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
 async def _cancelled(task: asyncio.Future[Any]) -> None:
     """Wait until `task` has ended, now; what it would have given or raised is dropped."""
     if not task.done():
@@ -218,11 +199,6 @@ async def _cancelled(task: asyncio.Future[Any]) -> None:
         await asyncio.wait({task})
     if not task.cancelled():
         task.exception()
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def sse(data: dict[str, Any], event: str | None = None) -> bytes:

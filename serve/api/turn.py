@@ -6,24 +6,35 @@ An endpoint of another API writes its body as a ChatBody, begins the turn here, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from fastapi import Request
 
 from serve.api.answer import Piece
 from serve.api.generation import Generation, build_requests, logprob_writers
-from serve.api.history import check_tools
+from serve.api.leaving import ClientGoneError, unless_gone
 from serve.api.logprobs import LogprobWriter
 from serve.api.schemas import ChatBody
 from serve.api.services import Services
 from serve.api.state import AppState
-from serve.api.streaming import ClientGoneError, unless_gone
 from serve.api.targets import Target, held_target
 from serve.api.thinking import thinking_of, thinking_variables, thoughts_of
+from serve.api.tools import NO_TOOLS, RowReader, ToolUse, tools_of
+from serve.engine.thinking import Thinking
 from serve.errors import RequestError
 from serve.media.processor import Processed
+from serve.model.prompt import Prompt
 from serve.model.template import ChatTemplate
 
 EFFORT = "reasoning_effort"
+
+
+class Asked(NamedTuple):
+    """A chat as the engine gets it, and what its answer is read by."""
+
+    prompt: Prompt
+    thinking: Thinking | None
+    tools: ToolUse
 
 
 class Turn:
@@ -36,8 +47,11 @@ class Turn:
         *,
         logprobs: Sequence[LogprobWriter] | None = None,
         tells_thoughts: bool = False,
+        tools: ToolUse = NO_TOOLS,
     ) -> None:
         """logprobs: one a row, where log-probabilities are wanted; tells_thoughts: the response is to have them."""
+        self._tools = tools
+        self._readers: dict[int, RowReader | None] = {}  # by row
         self.generation = generation
         self.num_prompt_tokens = num_prompt_tokens
         self.logprobs = logprobs
@@ -56,7 +70,15 @@ class Turn:
     async def next(self) -> tuple[int, Piece]:
         """What came next, with its row. Raises what the engine ended a row with."""
         row, event = await self.generation.next()
-        return row, Piece.of(event)
+        if row not in self._readers:
+            self._readers[row] = self._tools.reader()
+        reader = self._readers[row]
+        if reader is None:
+            return row, Piece.of(event)
+        piece = reader.read(event)
+        if piece.finish is not None and event.finish is None:
+            self.generation.end(row)
+        return row, piece
 
     def close(self) -> None:
         """Cancel what still runs; at any time, any number of times."""
@@ -72,56 +94,69 @@ async def begin_turn(
     RequestError names the field that cannot be served. Nothing here outlives the call: pixels are the engine's to
     drop.
     """
-    async with held_target(state, body.model, body.user or id) as target:
-        services = target.services
-        template = _template(target)
-        thoughts = await services.tokenize(lambda: thoughts_of(services.runtime, template, body))
-        media = await _look(services, body, http)
-        if media is None:
-            return None
-        messages = [message.for_template() for message in body.messages]
-        if body.has_tool_history:
-            check_tools(template, messages)
-        token_ids = await services.prompts.of_messages(
-            template,
-            messages,
-            {
-                **_effort(template, body),
-                **thinking_variables(services.runtime, template, thoughts, body),
-                **(body.chat_template_kwargs or {}),
-            },
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=bool(body.continue_final_message),
-            media=[item.expansion for item in media],
-        )
-        thinking = thinking_of(services.runtime, template, thoughts, body, token_ids)
+    try:
+        return await _begun(state, http, body, tenant, id, endpoint)
+    except ClientGoneError:
+        return None
+
+
+async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id: str, endpoint: str) -> Turn:
+    async with held_target(state, body.model, body.user or id, http) as target:
+        asked = await prompt_of(target, body, http)
         requests = await build_requests(
             id,
             body,
-            [await services.media.prompt(token_ids, media)],
+            [asked.prompt],
             target,
             tenant=tenant,
             continues_prompt=bool(body.continue_final_message),
-            thinking=thinking,
+            thinking=asked.thinking,
+            tools=asked.tools,
         )
         generation = Generation(state.metrics, id, endpoint, target, requests, body.n or 1)
     return Turn(
         generation,
-        len(token_ids),
-        logprobs=logprob_writers(services, body, requests),
-        tells_thoughts=thinking is not None and body.include_reasoning is not False,
+        len(asked.prompt.token_ids),
+        logprobs=logprob_writers(target.services, body, requests),
+        tells_thoughts=asked.thinking is not None and body.include_reasoning is not False,
+        tools=asked.tools,
     )
 
 
-async def _look(services: Services, body: ChatBody, http: Request) -> list[Processed] | None:
-    """What the messages show, made ready; None if the client has left meanwhile."""
+async def prompt_of(target: Target, body: ChatBody, http: Request) -> Asked:
+    """What a chat asks of the model that answers it, with what it shows.
+
+    RequestError names the field that cannot be served. ClientGoneError if the client has left meanwhile.
+    """
+    services = target.services
+    template = _template(target)
+    thoughts = await services.tokenize(lambda: thoughts_of(services.runtime, template, body))
+    media = await _look(services, body, http)
+    tools = await services.tokenize(lambda: tools_of(services.runtime, template, thoughts, body))
+    messages = tools.messages(template, [message.for_template() for message in body.messages])
+    token_ids = await services.prompts.of_messages(
+        template,
+        messages,
+        {
+            **_effort(template, body),
+            **thinking_variables(services.runtime, template, thoughts, body),
+            **(body.chat_template_kwargs or {}),
+        },
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        media=[item.expansion for item in media],
+        tools=tools.for_template(template),
+    )
+    thinking = thinking_of(services.runtime, template, thoughts, body, token_ids)
+    return Asked(await services.media.prompt(token_ids, media), thinking, tools)
+
+
+async def _look(services: Services, body: ChatBody, http: Request) -> list[Processed]:
+    """What the messages show, made ready. ClientGoneError if the client has left meanwhile."""
     looking = services.media.look(body.messages, body.mm_processor_kwargs)
     if not any(True for message in body.messages for _ in message.shown):
         return await looking
-    try:
-        return await unless_gone(http.receive, looking)
-    except ClientGoneError:
-        return None
+    return await unless_gone(http.receive, looking)
 
 
 def _template(target: Target) -> ChatTemplate:

@@ -199,6 +199,23 @@ class BatchRows:
             stops = (span.starts + span.num_tokens).tolist()
             self._num_in_state.update(zip(span.state_rows, stops, strict=True))
 
+    @property
+    def has_states(self) -> bool:
+        """Some layers keep a state that takes in every token of a forward: it cannot be cut short afterwards."""
+        return bool(self._recurrent)
+
+    def hold_states(self) -> None:
+        """The coming forward may run tokens that are nobody's: `put_back` follows."""
+        for states in self._recurrent.values():
+            states.hold()
+
+    def put_back(self, lengths: Mapping[int, int]) -> None:
+        """Rows of state that have run such tokens, and how many they had taken in before: they are as they were."""
+        rows = mx.array(np.asarray(list(lengths), dtype=np.int32)) if lengths else None
+        for states in self._recurrent.values():
+            states.put_back(rows)
+        self._num_in_state |= lengths
+
     def take(self, place: Place, state_row: int, start: int, stop: int) -> Segment:
         """Positions [start, stop) of a row, as they are stored, and the state behind them if the row holds no more.
 

@@ -5,11 +5,15 @@ it cannot be masked or trimmed afterwards. Hence two rules, which the scheduler 
 that is not its own (the chunks of a step have one length, nothing is padded), and rows at their first token share
 no forward with rows further on. Such a first forward finds no state, as in a fresh cache of mlx-lm, and the family's
 own code makes the initial one: whatever a row's last sequence left is never read.
+
+A forward may run tokens that turn out to be nobody's. It is told so beforehand (`hold`), and rows that have taken in
+one of those go back to the state before it (`put_back`): arrays never change, so what was is held by reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +34,7 @@ class StateRows(ArraysCache):
         super().__init__(size)
         self.cache: list[mx.array | None] = [None] * size
         self.span: Span | None = None
+        self._held: list[mx.array | None] = []
 
     def __getitem__(self, index: int) -> mx.array | None:
         span, buffer = self.span, self.cache[index]
@@ -95,9 +100,9 @@ class StateRows(ArraysCache):
     def scatter(self, rows: mx.array, copies: Sequence[mx.array], num_rows: int) -> None:
         """Overwrite whole rows with copies made before. There are at least `num_rows` afterwards."""
         held = [index for index, array in enumerate(self.cache) if array is not None]
-        for index, copy in zip(held, copies, strict=True):
-            buffer = _grown(self.cache[index], num_rows, copy)
-            buffer[rows] = copy
+        for index, values in zip(held, copies, strict=True):
+            buffer = _grown(self.cache[index], num_rows, values)
+            buffer[rows] = values
             self.cache[index] = buffer
 
     def take(self, row: int) -> tuple[mx.array, ...]:
@@ -111,9 +116,23 @@ class StateRows(ArraysCache):
             buffer[row] = array
             self.cache[index] = buffer
 
+    def hold(self) -> None:
+        """Keep what rows are now, until `put_back`."""
+        # A copy is another name of the same memory, whatever is written to the buffer of this name afterwards.
+        self._held = [copy(array) if array is not None else None for array in self.cache]
+
+    def put_back(self, rows: mx.array | None) -> None:
+        """These rows are again what they were held as, lazily; None: none of them. Nothing is held any more."""
+        for index, before in enumerate(self._held if rows is not None else ()):
+            buffer = self.cache[index]
+            if before is not None and buffer is not None:
+                buffer[rows] = before[rows]
+        self._held = []
+
     def clear(self) -> None:
         """Give the memory back."""
         self.cache = [None] * len(self.cache)
+        self._held = []
 
 
 def _grown(buffer: mx.array | None, num_rows: int, value: mx.array) -> mx.array:

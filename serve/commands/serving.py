@@ -139,6 +139,12 @@ def serve(
         str | None, typer.Option(help="What begins a thought, in place of the parser's mark.")
     ] = None,
     thinking_end_token: Annotated[str | None, typer.Option(help="What ends it.")] = None,
+    tool_call_parser: Annotated[
+        str | None,
+        typer.Option(
+            help="How answers hold calls of tools: auto, none, hermes, qwen3_coder, llama3, mistral, …"
+        ),
+    ] = None,
     allowed_media_root: Annotated[
         list[Path] | None,
         typer.Option(help="Requests may show files in this folder; repeatable. On loopback: any."),
@@ -288,15 +294,15 @@ def server_for(
     if url is not None:
         yield url
         return
+    from serve.api.bases import Bases
     from serve.api.server import serving
-    from serve.runtime import Runtime
 
-    runtime = Runtime.start(_serve_config(str(model), adapters, None, None, [*overrides]))
+    bases = Bases.start(_serve_config(str(model), adapters, None, None, [*overrides]))
     try:
-        with serving(runtime) as served_url:
+        with serving(bases) as served_url:
             yield served_url
     finally:
-        runtime.close()
+        bases.close()
 
 
 def _talk(conversation: Conversation, *, keeps_history: bool) -> None:

@@ -75,6 +75,7 @@ class Heads:
         self._layers: Sequence[LayerRows] = ()
         self._known: WeakKeyDictionary[SequenceState, _States] = WeakKeyDictionary()
         self._samplers = Samplers()
+        self._goes_back = False  # a row may run again what a step has run
 
     @property
     def max_bytes(self) -> int:
@@ -90,6 +91,7 @@ class Heads:
         """To a target and its rows, once. ModelError where the head is not of this target."""
         self._layers = self._head.bind(network, rows)
         self._bank, self._placeholders = bank, network.placeholder_ids
+        self._goes_back = rows.has_states
         if self._layers:
             rows.attach(self._layers, self._head.fingerprint)
 
@@ -99,16 +101,16 @@ class Heads:
         """A forward of the target: tokens [B, T], its final states [B, T, D], those of the taps. What it builds is
         computed with the rows; returned is what else is to be."""
         states = self._head.read(hidden, taken)
-        if self._layers:
-            self._write(tokens, states, chunks)
-        return [self._kept(chunks, states)]
+        before = self._before(chunks, states) if self._layers else None  # [B, 1, D']
+        if before is not None:
+            self._write(tokens, before, states, chunks)
+        return [self._kept(chunks, before, states)]
 
-    def _write(self, tokens: mx.array, states: mx.array, chunks: Sequence[Chunk]) -> None:
+    def _write(self, tokens: mx.array, before: mx.array, states: mx.array, chunks: Sequence[Chunk]) -> None:
         """Entries of the pairs of chunks."""
-        num_tokens = tokens.shape[1]
+        num_tokens, pairs = tokens.shape[1], before
         for placeholder in self._placeholders:
             tokens = mx.where(tokens == placeholder, 0, tokens)
-        pairs = self._before(chunks, states)  # [B, 1, D']
         if num_tokens > 1:
             pairs = mx.concatenate([pairs, states[:, :-1]], axis=1)
         starts = [max(chunk.start - 1, 0) for chunk in chunks]
@@ -213,12 +215,16 @@ class Heads:
             return together
         return together[mx.array(np.argsort(order).astype(np.int32))]
 
-    def _kept(self, chunks: Sequence[Chunk], states: mx.array) -> mx.array:
-        """Those of the states that the next chunks, and guesses, may begin with."""
-        is_long = states.shape[1] > MAX_CARRIED and not any(chunk.draft for chunk in chunks)
-        if is_long:
+    def _kept(self, chunks: Sequence[Chunk], before: mx.array | None, states: mx.array) -> mx.array:
+        """Those of the states that the next chunks, and guesses, may begin with; a chunk may be begun anew."""
+        firsts = [chunk.start for chunk in chunks]
+        if states.shape[1] > MAX_CARRIED and not any(chunk.draft for chunk in chunks):
+            firsts = [chunk.stop - 1 for chunk in chunks]
             last = mx.array([chunk.num_tokens - 1 for chunk in chunks])
             states = states[mx.arange(len(chunks)), last][:, None]
-        for row, (sequence, start, stop, *_) in enumerate(chunks):
-            self._known[sequence] = _States(states, row, stop - 1 if is_long else start, stop)
+        elif self._goes_back and before is not None:
+            firsts = [chunk.start - 1 for chunk in chunks]
+            states = mx.concatenate([before, states], axis=1)
+        for row, (chunk, first) in enumerate(zip(chunks, firsts, strict=True)):
+            self._known[chunk.sequence] = _States(states, row, first, chunk.stop)
         return states

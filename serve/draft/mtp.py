@@ -24,16 +24,16 @@ from serve.cache.attention import install
 from serve.cache.layers import LayerRows
 from serve.cache.rows import BatchRows
 from serve.cache.spans import Span
+from serve.draft import mtp_qwen
 from serve.draft.eagle import ALWAYS_PLAIN
 from serve.engine.sampler import Sampler
 from serve.errors import ModelError
 from serve.model.loading import LOAD_ERRORS, LoadedModel, cast, fingerprint
 from serve.model.network import Network
-from serve.model.past import is_state, parts_of
 from serve.model.weights import dense_weight, dequantize
 
 FAMILIES = ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
-"""Whose layer behind the last is as above, and whose rows can be rolled back."""
+"""Whose layer behind the last is as above."""
 OUTSIDE = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
 """What stands beside the family's own layer."""
 EMBEDDINGS, HEAD = "embed_tokens", "shared_head.head"
@@ -115,15 +115,15 @@ def own_mtp(model: LoadedModel) -> Mtp:
     """The head in a model's own checkpoint. ModelError where there is none, or it cannot be used."""
     network, name = model.network, model.name
     kind = str(model.config.get("model_type"))
-    if any(is_state(part) for cache in network.make_cache() for part in parts_of(cache)):
-        raise ModelError(
-            f"{name}: layers of {kind} keep a state that takes in every token, and a wrong guess cannot be taken "
-            f"back from it; expected drafter: none"
-        )
+    if kind in mtp_qwen.FAMILIES:
+        weights = mtp_qwen.qwen_weights(model.path, name)
+        module = _with_weights(model, mtp_qwen.qwen_layer(network, weights), weights, mtp_qwen.PREFIX)
+        return Mtp(module, name, fingerprint(model.path), None, None)
     if kind not in FAMILIES:
+        known = ", ".join((*FAMILIES, *mtp_qwen.FAMILIES))
         raise ModelError(
-            f"{name}: heads in the checkpoint itself are known of {', '.join(FAMILIES)}, and this is {kind}; a head "
-            f"in a folder of its own is named by `model`"
+            f"{name}: heads in the checkpoint itself are known of {known}, and this is {kind}; a head in a folder of "
+            f"its own is named by `model`"
         )
     number = len(network.layers)
     weights = _layer_weights(model.path, f"model.layers.{number}.")
@@ -137,7 +137,7 @@ def own_mtp(model: LoadedModel) -> Mtp:
         raise ModelError(
             f"{name}: layer {number} of its checkpoint guesses no tokens: it has no {', '.join(missing)}"
         )
-    module = _module(model, number, weights)
+    module = _behind_the_last(model, number, weights)
     dtype = network.parameters_dtype()
     embeddings = _apart(weights, EMBEDDINGS, network.embeddings, model.config, dtype)
     head = _apart(weights, HEAD, network.text.get("lm_head"), model.config, dtype)
@@ -150,15 +150,27 @@ def own_mtp(model: LoadedModel) -> Mtp:
     )
 
 
-def _module(model: LoadedModel, number: int, weights: Mapping[str, mx.array]) -> NextToken:
-    """The arithmetic with its weights, in the dtype that the base is computed in."""
-    network, base = model.network, model.network.module
+def _behind_the_last(model: LoadedModel, number: int, weights: Mapping[str, mx.array]) -> NextToken:
+    """The arithmetic over the family's layer of that number, with its weights."""
+    base, where = model.network.module, f"layer {number}"
     beside = {name: w for name, w in weights.items() if name.startswith((*OUTSIDE, EMBEDDINGS, HEAD))}
     inside = {name: w for name, w in weights.items() if name not in beside}
     try:
-        module = NextToken(type(network.layers[-1])(base.args, number), network.width, base.args.rms_norm_eps)
+        layer = type(model.network.layers[-1])(base.args, number)
         named = {f"layer.{name}": w for name, w in _as_family(base, inside).items()}
-        named |= {n.removeprefix("shared_head."): w for n, w in beside.items() if n.startswith(OUTSIDE)}
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{model.name}: {where} of its checkpoint cannot be loaded: {error}") from error
+    named |= {n.removeprefix("shared_head."): w for n, w in beside.items() if n.startswith(OUTSIDE)}
+    return _with_weights(model, layer, named, where)
+
+
+def _with_weights(
+    model: LoadedModel, layer: nn.Module, named: Mapping[str, mx.array], where: str
+) -> NextToken:
+    """The arithmetic over a layer, with these weights, in the dtype that the base is computed in."""
+    network, base = model.network, model.network.module
+    try:
+        module = NextToken(layer, network.width, network.text.args.rms_norm_eps)
         packing = model.config.get("quantization")
         if packing:
             nn.quantize(
@@ -170,9 +182,7 @@ def _module(model: LoadedModel, number: int, weights: Mapping[str, mx.array]) ->
             )
         module.load_weights(list(named.items()), strict=True)
     except LOAD_ERRORS as error:
-        raise ModelError(
-            f"{model.name}: layer {number} of its checkpoint cannot be loaded: {error}"
-        ) from error
+        raise ModelError(f"{model.name}: {where} of its checkpoint cannot be loaded: {error}") from error
     if device.backend() == "cpu":
         dequantize(module)
     module.cast_predicate = getattr(base, "cast_predicate", lambda path: True)

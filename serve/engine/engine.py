@@ -97,14 +97,8 @@ class Engine:
             ahead=self._ahead,
         )
         cost = self._runner.rows.cost
-        if drafter is not None and cost.state_bytes:
-            raise ConfigError(
-                f"drafter: layers of {model.name!r} keep a state that takes in every token, and a wrong guess cannot "
-                f"be taken back from it; expected drafter: none"
-            )
-        self.guesses = Guesses(
-            NO_DRAFTERS if cost.state_bytes else drafters, drafter, gains or Gains(), ahead=self._ahead
-        )
+        gains = gains or Gains(reruns=self._runner.rows.has_states)
+        self.guesses = Guesses(drafters, drafter, gains, ahead=self._ahead)
         self.pace = Pace(None if limits.max_gap_ms is None else limits.max_gap_ms / 1000)
         budget = Budget(
             max_rows=limits.max_rows,
@@ -258,12 +252,13 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request that `check` has returned."""
         assert request.id not in self._by_id, f"request {request.id} is already here"
-        rule = self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
+        tokens = self.token_bytes.showing(request.shown_ids)
+        rule = self._rules[request.id] = FinishRule(request, tokens, self._eos)
         others = []
         if request.grammar is not None:
-            rule.whole = grammar_edit(request, rule.ends, self.token_bytes)
+            rule.whole = grammar_edit(request, rule.ends, tokens)
             others.append(rule.whole)
-        sequence = SequenceState(request, edit=make_edit(request, rule.ends, self.token_bytes, *others))
+        sequence = SequenceState(request, edit=make_edit(request, rule.ends, tokens, *others))
         self.guesses.begin(sequence)
         self._by_id[request.id] = sequence
         self.scheduler.add(sequence)
@@ -296,7 +291,7 @@ class Engine:
             self._num_steps += 1
             events += self._see(flight)
         events += self._refuse()
-        is_last = plan.is_empty or not self.scheduler.has_work or bool(drafts)
+        is_last = plan.is_empty or not self.scheduler.has_work or plan.width > 1
         while self._flights and (len(self._flights) > self._ahead or is_last):
             events += self._land(self._flights.popleft())
             is_last |= not self.scheduler.has_work
@@ -521,7 +516,7 @@ class Engine:
             self.features.close()
 
     def _event(self, drawn: Drawn) -> Event:
-        sequence, token_ids, logprobs, is_sound, error, _ = drawn
+        sequence, token_ids, logprobs, is_sound, error, *_ = drawn
         request = sequence.request
         if error is None and is_sound:
             try:

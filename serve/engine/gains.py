@@ -8,6 +8,10 @@ tokens, in t(B · W) seconds and what guessing them takes; the W with the most t
 gains MIN_GAIN. What times are not known is filled in by those that are, for t grows about as N^COST_EXPONENT.
 A row's p is its own as far as it has drafted, and before that the last rows' of the same drafter and adapter. Where
 guesses do not pay, they are tried again within an allowance: TRIAL_SHARE of the time and what drafts have gained.
+
+Rows that keep a state give all of a block back where one token of it was not theirs, and run what was right again at
+the next one's beginning. Such a row's tokens a step are those of many blocks of one width, each with as many guesses
+as what it is behind leaves room for (`rerun_rates`).
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import math
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -41,6 +46,8 @@ ROW_MEMORY, GROUP_MEMORY = 0.9, 0.99
 MAX_GROUPS = 4096
 NUM_KEPT = 5
 SHORTEST_S = 1e-9
+NUM_SHARES = 50
+"""For so many shares of right guesses, evenly spaced, it is known what blocks of state's rows give."""
 
 
 class StepTimes:
@@ -84,9 +91,11 @@ class StepTimes:
 
 
 class Gains:
-    """Of one engine. Driven by `note_step`, `note_guessing` and `note_draft`."""
+    """Of one engine. Driven by `note_step`, `note_rerun`, `note_guessing` and `note_draft`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, reruns: bool = False) -> None:
+        """`reruns`: a row gives all of a block back that was not all its own."""
+        self._rerun_rates = rerun_rates() if reruns else None
         self._steps = StepTimes()
         self._guessing: dict[str, StepTimes] = {}  # by name of the drafter
         self._groups: OrderedDict[tuple[str, str], Acceptance] = OrderedDict()
@@ -98,14 +107,23 @@ class Gains:
         share = self._group(name, adapter).share
         return Drafting(name, drafter, Acceptance(share * ROW_WEIGHT, ROW_WEIGHT, ROW_MEMORY))
 
-    def wanted(self, draftings: Sequence[Drafting | None]) -> int:
-        """How many guesses to ask for each row's, of those that run a token; 0: none are worth the asking."""
-        counts = [0 if drafting is None else MAX_DRAFT for drafting in draftings]
-        return self._width(draftings, counts, self._guessing_s(draftings)) - 1
+    def wanted(self, draftings: Sequence[Drafting | None], behind: Sequence[int] = ()) -> int:
+        """How many guesses to ask for each row's, of those that run a token; 0: none are worth the asking.
 
-    def width(self, draftings: Sequence[Drafting | None], counts: Sequence[int]) -> int:
-        """Tokens a row that the step is to run, given how many guesses there are for each."""
-        return self._width(draftings, counts, {})
+        behind  of each row, tokens that it runs again first
+        """
+        behind = behind or [0] * len(draftings)
+        counts = [
+            0 if drafting is None else MAX_DRAFT - late
+            for drafting, late in zip(draftings, behind, strict=True)
+        ]
+        return self._width(draftings, counts, behind, self._guessing_s(draftings)) - 1
+
+    def width(
+        self, draftings: Sequence[Drafting | None], counts: Sequence[int], behind: Sequence[int] = ()
+    ) -> int:
+        """Tokens a row that the step is to run, given how many guesses there are for each; 1: nobody guesses."""
+        return self._width(draftings, counts, behind or [0] * len(counts), {})
 
     def note_step(self, num_rows: int, width: int, num_drawn: int, seconds: float) -> None:
         """A step of so many rows has drawn so many tokens and did nothing else; guessing not counted."""
@@ -117,6 +135,13 @@ class Gains:
         if width == 1:
             self._allow(TRIAL_SHARE - guessed_s / plain_s)
         else:
+            self._allow(num_drawn / num_rows - (guessed_s + seconds) / plain_s)
+
+    def note_rerun(self, num_rows: int, num_drawn: int, seconds: float) -> None:
+        """A step without guesses took so long, for rows ran again what they had given back."""
+        plain_s, guessed_s = self._steps.of(num_rows), self._guessed_s
+        self._guessed_s = 0.0
+        if plain_s is not None:
             self._allow(num_drawn / num_rows - (guessed_s + seconds) / plain_s)
 
     def skip_step(self) -> None:
@@ -137,18 +162,23 @@ class Gains:
         self._group(drafting.name, adapter).note(num_drafted, num_right)
 
     def _width(
-        self, draftings: Sequence[Drafting | None], counts: Sequence[int], guessing_s: Mapping[int, float]
+        self,
+        draftings: Sequence[Drafting | None],
+        counts: Sequence[int],
+        behind: Sequence[int],
+        guessing_s: Mapping[int, float],
     ) -> int:
-        num_rows, longest = len(counts), max(counts, default=0)
-        plain_s = self._steps.of(num_rows)
-        if not longest:
+        num_rows = len(counts)
+        if not any(counts):
             return 1
+        plain_s, least = self._steps.of(num_rows), 1 + max(behind)
+        longest = max(count + late for count, late in zip(counts, behind, strict=True))
         if plain_s is None:  # the first steps: they are timed
             return 1
         shares = [drafting.acceptance.share if drafting else 0.0 for drafting in draftings]
-        widths = [*(width for width in WIDTHS[1:] if width <= longest), longest + 1]
+        widths = [*(width for width in WIDTHS[1:] if least <= width <= longest), longest + 1]
         best, most = 1, MIN_GAIN * num_rows / plain_s
-        for width, tokens in zip(widths, _expected(shares, counts, widths), strict=True):
+        for width, tokens in zip(widths, self._expected(shares, counts, widths), strict=True):
             step_s = self._steps.of(num_rows * width)
             assert step_s is not None
             rate = tokens / (step_s + guessing_s.get(width, 0.0))
@@ -156,7 +186,17 @@ class Gains:
                 best, most = width, rate
         if best > 1:
             return best
+        if least > 1:
+            return 1
         return min(TRIAL_WIDTH, longest + 1) if self._may_try(num_rows, plain_s, guessing_s) else 1
+
+    def _expected(self, shares: Sequence[float], counts: Sequence[int], widths: Sequence[int]) -> list[float]:
+        """By width, tokens of all rows together in one step."""
+        if self._rerun_rates is None:
+            return _expected(shares, counts, widths)
+        at = np.rint(np.asarray(shares) * NUM_SHARES).astype(np.int64)
+        found: list[float] = self._rerun_rates[np.asarray(widths)[:, None], counts, at].sum(axis=1).tolist()
+        return found
 
     def _may_try(self, num_rows: int, plain_s: float, guessing_s: Mapping[int, float]) -> bool:
         """Whether a trial's loss, if all guesses are wrong, is within what is allowed."""
@@ -192,6 +232,29 @@ class Gains:
         else:
             self._groups.move_to_end(key)
         return group
+
+
+@lru_cache
+def rerun_rates() -> np.ndarray:
+    """[width, guesses, share · NUM_SHARES] tokens a step of a row that gives back every block that was not all its
+    own, in many steps of one width. A block that is filled and right ends a cycle: the row is behind by nothing."""
+    share = np.linspace(0, 1, NUM_SHARES + 1)
+    rates = np.ones((MAX_DRAFT + 2, MAX_DRAFT + 1, NUM_SHARES + 1))
+    for width in range(2, MAX_DRAFT + 2):
+        for count in range(1, width):
+            tokens, steps = np.zeros((width + 1, len(share))), np.zeros((width + 1, len(share)))  # by behind
+            for behind in reversed(range(width)):
+                num_guesses = min(count, width - 1 - behind)
+                steps[behind] = 1.0
+                for right in range(num_guesses + 1):
+                    is_all = right == num_guesses
+                    chance = share**right * (1.0 if is_all else 1 - share)
+                    after = behind + right + 1
+                    is_over = is_all and after == width
+                    tokens[behind] += chance * (right + 1 + (0.0 if is_over else tokens[after]))
+                    steps[behind] += chance * (0.0 if is_over else steps[after])
+            rates[width, count:] = tokens[0] / steps[0]
+    return rates
 
 
 def _expected(shares: Sequence[float], counts: Sequence[int], widths: Sequence[int]) -> list[float]:

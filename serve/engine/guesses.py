@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from serve.engine.drafts import MAX_RESTING, NONE, Drafter, Drafting, DraftStats, Wanted
+from serve.engine.drafts import MAX_DRAFT, MAX_RESTING, NONE, Drafter, Drafting, DraftStats, Wanted
 from serve.engine.gains import MAX_GROUPS, Gains
 from serve.engine.plan import Drawn, Plan, SequenceState
 from serve.engine.request import Request
@@ -77,7 +77,7 @@ class Guesses:
         if not self._num_open:
             return 0
         draftings = [_awake(sequence.drafting) for sequence in decoding]
-        return self._gains.wanted(draftings) if any(draftings) else 0
+        return self._gains.wanted(draftings, _behind(decoding)) if any(draftings) else 0
 
     def propose(
         self, decoding: Sequence[SequenceState], ends: Mapping[str, Collection[int]], count: int
@@ -88,7 +88,7 @@ class Guesses:
         """
         asked: dict[str, list[Wanted]] = {}
         for sequence in decoding:
-            left = sequence.max_total_tokens - sequence.num_tokens - 1
+            left = min(sequence.max_total_tokens - sequence.num_tokens - 1, MAX_DRAFT - sequence.num_behind)
             if sequence.drafting is not None and left > 0 and not sequence.drafting.num_resting:
                 wanted = Wanted(sequence, min(count, left))
                 asked.setdefault(sequence.drafting.name, []).append(wanted)
@@ -98,8 +98,10 @@ class Guesses:
         if not drafts:
             return {}
         counts = [len(drafts.get(sequence, ())) for sequence in decoding]
-        width = self._gains.width([sequence.drafting for sequence in decoding], counts)
-        return {sequence: draft[: width - 1] for sequence, draft in drafts.items()} if width > 1 else {}
+        behind = _behind(decoding)
+        width = self._gains.width([sequence.drafting for sequence in decoding], counts, behind)
+        cut = {one: draft[: max(width - 1 - one.num_behind, 0)] for one, draft in drafts.items()}
+        return {one: draft for one, draft in cut.items() if draft}
 
     def _ask(
         self, name: str, wanted: Sequence[Wanted], ends: Mapping[str, Collection[int]], count: int
@@ -139,12 +141,19 @@ class Guesses:
             self._gains.skip_step()
         elif self._drafters:
             num_drawn = sum(len(one.token_ids) for one in drawn)
-            self._gains.note_step(plan.num_single, plan.width, num_drawn, seconds)
+            if plan.is_split:
+                self._gains.note_rerun(plan.num_single, num_drawn, seconds)
+            else:
+                self._gains.note_step(plan.num_single, plan.width, num_drawn, seconds)
 
 
 def _adapter_of(sequence: SequenceState) -> str:
     adapter = sequence.request.adapter
     return adapter.label if adapter is not None else ""
+
+
+def _behind(decoding: Sequence[SequenceState]) -> list[int]:
+    return [sequence.num_behind for sequence in decoding]
 
 
 def _awake(drafting: Drafting | None) -> Drafting | None:

@@ -106,6 +106,11 @@ class SequenceState:
             self.edit.advance(news)
 
     @property
+    def num_behind(self) -> int:
+        """Known tokens before the last that its row is to take in again, for one behind them was not its own."""
+        return max(self.num_tokens - 1 - self.num_planned_tokens, 0)
+
+    @property
     def is_scoring(self) -> bool:
         """Log-probabilities of its prompt are wanted, and not all known: nothing of it is taken from a prefix."""
         wanted = self.request.sampling.num_prompt_logprobs is not None
@@ -237,9 +242,13 @@ class Plan:
     restores: tuple[Restore, ...] = ()
     chunks: tuple[Chunk, ...] = ()
     num_single: int = 0
-    """So many of the chunks, the first, have one token, and guesses of those that follow it."""
+    """So many of the chunks, the first, have one token, and guesses of those that follow it. Where rows keep a state
+    that had taken in a wrong guess, they have more, which they run again."""
     width: int = 1
     """Tokens a row of the first forward, guesses and padding included; 1 where nobody has a draft."""
+    is_split: bool = False
+    """The first chunks run in a forward for each length, and none is padded: nobody guesses, and rows take in what
+    they had to give back."""
     captures: tuple[Capture, ...] = ()
     composition: int = 0
     """Changes whenever the sequences of the one-token chunks, their order or their places do, and with the number of
@@ -256,6 +265,11 @@ class Plan:
         """Tokens of the second forward, padding included."""
         others = self.chunks[self.num_single :]
         return len(others) * max((chunk.num_tokens for chunk in others), default=0)
+
+    @property
+    def is_guessing(self) -> bool:
+        """Rows of the first forward may run tokens that turn out to be nobody's."""
+        return self.width > 1 and not self.is_split
 
     @property
     def is_empty(self) -> bool:
@@ -276,3 +290,5 @@ class Drawn(NamedTuple):
     """What its edit raised; it is not sound then."""
     num_drafted: int = 0
     """Guesses that were checked; those before the last of `token_ids` were right."""
+    is_back: bool = False
+    """Its row is what it was before the step: what the step ran of it, it runs again."""

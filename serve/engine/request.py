@@ -147,6 +147,9 @@ class Request:
     grammar: Grammar | None = None
     """What its answer must be, or be a beginning of where it ends by its length."""
 
+    shown_ids: frozenset[int] = frozenset()
+    """Special tokens that its text shows by their names: marks of calls, which somebody reads there."""
+
     @property
     def all_stop_ids(self) -> tuple[int, ...]:
         """Its own, and those that its adapter learned to end with."""

@@ -158,7 +158,28 @@ class Runner:
 
         A row whose logits are not numbers is told, and the others are as they would have been without it.
         """
-        return [] if flight.draws is None else _read(flight, flight.draws)
+        if flight.draws is None:
+            return []
+        drawn = _read(flight, flight.draws)
+        if self.rows.has_states and flight.plan.is_guessing:
+            drawn = self._put_back(flight.plan, drawn)
+        return drawn
+
+    def _put_back(self, plan: Plan, drawn: Sequence[Drawn]) -> list[Drawn]:
+        """Rows whose states have taken in what is not theirs, a guess or padding, are as before the step."""
+        chunks = {chunk.sequence: chunk for chunk in plan.chunks[: plan.num_single]}
+        found: list[Drawn] = []
+        lengths: dict[int, int] = {}
+        for one in drawn:
+            chunk = chunks.get(one.sequence)
+            is_exact = chunk is None or (
+                chunk.num_tokens == plan.width and len(one.token_ids) == one.num_drafted + 1
+            )
+            if chunk is not None and not is_exact:
+                lengths[one.sequence.state_row] = chunk.start
+            found.append(one if is_exact else one._replace(is_back=True))
+        self.rows.put_back(lengths)
+        return found
 
     def capture(self, captures: Sequence[Capture]) -> list[Captured]:
         """Copies of rows as they are now; what is started afterwards does not change them."""
@@ -214,7 +235,11 @@ class Runner:
         singles, others = plan.chunks[: plan.num_single], plan.chunks[plan.num_single :]
         parts: list[mx.array] = []
         drawing: list[Chunk] = []
-        if singles:
+        if singles and plan.is_split:
+            self._split(plan, singles, scores, parts, drawing)
+        elif singles:
+            if self.rows.has_states and plan.is_guessing:
+                self.rows.hold_states()
             hidden = self._single(plan, singles)  # [B, W, D]
             if plan.num_prefilled:
                 scores += self._scores(hidden, singles)
@@ -277,6 +302,30 @@ class Runner:
         ]
         is_known = mx.array([[token is not None] for token in known])
         return mx.where(is_known, tokens, drawn[mx.array(indices)][:, None].astype(mx.int32))
+
+    def _split(
+        self,
+        plan: Plan,
+        chunks: Sequence[Chunk],
+        scores: list[Scores],
+        parts: list[mx.array],
+        drawing: list[Chunk],
+    ) -> None:
+        """What `_hidden` adds of the first chunks, by a forward for each length."""
+        if self._decoding is not None and self._decoding.composition != plan.composition:
+            self._decoding = None
+        found: list[mx.array] = []
+        order: list[int] = []
+        for length in sorted({chunk.num_tokens for chunk in chunks}):
+            numbers = [number for number, chunk in enumerate(chunks) if chunk.num_tokens == length]
+            same = [chunks[number] for number in numbers]
+            hidden = self._padded(plan, same)
+            scores += self._scores(hidden, same)
+            _choose(hidden, same, found, [])
+            order += [number for number in numbers if chunks[number].draws]
+        if order:
+            parts.append(mx.concatenate(found)[mx.array(np.argsort(order).astype(np.int32))])
+            drawing += [chunks[number] for number in sorted(order)]
 
     def _padded(self, plan: Plan, chunks: Sequence[Chunk]) -> mx.array:
         width = max(chunk.num_tokens for chunk in chunks)

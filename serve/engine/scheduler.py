@@ -203,6 +203,7 @@ class Scheduler:
         self._may_admit = False  # somebody came or went since the queue was last looked at
         self._is_moved = False  # some sequence joined, left or began to decode since rows were last placed
         self._is_drafted = False  # the last plan guesses tokens: where its rows are now, it does not say
+        self._is_guessing = False  # so does the one that is being made
 
     @property
     def has_work(self) -> bool:
@@ -255,6 +256,9 @@ class Scheduler:
         drafts  guesses of what follows, of decoding sequences whose tokens are all known; cut where a row ends
         """
         self._num_plans += 1
+        if drafts and self.budget.is_recurrent and not self._may_guess(drafts):
+            drafts = NO_DRAFTS
+        self._is_guessing = bool(drafts)
         plan = (None if drafts else self._same_again()) or self._new_plan(drafts)
         for chunk in plan.chunks:
             chunk.sequence.num_planned_tokens = chunk.stop
@@ -281,6 +285,14 @@ class Scheduler:
             composition=last.composition,
             num_state_rows=last.num_state_rows,
             num_bytes=last.num_bytes,
+        )
+
+    def _may_guess(self, drafts: Mapping[SequenceState, Sequence[int]]) -> bool:
+        """Whether rows of state may be padded: what a row then runs again must stay in one precision."""
+        width = max((1 + one.num_behind + len(drafts.get(one, ())) for one in self.decoding), default=1)
+        return all(
+            not one.num_planned_tokens < one.quantize_after < one.num_planned_tokens + width
+            for one in self.decoding
         )
 
     def _new_plan(self, drafts: Mapping[SequenceState, Sequence[int]]) -> Plan:
@@ -316,6 +328,7 @@ class Scheduler:
         ]
         width = max((chunk.num_tokens for chunk in chunks), default=1)
         self._is_drafted = width > 1
+        is_drafted = any(chunk.draft for chunk in chunks)
         chunks += [of[sequence] for sequence in order[arrangement.num_single :] if sequence in of]
         for chunk in prefill:
             if chunk.sequence.num_restored_tokens is None:
@@ -343,6 +356,7 @@ class Scheduler:
             chunks=tuple(chunks),
             num_single=arrangement.num_single,
             width=width,
+            is_split=width > 1 and not is_drafted,
             captures=captures,
             composition=self._composition_of(chunks[: arrangement.num_single], len(order)),
             num_state_rows=len(order),
@@ -356,15 +370,18 @@ class Scheduler:
             sequence.num_in_flight -= 1
             if sequence.place is not None:
                 sequence.num_cached_tokens = stop
+        starts = {chunk.sequence: chunk.start for chunk in plan.chunks} if plan.is_guessing else {}
         for capture in plan.captures:
             if capture.sequence.num_captured_tokens == capture.stop:
                 capture.sequence.num_captured_tokens = 0
         for one in drawn:
             sequence = one.sequence
             sequence.generated += one.token_ids
-            if (
-                one.num_drafted and sequence.place is not None
-            ):  # the guesses from the first wrong one on are no more
+            if sequence.place is None:
+                continue
+            if one.is_back:
+                sequence.num_planned_tokens = sequence.num_cached_tokens = starts[sequence]
+            elif one.num_drafted:  # the guesses from the first wrong one on are no more
                 sequence.num_planned_tokens = sequence.num_cached_tokens = sequence.num_tokens - 1
 
     def remove(self, sequences: Collection[SequenceState], *, is_sound: bool = True) -> None:
@@ -425,7 +442,10 @@ class Scheduler:
             assert sequence.num_planned_tokens < sequence.num_tokens, "nothing is left to prefill"
         for sequence in self.decoding:
             wanted = sequence.num_tokens - 1 + sequence.num_in_flight
-            assert sequence.num_planned_tokens == wanted, "a decoding row misses a token"
+            is_back = self.budget.is_recurrent and not sequence.num_in_flight
+            assert sequence.num_planned_tokens == wanted - is_back * sequence.num_behind, (
+                "a decoding row misses a token"
+            )
         for sequence in running:
             assert sequence.num_cached_tokens <= sequence.num_planned_tokens, (
                 "more is written than was planned"
@@ -710,8 +730,11 @@ class Scheduler:
         return chunk if padded.takes(chunk) else None
 
     def _is_single(self, chunk: Chunk) -> bool:
-        """Whether it runs beside decoding rows. A recurrent row that begins may not, for it has no state yet."""
-        return chunk.num_tokens == 1 and not (chunk.begins and self.budget.is_recurrent)
+        """Whether it runs beside decoding rows. A recurrent row that begins may not, for it has no state yet; nor may
+        one go on where those guess, for it would be padded, and never come on."""
+        return chunk.num_tokens == 1 and not (
+            (chunk.begins or self._is_guessing) and self.budget.is_recurrent
+        )
 
     def _composition_of(self, singles: Sequence[Chunk], num_rows: int) -> int:
         now: list[object] = [(one.sequence, one.sequence.place) for one in singles]
@@ -769,14 +792,15 @@ class Encodes:
 
 def _decode(sequence: SequenceState, draft: Sequence[int]) -> Chunk:
     start = sequence.num_planned_tokens
+    known = start + 1 + sequence.num_behind
     if not draft:
-        return Chunk(sequence, start, start + 1, begins=False, draws=True)
-    assert start == sequence.num_tokens - 1, "a guess of what follows nobody knows what"
+        return Chunk(sequence, start, known, begins=False, draws=True)
+    assert known == sequence.num_tokens, "a guess of what follows nobody knows what"
     assert sequence.place is not None
-    stop = min(start + 1 + len(draft), sequence.place.bucket.num_positions, sequence.max_total_tokens - 1)
+    stop = min(known + len(draft), sequence.place.bucket.num_positions, sequence.max_total_tokens - 1)
     if start < sequence.quantize_after:
         stop = min(stop, sequence.quantize_after)
-    return Chunk(sequence, start, stop, begins=False, draws=True, draft=tuple(draft[: stop - start - 1]))
+    return Chunk(sequence, start, stop, begins=False, draws=True, draft=tuple(draft[: stop - known]))
 
 
 def _repeats_left(chunk: Chunk) -> int:

@@ -23,6 +23,7 @@ from serve.model.family_template import template_beside
 from serve.model.network import Network
 from serve.model.quantization import Quantization
 from serve.model.retold import Retold
+from serve.model.rope import in_older_words
 from serve.model.towers import NESTED, build_with_towers, has_towers, load_with_towers
 from serve.model.vision import Vision
 from serve.model.weights import QUANTIZED
@@ -105,7 +106,9 @@ def _load_module(
         except LOAD_ERRORS as error:
             problem = str(error)
     try:
-        module, config = mlx_lm_utils.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+        module, config = mlx_lm_utils.load_model(
+            path, lazy=True, model_config=config, trust_remote_code=trust_remote_code
+        )
     except LOAD_ERRORS as error:
         if seeing is None:
             raise ModelError(f"{name}: cannot be loaded: {problem or error}") from error
@@ -252,6 +255,29 @@ def load_tokenizer(
     return tokenizer
 
 
+def found_here(path_or_repo: str) -> Path | None:
+    """The local folder of a model, be it one of the hub's that was downloaded; None where there is none. Asks nobody.
+    NotFoundError for a path at which nothing is."""
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    if not is_hub_name(path_or_repo):
+        raise NotFoundError(f"no model folder at {path_or_repo}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path_or_repo, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError):
+        return None
+
+
+def is_hub_name(path_or_repo: str) -> bool:
+    """Whether it reads as `owner/name`, and as no path."""
+    is_path = Path(path_or_repo).expanduser().is_absolute() or path_or_repo.startswith((".", "~"))
+    return not is_path and path_or_repo.count("/") == 1
+
+
 def resolve(path_or_repo: str, revision: str | None = None) -> Path:
     """The local folder of a model, downloaded from the hub where it is not one."""
     path = Path(path_or_repo).expanduser()
@@ -276,9 +302,9 @@ def resolve(path_or_repo: str, revision: str | None = None) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """`config.json` of a model folder."""
+    """`config.json` of a model folder, in the words that all classes read."""
     try:
-        return mlx_lm_utils.load_config(path)
+        return in_older_words(mlx_lm_utils.load_config(path))
     except FileNotFoundError as error:
         raise ModelError(f"{path} is not a model folder: it has no config.json") from error
     except json.JSONDecodeError as error:

@@ -14,6 +14,7 @@ from odd_values import EDGES, ODD, is_number, places, with_
 from serve.api.body import MAX_DEPTH
 from serve.api.constraints import ConstrainedBody
 from serve.api.server import serving
+from serve.api.tool_bodies import ToolsBody
 from serve.config import ServeConfig
 from serve.runtime import Runtime
 
@@ -217,12 +218,13 @@ def test_the_bodies_above_have_every_field_there_is_and_are_valid(http):
     for path, body in BODIES.items():
         content = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         left_out = {"stream_options", "mm_processor_kwargs"}  # the second is of models that see
-        left_out |= set(ConstrainedBody.model_fields)  # of which a body has one
+        # Of constraints a body has one, and tools have tests of their own.
+        left_out |= {*ConstrainedBody.model_fields, *ToolsBody.model_fields}
         assert fields(content["schema"]["$ref"].split("/")[-1]) - set(body) <= left_out
         if path.endswith("completions"):
             assert post(http, path, body).status_code == 200
             assert "[DONE]" in post(http, path, {**body, **STREAMED}).text
-    assert set(chain(*CHAT["messages"])) == fields("Message") | {"role"}
+    assert set(chain(*CHAT["messages"])) == (fields("Message") | {"role"}) - {"function_call"}
     assert set(CALL["function"]) == fields("FunctionCall")
 
 
@@ -525,19 +527,23 @@ def test_a_turn_that_says_something_else_than_its_role_may_is_400(http, turn, to
     assert error["param"] == "messages"
 
 
-def test_a_history_with_tools_is_refused_where_the_template_would_drop_it(model_folder):
+def test_a_history_with_tools_is_told_in_words_where_the_template_would_drop_it(model_folder):
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="plain"))
     with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as plain:
 
-        def ask(turn: dict) -> httpx.Response:
-            fields = {"model": "plain", "max_tokens": 1, "messages": [{"role": "user", "content": "x"}, turn]}
-            return post(plain, "/v1/chat/completions", fields)
+        def num_tokens(*turns: dict) -> int:
+            messages = [{"role": "user", "content": "x"}, *turns]
+            answer = post(
+                plain, "/v1/chat/completions", {"model": "plain", "max_tokens": 1, "messages": messages}
+            )
+            return answer.json()["usage"]["prompt_tokens"]
 
-        refused = ask({"role": "assistant", "content": "x", "tool_calls": [CALL]})
-        assert refused.status_code == 400
-        assert "messages.1.tool_calls: this model's chat template does not render calls" in refused.text
+        called = '<tool_call>\n{"name": "look", "arguments": {"at": 1}}\n</tool_call>'
+        calling = {"role": "assistant", "content": "x", "tool_calls": [CALL]}
+        assert num_tokens(calling) == num_tokens({"role": "assistant", "content": f"x\n{called}"})
         # It writes any role and its content.
-        assert ask({"role": "tool", "content": "seen", "tool_call_id": "c1"}).status_code == 200
+        result = {"role": "tool", "content": "seen", "tool_call_id": "c1"}
+        assert num_tokens(calling, result) == num_tokens(calling, {"role": "tool", "content": "seen"})
     runtime.close()
 
 

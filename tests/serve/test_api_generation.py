@@ -217,8 +217,9 @@ NO_PARTS = [
     ("changes", "param", "told"),
     [
         ({"response_format": {"type": "structural_tag"}}, "response_format", "json_schema"),
-        ({"tools": [{"type": "function"}]}, "tools", "only null or []"),
-        ({"tool_choice": "auto"}, "tool_choice", '"none"'),
+        ({"tools": [{"type": "function"}]}, "tools", "tools.0.function: missing"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "tools.0.type: Input should be"),
+        ({"tool_choice": "required"}, "tool_choice", "found without tools"),
         ({"verbosity": "low"}, "verbosity", '"medium"'),
         ({"max_completion_tokens": 5}, "max_completion_tokens", "max_tokens is 24"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
@@ -232,7 +233,7 @@ NO_PARTS = [
         ({"messages": []}, "messages", "at least 1"),
         *((showing(part), HERE, told) for part, told in MEDIA),
         *((showing(part), "messages", told) for part, told in NO_PARTS),
-        ({"messages": [{"role": "function", "content": "x"}]}, "messages", "'assistant'"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "messages", "'assistant'"),
         ({"extra_body": {"temprature": 1}}, "temprature", "did you mean temperature"),
         (
             {"extra_body": {"chat_template_kwargs": {"messages": []}}},

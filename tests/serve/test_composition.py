@@ -393,7 +393,7 @@ class Scene:
             rng = random.Random(len(self.foretellers))  # one of its own: the scene goes as it went without
             self.foretellers.append(Foreteller(self.told, rng, SHARE_OF_LIES, model.network.vocab_size))
             drafters["told"] = self.foretellers[-1]
-        if self.setting.drafter == "head" and self.setting.model not in RECURRENT:
+        if self.setting.drafter == "head":
             network = model.network
             layers = len(network.layers)
             head = write_eagle3(
@@ -637,7 +637,7 @@ class Scene:
 def test_a_request_draws_what_it_draws_alone_on_the_merged_model(case, lively, assert_drawn, tmp_path):
     name, setting = "-".join(case), setting_of(case)
     told: dict[str, list[int]] = {}
-    if setting.drafter in ("told", "ngram") and setting.model not in RECURRENT:
+    if setting.drafter in ("told", "ngram"):
         first = Scene(setting, name, lively, tmp_path / "first")
         try:
             first.run()

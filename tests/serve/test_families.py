@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from drafting import Fitful, Foreteller
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 from mlx_vlm import turboquant
 
@@ -118,6 +119,13 @@ RECURRENT = {
         "num_hidden_layers": 2,
         "time_step_limit": [0.0, 10.0],
         "time_step_rank": "auto",
+    },
+    "rwkv7": {
+        "norm_eps": 1e-6,
+        "a_low_rank_dim": 16,
+        "v_low_rank_dim": 16,
+        "gate_low_rank_dim": 16,
+        "decay_low_rank_dim": 16,
     },
     "qwen3_next": {
         **LINEAR,
@@ -388,6 +396,27 @@ def test_rows_of_every_family_match_its_own_cache(family, make_request):
             assert (mx.max(row) - row[token]).item() < 1e-3
 
 
+@pytest.mark.parametrize("family", RECURRENT, indirect=True)
+@pytest.mark.parametrize("ahead", [False, True], ids=["in step", "one ahead"])
+def test_drafts_change_no_token_of_families_that_keep_a_state(family, ahead, make_request, assert_drawn):
+    """Rows with and without guesses, right, wrong and in part right, that come and go, beside prompts in chunks."""
+    samplings = [{}, {"temperature": 1.0, "seed": 3}]
+    requests = [
+        make_request(str(n), text, max_tokens=24 - n, **samplings[n % 2]) for n, text in enumerate(2 * TEXTS)
+    ]
+    whole = load(str(family.path)).network.module
+    plain = generate(Engine(load(str(family.path)), EngineLimits(max_rows=4)), requests)
+    told = {request.id: answer.token_ids for request, answer in zip(requests, plain, strict=True)}
+    foreteller = Foreteller(told, random.Random(0), 0.3, 259)
+    limits = EngineLimits(max_rows=4, prefill_chunk_tokens=16, ahead=ahead)
+    engine = Engine(family, limits, drafters={"told": foreteller}, drafter="told", gains=Fitful(5))
+    answers = generate(engine, requests)
+    for request, answer in zip(requests, answers, strict=True):
+        assert_drawn(request, answer.token_ids, whole)
+    stats = engine.stats().drafts[""]
+    assert 0.2 * stats.num_drafted < stats.num_accepted < 0.9 * stats.num_drafted
+
+
 def test_a_head_that_cannot_be_run_apart_is_noticed(model):
     class Shifted(type(model.network.module)):
         def __call__(self, inputs, cache=None, input_embeddings=None):
@@ -453,6 +482,28 @@ def test_rows_in_any_company_hold_what_the_family_s_own_cache_holds(family):
         expected = batch.alone(batch.tokens[name])
         for length, hidden in steps:
             assert away(hidden, expected[length - 1]) < 1e-4
+
+
+@pytest.mark.parametrize("family", RECURRENT, indirect=True)
+@pytest.mark.parametrize("width", [1, 4], ids=["in place", "in chunks"])
+def test_rows_that_are_put_back_have_never_run_what_they_ran(family, width):
+    """One row of three takes in tokens that are not its own; a fourth begins before that is known."""
+    batch = RowBatch(family.network)
+    for index in range(4):
+        batch.add(f"row{index}", random_tokens(index, 30))
+    running = ["row0", "row1", "row2"]
+    batch.run(dict.fromkeys(running, 6))
+    own, wrong = batch.tokens["row1"], batch.tokens["row2"]
+    batch.rows.hold_states()
+    batch.tokens["row1"] = wrong
+    batch.run(dict.fromkeys(running, width))
+    batch.run({"row3": 5})
+    batch.rows.put_back({batch.state_rows["row1"]: 6})
+    batch.tokens["row1"], batch.lengths["row1"] = own, 6
+    for count in (2, 1, 1):
+        found = batch.run(dict.fromkeys(batch.tokens, count))
+        for name, hidden in found.items():
+            assert away(hidden, batch.alone(batch.tokens[name])[batch.lengths[name] - 1]) < 1e-4
 
 
 PRECISIONS = {

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 
 import pytest
 
 from serve.engine.drafts import Drafting
-from serve.engine.gains import MAX_DRAFT, WIDTHS, Gains, StepTimes
+from serve.engine.gains import MAX_DRAFT, NUM_SHARES, WIDTHS, Gains, StepTimes, rerun_rates
 
 Machine = Callable[[int], float]
 """Tokens → seconds of a step."""
@@ -51,13 +53,16 @@ class Decode:
     """What a guess takes, for all rows."""
     seed: int = 0
     length: int = 120
-    gains: Gains = field(default_factory=Gains)
+    reruns: bool = False
+    """A block that is not all a row's own is given back, and what was right of it run again."""
+    gains: Gains | None = None
     seconds: float = 0.0
     num_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
-        self.rows = [[self.begin(), self.rng.randrange(self.length)] for _ in range(self.num_rows)]
+        self.gains = self.gains or Gains(reruns=self.reruns)
+        self.rows = [[self.begin(), self.rng.randrange(self.length), 0] for _ in range(self.num_rows)]
 
     def begin(self) -> Drafting:
         return self.gains.begin("nobody", Nobody(), "")
@@ -69,26 +74,34 @@ class Decode:
 
     def step(self) -> None:
         gains, rng = self.gains, self.rng
-        draftings = [drafting for drafting, _ in self.rows]
-        wanted, width, counts = gains.wanted(draftings), 1, [0] * self.num_rows
+        draftings, behind = [row[0] for row in self.rows], [row[2] for row in self.rows]
+        wanted, width, counts = gains.wanted(draftings, behind), 1, [0] * self.num_rows
         if wanted:
             self.seconds += self.guess_s * wanted
             gains.note_guessing("nobody", self.num_rows, wanted, self.guess_s * wanted)
-            counts = [wanted if rng.random() < self.known else 0 for _ in self.rows]
-            width = gains.width(draftings, counts)
+            counts = [min(wanted, MAX_DRAFT - late) if rng.random() < self.known else 0 for late in behind]
+            width = gains.width(draftings, counts, behind)
         drawn = 0
         for row, count in zip(self.rows, counts, strict=True):
-            drafted, right = min(count, width - 1), 0
+            drafted, right = max(min(count, width - 1 - row[2]), 0), 0
             while right < drafted and rng.random() < self.share:
                 right += 1
             if drafted:
                 gains.note_draft(row[0], "", drafted, right)
             drawn += right + 1
             row[1] += right + 1
+            is_exact = right == drafted and row[2] + 1 + drafted == width
+            row[2] = 0 if is_exact or width == 1 or not self.reruns else row[2] + right + 1
             if row[1] >= self.length:
-                row[:] = self.begin(), 0
-        took_s = self.machine(self.num_rows * width) * rng.uniform(0.97, 1.03)
-        gains.note_step(self.num_rows, width, drawn, took_s)
+                row[:] = self.begin(), 0, 0
+        noise = rng.uniform(0.97, 1.03)
+        if width == 1 and any(behind):
+            lengths = Counter(behind)
+            took_s = noise * sum(self.machine(count * (late + 1)) for late, count in lengths.items())
+            gains.note_rerun(self.num_rows, drawn, took_s)
+        else:
+            took_s = noise * self.machine(self.num_rows * width)
+            gains.note_step(self.num_rows, width, drawn, took_s)
         self.seconds += took_s
         self.num_tokens += drawn
 
@@ -98,8 +111,37 @@ class Decode:
         return self.num_tokens / self.seconds * self.machine(self.num_rows) / self.num_rows
 
 
+class Fixed(Gains):
+    """Always so wide."""
+
+    def __init__(self, most: int, *, reruns: bool) -> None:
+        super().__init__(reruns=reruns)
+        self.most = most
+
+    def wanted(self, draftings, behind=()):
+        return self.most - 1
+
+    def width(self, draftings, counts, behind=()):
+        return self.most
+
+
+@cache
+def best_rerun_rate(machine: Machine, num_rows: int, share: float, guess_s: float) -> float:
+    """Of rows that give blocks back: of the width that is best on that machine, tried one after the other."""
+
+    def rate(width: int) -> float:
+        gains = Fixed(width, reruns=True)
+        decode = Decode(machine, num_rows, share, guess_s=guess_s, reruns=True, gains=gains)
+        decode.run(400 * num_rows)
+        return decode.rate
+
+    return max(map(rate, WIDTHS))
+
+
 def best_rate(decode: Decode) -> float:
     """Of the width that is best on that machine, for all steps alike."""
+    if decode.reruns:
+        return best_rerun_rate(decode.machine, decode.num_rows, decode.share, decode.guess_s)
 
     def rate(width: int) -> float:
         count, share = width - 1, decode.share
@@ -117,9 +159,19 @@ def best_rate(decode: Decode) -> float:
 @pytest.mark.parametrize("num_rows", [1, 8, 32])
 @pytest.mark.parametrize("share", [0.0, 0.1])
 @pytest.mark.parametrize("guess_s", [0.0, 0.002, 0.02])
-def test_guesses_that_are_wrong_cost_little(machine, num_rows, share, guess_s):
-    decode = Decode(machine, num_rows, share, guess_s=guess_s)
+@pytest.mark.parametrize("reruns", [False, True])
+def test_guesses_that_are_wrong_cost_little(machine, num_rows, share, guess_s, reruns):
+    decode = Decode(machine, num_rows, share, guess_s=guess_s, reruns=reruns)
     decode.run(600 * num_rows)
+    assert decode.rate > 0.97
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.8, 0.9])
+def test_rows_that_give_blocks_back_guess_only_where_running_them_again_pays(machine, num_rows, share):
+    decode = Decode(machine, num_rows, share, reruns=True)
+    decode.run(1200 * num_rows)
     assert decode.rate > 0.97
 
 
@@ -127,16 +179,18 @@ def test_guesses_that_are_wrong_cost_little(machine, num_rows, share, guess_s):
 @pytest.mark.parametrize("num_rows", [1, 8])
 @pytest.mark.parametrize("share", [0.6, 0.9, 0.99])
 @pytest.mark.parametrize("guess_s", [0.0, 0.002])
-def test_guesses_that_are_right_are_made_as_far_as_is_best(machine, num_rows, share, guess_s):
-    decode = Decode(machine, num_rows, share, guess_s=guess_s)
+@pytest.mark.parametrize("reruns", [False, True])
+def test_guesses_that_are_right_are_made_as_far_as_is_best(machine, num_rows, share, guess_s, reruns):
+    decode = Decode(machine, num_rows, share, guess_s=guess_s, reruns=reruns)
     decode.run(600 * num_rows)
     assert decode.rate > 0.85 * best_rate(decode)
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
 @pytest.mark.parametrize("seed", range(3))
-def test_what_begins_to_pay_is_found_out_and_what_ends_to_pay_is_left(machine, seed):
-    decode = Decode(machine, 4, 0.0, seed=seed)
+@pytest.mark.parametrize("reruns", [False, True])
+def test_what_begins_to_pay_is_found_out_and_what_ends_to_pay_is_left(machine, seed, reruns):
+    decode = Decode(machine, 4, 0.0, seed=seed, reruns=reruns)
     decode.run(2000)
     for share in (0.95, 0.0, 0.95):
         decode.share = share
@@ -146,10 +200,20 @@ def test_what_begins_to_pay_is_found_out_and_what_ends_to_pay_is_left(machine, s
         assert decode.rate > (0.7 * best_rate(decode) if share else 0.97)
 
 
-def test_a_guess_that_few_rows_have_is_not_paid_for_by_all():
-    decode = Decode(MACHINES["a slow cpu"], 16, 0.9, known=0.05)
+@pytest.mark.parametrize("reruns", [False, True])
+def test_a_guess_that_few_rows_have_is_not_paid_for_by_all(reruns):
+    decode = Decode(MACHINES["a slow cpu"], 16, 0.9, known=0.05, reruns=reruns)
     decode.run(8000)
     assert decode.rate > 0.97
+
+
+@pytest.mark.parametrize("width", [2, 5, 16])
+@pytest.mark.parametrize("share", [0.2, 0.7, 0.94])
+def test_what_a_row_gets_that_gives_blocks_back_is_what_is_thought(width, share):
+    decode = Decode(lambda tokens: 1.0, 1, share, reruns=True, gains=Fixed(width, reruns=True), length=10**9)
+    decode.run(20_000)
+    expected = rerun_rates()[width, width - 1, round(share * NUM_SHARES)]
+    assert decode.num_tokens / decode.seconds == pytest.approx(expected, rel=0.03)
 
 
 def test_times_between_measured_ones_are_between_them():

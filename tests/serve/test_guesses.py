@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from drafting import Eager, Foreteller
 
+from serve.cache.precision import precision
 from serve.engine.engine import Engine, EngineLimits
-from serve.errors import ConfigError, RequestError
+from serve.errors import RequestError
 from serve.model.loading import load
 
 
@@ -131,7 +132,49 @@ def test_a_request_may_do_without_and_names_only_drafters_that_are_there(model, 
         engine.check(replace(request, drafter="other"))
 
 
-def test_rows_that_cannot_go_back_have_no_default_drafter(recurrent_folder):
-    model = load(str(recurrent_folder("qwen3_next")), name="hybrid")
-    with pytest.raises(ConfigError, match="'hybrid' keep a state that takes in every token"):
-        Engine(model, drafters={"told": Foreteller({}, random.Random(0), 0.0, 1)}, drafter="told")
+def test_prompts_come_on_a_token_a_step_beside_rows_of_state_that_guess(
+    recurrent_folder, make_request, assert_drawn
+):
+    """Who is padded runs it again: a prompt would for ever."""
+    folder = str(recurrent_folder("qwen3_next"))
+    requests = [
+        make_request("a", "hello", max_tokens=60),
+        make_request("b", "the quick brown fox", max_tokens=3),
+    ]
+    known = answers(Engine(load(folder)), requests)
+    engine = Engine(
+        load(folder),
+        EngineLimits(prefill_chunk_tokens=1),
+        drafters={"told": Foreteller(known, random.Random(0), 0.6, 259)},
+        drafter="told",
+        gains=Eager(4),
+    )
+    ended = []
+    for request in requests:
+        engine.add(engine.check(request))
+    found = {request.id: [] for request in requests}
+    while engine.has_work:
+        for event in engine.step():
+            found[event.request_id] += event.token_ids
+            ended += [event.request_id] if event.finish else []
+        engine.scheduler.check_integrity()
+    assert ended == ["b", "a"]
+    for request in requests:
+        assert_drawn(request, found[request.id], load(folder).network.module)
+
+
+def test_rows_of_state_that_guess_become_quantized_where_they_should(lively, make_request, assert_drawn):
+    """A row runs nothing again across the token from which its keys and values are quantized."""
+    folder = str(lively.folder("hybrid"))
+    requests = [
+        replace(
+            make_request(str(n), "hello"[n:], max_tokens=40), precision=precision(4, start_after=12 + 3 * n)
+        )
+        for n in range(4)
+    ]
+    known = answers(Engine(load(folder)), requests)
+    foreteller = Foreteller(known, random.Random(0), 0.3, 259)
+    engine = Engine(load(folder), drafters={"told": foreteller}, drafter="told", gains=Eager(5))
+    found = answers(engine, requests)
+    for request in requests:
+        assert_drawn(request, found[request.id], load(folder).network.module)

@@ -15,19 +15,25 @@ import pytest
 from drafting import Eager
 from heads import (
     DEEP,
+    DEEPSEEK_V3,
     GEMMA4,
     GEMMA4_LOUDER,
     GLM4,
     GLM4_LITE,
+    QWEN3_5,
+    QWEN3_5_MOE,
+    QWEN3_NEXT,
     Tokens,
     dflash_guesses,
     eagle3_guesses,
     gemma4_guesses,
     mtp_guesses,
+    qwen_mtp_guesses,
     write_dflash,
     write_eagle3,
     write_gemma4,
     write_mtp,
+    write_qwen_mtp,
 )
 
 from serve.cache.capacity import Bucket
@@ -117,6 +123,11 @@ def kind_of(
         target = make_model(name, config)
         return Kind(target, own_heads_of, partial(mtp_guesses, write_mtp(target, config)), everything)
 
+    def qwen_mtp(name: str, config: dict[str, Any], **options: Any) -> Kind:
+        target = make_model(name, config)
+        drafter = write_qwen_mtp(target, config, **options)
+        return Kind(target, own_heads_of, partial(qwen_mtp_guesses, drafter), everything)
+
     makers: dict[str, Callable[[], Kind]] = {
         "EAGLE-3": partial(eagle3, "eagle3"),
         "EAGLE-3 of two layers and few tokens": partial(eagle3, "few", layers=2, draft_vocab=100),
@@ -132,6 +143,10 @@ def kind_of(
         ),
         "MTP of glm4_moe": partial(mtp, "glm4", GLM4),
         "MTP of glm4_moe_lite": partial(mtp, "glm4-lite", GLM4_LITE),
+        "MTP of deepseek_v3": partial(mtp, "deepseek", DEEPSEEK_V3),
+        "MTP of qwen3_next": partial(qwen_mtp, "qwen3-next", QWEN3_NEXT),
+        "MTP of qwen3_5": partial(qwen_mtp, "qwen3-5", QWEN3_5),
+        "MTP of qwen3_5_moe": partial(qwen_mtp, "qwen3-5-moe", QWEN3_5_MOE, is_mlx=True),
     }
     return cache(lambda name: makers[name]())
 
@@ -145,6 +160,10 @@ KINDS = (
     "gemma-4 assistant that looks at few tokens",
     "MTP of glm4_moe",
     "MTP of glm4_moe_lite",
+    pytest.param("MTP of deepseek_v3", marks=pytest.mark.large),  # which has 61 layers
+    "MTP of qwen3_next",
+    "MTP of qwen3_5",
+    "MTP of qwen3_5_moe",
 )
 
 

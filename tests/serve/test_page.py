@@ -406,7 +406,9 @@ def test_thoughts_are_folded_above_the_answer(opened, model_folder):
         page.ended(2)
         # What was opened, or selected, stays so while others come: its nodes are the same.
         assert thought.first.evaluate("node => node.open")
-        assert page.page.evaluate("window.before.length == 2 && window.before.every(each => each.isConnected)")
+        assert page.page.evaluate(
+            "window.before.length == 2 && window.before.every(each => each.isConnected)"
+        )
         assert page.page.evaluate(AT_END)
         assert page.asked[1]["messages"][1]["reasoning_content"]
     runtime.close()

@@ -50,8 +50,21 @@ class Eager(Gains):
         super().__init__()
         self._most = most
 
-    def wanted(self, draftings: Sequence[Drafting | None]) -> int:
+    def wanted(self, draftings: Sequence[Drafting | None], behind: Sequence[int] = ()) -> int:
         return self._most if any(draftings) else 0
 
-    def width(self, draftings: Sequence[Drafting | None], counts: Sequence[int]) -> int:
-        return 1 + max(counts)
+    def width(
+        self, draftings: Sequence[Drafting | None], counts: Sequence[int], behind: Sequence[int] = ()
+    ) -> int:
+        return 1 + max(map(sum, zip(counts, behind or [0] * len(counts), strict=True)))
+
+
+class Fitful(Eager):
+    """The same, but for some steps, in which nobody guesses and rows take in what they have given back."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most)
+        self._rng = random.Random(0)
+
+    def wanted(self, draftings: Sequence[Drafting | None], behind: Sequence[int] = ()) -> int:
+        return super().wanted(draftings, behind) if self._rng.random() < 0.7 else 0

@@ -18,6 +18,8 @@ from mlx_vlm.speculative.drafters.eagle3 import ModelConfig as Eagle3Config
 from mlx_vlm.speculative.drafters.gemma4_assistant import Model as Gemma4Model
 from mlx_vlm.speculative.drafters.gemma4_assistant import ModelConfig as Gemma4Config
 from mlx_vlm.speculative.drafters.glm_moe_dsa_mtp.glm_moe_dsa_mtp import GlmMoeDsaMTPDraftModel
+from mlx_vlm.speculative.drafters.qwen3_5_mtp.config import Qwen3_5MTPConfig
+from mlx_vlm.speculative.drafters.qwen3_5_mtp.qwen3_5_mtp import Qwen3_5MTPDraftModel
 from mlx_vlm.speculative.drafters.qwen3_dflash import Model as DFlashModel
 from mlx_vlm.speculative.drafters.qwen3_dflash import ModelConfig as DFlashConfig
 from mlx_vlm.utils import load_model
@@ -76,6 +78,50 @@ LATENT = {
     "v_head_dim": 32,
 }
 GLM4_LITE = {**GLM4, **LATENT, "model_type": "glm4_moe_lite"}
+
+
+DEEPSEEK_V3 = {
+    **GLM4_LITE,
+    "model_type": "deepseek_v3",
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 61,
+}
+"""mlx-lm leaves out layer 61, by its name: the head of a model of so many layers and no other."""
+HYBRID = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+ROPE = {"type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [4, 0, 0]}
+QWEN3_NEXT = {**HYBRID, "model_type": "qwen3_next", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+QWEN3_5 = {
+    "model_type": "qwen3_5",
+    "text_config": {**HYBRID, "model_type": "qwen3_5_text", "num_experts": 0, "rope_parameters": ROPE},
+}
+QWEN3_5_MOE = {
+    "model_type": "qwen3_5_moe",
+    "text_config": {**HYBRID, "model_type": "qwen3_5_moe_text", "rope_parameters": ROPE},
+}
 
 
 class Tokens(NamedTuple):
@@ -302,6 +348,66 @@ def mtp_guesses(theirs: nn.Module, network: Network, row: Tokens, pick: Pick) ->
     return _guesses(drafter, layer_outputs(network, row.ids[:-1])[-1], row, pick)
 
 
+LESS_ONE = ("layernorm.weight", "q_norm.weight", "k_norm.weight", "model.norm.weight")
+"""Ends of names of norms that Qwen's checkpoints keep less 1; of the block's own, all."""
+
+
+def write_qwen_mtp(folder: Path, config: Mapping[str, Any], seed: int = 3, *, is_mlx: bool = False) -> Any:
+    """Add a random `mtp` block to the folder of a Qwen that keeps a state. Returns mlx-vlm's drafter over the same
+    weights. `is_mlx`: with the names and norms of mlx-vlm's own conversions, not Hugging Face's."""
+    text = {**config.get("text_config", config), "rope_parameters": ROPE}
+    drafter = Qwen3_5MTPDraftModel(Qwen3_5MTPConfig.from_dict({"text_config": text}))
+    mx.random.seed(seed)
+    weights = lively(dict(tree_flatten(drafter.parameters())))
+    weights = {
+        name: 1 + 0.3 * mx.random.normal(weight.shape)
+        if weight.ndim == 1
+        else mx.random.normal(weight.shape) / weight.shape[-1] ** 0.5
+        if "fc" in name or name.endswith("mlp.gate.weight")
+        else weight
+        for name, weight in weights.items()
+    }
+    drafter.load_weights(list(weights.items()))
+    published = (
+        weights
+        if is_mlx
+        else {
+            name: weight - 1 if weight.ndim == 1 else weight
+            for name, weight in _expert_by_expert(weights).items()
+        }
+    )
+    mx.save_safetensors(
+        str(folder / "model-mtp.safetensors"),
+        {f"mtp.{name}": weight for name, weight in published.items()},
+        metadata={"format": "mlx" if is_mlx else "pt"},
+    )
+    if config["model_type"] == "qwen3_next":
+        # Of weights in its own layout mlx-lm leaves no block out.
+        own = {
+            name: weight - 1 if name.endswith(LESS_ONE) else weight
+            for name, weight in _expert_by_expert(mx.load(str(folder / "model.safetensors"))).items()
+        }
+        own = {name: w.swapaxes(1, 2) if "conv1d" in name else w for name, w in own.items()}
+        mx.eval(own)
+        mx.save_safetensors(str(folder / "model.safetensors"), own, metadata={"format": "pt"})
+    return drafter
+
+
+def qwen_mtp_guesses(drafter: Any, network: Network, row: Tokens, pick: Pick) -> list[int]:
+    """What mlx-vlm's drafter says on one row."""
+    drafter.reset(network.module)
+    states = network.hidden(mx.array([list(row.ids[:-1])]), network.make_cache())
+    return _guesses(drafter, states, row, pick)
+
+
+def _expert_by_expert(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    return {
+        name.replace("switch_mlp", f"experts.{number}" if ".switch_mlp." in name else ""): each
+        for name, weight in weights.items()
+        for number, each in (enumerate(weight) if ".switch_mlp." in name else ((0, weight),))
+    }
+
+
 class _TheirMtp(nn.Module):
     """mlx-vlm's multi-token prediction, whose attention and experts are another family's."""
 
@@ -338,11 +444,8 @@ def _as_published(weights: dict[str, mx.array], args: Any) -> dict[str, mx.array
     """Experts one by one, and keys' and values' projections in one, as checkpoints have them."""
     published = {}
     for name, weight in weights.items():
-        if ".switch_mlp." in name:
-            for number, expert in enumerate(weight):
-                published[name.replace("switch_mlp", f"experts.{number}")] = expert
-        elif "embed_q" not in name and "unembed_out" not in name:
-            published[name] = weight
+        if "embed_q" not in name and "unembed_out" not in name:
+            published |= _expert_by_expert({name: weight})
     if "self_attn.embed_q.weight" in weights:
         keys, values = weights["self_attn.embed_q.weight"], weights["self_attn.unembed_out.weight"]
         both = mx.concatenate([keys.swapaxes(-1, -2), values], axis=1)
