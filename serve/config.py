@@ -15,15 +15,19 @@ from serve.adapters.versions.names import label_problem, name_problem
 from serve.cache.precision import KvPrecision, KvScheme, precision
 from serve.drafter_config import ELSEWHERE as DRAFTERS_ELSEWHERE
 from serve.drafter_config import DrafterConfig, HeadsDrafter, ModelDrafter, NoDrafter
+from serve.embed.config import EmbeddingModelConfig
 from serve.errors import ConfigError, RequestError
 from serve.experiments.assignment import Experiment, Variant
 from serve.media_config import MediaConfig, MediaLimitsConfig
 from serve.model.quantization import Quantization
 from serve.model.thoughts import MAX_MARK_CHARS, Parser
+from serve.operating_config import PATHS as OPERATING_PATHS
+from serve.operating_config import OperatingConfig
 from serve.settings import Problems, Strict, load_yaml
 from serve.tools.formats import NAMES as TOOL_PARSERS
 
 Weight = Annotated[float, Field(gt=0, lt=math.inf)]
+ContextOverflow = Literal["error", "summarize", "truncate"]
 SQLITE_PREFIX = "sqlite:///"
 ELSEWHERE = {
     "quantized_kv_start": "write kv_quantize_after",
@@ -201,6 +205,10 @@ class ModelSettings(Strict):
     """Largest rank an adapter may have."""
     allow_other_base: bool = False
     """Load adapters whose manifest names other base weights, or another tokenizer."""
+    context_overflow: ContextOverflow = "error"
+    """What is done to a chat that leaves the answer no room in the context. error: it is refused. truncate: its
+    oldest turns are left out. summarize: the model itself sums it up, but for what the system says and the last six
+    messages."""
     default_max_tokens: int | None = Field(None, ge=1)
     """Answer length of requests that name none, in tokens; the rest of the context, if left out."""
     generation_config: Literal["auto", "none"] = "auto"
@@ -365,14 +373,15 @@ OWN = frozenset(
             "feature_cache_dir",
         ),
         *("feature_cache_disk_gib", "reasoning_parser", "thinking_start_token", "thinking_end_token"),
+        "tool_call_parser",
     }
 )
 """Keys that say something of one model, and nothing of its neighbours."""
-SERVERS_OWN: dict[str, Any] = {"models": (), "model_dirs": (), "experiments": ()}
+SERVERS_OWN: dict[str, Any] = {"models": (), "model_dirs": (), "experiments": (), "embedding_models": ()}
 """Keys that say something of a server, and nothing of one of its models; as they are where there are none."""
 
 
-class ServeConfig(ModelSettings):
+class ServeConfig(ModelSettings, OperatingConfig):
     """Everything `lathe serve` can be told: of its model, and of the server."""
 
     models: tuple[ModelConfig, ...] = ()
@@ -391,6 +400,13 @@ class ServeConfig(ModelSettings):
     max_drain_s: float = Field(300, ge=0)
     """Seconds that a model which is to go lets its requests run on at most; those that still run then end with
     503."""
+    embedding_models: tuple[EmbeddingModelConfig, ...] = ()
+    """Models beside them that make vectors of texts, or scores of pairs; loaded at start, and there to stay."""
+    embedding_piece_tokens: int = Field(2048, ge=1)
+    """Tokens of texts, padding included, encoded between two decode steps, or one text of any length: the longest a
+    running stream is held up by them."""
+    max_waiting_texts: int = Field(8192, ge=1)
+    """Texts that wait to be encoded; more answer 503 with Retry-After."""
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback also closes the adapter paths, see allowed_adapter_roots."""
     port: int = Field(8000, ge=0, le=65535)
@@ -401,6 +417,12 @@ class ServeConfig(ModelSettings):
     """What a request's body may take to arrive, in seconds; one that takes longer answers 408."""
     stream_keep_alive_s: float = Field(5, ge=0)
     """A stream with nothing to say for so many seconds sends a comment, at first with its headers; 0: never."""
+    response_store_mib: float = Field(256, ge=0, lt=math.inf)
+    """What responses (/v1/responses) may take that can be asked for later and gone on from, pictures included."""
+    response_store_count: int = Field(10_000, ge=0)
+    """So many of them at most; 0: none is kept."""
+    response_store_hours: float = Field(24, gt=0, lt=math.inf)
+    """So long at most. Whoever has not been used longest goes first, of the tenant who holds most."""
     ui: bool = True
     """Show the page at /ui/. Everybody who reaches the server may read it; what it asks needs a key like all else."""
     allowed_adapter_roots: tuple[Path, ...] | None = None
@@ -411,6 +433,15 @@ class ServeConfig(ModelSettings):
     nothing."""
     media_limits: MediaLimitsConfig = MediaLimitsConfig.model_validate({})
     """What a request may show."""
+    mcp_servers: Path | None = None
+    """A file of MCP servers as other clients have it, {"mcpServers": {name: {command, args, env} or {url}}}: a
+    request may have their tools run for it, `tools: [{"type": "mcp", "server_label": name}]`. Left out: none."""
+    mcp_max_rounds: int = Field(8, ge=1)
+    """So often a request's answer may call such tools; the next answer is text."""
+    mcp_timeout_s: float = Field(30, gt=0)
+    """What connecting to one, or one call, may take."""
+    mcp_max_result_chars: int = Field(65536, ge=256)
+    """Of a call's result; the model is told where more was cut off."""
     experiments: tuple[ExperimentConfig, ...] = ()
     """A/B tests, each under its own public model name."""
     store: str = "sqlite:///lathe.sqlite"
@@ -452,6 +483,11 @@ class ServeConfig(ModelSettings):
         return tuple(root.expanduser().resolve() for root in roots)
 
     @property
+    def has_several_models(self) -> bool:
+        """Whether models come and go."""
+        return bool(self.models or self.model_dirs)
+
+    @property
     def blocks(self) -> tuple[ModelConfig, ...]:
         """Every model that is configured, the first of them loaded at start."""
         first = {"model": self.model, "name": self.name, "aliases": self.aliases, "preload": True}
@@ -477,6 +513,7 @@ class ServeConfig(ModelSettings):
     def _problems(self) -> Iterator[tuple[str, str]]:
         yield from self._name_problems()
         yield from self._experiment_problems()
+        yield from self.operating_problems()
         yield from super()._problems()
         yield from self._model_problems()
 
@@ -532,7 +569,8 @@ class ServeConfig(ModelSettings):
                         yield f"experiments.{index}.variants.{i}.{key}", f"found {label!a:.80}; {expected}"
 
     def _name_problems(self) -> Iterator[tuple[str, str]]:
-        """Public names share one space: the bases', their aliases, the adapters' and the experiments'."""
+        """Public names share one space: the bases', their aliases, the adapters', the embedding
+        models' and the experiments'."""
         taken: dict[str, str] = {}
         for key, name, what in self._public_names():
             if key and (expected := name_problem(name)):
@@ -554,6 +592,8 @@ class ServeConfig(ModelSettings):
                 yield f"{where}aliases.{i}", alias, f"{where}aliases.{i}"
             for i, adapter in enumerate(block.adapters):
                 yield f"{where}adapters.{i}.name", adapter.name, f"{where}adapters.{i}"
+        for i, each in enumerate(self.embedding_models):
+            yield f"embedding_models.{i}.name", each.name, f"embedding_models.{i}"
         for i, experiment in enumerate(self.experiments):
             yield f"experiments.{i}.name", experiment.name, f"experiments.{i}"
 
@@ -577,7 +617,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **changes: Any)
     if not changed:
         return config
     added = tuple(AdapterConfig.model_validate(adapter) for adapter in changed.pop("adapters", ()))
-    merged = {**dict(config), **changed, "adapters": (*config.adapters, *added)}
+    models = tuple(ModelConfig.model_validate(model) for model in changed.pop("models", ()))
+    embedding = tuple(
+        EmbeddingModelConfig.model_validate(each) for each in changed.pop("embedding_models", ())
+    )
+    merged = {
+        **dict(config),
+        **changed,
+        "adapters": (*config.adapters, *added),
+        "models": (*config.models, *models),
+        "embedding_models": (*config.embedding_models, *embedding),
+    }
     return _checked(merged)
 
 
@@ -603,11 +653,18 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
     """Paths that the file wrote, relative to it. What it left out (a hub name, the default store) stays."""
     changes = _resolved(config, folder)
     changes["models"] = tuple(block.model_copy(update=_resolved(block, folder)) for block in config.models)
+    for key in OPERATING_PATHS:
+        if (path := getattr(config, key)) is not None:
+            changes[key] = _under(folder, path)
     changes["model_dirs"] = tuple(_under(folder, each) for each in config.model_dirs)
     if config.allowed_adapter_roots is not None:
         changes["allowed_adapter_roots"] = tuple(_under(folder, r) for r in config.allowed_adapter_roots)
     if config.allowed_media_roots is not None:
         changes["allowed_media_roots"] = tuple(_under(folder, r) for r in config.allowed_media_roots)
+    changes["embedding_models"] = tuple(
+        each.model_copy(update={"model": _model_under(folder, each.model)})
+        for each in config.embedding_models
+    )
     if "store" in config.model_fields_set and config.store.startswith(SQLITE_PREFIX):
         changes["store"] = SQLITE_PREFIX + str(_under(folder, Path(config.store[len(SQLITE_PREFIX) :])))
     return config.model_copy(update=changes)

@@ -18,6 +18,7 @@ from fastapi.responses import PlainTextResponse
 from serve.adapters.formats.files import find_files, located
 from serve.adapters.versions.version import AdapterVersion
 from serve.api.adapter_cards import adapter_card, listing
+from serve.api.admin import ADMIN
 from serve.api.bases import Base
 from serve.api.body import JsonRoute
 from serve.api.errors import openai_error
@@ -29,7 +30,7 @@ from serve.runtime import Runtime
 
 MAX_PATH_CHARS = 200
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=JsonRoute, dependencies=[ADMIN])
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 
+from serve.api.admin import ADMIN
 from serve.api.state import StateDep
 from serve.api.tenant import TenantDep
 from serve.cache.stats import FeatureStats, PrefixStats
@@ -17,7 +18,7 @@ from serve.engine.request import MemoryUse
 from serve.errors import ForbiddenError
 from serve.runtime import Runtime
 
-router = APIRouter()
+router = APIRouter(dependencies=[ADMIN])
 
 
 @router.get("/v1/cache/stats")
@@ -42,7 +43,7 @@ def _added_up(none: Any, each: Sequence[Any]) -> dict[str, int]:
 async def reset_cache(state: StateDep, tenant: TenantDep) -> dict[str, Any]:
     """Forget the prefixes and features of the tenant that a header names, in memory and on disk; all of them, where
     none does."""
-    if not tenant and not state.config.is_loopback:
+    if not tenant and state.keys is None and not state.config.is_loopback:
         raise ForbiddenError(
             f"this server listens on {state.config.host}, where nobody may drop what others keep; "
             "name your tenant with X-Tenant"

@@ -107,16 +107,10 @@ async def create_completion(
     body: CompletionBody, http: Request, state: StateDep, tenant: TenantDep
 ) -> Response:
     """OpenAI's completions, with prompts as text or token ids; vLLM's `top_k`, `min_p`, `ignore_eos` beside them."""
-    id = new_id("cmpl")
-    async with held_target(state, body.model, body.user or id, http) as target:
-        services = target.services
-        prompts = await services.tokenize(lambda: [_encode(services, prompt) for prompt in body.prompts])
-        requests = await build_requests(
-            id, body, [Prompt(prompt) for prompt in prompts], target, tenant=tenant, continues_prompt=True
-        )
-        generation = _generation(state, id, body, target, requests)
-    turn = Turn(generation, sum(map(len, prompts)), logprobs=logprob_writers(services, body, requests))
-    tokens = services.runtime.engine.token_bytes
+    turn, prompts = await begin_completion(
+        state, http, body, tenant, id=new_id("cmpl"), endpoint="completions"
+    )
+    tokens = turn.target.services.runtime.engine.token_bytes
     echoed = [Echoed(_text(tokens, *each), each[1]) for each in zip(body.prompts, prompts, strict=True)]
     rows = [prompt for prompt in echoed for _ in range(body.num_drawn)]
     writer = ChoicesWriter(
@@ -131,12 +125,40 @@ async def create_completion(
     return await responder.stream() if body.stream else await responder.whole()
 
 
+class Begun(NamedTuple):
+    """Completions under way."""
+
+    turn: Turn
+    prompts: list[tuple[int, ...]]
+    """Their tokens."""
+
+
+async def begin_completion(
+    state: AppState, http: Request, body: CompletionBody, tenant: str, *, id: str, endpoint: str
+) -> Begun:
+    """The answers to plain prompts under way, as `begin_turn`'s to a chat. ClientGoneError if the client has left."""
+    async with held_target(state, body.model, body.user or id, http) as target:
+        services = target.services
+        prompts = await services.tokenize(lambda: [_encode(services, prompt) for prompt in body.prompts])
+        requests = await build_requests(
+            id, body, [Prompt(prompt) for prompt in prompts], target, tenant=tenant, continues_prompt=True
+        )
+        generation = _generation(state, id, endpoint, body, target, requests)
+    logprobs = logprob_writers(services, body, requests)
+    return Begun(Turn(generation, sum(map(len, prompts)), logprobs=logprobs), prompts)
+
+
 def _generation(
-    state: AppState, id: str, body: CompletionBody, target: Target, requests: Sequence[EngineRequest]
+    state: AppState,
+    id: str,
+    endpoint: str,
+    body: CompletionBody,
+    target: Target,
+    requests: Sequence[EngineRequest],
 ) -> Generation:
     """Its rows, submitted. Where there are too many of them, RequestError names what asks for them."""
     try:
-        return Generation(state.metrics, id, "completions", target, requests, body.num_drawn)
+        return Generation(state.metrics, id, endpoint, target, requests, body.num_drawn)
     except RequestError as error:
         if error.param == "n" and body.num_drawn > (body.n or 1):
             raise RequestError(f"best_of{str(error).removeprefix('n')}", "best_of") from None

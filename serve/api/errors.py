@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from serve.api.exchange import current
 from serve.api.leaving import CLIENT_CLOSED_REQUEST, ClientGoneError
 from serve.api.strict import Body
 from serve.errors import DeadlineError, LatheError, NotFoundError, OverloadedError, RequestError
@@ -26,12 +27,14 @@ STATUS_CODES = {
 }
 MAX_MESSAGE_CHARS = 4000
 MAX_PROBLEMS = 20
+LONGEST_RETRY_S = 60.0
+"""OpenAI's clients wait no longer, and would ask much too early."""
 
 
 _TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 _DETAILS = {
     "message": {"type": "string"},
-    "type": {"enum": ["invalid_request_error", "server_error"]},
+    "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
     "param": {**_TEXT_OR_NULL, "description": "The field at fault."},
     "code": _TEXT_OR_NULL,
 }
@@ -42,12 +45,19 @@ _DETAILS_SCHEMA = {
     "additionalProperties": False,
 }
 ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": _DETAILS_SCHEMA}}
-_CONTENT = {"content": {"application/json": {"schema": ERROR_SCHEMA}}}
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "The request cannot be served as asked.", **_CONTENT},
-    "5XX": {"description": "The server cannot serve it now; Retry-After says when it may.", **_CONTENT},
-}
-"""What the OpenAPI description says of every route's errors."""
+
+
+def error_responses(schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """What the OpenAPI description says of a route's errors, whose bodies are of this schema."""
+    content = {"content": {"application/json": {"schema": schema}}}
+    return {
+        "4XX": {"description": "The request cannot be served as asked.", **content},
+        "5XX": {"description": "The server cannot serve it now; Retry-After says when it may.", **content},
+    }
+
+
+RESPONSES = error_responses(ERROR_SCHEMA)
+"""Of every route that has none of its own."""
 
 
 class Problem(NamedTuple):
@@ -88,7 +98,9 @@ def openai_form(problem: Problem) -> dict[str, Any]:
 
 
 def problem_response(request: Request, problem: Problem) -> JSONResponse:
-    """A response that is an error, in the words of the request's path."""
+    """A response that is an error, in the words of the request's path, and a note of it for the log."""
+    if exchange := current():
+        exchange.problem = problem
     path = request.scope["path"]
     for prefix, form in request.app.state.error_forms.items():
         if path.startswith(prefix):
@@ -122,10 +134,11 @@ def response_of(request: Request, error: LatheError) -> JSONResponse:
     response = problem_response(request, problem_of(error))
     if isinstance(error, OverloadedError):
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        if error.retry_after_s > LONGEST_RETRY_S:
+            response.headers["X-Should-Retry"] = "false"
     if isinstance(error, DeadlineError):
-        response.headers["X-Should-Retry"] = (
-            "false"  # OpenAI's clients, and Anthropic's, would ask for it all again
-        )
+        # OpenAI's clients, and Anthropic's, would ask for it all again.
+        response.headers["X-Should-Retry"] = "false"
     return response
 
 
@@ -153,10 +166,6 @@ def install(app: FastAPI, forms: Mapping[str, Form] = MappingProxyType({})) -> N
         response = error_response(request, status, message, code=STATUS_CODES.get(status))
         response.headers.update(error.headers or {})
         return response
-
-    @app.exception_handler(Exception)
-    async def on_fault(request: Request, error: Exception) -> JSONResponse:
-        return error_response(request, 500, f"internal error: {error!r}", code="internal_error")
 
 
 def _nothing_here(request: Request) -> str:

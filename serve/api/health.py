@@ -1,4 +1,4 @@
-"""GET /health and /metrics."""
+"""GET /health, its two halves, /ping and /metrics."""
 
 from __future__ import annotations
 
@@ -6,19 +6,28 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from serve.api.state import StateDep
+from serve.api.admin import has_name_of_ours
+from serve.api.state import AppState, StateDep
 
 router = APIRouter()
 
 
 @router.get("/health")
-async def health(state: StateDep) -> Response:
-    """200 while every engine that runs takes requests; 503 with its failure once one does not."""
-    workers = [runtime.worker for runtime in state.bases.runtimes()]
-    for worker in workers:
-        if worker.failure is not None:
-            return JSONResponse({"status": "failed", "error": repr(worker.failure)}, 503)
-    stats = [worker.stats() for worker in workers]
+@router.get("/health/ready")
+@router.get("/ping")
+async def ready(state: StateDep) -> Response:
+    """200 while every engine that runs takes requests; 503 while the server drains, and once an engine has failed,
+    with its failure."""
+    failed = _failed(state)
+    if failed is not None:
+        return failed
+    if state.drain.is_on:
+        left_s = round(max(state.drain.left_s, 0), 1)
+        body = {"status": "draining", "num_running": state.drain.num_running, "left_s": left_s}
+        return JSONResponse(body if has_name_of_ours(state) else {"status": "draining"}, 503)
+    if not has_name_of_ours(state):
+        return JSONResponse({"status": "ok"})
+    stats = [runtime.worker.stats() for runtime in state.bases.runtimes()]
     return JSONResponse(
         {
             "status": "ok",
@@ -31,7 +40,22 @@ async def health(state: StateDep) -> Response:
     )
 
 
+@router.get("/health/live")
+async def live(state: StateDep) -> Response:
+    """200 while there is no reason to start the server anew: it may drain, but its engine has not failed."""
+    return _failed(state) or JSONResponse({"status": "ok"})
+
+
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(state: StateDep) -> Response:
     """Prometheus text."""
     return Response(state.metrics.show(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _failed(state: AppState) -> Response | None:
+    workers = [runtime.worker for runtime in state.bases.runtimes()]
+    failure = next((worker.failure for worker in workers if worker.failure is not None), None)
+    if failure is None:
+        return None
+    body = {"status": "failed", "error": repr(failure)}
+    return JSONResponse(body if has_name_of_ours(state) else {"status": "failed"}, 503)

@@ -9,11 +9,11 @@ from typing import get_args
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.adapters.versions.version import COMBINED
 from serve.api.bases import Bases
 from serve.api.services import Services
+from serve.api.vllm_metrics import GapCollector, VllmCollector
 from serve.cache.stats import FeatureStats, PrefixStats
 from serve.constraints.compiler import GrammarStats
 from serve.engine.drafts import DraftStats
@@ -26,6 +26,9 @@ TPOT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
+VLLM_DRAFTS = tuple(f"vllm:spec_decode_num_{name}" for name in ("drafts", "draft_tokens", "accepted_tokens"))
+OTHER = "other"
+"""Label of the models that are too many to be told apart."""
 MAX_GONE = 16
 """Names of unloaded adapters whose last counts wait for a scrape."""
 
@@ -34,7 +37,7 @@ class Metrics:
     """One app's metrics, in a registry of its own. `model` labels are names without versions.
 
     What was counted for a name that is no longer served is shown once more and then removed, so that the labels are
-    as many as the adapters in memory, whatever comes and goes.
+    as many as the adapters in memory, whatever comes and goes, and `metrics_max_models` at most.
     """
 
     def __init__(self, bases: Bases) -> None:
@@ -59,9 +62,31 @@ class Metrics:
             )
         )
         self._counted: Mapping[str, DraftStats] = {}  # by label
+        self.prompt_tokens = Counter(
+            "lathe_request_prompt_tokens",
+            "Tokens of prompts, cached ones too.",
+            ["model"],
+            registry=self.registry,
+        )
+        self.answer_tokens = Counter(
+            "lathe_request_answer_tokens", "Tokens of answers.", ["model"], registry=self.registry
+        )
+        self.gaps = GapCollector()
+        self.registry.register(self.gaps)
+        self._told_apart: set[str] = set()
         self.ttft_s = self._histogram("lathe_ttft_seconds", "Time to the first token.", TTFT_BUCKETS_S)
         self.tpot_s = self._histogram("lathe_tpot_seconds", "Time per token after the first.", TPOT_BUCKETS_S)
         self.e2e_s = self._histogram("lathe_request_seconds", "Time to the last token.", E2E_BUCKETS_S)
+        drafts = zip(VLLM_DRAFTS, self._drafted, strict=True)
+        in_vllms_names: dict[str, Counter | Histogram] = {
+            "vllm:time_to_first_token_seconds": self.ttft_s,
+            "vllm:request_time_per_output_token_seconds": self.tpot_s,
+            "vllm:e2e_request_latency_seconds": self.e2e_s,
+            "vllm:prompt_tokens": self.prompt_tokens,
+            "vllm:generation_tokens": self.answer_tokens,
+            **dict(drafts),
+        }
+        self.registry.register(VllmCollector(bases, in_vllms_names, self.requests))
 
     def show(self) -> bytes:
         """Everything in Prometheus' text format. What it showed of names that are gone is removed."""
@@ -79,7 +104,17 @@ class Metrics:
 
     @property
     def _by_model(self) -> tuple[Counter | Histogram, ...]:
-        return self.requests, self.ttft_s, self.tpot_s, self.e2e_s, *self._drafted
+        timed = self.ttft_s, self.tpot_s, self.e2e_s
+        return self.requests, *timed, self.prompt_tokens, self.answer_tokens, *self._drafted
+
+    def label(self, model: str) -> str:
+        """Under which a model's counts are shown."""
+        if model in self._told_apart or self._bases.find(model) is not None:
+            return model
+        if len(self._told_apart) >= self._bases.config.metrics_max_models:
+            return OTHER
+        self._told_apart.add(model)
+        return model
 
     def _count_drafts(self) -> None:
         """What the engine has counted since it was last asked, under the labels of everything else."""
@@ -95,7 +130,7 @@ class Metrics:
                 before = DraftStats()
             if now != before:
                 for counter, new, old in zip(self._drafted, astuple(now), astuple(before), strict=True):
-                    counter.labels(label).inc(new - old)
+                    counter.labels(self.label(label)).inc(new - old)
         self._counted = found
 
     def _gone(self) -> set[str]:
@@ -103,7 +138,7 @@ class Metrics:
         versions = {
             version.name for runtime in self._bases.runtimes() for version in runtime.registry.versions()
         }
-        served = {COMBINED, *self._bases.names(), *versions}
+        served = {COMBINED, OTHER, *self._bases.names(), *versions}
         return {
             sample.labels["model"]
             for metric in self._by_model
@@ -115,27 +150,12 @@ class Metrics:
         for metric in self._by_model:
             for model in models:
                 metric.remove_by_labels({"model": model})
+        for model in models:
+            self.gaps.by_model.pop(model, None)
+        self._told_apart -= models
 
     def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, meaning, ["model"], buckets=buckets, registry=self.registry)
-
-
-class CountErrors:
-    """ASGI middleware: counts responses of 400 and above by status."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs as ASGI."""
-
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                self._metrics.errors.labels(str(message["status"])).inc()
-            await send(message)
-
-        await self._app(scope, receive, counted)
 
 
 class _EngineCollectors(Collector):
@@ -278,6 +298,7 @@ def _memory(memory: MemoryUse) -> Iterator[Metric]:
         ("lathe_feature_bytes", "Memory of encoded pictures.", memory.feature_bytes),
         ("lathe_adapter_bytes", "Memory of adapters on the device.", memory.adapter_bytes),
         ("lathe_adapter_host_bytes", "Memory of adapters in host memory.", memory.adapter_host_bytes),
+        ("lathe_drafter_bytes", "Memory of drafters beside the rows.", memory.drafter_bytes),
         ("lathe_memory_budget_bytes", "What these may be together.", memory.budget_bytes),
     ):
         yield GaugeMetricFamily(name, meaning, num_bytes)

@@ -4,19 +4,23 @@ unload a base."""
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Request
 
 from serve.adapters.versions.version import AdapterVersion
+from serve.api.admin import ADMIN
 from serve.api.bases import Base, Bases
 from serve.api.body import JsonRoute
 from serve.api.leaving import unless_gone
 from serve.api.outline import Outline
+from serve.api.permission import check_model, may_ask
 from serve.api.schemas import ModelBody
 from serve.api.services import Services
 from serve.api.state import StateDep, held_base
+from serve.api.text_cards import text_cards
 from serve.errors import NotFoundError
 from serve.pool.pool import Standing
 
@@ -27,17 +31,19 @@ router = APIRouter(route_class=JsonRoute)
 async def list_models(state: StateDep) -> dict[str, Any]:
     """As vLLM lists them: an adapter's `parent` is its base, its `root` the folder it came from. A bounded number of
     those that nobody has asked for yet stand behind them, without a version. A base's `status` says whether it is in
-    memory; one that is not is loaded by the request that asks for it."""
-    return {"object": "list", "data": await anyio.to_thread.run_sync(Listing(state.bases).cards)}
+    memory; one that is not is loaded by the request that asks for it. A key sees what it may ask for."""
+    cards = await anyio.to_thread.run_sync(Listing(state.bases).cards)
+    return {"object": "list", "data": [card for card in cards if may_ask(card["id"])]}
 
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, state: StateDep) -> dict[str, Any]:
     """One of them; `name@version` too, while that version is known."""
+    check_model(state.bases, model)
     return await anyio.to_thread.run_sync(Listing(state.bases).card, model)
 
 
-@router.post("/v1/models/load")
+@router.post("/v1/models/load", dependencies=[ADMIN])
 async def load_model(body: ModelBody, http: Request, state: StateDep) -> dict[str, Any]:
     """Bring a base that the configuration names into memory, where another may have to make room; its card, once it
     is there. An adapter's name stands for its base."""
@@ -46,7 +52,7 @@ async def load_model(body: ModelBody, http: Request, state: StateDep) -> dict[st
         return await anyio.to_thread.run_sync(Listing(state.bases).card, base.name)
 
 
-@router.post("/v1/models/unload")
+@router.post("/v1/models/unload", dependencies=[ADMIN])
 async def unload_model(body: ModelBody, http: Request, state: StateDep) -> dict[str, Any]:
     """Give its memory back, once the requests that it has have ended; its card. The next request loads it again."""
     base = await anyio.to_thread.run_sync(_named, state.bases, body.model)
@@ -79,31 +85,34 @@ class Listing:
         """Of everything that may be asked for."""
         known = self._known()
         ids = {card["id"] for card in known}
-        found = [
-            self._card(base, name)
-            for base, services in self._with_services()
-            for name in services.runtime.resolver.listed()
-            if name not in ids
-        ]
-        return [*known, *found, *self._models_found(ids)]
+        return [*known, *(card for card in self._found() if card["id"] not in ids)]
 
     def card(self, model: str) -> dict[str, Any]:
         """Of one name. NotFoundError."""
         base = self._bases.find(model)
         if base is not None:
             return self._base_card(base)
-        for card in self.cards():
+        for card in self._known():
             if card["id"] == model:
                 return card
         for base, services in self._with_services():
-            if services.runtime.registry.knows(model):
-                return self._adapter_card(base, services.runtime.registry.resolve(model), model)
+            with suppress(NotFoundError):
+                version = services.runtime.registry.resolve(model)
+                return self._adapter_card(base, version, version.id)
+        for card in self._found():
+            if card["id"] == model:
+                return card
         raise NotFoundError(f"model {model!r} is not served here")
 
     def _known(self) -> list[dict[str, Any]]:
         bases = [base for base in self._bases.all() if not base.is_found or base.name in self._loaded]
         adapters = [card for base in bases for card in self._adapter_cards(base)]
-        return [*(self._base_card(base) for base in bases), *adapters, *self._experiment_cards()]
+        return [
+            *(self._base_card(base) for base in bases),
+            *adapters,
+            *self._experiment_cards(),
+            *text_cards(self._bases.text_models, self._bases.created),
+        ]
 
     def _with_services(self) -> list[tuple[Base, Services]]:
         return [(base, self._loaded[base.name]) for base in self._bases.all() if base.name in self._loaded]
@@ -137,13 +146,16 @@ class Listing:
             cards.append({**card, "variants": [variant.name for variant in variants]})
         return cards
 
-    def _models_found(self, ids: set[str]) -> list[dict[str, Any]]:
-        """Of model_dirs, what nobody has asked for."""
-        return [
-            self._written(name, None, None, None) | {"aliases": [], "status": "unloaded", "pinned": False}
-            for name in self._bases.models_found()
-            if name not in ids
+    def _found(self) -> list[dict[str, Any]]:
+        """Of adapter_dirs and model_dirs, what a request may ask for."""
+        adapters = [
+            self._card(base, name)
+            for base, services in self._with_services()
+            for name in services.runtime.resolver.listed()
         ]
+        unloaded = {"aliases": [], "status": "unloaded", "pinned": False}
+        models = [self._written(name, None, None, None) | unloaded for name in self._bases.models_found()]
+        return [*adapters, *models]
 
     def _card(
         self, base: Base, id: str, *, root: str | None = None, parent: str | None = ""

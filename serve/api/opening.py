@@ -1,9 +1,10 @@
 """A stream whose answer is long in coming (a model is loaded, a conversation is summed up) → its headers and comments
 meanwhile.
 
-A route that takes a body says whether a stream was asked for (`announce`). Where the application has then begun no
-response for `stream_keep_alive_s`, one is begun for it: what it begins itself later goes on after the comments, and
-what turns out to be a refusal becomes the stream's last event. What is answered before has its own status.
+A route that takes a body says whether a stream was asked for (`announce`), and whoever begins what may take long says
+so (`expect_long`). Where the application has then begun no response for `stream_keep_alive_s`, one is begun for it:
+what it begins itself later goes on after the comments, and what turns out to be a refusal becomes the stream's last
+event. What is answered before has its own status.
 """
 
 from __future__ import annotations
@@ -51,7 +52,14 @@ def announce(request: Request, body: Any) -> None:
         path = request.scope["path"]
         words = next((words for prefix, words in WORDS.items() if path.startswith(prefix)), Words())
         if body.get("stream", words.is_default) is True:
-            opening.expect(words)
+            opening.words = words
+
+
+def expect_long(request: Request) -> None:
+    """What the request waits for from here on may take long."""
+    opening = request.scope.get(KEY)
+    if isinstance(opening, _Opening):
+        opening.expect_long()
 
 
 async def withdraw(request: Request) -> None:
@@ -87,7 +95,8 @@ class _Opening:
     def __init__(self, send: Send, every_s: float) -> None:
         self._send = send
         self._every_s = every_s
-        self._words = Words()
+        self.words: Words | None = None
+        """Of a stream, where one was asked for."""
         self._beating: asyncio.Task[None] | None = None
         self._is_answered = asyncio.Event()
         self._is_begun = False  # here
@@ -95,10 +104,10 @@ class _Opening:
             None  # what the application answers instead of a stream, as it comes
         )
 
-    def expect(self, words: Words) -> None:
-        """A stream was asked for."""
-        self._words = words
-        self._beating = asyncio.ensure_future(self._beat())
+    def expect_long(self) -> None:
+        """Begin it in a while, if it is a stream."""
+        if self.words is not None and self._beating is None and not self._is_answered.is_set():
+            self._beating = asyncio.ensure_future(self._beat(self.words))
 
     async def send(self, message: Message) -> None:
         """What the application sends."""
@@ -133,24 +142,24 @@ class _Opening:
         if not beating.cancelled() and (error := beating.exception()) is not None:
             raise error
 
-    async def _beat(self) -> None:
+    async def _beat(self, words: Words) -> None:
         while True:
             try:
                 return await asyncio.wait_for(_set(self._is_answered), self._every_s)
             except TimeoutError:
                 if not self._is_begun:
-                    await self._begin()
-                comment = {"type": "http.response.body", "body": self._words.keep_alive, "more_body": True}
+                    await self._begin(words)
+                comment = {"type": "http.response.body", "body": words.keep_alive, "more_body": True}
                 await self._send(comment)
 
     async def _refuse(self, body: bytes) -> None:
-        written = self._words.error(body) if body else b""
+        written = self.words.error(body) if body and self.words is not None else b""
         await self._send({"type": "http.response.body", "body": written, "more_body": False})
 
-    async def _begin(self) -> None:
+    async def _begin(self, words: Words) -> None:
         self._is_begun = True
         headers = {
-            "content-type": self._words.media_type,
+            "content-type": words.media_type,
             "cache-control": "no-cache",
             "x-accel-buffering": "no",
         }

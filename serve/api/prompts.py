@@ -75,14 +75,20 @@ class Prompts:
         written = await anyio.to_thread.run_sync(write, limiter=self._rendering)
         return await self._tokenize(lambda: self._encode(written.encode, len(written), "messages"))
 
-    def of_text(self, text: str) -> TokenIds:
+    def of_text(self, text: str, *, adds_special: bool = True) -> TokenIds:
         """Ids of a plain prompt, whose special tokens are special and which begins once.
 
-        To be called on the tokenizer's thread.
+        To be called on the tokenizer's thread. adds_special: with the tokens that the tokenizer puts around a text.
         """
         self._check_chars(len(text), "prompt")
         tokenizer = self._runtime.model.tokenizer
-        return self._encode(lambda first: encode_text(tokenizer, text[:first]), len(text), "prompt")
+
+        def encode(first: int | None) -> TokenIds:
+            if adds_special:
+                return encode_text(tokenizer, text[:first])
+            return tuple(tokenizer.encode(text[:first], add_special_tokens=False))
+
+        return self._encode(encode, len(text), "prompt")
 
     def of_prediction(self, text: str) -> Ngrams:
         """What an answer is thought to be, to be looked up: as much of it as can be one.

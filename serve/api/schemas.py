@@ -15,12 +15,12 @@ from serve.api.sampling import SamplingBody
 from serve.api.strict import Body, Neutral
 from serve.api.tool_bodies import ToolsBody
 from serve.cache.precision import PLAIN, KvPrecision, KvScheme
-from serve.config import ServeConfig
+from serve.config import ContextOverflow, ServeConfig
 from serve.draft.lookup import NAME as NGRAM
 from serve.errors import RequestError
 from serve.model.thoughts import MAX_MARK_CHARS
 
-MAX_STOPS = 16
+MAX_STOPS = 64
 MAX_LOGPROBS = 20
 MAX_SALT_CHARS = 1024
 """vLLM's bound."""
@@ -261,7 +261,7 @@ class FunctionCall(Body):
 class ToolCall(Body):
     """A call in an assistant's turn of the history."""
 
-    hints = frozenset({"cache_control", "index"})
+    hints = frozenset({"cache_control", "index", "provider_specific_fields"})
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -275,7 +275,9 @@ class Message(Body):
     """One turn of a chat. The template gets what its turn says: who, what, what was called and what came of it."""
 
     neutral: ClassVar[Neutral] = {"audio": (None,)}
-    hints = frozenset({"annotations", "cache_control", "reasoning_details", "refusal"})
+    hints = frozenset(
+        {"annotations", "cache_control", "provider_specific_fields", "reasoning_details", "refusal"}
+    )
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     """developer is OpenAI's newer word for system, and is rendered as system; function its older one for tool."""
@@ -342,7 +344,53 @@ class Message(Body):
 _TEMPLATE_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
-class ChatBody(GenerationBody, ToolsBody):
+class TemplatedBody(GenerationBody):
+    """What bodies of chats say of their template, of thoughts and of what they show, in any API."""
+
+    mm_processor_kwargs: dict[str, Any] | None = None
+    """vLLM's: how pictures and clips are looked at; min_pixels, max_pixels, fps, max_frames, …"""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables that the template reads; any other is refused by name."""
+    enable_thinking: bool | None = None
+    """mlx-vlm's: as in chat_template_kwargs."""
+    thinking_budget: int | None = Field(None, ge=0)
+    """mlx-vlm's: tokens of thoughts at most; then their end is forced."""
+    thinking_token_budget: int | None = Field(None, ge=0)
+    """vLLM's name for thinking_budget."""
+    thinking_start_token: ThoughtMark | None = None
+    """mlx-vlm's: what begins a thought, in place of the model's mark; it may be several tokens."""
+    thinking_end_token: ThoughtMark | None = None
+    include_reasoning: bool | None = None
+    """vLLM's: false leaves thoughts out of the response; they count all the same."""
+
+    @model_validator(mode="after")
+    def _what_means_the_same_is_said_once(self) -> TemplatedBody:
+        if self.enable_thinking is not None and "enable_thinking" in (self.chat_template_kwargs or {}):
+            raise RequestError(
+                "enable_thinking: found here and in chat_template_kwargs; they mean the same, send one",
+                "enable_thinking",
+            )
+        if len({self.thinking_budget, self.thinking_token_budget} - {None}) > 1:
+            raise RequestError(
+                f"thinking_token_budget: found {self.thinking_token_budget}, but thinking_budget is "
+                f"{self.thinking_budget}; they mean the same, send one",
+                "thinking_token_budget",
+            )
+        taken = [name for name in self.chat_template_kwargs or {} if name in _TEMPLATE_ARGUMENTS]
+        if taken:
+            raise RequestError(
+                f"chat_template_kwargs: {taken[0]} is set by the server; send the template's own variables only",
+                "chat_template_kwargs",
+            )
+        return self
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens of thoughts at most, if the request says so."""
+        return self.thinking_token_budget if self.thinking_budget is None else self.thinking_budget
+
+
+class ChatBody(TemplatedBody, ToolsBody):
     """POST /v1/chat/completions."""
 
     neutral: ClassVar[Neutral] = {
@@ -361,23 +409,10 @@ class ChatBody(GenerationBody, ToolsBody):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    mm_processor_kwargs: dict[str, Any] | None = None
-    """vLLM's: how pictures and clips are looked at; min_pixels, max_pixels, fps, max_frames, …"""
-    chat_template_kwargs: dict[str, Any] | None = None
-    """Variables that the template reads; any other is refused by name."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """A variable of the template; a hint where the template does not read it."""
-    enable_thinking: bool | None = None
-    """mlx-vlm's: as in chat_template_kwargs."""
-    thinking_budget: int | None = Field(None, ge=0)
-    """mlx-vlm's: tokens of thoughts at most; then their end is forced."""
-    thinking_token_budget: int | None = Field(None, ge=0)
-    """vLLM's name for thinking_budget."""
-    thinking_start_token: ThoughtMark | None = None
-    """mlx-vlm's: what begins a thought, in place of the model's mark; it may be several tokens."""
-    thinking_end_token: ThoughtMark | None = None
-    include_reasoning: bool | None = None
-    """vLLM's: false leaves thoughts out of the response; they count all the same."""
+    context_overflow: ContextOverflow | None = None
+    """What is done to a conversation that is longer than the context: as the server's key of that name."""
     add_generation_prompt: bool | None = None
     """Open the assistant's next turn; true, unless the last message is continued."""
     continue_final_message: bool | None = None
@@ -399,17 +434,6 @@ class ChatBody(GenerationBody, ToolsBody):
                 "reasoning_effort: found here and in chat_template_kwargs; they mean the same, send one",
                 "reasoning_effort",
             )
-        if self.enable_thinking is not None and "enable_thinking" in (self.chat_template_kwargs or {}):
-            raise RequestError(
-                "enable_thinking: found here and in chat_template_kwargs; they mean the same, send one",
-                "enable_thinking",
-            )
-        if len({self.thinking_budget, self.thinking_token_budget} - {None}) > 1:
-            raise RequestError(
-                f"thinking_token_budget: found {self.thinking_token_budget}, but thinking_budget is "
-                f"{self.thinking_budget}; they mean the same, send one",
-                "thinking_token_budget",
-            )
         if self.continue_final_message and self.add_generation_prompt:
             raise RequestError(
                 "continue_final_message: found true, and add_generation_prompt too; an answer goes on from the last "
@@ -421,23 +445,12 @@ class ChatBody(GenerationBody, ToolsBody):
                 f"continue_final_message: the last message is of role {self.messages[-1].role!r}; expected assistant",
                 "continue_final_message",
             )
-        taken = [name for name in self.chat_template_kwargs or {} if name in _TEMPLATE_ARGUMENTS]
-        if taken:
-            raise RequestError(
-                f"chat_template_kwargs: {taken[0]} is set by the server; send the template's own variables only",
-                "chat_template_kwargs",
-            )
         return self
 
     @property
     def has_tool_history(self) -> bool:
         """True if a turn calls a tool or brings a result."""
         return any(message.calls or message.role in ("tool", "function") for message in self.messages)
-
-    @property
-    def budget(self) -> int | None:
-        """Tokens of thoughts at most, if the request says so."""
-        return self.thinking_token_budget if self.thinking_budget is None else self.thinking_budget
 
     @property
     def answer_limit(self) -> int | None:

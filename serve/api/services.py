@@ -11,6 +11,7 @@ import anyio.to_thread
 
 from serve.api.media import MediaDesk
 from serve.api.prompts import Prompts
+from serve.api.summaries import Summaries
 from serve.constraints.compiler import GrammarCompiler
 from serve.runtime import Runtime
 
@@ -31,6 +32,7 @@ class Services:
         self._looking_up = anyio.CapacityLimiter(LOOKUPS)
         self.prompts = Prompts(runtime, self.tokenize)
         self.media = MediaDesk(runtime)
+        self.summaries = Summaries()
         engine = runtime.engine
         vocab_size = engine.model.network.vocab_size
         self.grammars = GrammarCompiler(engine.model.tokenizer, engine.token_bytes, vocab_size)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Response
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from fastapi.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from serve.api.answer import Answer, Piece
 from serve.api.body import CLIENT_CLOSED_REQUEST
+from serve.api.exchange import current
 from serve.api.leaving import ClientGoneError, unless_gone
 from serve.api.opening import KEEP_ALIVE
 from serve.api.targets import Target
@@ -24,6 +25,7 @@ from serve.errors import LatheError
 T = TypeVar("T")
 EVENT_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 """What a route that can stream adds to its OpenAPI description."""
+_as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Turn(Protocol):
@@ -132,14 +134,16 @@ class Responder:
             yield ending
 
 
-class EventStream(StreamingResponse):
+class EventStream(Response):
     """What is written ends, and ends the turn, when the client goes away. No silence is longer than the responder's
     `keep_alive_s`, unless that is 0."""
 
     def __init__(self, responder: Responder, written: AsyncIterator[bytes]) -> None:
         headers = {**responder.turn.target.headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(written, media_type=responder.media_type, headers=headers)
+        super().__init__(media_type=responder.media_type, headers=headers)
+        del self.headers["content-length"]
         self._responder = responder
+        self._written = written
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs as ASGI."""
@@ -151,45 +155,58 @@ class EventStream(StreamingResponse):
             self._responder.turn.close()
 
     async def _respond(self, send: Send) -> None:
-        responder = self._responder
-        if not responder.keep_alive_s:
-            return await self.stream_response(send)
-        steady = _SteadySend(send, responder.keep_alive_s, responder.keep_alive)
-        beating = asyncio.ensure_future(steady.beat())
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        exchange, responder = current(), self._responder
+        steady = _SteadySend(
+            exchange.send_body if exchange and exchange.send_body else send, responder.keep_alive
+        )
+        beating = None
+        if responder.keep_alive_s:
+            beating = asyncio.ensure_future(steady.beat(responder.keep_alive_s))
         try:
-            await self.stream_response(steady)
+            async for some in self._written:
+                await steady.send(some)
         finally:
-            await _cancelled(beating)
+            if beating is not None:
+                await _cancelled(beating)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class _SteadySend:
-    """A `send` of ASGI beside which a comment goes out whenever nothing else has for `every_s`.
+    """Sends bytes, and a comment whenever nothing else has gone out for a while.
 
-    Each message holds whole events, so a comment may stand between any two.
+    Each part holds whole events, so a comment may stand between any two.
     """
 
-    def __init__(self, send: Send, every_s: float, comment: bytes) -> None:
+    def __init__(self, send: Send, comment: bytes) -> None:
         self._send = send
-        self._every_s = every_s
         self._comment = comment
-        self._lock = asyncio.Lock()
         self._last_s = time.monotonic()
-        self._is_over = False
+        self._is_sending = False
+        self._comment_sent: asyncio.Future[None] | None = None
 
-    async def __call__(self, message: Message) -> None:
-        async with self._lock:
-            await self._send(message)
-            self._is_over = message["type"] == "http.response.body" and not message.get("more_body")
-            self._last_s = time.monotonic()
+    async def send(self, some: bytes) -> None:
+        """Behind a comment that is on its way."""
+        if self._comment_sent is not None:
+            await self._comment_sent
+        self._is_sending = True
+        await self._send({"type": "http.response.body", "body": some, "more_body": True})
+        self._is_sending = False
+        self._last_s = time.monotonic()
 
-    async def beat(self) -> None:
-        """Send comments until the response is over, or until cancelled."""
-        while not self._is_over:
-            await asyncio.sleep(max(self._last_s + self._every_s - time.monotonic(), 0.001))
-            async with self._lock:
-                if not self._is_over and time.monotonic() - self._last_s >= self._every_s:
-                    await self._send({"type": "http.response.body", "body": self._comment, "more_body": True})
-                    self._last_s = time.monotonic()
+    async def beat(self, every_s: float) -> None:
+        """Send comments until cancelled, which is not done between two parts of one."""
+        while True:
+            await asyncio.sleep(max(self._last_s + every_s - time.monotonic(), 0.001))
+            if self._is_sending or time.monotonic() - self._last_s < every_s:
+                continue
+            self._comment_sent = asyncio.get_running_loop().create_future()
+            try:
+                await self._send({"type": "http.response.body", "body": self._comment, "more_body": True})
+            finally:
+                self._comment_sent.set_result(None)
+                self._comment_sent = None
+                self._last_s = time.monotonic()
 
 
 async def _cancelled(task: asyncio.Future[Any]) -> None:
@@ -204,4 +221,4 @@ async def _cancelled(task: asyncio.Future[Any]) -> None:
 def sse(data: dict[str, Any], event: str | None = None) -> bytes:
     """One server-sent event, of that name if there is one."""
     name = f"event: {event}\n".encode() if event is not None else b""
-    return name + b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return name + b"data: " + _as_json(data).encode() + b"\n\n"

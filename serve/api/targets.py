@@ -14,6 +14,7 @@ from serve.adapters.sums.expression import Term, parse_expression
 from serve.adapters.versions.version import AdapterVersion
 from serve.api.bases import Base
 from serve.api.opening import withdraw
+from serve.api.permission import check_model
 from serve.api.services import Services
 from serve.api.state import AppState, held_base
 from serve.errors import NotFoundError, OverloadedError, RequestError
@@ -50,6 +51,8 @@ class Target:
     assignment: Assignment | None = None
     lease: Lease[Services] | None = None
     """On that model, for as long as the target is held; who goes on after that takes another (`again`)."""
+    overflow: str = ""
+    """What was done to the conversation to make it fit; empty: nothing."""
 
     @property
     def base(self) -> str:
@@ -72,6 +75,8 @@ class Target:
         headers = {"x-lathe-model": _header(self.served)}
         if self.assignment is not None:
             headers["x-lathe-variant"] = _header(self.assignment.variant.name)
+        if self.overflow:
+            headers["x-lathe-context-overflow"] = self.overflow
         return headers
 
 
@@ -86,6 +91,13 @@ async def held_target(
     A name that nobody has loaded is looked up where the configuration allows it, off the event loop. NotFoundError,
     ForbiddenError, OverloadedError, and what loading raises.
     """
+    check_model(state.bases, model)
+    if model in state.texts.models:
+        raise RequestError(
+            f"model {model!r} makes vectors or scores of texts and generates none; ask it at /v1/embeddings, "
+            "/v1/rerank or /v1/score",
+            "model",
+        )
     run = state.bases.experiments.runs.get(model)
     arm = None if run is None else (run, assign(run.experiment, unit))
     wanted = model if arm is None else arm[1].model
@@ -110,7 +122,7 @@ async def _base_of(state: AppState, model: str) -> Base:
     it. NotFoundError."""
     bases = state.bases
     found = bases.of_model(model)
-    if found is None and len(bases.all()) > 1:
+    if found is None and (bases.config.model_dirs or len(bases.all()) > 1):
         found = await anyio.to_thread.run_sync(bases.looked_up, model)
     if found is None and bases.first.name not in bases.pool.loaded():
         raise NotFoundError(f"model {model!r} is not served here; there are {_listed(bases.names())}")

@@ -51,10 +51,19 @@ def thoughts_of(runtime: Runtime, template: ChatTemplate, body: ChatBody) -> Tho
 
 
 def thinking_of(
-    runtime: Runtime, template: ChatTemplate, thoughts: Thoughts | None, body: ChatBody, prompt: Sequence[int]
+    runtime: Runtime,
+    template: ChatTemplate,
+    thoughts: Thoughts | None,
+    body: ChatBody,
+    prompt: Sequence[int],
+    *,
+    tells_calls: bool = False,
 ) -> Thinking | None:
-    """How the answer to a prompt's tokens is told from its thoughts, and what these may take."""
+    """How the answer to a prompt's tokens is told from its thoughts, and what these may take.
+
+    tells_calls  as Thinking has it
+    """
     if thoughts is None:
         return None
     budget = runtime.config.thinking_budget if body.budget is None else body.budget
-    return Thinking(thoughts, thoughts.cue(prompt, template.end_ids), budget)
+    return Thinking(thoughts, thoughts.cue(prompt, template.end_ids), budget, tells_calls)

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from serve.api.strict import Body
+from serve.api.strict import Body, Neutral
 from serve.errors import RequestError
 from serve.tools.tool import Tool
 
 MAX_TOOLS = 1024
 MAX_NAME_CHARS = 256
 
+Strings = Annotated[list[str], Field(fail_fast=True, max_length=MAX_TOOLS)]
 FunctionName = Annotated[
     str, Field(min_length=1, max_length=MAX_NAME_CHARS, pattern=r"^[^\s\x00-\x1f<>{}\"'`|]+$")
 ]
@@ -45,6 +46,40 @@ class ToolBody(Body):
 
     type: Literal["function"]
     function: FunctionTool
+
+
+class AllowedMcpTools(Body):
+    """Some of a server's tools, by their names."""
+
+    tool_names: Strings
+
+
+class McpEntry(Body):
+    """OpenAI's entry of `tools` for an MCP server, which here is one that the server's configuration names: never an
+    address or a command of the request's."""
+
+    neutral: ClassVar[Neutral] = {
+        "authorization": (None,),
+        "connector_id": (None,),
+        "headers": (None, {}),
+        "require_approval": (None, "never"),
+        "server_url": (None,),
+    }
+    hints = frozenset({"server_description"})
+
+    type: Literal["mcp"]
+    server_label: str = Field(min_length=1, max_length=MAX_NAME_CHARS)
+    allowed_tools: Strings | AllowedMcpTools | None = None
+    """All of them, if left out."""
+
+    @property
+    def allowed(self) -> Sequence[str] | None:
+        """Names of the tools that may be called; None: all."""
+        names = self.allowed_tools
+        return names.tool_names if isinstance(names, AllowedMcpTools) else names
+
+
+Entry = Annotated[ToolBody | McpEntry, Field(discriminator="type")]
 
 
 class ChosenFunction(Body):
@@ -81,7 +116,7 @@ Mode = Literal["none", "auto", "required"]
 class ToolsBody(Body):
     """The fields of tools."""
 
-    tools: Annotated[list[ToolBody], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Entry], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     """auto, if left out: answers call what they like. none: the tools are told of, and not called."""
     parallel_tool_calls: bool | None = None
@@ -97,9 +132,15 @@ class ToolsBody(Body):
         return bool(self.functions)
 
     @property
+    def mcp(self) -> list[McpEntry]:
+        """Servers whose tools are to be run here."""
+        return [entry for entry in self.tools or () if isinstance(entry, McpEntry)]
+
+    @property
     def all_tools(self) -> tuple[Tool, ...]:
-        """By whichever word."""
-        return tuple(each.tool for each in self.functions or [entry.function for entry in self.tools or ()])
+        """The client's, by whichever word."""
+        entries = [entry.function for entry in self.tools or () if isinstance(entry, ToolBody)]
+        return tuple(each.tool for each in self.functions or entries)
 
     @property
     def mode(self) -> Mode:
@@ -134,7 +175,8 @@ class ToolsBody(Body):
     @field_validator("tools", "functions")
     @classmethod
     def _names_are_different(cls, value: list[Any] | None) -> list[Any] | None:
-        names = [each.function.name if isinstance(each, ToolBody) else each.name for each in value or ()]
+        entries = [each for each in value or () if not isinstance(each, McpEntry)]
+        names = [each.function.name if isinstance(each, ToolBody) else each.name for each in entries]
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise RequestError(
@@ -147,6 +189,12 @@ class ToolsBody(Body):
         for old, new in (("functions", "tools"), ("function_call", "tool_choice")):
             if getattr(self, old) and getattr(self, new):
                 raise RequestError(f"{old}: found beside {new}; they mean the same, send one", old)
+        if not self.mcp:  # else it shows when the servers have said what they offer
+            self.check_choice()
+        return self
+
+    def check_choice(self) -> None:
+        """RequestError where a choice is none of the tools."""
         name = "function_call" if self.function_call is not None else "tool_choice"
         known = [tool.name for tool in self.all_tools]
         if self.mode == "required" and not known:
@@ -156,4 +204,3 @@ class ToolsBody(Body):
             raise RequestError(
                 f"{name}: found {unknown!r:.200}, which is none of the tools: {', '.join(known)[:400]}", name
             )
-        return self

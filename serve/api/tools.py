@@ -17,6 +17,7 @@ from serve.errors import RequestError
 from serve.model.template import ChatTemplate
 from serve.model.thoughts import Thoughts
 from serve.runtime import Runtime
+from serve.tools.call import CallPiece
 from serve.tools.grammar import Wanted, calls_grammar, schema_of
 from serve.tools.reader import ToolReader
 from serve.tools.rules import FALLBACK, ToolMarks
@@ -45,6 +46,11 @@ class ToolUse:
     def is_read(self) -> bool:
         """Whether calls are told from the text."""
         return self.marks is not None and bool(self.readable)
+
+    @property
+    def is_in_headers(self) -> bool:
+        """Whether calls begin in the headers by which thoughts are told from answers."""
+        return self.is_read and self.marks is not None and self.marks.format.name == HARMONY
 
     @property
     def shown_ids(self) -> frozenset[int]:
@@ -90,17 +96,37 @@ class RowReader:
         """Whether the answer has said all that is wanted of it."""
         return self._reader.is_over
 
-    def read(self, event: Event) -> Piece:
-        """What an event brought."""
+    def read(self, event: Event) -> list[Piece]:
+        """What an event brought, at least one piece. Text that follows a call is a piece of its own."""
         piece = Piece.of(event)
-        text, calls = self._reader.push(event.text)
+        parts = self._reader.push(event.text).parts
         if event.finish is not None or self.is_over:
-            rest = self._reader.finish(is_cut=event.finish == "length")
-            text, calls = text + rest.text, calls + rest.calls
+            parts += self._reader.finish(is_cut=event.finish == "length").parts
         finish = piece.finish
         if self.is_over or (finish == "stop" and self._reader.num_calls):
             finish = "tool_calls"
-        return piece._replace(text=text, calls=calls, finish=finish)
+        said = _in_order(parts)
+        pieces = [
+            Piece(text=text, calls=calls, num_reasoning_tokens=piece.num_reasoning_tokens)
+            for text, calls in said
+        ]
+        pieces[0] = piece._replace(text=said[0][0], calls=said[0][1], finish=None, stop_reason=None)
+        pieces[-1] = pieces[-1]._replace(finish=finish, stop_reason=piece.stop_reason)
+        return pieces
+
+
+def _in_order(parts: Sequence[str | CallPiece]) -> list[tuple[str, tuple[CallPiece, ...]]]:
+    """Pairs of text and the calls after it, at least one."""
+    found: list[tuple[str, tuple[CallPiece, ...]]] = [("", ())]
+    for part in parts:
+        text, calls = found[-1]
+        if isinstance(part, CallPiece):
+            found[-1] = (text, (*calls, part))
+        elif calls:
+            found.append((part, ()))
+        else:
+            found[-1] = (text + part, ())
+    return found
 
 
 def tools_of(runtime: Runtime, template: ChatTemplate, thoughts: Thoughts | None, body: ChatBody) -> ToolUse:

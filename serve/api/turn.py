@@ -5,15 +5,19 @@ An endpoint of another API writes its body as a ChatBody, begins the turn here, 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from fastapi import Request
 
-from serve.api.answer import Piece
-from serve.api.generation import Generation, build_requests, logprob_writers
+from serve.api.answer import Answer, Piece
+from serve.api.fitting import Fitting
+from serve.api.generation import Generation, build_requests, logprob_writers, new_id
 from serve.api.leaving import ClientGoneError, unless_gone
 from serve.api.logprobs import LogprobWriter
+from serve.api.opening import expect_long
 from serve.api.schemas import ChatBody
 from serve.api.services import Services
 from serve.api.state import AppState
@@ -50,8 +54,9 @@ class Turn:
         tools: ToolUse = NO_TOOLS,
     ) -> None:
         """logprobs: one a row, where log-probabilities are wanted; tells_thoughts: the response is to have them."""
-        self._tools = tools
+        self.tools = tools
         self._readers: dict[int, RowReader | None] = {}  # by row
+        self._ready: deque[tuple[int, Piece]] = deque()
         self.generation = generation
         self.num_prompt_tokens = num_prompt_tokens
         self.logprobs = logprobs
@@ -65,20 +70,23 @@ class Turn:
     @property
     def is_done(self) -> bool:
         """True when every row has had its final piece."""
-        return self.generation.is_done
+        return self.generation.is_done and not self._ready
 
     async def next(self) -> tuple[int, Piece]:
         """What came next, with its row. Raises what the engine ended a row with."""
+        if self._ready:
+            return self._ready.popleft()
         row, event = await self.generation.next()
         if row not in self._readers:
-            self._readers[row] = self._tools.reader()
+            self._readers[row] = self.tools.reader()
         reader = self._readers[row]
         if reader is None:
             return row, Piece.of(event)
-        piece = reader.read(event)
-        if piece.finish is not None and event.finish is None:
+        first, *rest = reader.read(event)
+        if reader.is_over and event.finish is None:
             self.generation.end(row)
-        return row, piece
+        self._ready += ((row, piece) for piece in rest)
+        return row, first
 
     def close(self) -> None:
         """Cancel what still runs; at any time, any number of times."""
@@ -94,26 +102,55 @@ async def begin_turn(
     RequestError names the field that cannot be served. Nothing here outlives the call: pixels are the engine's to
     drop.
     """
-    try:
+    from serve.api.rounds import RoundsTurn, offered  # which are made of turns
+
+    async def begin(body: ChatBody) -> Turn:
         return await _begun(state, http, body, tenant, id, endpoint)
+
+    try:
+        if not body.mcp:
+            return await begin(body)
+        offer = await unless_gone(http.receive, offered(state.mcp, body))
+        turn = await begin(offer.body)
+        return RoundsTurn(turn, begin, offer, state.mcp, state.config.mcp_max_rounds)
     except ClientGoneError:
         return None
 
 
 async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id: str, endpoint: str) -> Turn:
     async with held_target(state, body.model, body.user or id, http) as target:
-        asked = await prompt_of(target, body, http)
-        requests = await build_requests(
-            id,
-            body,
-            [asked.prompt],
-            target,
-            tenant=tenant,
-            continues_prompt=bool(body.continue_final_message),
-            thinking=asked.thinking,
-            tools=asked.tools,
-        )
-        generation = Generation(state.metrics, id, endpoint, target, requests, body.n or 1)
+
+        async def prompt(chat: ChatBody) -> Asked:
+            return await prompt_of(target, chat, http)
+
+        async def answer(chat: ChatBody) -> str:
+            expect_long(http)
+            # No arm of an experiment has answered with it.
+            asks = replace(target, assignment=None)
+            turn = await _submitted(
+                state, asks, chat, await prompt(chat), tenant, new_id(f"{id}-summary"), "summary"
+            )
+            return await unless_gone(http.receive, _text_of(turn))
+
+        asked, fitted = await Fitting(target, tenant, prompt, lambda asked: asked.prompt, answer).of(body)
+        told = replace(target, overflow=fitted.note)
+        return await _submitted(state, told, fitted.body, asked, tenant, id, endpoint)
+
+
+async def _submitted(
+    state: AppState, target: Target, body: ChatBody, asked: Asked, tenant: str, id: str, endpoint: str
+) -> Turn:
+    requests = await build_requests(
+        id,
+        body,
+        [asked.prompt],
+        target,
+        tenant=tenant,
+        continues_prompt=bool(body.continue_final_message),
+        thinking=asked.thinking,
+        tools=asked.tools,
+    )
+    generation = Generation(state.metrics, id, endpoint, target, requests, body.n or 1)
     return Turn(
         generation,
         len(asked.prompt.token_ids),
@@ -121,6 +158,17 @@ async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id
         tells_thoughts=asked.thinking is not None and body.include_reasoning is not False,
         tools=asked.tools,
     )
+
+
+async def _text_of(turn: Turn) -> str:
+    """The whole answer's, less its thoughts."""
+    answer = Answer()
+    try:
+        while not turn.is_done:
+            answer.add((await turn.next())[1])
+    finally:
+        turn.close()
+    return answer.text
 
 
 async def prompt_of(target: Target, body: ChatBody, http: Request) -> Asked:
@@ -147,7 +195,9 @@ async def prompt_of(target: Target, body: ChatBody, http: Request) -> Asked:
         media=[item.expansion for item in media],
         tools=tools.for_template(template),
     )
-    thinking = thinking_of(services.runtime, template, thoughts, body, token_ids)
+    thinking = thinking_of(
+        services.runtime, template, thoughts, body, token_ids, tells_calls=tools.is_in_headers
+    )
     return Asked(await services.media.prompt(token_ids, media), thinking, tools)
 
 

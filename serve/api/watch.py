@@ -7,9 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from serve.api.admin import ADMIN
 from serve.api.state import StateDep
 
-router = APIRouter()
+router = APIRouter(dependencies=[ADMIN])
 
 
 @router.get("/v1/adapter_watch")

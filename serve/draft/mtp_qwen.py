@@ -32,7 +32,8 @@ def qwen_weights(path: Path, name: str) -> dict[str, mx.array]:
 
     found: dict[str, mx.array] = {}
     for file in sorted(path.glob("*.safetensors")):
-        arrays, about = mx.load(str(file), return_metadata=True)
+        loaded: Any = mx.load(str(file), return_metadata=True)
+        arrays, about = loaded
         is_mlx = about.get("format") == "mlx"
         found |= {
             key.removeprefix(PREFIX) if is_mlx else key: weight

@@ -29,7 +29,7 @@ from serve.engine.limits import MemoryBudget
 from serve.engine.pace import Pace
 from serve.engine.plan import Drawn, Plan, SequenceState
 from serve.engine.prefixes import SequencePrefixes
-from serve.engine.request import EngineStats, Event, MemoryUse, Request
+from serve.engine.request import EngineStats, Event, MemoryUse, Progress, Request
 from serve.engine.runner import Captured, Flight, Runner
 from serve.engine.scheduler import Budget, Scheduler
 from serve.engine.sights import Sights
@@ -481,6 +481,7 @@ class Engine:
                 feature_bytes=self.features.num_bytes if self.features else 0,
                 adapter_bytes=self.bank.num_bytes,
                 adapter_host_bytes=self.registry.host_bytes,
+                drafter_bytes=self.guesses.num_bytes,
                 budget_bytes=self.memory.total,
             ),
             prefixes=self.prefixes.stats if self.prefixes else PrefixStats(),
@@ -488,6 +489,11 @@ class Engine:
             num_finished=dict(self._num_finished),
             drafts=dict(self.guesses.stats),
         )
+
+    def progress(self, request_id: str) -> Progress:
+        """How far a request is. Safe to call from any thread; may be one step old."""
+        sequence = self._by_id.get(request_id)
+        return Progress() if sequence is None else sequence.progress
 
     @property
     def has_prefixes(self) -> bool:

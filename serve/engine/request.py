@@ -195,6 +195,18 @@ class Event(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a request is."""
+
+    phase: Literal["waiting", "prefill", "decode"] = "waiting"
+    """Without a row, before its first token, behind it."""
+    num_prompt_tokens: int = 0
+    num_computed_tokens: int = 0
+    """Of prompt and answer, those whose keys and values its row has."""
+    num_generated_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class MemoryUse:
     """Bytes now, and what they may be together."""
 
@@ -207,6 +219,8 @@ class MemoryUse:
     """On the device."""
     adapter_host_bytes: int = 0
     """Of adapters in host memory."""
+    drafter_bytes: int = 0
+    """Of drafters beside the rows: a draft model's own rows, prefixes and adapters, and texts that are looked up."""
     budget_bytes: int = 0
 
 

@@ -12,7 +12,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cached_property, wraps
 from typing import Any, NamedTuple
 
 from serve.tools.scan import MAX_NAME_CHARS, is_clean, loads
@@ -30,20 +30,27 @@ Parse = Callable[[str, Sequence[Tool]], list[Found]]
 """Text and the tools there are → its calls. ValueError if it holds none, or no whole one."""
 
 
-def _theirs(module: str, library: str = "mlx_lm.tool_parsers") -> Parse:
-    def parse(text: str, tools: Sequence[Tool]) -> list[Found]:
-        found = _parser(f"{library}.{module}")(text, [_plain(tool) for tool in tools])
+class Theirs:
+    """A parser of mlx-lm's or mlx-vlm's."""
+
+    def __init__(self, module: str, library: str = "mlx_lm.tool_parsers") -> None:
+        self._module = f"{library}.{module}"
+
+    @cached_property
+    def parse(self) -> Callable[[str, Any], Any]:
+        """Theirs. Importing it may take seconds."""
+        return importlib.import_module(self._module).parse_tool_call
+
+    def __call__(self, text: str, tools: Sequence[Tool]) -> list[Found]:
+        return _guarded(self._read)(text, tools)
+
+    def _read(self, text: str, tools: Sequence[Tool]) -> list[Found]:
+        found = self.parse(text, [_plain(tool) for tool in tools])
         return [_found(each) for each in (found if isinstance(found, list) else [found])]
-
-    return _guarded(parse)
-
-
-@cache
-def _parser(module: str) -> Callable[[str, Any], Any]:
-    return importlib.import_module(module).parse_tool_call
 
 
 def _guarded(parse: Parse) -> Parse:
+    @wraps(parse)
     def guarded(text: str, tools: Sequence[Tool]) -> list[Found]:
         try:
             found = parse(text, tools)
@@ -77,14 +84,14 @@ def _found(call: Any) -> Found:
     return Found(name, text if is_clean(text) else json.dumps(arguments, allow_nan=False))
 
 
-qwen3_coder = _theirs("qwen3_coder")
-minimax_m2 = _theirs("minimax_m2")
-minimax_m3 = _theirs("minimax_m3", "mlx_vlm.tools.parsers")
-_longcat = _theirs("longcat")
-kimi_k3 = _theirs("kimi_k3")
-minicpm5 = _theirs("minicpm5")
-muse_spark = _theirs("muse_spark")
-_glm47 = _theirs("glm47")
+qwen3_coder = Theirs("qwen3_coder")
+minimax_m2 = Theirs("minimax_m2")
+minimax_m3 = Theirs("minimax_m3", "mlx_vlm.tools.parsers")
+_longcat = Theirs("longcat")
+kimi_k3 = Theirs("kimi_k3")
+minicpm5 = Theirs("minicpm5")
+muse_spark = Theirs("muse_spark")
+_glm47 = Theirs("glm47")
 
 
 def glm47(text: str, tools: Sequence[Tool]) -> list[Found]:

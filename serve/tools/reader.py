@@ -54,8 +54,7 @@ class ToolReader:
         self._held = ""
         self._white = ""  # of the text, whose next is not known
         self._raw: list[str] = []  # of what may come to be a call, and may be text
-        self._words: list[str] = []
-        self._pieces: list[CallPiece] = []
+        self._parts: list[str | CallPiece] = []  # that were told, and not yet given
         self._object: ObjectCall | None = None
         self._arguments: Value | None = None
         self._whole: Whole | None = None
@@ -104,7 +103,7 @@ class ToolReader:
         elif self._arguments is None:
             self._break(held)
         if not self.num_calls:
-            self._words.append(self._white)
+            self._parts.append(self._white)
         self._white = ""
         return self._read()
 
@@ -118,10 +117,10 @@ class ToolReader:
         return not after or body.count(before) == body.count(after)
 
     def _read(self) -> Read:
-        read = Read("".join(self._words), tuple(self._pieces))
-        self._words.clear()
-        self._pieces.clear()
-        return read
+        parts = tuple(part for part in self._parts if part)
+        self._parts.clear()
+        words = "".join(part for part in parts if isinstance(part, str))
+        return Read(words, tuple(part for part in parts if isinstance(part, CallPiece)), parts)
 
     # Each of these is a state: it goes on from a place in the text, and says how far it came.
 
@@ -314,7 +313,7 @@ class ToolReader:
         """Words, but for the white space at their end."""
         words = text.rstrip()
         if words:
-            self._words += (self._white, words)
+            self._parts += (self._white, words)
             self._white = ""
         self._white += text[len(words) :]
 
@@ -327,14 +326,14 @@ class ToolReader:
         self._add(call.take())
 
     def _tell(self, name: str, id: str | None) -> None:
-        self._pieces.append(CallPiece(self.num_calls, id or self._new_id(self._format), name, ""))
+        self._parts.append(CallPiece(self.num_calls, id or self._new_id(self._format), name, ""))
         self.num_calls += 1
         self._raw.clear()
         self._white = ""
 
     def _add(self, arguments: str) -> None:
         if arguments:
-            self._pieces.append(CallPiece(self.num_calls - 1, None, None, arguments))
+            self._parts.append(CallPiece(self.num_calls - 1, None, None, arguments))
 
     def _break_at(self, at: int) -> int:
         self._break("")

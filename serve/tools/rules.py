@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from serve.errors import ConfigError
 from serve.tools.formats import AUTO, FORMATS, NAMES, NONE, ToolFormat, named
+from serve.tools.parsers import Theirs
 
 if TYPE_CHECKING:
     from serve.model.template import ChatTemplate
@@ -59,6 +60,9 @@ class ToolRules:
         format = named(self._parser) if self._parser != AUTO else self._told_by(template)
         if format is HARMONY and not has_channels:
             return None
+        for whole in format.wholes:
+            if isinstance(whole.parse, Theirs):
+                whole.parse.parse  # noqa: B018 - imported before the first answer needs it
         special = {
             token.content: int(number)
             for number, token in self._added.items()

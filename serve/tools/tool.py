@@ -42,3 +42,5 @@ class Read(NamedTuple):
     text: str
     """Outside of calls."""
     calls: tuple[CallPiece, ...] = ()
+    parts: tuple[str | CallPiece, ...] = ()
+    """Both, in the order in which they were said."""

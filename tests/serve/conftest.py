@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -78,6 +79,7 @@ LIVELY = {
     },
 }
 """Mixtures of experts with full attention, with windows (and sinks) beside it, with recurrent state beside it."""
+SMALL = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
 LOUDER = {"sliding": {"q_proj": 8}}
 KINDS = ("lora", "dora", "experts")
 SCALE = 2.0
@@ -190,7 +192,7 @@ class Lively:
     def __init__(
         self, make_model: Callable[..., Path], vlm_folder: Callable[[str], Path], root: Path
     ) -> None:
-        self._root = root
+        self._root, self._make_model = root, make_model
         self.folder = cache(
             lambda name: (
                 make_model(f"law-{name}", LIVELY[name], louder=LOUDER.get(name, {}))
@@ -199,10 +201,25 @@ class Lively:
             )
         )
         """folder(name of LIVELY, or one of VLM_FAMILIES) → a model."""
+        self.small = cache(self._small)
+        """small(name) → the folder of another model, which has that model's tokenizer and no recurrent state."""
         self.module = cache(self._module)
         """module(name, kind, number) → the whole model, that adapter fused into its weights (kind "base": none)."""
         self.eyes = cache(lambda name: Eyes(name, self.folder(name)))
         """eyes(one of VLM_FAMILIES) → what makes prompts with pictures for it."""
+
+    def _small(self, name: str) -> Path:
+        """Of "full" it is the model itself, which is right where no adapter changes what is said."""
+        if name == "full":
+            return self.folder(name)
+        target, vocab_size = self.folder(name), load(str(self.folder(name))).network.vocab_size
+        folder = self._make_model(f"small-{name}", {**COMMON, **SMALL, "vocab_size": vocab_size})
+        for file in [*folder.glob("*token*"), *folder.glob("*template*")]:
+            file.unlink()
+        for file in target.iterdir():
+            if not file.name.endswith(".safetensors") and file.name != "config.json":
+                shutil.copy(file, folder)
+        return folder
 
     def adapter(self, name: str, kind: str, number: int = 0) -> Path:
         """The folder of a random adapter of that model; another number is another adapter, of another rank."""

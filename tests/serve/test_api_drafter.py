@@ -15,7 +15,6 @@ from drafting import Eager
 
 from serve.api.server import serving
 from serve.config import ServeConfig
-from serve.errors import ConfigError
 from serve.model.loading import load
 from serve.runtime import Runtime
 
@@ -372,17 +371,18 @@ def embedded(tmp_path_factory):
         yield http
 
 
-def test_a_model_whose_rows_cannot_be_rolled_back_has_no_drafter_and_says_so(lively):
-    folder = lively.folder("hybrid")
-    with pytest.raises(
-        ConfigError, match=r"drafter: layers of 'lively' keep a state .* expected drafter: none"
-    ):
-        start(folder, drafter="ngram")
-    with browsing(start(folder)) as http:
-        answer = http.post("/v1/completions", json=body("/v1/completions", drafter="ngram"))
-        assert answer.status_code == 400
-        assert answer.json()["error"]["message"].startswith("drafter is 'ngram'; this server has 'none'")
-        plain = ask(http, "/v1/completions", drafter="none")
-        hinted = ask(http, "/v1/completions", prediction={"type": "content", "content": "x"})
-        assert_same(hinted, plain)
-        assert "completion_tokens_details" not in hinted["usage"]
+@pytest.mark.parametrize("asked", ["greedy", "sampled", "several", "constrained", "penalties"])
+def test_a_model_that_keeps_a_state_drafts_and_says_the_same(asked, lively):
+    fields = ASKED[asked]
+    with browsing(start(lively.folder("hybrid"))) as http:
+        plain = ask(http, "/v1/completions", drafter="none", **fields)
+        text = plain["choices"][0]["text"]
+        for guesser in (
+            {"drafter": "ngram"},
+            {"prediction": {"type": "content", "content": text[:40] + "?" + text}},
+        ):
+            found = ask(http, "/v1/completions", **guesser, **fields)
+            assert_same(found, plain)
+            assert found["usage"]["completion_tokens_details"][REJECTED] >= 0
+        assert found["usage"]["completion_tokens_details"][ACCEPTED] > 0
+        assert "lathe_spec_decode_num_accepted_tokens_total" in http.get("/metrics").text

@@ -21,7 +21,13 @@ CHECKS = [
     "response_schema_conformance",
     "unsupported_method",
 ]
-GENERATING = ("POST /v1/chat/completions", "POST /v1/completions")
+GENERATING = (
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "POST /v1/messages",
+    "POST /api/chat",
+    "POST /api/generate",
+)
 
 
 @dataclass
@@ -53,13 +59,20 @@ class Findings:
 
     def _check_error(self, label: str, content: bytes | None) -> None:
         try:
-            error = json.loads(content or b"")["error"]
-            is_right = set(error) == {"message", "type", "param", "code"}
-            is_right = is_right and error["type"] == "invalid_request_error"
+            body = json.loads(content or b"")
+            error = body["error"]
+            if " /v1/messages" in label:
+                is_right = set(body) == {"type", "error", "request_id"} and set(error) == {"type", "message"}
+                is_right = is_right and error["type"] in ("invalid_request_error", "not_found_error")
+            elif " /api/" in label:
+                is_right = set(body) == {"error"} and isinstance(error, str)
+            else:
+                is_right = set(error) == {"message", "type", "param", "code"}
+                is_right = is_right and error["type"] == "invalid_request_error"
         except (ValueError, LookupError, TypeError):
             is_right = False
         if not is_right:
-            self.failures.append(f"{label}: an error in another shape than OpenAI's: {content!r}")
+            self.failures.append(f"{label}: an error in another shape than its API's: {content!r}")
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +110,23 @@ def narrowed(description: dict) -> dict:
     for name in ("tool_calls", "tool_call_id"):
         del turn[name]
     turn["content"] = {"anyOf": [text, turn["content"]["anyOf"][1]]}
+    said = {
+        "anyOf": [text, {"type": "array", "items": {"$ref": "#/components/schemas/TextBlock"}, "maxItems": 2}]
+    }
+    parts["AnthropicMessage"]["properties"]["content"] = said
+    parts["AnthropicMessage"]["properties"]["role"] = {"enum": ["user", "system"]}
+    parts["AnthropicMessage"]["required"] = ["role", "content"]
+    for name in ("clear_at", "output_config"):
+        del parts["AnthropicMessage"]["properties"][name]
+    for name in ("tools", "tool_choice", "output_config", "output_format", "system"):
+        parts["MessagesBody"]["properties"][name] = {"enum": [None]}
+    for name in ("MessagesBody", "OllamaChatBody"):
+        parts[name]["properties"]["messages"] |= {"maxItems": 2}
+    for name in ("images", "tool_calls", "tool_call_id"):
+        del parts["OllamaMessage"]["properties"][name]
+    for name in ("think", "tools", "format", "images"):
+        for body in ("OllamaChatBody", "OllamaGenerateBody"):
+            parts[body]["properties"].pop(name, None)
     for name in ("ChatBody", "CompletionBody"):
         del parts[name]["properties"]["stream_options"]
     return description

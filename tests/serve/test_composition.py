@@ -31,6 +31,7 @@ from serve.constraints.compiler import GrammarCompiler
 from serve.constraints.spec import ConstraintSpec
 from serve.draft.lookup import LookupDrafter
 from serve.draft.make_heads import heads_of
+from serve.draft.model import DraftModel
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request, Sampling
 from serve.engine.thinking import Thinking
@@ -192,8 +193,8 @@ class Setting:
     """Of the asked request one of them."""
     drafter: str = "none"
     """Who guesses what is said: one who was told, and says otherwise now and then ("told"), or who looks it up in a
-    prediction that is wrong in places, and wherever else it looks ("ngram"), or a random head, which reads the
-    model's states and keeps a layer in the rows ("head")."""
+    prediction that is wrong in places, and wherever else it looks ("ngram"), or another model ("model"), or a random
+    head, which reads the model's states and keeps a layer in the rows ("head")."""
     budgets: tuple[int | None, ...] = ()
     """Of tokens that requests think, in answers that begin with a thought, one of them; None: until they end it
     themselves, which they like to. Of no budgets: they answer at once."""
@@ -264,6 +265,7 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
         "told": put(drafter="told"),
         "ngram": put(drafter="ngram"),
         "headed": put(drafter="head"),
+        "modelled": put(drafter="model"),
     },
 }
 SEEING: dict[str, dict[str, Change]] = {
@@ -400,6 +402,9 @@ class Scene:
                 self.folder, inputs=(1, layers - 1, layers), width=network.width, vocab=network.vocab_size
             )
             drafters["head"] = heads_of(str(head), model)
+        if self.setting.drafter == "model":
+            small = load(str(self.lively.small(self.setting.model)), name="small")
+            drafters["model"] = DraftModel(small, model, max_bytes=1 << 24, max_rows=6, catch_up_tokens=64)
         self.engine = Engine(
             model,
             self.limits,
@@ -611,8 +616,16 @@ class Scene:
         if self.told:
             stats = list(self.engine.guesses.stats.values())
             assert 0 < sum(one.num_accepted for one in stats) < sum(one.num_drafted for one in stats)
-        elif "head" in self.engine.guesses.names:
-            assert sum(one.num_drafted for one in self.engine.guesses.stats.values())
+        elif self.engine.guesses.names and not (self.setting.drafter == "model" and self.setting.seen):
+            stats = list(self.engine.guesses.stats.values())
+            assert sum(one.num_drafted for one in stats)
+            is_twin = self.setting.drafter == "model" and self.setting.model == "full"
+            if is_twin and (self.setting.asked, self.setting.said, self.setting.budgets) == (
+                "base",
+                "free",
+                (),
+            ):
+                assert sum(one.num_accepted for one in stats)
 
     def check_hits(self) -> None:
         """Without recurrent state, what was computed before is not computed again; what must not be used is."""

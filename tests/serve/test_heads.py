@@ -35,11 +35,13 @@ from heads import (
     write_mtp,
     write_qwen_mtp,
 )
+from mlx.utils import tree_flatten
 
 from serve.cache.capacity import Bucket
 from serve.cache.precision import PLAIN
 from serve.config import ServeConfig
 from serve.draft.make_heads import heads_of, own_heads_of
+from serve.draft.mtp import own_mtp
 from serve.engine.drafts import Reader, Wanted
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Event, Request
@@ -102,9 +104,10 @@ def kind_of(
         )
 
     def dflash(name: str, **options: Any) -> Kind:
-        folder = write_dflash(root / name, taps=(0, 2), num_target_layers=4, **options)
+        is_gemma = "kind" in options
+        folder = write_dflash(root / name, taps=(0, 2), num_target_layers=6 if is_gemma else 4, **options)
         return Kind(
-            make_model("deep", DEEP),
+            make_model("gemma4", GEMMA4, louder=GEMMA4_LOUDER) if is_gemma else make_model("deep", DEEP),
             partial(heads_of, str(folder)),
             partial(dflash_guesses, folder),
             everything,
@@ -133,6 +136,7 @@ def kind_of(
         "EAGLE-3 of two layers and few tokens": partial(eagle3, "few", layers=2, draft_vocab=100),
         "DFlash": partial(dflash, "dflash"),
         "DFlash that sees what came before": partial(dflash, "causal", is_causal=True),
+        "DFlash of gemma-4": partial(dflash, "gemma4-dflash", kind="gemma4"),
         "gemma-4 assistant": partial(gemma4, "assistant"),
         "gemma-4 assistant that looks at few tokens": partial(
             gemma4,
@@ -156,6 +160,7 @@ KINDS = (
     "EAGLE-3 of two layers and few tokens",
     "DFlash",
     "DFlash that sees what came before",
+    "DFlash of gemma-4",
     "gemma-4 assistant",
     "gemma-4 assistant that looks at few tokens",
     "MTP of glm4_moe",
@@ -449,8 +454,19 @@ def test_what_is_no_head_is_refused_by_name(model, model_folder, recurrent_folde
 def test_a_checkpoint_without_a_head_says_so(model, recurrent_folder, kind_of, tmp_path):
     with pytest.raises(ModelError, match="and this is qwen3"):
         own_heads_of(model)
-    with pytest.raises(ModelError, match="keep a state that takes in every token"):
+    with pytest.raises(ModelError, match=r"has no mtp\.…, which would guess tokens ahead"):
         own_heads_of(load(str(recurrent_folder("qwen3_next"))))
+    few = shutil.copytree(kind_of("MTP of qwen3_next").target, tmp_path / "few")
+    weights, about = mx.load(str(few / "model-mtp.safetensors"), return_metadata=True)
+    mx.eval(weights)
+    more = {name.replace("layers.0", "layers.1"): weight for name, weight in weights.items()}
+    mx.save_safetensors(str(few / "model-mtp.safetensors"), {**weights, **more}, about)
+    with pytest.raises(ModelError, match=r"mtp\.layers has 2 layers"):
+        own_heads_of(load(str(few)))
+    less = {name: weight for name, weight in weights.items() if "pre_fc_norm_hidden" not in name}
+    mx.save_safetensors(str(few / "model-mtp.safetensors"), less, about)
+    with pytest.raises(ModelError, match="it has no pre_fc_norm_hidden"):
+        own_heads_of(load(str(few)))
     target = kind_of("MTP of glm4_moe").target
     bare = shutil.copytree(target, tmp_path / "bare")
     (bare / "model-mtp.safetensors").unlink()
@@ -463,3 +479,78 @@ def test_a_checkpoint_without_a_head_says_so(model, recurrent_folder, kind_of, t
     mx.save_safetensors(str(part / "model-mtp.safetensors"), weights)
     with pytest.raises(ModelError, match="it has no hnorm"):
         own_heads_of(load(str(part)))
+
+
+def test_a_model_that_sees_guesses_by_its_own_head(vlm_folder, make_request, tmp_path):
+    folder = shutil.copytree(vlm_folder("qwen3_5"), tmp_path / "seeing")
+    drafter = write_qwen_mtp(folder, json.loads((folder / "config.json").read_text()), is_mlx=True)
+    model, whole = load(str(folder)), load(str(folder)).network
+    reader = own_heads_of(model)
+    engine = Engine(model, drafters={"heads": reader}, drafter="heads", gains=Eager(3))
+    for number, text in enumerate(TEXTS[:3]):
+        engine.add(engine.check(make_request(f"r{number}", text, max_tokens=12)))
+    found, expected = [], []
+    while engine.has_work:
+        engine.step()
+        wanted = [Wanted(one, 3) for one in engine.scheduler.decoding if one.generated]
+        for one, guesses in zip(wanted, reader.propose(wanted) if wanted else (), strict=True):
+            row = Tokens(one.sequence.tokens(0, one.sequence.num_tokens), len(guesses))
+            found.append(guesses)
+            expected.append(qwen_mtp_guesses(drafter, whole, row, lambda logits: logits.argmax().item()))
+    assert len({tuple(guesses) for guesses in found}) > 8
+    assert sum(a != b for a, b in zip(found, expected, strict=True)) <= 1, "but for a near-tie"
+
+
+def pack(folder: Path, *, is_packed: bool) -> LoadedModel:
+    """The model in a folder, its head's weights packed in eight bits, or as what they stand for then."""
+    file = folder / "model-mtp.safetensors"
+    weights, about = mx.load(str(file), return_metadata=True)
+    packed: dict[str, mx.array] = {}
+    for name, weight in weights.items():
+        if weight.ndim < 2 or name.endswith("mlp.gate.weight"):  # routers are not packed
+            packed[name] = weight
+            continue
+        parts = mx.quantize(weight, group_size=32, bits=8)
+        if is_packed:
+            packed |= {name.replace("weight", kind): part for kind, part in zip(PARTS, parts, strict=True)}
+        else:
+            packed[name] = mx.dequantize(*parts, group_size=32, bits=8)
+    mx.eval(packed)
+    mx.save_safetensors(str(file), packed, metadata=about)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"quantization": {"group_size": 32, "bits": 8}} if is_packed else {}
+    (folder / "config.json").write_text(json.dumps(config))
+    return load(str(folder))
+
+
+PARTS = ("weight", "scales", "biases")
+
+
+@pytest.mark.parametrize("name", ["MTP of glm4_moe", "MTP of qwen3_next", "MTP of qwen3_5_moe"])
+def test_packed_weights_of_a_checkpoints_head_are_those_they_stand_for(name, kind_of, tmp_path):
+    target, heads = kind_of(name).target, {}
+    for is_packed in (True, False):
+        folder = shutil.copytree(target, tmp_path / str(is_packed))
+        if name == "MTP of glm4_moe":  # which may have embeddings and a head of its own
+            mx.random.seed(1)
+            own = {
+                f"model.layers.2.{part}.weight": mx.random.normal((259, 64))
+                for part in ("embed_tokens", "shared_head.head")
+            }
+            file = folder / "model-mtp.safetensors"
+            weights = {**mx.load(str(file)), **own}
+            mx.eval(weights)
+            mx.save_safetensors(str(file), weights, metadata={"format": "mlx"})
+        heads[is_packed] = own_mtp(pack(folder, is_packed=is_packed))
+    packed, plain = (dict(tree_flatten(heads[each]._module.parameters())) for each in (True, False))
+    assert packed.keys() == plain.keys()
+    for path, weight in plain.items():
+        assert mx.allclose(packed[path], weight, atol=1e-6).item(), path
+    states = mx.random.normal((3, 64))
+    if heads[True]._head is not None:
+        for part in ("_embeddings", "_head"):
+            given = mx.array([1, 200]) if part == "_embeddings" else states
+            assert mx.allclose(
+                *(getattr(heads[each], part)(given) for each in (True, False)), atol=1e-5
+            ).item()
+    assert (heads[True]._head is not None) == (name == "MTP of glm4_moe")

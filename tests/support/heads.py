@@ -201,11 +201,17 @@ def eagle3_guesses(folder: Path, network: Network, row: Tokens, pick: Pick) -> l
 
 
 def write_dflash(
-    folder: Path, *, taps: Sequence[int], num_target_layers: int, seed: int = 5, **options: Any
+    folder: Path,
+    *,
+    taps: Sequence[int],
+    num_target_layers: int,
+    seed: int = 5,
+    kind: str = "qwen3",
+    **options: Any,
 ) -> Path:
     """A random DFlash drafter of a target of 64 numbers a state and 259 tokens, as a folder."""
     config = {
-        "model_type": "qwen3",
+        "model_type": kind,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
@@ -216,7 +222,8 @@ def write_dflash(
         "rope_theta": 10000.0,
         "block_size": 6,
         "num_target_layers": num_target_layers,
-        "dflash_config": {"mask_token_id": 258, "target_layer_ids": list(taps)},
+        "dflash_config": {"target_layer_ids": list(taps)}
+        | ({} if kind == "gemma4" else {"mask_token_id": 258}),
         **options,
     }
     mx.random.seed(seed)
@@ -231,10 +238,15 @@ def dflash_guesses(folder: Path, network: Network, row: Tokens, pick: Pick) -> l
     """What mlx-vlm's DFlash says on one row."""
     drafter = load_model(folder)
     cache = drafter.reset(network.module)
-    outputs = layer_outputs(network, row.ids[:-1])
-    states = mx.concatenate([outputs[number] for number in drafter.config.target_layer_ids], axis=-1)
+    taps = drafter.config.target_layer_ids
+    with network.tapped(taps) as outputs:  # of gemma's layers, none runs by itself
+        network.hidden(mx.array([list(row.ids[:-1])]), network.make_cache())
+    states = mx.concatenate([outputs[number] for number in taps], axis=-1)
+
+    cap = getattr(network.text.args, "final_logit_softcapping", None)  # which theirs leaves out
 
     def sampler(logits: mx.array) -> mx.array:
+        logits = logits if cap is None else mx.tanh(logits / cap) * cap
         return mx.array([[pick(each) for each in logits[0]]])
 
     return drafter.draft_block(row.ids[-1], states, cache, row.count + 1, sampler)[0].tolist()
@@ -355,7 +367,7 @@ LESS_ONE = ("layernorm.weight", "q_norm.weight", "k_norm.weight", "model.norm.we
 def write_qwen_mtp(folder: Path, config: Mapping[str, Any], seed: int = 3, *, is_mlx: bool = False) -> Any:
     """Add a random `mtp` block to the folder of a Qwen that keeps a state. Returns mlx-vlm's drafter over the same
     weights. `is_mlx`: with the names and norms of mlx-vlm's own conversions, not Hugging Face's."""
-    text = {**config.get("text_config", config), "rope_parameters": ROPE}
+    text = {"rope_parameters": ROPE, "num_experts": 0, **config.get("text_config", config)}
     drafter = Qwen3_5MTPDraftModel(Qwen3_5MTPConfig.from_dict({"text_config": text}))
     mx.random.seed(seed)
     weights = lively(dict(tree_flatten(drafter.parameters())))

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
-from pydantic import ValidationError
-
 from serve.api.messages.blocks import ToolReferenceBlock, ToolResultBlock
 from serve.api.messages.body import PromptBody
 from serve.api.messages.tools import choice_for_chat, offered
 from serve.api.messages.turns import AT, turns_of
 from serve.api.schemas import ChatBody, GenerationBody
+from serve.api.strict import made_of
 from serve.errors import RequestError
 
 EFFORTS = {"max": "xhigh"}
@@ -81,7 +80,7 @@ def chat_of(body: PromptBody) -> Translated:
             at = places[f"messages.{len(turns) - 1}"]
             raise RequestError(f"{at}: the last turn calls tools; their results come next", "messages")
         fields["continue_final_message"] = True
-    return Translated(_made(fields), places)
+    return Translated(made_of(WishedBody, fields), places)
 
 
 def _take_places(turns: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -93,19 +92,6 @@ def _take_places(turns: Sequence[dict[str, Any]]) -> dict[str, str]:
             if AT in part:
                 places[f"messages.{index}.content.{number}"] = part.pop(AT)
     return places
-
-
-def _made(fields: dict[str, Any]) -> WishedBody:
-    try:
-        return WishedBody.model_validate(fields)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        cause = problem.get("ctx", {}).get("error")
-        if isinstance(cause, RequestError):
-            raise cause from None
-        place = ".".join(map(str, problem["loc"])) or "the body"
-        param = str(problem["loc"][0]) if problem["loc"] else None
-        raise RequestError(f"{place}: {problem['msg']}", param) from None
 
 
 def _tools(body: PromptBody) -> dict[str, Any]:
