@@ -190,9 +190,11 @@ def test_with_a_certificate_the_server_speaks_https_alone(certificates, tmp_path
     trusted = ssl.create_default_context(cafile=certificates / "ca.pem")
     with left_running(tmp_path, model_folder, *map(str, words)) as server:
         assert server.url.startswith("https://127.0.0.1:")
-        with httpx.Client(verify=trusted, base_url=server.url, timeout=60) as http:
-            with http.stream("POST", "/v1/completions", json={**LONG, "max_tokens": 20}) as answer:
-                assert [line for line in answer.iter_lines() if line][-1] == "data: [DONE]"
+        with (
+            httpx.Client(verify=trusted, base_url=server.url, timeout=60) as http,
+            http.stream("POST", "/v1/completions", json={**LONG, "max_tokens": 20}) as answer,
+        ):
+            assert [line for line in answer.iter_lines() if line][-1] == "data: [DONE]"
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             httpx.get(f"{server.url}/health")
         with pytest.raises(httpx.HTTPError):
