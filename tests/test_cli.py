@@ -206,6 +206,7 @@ FLAGS_GIVEN = {
     "enable_thinking": True,
     "thinking_budget": 0,
     "tool_call_parser": "hermes",
+    "mcp_servers": Path("m"),
     "thinking_start_token": "<a>",
     "thinking_end_token": "</a>",
 }

@@ -12,9 +12,9 @@ from fastapi import Request
 from serve.adapters.sums.combination import Combination, Weighted, added_up
 from serve.adapters.sums.expression import Term, parse_expression
 from serve.adapters.versions.version import AdapterVersion
-from serve.api.allowed import check_model
 from serve.api.bases import Base
 from serve.api.opening import withdraw
+from serve.api.permission import check_model
 from serve.api.services import Services
 from serve.api.state import AppState, held_base
 from serve.errors import NotFoundError, OverloadedError, RequestError

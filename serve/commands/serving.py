@@ -181,6 +181,10 @@ def serve(
             help="How answers hold calls of tools: auto, none, hermes, qwen3_coder, llama3, mistral, …"
         ),
     ] = None,
+    mcp_servers: Annotated[
+        Path | None,
+        typer.Option(help="A file of MCP servers whose tools are run for requests that name them."),
+    ] = None,
     allowed_media_root: Annotated[
         list[Path] | None,
         typer.Option(help="Requests may show files in this folder; repeatable. On loopback: any."),
@@ -380,15 +384,15 @@ def server_for(
     if url is not None:
         yield url
         return
+    from serve.api.bases import Bases
     from serve.api.server import serving
-    from serve.runtime import Runtime
 
-    runtime = Runtime.start(_serve_config(str(model), adapters, None, None, [*overrides]))
+    bases = Bases.start(_serve_config(str(model), adapters, None, None, [*overrides]))
     try:
-        with serving(runtime) as served_url:
+        with serving(bases) as served_url:
             yield served_url
     finally:
-        runtime.close()
+        bases.close()
 
 
 def _talk(conversation: Conversation, *, keeps_history: bool) -> None:
