@@ -118,6 +118,7 @@ CLAUDE = {
     "tool_choice": {"type": "auto"},
     "metadata": {"user_id": "maria"},
     "output_config": {"effort": "low"},
+    "output_format": {"type": "json_schema", "schema": {"type": "object"}},
     "chat_template_kwargs": {"mood": "calm"},
 }
 OLLAMA = {
@@ -169,6 +170,8 @@ BODIES: dict[str, dict[str, Any]] = {
         "tools": [{"type": "function", "function": FUNCTION}],
     },
     "/api/generate": {**OLLAMA, "prompt": "Hi", "system": "Be brief."},
+    "/api/embed": {"model": "lively", "input": ["a"], "prompt": "a", "dimensions": 3, "truncate": True},
+    "/api/embeddings": {"model": "lively", "input": ["a"], "prompt": "a", "dimensions": 3, "truncate": True},
     "/api/show": {"model": "lively", "name": "lively"},
     "/v1/models/load": {"model": "lively"},
     "/v1/models/unload": {"model": "nobody"},
