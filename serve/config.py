@@ -617,6 +617,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **changes: Any)
     if not changed:
         return config
     added = tuple(AdapterConfig.model_validate(adapter) for adapter in changed.pop("adapters", ()))
+    models = tuple(ModelConfig.model_validate(model) for model in changed.pop("models", ()))
     embedding = tuple(
         EmbeddingModelConfig.model_validate(each) for each in changed.pop("embedding_models", ())
     )
@@ -624,6 +625,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **changes: Any)
         **dict(config),
         **changed,
         "adapters": (*config.adapters, *added),
+        "models": (*config.models, *models),
         "embedding_models": (*config.embedding_models, *embedding),
     }
     return _checked(merged)

@@ -12,11 +12,11 @@ from fastapi import APIRouter, Request
 
 from serve.adapters.versions.version import AdapterVersion
 from serve.api.admin import ADMIN
-from serve.api.allowed import check_model, may_ask
 from serve.api.bases import Base, Bases
 from serve.api.body import JsonRoute
 from serve.api.leaving import unless_gone
 from serve.api.outline import Outline
+from serve.api.permission import check_model, may_ask
 from serve.api.schemas import ModelBody
 from serve.api.services import Services
 from serve.api.state import StateDep, held_base

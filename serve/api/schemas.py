@@ -20,7 +20,7 @@ from serve.draft.lookup import NAME as NGRAM
 from serve.errors import RequestError
 from serve.model.thoughts import MAX_MARK_CHARS
 
-MAX_STOPS = 16
+MAX_STOPS = 64
 MAX_LOGPROBS = 20
 MAX_SALT_CHARS = 1024
 """vLLM's bound."""
@@ -261,7 +261,7 @@ class FunctionCall(Body):
 class ToolCall(Body):
     """A call in an assistant's turn of the history."""
 
-    hints = frozenset({"cache_control", "index"})
+    hints = frozenset({"cache_control", "index", "provider_specific_fields"})
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -275,7 +275,9 @@ class Message(Body):
     """One turn of a chat. The template gets what its turn says: who, what, what was called and what came of it."""
 
     neutral: ClassVar[Neutral] = {"audio": (None,)}
-    hints = frozenset({"annotations", "cache_control", "reasoning_details", "refusal"})
+    hints = frozenset(
+        {"annotations", "cache_control", "provider_specific_fields", "reasoning_details", "refusal"}
+    )
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     """developer is OpenAI's newer word for system, and is rendered as system; function its older one for tool."""

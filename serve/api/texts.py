@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serve.api.allowed import check_name
 from serve.api.exchange import current
+from serve.api.permission import check_name
 from serve.config import ServeConfig
 from serve.embed.desk import EncodeDesk, Run
 from serve.embed.model import Encoded, Rows, TextModel

@@ -99,63 +99,6 @@ CHAT = {
         "json_schema": {"name": "x", "description": "d", "schema": {"type": "string", "minLength": 1}},
     },
 }
-NO_RESPONSES = (
-    "max_tokens",
-    "n",
-    "prompt_logprobs",
-    "messages",
-    "max_completion_tokens",
-    "logprobs",
-    "reasoning_effort",
-)
-RESPONSE = {
-    **{name: value for name, value in CHAT.items() if name not in (*NO_RESPONSES, "response_format")},
-    "input": [
-        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
-        {
-            "type": "reasoning",
-            "id": "rs_1",
-            "summary": [{"type": "summary_text", "text": "hm"}],
-            "content": [{"type": "reasoning_text", "text": "hm"}],
-            "encrypted_content": "lathe.aG0=",
-        },
-        {
-            "type": "function_call",
-            "id": "fc_1",
-            "call_id": "c1",
-            "name": "look",
-            "namespace": "sea__",
-            "arguments": '{"at": 1}',
-        },
-        {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "seen"}]},
-        {"type": "custom_tool_call", "call_id": "c2", "name": "patch", "input": "x"},
-        {"type": "custom_tool_call_output", "call_id": "c2", "output": "done"},
-        {"type": "local_shell_call", "call_id": "c3", "action": {"command": ["ls"]}},
-        {"type": "shell_call_output", "call_id": "c3", "output": [{"stdout": "a", "stderr": "b"}]},
-        {
-            "type": "mcp_call",
-            "id": "m1",
-            "name": "read",
-            "server_label": "s",
-            "arguments": "{}",
-            "output": "y",
-        },
-        {"role": "user", "content": [{"type": "input_file", "file_data": "eA==", "filename": "a"}]},
-    ],
-    "instructions": "Be brief.",
-    "previous_response_id": None,
-    "max_output_tokens": 2,
-    "max_tool_calls": 3,
-    "tools": [{"type": "web_search", "user_location": {"city": "x"}}],
-    "tool_choice": "auto",
-    "text": {"format": {"type": "text"}, "verbosity": "low"},
-    "reasoning": {"effort": "low", "summary": "auto"},
-    "include": ["message.output_text.logprobs"],
-    "truncation": "auto",
-    "metadata": {"a": "b"},
-    "safety_identifier": "s",
-    "prompt_cache_key": "k",
-}
 OWN = {"model": "lively", "temperature": 0.5, "top_p": 0.9, "seed": 1, "stream": False}
 FUNCTION = {"name": "look", "description": "d", "parameters": {"type": "object"}}
 CLAUDE = {
@@ -188,7 +131,6 @@ OLLAMA = {
 }
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": CHAT,
-    "/v1/responses": RESPONSE,
     "/v1/completions": {
         **SHARED,
         "prompt": "hello",

@@ -1,5 +1,5 @@
-"""What people call a server with: litellm and langchain-openai against the real one. Whatever they ask, their answers are
-those of OpenAI's own client."""
+"""What people call a server with: litellm and langchain-openai against the real one. Whatever they ask, their answers
+are those of OpenAI's own client."""
 
 from __future__ import annotations
 

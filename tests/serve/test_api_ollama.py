@@ -10,6 +10,7 @@ import httpx
 import jsonschema
 import ollama
 import pytest
+from embedders import write_embedder
 from transformers import AutoTokenizer
 
 from serve.api.server import serving
@@ -253,4 +254,30 @@ def test_a_stream_that_waits_says_so_in_lines_that_bring_nothing(folder):
             first.close()
             said = "".join(part.message.content for part in waiting)
         assert said == llama.chat(**asked()).message.content
+    runtime.close()
+
+
+def test_texts_become_the_vectors_of_openais_endpoint(model_folder, tmp_path):
+    write_embedder(tmp_path / "tiny", "bert")
+    blocks = [{"name": "tiny", "model": str(tmp_path / "tiny")}]
+    runtime = Runtime.start(ServeConfig(model=str(model_folder), name="m", embedding_models=blocks))
+    texts = ["The lamp arrived broken.", "a", "word " * 2000]
+    with serving(runtime) as url:
+        llama = ollama.Client(host=url)
+        found = llama.embed(model="tiny:latest", input=texts)
+        body = {"model": "tiny", "input": texts, "truncate_prompt_tokens": -1}
+        expected = httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).json()
+        assert [list(vector) for vector in found.embeddings] == [
+            each["embedding"] for each in expected["data"]
+        ]
+        assert found.prompt_eval_count == expected["usage"]["prompt_tokens"]
+        one = llama.embeddings(model="tiny", prompt=texts[0])
+        # A row of another batch is rounded otherwise.
+        assert one.embedding == pytest.approx(expected["data"][0]["embedding"], abs=1e-5)
+        with pytest.raises(ollama.ResponseError) as caught:
+            llama.embed(model="tiny", input=texts[2], truncate=False)
+        assert caught.value.status_code == 400
+        listed = {model.model: model.details.family for model in llama.list().models}
+        assert listed == {"m": "qwen3", "tiny": "bert"}
+        assert llama.show("tiny").capabilities == ["embedding"]
     runtime.close()

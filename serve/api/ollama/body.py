@@ -145,3 +145,16 @@ class ShowBody(Body):
     model: str | None = None
     name: str | None = None
     """Its older word."""
+
+
+class OllamaEmbedBody(Body):
+    """POST /api/embed, and /api/embeddings, which takes one `prompt`."""
+
+    hints = frozenset({"keep_alive", "options"})
+
+    model: str = Field(min_length=1)
+    input: str | Strings | None = None
+    prompt: str | None = None
+    truncate: bool | None = None
+    """True, if left out: a text that is too long loses its end. False: it is refused."""
+    dimensions: int | None = Field(None, ge=1)

@@ -131,7 +131,7 @@ def renamed(error: RequestError, turns: Sequence[Turn], body: ResponsesBody) -> 
             text = text.replace(theirs, ours)
         offered = [each.place for each in body.toolbox.offered.values()]
         return re.sub(
-            r"\btools\.(\d+)(?:\.function)?",
+            r"\btools\.(\d+)(?:\.function)*",
             lambda found: offered[int(found[1])] if int(found[1]) < len(offered) else found[0],
             text,
         )

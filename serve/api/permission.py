@@ -1,15 +1,18 @@
-"""Which models the key of a request may ask for."""
+"""Which models the key of a request may ask for, by their names alone: before anything is looked up or loaded."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from serve.adapters.sums.expression import parse_expression
-from serve.api.bases import Bases
 from serve.api.exchange import current
 from serve.errors import ForbiddenError, RequestError
 from serve.keys.key import Key
+
+if TYPE_CHECKING:
+    from serve.api.bases import Bases
 
 VERSION = re.compile(r"@\d+\Z")
 
