@@ -45,12 +45,19 @@ _DETAILS_SCHEMA = {
     "additionalProperties": False,
 }
 ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": _DETAILS_SCHEMA}}
-_CONTENT = {"content": {"application/json": {"schema": ERROR_SCHEMA}}}
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "The request cannot be served as asked.", **_CONTENT},
-    "5XX": {"description": "The server cannot serve it now; Retry-After says when it may.", **_CONTENT},
-}
-"""What the OpenAPI description says of every route's errors."""
+
+
+def described(schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """What the OpenAPI description says of a route's errors, which have this schema."""
+    content = {"content": {"application/json": {"schema": schema}}}
+    return {
+        "4XX": {"description": "The request cannot be served as asked.", **content},
+        "5XX": {"description": "The server cannot serve it now; Retry-After says when it may.", **content},
+    }
+
+
+RESPONSES = described(ERROR_SCHEMA)
+"""Of every route that has no form of its own."""
 
 
 class Problem(NamedTuple):

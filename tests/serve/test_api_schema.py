@@ -8,6 +8,7 @@ from itertools import chain
 import httpx
 import pytest
 import schemathesis
+from embedders import write_backbone
 from schemathesis.engine import events, from_schema
 
 from serve.api.server import serving
@@ -21,7 +22,23 @@ CHECKS = [
     "response_schema_conformance",
     "unsupported_method",
 ]
-GENERATING = ("POST /v1/chat/completions", "POST /v1/completions")
+GENERATING = (
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "POST /v1/messages",
+    "POST /v1/messages/count_tokens",
+    "POST /v1/responses",
+    "POST /v1/embeddings",
+    "POST /v1/rerank",
+    "POST /v1/score",
+    "POST /tokenize",
+)
+"""Those of which generated bodies are sometimes answered, and sometimes refused."""
+FORMS = {
+    "/v1/messages": lambda told: {"type", "error"} <= set(told) and {"type", "message"} <= set(told["error"]),
+    "/api/": lambda told: isinstance(told["error"], str),
+}
+"""How Anthropic's clients and Ollama's read of errors; all others as OpenAI's."""
 
 
 @dataclass
@@ -52,18 +69,24 @@ class Findings:
                 self._check_error(recorder.label, response.content)
 
     def _check_error(self, label: str, content: bytes | None) -> None:
+        path = label.partition(" ")[2]
+        form = next((form for prefix, form in FORMS.items() if path.startswith(prefix)), openai_form)
         try:
-            error = json.loads(content or b"")["error"]
-            is_right = set(error) == {"message", "type", "param", "code"}
-            is_right = is_right and error["type"] == "invalid_request_error"
+            is_right = form(json.loads(content or b""))
         except (ValueError, LookupError, TypeError):
             is_right = False
         if not is_right:
-            self.failures.append(f"{label}: an error in another shape than OpenAI's: {content!r}")
+            self.failures.append(f"{label}: an error in another shape than its API's: {content!r}")
+
+
+def openai_form(told: dict) -> bool:
+    error = told["error"]
+    return set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
 
 
 @pytest.fixture(scope="module")
 def url(model_folder, tmp_path_factory):
+    encoder = write_backbone(tmp_path_factory.mktemp("encoders") / "bert", "bert")
     experiment = {"name": "ab", "variants": [{"model": "lively"}, {"model": "lively", "name": "twin"}]}
     runtime = Runtime.start(
         ServeConfig(
@@ -74,6 +97,7 @@ def url(model_folder, tmp_path_factory):
             max_context=128,
             experiments=[experiment],
             store=f"sqlite:///{tmp_path_factory.mktemp('store')}/s.sqlite",
+            embedding_models=[{"name": "tiny", "model": str(encoder), "dimensions": True}],
         )
     )
     with serving(runtime) as url:
@@ -90,16 +114,57 @@ def narrowed(description: dict) -> dict:
         for name in {"model", "lora_name"} & set(part.get("properties", {})):
             part["properties"][name] = {"enum": ["lively", "ab"]}
     text = {"type": "string", "minLength": 1, "maxLength": 8}
+    for name, fields in kept(text).items():
+        told = parts[name]["properties"]
+        parts[name]["properties"] = {key: fields[key] or told[key] for key in fields}
     parts["CompletionBody"]["properties"]["prompt"] = text
     parts["ChatBody"]["properties"]["messages"] |= {"maxItems": 2}
-    parts["Message"]["required"] = ["role", "content"]
-    turn = parts["Message"]["properties"]
+    (message,) = (name for name in parts if name.endswith("schemas__Message"))
+    parts[message]["required"] = ["role", "content"]
+    turn = parts[message]["properties"]
     for name in ("tool_calls", "tool_call_id"):
         del turn[name]
     turn["content"] = {"anyOf": [text, turn["content"]["anyOf"][1]]}
     for name in ("ChatBody", "CompletionBody"):
         del parts[name]["properties"]["stream_options"]
     return description
+
+
+def kept(text: dict) -> dict[str, dict[str, dict | None]]:
+    """Of bodies with too many fields to be right by chance, those that are generated; None: as described."""
+    turns = {
+        "type": "array",
+        "minItems": 1,
+        "maxItems": 1,
+        "items": {
+            "type": "object",
+            "required": ["role", "content"],
+            "properties": {"role": {"const": "user"}, "content": text},
+            "additionalProperties": False,
+        },
+    }
+    few = {"type": "array", "items": text, "minItems": 1, "maxItems": 3}
+    length = {"enum": [None, -1, 16, 64]}
+    claude = {"model": None, "messages": turns, "system": text}
+    tiny = {"model": {"enum": ["tiny"]}, "truncate_prompt_tokens": length}
+    return {
+        "MessagesBody": {**claude, "max_tokens": {"enum": [1, 4]}, "temperature": None, "stream": None},
+        "CountBody": claude,
+        "ResponsesBody": {
+            **{"model": None, "input": text, "max_output_tokens": {"enum": [1, 4]}, "instructions": text},
+            **{"stream": None, "store": None, "metadata": None},
+        },
+        "EmbeddingBody": {
+            **tiny,
+            "input": {"anyOf": [text, few]},
+            "encoding_format": None,
+            "dimensions": None,
+        },
+        "RerankBody": {**tiny, "query": text, "documents": few, "top_n": None, "return_documents": None},
+        "ScoreBody": {**tiny, "text_1": text, "text_2": few},
+        "TokenizePromptBody": {"model": None, "prompt": text, "return_token_strs": None},
+        "TokenizeChatBody": {"model": None, "messages": turns, "return_token_strs": None},
+    }
 
 
 def explore(url: str, description: dict, *, phases: list[str], max_examples: int, is_fixed: bool) -> Findings:

@@ -25,6 +25,20 @@ TYPES = {
 }
 """By status; of others invalid_request_error below 500, and api_error."""
 
+ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
+"""What the OpenAPI description says of them."""
+
 _LIMIT = re.compile(r"maximum context length is (\d+) tokens\. However, the prompt has (\d+)")
 
 

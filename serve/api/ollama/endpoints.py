@@ -12,9 +12,11 @@ from fastapi.responses import JSONResponse
 
 from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
 from serve.api.completions import begin_completion
+from serve.api.errors import described
 from serve.api.generation import new_id
 from serve.api.ollama import listing
 from serve.api.ollama.body import OllamaChatBody, OllamaGenerateBody, ShowBody
+from serve.api.ollama.errors import ERROR_SCHEMA
 from serve.api.ollama.translation import LATEST, chat_of, completion_of, told_as_sent
 from serve.api.ollama.writer import MEDIA_TYPE, Format, OllamaWriter, as_message, as_response, line, now
 from serve.api.opening import Words
@@ -25,7 +27,7 @@ from serve.api.tenant import TenantDep
 from serve.api.turn import Turn, begin_turn
 from serve.errors import RequestError
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=JsonRoute, responses=described(ERROR_SCHEMA))
 OLLAMA = "0.12.6"
 """Whose API this is: clients ask for the version before they use what is new."""
 OPENINGS = {

@@ -9,6 +9,9 @@ from fastapi.responses import JSONResponse
 
 from serve.api.errors import Problem, writable
 
+ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+"""What the OpenAPI description says of them."""
+
 
 def error_response(request: Request, problem: Problem) -> JSONResponse:
     """The response to a request under /api that cannot be served."""
