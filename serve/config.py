@@ -434,8 +434,8 @@ class ServeConfig(ModelSettings, OperatingConfig):
     media_limits: MediaLimitsConfig = MediaLimitsConfig.model_validate({})
     """What a request may show."""
     mcp_servers: Path | None = None
-    """A file of MCP servers as other clients have it, {"mcpServers": {name: {command, args, env} or {url}}}: a request
-    may have their tools run for it by their names, `tools: [{"type": "mcp", "server_label": name}]`. Left out: none."""
+    """A file of MCP servers as other clients have it, {"mcpServers": {name: {command, args, env} or {url}}}: a
+    request may have their tools run for it, `tools: [{"type": "mcp", "server_label": name}]`. Left out: none."""
     mcp_max_rounds: int = Field(8, ge=1)
     """So often a request's answer may call such tools; the next answer is text."""
     mcp_timeout_s: float = Field(30, gt=0)
@@ -481,6 +481,11 @@ class ServeConfig(ModelSettings, OperatingConfig):
         if roots is None:
             return (Path("/"),) if self.is_loopback else ()
         return tuple(root.expanduser().resolve() for root in roots)
+
+    @property
+    def has_several_models(self) -> bool:
+        """Whether models come and go."""
+        return bool(self.models or self.model_dirs)
 
     @property
     def blocks(self) -> tuple[ModelConfig, ...]:
@@ -612,6 +617,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **changes: Any)
     if not changed:
         return config
     added = tuple(AdapterConfig.model_validate(adapter) for adapter in changed.pop("adapters", ()))
+    models = tuple(ModelConfig.model_validate(model) for model in changed.pop("models", ()))
     embedding = tuple(
         EmbeddingModelConfig.model_validate(each) for each in changed.pop("embedding_models", ())
     )
@@ -619,6 +625,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **changes: Any)
         **dict(config),
         **changed,
         "adapters": (*config.adapters, *added),
+        "models": (*config.models, *models),
         "embedding_models": (*config.embedding_models, *embedding),
     }
     return _checked(merged)

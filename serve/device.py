@@ -106,17 +106,17 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def give_back_all_memory() -> None:
-    """Give the system what nothing refers to any more, be it in cycles or set aside from collection, and what MLX has
-    kept of it: for when a model has left."""
+def give_back_all_memory(*, thaws: bool = False) -> None:
+    """Give the system what nothing refers to any more, be it in cycles, and what MLX has kept of it: for when a model
+    has left.
+
+    thaws  it may have been set aside from collection
+    """
     import mlx.core as mx
 
-    is_frozen = gc.get_freeze_count() > 0
-    if is_frozen:
+    if thaws:
         gc.unfreeze()
     gc.collect()
-    if is_frozen:
-        gc.freeze()
     mx.clear_cache()
     give_back_freed_memory()
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from serve.draft.kinds import GuessKind
 from serve.engine.drafts import MAX_DRAFT
 from serve.settings import Strict
 
@@ -43,6 +44,9 @@ class ModelDrafter(Strict):
     """Guesses of one step at most."""
     memory_gib: float | None = Field(None, gt=0)
     """Of the memory, at most so much for the draft model's rows and prefixes, in GiB; an eighth, if left out."""
+    guesses: GuessKind = "learned"
+    """At a temperature: drawn by the row's own random numbers, the draft model's likeliest tokens, or whichever of
+    the two come true more often, by its adapter and temperature."""
 
 
 class HeadsDrafter(Strict):

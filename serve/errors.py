@@ -117,10 +117,7 @@ class ResponseNotFoundError(NotFoundError):
     """No response of that id: it was never stored, or is stored no more."""
 
     code = "response_not_found"
-
-    def __init__(self, id: str) -> None:
-        super().__init__(f"there is no response {id!a:.120}: it was not stored, or is no more")
-        self.param = "response_id"
+    param = "response_id"
 
 
 class AuthenticationError(LatheError, PermissionError):

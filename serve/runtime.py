@@ -38,6 +38,11 @@ LEAST_SHARE_OF_ROWS = 0.1
 """Of one of several models' memory, whatever its weights take."""
 
 
+def rows_of_share(num_bytes: int, weight_bytes: int) -> int:
+    """Of what one of several models may take, the part that its rows, caches and adapters have."""
+    return max(num_bytes - weight_bytes, int(num_bytes * LEAST_SHARE_OF_ROWS))
+
+
 @dataclass(frozen=True)
 class Runtime:
     """What a server runs on. Owned by whoever started it, who closes it."""
@@ -118,7 +123,7 @@ class Runtime:
             quantize=config.quantize,
         )
         if memory_bytes is not None and config.memory_budget_gib is None:
-            left = max(memory_bytes - model.network.num_bytes, int(memory_bytes * LEAST_SHARE_OF_ROWS))
+            left = rows_of_share(memory_bytes, model.network.num_bytes)
             config = config.model_copy(update={"memory_budget_gib": left / 2**30})
         return cls.around(model, config, experiments=experiments)
 

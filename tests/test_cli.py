@@ -141,7 +141,7 @@ def test_the_flags_of_serve_are_keys_of_its_configuration():
     flags = {
         name: each
         for name, each in flags.items()
-        if name not in ("model", "adapter", "embedding_model", "overrides")
+        if name not in ("model", "adapter", "embedding_model", "also", "overrides")
     }
     for name, key in serving.KEYS_OF.items():
         assert not flags.pop(name).default, "what is not given is the file's"
@@ -166,6 +166,12 @@ def test_the_flags_of_serve_are_keys_of_its_configuration():
 
 
 FLAGS_GIVEN = {
+    "alias": ["gpt-4o", "other"],
+    "model_dir": [Path("d")],
+    "max_loaded_models": 3,
+    "models_budget_gib": 4.0,
+    "idle_unload_s": 9.0,
+    "context_overflow": "truncate",
     "adapter_watch": [Path("w")],
     "memory_budget_gib": 3.0,
     "prefix_cache_gib": 0.5,
@@ -200,6 +206,7 @@ FLAGS_GIVEN = {
     "enable_thinking": True,
     "thinking_budget": 0,
     "tool_call_parser": "hermes",
+    "mcp_servers": Path("m"),
     "thinking_start_token": "<a>",
     "thinking_end_token": "</a>",
 }
@@ -239,7 +246,8 @@ def test_every_flag_of_serve_arrives_in_its_key_and_no_other_key_changes():
                 each.absolute() for each in values
             ]
         else:
-            assert (found["kind"] if flag == "drafter" else found) == value, flag
+            wanted = tuple(value) if isinstance(value, list) else value
+            assert (found["kind"] if flag == "drafter" else found) == wanted, flag
         assert before == after, f"{flag} changes another key"
     assert serve_config("--no-enable-thinking").enable_thinking is False
 
@@ -272,6 +280,8 @@ BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\nite
         ("serve {tmp}/no-such-model", ("no-such-model",)),
         ("serve {tmp}/missing.yaml", ("missing.yaml",)),
         ("serve {tmp}/no-such-model --adapter nameless", ("NAME=PATH",)),
+        ("serve {tmp}/no-such-model --also =x", ("--also", "NAME=MODEL")),
+        ("serve {tmp}/no-such-model --also a=x --also a=y", ("models.1.name", "'a' is already the name")),
         (
             "serve {tmp}/no-such-model --kv-bits 7 --prefix-cache-disk-gib 1",
             ("kv_bits is 7", "prefix_cache_dir"),

@@ -13,6 +13,18 @@ Finish = FinishReason | Literal["tool_calls"]
 Kind = Literal["reasoning", "text", "call"]
 
 
+@dataclass(frozen=True)
+class RanCall:
+    """A call of an MCP server's tool, and what it gave."""
+
+    id: str
+    server: str
+    name: str
+    """Of the tool, as the server calls it."""
+    arguments: str
+    output: str
+
+
 class Piece(NamedTuple):
     """What one event brought to one answer."""
 
@@ -27,6 +39,8 @@ class Piece(NamedTuple):
     stop_reason: str | int | None = None
     num_reasoning_tokens: int = 0
     """All since the answer's beginning."""
+    ran: tuple[RanCall, ...] = ()
+    """Calls that were run here, before what follows."""
 
     @classmethod
     def of(cls, event: Event) -> Piece:
@@ -66,6 +80,7 @@ class Answer:
     finish: Finish | None = None
     stop_reason: str | int | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    ran: list[RanCall] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     """Thoughts, text and calls in the order in which they came. What one piece brought stands in this order."""
 
@@ -74,6 +89,7 @@ class Answer:
         self.text += piece.text
         self.reasoning += piece.reasoning
         add_pieces(self.calls, piece.calls)
+        self.ran += piece.ran
         self._add_span("reasoning", piece.reasoning)
         self._add_span("text", piece.text)
         for call in piece.calls:

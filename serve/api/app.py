@@ -38,7 +38,7 @@ from serve.api.state import AppState
 from serve.runtime import Runtime
 
 EXPOSED_HEADERS = [
-    *("Retry-After", "X-Request-Id", "X-Lathe-Model", "X-Lathe-Variant"),
+    *("Retry-After", "Request-Id", "X-Request-Id", "X-Lathe-Model", "X-Lathe-Variant"),
     *(
         f"X-RateLimit-{which}-{what}"
         for which in ("Limit", "Remaining", "Reset")

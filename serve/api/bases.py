@@ -6,25 +6,29 @@ was loaded into a base while it served (adapters over HTTP, rollbacks) is there 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from serve import device
 from serve.adapters.registry.resolver import may_find
 from serve.adapters.sums.expression import parse_expression
+from serve.api.folders import model_in, models_in
 from serve.api.kept import KeptAdapter, keep_adapters, restore_adapters
 from serve.api.outline import Outline
 from serve.api.services import Services
-from serve.config import ServeConfig
+from serve.config import ModelConfig, ServeConfig
 from serve.embed.models import load_text_models
 from serve.engine.limits import SHARE_OF_FREE_MEMORY
 from serve.errors import ModelLoadError, StoppedError
 from serve.experiments.served import ServedExperiments
+from serve.model.loading import expected_bytes, found_here, read_config
 from serve.pool.member import Terms
 from serve.pool.pool import Pool
 from serve.pool.rule import Bounds
-from serve.runtime import Runtime
+from serve.runtime import Runtime, rows_of_share
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Bases:
         self.text_models = load_text_models(config.embedding_models)
         """What makes vectors of texts, by name; loaded before the bases, which share out what is left."""
         self.created = int(time.time())
+        self._adding = threading.Lock()
         self._by_name: dict[str, Base] = {}
         self._aliases: dict[str, str] = {}
         self._kept: dict[str, tuple[KeptAdapter, ...]] = {}
@@ -61,7 +66,7 @@ class Bases:
         bases = cls(
             runtime.config,
             runtime.served_experiments,
-            Pool(_never, _nothing, device.give_back_all_memory),
+            Pool(_none, _never, _nothing, device.give_back_all_memory),
         )
         bases._add(Base(runtime.model.name, runtime.config, runtime.config.aliases))
         bases._outlines[runtime.model.name] = Outline.of(runtime)
@@ -73,7 +78,8 @@ class Bases:
         """Load the first, and those that are to be preloaded. Raises LatheError."""
         experiments = ServedExperiments.open([each.build() for each in config.experiments], config.store)
         loader = _Loader(config, experiments)
-        pool = Pool(loader.load, loader.stop, device.give_back_all_memory, _bounds(config))
+        tidy = partial(device.give_back_all_memory, thaws=not config.has_several_models)
+        pool = Pool(loader.look, loader.load, loader.stop, tidy, _bounds(config))
         bases = loader.bases = cls(config, experiments, pool)
         for number, block in enumerate(config.blocks):
             own = config.of_model(block) if number else config.of_first_model
@@ -138,8 +144,14 @@ class Bases:
         return None
 
     def looked_up(self, model: str) -> Base | None:
-        """The first base in whose adapter_dirs, or on whose adapter_hub, an adapter of that name may be. Blocks: it
-        asks the disk. ForbiddenError for a name that leads out of them."""
+        """A base of that name in model_dirs; else the first in whose adapter_dirs, or on whose adapter_hub, an
+        adapter of that name may be. Blocks: it asks the disk. ForbiddenError for a name that leads out of them."""
+        path = model_in(self.config.model_dirs, model) if model not in self._by_name else None
+        if path is not None:
+            block = ModelConfig.model_validate({"model": str(path), "name": model})
+            self._add(Base(model, self.config.of_model(block), is_found=True))
+            self.pool.add(model, Terms(idle_unload_s=self.config.idle_unload_s))
+            return self._by_name[model]
         for base in self._by_name.values():
             if may_find(model, base.config.adapter_dirs, base.config.adapter_hub):
                 return base
@@ -170,7 +182,7 @@ class Bases:
 
     def models_found(self) -> list[str]:
         """Names in model_dirs. Reads folders."""
-        return []
+        return models_in(self.config.model_dirs)
 
     def run(self, work: Callable[[], None]) -> None:
         """Run it on the thread of a base that is loaded, between two of its steps, the first base's if it is; here,
@@ -190,8 +202,9 @@ class Bases:
             yield services.runtime
 
     def _add(self, base: Base) -> None:
-        self._by_name[base.name] = base
-        self._aliases.update(dict.fromkeys(base.aliases, base.name))
+        with self._adding:  # others go on reading the dictionary that was there
+            self._by_name = {**self._by_name, base.name: base}
+            self._aliases = {**self._aliases, **dict.fromkeys(base.aliases, base.name)}
 
     def _keep(self, name: str, adapters: tuple[KeptAdapter, ...]) -> None:
         self._kept[name] = adapters
@@ -207,6 +220,19 @@ class _Loader:
         self.bases: Bases
         self._experiments = experiments
         self._share_bytes = _share_of(config)
+
+    def look(self, name: str) -> int:
+        """Bytes that it will take, by its files and by what is kept for its rows. Raises where it is not there."""
+        base = self.bases.find(name)
+        assert base is not None
+        folder = found_here(base.config.model)
+        if folder is None:
+            return 0  # the hub's, and to be downloaded
+        read_config(folder)
+        weights = expected_bytes(folder, base.config.dtype, base.config.quantize, base.config.dequantize)
+        own = base.config.memory_budget_gib
+        rows = 0 if self._share_bytes is None else rows_of_share(self._share_bytes, weights)
+        return weights + (rows if own is None else int(own * 2**30))
 
     def load(self, name: str) -> Services:
         base = self.bases.find(name)
@@ -244,6 +270,11 @@ def _share_of(config: ServeConfig) -> int | None:
     if config.max_loaded_models == 1:
         return None
     return int(device.free_memory_bytes() * SHARE_OF_FREE_MEMORY / config.max_loaded_models)
+
+
+def _none(_name: str) -> int:
+    """It is there."""
+    return 0
 
 
 def _never(name: str) -> Services:

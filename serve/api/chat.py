@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from serve.api.answer import Answer, Finish, Piece
+from serve.api.answer import Answer, Finish, Piece, RanCall
 from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
 from serve.api.choices import ChoicesWriter
 from serve.api.generation import new_id
@@ -44,6 +44,8 @@ class ChatFormat:
         if answer.calls:
             message["content"] = answer.text or None
             message |= self._called(answer.calls)
+        if answer.ran:
+            message["mcp_calls"] = [_ran(call) for call in answer.ran]
         if self._tells_thoughts:
             message |= _thoughts(answer.reasoning or None)
         return {
@@ -71,6 +73,8 @@ class ChatFormat:
             delta = {} if not piece.text and (reasoning or piece.calls) else {"content": piece.text}
             found.append(_delta(index, {**(_thoughts(reasoning) if reasoning else {}), **delta}, logprobs))
         found += [_delta(index, self._call_delta(call)) for call in _merged(piece.calls)]
+        if piece.ran:
+            found.append(_delta(index, {"mcp_calls": [_ran(call) for call in piece.ran]}))
         if piece.finish is not None:
             end = {"finish_reason": self._finish(piece.finish), "stop_reason": piece.stop_reason}
             found.append({**_delta(index, {}), **end})
@@ -103,6 +107,18 @@ def _call(call: Call) -> dict[str, Any]:
         "id": call.id,
         "type": "function",
         "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def _ran(call: RanCall) -> dict[str, Any]:
+    """As the items of OpenAI's responses say it."""
+    return {
+        "id": call.id,
+        "type": "mcp_call",
+        "server_label": call.server,
+        "name": call.name,
+        "arguments": call.arguments,
+        "output": call.output,
     }
 
 

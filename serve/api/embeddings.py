@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
@@ -13,7 +13,7 @@ from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
 from serve.api.embedding_schemas import EmbeddingBody
 from serve.api.generation import new_id
 from serve.api.leaving import ClientGoneError, unless_gone
-from serve.api.state import StateDep
+from serve.api.state import AppState, StateDep
 from serve.api.texts import Texts
 from serve.embed.model import Embedder, Encoded, Rows
 
@@ -24,23 +24,37 @@ router = APIRouter(route_class=JsonRoute)
 async def create_embeddings(body: EmbeddingBody, http: Request, state: StateDep) -> Response:
     """OpenAI's embeddings, of texts or of tokens; vLLM's `truncate_prompt_tokens` and `add_special_tokens` beside
     them."""
-    texts = state.texts
-    model = texts.find(body.model, Embedder, "embeddings")
     try:
-        async with texts.counted("embeddings", model):
-            return await unless_gone(http.receive, _answer(texts, model, body))
+        found = await embedded(state, http, body)
     except ClientGoneError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+    # Thousands of vectors are written for a while: not on the loop that serves everyone.
+    written = await anyio.to_thread.run_sync(lambda: _written(body, *found))
+    return Response(written, media_type="application/json")
 
 
-async def _answer(texts: Texts, model: Embedder, body: EmbeddingBody) -> Response:
+class Embedded(NamedTuple):
+    """What texts became."""
+
+    model: Embedder
+    vectors: Rows
+    num_tokens: int
+    """Of all texts."""
+
+
+async def embedded(state: AppState, http: Request, body: EmbeddingBody) -> Embedded:
+    """The vectors of a body's inputs, in their order. ClientGoneError if the client has left meanwhile."""
+    texts = state.texts
+    model = texts.find(body.model, Embedder, "embeddings")
+    async with texts.counted("embeddings", model):
+        return await unless_gone(http.receive, _embedded(texts, model, body))
+
+
+async def _embedded(texts: Texts, model: Embedder, body: EmbeddingBody) -> Embedded:
     model.check_dimensions(body.dimensions)
     rows = await texts.tokenize(lambda: _rows(model, body))
     vectors = model.cut(await texts.encode(model, rows), body.dimensions)
-    num_tokens = sum(len(row.token_ids) for row in rows)
-    # Thousands of vectors are written for a while: not on the loop that serves everyone.
-    written = await anyio.to_thread.run_sync(lambda: _written(model, body, vectors, num_tokens))
-    return Response(written, media_type="application/json")
+    return Embedded(model, vectors, sum(len(row.token_ids) for row in rows))
 
 
 def _rows(model: Embedder, body: EmbeddingBody) -> list[Encoded]:
@@ -55,7 +69,7 @@ def _rows(model: Embedder, body: EmbeddingBody) -> list[Encoded]:
     ]
 
 
-def _written(model: Embedder, body: EmbeddingBody, vectors: Rows, num_tokens: int) -> bytes:
+def _written(body: EmbeddingBody, model: Embedder, vectors: Rows, num_tokens: int) -> bytes:
     values: list[Any]
     if body.encoding_format == "base64":
         values = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]

@@ -47,8 +47,8 @@ _DETAILS_SCHEMA = {
 ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": _DETAILS_SCHEMA}}
 
 
-def described(schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    """What the OpenAPI description says of a route's errors, which have this schema."""
+def error_responses(schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """What the OpenAPI description says of a route's errors, whose bodies are of this schema."""
     content = {"content": {"application/json": {"schema": schema}}}
     return {
         "4XX": {"description": "The request cannot be served as asked.", **content},
@@ -56,8 +56,8 @@ def described(schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
     }
 
 
-RESPONSES = described(ERROR_SCHEMA)
-"""Of every route that has no form of its own."""
+RESPONSES = error_responses(ERROR_SCHEMA)
+"""Of every route that has none of its own."""
 
 
 class Problem(NamedTuple):

@@ -47,6 +47,9 @@ class Exchange:
     path: str
     client: str
     traceparent: str | None = None
+    """W3C's, of the span that this one belongs under."""
+    route: str | None = None
+    """The path as the application describes it, once it has ended."""
     started_s: float = field(default_factory=time.perf_counter)
     started_at: float = field(default_factory=time.time)
     """Seconds since the epoch."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,13 +19,9 @@ ANTHROPIC = "/v1/messages"
 class Front:
     """Notes each request from its head to its last byte."""
 
-    def __init__(
-        self, app: ASGIApp, state: AppState, trace: Callable[[Exchange], None] | None = None
-    ) -> None:
-        """trace: what else is done with an exchange that has ended."""
+    def __init__(self, app: ASGIApp, state: AppState) -> None:
         self._app = app
         self._state = state
-        self._trace = trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs as ASGI."""
@@ -48,14 +43,15 @@ class Front:
             await self._app(scope, receive, noted)
         finally:
             self._state.exchanges.discard(exchange)
+            exchange.route = getattr(scope.get("route"), "path", None)
             self._end(exchange)
 
     def _end(self, exchange: Exchange) -> None:
         if exchange.status is not None and exchange.status >= 400:
             self._state.metrics.errors.labels(str(exchange.status)).inc()
         log(exchange)
-        if self._trace is not None and not exchange.is_aside:
-            self._trace(exchange)
+        if self._state.tracer is not None and not exchange.is_aside:
+            self._state.tracer(exchange)
 
 
 def _headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections import deque
@@ -63,6 +64,7 @@ class Generation:
         """Thoughts are told apart from answers."""
         self._num_cached_tokens: dict[int, int] = {}  # by row
         self._num_reasoning_tokens: dict[int, int] = {}  # by row
+        self._num_cached_before = 0
         guesses = target.services.runtime.engine.guesses
         self.has_drafter = any((request.drafter or guesses.default) != NONE for request in requests)
         self.num_drafted = 0
@@ -106,7 +108,8 @@ class Generation:
     def num_cached_tokens(self) -> int:
         """Tokens of the prompts that were not computed, as far as is known. A prompt counts once, as its first choice
         found the cache: the other choices share what that one computes."""
-        return sum(self._num_cached_tokens.get(row, 0) for row in range(0, self._num_rows, self.num_choices))
+        own = sum(self._num_cached_tokens.get(row, 0) for row in range(0, self._num_rows, self.num_choices))
+        return self._num_cached_before + own
 
     @property
     def first_token_s(self) -> float | None:
@@ -150,6 +153,14 @@ class Generation:
                 # Whoever has seen the end of the answer may send feedback on it, to any replica.
                 await asyncio.wrap_future(self._exposed)
         return index, event
+
+    def go_on_from(self, before: Generation) -> None:
+        """Count what another used, whose answer this one's goes on from."""
+        self.num_answer_tokens += before.num_answer_tokens
+        self.num_drafted += before.num_drafted
+        self.num_accepted += before.num_accepted
+        self._num_reasoning_tokens[-1] = before.num_reasoning_tokens
+        self._num_cached_before = before.num_cached_tokens
 
     async def _event(self) -> tuple[int, Event]:
         while not self._events:
@@ -298,6 +309,9 @@ async def build_requests(
         await anyio.to_thread.run_sync(services.runtime.engine.max_context_at, precision)
     grammar = await grammar_of(services, body, tools)
     drafter, prediction = await _drafting(services, body, prompts)
+    deadline_s, most_s = body.deadline_s, services.runtime.config.max_request_s
+    if most_s is not None:
+        deadline_s = min(deadline_s or math.inf, time.monotonic() + most_s)
     num_choices = body.num_drawn
     sampling = _sampling(services, body)
     seed = body.seed if body.seed is not None else secrets.randbits(32)
@@ -315,7 +329,7 @@ async def build_requests(
             priority=body.priority or 0,
             drafter=drafter,
             prediction=prediction,
-            deadline_s=body.deadline_s,
+            deadline_s=deadline_s,
             thinking=thinking,
             grammar=grammar,
             shown_ids=tools.shown_ids,

@@ -298,6 +298,7 @@ def _memory(memory: MemoryUse) -> Iterator[Metric]:
         ("lathe_feature_bytes", "Memory of encoded pictures.", memory.feature_bytes),
         ("lathe_adapter_bytes", "Memory of adapters on the device.", memory.adapter_bytes),
         ("lathe_adapter_host_bytes", "Memory of adapters in host memory.", memory.adapter_host_bytes),
+        ("lathe_drafter_bytes", "Memory of drafters beside the rows.", memory.drafter_bytes),
         ("lathe_memory_budget_bytes", "What these may be together.", memory.budget_bytes),
     ):
         yield GaugeMetricFamily(name, meaning, num_bytes)

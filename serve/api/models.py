@@ -11,11 +11,12 @@ import anyio.to_thread
 from fastapi import APIRouter, Request
 
 from serve.adapters.versions.version import AdapterVersion
-from serve.api.admin import check_model, may_ask
+from serve.api.admin import ADMIN
 from serve.api.bases import Base, Bases
 from serve.api.body import JsonRoute
 from serve.api.leaving import unless_gone
 from serve.api.outline import Outline
+from serve.api.permission import check_model, may_ask
 from serve.api.schemas import ModelBody
 from serve.api.services import Services
 from serve.api.state import StateDep, held_base
@@ -42,7 +43,7 @@ async def retrieve_model(model: str, state: StateDep) -> dict[str, Any]:
     return await anyio.to_thread.run_sync(Listing(state.bases).card, model)
 
 
-@router.post("/v1/models/load")
+@router.post("/v1/models/load", dependencies=[ADMIN])
 async def load_model(body: ModelBody, http: Request, state: StateDep) -> dict[str, Any]:
     """Bring a base that the configuration names into memory, where another may have to make room; its card, once it
     is there. An adapter's name stands for its base."""
@@ -51,7 +52,7 @@ async def load_model(body: ModelBody, http: Request, state: StateDep) -> dict[st
         return await anyio.to_thread.run_sync(Listing(state.bases).card, base.name)
 
 
-@router.post("/v1/models/unload")
+@router.post("/v1/models/unload", dependencies=[ADMIN])
 async def unload_model(body: ModelBody, http: Request, state: StateDep) -> dict[str, Any]:
     """Give its memory back, once the requests that it has have ended; its card. The next request loads it again."""
     base = await anyio.to_thread.run_sync(_named, state.bases, body.model)

@@ -27,6 +27,7 @@ from serve.errors import ConfigError
 from serve.keys.file import read_keys
 from serve.logs import logging_to
 from serve.runtime import Runtime
+from serve.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,13 @@ def run(config: ServeConfig, say: Callable[[str], None] = partial(print, flush=T
     ):
         _check(config)
         _make_room_for(config.max_connections)
+        # What lives as long as the server is looked through no more, a millisecond of a step each time; where models
+        # come and go that is what was there before them.
+        if config.has_several_models:
+            _set_aside()
         bases = Bases.start(config)
-        gc.collect()
-        gc.freeze()  # what lives as long as the server is looked through no more, a millisecond of a step each time
+        if not config.has_several_models:
+            _set_aside()
         try:
             server = make_server(bases)
             scheme = "https" if server.config.is_ssl else "http"
@@ -117,6 +122,13 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.state = state
         self._is_forced = False
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Until it has ended."""
+        try:
+            super().run(sockets)
+        finally:
+            self.state.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins to drain; a second one ends what runs at once."""
@@ -185,6 +197,8 @@ def _check(config: ServeConfig) -> None:
         read_keys(config.api_keys)
     if config.ssl_certfile is not None:
         _check_certificate(config)
+    if config.otlp_endpoint is not None:
+        Tracer(config.otlp_endpoint, "").close()
     if not config.has_keys and not config.is_loopback:
         logger.warning(
             "everybody who reaches %s may ask for everything and load adapters: api_key and api_keys say who may",
@@ -219,6 +233,12 @@ def _make_room_for(num_connections: int) -> None:
     wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft not in (resource.RLIM_INFINITY,) and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _set_aside() -> None:
+    """Leave what there is out of collections."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager

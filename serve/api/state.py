@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -25,6 +26,7 @@ from serve.mcp.config import read_servers
 from serve.mcp.servers import McpServers
 from serve.pool.pool import Lease
 from serve.runtime import Runtime
+from serve.tracing import Tracer
 
 
 class AppState:
@@ -39,6 +41,9 @@ class AppState:
         """None: everybody may ask for everything."""
         self.exchanges: set[Exchange] = set()
         """Requests that have come and whose answers have not been sent."""
+        endpoint = config.otlp_endpoint
+        self.tracer = None if endpoint is None else Tracer(endpoint, version("mlx-lathe"))
+        """None: no spans are sent."""
         self.drain = Drain(self.exchanges, config.drain_timeout_s)
         servers = read_servers(config.mcp_servers) if config.mcp_servers is not None else {}
         self.mcp = McpServers(servers, config.mcp_timeout_s, config.mcp_max_result_chars)
@@ -54,6 +59,11 @@ class AppState:
             lambda name: self.bases.of_model(name) is not None or name in self.bases.experiments.runs,
         )
         """What makes vectors of texts."""
+
+    def close(self) -> None:
+        """Send the spans that wait. The models stay their maker's."""
+        if self.tracer is not None:
+            self.tracer.close()
 
     @property
     def services(self) -> Services:

@@ -12,9 +12,9 @@ from fastapi import Request
 from serve.adapters.sums.combination import Combination, Weighted, added_up
 from serve.adapters.sums.expression import Term, parse_expression
 from serve.adapters.versions.version import AdapterVersion
-from serve.api.admin import check_model
 from serve.api.bases import Base
 from serve.api.opening import withdraw
+from serve.api.permission import check_model
 from serve.api.services import Services
 from serve.api.state import AppState, held_base
 from serve.errors import NotFoundError, OverloadedError, RequestError
@@ -122,7 +122,7 @@ async def _base_of(state: AppState, model: str) -> Base:
     it. NotFoundError."""
     bases = state.bases
     found = bases.of_model(model)
-    if found is None and len(bases.all()) > 1:
+    if found is None and (bases.config.model_dirs or len(bases.all()) > 1):
         found = await anyio.to_thread.run_sync(bases.looked_up, model)
     if found is None and bases.first.name not in bases.pool.loaded():
         raise NotFoundError(f"model {model!r} is not served here; there are {_listed(bases.names())}")

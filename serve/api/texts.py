@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from serve.api.exchange import current
+from serve.api.permission import check_name
 from serve.config import ServeConfig
 from serve.embed.desk import EncodeDesk, Run
 from serve.embed.model import Encoded, Rows, TextModel
@@ -55,8 +57,10 @@ class Texts:
         fitting = {each: model for each, model in self.models.items() if isinstance(model, kind)}
         if name is None:
             if len(fitting) == 1:
+                check_name(next(iter(fitting)))
                 return next(iter(fitting.values()))
             raise RequestError(f"model: missing; {_there(fitting, what)}", "model")
+        check_name(name)
         model = self.models.get(name)
         if isinstance(model, kind):
             return model
@@ -74,6 +78,9 @@ class Texts:
 
     async def encode(self, model: TextModel, rows: Sequence[Encoded]) -> Rows:
         """[len(rows), O]: as EncodeDesk has it."""
+        if exchange := current():
+            exchange.asked = exchange.served = model.name
+            exchange.add_prompt(sum(len(row.token_ids) for row in rows))
         return await self._desk.encode(model, rows)
 
     @asynccontextmanager

@@ -139,7 +139,8 @@ class ToolsBody(Body):
     @property
     def all_tools(self) -> tuple[Tool, ...]:
         """The client's, by whichever word."""
-        return tuple(each.tool for each in self.functions or [entry.function for entry in self.tools or ()])
+        entries = [entry.function for entry in self.tools or () if isinstance(entry, ToolBody)]
+        return tuple(each.tool for each in self.functions or entries)
 
     @property
     def mode(self) -> Mode:
@@ -174,8 +175,8 @@ class ToolsBody(Body):
     @field_validator("tools", "functions")
     @classmethod
     def _names_are_different(cls, value: list[Any] | None) -> list[Any] | None:
-        value = value and [each for each in value if not isinstance(each, McpEntry)] and value
-        names = [each.function.name if isinstance(each, ToolBody) else each.name for each in value or ()]
+        entries = [each for each in value or () if not isinstance(each, McpEntry)]
+        names = [each.function.name if isinstance(each, ToolBody) else each.name for each in entries]
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise RequestError(
@@ -188,6 +189,12 @@ class ToolsBody(Body):
         for old, new in (("functions", "tools"), ("function_call", "tool_choice")):
             if getattr(self, old) and getattr(self, new):
                 raise RequestError(f"{old}: found beside {new}; they mean the same, send one", old)
+        if not self.mcp:  # else it shows when the servers have said what they offer
+            self.check_choice()
+        return self
+
+    def check_choice(self) -> None:
+        """RequestError where a choice is none of the tools."""
         name = "function_call" if self.function_call is not None else "tool_choice"
         known = [tool.name for tool in self.all_tools]
         if self.mode == "required" and not known:
@@ -197,4 +204,3 @@ class ToolsBody(Body):
             raise RequestError(
                 f"{name}: found {unknown!r:.200}, which is none of the tools: {', '.join(known)[:400]}", name
             )
-        return self

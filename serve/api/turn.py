@@ -54,7 +54,7 @@ class Turn:
         tools: ToolUse = NO_TOOLS,
     ) -> None:
         """logprobs: one a row, where log-probabilities are wanted; tells_thoughts: the response is to have them."""
-        self._tools = tools
+        self.tools = tools
         self._readers: dict[int, RowReader | None] = {}  # by row
         self._ready: deque[tuple[int, Piece]] = deque()
         self.generation = generation
@@ -78,7 +78,7 @@ class Turn:
             return self._ready.popleft()
         row, event = await self.generation.next()
         if row not in self._readers:
-            self._readers[row] = self._tools.reader()
+            self._readers[row] = self.tools.reader()
         reader = self._readers[row]
         if reader is None:
             return row, Piece.of(event)
@@ -102,8 +102,17 @@ async def begin_turn(
     RequestError names the field that cannot be served. Nothing here outlives the call: pixels are the engine's to
     drop.
     """
-    try:
+    from serve.api.rounds import RoundsTurn, offered  # which are made of turns
+
+    async def begin(body: ChatBody) -> Turn:
         return await _begun(state, http, body, tenant, id, endpoint)
+
+    try:
+        if not body.mcp:
+            return await begin(body)
+        offer = await unless_gone(http.receive, offered(state.mcp, body))
+        turn = await begin(offer.body)
+        return RoundsTurn(turn, begin, offer, state.mcp, state.config.mcp_max_rounds)
     except ClientGoneError:
         return None
 

@@ -48,8 +48,11 @@ EmbeddingModels = Annotated[
 ]
 
 KEYS_OF = {
+    "alias": "aliases",
+    "model_dir": "model_dirs",
     "allowed_media_root": "allowed_media_roots",
     "allow_private_hosts": "media_limits.allow_private_hosts",
+    "allowed_origin": "allowed_origins",
     "max_media": "media_limits.max_items",
     "max_pixels": "media.max_pixels",
     **{f"drafter_{name}": f"drafter.{name}" for name in ("model", "max_tokens", "min_match")},
@@ -59,7 +62,7 @@ KEYS_OF = {
     },
 }
 """Flags of `lathe serve` by other names than their keys': one is given several times, the others stand in groups."""
-NOT_KEYS = ("model", "adapter", "embedding_model", "host", "port", "overrides")
+NOT_KEYS = ("model", "adapter", "embedding_model", "also", "host", "port", "overrides")
 """What is not put into the file before it is checked."""
 
 
@@ -71,6 +74,31 @@ def serve(
     ],
     adapter: Adapters = None,
     embedding_model: EmbeddingModels = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]MODEL", help="Another model, loaded by the first request for it; repeatable."
+        ),
+    ] = None,
+    alias: Annotated[
+        list[str] | None, typer.Option(help="Another name of the first model; repeatable.")
+    ] = None,
+    model_dir: Annotated[
+        list[Path] | None,
+        typer.Option(help="Requests may name any model in this folder; repeatable."),
+    ] = None,
+    max_loaded_models: Annotated[
+        int | None, typer.Option(help="Models in memory at once; 1, if left out.")
+    ] = None,
+    models_budget_gib: Annotated[
+        float | None, typer.Option(help="Their memory together, weights and all.")
+    ] = None,
+    idle_unload_s: Annotated[
+        float | None, typer.Option(help="Seconds without a request after which a model leaves memory.")
+    ] = None,
+    context_overflow: Annotated[
+        str | None, typer.Option(help="Chats longer than the context: error, truncate or summarize.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     adapter_watch: Annotated[
@@ -153,6 +181,10 @@ def serve(
             help="How answers hold calls of tools: auto, none, hermes, qwen3_coder, llama3, mistral, …"
         ),
     ] = None,
+    mcp_servers: Annotated[
+        Path | None,
+        typer.Option(help="A file of MCP servers whose tools are run for requests that name them."),
+    ] = None,
     allowed_media_root: Annotated[
         list[Path] | None,
         typer.Option(help="Requests may show files in this folder; repeatable. On loopback: any."),
@@ -166,6 +198,34 @@ def serve(
     max_pixels: Annotated[
         int | None, typer.Option(help="Of a picture; larger ones are made smaller, unless a request says.")
     ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="LATHE_API_KEY", help="A key that every request needs; better by LATHE_API_KEY."),
+    ] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="A file of keys, with tenants, limits and adapters.")
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="A page that may ask from a browser, https://…, or *; repeatable."),
+    ] = None,
+    drain_timeout_s: Annotated[
+        float | None, typer.Option(help="What running requests have to end, after SIGTERM or Ctrl-C.")
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json: one line a request.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_prompts: Annotated[
+        bool | None, typer.Option("--log-prompts", help="Write down what requests say, too.")
+    ] = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="OpenTelemetry collector: http://host:4318/v1/traces.")
+    ] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate chain, PEM: HTTPS alone.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
+    ssl_keyfile_password: Annotated[str | None, typer.Option(help="Of that key.")] = None,
+    ssl_ca_certs: Annotated[
+        Path | None, typer.Option(help="Clients must show a certificate of one of these authorities.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Serve a model and any number of adapters over an OpenAI-compatible API."""
@@ -174,7 +234,7 @@ def serve(
     # What was typed is read as a whole, so no flag can be taken and forgotten.
     keys = keys_given(context.params)
     words = [*keys, *(overrides or [])]
-    run(_serve_config(model, adapter or [], host, port, words, embedding_models=embedding_model or []))
+    run(_serve_config(model, adapter or [], host, port, words, embedding_model or [], also or []))
 
 
 @app.command()
@@ -261,7 +321,8 @@ def _serve_config(
     host: str | None,
     port: int | None,
     overrides: list[str],
-    embedding_models: list[str] | None = None,
+    embedding_models: Sequence[str] = (),
+    also: Sequence[str] = (),
 ) -> ServeConfig:
     """The configuration that `lathe serve` was asked for: a file's, or one made of words."""
     from serve.config import load_config
@@ -272,7 +333,19 @@ def _serve_config(
     if embedding_models:
         named = [_named(words, "--embedding-model") for words in embedding_models]
         changes["embedding_models"] = [{"name": name, "model": path} for name, path in named]
+    if also:
+        changes["models"] = [_model_of(words) for words in also]
     return load_config(model, overrides, **changes)
+
+
+def _model_of(words: str) -> dict[str, str]:
+    """'NAME=MODEL', or a model alone -> the keys of its block."""
+    name, equals, model = words.partition("=")
+    if not equals or "/" in name:
+        return {"model": words}
+    if not (name and model):
+        raise typer.BadParameter(f"found {words!r}; expected MODEL or NAME=MODEL", param_hint="--also")
+    return {"name": name, "model": model}
 
 
 def keys_given(flags: Mapping[str, Any]) -> list[str]:
@@ -290,7 +363,7 @@ def _as_key(value: Any) -> bool | float | str | list[str] | None:
     if isinstance(value, Path):
         return str(value.absolute())
     if isinstance(value, list | tuple):  # typer has a tuple, an empty one, where nothing was given
-        return [str(each.absolute()) for each in value] or None
+        return [str(each.absolute()) if isinstance(each, Path) else each for each in value] or None
     return value
 
 

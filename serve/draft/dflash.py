@@ -109,6 +109,8 @@ class DFlash:
         """Its layers stand in the target's rows, and are counted there."""
         return 0
 
+    num_bytes = max_bytes
+
     def forget(self, sequence: SequenceState) -> None:
         """Nothing is kept but in its row."""
 

@@ -82,6 +82,8 @@ class Heads:
         """Its layers stand in the target's rows, and are counted there."""
         return 0
 
+    num_bytes = max_bytes
+
     @property
     def taps(self) -> Sequence[int]:
         """Layers of the target whose outputs `observe` wants."""

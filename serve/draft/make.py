@@ -68,4 +68,5 @@ def _made(config: ModelDrafter | HeadsDrafter, model: LoadedModel, limits: Engin
         max_rows=limits.max_rows,
         max_tokens=config.max_tokens,
         adapters=config.adapters,
+        guesses=config.guesses,
     )

@@ -3,7 +3,7 @@
 A round, for all sequences that guesses are wanted of: rows that lack many tokens take in a part of them; rows that
 lack few run those, and then the guesses one by one, all rows together. Guesses are drawn as the target draws, with
 the row's settings, seed and counters: one random number falls on both distributions, and a guess is right as often as
-these let it (common random numbers).
+these let it (common random numbers). Where the draft model's likeliest token is right more often, it is guessed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from serve.cache.families import make_rows
 from serve.cache.spans import Span
 from serve.draft.adapters import DraftAdapters
 from serve.draft.agreement import check_agreement
+from serve.draft.kinds import Group, GuessKind, GuessKinds
 from serve.draft.places import Samplers
 from serve.draft.prefixes import DraftPrefixes
 from serve.draft.rows import DraftRows, Followed, order_of, span_of
@@ -53,12 +54,14 @@ class DraftModel:
         adapters: Mapping[str, str | Path] = {},
         max_tokens: int = MAX_DRAFT,
         catch_up_tokens: int = CATCH_UP_TOKENS,
+        guesses: GuessKind = "learned",
     ) -> None:
         """
         max_bytes        of rows, prefixes and adapters of the draft model
         max_tokens       of one guess
         adapters         by name of the target's adapter: the draft model's own for it
         catch_up_tokens  of texts that rows have not taken in yet, in one round, padding included
+        guesses          drawn as the target draws, or the likeliest tokens, or whichever come true more often
 
         ConfigError where its tokenizer is not the target's, its rows cannot be rolled back, or not even one has room;
         ModelError where it cannot be batched; what `DraftAdapters` raises.
@@ -86,6 +89,7 @@ class DraftModel:
             )
         self._rows = DraftRows(rows, max_rows, self._max_bytes)
         self._prefixes = DraftPrefixes(model, rows, self._max_bytes)
+        self._kinds = GuessKinds(guesses)
         self._num_rounds = 0
         self._samplers = Samplers()
 
@@ -112,7 +116,7 @@ class DraftModel:
         """It has ended: what was computed for it is kept as a prefix, and its row given back."""
         one = self._rows.find(sequence)
         if one is not None:
-            one.settle()
+            self._settle(one)
             self._prefixes.keep(one)
             self._rows.release(sequence)
             self._bound_prefixes()
@@ -157,9 +161,17 @@ class DraftModel:
         if one is None:
             slot, effect_hash = self._adapters.of(request.adapter)
             one = Followed(sequence, slot, effect_hash)
-        one.settle()
+        self._settle(one)
         one.num_positions, one.asked_at = num_positions, self._num_rounds
         return one
+
+    def _settle(self, one: Followed) -> None:
+        """What came is known, of its text and of which kind of guess was right."""
+        if one.first is not None and one.first[0] < one.sequence.num_tokens:
+            position, drawn, likeliest = one.first
+            self._kinds.note(_group(one), drawn, likeliest, one.sequence.token(position))
+            one.first = None
+        one.settle()
 
     def _bound_prefixes(self) -> None:
         """They have what rows leave."""
@@ -195,19 +207,31 @@ class DraftModel:
         counters = [len(sequence.generated) for sequence in sequences]
         hidden = self._last_hidden(ready)
         span = span_of(ready, [sequence.num_tokens for sequence in sequences], 1)
+        # Where nobody draws, the sampler's tokens are the likeliest.
+        are_likeliest = [not sampler.is_greedy and self._kinds.is_likeliest(_group(one)) for one in ready]
         drawn: list[mx.array] = []
+        firsts: tuple[mx.array, ...] = ()
         while True:
             logits = self._network.logits(hidden)[:, 0, : self._vocab_size]  # [B, V]
-            drawn.append(sampler.tokens(logits, [counter + len(drawn) for counter in counters]))
+            both: tuple[mx.array, ...] = ()
+            if not firsts or not all(are_likeliest):
+                both = (sampler.tokens(logits, [counter + len(drawn) for counter in counters]),)
+            if not sampler.is_greedy and (not firsts or any(are_likeliest)):
+                both = (*both, mx.argmax(logits, axis=-1).astype(mx.int32))
+            firsts = firsts or both
+            drawn.append(_chosen(both, are_likeliest))
             if len(drawn) == reach:
                 break
             hidden = self._forward(drawn[-1][:, None].astype(mx.int32), span, ready)
             span = span.next()
         guesses = mx.stack(drawn, axis=1)  # [B, reach]
-        mx.eval(guesses, self._rows.rows.arrays())
+        mx.eval(guesses, firsts, self._rows.rows.arrays())
         found: list[list[int]] = np.asarray(guesses).tolist()
         for one, tokens in zip(ready, found, strict=True):
             one.num_known, one.guesses = one.sequence.num_tokens, tokens[:-1]
+        if len(firsts) > 1:
+            for one, *tokens in zip(ready, *(np.asarray(each).tolist() for each in firsts), strict=True):
+                one.first = (one.num_known, *tokens)
         return dict(zip(sequences, found, strict=True))
 
     def _last_hidden(self, ready: Sequence[Followed]) -> mx.array:
@@ -227,3 +251,16 @@ class DraftModel:
         self._rows.rows.set_span(span)
         self._adapters.bank.rows.set([one.slot for one in followed])
         return self._network.hidden(tokens, self._rows.rows.caches)
+
+
+def _group(one: Followed) -> Group:
+    return one.adapter, one.sequence.request.sampling.temperature
+
+
+def _chosen(kinds: Sequence[mx.array], are_likeliest: Sequence[bool]) -> mx.array:
+    """[B] of draws and likeliest tokens [B] each row's own kind; where there is one kind, that."""
+    if len(kinds) == 1:
+        return kinds[0]
+    if all(are_likeliest) or not any(are_likeliest):
+        return kinds[all(are_likeliest)]
+    return mx.where(mx.array(list(are_likeliest)), kinds[1], kinds[0])

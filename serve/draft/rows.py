@@ -38,6 +38,8 @@ class Followed:
     place: Place | None = None
     num_known: int = 0
     guesses: Sequence[int] = ()
+    first: tuple[int, int, int] | None = None
+    """Of the last guesses the first: its position, the token if drawn, and the likeliest."""
     is_kept: bool = False
     """The prefix cache was given what the row held when it had first caught up."""
     num_positions: int = 0

@@ -44,6 +44,10 @@ class Drafter(Protocol):
     def max_bytes(self) -> int:
         """Memory that it may come to hold for texts, beside what it holds in the target's rows: no row has that."""
 
+    @property
+    def num_bytes(self) -> int:
+        """What of that it holds now. From any thread."""
+
     def propose(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[int] | None]:
         """For each, at most `most` tokens that may follow; none where it knows none, for which it may be asked less
         often after a while; None where it is not ready, and is to be asked again. What it raises is logged, and

@@ -481,6 +481,7 @@ class Engine:
                 feature_bytes=self.features.num_bytes if self.features else 0,
                 adapter_bytes=self.bank.num_bytes,
                 adapter_host_bytes=self.registry.host_bytes,
+                drafter_bytes=self.guesses.num_bytes,
                 budget_bytes=self.memory.total,
             ),
             prefixes=self.prefixes.stats if self.prefixes else PrefixStats(),

@@ -38,6 +38,11 @@ class Guesses:
         """Memory that drafters may come to hold beside the rows."""
         return sum(drafter.max_bytes for drafter in self._drafters.values())
 
+    @property
+    def num_bytes(self) -> int:
+        """What they hold of that now."""
+        return sum(drafter.num_bytes for drafter in self._drafters.values())
+
     def check(self, request: Request) -> None:
         """RequestError for a drafter that is not here. From any thread."""
         name = request.drafter

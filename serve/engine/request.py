@@ -219,6 +219,8 @@ class MemoryUse:
     """On the device."""
     adapter_host_bytes: int = 0
     """Of adapters in host memory."""
+    drafter_bytes: int = 0
+    """Of drafters beside the rows: a draft model's own rows, prefixes and adapters, and texts that are looked up."""
     budget_bytes: int = 0
 
 

@@ -143,6 +143,17 @@ def renders_system(render: RenderTools, forms: Forms) -> bool:
         return False
 
 
+def renders_broken(render: RenderTools, forms: Forms) -> bool:
+    """Whether a template writes a call whose arguments are text that is no JSON."""
+    function = {"name": NAME, "arguments": f"{{{VALUE}"}
+    message = {**_CALLS, "tool_calls": [{"id": _ID, "type": "function", "function": function}]}
+    try:
+        text = render([forms.shape(each) for each in (_USER, message)], None)
+    except Exception:  # as above
+        return False
+    return NAME in text and VALUE in text
+
+
 def shown_of(render: Render, forms: Forms, item: Expansion) -> Shown | None:
     """In which form the template writes the marker of such an item, once, beside the words; None: in none.
 

@@ -34,6 +34,7 @@ from serve.model.forms import (
     forms_of,
     leading,
     missing_calls,
+    renders_broken,
     renders_system,
     renders_tools,
     shown_of,
@@ -166,6 +167,11 @@ class ChatTemplate:
     def takes_system(self) -> bool:
         """Whether prompts hold what a system turn says."""
         return renders_system(lambda messages, tools: self._probe(messages, True), self.forms)
+
+    @cached_property
+    def renders_broken(self) -> bool:
+        """Whether prompts can hold a call whose arguments are no JSON."""
+        return renders_broken(lambda messages, tools: self._probe(messages, True), self.forms)
 
     def render(self, messages: Sequence[Message], **options: Any) -> tuple[int, ...]:
         """Token ids, as served: `write`, encoded."""

@@ -46,6 +46,8 @@ class Member(Generic[T]):
     used_s: float = 0.0
     """When somebody took or gave back a lease last."""
     draining_since_s: float = 0.0
+    is_looked_at: bool = False
+    """It was found to be there by those who wait for it now."""
     is_to_leave: bool = False
     """Somebody has said so: it makes no room, it just goes."""
     leavers: list[Future[None]] = field(default_factory=list)

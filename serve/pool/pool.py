@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from serve.errors import (
@@ -98,19 +98,22 @@ class Waiter(Generic[T]):
 class Pool(Generic[T]):
     """Models by name. `start` before the first is to be brought, `close` after.
 
-    load   brings a model, on the pool's thread; raises LatheError
+    look   the bytes that a model will take, as far as it can be told; raises LatheError where it cannot be loaded
+    load   brings it; raises LatheError. All four run on the pool's thread
     stop   ends it: what still runs in it fails, its threads are joined
     tidy   once nothing refers to it any more: memory goes back
     """
 
     def __init__(
         self,
+        look: Callable[[str], int],
         load: Callable[[str], T],
         stop: Callable[[T], None],
         tidy: Callable[[], None],
         bounds: Bounds = Bounds(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._look = look
         self._load = load
         self._stop = stop
         self._tidy = tidy
@@ -235,8 +238,8 @@ class Pool(Generic[T]):
     def charge(self, name: str, num_bytes: int) -> None:
         """What a model turned out to take."""
         with self._changed:
-            terms = self._members[name].terms
-            self._members[name].terms = Terms(terms.is_pinned, terms.idle_unload_s, num_bytes)
+            member = self._members[name]
+            member.terms = replace(member.terms, num_bytes=num_bytes)
 
     def check_integrity(self) -> None:
         """Between two requests: states, leases and waiters agree."""
@@ -300,66 +303,82 @@ class Pool(Generic[T]):
     # The pool's thread
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                step = self._awaited_step()
-            if step is None:
-                break
-            self._do(step)
+        try:
+            while (step := self._awaited_step()) is not None:
+                self._do(step)
+        except Exception:  # nobody would load anything any more, and everybody would wait
+            logger.exception("the models' thread has failed")
         self._end()
 
     def _awaited_step(self) -> Step[T] | None:
-        """The next thing to do that is none of this lock's; None: close."""
-        while not self._is_closing:
-            now_s = self._clock()
-            step = next_step(list(self._members.values()), self._bounds, now_s)
-            if step.kind == "wait":
-                self._changed.wait(None if math.isinf(step.until_s) else max(step.until_s - now_s, 0.001))
-                continue
-            member = step.member
-            assert member is not None
-            match step.kind:
-                case "drain":
-                    member.state, member.draining_since_s = "draining", now_s
-                case "resume":
-                    member.state = "ready"
-                    self._serve(member)
-                case "refuse":
-                    self._refuse(member, self._no_room(member))
-                case _:
-                    member.state = "loading" if step.kind == "load" else "unloading"
+        """The next thing to load or to let go; None: close."""
+        with self._changed:
+            while not self._is_closing:
+                now_s = self._clock()
+                step = next_step(list(self._members.values()), self._bounds, now_s)
+                if step.kind == "wait":
+                    self._changed.wait(None if math.isinf(step.until_s) else max(step.until_s - now_s, 0.001))
+                elif self._is_work(step, now_s):
                     return step
         return None
 
+    def _is_work(self, step: Step[T], now_s: float) -> bool:
+        """Whether a step is to be done without the lock; one that is not is done here."""
+        member = step.member
+        assert member is not None
+        match step.kind:
+            case "drain":
+                member.state, member.draining_since_s = "draining", now_s
+            case "resume":
+                member.state = "ready"
+                self._serve(member)
+            case "refuse":
+                member.is_looked_at = False
+                self._refuse(member, self._no_room(member))
+            case _:
+                if step.kind != "look":
+                    member.state = "loading" if step.kind == "load" else "unloading"
+                return True
+        return False
+
     def _do(self, step: Step[T]) -> None:
         assert step.member is not None
-        if step.kind == "load":
-            self._bring(step.member)
+        work = {"look": self._see, "load": self._bring, "unload": self._let_go}[step.kind]
+        try:
+            work(step.member)
+        except LatheError as problem:
+            error = ModelLoadError(f"model {step.member.name!r} cannot be loaded: {problem}", _bare(problem))
+        except BaseException as problem:  # whatever it is, everybody who waits must hear of it
+            logger.exception("model %r cannot be loaded", step.member.name)
+            error = ModelLoadError(f"model {step.member.name!r} cannot be loaded: {problem!r}")
         else:
-            self._let_go(step.member)
+            return
+        logger.warning("%s", error)
+        self._fail(step.member, error)
+
+    def _see(self, member: Member[T]) -> None:
+        num_bytes = self._look(member.name)
+        with self._changed:
+            member.is_looked_at = True
+            member.terms = replace(member.terms, num_bytes=max(num_bytes, member.terms.num_bytes))
 
     def _bring(self, member: Member[T]) -> None:
         started_s = self._clock()
-        try:
-            loaded = self._load(member.name)
-        except LatheError as problem:
-            error = ModelLoadError(f"model {member.name!r} cannot be loaded: {problem}", _bare(problem))
-        except Exception as problem:  # whatever it is, everybody who waits must hear of it
-            logger.exception("model %r cannot be loaded", member.name)
-            error = ModelLoadError(f"model {member.name!r} cannot be loaded: {problem!r}")
-        else:
-            with self._changed:
-                now_s = self._clock()
-                member.state, member.loaded, member.problem = "ready", loaded, None
-                member.ready_since_s = member.used_s = now_s
-                member.num_loads += 1
-                member.load_s += now_s - started_s
-                self._serve(member)
-            return
-        logger.warning("%s", error)
+        loaded = self._load(member.name)
+        with self._changed:
+            now_s = self._clock()
+            member.state, member.loaded, member.problem = "ready", loaded, None
+            member.ready_since_s = member.used_s = now_s
+            member.num_loads += 1
+            member.load_s += now_s - started_s
+            member.is_looked_at = False
+            self._serve(member)
+
+    def _fail(self, member: Member[T], error: ModelLoadError) -> None:
         with self._changed:
             member.state, member.problem = "unloaded", str(error)
             member.num_failed += 1
+            member.is_looked_at = False
             self._refuse(member, error)
             self._told(member)
         self._tidy()
@@ -390,11 +409,15 @@ class Pool(Generic[T]):
     def _end(self) -> None:
         """Everything that was loaded here; nobody gets anything any more."""
         with self._changed:
+            self._is_closing = True
             for member in self._members.values():
                 self._refuse(member, StoppedError("the server is shutting down"))
             leaving = [member for member in self._members.values() if member.loaded is not None]
             for member in leaving:
                 member.state = "unloading"
+            for member in self._members.values():
+                if member not in leaving:
+                    self._told(member)
         for member in leaving:
             self._let_go(member)
 

@@ -38,6 +38,7 @@ class Bounds:
 class Step(Generic[T]):
     """What to do.
 
+    look    see whether it is there at all, and how large, before another leaves for it
     load    bring it
     unload  let it go, with whatever requests it still has
     drain   it takes no more requests
@@ -46,7 +47,7 @@ class Step(Generic[T]):
     wait    nothing, before `until_s`
     """
 
-    kind: Literal["load", "unload", "drain", "resume", "refuse", "wait"]
+    kind: Literal["look", "load", "unload", "drain", "resume", "refuse", "wait"]
     member: Member[T] | None = None
     until_s: float = math.inf
 
@@ -78,8 +79,12 @@ def _go_on(
 
 
 def _make_room(wanted: Member[T], members: Sequence[Member[T]], bounds: Bounds, now_s: float) -> Step[T]:
+    if not wanted.is_looked_at:
+        return Step("look", wanted)
     if _fits(wanted, members, bounds):
         return Step("load", wanted)
+    if not _fits(wanted, [member for member in members if member.terms.is_pinned], bounds):
+        return Step("refuse", wanted)  # whoever may leave would leave in vain
     if idle := _idle(members):
         return Step("unload", min(idle, key=lambda member: member.used_s))
     busy = [member for member in members if member.state == "ready" and not member.terms.is_pinned]

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from serve.model.template import ChatTemplate
 
 Message = Mapping[str, Any]
+BROKEN = "arguments"
+"""The key under which arguments that are no JSON object are told."""
 INTRODUCTION = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{tools}\n</tools>\n\n"
@@ -33,6 +35,8 @@ def told_in_words(
     is_result = False
     for message in messages:
         said = dict(message)
+        if said.get("tool_calls") and forms.renders_calls and not template.renders_broken:
+            said["tool_calls"] = [_as_object(call) for call in said["tool_calls"]]
         if said.get("tool_calls") and not forms.renders_calls:
             calls = [written(writing, call, number) for number, call in enumerate(said.pop("tool_calls"))]
             words = writing.opening + writing.joint.join(calls) + writing.closing
@@ -92,6 +96,21 @@ def _value(parameters: Parameters, value: Any) -> str:
     if isinstance(value, str) and parameters.quotes is not None:
         return parameters.quotes[0] + value + parameters.quotes[1]
     return json.dumps(value, ensure_ascii=False)
+
+
+def _as_object(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The call; arguments that are no JSON object, which the template would refuse, as the text of one."""
+    function = call["function"]
+    arguments = function.get("arguments")
+    if isinstance(arguments, Mapping):
+        return call
+    try:
+        value = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, Mapping):
+        return call
+    return {**call, "function": {**function, "arguments": {BROKEN: arguments}}}
 
 
 def _introduce(template: ChatTemplate, told: list[dict[str, Any]], words: str) -> None:

@@ -218,7 +218,7 @@ NO_PARTS = [
     [
         ({"response_format": {"type": "structural_tag"}}, "response_format", "json_schema"),
         ({"tools": [{"type": "function"}]}, "tools", "tools.0.function: missing"),
-        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "tools.0.type: Input should be"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "tools.0: Input tag 'custom'"),
         ({"tool_choice": "required"}, "tool_choice", "found without tools"),
         ({"verbosity": "low"}, "verbosity", '"medium"'),
         ({"max_completion_tokens": 5}, "max_completion_tokens", "max_tokens is 24"),

@@ -109,6 +109,7 @@ def alike(claude: anthropic.Anthropic, **fields) -> Message:
     for usage in (whole.usage, final.usage):
         assert usage.input_tokens + usage.cache_read_input_tokens == counted(claude, **fields)
     assert final.id.startswith("msg_")
+    assert whole._request_id
     assert final.id != whole.id
     kinds = [event["type"] for event in events]
     assert kinds[0] == "message_start"
@@ -288,6 +289,7 @@ def test_an_error_after_the_headers_is_an_event_that_the_client_raises(start):
             list(second)
     assert set(caught.value.body) == {"type", "error", "request_id"}
     assert caught.value.body["error"]["type"] == "api_error"
+    assert caught.value.body["request_id"] == caught.value.request_id is not None
 
 
 def test_a_server_that_is_full_says_so_and_the_client_asks_again(start):
@@ -342,6 +344,7 @@ def test_errors_are_worded_as_the_official_client_reads_them(claude, fields, kin
         assert set(error) == {"type", "error", "request_id"}
         assert error["type"] == "error"
         assert set(error["error"]) == {"type", "message"}
+        assert error["request_id"] == caught.value.request_id is not None
         expected = "not_found_error" if kind is anthropic.NotFoundError else "invalid_request_error"
         assert error["error"]["type"] == expected
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +19,8 @@ import pytest
 from serve.api.bases import Bases
 from serve.api.server import serving
 from serve.config import ServeConfig
+from serve.errors import ModelError
+from serve.model.loading import expected_bytes, load
 from serve.runtime import Runtime
 
 PROMPT = "Who are you?"
@@ -233,7 +239,7 @@ def test_each_base_has_its_own_keys_and_adapters_and_what_was_loaded_is_there_ag
 
 
 def test_models_are_loaded_and_unloaded_over_http_and_health_and_metrics_say_so(folders, alone):
-    with both(folders) as (_bases, http):
+    with both(folders) as (_, http):
         assert http.get("/health").json()["loaded"] == ["ant"]
         assert http.post("/v1/models/load", json={"model": "bee"}).json()["status"] == "ready"
         assert http.get("/health").json()["loaded"] == ["bee"]
@@ -314,7 +320,7 @@ def test_a_base_that_nobody_asks_for_gives_its_memory_back(folders, alone):
 WRONG = {
     "models.0: 'ant' is already": {"name": "ant"},
     "aliases.0: 'x' is already": {"aliases": ["x", "x"]},
-    "models.0: kv_bits: found 7": {"kv_bits": 7},
+    "kv_bits: kv_bits is 7": {"kv_bits": 7},
     "max_loaded_models: found 1, and 2 models are loaded at start": {"preload": True},
     "max_loaded_models: found 1, and 1 models are pinned": {"pinned": True},
 }
@@ -325,3 +331,94 @@ def test_a_configuration_that_cannot_be_served_is_refused_by_name(folders, told,
     with pytest.raises(ValueError, match=told.split(":", maxsplit=1)[0]) as raised:
         config(folders, bee=keys)
     assert told.partition(": ")[2] in str(raised.value)
+
+
+def test_a_model_in_an_allowed_folder_is_found_by_its_name_and_none_outside_of_it(folders, alone, tmp_path):
+    inside = tmp_path / "models"
+    (inside / "hive").mkdir(parents=True)
+    shutil.copytree(folders["bee"], inside / "hive" / "bee")
+    (inside / "leads-out").symlink_to(folders["bee"])
+    (inside / "no-model").mkdir()
+    runs = ServeConfig.model_validate(
+        {"model": str(folders["ant"]), "name": "ant", "model_dirs": [str(inside)], "max_rows": 3}
+    )
+    bases = Bases.start(runs)
+    try:
+        with serving(bases) as url, httpx.Client(base_url=url, timeout=120) as http:
+            listed = {card["id"]: card["status"] for card in http.get("/v1/models").json()["data"]}
+            assert listed == {"ant": "ready", "hive/bee": "unloaded"}
+            assert ask(http, "hive/bee") == alone["bee"]
+            assert ask(http, "ant") == alone["ant"]
+            assert bases.find("hive/bee").config.max_rows == 3
+            for name, status in (
+                ("leads-out", 403),
+                ("../models/hive/bee", 403),
+                ("no-model", 404),
+                ("hive//bee", 404),
+                ("bee", 404),
+                (str(folders["bee"]), 403),
+            ):
+                answer = http.post("/v1/completions", json={"model": name, "prompt": "x", "max_tokens": 1})
+                assert answer.status_code == status, name
+            assert bases.pool.loaded().keys() == {"ant"}, "what is refused loads nothing"
+    finally:
+        bases.close()
+
+
+OFFLINE = """
+import sys
+from serve.model.loading import resolve
+for name in sys.argv[1:]:
+    try:
+        print(resolve(name))
+    except LookupError as error:
+        print(error)
+"""
+
+
+def test_a_hub_name_that_was_downloaded_is_loaded_without_the_hub_and_a_part_of_one_is_not(folders, tmp_path):
+    """The cache is laid out as the hub's client does it."""
+    whole, part = ((tmp_path / f"models--some-owner--{name}") for name in ("bee", "half"))
+    for repository in (whole, part):
+        shutil.copytree(folders["bee"], repository / "snapshots" / "abc")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("abc")
+    (part / "snapshots" / "abc" / "model.safetensors").unlink()
+    names = ["some-owner/bee", "some-owner/half", "some-owner/other"]
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, *names], env=env, capture_output=True, text=True, check=True
+    )
+    found, half, other = done.stdout.splitlines()
+    assert found == str(whole / "snapshots" / "abc")
+    assert "a part of it alone, and HF_HUB_OFFLINE says not to ask the hub" in half
+    assert "nor in the hub's cache, and HF_HUB_OFFLINE says not to ask the hub" in other
+
+
+def test_a_model_that_brings_its_own_code_is_refused_and_told_so(folders, tmp_path):
+    copy = tmp_path / "own"
+    shutil.copytree(folders["bee"], copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_file": "own.py"}))
+    (copy / "own.py").write_text("raise SystemExit")
+    with pytest.raises(ModelError, match="Lathe runs no code that comes with a model"):
+        load(str(copy))
+
+
+def test_memory_is_kept_to_by_weights_that_are_known_before_they_are_loaded(folders):
+    """Each has a quarter of a gibibyte for its rows and 0.4 MB of weights: of half of one, two never fit."""
+    num_bytes = expected_bytes(folders["bee"], None, None, None)
+    runtime = Runtime.start(ServeConfig(model=str(folders["bee"]), name="bee"))
+    try:
+        assert runtime.weight_bytes <= num_bytes < 1.2 * runtime.weight_bytes
+    finally:
+        runtime.close()
+    few = {"memory_budget_gib": 0.25, "max_loaded_models": 2}
+    for budget, loaded in ((0.5, {"bee"}), (0.51, {"ant", "bee"})):
+        with both(folders, models_budget_gib=budget, **few) as (bases, http):
+            ask(http, "bee")
+            assert set(bases.pool.loaded()) == loaded
+    with both(folders, models_budget_gib=0.3, bee={"memory_budget_gib": 0.5}, **few) as (bases, http):
+        answer = http.post("/v1/completions", json={"model": "bee", "prompt": "x", "max_tokens": 1})
+        assert (answer.status_code, "there is no room for it" in answer.text) == (503, True)
+        assert set(bases.pool.loaded()) == {"ant"}, "nobody leaves in vain"

@@ -32,13 +32,9 @@ GENERATING = (
     "POST /v1/rerank",
     "POST /v1/score",
     "POST /tokenize",
+    "POST /api/chat",
+    "POST /api/generate",
 )
-"""Those of which generated bodies are sometimes answered, and sometimes refused."""
-FORMS = {
-    "/v1/messages": lambda told: {"type", "error"} <= set(told) and {"type", "message"} <= set(told["error"]),
-    "/api/": lambda told: isinstance(told["error"], str),
-}
-"""How Anthropic's clients and Ollama's read of errors; all others as OpenAI's."""
 
 
 @dataclass
@@ -69,19 +65,21 @@ class Findings:
                 self._check_error(recorder.label, response.content)
 
     def _check_error(self, label: str, content: bytes | None) -> None:
-        path = label.partition(" ")[2]
-        form = next((form for prefix, form in FORMS.items() if path.startswith(prefix)), openai_form)
         try:
-            is_right = form(json.loads(content or b""))
+            body = json.loads(content or b"")
+            error = body["error"]
+            if " /v1/messages" in label:
+                is_right = set(body) == {"type", "error", "request_id"} and set(error) == {"type", "message"}
+                is_right = is_right and error["type"] in ("invalid_request_error", "not_found_error")
+            elif " /api/" in label:
+                is_right = set(body) == {"error"} and isinstance(error, str)
+            else:
+                is_right = set(error) == {"message", "type", "param", "code"}
+                is_right = is_right and error["type"] == "invalid_request_error"
         except (ValueError, LookupError, TypeError):
             is_right = False
         if not is_right:
             self.failures.append(f"{label}: an error in another shape than its API's: {content!r}")
-
-
-def openai_form(told: dict) -> bool:
-    error = told["error"]
-    return set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +117,28 @@ def narrowed(description: dict) -> dict:
         parts[name]["properties"] = {key: fields[key] or told[key] for key in fields}
     parts["CompletionBody"]["properties"]["prompt"] = text
     parts["ChatBody"]["properties"]["messages"] |= {"maxItems": 2}
-    (message,) = (name for name in parts if name.endswith("schemas__Message"))
-    parts[message]["required"] = ["role", "content"]
-    turn = parts[message]["properties"]
+    parts["Message"]["required"] = ["role", "content"]
+    turn = parts["Message"]["properties"]
     for name in ("tool_calls", "tool_call_id"):
         del turn[name]
     turn["content"] = {"anyOf": [text, turn["content"]["anyOf"][1]]}
+    said = {
+        "anyOf": [text, {"type": "array", "items": {"$ref": "#/components/schemas/TextBlock"}, "maxItems": 2}]
+    }
+    parts["AnthropicMessage"]["properties"]["content"] = said
+    parts["AnthropicMessage"]["properties"]["role"] = {"enum": ["user", "system"]}
+    parts["AnthropicMessage"]["required"] = ["role", "content"]
+    for name in ("clear_at", "output_config"):
+        del parts["AnthropicMessage"]["properties"][name]
+    for name in ("tools", "tool_choice", "output_config", "output_format", "system"):
+        parts["MessagesBody"]["properties"][name] = {"enum": [None]}
+    for name in ("MessagesBody", "OllamaChatBody"):
+        parts[name]["properties"]["messages"] |= {"maxItems": 2}
+    for name in ("images", "tool_calls", "tool_call_id"):
+        del parts["OllamaMessage"]["properties"][name]
+    for name in ("think", "tools", "format", "images"):
+        for body in ("OllamaChatBody", "OllamaGenerateBody"):
+            parts[body]["properties"].pop(name, None)
     for name in ("ChatBody", "CompletionBody"):
         del parts[name]["properties"]["stream_options"]
     return description
@@ -144,12 +158,9 @@ def kept(text: dict) -> dict[str, dict[str, dict | None]]:
         },
     }
     few = {"type": "array", "items": text, "minItems": 1, "maxItems": 3}
-    length = {"enum": [None, -1, 16, 64]}
-    claude = {"model": None, "messages": turns, "system": text}
-    tiny = {"model": {"enum": ["tiny"]}, "truncate_prompt_tokens": length}
+    tiny = {"model": {"enum": ["tiny"]}, "truncate_prompt_tokens": {"enum": [None, -1, 16, 64]}}
     return {
-        "MessagesBody": {**claude, "max_tokens": {"enum": [1, 4]}, "temperature": None, "stream": None},
-        "CountBody": claude,
+        "CountBody": {"model": None, "messages": turns},
         "ResponsesBody": {
             **{"model": None, "input": text, "max_output_tokens": {"enum": [1, 4]}, "instructions": text},
             **{"stream": None, "store": None, "metadata": None},

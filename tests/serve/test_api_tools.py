@@ -302,7 +302,7 @@ def test_the_older_words_are_answered_in_them(client):
     [
         ({"tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice: found 'fly'"),
         ({"tools": [WEATHER, WEATHER]}, "tools: found 'get_weather' twice"),
-        ({"tools": [{"type": "retrieval"}]}, "tools.0.type"),
+        ({"tools": [{"type": "retrieval"}]}, "tools.0: Input tag 'retrieval'"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"functions": [WEATHER["function"]]}, "functions: found beside tools"),
         (
@@ -375,3 +375,112 @@ def test_a_template_without_tools_is_told_of_them_in_words(model_folder):
         assert [call.function.name for call in answer.choices[0].message.tool_calls] == ["get_weather", "now"]
         without = client.chat.completions.create(**said("x", tools=openai.omit))
         assert answer.usage.prompt_tokens - without.usage.prompt_tokens > 500
+
+
+ITERATING = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}"
+    "{% for key, value in call.function.arguments.items() %}"
+    "<arg_key>{{ key }}</arg_key><arg_value>{{ value }}</arg_value>{% endfor %}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def thinking_client(make_model):
+    """Of a model that thinks, and whose template goes through a call's arguments one by one."""
+    folder = make_model("thinking caller", CONFIG, seed=4)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
+    tokenizer.chat_template = ITERATING
+    tokenizer.save_pretrained(folder)
+    with running(folder) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x", timeout=60) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    "arguments", ["{", '{"city": "Par', "nothing", "", "[1]", '"x"', "null", '{"a": 1}', "[" * 9000]
+)
+def test_no_history_wedges_a_chat(thinking_client, client, arguments):
+    call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": arguments}}
+    history = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": ""},
+    ]
+    for each in (thinking_client, client):
+        if len(arguments) > 1000:  # more than the context
+            with pytest.raises(openai.BadRequestError, match="context"):
+                each.chat.completions.create(**asked(messages=history, max_tokens=4))
+        else:
+            answer = each.chat.completions.create(**asked(messages=history, max_tokens=4))
+            assert answer.usage.completion_tokens
+
+
+def test_a_call_comes_after_thoughts_and_by_the_grammar_too(thinking_client):
+    bias = {"260": 100}  # the end of a thought
+    fields = asked(tool_choice="required", parallel_tool_calls=False, logit_bias=bias)
+    answer = thinking_client.chat.completions.create(**fields).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    assert answer.message.content is None
+    assert answer.message.tool_calls[0].function.name in ("get_weather", "now")
+    message, finish, _ = streamed(thinking_client, **fields)
+    assert finish == "tool_calls"
+    assert message["tool_calls"][0]["arguments"] == answer.message.tool_calls[0].function.arguments
+
+
+FAULTS = {
+    "vLLM lost the empty arguments of a tool without parameters": ('{"name": "now", "arguments": {}}', "{}"),
+    "vLLM lost the last brace where several tokens came at once": (
+        '{"name": "f", "arguments": {"id": {"n": 42}}}',
+        '{"id": {"n": 42}}',
+    ),
+    "vLLM lost the beginning of a list of objects": (
+        '{"name": "f", "arguments": {"numbers": [{"a": 1}, {"b": [2]}]}}',
+        '{"numbers": [{"a": 1}, {"b": [2]}]}',
+    ),
+    "mlx-lm crashed on escapes that JSON has not": (
+        '{"name": "f", "arguments": {"pattern": "\\d+"}}',
+        '{"pattern": "\\d+"}',
+    ),
+    "llama.cpp took an argument called name for the tool's": (
+        '{"name": "f", "arguments": {"name": "g", "arguments": {"x": 1}}}',
+        '{"name": "g", "arguments": {"x": 1}}',
+    ),
+    "arguments written as text": ('{"name": "f", "arguments": "{\\"a\\": 1}"}', '{"a": 1}'),
+    "arguments before the name": ('{"arguments": {"a": 1}, "name": "f"}', '{"a": 1}'),
+    "a brace too many": ('{"name": "f", "arguments": {"a": 1}}}', '{"a": 1}'),
+    "a brace too few": ('{"name": "f", "arguments": {"a": 1}', '{"a": 1}'),
+    "a mark inside a string": ('{"name": "f", "arguments": {"a": "</tool_call>"}}', '{"a": "</tool_call>"}'),
+    "line breaks inside strings": ('{"name": "f", "arguments": {"a": "x\ny"}}', '{"a": "x\\ny"}'),
+    "half a surrogate pair": ('{"name": "f", "arguments": {"a": "\\ud83d"}}', '{"a": "\\ud83d"}'),
+    "OpenAI's own shape": (
+        '{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}',
+        '{"a": 1}',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_that_others_had(client, name):
+    written, arguments = FAULTS[name]
+    text = f"<tool_call>\n{written}\n</tool_call>"
+    (call,) = client.chat.completions.create(**said(text)).choices[0].message.tool_calls
+    assert (call.function.name, call.function.arguments) == (
+        "now" if name.startswith("vLLM lost the em") else "f",
+        arguments,
+    )
+    message, finish, deltas = streamed(client, **said(text))
+    assert [each["arguments"] for each in message["tool_calls"]] == [arguments]
+    assert finish == "tool_calls"
+    assert message["content"] == ""
+    assert all(delta.id is None and delta.function.name is None for delta in deltas[1:]), "named once"
+
+
+def test_two_calls_that_are_the_same_are_two(client):
+    one = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>\n'
+    calls = client.chat.completions.create(**said(one * 3)).choices[0].message.tool_calls
+    assert len({call.id for call in calls}) == 3
+    _, _, deltas = streamed(client, **said(one * 3))
+    assert sorted({delta.index for delta in deltas}) == [0, 1, 2]

@@ -619,7 +619,12 @@ class Scene:
         elif self.engine.guesses.names and not (self.setting.drafter == "model" and self.setting.seen):
             stats = list(self.engine.guesses.stats.values())
             assert sum(one.num_drafted for one in stats)
-            if self.setting.drafter == "model" and self.setting.model == "full":
+            is_twin = self.setting.drafter == "model" and self.setting.model == "full"
+            if is_twin and (self.setting.asked, self.setting.said, self.setting.budgets) == (
+                "base",
+                "free",
+                (),
+            ):
                 assert sum(one.num_accepted for one in stats)
 
     def check_hits(self) -> None:

@@ -396,3 +396,27 @@ def test_too_little_memory_is_refused(model_folder, model, make_adapter):
         DraftModel(draft(), model, max_bytes=1000)
     with pytest.raises(LatheError, match="draft"):
         DraftModel(draft(), model, max_bytes=10_000, adapters={"a": make_adapter(1)})
+
+
+@pytest.mark.parametrize("guesses", ["drawn", "likeliest", "learned"])
+def test_the_twin_of_a_greedy_target_is_right_whichever_kind_it_guesses(guesses, model_folder, make_request):
+    watched = make_watched(model_folder, model_folder, guesses=guesses)
+    watched.run(*(make_request(f"{n}", text[:60], max_tokens=30) for n, text in enumerate(TEXTS)))
+    assert watched.share_right() > 0.995
+
+
+def test_of_a_target_that_is_surer_the_likeliest_tokens_are_guessed(make_model, model_folder, make_request):
+    """The same model with a louder head: what it draws is most often the draft model's likeliest token."""
+    config = json.loads((model_folder / "config.json").read_text())
+    surer = make_model("surer", config, louder={"lm_head": 24})
+    texts = [text[:60] for text in 3 * TEXTS]
+    requests = [
+        make_request(f"{n}", text, seed=n, temperature=1.0, max_tokens=40) for n, text in enumerate(texts)
+    ]
+    shares = {}
+    for guesses in ("drawn", "likeliest", "learned"):
+        watched = make_watched(surer, model_folder, guesses=guesses)
+        watched.run(*requests)
+        shares[guesses] = watched.share_right()
+    assert shares["likeliest"] > shares["drawn"] + 0.2
+    assert shares["learned"] > shares["drawn"] + 0.7 * (shares["likeliest"] - shares["drawn"])

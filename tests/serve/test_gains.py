@@ -27,7 +27,7 @@ MACHINES: dict[str, Machine] = {
 class Nobody:
     """A drafter that is never asked: the test's luck is."""
 
-    max_bytes = 0
+    max_bytes = num_bytes = 0
 
     def propose(self, wanted):
         raise NotImplementedError

@@ -37,8 +37,14 @@ class Shop:
         self.most_resident = 0
         self.doors: dict[str, threading.Event] = {}
         """A load of that name waits until it is open."""
-        self.failing: dict[str, Exception] = {}
-        self.pool: Pool[Thing] = Pool(self.load, self.stop, lambda: None, bounds)
+        self.failing: dict[str, BaseException] = {}
+        self.missing: set[str] = set()
+        self.pool: Pool[Thing] = Pool(self.look, self.load, self.stop, lambda: None, bounds)
+
+    def look(self, name: str) -> int:
+        if name in self.missing:
+            raise NotFoundError(f"no model folder at {name}")
+        return 0
 
     def load(self, name: str) -> Thing:
         self.loads.append(name)
@@ -140,6 +146,18 @@ def test_a_load_that_fails_answers_everybody_by_name_and_the_next_request_tries_
         assert (standing.num_loads, standing.num_failed, standing.problem) == (1, 2, None)
 
 
+def test_nobody_leaves_for_a_model_that_is_not_there():
+    with open_shop() as shop:
+        shop.missing.add("b")
+        shop.pool.lease("a").release()
+        with pytest.raises(ModelLoadError, match="'b' cannot be loaded: no model folder at b"):
+            shop.pool.lease("b")
+        assert (shop.loads, shop.stops) == (["a"], [])
+        shop.missing.clear()
+        shop.pool.lease("b").release()
+        assert shop.stops == ["a"]
+
+
 def test_who_leaves_holds_up_nobody_and_a_load_that_has_begun_goes_on():
     with open_shop() as shop:
         shop.doors["a"] = threading.Event()
@@ -184,6 +202,40 @@ def test_a_cancelled_wait_leaves_no_lease_behind():
         assert len(shop.loads) > 10
 
 
+def test_requests_that_come_as_a_model_leaves_for_idleness_are_all_answered():
+    """A race that has locked up others: the time is over, and somebody asks."""
+    with open_shop("a", {"a": Terms(idle_unload_s=0.0005)}) as shop:
+        waited, draw = threading.Event(), random.Random(1)
+        for _ in range(300):
+            waiter = shop.pool.ask("a")
+            waiter.future.result(30).release()
+            waited.wait(draw.choice((0, 0.0004, 0.0006, 0.001)))
+        assert len(shop.loads) > 20
+
+
+def test_a_load_that_takes_longer_than_idleness_may_is_not_cut_short():
+    with open_shop("a", {"a": Terms(idle_unload_s=0.01)}) as shop:
+        shop.doors["a"] = threading.Event()
+        waiter = shop.pool.ask("a")
+        until(lambda: shop.loads == ["a"])
+        assert threading.Event().wait(0.1) is False
+        shop.doors["a"].set()
+        lease = waiter.future.result(30)
+        assert not lease.loaded.is_stopped
+        lease.release()
+        assert shop.loads == ["a"]
+
+
+def test_whatever_a_load_raises_others_are_loaded_after_it():
+    with open_shop() as shop:
+        for error in (SystemExit(1), MemoryError(), KeyboardInterrupt()):
+            shop.failing["a"] = error
+            with pytest.raises(ModelLoadError, match=type(error).__name__):
+                shop.pool.lease("a")
+            shop.pool.lease("b").release()
+        assert shop.loads == ["a", "b", "a", "b", "a", "b"]
+
+
 def test_one_long_answer_starves_nobody():
     with open_shop(max_drain_s=0.05) as shop:
         endless = shop.pool.lease("a")
@@ -217,6 +269,7 @@ def test_whoever_was_used_least_lately_leaves_first_and_memory_is_kept_to():
         assert shop.stops == ["a"], "only two of them fit"
         with pytest.raises(OverloadedError, match=r"'d' is not loaded and needs .* no room"):
             shop.pool.lease("d")
+        assert shop.stops == ["a"], "nobody leaves in vain"
         shop.pool.charge("d", 9)
         shop.pool.lease("d").release()
         assert shop.resident == {"d"}
@@ -324,6 +377,8 @@ class Simulated:
             assert step.member is not None
             if step.kind == "drain":
                 step.member.state, step.member.draining_since_s = "draining", self.now_s
+            elif step.kind == "look":
+                step.member.is_looked_at = True
             elif step.kind == "resume":
                 step.member.state = "ready"
                 self._serve(step.member)
@@ -373,6 +428,9 @@ def test_one_client_that_asks_in_turn_waits_for_loads_alone():
 def test_the_rule_changes_nothing():
     members = [Member[Thing]("a", Terms(), state="ready"), Member[Thing]("b", Terms())]
     members[1].waiters = deque([_Asked(0.0, 1.0)])  # type: ignore[list-item]
+    step = next_step(members, Bounds(1), 10.0)
+    assert (step.kind, step.member) == ("look", members[1])
+    members[1].is_looked_at = True
     step = next_step(members, Bounds(1), 10.0)
     assert (step.kind, step.member) == ("unload", members[0])
     assert members[0].state == "ready"

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -62,13 +64,13 @@ ASK = {"model": "m", "input": "Look around.", "max_output_tokens": 24}
 
 
 @contextmanager
-def running(make_model, name: str, template: str) -> Iterator[str]:
+def running(make_model, name: str, template: str, **keys: Any) -> Iterator[str]:
     folder = make_model(name, CONFIG, seed=3)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    runtime = Runtime.start(ServeConfig(model=str(folder), name="m", max_rows=8))
+    runtime = Runtime.start(ServeConfig(model=str(folder), name="m", max_rows=8, **keys))
     try:
         with serving(runtime) as url:
             yield url
@@ -426,7 +428,7 @@ def test_a_conversation_of_items_is_the_chat_of_its_messages(http, how):
         ({"reasoning": {"effort": "most"}}, "reasoning", "reasoning.effort"),
         ({"chat_template_kwargs": {"nobody": 1}}, "chat_template_kwargs", "reads these variables"),
         ({"tools": [{"type": "nope"}]}, "tools", "tools.0.type: found 'nope'"),
-        ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tools", "tools.0.type"),
+        ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tools", "none is configured"),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools", "tools.1.name: found 'look' twice"),
         ({"tools": [{"type": "web_search"}, {"type": "function", "name": "a b"}]}, "tools", "tools.1.name"),
         ({"tools": CHAT_TOOLS}, "tools", "tools.0"),
@@ -579,6 +581,31 @@ def test_the_clients_helpers_parse_calls(client):
         final = stream.get_final_response()
     assert deltas[-1].snapshot == "".join(event.delta for event in deltas) == final.output[0].arguments
     assert final.output[0].arguments == parsed.output[0].arguments
+
+
+def test_tools_of_the_servers_own_mcp_servers_are_run_and_told_as_items(make_model, tmp_path):
+    program = {
+        "command": sys.executable,
+        "args": [str(Path(__file__).parents[1] / "support" / "mcp_server.py")],
+    }
+    servers = tmp_path / "servers.json"
+    servers.write_text(json.dumps({"mcpServers": {"sums": program}}))
+    tool = {"type": "mcp", "server_label": "sums", "require_approval": "never", "allowed_tools": ["add"]}
+    with (
+        running(make_model, "sums", TEMPLATE, mcp_servers=servers, mcp_max_rounds=2) as url,
+        httpx.Client(base_url=url, timeout=120) as http,
+    ):
+        asked = saying("So.\n" + call("add", a=1, b=2), tools=[tool])
+        whole = ask(http, **asked)
+        assert nameless(check(streamed(http, **asked))) == nameless(whole)
+        kinds = [item["type"] for item in whole["output"]]
+        assert kinds == ["message", "mcp_call", "message", "mcp_call", "message"]
+        ran = whole["output"][1]
+        assert (ran["name"], ran["server_label"], ran["output"]) == ("add", "sums", "the sum is 3")
+        assert json.loads(ran["arguments"]) == {"a": 1, "b": 2}
+        assert whole["tools"][0]["server_label"] == "sums"
+        going_on = ask(http, input="And?", previous_response_id=whole["id"], tools=[tool])
+        assert going_on["usage"]["input_tokens_details"]["cached_tokens"] > 100
 
 
 # What agents send, and what went wrong elsewhere

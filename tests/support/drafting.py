@@ -22,7 +22,7 @@ class Foreteller:
         self.num_asked = 0
         self.forgotten: list[str] = []
 
-    max_bytes = 0
+    max_bytes = num_bytes = 0
 
     def propose(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[int]]:
         return [self._guesses(one) for one in wanted]

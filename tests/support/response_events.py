@@ -25,7 +25,11 @@ PARTS = {
     "reasoning_summary_text": ("summary", "text", "response.reasoning_summary_text.done"),
 }
 """Kinds of deltas that are of a part of an item."""
-FIELDS = {"function_call_arguments": "arguments", "custom_tool_call_input": "input"}
+FIELDS = {
+    "function_call_arguments": "arguments",
+    "mcp_call_arguments": "arguments",
+    "custom_tool_call_input": "input",
+}
 """And those that are of a field of it."""
 
 

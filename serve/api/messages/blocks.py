@@ -203,7 +203,7 @@ Blocks = Annotated[list[Block], Field(fail_fast=True)]
 SystemText = str | Annotated[list[TextBlock], Field(fail_fast=True)]
 
 
-class Message(Body):
+class AnthropicMessage(Body):
     """One turn."""
 
     hints = frozenset({"output_config"})
@@ -221,7 +221,7 @@ class Message(Body):
     """When what the system says is over."""
 
     @model_validator(mode="after")
-    def _has_the_blocks_of_its_role(self) -> Message:
+    def _has_the_blocks_of_its_role(self) -> AnthropicMessage:
         if self.content is None and self.role != "system":
             raise RequestError("content: found null or none; it is text, or a list of blocks", "content")
         if self.clear_at is not None and self.role != "system":

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from serve.api.messages.blocks import Message, SystemText
+from serve.api.messages.blocks import AnthropicMessage, SystemText
 from serve.api.messages.tools import ToolChoice, Tools
 from serve.api.schemas import MAX_STOPS, GenerationBody, Label, Strings
 from serve.api.strict import Body, Neutral
@@ -75,7 +75,7 @@ class PromptBody(GenerationBody):
         "workspace_id",
     }
 
-    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
+    messages: Annotated[list[AnthropicMessage], Field(fail_fast=True)] = Field(min_length=1)
     system: SystemText | None = None
     n: Literal[1] | None = None
     stop_sequences: Strings | None = None

@@ -7,9 +7,8 @@ import secrets
 from fastapi import APIRouter, Request, Response
 
 from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
-from serve.api.errors import described
 from serve.api.messages.body import CountBody, MessagesBody
-from serve.api.messages.errors import ERROR_SCHEMA
+from serve.api.messages.errors import RESPONSES
 from serve.api.messages.translation import chat_of
 from serve.api.messages.writer import PING, MessagesWriter
 from serve.api.opening import Words
@@ -19,7 +18,7 @@ from serve.api.targets import held_target
 from serve.api.tenant import TenantDep
 from serve.api.turn import begin_turn, prompt_of
 
-router = APIRouter(route_class=JsonRoute, responses=described(ERROR_SCHEMA))
+router = APIRouter(route_class=JsonRoute, responses=RESPONSES)
 OPENING = Words(keep_alive=PING, error=lambda body: b"event: error\ndata: " + body + b"\n\n")
 """Of a stream that has nothing to say yet."""
 

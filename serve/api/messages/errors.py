@@ -8,7 +8,8 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
-from serve.api.errors import Problem, writable
+from serve.api.errors import Problem, error_responses, writable
+from serve.api.exchange import current
 
 OVERLOADED = 529
 """Their status for a server that has too much to do; their clients ask again."""
@@ -25,20 +26,27 @@ TYPES = {
 }
 """By status; of others invalid_request_error below 500, and api_error."""
 
-ERROR_SCHEMA = {
+_DETAILS = {
+    "message": {"type": "string"},
+    "type": {"enum": sorted({*TYPES.values(), "invalid_request_error", "api_error"})},
+}
+_SCHEMA = {
     "type": "object",
-    "required": ["type", "error"],
+    "required": ["type", "error", "request_id"],
     "properties": {
-        "type": {"const": "error"},
+        "type": {"enum": ["error"]},
         "error": {
             "type": "object",
-            "required": ["type", "message"],
-            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+            "required": [*_DETAILS],
+            "properties": _DETAILS,
+            "additionalProperties": False,
         },
+        "request_id": {"anyOf": [{"type": "string"}, {"type": "null"}]},
     },
+    "additionalProperties": False,
 }
-"""What the OpenAPI description says of them."""
-
+RESPONSES = error_responses(_SCHEMA)
+"""What the OpenAPI description says of their errors."""
 _LIMIT = re.compile(r"maximum context length is (\d+) tokens\. However, the prompt has (\d+)")
 
 
@@ -50,11 +58,12 @@ def error_response(request: Request, problem: Problem) -> JSONResponse:
 def error_object(problem: Problem) -> dict[str, Any]:
     """What such a response, and the event `error` of a stream, hold."""
     status = _status(problem)
+    exchange = current()
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     return {
         "type": "error",
         "error": {"type": kind, "message": writable(_message(problem))},
-        "request_id": None,
+        "request_id": exchange.id if exchange else None,
     }
 
 

@@ -12,9 +12,9 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from serve.api.messages.blocks import (
+    AnthropicMessage,
     DocumentBlock,
     ImageBlock,
-    Message,
     SearchResultBlock,
     TextBlock,
     ThinkingBlock,
@@ -44,7 +44,7 @@ class _Said(NamedTuple):
 class _Turn(NamedTuple):
     """Messages that follow each other, of an assistant or of others."""
 
-    messages: Sequence[tuple[int, Message]]
+    messages: Sequence[tuple[int, AnthropicMessage]]
     """With their numbers in the body."""
 
     @property
@@ -62,12 +62,16 @@ class _Turn(NamedTuple):
                 yield _Said(f"messages.{number}.content.{place}", block)
 
 
-def turns_of(system: str | Sequence[TextBlock] | None, messages: Sequence[Message]) -> list[dict[str, Any]]:
+def turns_of(
+    system: str | Sequence[TextBlock] | None, messages: Sequence[AnthropicMessage]
+) -> list[dict[str, Any]]:
     """As ChatBody's `messages`, but for AT."""
     return [*_system(system, messages), *_turns(messages)]
 
 
-def _system(system: str | Sequence[TextBlock] | None, messages: Sequence[Message]) -> list[dict[str, Any]]:
+def _system(
+    system: str | Sequence[TextBlock] | None, messages: Sequence[AnthropicMessage]
+) -> list[dict[str, Any]]:
     """The system's turn, of what it says before anybody else does."""
     first = next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
     blocks = () if isinstance(system, str) else system or ()
@@ -77,7 +81,7 @@ def _system(system: str | Sequence[TextBlock] | None, messages: Sequence[Message
     return [{"role": "system", "content": BETWEEN.join(kept), AT: "system"}] if kept else []
 
 
-def _turns(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
+def _turns(messages: Sequence[AnthropicMessage]) -> Iterator[dict[str, Any]]:
     """What comes after the system's turn."""
     rest = list(_after_system(messages))
     blocks = (block for _, message in rest for block in message.blocks)
@@ -87,7 +91,7 @@ def _turns(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
         yield from _answer(turn) if is_answer else _asked(turn, names)
 
 
-def _after_system(messages: Sequence[Message]) -> Iterator[tuple[int, Message]]:
+def _after_system(messages: Sequence[AnthropicMessage]) -> Iterator[tuple[int, AnthropicMessage]]:
     """Messages but for what the system says first, and what of it is over, with their numbers."""
     last_user = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
     has_begun = False

@@ -78,7 +78,7 @@ class CalledFunction(Body):
     arguments: dict[str, Any] | str
 
 
-class ToolCall(Body):
+class OllamaToolCall(Body):
     """A call in a turn of the history."""
 
     hints = frozenset({"type"})
@@ -103,7 +103,7 @@ class OllamaMessage(Body):
     content: str | None = None
     thinking: str | None = None
     images: Images | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[OllamaToolCall], Field(fail_fast=True)] | None = None
     tool_name: str | None = None
     """Whose result a tool's turn is."""
     tool_call_id: str | None = None
@@ -145,3 +145,16 @@ class ShowBody(Body):
     model: str | None = None
     name: str | None = None
     """Its older word."""
+
+
+class OllamaEmbedBody(Body):
+    """POST /api/embed, and /api/embeddings, which takes one `prompt`."""
+
+    hints = frozenset({"keep_alive", "options"})
+
+    model: str = Field(min_length=1)
+    input: str | Strings | None = None
+    prompt: str | None = None
+    truncate: bool | None = None
+    """True, if left out: a text that is too long loses its end. False: it is refused."""
+    dimensions: int | None = Field(None, ge=1)

@@ -12,13 +12,13 @@ from fastapi.responses import JSONResponse
 
 from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
 from serve.api.completions import begin_completion
-from serve.api.errors import described
+from serve.api.embeddings import embedded
 from serve.api.generation import new_id
 from serve.api.ollama import listing
-from serve.api.ollama.body import OllamaChatBody, OllamaGenerateBody, ShowBody
-from serve.api.ollama.errors import ERROR_SCHEMA
-from serve.api.ollama.translation import LATEST, chat_of, completion_of, told_as_sent
-from serve.api.ollama.writer import MEDIA_TYPE, Format, OllamaWriter, as_message, as_response, line, now
+from serve.api.ollama.body import OllamaChatBody, OllamaEmbedBody, OllamaGenerateBody, ShowBody
+from serve.api.ollama.errors import RESPONSES
+from serve.api.ollama.translation import LATEST, chat_of, completion_of, embedding_of, told_as_sent
+from serve.api.ollama.writer import MEDIA_TYPE, Format, OllamaWriter, as_message, as_response, line, now, ns
 from serve.api.opening import Words
 from serve.api.state import AppState, StateDep
 from serve.api.streaming import Responder
@@ -27,7 +27,7 @@ from serve.api.tenant import TenantDep
 from serve.api.turn import Turn, begin_turn
 from serve.errors import RequestError
 
-router = APIRouter(route_class=JsonRoute, responses=described(ERROR_SCHEMA))
+router = APIRouter(route_class=JsonRoute, responses=RESPONSES)
 OLLAMA = "0.12.6"
 """Whose API this is: clients ask for the version before they use what is new."""
 OPENINGS = {
@@ -71,6 +71,31 @@ async def generate(body: OllamaGenerateBody, http: Request, state: StateDep, ten
     return await _respond(state, http, body, turn, as_response, asked_s)
 
 
+@router.post("/api/embed")
+async def embed(body: OllamaEmbedBody, http: Request, state: StateDep) -> dict[str, Any]:
+    """Ollama's embeddings."""
+    asked_s = time.perf_counter()
+    if body.input is None:
+        raise RequestError("input: missing", "input")
+    found = await embedded(state, http, embedding_of(body, body.input))
+    return {
+        "model": body.model,
+        "embeddings": found.vectors.tolist(),
+        "total_duration": ns(time.perf_counter() - asked_s),
+        "load_duration": 0,
+        "prompt_eval_count": found.num_tokens,
+    }
+
+
+@router.post("/api/embeddings")
+async def embed_one(body: OllamaEmbedBody, http: Request, state: StateDep) -> dict[str, Any]:
+    """The same of one text, as it was before."""
+    if body.prompt is None:
+        raise RequestError("prompt: missing", "prompt")
+    found = await embedded(state, http, embedding_of(body, body.prompt))
+    return {"embedding": found.vectors[0].tolist()}
+
+
 @router.get("/api/tags")
 async def tags(state: StateDep) -> dict[str, Any]:
     """Every model that may be asked for, adapters too."""
@@ -89,7 +114,11 @@ async def show(body: ShowBody, state: StateDep) -> dict[str, Any]:
     model = body.model or body.name
     if not model:
         raise RequestError("model: missing", "model")
-    return await anyio.to_thread.run_sync(listing.show, state.bases, _known(state, model))
+    known = _known(state, model)
+    base = state.bases.of_model(known)
+    services = None if base is None else state.bases.pool.loaded().get(base.name)
+    abilities = [] if services is None else await services.tokenize(lambda: listing.abilities_of(services))
+    return await anyio.to_thread.run_sync(listing.show, state.bases, known, abilities)
 
 
 @router.get("/api/version")
@@ -123,6 +152,10 @@ async def _load(state: AppState, http: Request, asked: str, model: str, format: 
 
 def _known(state: AppState, model: str) -> str:
     """The name that is served; a tag that clients append is no part of it."""
-    if model.endswith(LATEST) and state.bases.of_model(model) is None:
+    if (
+        model.endswith(LATEST)
+        and state.bases.of_model(model) is None
+        and model not in state.bases.text_models
+    ):
         return model.removesuffix(LATEST)
     return model

@@ -7,9 +7,16 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
-from serve.api.errors import Problem, writable
+from serve.api.errors import Problem, error_responses, writable
 
-ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+RESPONSES = error_responses(
+    {
+        "type": "object",
+        "required": ["error"],
+        "properties": {"error": {"type": "string"}},
+        "additionalProperties": False,
+    }
+)
 """What the OpenAPI description says of them."""
 
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from serve.api.bases import Base, Bases
+from serve.api.bases import Bases
 from serve.api.models import Listing
 from serve.api.services import Services
 from serve.errors import LatheError
@@ -33,18 +33,13 @@ def running(bases: Bases) -> list[dict[str, Any]]:
     return entries
 
 
-def show(bases: Bases, model: str) -> dict[str, Any]:
-    """One model. NotFoundError."""
+def show(bases: Bases, model: str, abilities: Sequence[str]) -> dict[str, Any]:
+    """One model. NotFoundError. abilities: as `abilities_of` tells, of one that is loaded."""
     card = Listing(bases).card(model)
-    base = bases.of_model(model)
-    config = _config(bases, base)
+    config = _config(bases, card)
     family = str(config.get("model_type", ""))
-    info = {
-        "general.architecture": family,
-        "general.basename": card["parent"] or model,
-        f"{family}.context_length": card["max_model_len"],
-    }
-    services = None if base is None else bases.pool.loaded().get(base.name)
+    can = ["embedding" if "dimensions" in card else "completion"]
+    can += ["vision"] if "image" in card["input_modalities"] else []
     return {
         "modelfile": f"FROM {model}\n",
         "parameters": "",
@@ -52,24 +47,21 @@ def show(bases: Bases, model: str) -> dict[str, Any]:
         "license": "",
         "modified_at": _modified(card["root"]),
         "details": _details(config, card["parent"]),
-        "model_info": info,
-        "capabilities": [*_capabilities(services, card["input_modalities"])],
+        "model_info": {
+            "general.architecture": family,
+            "general.basename": card["parent"] or model,
+            f"{family}.context_length": card["max_model_len"],
+        },
+        "capabilities": [*can, *abilities],
     }
 
 
-def _capabilities(services: Services | None, kinds: Sequence[str]) -> list[str]:
-    found = ["completion"]
-    if "image" in kinds:
-        found.append("vision")
-    if services is None:
-        return found
-    runtime = services.runtime
-    template = runtime.template_of(None)
-    if template.exists:
-        found.append("tools")
-        if runtime.thoughts.of(template) is not None:
-            found.append("thinking")
-    return found
+def abilities_of(services: Services) -> list[str]:
+    """What a chat with a model can be. To be called on the tokenizer's thread."""
+    template = services.runtime.template_of(None)
+    if not template.exists:
+        return []
+    return ["tools", "thinking"] if services.runtime.thoughts.of(template) is not None else ["tools"]
 
 
 def _entry(bases: Bases, card: dict[str, Any]) -> dict[str, Any]:
@@ -82,14 +74,17 @@ def _entry(bases: Bases, card: dict[str, Any]) -> dict[str, Any]:
         "modified_at": _modified(card["root"]),
         "size": _size(card["root"]),
         "digest": digest.removeprefix("sha256:"),
-        "details": _details(_config(bases, base), card["parent"]),
+        "details": _details(_config(bases, card), card["parent"]),
     }
 
 
-def _config(bases: Bases, base: Base | None) -> dict[str, Any]:
+def _config(bases: Bases, card: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a model, of an adapter its base's; empty where it cannot be read."""
+    base = bases.of_model(card["id"])
     outline = None if base is None else bases.outline(base)
+    root = card["root"] if outline is None else outline.root
     try:
-        return read_config(Path(outline.root)) if outline is not None else {}
+        return read_config(Path(root)) if root else {}
     except LatheError:
         return {}
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from serve.api.constraints import ObjectFormat
-from serve.api.ollama.body import OllamaChatBody, OllamaGenerateBody, OllamaMessage, Options
+from serve.api.embedding_schemas import EmbeddingBody
+from serve.api.ollama.body import OllamaChatBody, OllamaEmbedBody, OllamaGenerateBody, OllamaMessage, Options
 from serve.api.schemas import ChatBody, CompletionBody
 from serve.api.strict import made_of
 from serve.errors import RequestError
@@ -55,6 +56,16 @@ def completion_of(body: OllamaGenerateBody, model: str) -> CompletionBody:
     if body.logprobs:
         fields["logprobs"] = body.top_logprobs or 0
     return made_of(CompletionBody, fields)
+
+
+def embedding_of(body: OllamaEmbedBody, input: str | list[str]) -> EmbeddingBody:
+    """The same texts of a body of OpenAI's."""
+    fields: dict[str, Any] = {"model": body.model.removesuffix(LATEST), "input": input}
+    if body.dimensions is not None:
+        fields["dimensions"] = body.dimensions
+    if body.truncate is not False:
+        fields["truncate_prompt_tokens"] = -1
+    return made_of(EmbeddingBody, fields)
 
 
 @contextmanager

@@ -108,12 +108,12 @@ class OllamaWriter:
         return {
             "done": True,
             "done_reason": "length" if finish == "length" else "stop",
-            "total_duration": _ns(ended_s - self._asked_s),
-            "load_duration": _ns(self._begun_s - self._asked_s),
+            "total_duration": ns(ended_s - self._asked_s),
+            "load_duration": ns(self._begun_s - self._asked_s),
             "prompt_eval_count": self._turn.num_prompt_tokens,
-            "prompt_eval_duration": _ns(first_s - self._begun_s),
+            "prompt_eval_duration": ns(first_s - self._begun_s),
             "eval_count": generation.num_answer_tokens,
-            "eval_duration": _ns(ended_s - first_s),
+            "eval_duration": ns(ended_s - first_s),
         }
 
 
@@ -136,7 +136,8 @@ def _call(number: int, call: Call) -> dict[str, Any]:
     return {"id": call.id, "function": function}
 
 
-def _ns(seconds: float) -> int:
+def ns(seconds: float) -> int:
+    """A duration, as their objects say it."""
     return int(max(seconds, 0) * 1e9)
 
 

@@ -12,6 +12,7 @@ from serve.api.responses.items import Item
 from serve.api.responses.tools import AllowedChoice, Choice, NamedChoice, Toolbox, ToolEntry, toolbox
 from serve.api.schemas import MAX_LOGPROBS, TemplatedBody
 from serve.api.strict import Body, Neutral
+from serve.config import ContextOverflow
 from serve.constraints.spec import ConstraintSpec
 from serve.errors import RequestError
 
@@ -134,7 +135,10 @@ class ResponsesBody(TemplatedBody):
     include: list[Include] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     truncation: Literal["auto", "disabled"] | None = None
-    """auto: what does not fit the context is left out, the oldest turns first."""
+    """auto: what does not fit the context is left out, the oldest turns first. The server's context_overflow, if left
+    out."""
+    context_overflow: ContextOverflow | None = None
+    """As a chat's, in place of truncation."""
     metadata: dict[str, str] | None = None
     store: bool | None = None
     """False: the response is known no more once it is sent. True, if left out."""
@@ -171,6 +175,15 @@ class ResponsesBody(TemplatedBody):
     def _there_is_something_to_answer(self) -> ResponsesBody:
         if not self.input and not self.instructions and self.previous_response_id is None:
             raise RequestError("input: found none; send a text or a list of items", "input")
+        return self
+
+    @model_validator(mode="after")
+    def _overflow_is_said_once(self) -> ResponsesBody:
+        if self.truncation is not None and self.context_overflow is not None:
+            raise RequestError(
+                f"context_overflow: found {self.context_overflow}, but truncation is {self.truncation}; send one",
+                "context_overflow",
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from serve.api.responses.body import ResponsesBody
 from serve.api.responses.items import Item, ItemReference
-from serve.api.responses.messages import SYSTEMS, Placed, Turn, adapted, turns_of
+from serve.api.responses.messages import Placed, Turn, adapted, turns_of
 from serve.api.responses.store import ResponseStore
 from serve.api.schemas import ChatBody, TemplatedBody
 from serve.api.state import AppState
@@ -20,8 +20,8 @@ from serve.api.turn import begin_turn
 from serve.errors import ContextLengthError, RequestError
 
 ENDPOINT = "responses"
-SHORTENED = 1 / 8
-"""Of what is said, at least so much is left out at a time, until the rest fits."""
+OVERFLOW = {"auto": "truncate", "disabled": "error"}
+"""What `truncation` says, in a chat's words."""
 _NOT_A_CHATS = frozenset(
     {"max_tokens", "n", "prompt_logprobs", "response_format", "stream", "stream_options"}
 )
@@ -56,14 +56,7 @@ async def begin(
     """
     before = [Placed(item, "previous_response_id") for item in _ITEMS.validate_python([*history])]
     turns = turns_of(body.instructions, [*before, *_own(body, tenant, store)])
-    while True:
-        try:
-            return await _begin_either(state, http, body, tenant, id, turns)
-        except ContextLengthError:
-            shorter = shortened(turns) if body.truncation == "auto" else None
-            if shorter is None:
-                raise
-            turns = shorter
+    return await _begin_either(state, http, body, tenant, id, turns)
 
 
 async def _begin_either(
@@ -108,6 +101,10 @@ def chat_body(body: ResponsesBody, turns: Sequence[Turn]) -> ChatBody:
         fields["max_completion_tokens"] = body.max_output_tokens
     if body.text is not None and body.text.response_format is not None:
         fields["response_format"] = body.text.response_format
+    if body.truncation is not None:
+        fields["context_overflow"] = OVERFLOW[body.truncation]
+    elif body.context_overflow is not None:
+        fields["context_overflow"] = body.context_overflow
     if effort is not None:
         fields["reasoning_effort"] = "xhigh" if effort == "max" else effort
     if body.num_logprobs is not None:
@@ -118,38 +115,6 @@ def chat_body(body: ResponsesBody, turns: Sequence[Turn]) -> ChatBody:
         raise _first_problem(error) from None
     chat._read_s = body._read_s
     return chat
-
-
-def shortened(turns: Sequence[Turn]) -> list[Turn] | None:
-    """The same without its oldest turns: what systems say stays, and so does the last that was said. A call goes with
-    its results. None: nothing is left that could go.
-
-    What was said before the user's last words goes first, then the oldest steps of answering them.
-    """
-    head = [turn for turn in turns[:1] if turn.role in SYSTEMS]
-    said = list(turns[len(head) :])
-    last = max((number for number, turn in enumerate(said) if turn.role == "user"), default=0)
-    starts = [number for number, turn in enumerate(said) if turn.role != "tool" and number > 0]
-    num_chars = sum(turn.num_chars for turn in said)
-
-    def without(first: int, end: int) -> list[Turn] | None:
-        gone = sum(turn.num_chars for turn in said[first:end])
-        is_enough = gone >= SHORTENED * num_chars
-        return [*head, *said[:first], *said[end:]] if is_enough else None
-
-    found = None
-    for end in [number for number in starts if number <= last]:
-        found = without(0, end)
-        if found is not None:
-            return found
-    if last > 0:
-        return [*head, *said[last:]]
-    for end in [number for number in starts if number > 1]:
-        found = without(1, end)
-        if found is not None:
-            return found
-    rest = [number for number in starts if number > 1]
-    return [*head, said[0], *said[rest[-1] :]] if rest else None
 
 
 def renamed(error: RequestError, turns: Sequence[Turn], body: ResponsesBody) -> RequestError:
@@ -166,7 +131,7 @@ def renamed(error: RequestError, turns: Sequence[Turn], body: ResponsesBody) -> 
             text = text.replace(theirs, ours)
         offered = [each.place for each in body.toolbox.offered.values()]
         return re.sub(
-            r"\btools\.(\d+)(?:\.function)?",
+            r"\btools\.(\d+)(?:\.function)*",
             lambda found: offered[int(found[1])] if int(found[1]) < len(offered) else found[0],
             text,
         )

@@ -76,7 +76,7 @@ async def retrieve_response(
 async def delete_response(response_id: str, state: StateDep, tenant: TenantDep) -> dict[str, Any]:
     """Forget it. What goes on from it keeps what was said."""
     if not state.responses.store.delete(tenant, response_id):
-        raise ResponseNotFoundError(response_id)
+        raise _not_found(response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
@@ -142,8 +142,12 @@ def _previous(state: AppState, tenant: str, id: str | None) -> Entry | None:
 def _kept(state: AppState, tenant: str, id: str) -> Entry:
     entry = state.responses.store.get(tenant, id)
     if entry is None:
-        raise ResponseNotFoundError(id)
+        raise _not_found(id)
     return entry
+
+
+def _not_found(id: str) -> ResponseNotFoundError:
+    return ResponseNotFoundError(f"there is no response {id!a:.120}: it was not stored, or is no more")
 
 
 def _asked(state: AppState, tenant: str, given: Any) -> Items:
@@ -157,8 +161,9 @@ def _asked(state: AppState, tenant: str, given: Any) -> Items:
             items.append(state.responses.store.item(tenant, item["id"]) or item)
             continue
         kind = kind or "message"
-        id = item.get("id") or item_id(PREFIXES.get(kind, "item"))
-        whole = {**item, "id": id, "type": kind}
+        whole = {**item, "type": kind}
+        if not (isinstance(item.get("id"), str) and item["id"]):
+            whole["id"] = item_id(PREFIXES.get(kind, "item"))
         if kind == "message":
             whole = {**whole, "content": _parts(item), "status": item.get("status") or "completed"}
         items.append(whole)

@@ -74,11 +74,6 @@ class Turn:
         """True if it holds more than words."""
         return isinstance(self.content, list) and any(part["type"] != "text" for part in self.content)
 
-    @property
-    def num_chars(self) -> int:
-        """About how much it holds."""
-        return len(json.dumps(self.said))
-
 
 def turns_of(instructions: str | None, items: Iterable[Placed]) -> list[Turn]:
     """The messages of a conversation."""

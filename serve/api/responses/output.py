@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from serve.api.answer import Piece
+from serve.api.answer import Piece, RanCall
 from serve.api.responses.items import packed_thought
 from serve.api.responses.tools import Offered
 from serve.engine.request import TokenLogprob
@@ -71,6 +71,9 @@ class Output:
             events += self._say(piece.text)
         for call in piece.calls:
             events += self._call(call)
+            self._is_behind = True
+        for ran in piece.ran:
+            events += self._ran(ran)
             self._is_behind = True
         return events
 
@@ -156,6 +159,24 @@ class Output:
         self._call_index, self._typed = piece.index, ""
         return events
 
+    def _ran(self, ran: RanCall) -> list[Event]:
+        """A call of an MCP server's tool, which was run here: it is told as it has ended."""
+        item: dict[str, Any] = {
+            "id": ran.id,
+            "type": "mcp_call",
+            "server_label": ran.server,
+            "name": ran.name,
+        }
+        item |= {"arguments": "", "output": None, "error": None, "status": "in_progress"}
+        events = [*self._open(item), self._event("mcp_call.in_progress")]
+        self.items[-1] |= {"arguments": ran.arguments, "output": ran.output}
+        events += [
+            self._event("mcp_call_arguments.delta", delta=ran.arguments),
+            self._event("mcp_call_arguments.done", arguments=ran.arguments),
+            self._event("mcp_call.completed"),
+        ]
+        return events + self._close("completed")
+
     def _open(self, item: dict[str, Any]) -> list[Event]:
         events = self._close("completed")
         self.items.append(item)
@@ -165,9 +186,8 @@ class Output:
         if not self.items or self.items[-1]["status"] != "in_progress":
             return []
         item = self.items[-1]
-        events = {"reasoning": self._end_thought, "message": self._end_message}.get(
-            item["type"], self._end_call
-        )()
+        ends = {"reasoning": self._end_thought, "message": self._end_message, "mcp_call": list}
+        events: list[Event] = ends.get(item["type"], self._end_call)()
         item["status"] = status
         return [*events, self._event("output_item.done", item=_copy(item), item_id=None)]
 

@@ -14,6 +14,7 @@ from pydantic import Discriminator, Field, Tag
 
 from serve.api.responses.items import offered_name
 from serve.api.strict import Body
+from serve.api.tool_bodies import McpEntry
 from serve.errors import RequestError
 
 HOSTED = frozenset(
@@ -74,6 +75,12 @@ class NamespaceTool(Body):
     tools: list[Annotated[FunctionTool | CustomTool, Field(discriminator="type")]]
 
 
+class McpTool(McpEntry):
+    """The tools of an MCP server that the server's configuration names. They are run here."""
+
+    hints = McpEntry.hints | _HINTS
+
+
 class OtherTool(Body, extra="allow"):
     """A tool that no client runs."""
 
@@ -82,16 +89,18 @@ class OtherTool(Body, extra="allow"):
 
 def _kind(tool: Any) -> str:
     kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
-    return f"{kind} tool" if kind in ("function", "custom", "namespace") else "other tool"
+    return f"{kind} tool" if kind in ("function", "custom", "namespace", "mcp") else "other tool"
 
 
 ToolEntry = Annotated[
     Annotated[FunctionTool, Tag("function tool")]
     | Annotated[CustomTool, Tag("custom tool")]
     | Annotated[NamespaceTool, Tag("namespace tool")]
+    | Annotated[McpTool, Tag("mcp tool")]
     | Annotated[OtherTool, Tag("other tool")],
     Discriminator(_kind),
 ]
+Entry = FunctionTool | CustomTool | NamespaceTool | McpTool | OtherTool
 Choice = Literal["auto", "none", "required"]
 
 
@@ -156,24 +165,28 @@ class Toolbox:
 
     offered: dict[str, Offered] = field(default_factory=dict)
     """By name, as the model knows it."""
+    servers: tuple[McpTool, ...] = ()
+    """Whose tools are offered too, and run here."""
     choice: str | dict[str, Any] | None = None
     """As a chat's body has it."""
 
     @property
     def said(self) -> dict[str, Any]:
         """Fields of a chat's body; none where nothing is offered."""
-        if not self.offered:
+        if not self.offered and not self.servers:
             return {}
-        said: dict[str, Any] = {"tools": [each.said for each in self.offered.values()]}
+        servers = [each.model_dump(exclude_none=True) for each in self.servers]
+        said: dict[str, Any] = {"tools": [*(each.said for each in self.offered.values()), *servers]}
         return said if self.choice is None else {**said, "tool_choice": self.choice}
 
 
 def toolbox(
-    tools: Sequence[FunctionTool | CustomTool | NamespaceTool | OtherTool],
+    tools: Sequence[Entry],
     choice: Choice | AllowedChoice | NamedChoice | None,
 ) -> Toolbox:
     """RequestError names the tool, or the choice, that cannot be."""
     offered: dict[str, Offered] = {}
+    servers = tuple(tool for tool in tools if isinstance(tool, McpTool))
     for each in _offered(tools):
         if each.name in offered:
             raise RequestError(
@@ -187,15 +200,17 @@ def toolbox(
             if not _is_hosted(one.type)
         ]
         allowed = {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": named}}
-        return Toolbox(offered, allowed if named else "none")
+        return Toolbox(offered, servers, allowed if named else "none")
     if isinstance(choice, NamedChoice):
-        return Toolbox(offered, _function(_chosen(choice, offered, "tool_choice")))
-    if choice == "required" and not offered:
+        if choice.type == "mcp" and choice.name is not None and servers:
+            return Toolbox(offered, servers, _function(choice.name))
+        return Toolbox(offered, servers, _function(_chosen(choice, offered, "tool_choice")))
+    if choice == "required" and not offered and not servers:
         raise RequestError("tool_choice: found required, but no tool is offered to the model", "tool_choice")
-    return Toolbox(offered, choice)
+    return Toolbox(offered, servers, choice)
 
 
-def _offered(tools: Sequence[FunctionTool | CustomTool | NamespaceTool | OtherTool]) -> Iterator[Offered]:
+def _offered(tools: Sequence[Entry]) -> Iterator[Offered]:
     for number, tool in enumerate(tools):
         place = f"tools.{number}"
         if isinstance(tool, NamespaceTool):
@@ -203,10 +218,10 @@ def _offered(tools: Sequence[FunctionTool | CustomTool | NamespaceTool | OtherTo
                 yield Offered(each, f"{place}.tools.{inner}", tool.name)
         elif isinstance(tool, FunctionTool | CustomTool):
             yield Offered(tool, place)
-        elif not _is_hosted(tool.type):
+        elif not isinstance(tool, McpTool) and not _is_hosted(tool.type):
             raise RequestError(
-                f"{place}.type: found {tool.type!a:.80}; expected function, custom or namespace, or one of OpenAI's "
-                f"own tools, which no model is offered here: {', '.join(sorted(HOSTED))}",
+                f"{place}.type: found {tool.type!a:.80}; expected function, custom, namespace or mcp, or one of "
+                f"OpenAI's own tools, which no model is offered here: {', '.join(sorted(HOSTED))}",
                 "tools",
             )
 

@@ -42,7 +42,6 @@ class ResponseWriter:
         self._body = body
         self._keep = keep
         self._closed = closed
-        self._logprobs = turn.logprobs
         self._output = Output(
             offered=body.toolbox.offered,
             tells_thoughts=turn.tells_thoughts,
@@ -141,8 +140,9 @@ class ResponseWriter:
         return sse(numbered, event["type"])
 
     def _write(self, entries: Any) -> list[dict[str, Any]]:
-        assert self._logprobs is not None
-        found: list[dict[str, Any]] = self._logprobs[0].chat(entries)["content"]
+        writers = self._turn.logprobs  # another's in each round of a chat whose tools are run here
+        assert writers is not None
+        found: list[dict[str, Any]] = writers[0].chat(entries)["content"]
         return found
 
     def _usage(self) -> dict[str, Any]:
