@@ -1,5 +1,5 @@
-"""Clients that vanish, stall, hold half a request, or send too much: everybody else's answer is what it is without them,
-and nothing of them stays. Rows, sockets and bytes are counted; nothing is timed."""
+"""Clients that vanish, stall, hold half a request, or send too much: others' answers are what they are without them, and
+nothing of them stays. Rows, sockets and bytes are counted; nothing is timed."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_clients_that_stop_in_the_middle_of_asking(begun: bytes, served: tuple[R
 
 
 def test_clients_that_do_not_read_their_streams(served: tuple[Runtime, str]) -> None:
-    runtime, url = served
+    url = served[1]
     body = json.dumps({**CHAT, "max_tokens": 900, "logprobs": True, "top_logprobs": 20}).encode()
     with others_go_on(served), ExitStack() as stack:
         held = [stack.enter_context(connected(url, receive_bytes=2048)) for _ in range(8)]

@@ -192,7 +192,7 @@ def explore(url: str, description: dict, *, phases: list[str], max_examples: int
 
 
 def test_a_fixed_sample_of_generated_requests_is_answered_as_described(url):
-    description = httpx.get(f"{url}/openapi.json").json()
+    description = httpx.get(f"{url}/openapi.json", timeout=60).json()
     findings = explore(url, narrowed(description), phases=["fuzzing"], max_examples=10, is_fixed=True)
     assert findings.failures == []
     assert len(findings.statuses) >= 9, "an operation was left out"
@@ -203,7 +203,7 @@ def test_a_fixed_sample_of_generated_requests_is_answered_as_described(url):
 @pytest.mark.large
 @pytest.mark.parametrize("narrow", [lambda whole: whole, narrowed])
 def test_generated_requests_are_answered_as_described(url, narrow):
-    description = narrow(httpx.get(f"{url}/openapi.json").json())
+    description = narrow(httpx.get(f"{url}/openapi.json", timeout=60).json())
     phases = ["examples", "coverage", "fuzzing", "stateful"]
     findings = explore(url, description, phases=phases, max_examples=150, is_fixed=False)
     assert findings.failures == []
