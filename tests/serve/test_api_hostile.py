@@ -1,5 +1,5 @@
-"""Clients that vanish, stall, hold half a request, or send too much: others' answers are what they are without them, and
-nothing of them stays. Rows, sockets and bytes are counted; nothing is timed."""
+"""Clients that vanish, stall, hold half a request, or send too much: others' answers are what they are without
+them, and nothing of them stays. Rows, sockets and bytes are counted; nothing is timed."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def num_sockets(url: str) -> int:
 
 @contextmanager
 def others_go_on(served: tuple[Runtime, str], num_streams: int = 3) -> Iterator[None]:
-    """Streams that run beside what is done inside say what they say alone; afterwards no row, byte of keys and values,
-    or socket is left."""
+    """Streams that run beside what is done inside say what they say alone; afterwards no row, socket, or byte of keys
+    and values is left."""
     runtime, url = served
     alone = story(url)
     until(lambda: is_idle(runtime))

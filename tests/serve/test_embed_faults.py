@@ -1,9 +1,9 @@
 """Faults that others had with embeddings and rerankers, tried here: each by what went wrong, and where it was told.
 
-Batches that differ from single texts (vllm 15393, llm2vec 68) and vectors in another's place (ollama 6187) are in
-test_embed_models and test_api_embeddings; base64 that is not honoured (text-embeddings-inference 288, tabbyAPI 268) and
-tokens as input (aoai-api-simulator 87) too; scores of Qwen3-Reranker (vllm 21681) in test_embed_models; a text longer than
-a piece that never runs (text-embeddings-inference 723) in test_embed_desk.
+In test_embed_models: batches that differ from single texts (vllm 15393, llm2vec 68), scores of Qwen3-Reranker
+(vllm 21681). In test_api_embeddings: vectors in another's place (ollama 6187), base64 that is not honoured
+(text-embeddings-inference 288, tabbyAPI 268), tokens as input (aoai-api-simulator 87). In test_embed_desk: a text
+longer than a piece, which never ran (text-embeddings-inference 723).
 """
 
 from __future__ import annotations
