@@ -33,6 +33,14 @@ class FunctionTool(Body):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    @field_validator("parameters")
+    @classmethod
+    def _parameters_are_an_object(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        kind = (value or {}).get("type", "object")
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+            raise RequestError(f"type: found {kind!r:.80}; arguments are an object", "parameters")
+        return value
+
     @property
     def tool(self) -> Tool:
         """As readers and templates take it."""

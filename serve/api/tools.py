@@ -18,7 +18,7 @@ from serve.model.template import ChatTemplate
 from serve.model.thoughts import Thoughts
 from serve.runtime import Runtime
 from serve.tools.call import CallPiece
-from serve.tools.grammar import Wanted, calls_grammar, schema_of
+from serve.tools.grammar import Wanted, calls_grammar, schema_of, softened
 from serve.tools.reader import ToolReader
 from serve.tools.rules import FALLBACK, ToolMarks
 from serve.tools.tool import Tool
@@ -176,6 +176,7 @@ async def grammar_of(services: Services, body: GenerationBody, use: ToolUse) -> 
     loose = {tool.name for tool in use.readable} - set(strict) if use.wanted == "auto" else set()
     answer = json.loads(spec.text) if spec is not None and use.wanted == "auto" else None
     answer = {} if answer is True else answer
+    soft: set[str] = set()
     try:
         return await services.grammars.get(_spec(use, loose, answer))
     except RequestError:
@@ -185,21 +186,31 @@ async def grammar_of(services: Services, body: GenerationBody, use: ToolUse) -> 
         for number, tool in enumerate(use.tools):
             if tool not in use.readable or tool.name in loose:
                 continue
+            place = f"tools.{number}.function.parameters"
             try:
-                place = f"tools.{number}.function.parameters"
                 await services.grammars.get(ConstraintSpec.of_schema(schema_of(tool), place))
             except RequestError:
                 if tool.strict:
                     raise
-                loose.add(tool.name)
-    return await services.grammars.get(_spec(use, loose, answer))
+                (soft if await _is_kept(services, softened(schema_of(tool)), place) else loose).add(tool.name)
+    return await services.grammars.get(_spec(use, loose, answer, soft))
 
 
-def _spec(use: ToolUse, loose: Collection[str], answer: Mapping[str, Any] | None) -> ConstraintSpec:
+async def _is_kept(services: Services, schema: Mapping[str, Any], place: str) -> bool:
+    try:
+        await services.grammars.get(ConstraintSpec.of_schema(schema, place))
+    except RequestError:
+        return False
+    return True
+
+
+def _spec(
+    use: ToolUse, loose: Collection[str], answer: Mapping[str, Any] | None, soft: Collection[str] = ()
+) -> ConstraintSpec:
     assert use.marks is not None
     assert use.wanted is not None
     text = calls_grammar(
-        use.marks, use.readable, use.wanted, is_single=use.is_single, loose=loose, answer=answer
+        use.marks, use.readable, use.wanted, is_single=use.is_single, loose=loose, soft=soft, answer=answer
     )
     assert text is not None
     return ConstraintSpec("grammar", text, "tools")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from serve.constraints.grammar import JSON_OPTIONS, OWN_OPTIONS
@@ -17,6 +18,17 @@ from serve.tools.tool import Tool, properties_of
 
 Wanted = Literal["required", "auto"]
 TEXT = r"/(.|\n)*/"
+FORMATS = frozenset(
+    {"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
+)
+"""Of texts, which grammars know."""
+_NOT_KEPT = frozenset(
+    {
+        *("uniqueItems", "propertyNames", "minProperties", "maxProperties", "dependentRequired", "not"),
+        *("dependentSchemas", "dependencies", "contains", "minContains", "maxContains", "if", "then", "else"),
+        *("unevaluatedProperties", "unevaluatedItems"),
+    }
+)
 MAX_COUNTED = 1000
 """Longer texts are not counted."""
 _NUMBER = "{number}"
@@ -26,7 +38,20 @@ def schema_of(tool: Tool) -> dict[str, Any]:
     """Of a call's arguments; a tool without parameters takes none."""
     if not tool.parameters:
         return {"type": "object", "properties": {}, "additionalProperties": False}
-    return {"type": "object", **tool.parameters}
+    return {**tool.parameters, "type": "object"}
+
+
+def softened(value: Any) -> Any:
+    """A schema without what no grammar can keep to: it allows more."""
+    if isinstance(value, list):
+        return [softened(each) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: softened(each)
+        for key, each in value.items()
+        if key not in _NOT_KEPT and not (key == "format" and each not in FORMATS)
+    }
 
 
 def calls_grammar(
@@ -36,16 +61,23 @@ def calls_grammar(
     *,
     is_single: bool,
     loose: Collection[str] = (),
+    soft: Collection[str] = (),
     answer: Mapping[str, Any] | None = None,
 ) -> str | None:
     """A grammar in Lark's form; None where the format's calls cannot be said in one.
 
     wanted  required: calls and nothing else; auto: text, in which a call that begins is one
     loose   names of tools whose arguments are any
+    soft    names of those whose schemas are kept to as far as a grammar can
     answer  a JSON Schema that text is held to, where it is no call
     """
     writing = marks.format.writing
-    return None if writing is None else _Grammar(marks, writing, loose).of(tools, wanted, is_single, answer)
+    if writing is None:
+        return None
+    told = [
+        replace(tool, parameters=softened(tool.parameters)) if tool.name in soft else tool for tool in tools
+    ]
+    return _Grammar(marks, writing, loose).of(told, wanted, is_single, answer)
 
 
 class _Grammar:

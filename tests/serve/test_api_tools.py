@@ -334,6 +334,17 @@ def test_a_schema_that_cannot_be_kept_to_is_left_where_nobody_asked_for_strictne
         **asked(tools=[odd], tool_choice="required", parallel_tool_calls=False)
     )
     assert answer.choices[0].message.tool_calls[0].function.name == "odd"
+    half = {
+        "properties": {"n": {"enum": [1, 2], "not": {}}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    odd = {"type": "function", "function": {"name": "odd", "parameters": {**half, "propertyNames": {}}}}
+    answer = client.chat.completions.create(
+        **asked(tools=[odd], tool_choice="required", parallel_tool_calls=False)
+    )
+    arguments = json.loads(answer.choices[0].message.tool_calls[0].function.arguments)
+    assert arguments in ({"n": 1}, {"n": 2}), "what can be kept to is"
 
 
 def test_text_of_a_schema_or_a_call_of_a_tool(client):

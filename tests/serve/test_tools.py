@@ -28,6 +28,8 @@ from serve.tools.tool import Tool
 from serve.tools.words import written
 
 NUM_SPLITS = 1000
+WRITTEN = [name for name, format in FORMATS.items() if format.writing is not None]
+"""Formats whose calls can be written here."""
 WEATHER = Tool(
     "get_weather",
     "How warm it is.",
@@ -308,12 +310,10 @@ def test_a_megabyte_of_arguments_takes_linear_time(name):
     assert taken[1] < 20
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_what_is_written_of_a_call_is_read_as_that_call(name):
     """As histories are told in words, and as grammars have it."""
     format = FORMATS[name]
-    if format.writing is None:
-        pytest.skip("its calls have no grammar")
     calls = [PARIS, ("now", {}), ("get_weather", {"city": "é\n{x}", "days": 3})]
     writing = format.writing
     words = writing.joint.join(
@@ -325,7 +325,7 @@ def test_what_is_written_of_a_call_is_read_as_that_call(name):
 
 
 @pytest.mark.parametrize("is_special", [False, True], ids=["marks of text", "marks of tokens"])
-@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.writing is not None])
+@pytest.mark.parametrize("name", WRITTEN)
 def test_a_grammar_lets_through_calls_that_are_read_as_such_and_nothing_else(name, is_special, model_folder):
     format, rng = FORMATS[name], random.Random(name)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
