@@ -377,11 +377,13 @@ def wait_until_free(runtime: Runtime, client: openai.OpenAI) -> None:
 
 
 def test_closing_a_stream_frees_its_row_and_keeps_nothing(client, runtime):
+    before = runtime.worker.stats().num_generated_tokens
     stream = ask(client, stream=True, max_output_tokens=900)
     first = next(iter(stream))
     assert rows(runtime) == 1
     stream.close()
     wait_until_free(runtime, client)
+    assert runtime.worker.stats().num_generated_tokens - before < 850, "it went on to its end"
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(first.response.id)
 
