@@ -200,11 +200,11 @@ def test_a_key_asks_for_what_it_may_and_sees_nothing_else(runtime, ask, make_ada
         "/v1/messages/count_tokens",
         "/api/chat",
         "/tokenize",
-        "/api/show",
     ):
         body = {"model": "secret", "max_tokens": 3, "messages": [{"role": "user", "content": "x"}]}
         body = {name: value for name, value in body.items() if path in CHATS or name != "max_tokens"}
         assert ask("sk-narrow", path, "POST", json=body).status_code == 403, path
+    assert ask("sk-narrow", "/api/show", "POST", json={"model": "secret"}).status_code == 403
     listed = [card["id"] for card in ask("sk-narrow", "/v1/models").json()["data"]]
     assert sorted(listed) == ["one", "one-more"]
     for path in ("/health", "/api/tags", "/api/ps"):
