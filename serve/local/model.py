@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import queue
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from serve.api.bases import Bases
 from serve.config import load_config
 from serve.errors import LatheError, RequestError
 from serve.local.app_call import AppCaller, Response
+from serve.local.ending import wait_for_ended
 from serve.local.pictures import as_address
 from serve.local.reply import Reply, Stream
 
@@ -209,8 +211,10 @@ class LocalModel:
 
 
 def _close(caller: AppCaller, bases: Bases) -> None:
+    threads = threading.enumerate()
     caller.close()
     bases.close()
+    wait_for_ended(threads)
 
 
 def _whole(body: Mapping[str, Any]) -> Mapping[str, Any]:
