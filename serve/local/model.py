@@ -48,7 +48,9 @@ def load(
     _warn_of_slow_blas()
     keys = [f"{name}={json.dumps(value, default=str)}" for name, value in serving_keys.items()]
     named = [{"name": name, "path": str(path)} for name, path in (adapters or {}).items()]
-    return LocalModel(Bases.start(load_config(model, keys, adapters=named)))
+    config = load_config(model, keys, adapters=named)
+    # Whoever has the model in hand needs no key to it.
+    return LocalModel(Bases.start(config.model_copy(update={"api_key": None, "api_keys": None})))
 
 
 class LocalModel:
