@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import queue
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from serve.api.bases import Bases
 from serve.config import load_config
 from serve.errors import LatheError, RequestError
 from serve.local.app_call import AppCaller, Response
+from serve.local.ending import wait_for_ended
 from serve.local.pictures import as_address
 from serve.local.reply import Reply, Stream
 
@@ -46,7 +48,9 @@ def load(
     _warn_of_slow_blas()
     keys = [f"{name}={json.dumps(value, default=str)}" for name, value in serving_keys.items()]
     named = [{"name": name, "path": str(path)} for name, path in (adapters or {}).items()]
-    return LocalModel(Bases.start(load_config(model, keys, adapters=named)))
+    config = load_config(model, keys, adapters=named)
+    # Whoever has the model in hand needs no key to it.
+    return LocalModel(Bases.start(config.model_copy(update={"api_key": None, "api_keys": None})))
 
 
 class LocalModel:
@@ -209,8 +213,10 @@ class LocalModel:
 
 
 def _close(caller: AppCaller, bases: Bases) -> None:
+    threads = threading.enumerate()
     caller.close()
     bases.close()
+    wait_for_ended(threads)
 
 
 def _whole(body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -256,4 +256,4 @@ of("save").addEventListener("click", () => {
 });
 
 await listModels();
-words.focus();
+if (document.activeElement !== key) words.focus();

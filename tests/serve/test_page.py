@@ -714,21 +714,25 @@ def test_an_answer_that_breaks_off_is_kept_with_the_reason(events, said, opened,
     assert page.page.locator(".message .error").inner_text() == said
 
 
-def test_a_server_that_wants_a_key_is_given_one_and_it_is_forgotten_with_the_tab(opened, served):
-    page = opened(served)
-    with scripted(page, 401, '{"error": {"message": "this server wants a key"}}'):
-        page.say("hi")
-        expect(page.page.locator(".message .error")).to_be_visible()
+def test_a_server_that_wants_a_key_is_given_one_and_it_is_forgotten_with_the_tab(opened, model_folder):
+    config = ServeConfig(model=str(model_folder), name="base", api_key="a-long-secret-of-ours")
+    runtime = Runtime.start(config)
+    with serving(runtime) as url:
+        page = opened(url)
+        expect(page.page.locator("#model")).to_have_text("needs a key")
         assert page.page.evaluate("document.activeElement.id") == "key"
-    sent = []
-    page.page.on("request", lambda request: sent.append(request.headers.get("authorization")))
-    page.page.fill("#key", "secret")
-    page.page.press("#key", "Tab")
-    page.answers("well")
-    page.page.locator(".message.assistant").last.get_by_role("button", name="Retry").click()
-    assert page.ended() == "well"
-    assert sent[-1] == "Bearer secret"
-    assert page.page.evaluate("localStorage['lathe.key'] ?? null") is None
-    page.page.check("#keep-key")
-    assert page.page.evaluate("localStorage['lathe.key']") == '"secret"'
-    page.faults = [fault for fault in page.faults if "401" not in fault]
+        page.page.fill("#key", "another")
+        page.page.press("#key", "Tab")
+        page.say("hi")
+        expect(page.page.locator(".message .error")).to_have_text("No model is picked.")
+        page.page.fill("#key", "a-long-secret-of-ours")
+        page.page.press("#key", "Tab")
+        expect(page.page.locator("#model")).to_have_value("base")
+        page.answers("well")
+        page.page.locator(".message.assistant").last.get_by_role("button", name="Retry").click()
+        assert page.ended() == "well"
+        assert page.page.evaluate("localStorage['lathe.key'] ?? null") is None
+        page.page.check("#keep-key")
+        assert page.page.evaluate("localStorage['lathe.key']") == '"a-long-secret-of-ours"'
+        page.faults = [fault for fault in page.faults if "401" not in fault]
+    runtime.close()
