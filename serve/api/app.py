@@ -25,6 +25,7 @@ from serve.api import (
 )
 from serve.api.bases import Bases
 from serve.api.body import check_target
+from serve.api.description import describe_aside
 from serve.api.front import Front
 from serve.api.guard import Guard
 from serve.api.messages import endpoints as messages
@@ -79,4 +80,5 @@ def create_app(served: Runtime | Bases) -> FastAPI:
         app.include_router(part.router)
     if state.config.ui:
         app.include_router(page.router)
+    describe_aside(app)
     return app

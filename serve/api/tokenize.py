@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
 from serve.api.embedding_schemas import DetokenizeBody, TokenizeBody, TokenizeChatBody, TokenizePromptBody
 from serve.api.generation import new_id
+from serve.api.permission import check_name
 from serve.api.state import AppState, StateDep
 from serve.api.targets import held_target
 from serve.api.turn import prompt_of
@@ -29,6 +30,7 @@ async def tokenize(body: TokenizeBody, http: Request, state: StateDep) -> Respon
     name = body.model or state.bases.first.name
     encoding = state.texts.models.get(name)
     if encoding is not None:
+        check_name(name)
         return await _of_text_model(state, encoding, body)
     async with held_target(state, name, new_id("tokenize"), http) as target:
         services = target.services
@@ -53,6 +55,7 @@ async def detokenize(body: DetokenizeBody, state: StateDep) -> dict[str, Any]:
     name = body.model or state.bases.first.name
     encoding = state.texts.models.get(name)
     if encoding is not None:
+        check_name(name)
         _check_ids(body.tokens, encoding.vocab_size)
         return {"prompt": await state.texts.tokenize(lambda: encoding.tokenizer.decode(body.tokens))}
     async with held_target(state, name, new_id("detokenize")) as target:

@@ -6,6 +6,7 @@ the server's documentation says of a field holds here. Calls may come from any t
 
 from __future__ import annotations
 
+import base64
 import json
 import queue
 import warnings
@@ -14,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from serve import device
 from serve.api.app import create_app
@@ -28,6 +31,8 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 Conversation = str | Sequence[Mapping[str, Any]]
 """What a chat is asked: a user's words, or messages as OpenAI has them."""
 Prompt = str | Sequence[int]
+Texts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+"""One text or several, as they are or in tokens."""
 
 
 def load(
@@ -120,6 +125,20 @@ class LocalModel:
                 self._chat(whole.pop("messages"), whole.pop("model", model), whole.pop("images", ()), whole)
             )
         return [Reply(each) for each in self._side_by_side(bodies)]
+
+    def embed(self, texts: Texts, *, model: str | None = None, **fields: Any) -> np.ndarray:
+        """Vectors of a text, or of several, in their order.
+
+        model   one of the keys' `embedding_models`; the first, if left out
+        fields  of /v1/embeddings: dimensions, prompt_name, …
+        Returns [N, D] float32. Raises LatheError; RequestError where no embedding model is loaded.
+        """
+        embedders = [each.name for each in self._bases.config.embedding_models]
+        if model is None and not embedders:
+            raise RequestError("no embedding model is loaded; load one with `embedding_models`", "model")
+        body = {"model": model or embedders[0], "input": texts, **fields, "encoding_format": "base64"}
+        found = self._post("/v1/embeddings", body)["data"]
+        return np.stack([np.frombuffer(base64.b64decode(each["embedding"]), "<f4") for each in found])
 
     def load_adapter(self, name: str, path: str | Path, *, replace: bool = False) -> None:
         """Load an adapter beside what runs; `replace`: over an earlier version of that name. AdapterError."""

@@ -1,5 +1,4 @@
-"""What people call a server with: litellm and langchain-openai against the real one. Whatever they ask, their answers
-are those of OpenAI's own client."""
+"""litellm and langchain-openai against the real server: whatever they ask, they get what OpenAI's own client does."""
 
 from __future__ import annotations
 

@@ -223,7 +223,7 @@ NO_PARTS = [
         ({"verbosity": "low"}, "verbosity", '"medium"'),
         ({"max_completion_tokens": 5}, "max_completion_tokens", "max_tokens is 24"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
-        ({"stop": ["x"] * 17}, "stop", "at most 16"),
+        ({"stop": ["x"] * 65}, "stop", "at most 64"),
         ({"stop": [""]}, "stop", "empty"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),

@@ -1,7 +1,6 @@
 """What agents and editors send, in the shapes that their public documentation and sources show: no answer is a 4xx.
 
-Each file of recorded/ is one client's conversation: requests in their order. "$id" stands for the id of the
-answer before.
+Each file of recorded/ is one client's conversation: requests in their order. "$id" is the answer before.
 """
 
 from __future__ import annotations
