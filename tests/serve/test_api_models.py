@@ -449,3 +449,14 @@ def test_streams_of_every_api_hear_something_while_a_model_is_loaded_and_then_ha
             text = b"".join(pieces).decode()
         assert STREAMS[path][1] in text.replace(" ", "")
         assert '"error":{' not in text.replace(" ", "")
+
+
+def test_a_request_with_a_deadline_waits_no_longer_for_a_model_than_that(folders):
+    with both(folders) as (bases, http):
+        held = bases.pool.lease("ant")
+        for path, body in (("completions", {"prompt": "x"}), ("chat/completions", {"messages": SAID})):
+            late = http.post(f"/v1/{path}", json={"model": "bee", "max_tokens": 1, "timeout": 0.05, **body})
+            assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+            assert "while it waited for model 'bee'" in late.json()["error"]["message"]
+        assert bases.pool.standings()[1].num_waiters == 0
+        held.release()

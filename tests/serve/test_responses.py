@@ -321,7 +321,10 @@ def test_a_response_can_be_asked_for_its_input_listed_and_forgotten(client, http
     for query, name in (("limit=0", "limit"), ("order=up", "order"), ("after=msg_nowhere", "after")):
         wrong = http.get(f"/v1/responses/{made.id}/input_items?{query}")
         assert wrong.status_code == 400
-        assert (wrong.json()["error"]["param"], wrong.json()["error"]["message"].split(":")[0]) == (name, name)
+        assert (wrong.json()["error"]["param"], wrong.json()["error"]["message"].split(":")[0]) == (
+            name,
+            name,
+        )
     client.responses.delete(made.id)
     for call in (client.responses.retrieve, client.responses.delete, client.responses.input_items.list):
         with pytest.raises(openai.NotFoundError) as error:
