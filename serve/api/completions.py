@@ -137,7 +137,7 @@ async def begin_completion(
     state: AppState, http: Request, body: CompletionBody, tenant: str, *, id: str, endpoint: str
 ) -> Begun:
     """The answers to plain prompts under way, as `begin_turn`'s to a chat. ClientGoneError if the client has left."""
-    async with held_target(state, body.model, body.user or id, http) as target:
+    async with held_target(state, body.model, body.user or id, http, body.deadline_s) as target:
         services = target.services
         prompts = await services.tokenize(lambda: [_encode(services, prompt) for prompt in body.prompts])
         requests = await build_requests(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,11 +22,11 @@ from serve.api.responses.kept import Responses
 from serve.api.services import Services
 from serve.api.texts import Texts
 from serve.config import ServeConfig
-from serve.errors import StoppedError
+from serve.errors import DeadlineError, LatheError, StoppedError
 from serve.keys.keeper import Keeper
 from serve.mcp.config import read_servers
 from serve.mcp.servers import McpServers
-from serve.pool.pool import Lease
+from serve.pool.pool import Lease, Waiter
 from serve.runtime import Runtime
 from serve.tracing import Tracer
 
@@ -82,23 +84,40 @@ class AppState:
 
 @asynccontextmanager
 async def held_base(
-    state: AppState, base: Base | None = None, http: Request | None = None
+    state: AppState,
+    base: Base | None = None,
+    http: Request | None = None,
+    deadline_s: float | None = None,
 ) -> AsyncIterator[Lease[Services]]:
     """A base, the first if none is named: brought where it is not in memory, and held inside the block.
 
-    http  the request that waits for it: ClientGoneError once its client has left
+    http        the request that waits for it: ClientGoneError once its client has left
+    deadline_s  until when, by time.monotonic: then DeadlineError
     Raises what loading it does.
     """
-    waiter = state.bases.pool.ask((base or state.bases.first).name)
+    name = (base or state.bases.first).name
+    waiter = state.bases.pool.ask(name)
     try:
-        if waiter.is_served or http is None:
-            lease = await waiter.taken()
-        else:
-            expect_long(http)
-            lease = await unless_gone(http.receive, waiter.taken())
-        yield lease
+        yield await (waiter.taken() if waiter.is_served else _awaited(waiter, name, http, deadline_s))
     finally:
         waiter.leave()
+
+
+async def _awaited(
+    waiter: Waiter[Services], name: str, http: Request | None, deadline_s: float | None
+) -> Lease[Services]:
+    try:
+        async with asyncio.timeout(None if deadline_s is None else deadline_s - time.monotonic()):
+            if http is None:
+                return await waiter.taken()
+            expect_long(http)
+            return await unless_gone(http.receive, waiter.taken())
+    except TimeoutError as error:
+        if isinstance(error, LatheError):
+            raise
+        raise DeadlineError(
+            f"timeout: the time that the request has set has passed while it waited for model {name!r} to be loaded"
+        ) from None
 
 
 def _keys_of(config: ServeConfig) -> Keeper | None:

@@ -82,12 +82,17 @@ class Target:
 
 @asynccontextmanager
 async def held_target(
-    state: AppState, model: str, unit: str, http: Request | None = None
+    state: AppState,
+    model: str,
+    unit: str,
+    http: Request | None = None,
+    deadline_s: float | None = None,
 ) -> AsyncIterator[Target]:
     """What `model` stands for now; its base, brought where it is not in memory, and an adapter's version are held
     inside the block.
 
     http  the request that waits for it: its stream gets comments meanwhile; ClientGoneError once its client has left
+    deadline_s  until when it waits for a model to be loaded, by time.monotonic; DeadlineError then
     A name that nobody has loaded is looked up where the configuration allows it, off the event loop. NotFoundError,
     ForbiddenError, OverloadedError, and what loading raises.
     """
@@ -102,7 +107,7 @@ async def held_target(
     arm = None if run is None else (run, assign(run.experiment, unit))
     wanted = model if arm is None else arm[1].model
     base = await (_base_of(state, model) if arm is None else _base_of_arm(state, *arm))
-    async with held_base(state, base, http) as lease:
+    async with held_base(state, base, http, deadline_s) as lease:
         services = lease.loaded
         version = None
         if state.bases.find(wanted) is None:

@@ -118,7 +118,7 @@ async def begin_turn(
 
 
 async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id: str, endpoint: str) -> Turn:
-    async with held_target(state, body.model, body.user or id, http) as target:
+    async with held_target(state, body.model, body.user or id, http, body.deadline_s) as target:
 
         async def prompt(chat: ChatBody) -> Asked:
             return await prompt_of(target, chat, http)

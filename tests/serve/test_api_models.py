@@ -422,3 +422,41 @@ def test_memory_is_kept_to_by_weights_that_are_known_before_they_are_loaded(fold
         answer = http.post("/v1/completions", json={"model": "bee", "prompt": "x", "max_tokens": 1})
         assert (answer.status_code, "there is no room for it" in answer.text) == (503, True)
         assert set(bases.pool.loaded()) == {"ant"}, "nobody leaves in vain"
+
+
+SAID = [{"role": "user", "content": "Hi"}]
+STREAMS = {
+    "/v1/chat/completions": ({"messages": SAID, "max_tokens": 8, "stream": True}, "[DONE]"),
+    "/v1/responses": ({"input": "Hi", "max_output_tokens": 16, "stream": True}, '"response.'),
+    "/v1/messages": ({"messages": SAID, "max_tokens": 8, "stream": True}, "message_stop"),
+    "/api/chat": ({"messages": SAID, "options": {"num_predict": 8}}, '"done":true'),
+}
+
+
+@pytest.mark.parametrize(("path", "body"), [(path, body) for path, (body, _) in STREAMS.items()])
+def test_streams_of_every_api_hear_something_while_a_model_is_loaded_and_then_have_their_answer(
+    folders, path, body
+):
+    with both(folders, stream_keep_alive_s=0.02) as (bases, http):
+        held = bases.pool.lease("ant")
+        with http.stream("POST", path, json={"model": "bee", **body}) as answer:
+            assert answer.status_code == 200
+            pieces = answer.iter_raw()
+            first = next(pieces)
+            assert bases.pool.loaded().keys() == {"ant"}, "nothing is loaded yet"
+            assert first.startswith((b": ", b"event: ping")) or b'"content":""' in first
+            held.release()
+            text = b"".join(pieces).decode()
+        assert STREAMS[path][1] in text.replace(" ", "")
+        assert '"error":{' not in text.replace(" ", "")
+
+
+def test_a_request_with_a_deadline_waits_no_longer_for_a_model_than_that(folders):
+    with both(folders) as (bases, http):
+        held = bases.pool.lease("ant")
+        for path, body in (("completions", {"prompt": "x"}), ("chat/completions", {"messages": SAID})):
+            late = http.post(f"/v1/{path}", json={"model": "bee", "max_tokens": 1, "timeout": 0.05, **body})
+            assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+            assert "while it waited for model 'bee'" in late.json()["error"]["message"]
+        assert bases.pool.standings()[1].num_waiters == 0
+        held.release()

@@ -46,6 +46,8 @@ NAMES = ("ant", "bee", "of-ant", "of-bee")
 NUM_CLIENTS = 6
 MAX_GROWTH_BYTES = 64 << 20
 
+pytestmark = pytest.mark.long
+
 
 def body_of(model: str) -> dict[str, Any]:
     return {"model": model, "prompt": "Who are you?", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
