@@ -16,7 +16,6 @@ LatheError                        500 internal_error
 ├── ForbiddenError (PermissionError) 403 forbidden
 ├── OverloadedError (RuntimeError) 503 overloaded
 │   ├── TenantLimitError          429 rate_limit_exceeded
-│   ├── KeyLimitError             429 rate_limit_exceeded
 │   └── DrainingError             503 draining
 ├── DeadlineError (TimeoutError)  504 deadline_exceeded
 ├── StoppedError (RuntimeError)   503 engine_stopped
@@ -146,14 +145,7 @@ class OverloadedError(LatheError, RuntimeError):
 
 
 class TenantLimitError(OverloadedError):
-    """One tenant asks for more at once than it may; others are served."""
-
-    status = 429
-    code = "rate_limit_exceeded"
-
-
-class KeyLimitError(OverloadedError):
-    """A key has had what it may have for now."""
+    """One tenant, or one key, asks for more than it may; others are served."""
 
     status = 429
     code = "rate_limit_exceeded"

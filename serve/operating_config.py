@@ -27,7 +27,8 @@ class OperatingConfig(Strict):
     """File of keys, each with a name, a tenant, limits and adapters; read again when it changes, and on SIGHUP.
     Without this and api_key, everybody may ask for everything."""
     open_metrics: bool = False
-    """Where there are keys, /metrics needs one too, since its labels name adapters; true: it needs none."""
+    """Where there are keys, /metrics needs an admin's, since its labels name everybody's adapters; true: it needs
+    none."""
     allowed_origins: tuple[str, ...] = ()
     """Web pages that may ask from a browser, by their origins (https://chat.example), or `*` for all; none but the
     server's own, if left out."""

@@ -333,6 +333,8 @@ BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\nite
         ("bench serve --model ,", ("--model", "a,b,c")),
         ("bench serve --prefix-tokens 64", ("--prefix-tokens", "--num-prefixes")),
         ("bench serve --prefix-zipf 2", ("--prefix-zipf", "--num-prefixes")),
+        ("bench serve --frames 3", ("--frames", "--videos")),
+        ("bench serve --images 1 --endpoint completions", ("--images", "chats")),
         ("bench serve --set max_rows=3", ("--set", "--start")),
         ("bench serve --start tiny --url http://127.0.0.1:1", ("--start", "--url")),
         ("bench serve --png /dev/null/picture.png", ("--png", "/dev/null/picture.png")),

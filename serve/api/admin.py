@@ -11,7 +11,7 @@ from serve.api.state import AppState, StateDep
 from serve.errors import ForbiddenError
 
 
-def _admin(state: StateDep) -> None:
+def check_admin(state: StateDep) -> None:
     """ForbiddenError for a key that may only ask. Without keys everybody may do everything, as ever."""
     exchange = current()
     if state.keys is None or exchange is None:
@@ -22,7 +22,7 @@ def _admin(state: StateDep) -> None:
         raise ForbiddenError(f"{name} may not do this: it takes a key with admin: true")
 
 
-ADMIN = Depends(_admin)
+ADMIN = Depends(check_admin)
 """Among the `dependencies` of each route that changes the server, or shows what is everybody's."""
 
 

@@ -192,7 +192,12 @@ def _invalid_body(request: Request, problems: Sequence[Any], value: Any) -> JSON
     """All problems of the body `value` in one message; `param` is the first field at fault."""
     body = _body_class(request)
     params, lines = [], []
-    paths = [_path_in(value, each["loc"][1:], each["type"] == "missing") for each in problems]
+    paths = [
+        _path_in(value, each["loc"][1:], each["type"] == "missing")
+        if each["loc"][0] == "body"
+        else [*each["loc"][1:]]
+        for each in problems
+    ]
     for problem, path in zip(problems, paths, strict=True):
         if any(len(deeper) > len(path) and deeper[: len(path)] == path for deeper in paths):
             continue  # another branch of a union; the one that was meant tells more

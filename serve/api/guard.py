@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.api.errors import error_response, response_of
 from serve.api.exchange import METRICS, PROBES, Exchange, current
 from serve.api.state import AppState
-from serve.errors import AuthenticationError, DrainingError, ForbiddenError, KeyLimitError, LatheError
+from serve.errors import AuthenticationError, DrainingError, ForbiddenError, LatheError, TenantLimitError
 from serve.keys.bucket import Bucket
 from serve.keys.key import Key
 from serve.keys.limits import Limits
@@ -111,7 +111,7 @@ class Guard:
         response = response_of(request, error)
         if isinstance(error, AuthenticationError):
             response.headers["WWW-Authenticate"] = "Bearer"
-        if isinstance(error, KeyLimitError):
+        if isinstance(error, TenantLimitError):
             key = current_key()
             response.headers.update({} if key is None else dict(_limit_headers(key.limits)))
         length = request.headers.get("content-length", "")

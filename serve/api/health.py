@@ -6,7 +6,8 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from serve.api.admin import has_name_of_ours
+from serve.api.admin import check_admin, has_name_of_ours
+from serve.api.permission import may_ask
 from serve.api.state import AppState, StateDep
 
 router = APIRouter()
@@ -31,8 +32,8 @@ async def ready(state: StateDep) -> Response:
     return JSONResponse(
         {
             "status": "ok",
-            "models": state.bases.names(),
-            "loaded": list(state.bases.pool.loaded()),
+            "models": [name for name in state.bases.names() if may_ask(name)],
+            "loaded": [name for name in state.bases.pool.loaded() if may_ask(name)],
             "num_decoding": sum(each.num_decoding for each in stats),
             "num_prefilling": sum(each.num_prefilling for each in stats),
             "num_waiting": sum(each.num_waiting for each in stats),
@@ -48,7 +49,10 @@ async def live(state: StateDep) -> Response:
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(state: StateDep) -> Response:
-    """Prometheus text."""
+    """Prometheus text. Labels name everybody's adapters: where there are keys, it takes an admin's, unless
+    open_metrics."""
+    if not state.config.open_metrics:
+        check_admin(state)
     return Response(state.metrics.show(), media_type=CONTENT_TYPE_LATEST)
 
 

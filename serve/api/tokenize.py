@@ -27,12 +27,12 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, http: Request, state: StateDep) -> Response:
     """vLLM's: `tokens` of a prompt, or of a chat as its template writes it, and how many they are."""
-    name = body.model or state.services.runtime.model.name
+    name = body.model or state.bases.first.name
     encoding = state.texts.models.get(name)
     if encoding is not None:
         check_name(name)
         return await _of_text_model(state, encoding, body)
-    async with held_target(state, name, new_id("tokenize")) as target:
+    async with held_target(state, name, new_id("tokenize"), http) as target:
         services = target.services
         if isinstance(body, TokenizePromptBody):
             prompt, adds_special = body.prompt, body.add_special_tokens is not False
@@ -52,7 +52,7 @@ async def tokenize(body: TokenizeBody, http: Request, state: StateDep) -> Respon
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, state: StateDep) -> dict[str, Any]:
     """vLLM's: the text of tokens, special ones too."""
-    name = body.model or state.services.runtime.model.name
+    name = body.model or state.bases.first.name
     encoding = state.texts.models.get(name)
     if encoding is not None:
         check_name(name)

@@ -384,15 +384,15 @@ def server_for(
     if url is not None:
         yield url
         return
+    from serve.api.bases import Bases
     from serve.api.server import serving
-    from serve.runtime import Runtime
 
-    runtime = Runtime.start(_serve_config(str(model), adapters, None, None, [*overrides]))
+    bases = Bases.start(_serve_config(str(model), adapters, None, None, [*overrides]))
     try:
-        with serving(runtime) as served_url:
+        with serving(bases) as served_url:
             yield served_url
     finally:
-        runtime.close()
+        bases.close()
 
 
 def _talk(conversation: Conversation, *, keeps_history: bool) -> None:

@@ -26,6 +26,14 @@ NOTHING = "no text is allowed by it"
 NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 """What may come may be spelled by any tokens, not by the tokenizer's own alone, which it would be asked for in each
 step."""
+LOST = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+"""Control characters that JSON writes as their numbers."""
+_NUMBER = r"(?:0[0-7bef]|1[0-9a-f]|7f)"
+LOST_IN_PATTERN = re.compile(
+    rf"{LOST.pattern}|\\x{_NUMBER}|\\u00{_NUMBER}|\\[xu]\{{0*(?:[0-7bef]|1[0-9a-f]|7f)\}}", re.IGNORECASE
+)
+CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]")
+"""Of a pattern: any of the characters that it names."""
 OWN_OPTIONS = "x-guidance"
 JSON_OPTIONS = {
     # One space, or one line break and what the next line is indented by: a model that likes nothing better than white
@@ -104,7 +112,33 @@ def _source(spec: ConstraintSpec) -> str:
         _refuse(
             spec, f"{OWN_OPTIONS} is not accepted: white space and unknown keywords are the server's to judge"
         )
+    if place := _lost(schema):
+        _refuse(
+            spec, "found a control character in a string, which answers cannot be kept to", "".join(place)
+        )
     return _source_of(schema)
+
+
+def _lost(schema: dict[str, Any]) -> list[str]:
+    """The way to a text that llguidance would take for the same without its control characters; [] where there is
+    none. Of JSON's strings it leaves out those that have no short escape, but for what a class of a pattern names."""
+    pending: list[tuple[list[str], Any, bool]] = [([""], schema, False)]
+    while pending:
+        way, part, is_value = pending.pop()
+        if isinstance(part, str):
+            is_pattern = not is_value and way[-1] == ".pattern"
+            if (is_value and LOST.search(part)) or (
+                is_pattern and LOST_IN_PATTERN.search(CLASS.sub("", part))
+            ):
+                return way
+        elif isinstance(part, dict):
+            pending += [
+                ([*way, f".{key}"], value, is_value or key in ("const", "enum"))
+                for key, value in part.items()
+            ]
+        elif isinstance(part, list):
+            pending += [([*way, f".{number}"], value, is_value) for number, value in enumerate(part)]
+    return []
 
 
 def _source_of(schema: dict[str, Any]) -> str:

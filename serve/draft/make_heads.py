@@ -13,7 +13,7 @@ from serve.draft.dflash import DFlash
 from serve.draft.eagle import Eagle3
 from serve.draft.gemma4 import Gemma4Assistant
 from serve.draft.heads import Heads
-from serve.draft.mtp import own_mtp
+from serve.draft.mtp import own_mtp, split_mtp
 from serve.engine.drafts import MAX_DRAFT, Reader
 from serve.errors import ModelError
 from serve.model.loading import LOAD_ERRORS, LoadedModel, cast, fingerprint, read_config, resolve
@@ -27,9 +27,11 @@ def heads_of(path_or_repo: str, model: LoadedModel, max_tokens: int = MAX_DRAFT)
     path = resolve(path_or_repo)
     config = read_config(path)
     kind = get_model_type(config)
+    if kind == SPLIT_MTP:
+        return Heads(split_mtp(path, path_or_repo, config, model), max_tokens)
     make = KINDS.get(kind)
     if make is None:
-        known = ", ".join(sorted(KINDS))
+        known = ", ".join(sorted((*KINDS, SPLIT_MTP)))
         raise ModelError(
             f"{path_or_repo}: a drafter of kind {kind!r} cannot be used; those that can: {known}"
         )
@@ -76,3 +78,5 @@ KINDS: Mapping[str, Callable[[Any, str, str, int], Reader]] = {
     "qwen3_dflash": DFlash,
 }
 """By model_type."""
+SPLIT_MTP = "qwen3_5_mtp"
+"""mlx-vlm's name of qwen3_next's and qwen3_5's own head in a folder of its own: weights alone."""

@@ -116,9 +116,7 @@ def own_mtp(model: LoadedModel) -> Mtp:
     network, name = model.network, model.name
     kind = str(model.config.get("model_type"))
     if kind in mtp_qwen.FAMILIES:
-        weights = mtp_qwen.qwen_weights(model.path, name)
-        module = _with_weights(model, mtp_qwen.qwen_layer(network, weights), weights, mtp_qwen.PREFIX)
-        return Mtp(module, name, fingerprint(model.path), None, None)
+        return _of_qwen(model, name, model.path, mtp_qwen.qwen_weights(model.path, name), model.config)
     if kind not in FAMILIES:
         known = ", ".join((*FAMILIES, *mtp_qwen.FAMILIES))
         raise ModelError(
@@ -150,6 +148,25 @@ def own_mtp(model: LoadedModel) -> Mtp:
     )
 
 
+def split_mtp(path: Path, name: str, config: Mapping[str, Any], model: LoadedModel) -> Mtp:
+    """The head of a Qwen that keeps a state, in a folder of its own. ModelError where it is not this base's."""
+    kind = str(model.config.get("model_type"))
+    if kind not in mtp_qwen.FAMILIES:
+        raise ModelError(
+            f"{name}: was made for another base: it is a head of {', '.join(mtp_qwen.FAMILIES)}, and the base is "
+            f"{kind}"
+        )
+    return _of_qwen(model, name, path, mtp_qwen.qwen_weights(path, name, prefix=""), config)
+
+
+def _of_qwen(
+    model: LoadedModel, name: str, path: Path, weights: Mapping[str, mx.array], config: Mapping[str, Any]
+) -> Mtp:
+    layer = mtp_qwen.qwen_layer(model.network, weights)
+    module = _with_weights(model, layer, weights, f"{mtp_qwen.PREFIX}…", config.get("quantization"))
+    return Mtp(module, name, fingerprint(path), None, None)
+
+
 def _behind_the_last(model: LoadedModel, number: int, weights: Mapping[str, mx.array]) -> NextToken:
     """The arithmetic over the family's layer of that number, with its weights."""
     base, where = model.network.module, f"layer {number}"
@@ -161,17 +178,20 @@ def _behind_the_last(model: LoadedModel, number: int, weights: Mapping[str, mx.a
     except LOAD_ERRORS as error:
         raise ModelError(f"{model.name}: {where} of its checkpoint cannot be loaded: {error}") from error
     named |= {n.removeprefix("shared_head."): w for n, w in beside.items() if n.startswith(OUTSIDE)}
-    return _with_weights(model, layer, named, where)
+    return _with_weights(model, layer, named, where, model.config.get("quantization"))
 
 
 def _with_weights(
-    model: LoadedModel, layer: nn.Module, named: Mapping[str, mx.array], where: str
+    model: LoadedModel,
+    layer: nn.Module,
+    named: Mapping[str, mx.array],
+    where: str,
+    packing: Mapping[str, Any] | None,
 ) -> NextToken:
     """The arithmetic over a layer, with these weights, in the dtype that the base is computed in."""
     network, base = model.network, model.network.module
     try:
         module = NextToken(layer, network.width, network.text.args.rms_norm_eps)
-        packing = model.config.get("quantization")
         if packing:
             nn.quantize(
                 module,

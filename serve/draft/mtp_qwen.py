@@ -26,8 +26,11 @@ NAMES = {"fc": "eh_proj", "pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden"
 LAYER = "layers.0."
 
 
-def qwen_weights(path: Path, name: str) -> dict[str, mx.array]:
-    """The block's weights in a checkpoint, by `NextToken`'s names. ModelError where there are none, or not all."""
+def qwen_weights(path: Path, name: str, prefix: str = PREFIX) -> dict[str, mx.array]:
+    """The block's weights in a checkpoint, by `NextToken`'s names. ModelError where there are none, or not all.
+
+    prefix  "": of a folder of its own, as mlx-vlm splits checkpoints
+    """
     from mlx_vlm.speculative.drafters.qwen3_5_mtp.qwen3_5_mtp import Qwen3_5MTPDraftModel
 
     found: dict[str, mx.array] = {}
@@ -38,7 +41,7 @@ def qwen_weights(path: Path, name: str) -> dict[str, mx.array]:
         found |= {
             key.removeprefix(PREFIX) if is_mlx else key: weight
             for key, weight in arrays.items()
-            if key.startswith(PREFIX)
+            if key.startswith(prefix)
         }
     if not found:
         raise ModelError(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from serve.errors import KeyLimitError
+from serve.errors import TenantLimitError
 from serve.keys.bucket import Bucket
 
 MINUTE_S = 60.0
@@ -45,7 +45,7 @@ class Limits:
         return min(bounded, key=lambda bucket: bucket.num_left, default=None)
 
     def take_request(self) -> None:
-        """Count one request. KeyLimitError, and nothing is counted, where an allowance is used up."""
+        """Count one request. TenantLimitError, and nothing is counted, where an allowance is used up."""
         waits = [
             (bucket.wait_s(), f"{bucket.size} {what}")
             for bucket, what in (
@@ -57,7 +57,7 @@ class Limits:
         ]
         wait_s, what = max(waits, default=(0.0, ""))
         if wait_s > 0:
-            raise KeyLimitError(
+            raise TenantLimitError(
                 f"key {self._name!r} may have {what}, and has had them; try again in {wait_s:.1f} s", wait_s
             )
         if self.requests is not None:

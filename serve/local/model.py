@@ -6,6 +6,7 @@ the server's documentation says of a field holds here. Calls may come from any t
 
 from __future__ import annotations
 
+import base64
 import json
 import queue
 import warnings
@@ -15,19 +16,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from serve import device
 from serve.api.app import create_app
+from serve.api.bases import Bases
 from serve.config import load_config
 from serve.errors import LatheError, RequestError
 from serve.local.app_call import AppCaller, Response
 from serve.local.pictures import as_address
 from serve.local.reply import Reply, Stream
-from serve.runtime import Runtime
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 Conversation = str | Sequence[Mapping[str, Any]]
 """What a chat is asked: a user's words, or messages as OpenAI has them."""
 Prompt = str | Sequence[int]
+Texts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+"""One text or several, as they are or in tokens."""
 
 
 def load(
@@ -41,22 +46,22 @@ def load(
     _warn_of_slow_blas()
     keys = [f"{name}={json.dumps(value, default=str)}" for name, value in serving_keys.items()]
     named = [{"name": name, "path": str(path)} for name, path in (adapters or {}).items()]
-    return LocalModel(Runtime.start(load_config(model, keys, adapters=named)))
+    return LocalModel(Bases.start(load_config(model, keys, adapters=named)))
 
 
 class LocalModel:
     """A context manager: closed at its end, or by `close`, or when the process ends."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        """Takes `runtime` over."""
-        self._runtime = runtime
-        self._caller = AppCaller(create_app(runtime))
-        self._close = weakref.finalize(self, _close, self._caller, runtime)
+    def __init__(self, bases: Bases) -> None:
+        """Takes them over."""
+        self._bases = bases
+        self._caller = AppCaller(create_app(bases))
+        self._close = weakref.finalize(self, _close, self._caller, bases)
 
     @property
     def name(self) -> str:
-        """The base's, which answers where no other `model` is named."""
-        return self._runtime.config.base_name
+        """The base's, or the first one's, which answers where no other `model` is named."""
+        return self._bases.first.name
 
     @property
     def models(self) -> list[str]:
@@ -121,6 +126,20 @@ class LocalModel:
             )
         return [Reply(each) for each in self._side_by_side(bodies)]
 
+    def embed(self, texts: Texts, *, model: str | None = None, **fields: Any) -> np.ndarray:
+        """Vectors of a text, or of several, in their order.
+
+        model   one of the keys' `embedding_models`; the first, if left out
+        fields  of /v1/embeddings: dimensions, prompt_name, …
+        Returns [N, D] float32. Raises LatheError; RequestError where no embedding model is loaded.
+        """
+        embedders = [each.name for each in self._bases.config.embedding_models]
+        if model is None and not embedders:
+            raise RequestError("no embedding model is loaded; load one with `embedding_models`", "model")
+        body = {"model": model or embedders[0], "input": texts, **fields, "encoding_format": "base64"}
+        found = self._post("/v1/embeddings", body)["data"]
+        return np.stack([np.frombuffer(base64.b64decode(each["embedding"]), "<f4") for each in found])
+
     def load_adapter(self, name: str, path: str | Path, *, replace: bool = False) -> None:
         """Load an adapter beside what runs; `replace`: over an earlier version of that name. AdapterError."""
         fields = {
@@ -146,7 +165,7 @@ class LocalModel:
 
     def _side_by_side(self, bodies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """As many at a time as fill the batch and some of its queue: more would be refused."""
-        config = self._runtime.config
+        config = self._bases.config
         num_at_once = config.max_rows + config.max_waiting // 2
         ended: queue.SimpleQueue[int] = queue.SimpleQueue()
         begun: list[Response] = []
@@ -189,9 +208,9 @@ class LocalModel:
         return found
 
 
-def _close(caller: AppCaller, runtime: Runtime) -> None:
+def _close(caller: AppCaller, bases: Bases) -> None:
     caller.close()
-    runtime.close()
+    bases.close()
 
 
 def _whole(body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -37,7 +37,7 @@ class Member(Generic[T]):
     terms: Terms
     state: State = "unloaded"
     loaded: T | None = None
-    """While its state is ready or draining."""
+    """While its state is ready or draining, and until it has stopped."""
     leases: set[Lease[T]] = field(default_factory=set)
     """Of those who use it."""
     waiters: deque[Waiter[T]] = field(default_factory=deque)

@@ -247,7 +247,10 @@ class Pool(Generic[T]):
             members = list(self._members.values())
             for member in members:
                 has_it = member.state in ("ready", "draining")
-                assert (member.loaded is not None) == has_it, f"{member.name} is {member.state}"
+                is_sure = member.state != "unloading"  # it is there until it has stopped
+                assert not is_sure or (member.loaded is not None) == has_it, (
+                    f"{member.name} is {member.state}"
+                )
                 assert has_it or not member.leases, f"{member.name} is {member.state} and leased"
                 assert member.state != "ready" or not member.waiters, f"{member.name} is not handed out"
             resident = sum(member.is_resident for member in members)
@@ -296,6 +299,7 @@ class Pool(Generic[T]):
             if waiter in member.waiters:
                 member.waiters.remove(waiter)
                 waiter.future.cancel()
+                self._changed.notify_all()
                 return
         if not waiter.future.cancelled() and waiter.future.exception() is None:
             waiter.future.result().release()
@@ -385,13 +389,15 @@ class Pool(Generic[T]):
 
     def _let_go(self, member: Member[T]) -> None:
         with self._changed:
-            loaded, member.loaded = member.loaded, None
+            loaded = member.loaded
             member.leases.clear()  # of those whose time is over; they fail as it stops
         assert loaded is not None
         try:
             self._stop(loaded)
         except Exception:  # the others go on
             logger.exception("model %r did not end well", member.name)
+        with self._changed:
+            member.loaded = None  # and not before: what it knows is asked for until it has been kept
         del loaded
         self._tidy()
         with self._changed:

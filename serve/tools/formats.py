@@ -266,6 +266,7 @@ _DEEPSEEK_V32 = ToolFormat(
     ends=("</｜DSML｜function_calls>",),
     wholes=(Whole("<｜DSML｜invoke", "</｜DSML｜invoke>", parsers.deepseek_v32),),
     signs=(("｜DSML｜",),),
+    vocabulary=("｜DSML｜",),
 )
 _KIMI_K2 = ToolFormat(
     "kimi_k2",

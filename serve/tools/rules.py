@@ -43,6 +43,9 @@ class ToolRules:
         self._vocabulary: Mapping[str, int] = tokenizer.get_vocab()
         self._added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
         self._found: dict[str, ToolMarks | None] = {}
+        told = getattr(getattr(tokenizer, "_tokenizer", tokenizer), "init_kwargs", {})
+        self._told: str | None = told.get("tool_parser_type")
+        """What a checkpoint says of itself, as mlx-lm has it."""
 
     def of(self, template: ChatTemplate, *, has_channels: bool) -> ToolMarks | None:
         """The marks under this template; None: calls are not read. To be called on the tokenizer's thread.
@@ -78,6 +81,8 @@ class ToolRules:
         for format in FORMATS.values():
             if any(all(sign in source for sign in signs) for signs in format.signs):
                 return format
+        if self._told in NAMES:
+            return named(str(self._told))
         if template.renders_tools:
             for format in FORMATS.values():
                 if format.vocabulary and all(token in self._vocabulary for token in format.vocabulary):

@@ -284,6 +284,9 @@ function span(text, at, depth) {
       return { node: link(found[2], inline(found[1] || found[2], depth + 1)), end: at + found[0].length };
     }
     case "<": {
+      // The one tag that models write into cells of tables, which know no other line break.
+      const line = /^<br\s*\/?>/i.exec(rest);
+      if (line) return { node: element("br"), end: at + line[0].length };
       const found = /^<((?:https?:\/\/|mailto:)[^\s<>]+)>/i.exec(rest);
       return found ? { node: link(found[1], [found[1]]), end: at + found[0].length } : null;
     }

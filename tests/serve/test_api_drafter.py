@@ -386,3 +386,19 @@ def test_a_model_that_keeps_a_state_drafts_and_says_the_same(asked, lively):
             assert found["usage"]["completion_tokens_details"][REJECTED] >= 0
         assert found["usage"]["completion_tokens_details"][ACCEPTED] > 0
         assert "lathe_spec_decode_num_accepted_tokens_total" in http.get("/metrics").text
+
+
+def test_metrics_tell_what_drafters_hold_beside_the_rows(model_folder):
+    def held(http: httpx.Client) -> float:
+        found = re.search(r"^lathe_drafter_bytes (\S+)$", http.get("/metrics").text, re.MULTILINE)
+        return float(found[1])
+
+    with browsing(start(model_folder)) as http:
+        assert held(http) == 0
+        ask(http, "/v1/completions", drafter="ngram")
+        assert held(http) > 0  # its text is remembered
+        http.post("/v1/cache/reset", json={})
+        assert held(http) == 0
+    with browsing(start(model_folder, drafter={"kind": "model", "model": str(model_folder)})) as http:
+        ask(http, "/v1/completions", max_tokens=60)
+        assert held(http) > 10_000  # prefixes of the draft model

@@ -107,7 +107,6 @@ def test_streams_are_framed_so_that_every_kind_of_client_reads_them(start):
     """Chunks go to the socket past h11: HTTP/1.1 in chunks, HTTP/1.0 up to the end of the connection."""
     _, url = start()
     body = json.dumps({**LONG, "max_tokens": 20, "temperature": 0}).encode()
-    texts = []
     for version in (b"1.1", b"1.0"):
         with closing(connect(url)) as plain:
             head = b"POST /v1/completions HTTP/%b\r\nhost: localhost\r\nconnection: close\r\n" % version
@@ -118,10 +117,11 @@ def test_streams_are_framed_so_that_every_kind_of_client_reads_them(start):
             while some := plain.recv(65536):
                 read += some
         start_of, _, rest = read.partition(b"\r\n\r\n")
-        assert (b"transfer-encoding: chunked" in start_of) is (version == b"1.1")
-        texts.append(_dechunked(rest) if version == b"1.1" else rest)
-        assert texts[-1].endswith(b"data: [DONE]\n\n")
-        assert texts[-1].count(b"data: {") == 20
+        assert (b"transfer-encoding: chunked" in start_of.lower()) is (version == b"1.1")
+        text = _dechunked(rest) if version == b"1.1" else rest
+        assert text.endswith(b"data: [DONE]\n\n")
+        assert text.count(b"data: {") > 10
+        assert b'"finish_reason":"length"' in text
     with httpx.Client(base_url=url, timeout=60) as http:  # and the connection goes on being used
         for _ in range(3):
             assert http.post(

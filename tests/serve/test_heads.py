@@ -501,6 +501,35 @@ def test_a_model_that_sees_guesses_by_its_own_head(vlm_folder, make_request, tmp
     assert sum(a != b for a, b in zip(found, expected, strict=True)) <= 1, "but for a near-tie"
 
 
+def test_a_head_that_was_split_from_its_checkpoint_guesses_the_same(kind_of, make_request, model, tmp_path):
+    target = kind_of("MTP of qwen3_5_moe").target
+    bare, split = shutil.copytree(target, tmp_path / "bare"), tmp_path / "split"
+    (bare / "model-mtp.safetensors").unlink()
+    split.mkdir()
+    weights = {
+        name.removeprefix("mtp."): weight
+        for name, weight in mx.load(str(target / "model-mtp.safetensors")).items()
+    }
+    mx.save_safetensors(str(split / "model.safetensors"), weights, {"format": "mlx"})
+    (split / "config.json").write_text(json.dumps({"model_type": "qwen3_5_mtp"}))
+    found = []
+    for folder, opened in ((target, own_heads_of), (bare, partial(heads_of, str(split)))):
+        loaded = load(str(folder))
+        reader = opened(loaded)
+        engine = Engine(loaded, drafters={"heads": reader}, drafter="heads", gains=Eager(3))
+        engine.add(engine.check(make_request("r", TEXTS[1], max_tokens=20)))
+        guesses = []
+        while engine.has_work:
+            engine.step()
+            wanted = [Wanted(one, 3) for one in engine.scheduler.decoding]
+            guesses += reader.propose(wanted) if wanted else []
+        found.append(guesses)
+    assert found[0] == found[1]
+    assert len({tuple(each) for each in found[0]}) > 8
+    with pytest.raises(ModelError, match="a head of qwen3_next, qwen3_5, qwen3_5_moe, and the base is qwen3"):
+        heads_of(str(split), model)
+
+
 def pack(folder: Path, *, is_packed: bool) -> LoadedModel:
     """The model in a folder, its head's weights packed in eight bits, or as what they stand for then."""
     file = folder / "model-mtp.safetensors"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.errors import ConfigError, ForbiddenError, KeyLimitError
+from serve.errors import ConfigError, ForbiddenError, TenantLimitError
 from serve.keys.bucket import Bucket
 from serve.keys.file import read_keys, the_one_key
 from serve.keys.keeper import LOOK_EVERY_S, Keeper
@@ -129,7 +129,7 @@ def test_what_is_had_of_an_allowance_in_any_stretch_of_time_is_its_size_and_what
             try:
                 limits.take_request()
                 had.append(clock.now_s)
-            except KeyLimitError as error:
+            except TenantLimitError as error:
                 before_s = clock.now_s
                 clock.now_s += error.retry_after_s + 1e-6
                 limits.take_request()  # what it says is so
@@ -146,13 +146,13 @@ def test_tokens_that_were_overdrawn_are_paid_off_and_no_more_is_had_than_allowed
     limits = Limits("k", Allowance(tokens_per_minute=600, tokens_per_day=100_000), clock)
     limits.take_request()
     limits.take_tokens(900)  # an answer nobody knew the length of
-    with pytest.raises(KeyLimitError, match="key 'k' may have 600 tokens a minute") as caught:
+    with pytest.raises(TenantLimitError, match="key 'k' may have 600 tokens a minute") as caught:
         limits.take_request()
     assert caught.value.retry_after_s == pytest.approx(30, abs=0.2)
     clock.now_s += 30.2
     limits.take_request()
     limits.take_tokens(100_000)
-    with pytest.raises(KeyLimitError, match="600 tokens a minute") as caught:
+    with pytest.raises(TenantLimitError, match="600 tokens a minute") as caught:
         limits.take_request()
     assert caught.value.retry_after_s == pytest.approx(10_000, rel=0.01)
 
@@ -164,7 +164,7 @@ def test_the_allowance_that_takes_longest_to_come_back_is_the_one_that_is_told()
         limits.take_request()
         limits.take_tokens(400)
         clock.now_s += 60
-    with pytest.raises(KeyLimitError, match="1000 tokens a day") as caught:
+    with pytest.raises(TenantLimitError, match="1000 tokens a day") as caught:
         limits.take_request()
     assert 15_000 < caught.value.retry_after_s < 18_000
 
@@ -174,7 +174,7 @@ def test_a_request_refused_by_one_allowance_takes_nothing_of_another():
     limits = Limits("k", Allowance(requests_per_minute=2, tokens_per_minute=60), clock)
     limits.take_tokens(70)
     for _ in range(10):
-        with pytest.raises(KeyLimitError):
+        with pytest.raises(TenantLimitError):
             limits.take_request()
     assert limits.requests.num_left == 2
 

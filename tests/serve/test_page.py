@@ -354,6 +354,8 @@ def test_any_markdown_in_any_cuts_is_drawn_as_the_whole_of_it_by_safe_nodes_alon
         ("\\*not\\* &lt;", "<p>*not* &amp;lt;</p>"),
         ("- [ ] to do\n- [x] done", "<li>☐ to do</li><li>☑ done</li>"),
         ("1986\\. A year", "<p>1986. A year</p>"),
+        ("|a|\n|-|\n|- x<br>- y<br/>z|", "<td>- x<br>- y<br>z</td>"),
+        ('```python\nfoo = "\\(bar\\)" # not **bold**\n```', '<code>foo = "\\(bar\\)" # not **bold**</code>'),
         ("The answer is\n42. And more", "<p>The answer is\n42. And more</p>"),
     ],
 )
@@ -436,6 +438,28 @@ def test_stop_ends_the_answer_and_keeps_what_came(opened, model_folder):
                     if (status := http.post(f"{url}/v1/chat/completions", json=body).status_code) == 200:
                         break
                 assert status == 200
+    runtime.close()
+
+
+def test_stop_ends_a_thought_too(opened, model_folder):
+    config = ServeConfig(model=str(model_folder), name="base", reasoning_parser="deepseek_r1", max_rows=1)
+    config = config.model_copy(update={"thinking_start_token": "<think>", "thinking_end_token": "</think>"})
+    runtime = Runtime.start(config)
+    with serving(runtime) as url:
+        page = opened(url)
+        page.page.fill("#other", '{"ignore_eos": true}')
+        page.say("hi")
+        expect(page.page.locator("details.thought .text")).not_to_have_text("", timeout=WAIT_MS)
+        page.page.click("#stop")
+        page.ended()
+        assert page.page.locator("#send").is_visible()
+        page.page.fill("[data-field=thinking_budget]", "3")
+        page.answers("So be it.")
+        page.say("and now?")
+        assert page.ended(2) == "So be it."
+        # An answer that is a thought alone is a turn all the same.
+        roles = [message["role"] for message in page.asked[1]["messages"]]
+        assert roles == ["user", "assistant", "user"]
     runtime.close()
 
 

@@ -58,6 +58,9 @@ class Shop:
 
     def stop(self, thing: Thing) -> None:
         assert not thing.is_stopped
+        assert self.pool.loaded()[thing.name] is thing, (
+            "what it knows can be asked for until it has been kept"
+        )
         thing.is_stopped = True
         self.stops.append(thing.name)
         self.resident.remove(thing.name)
@@ -123,6 +126,29 @@ def test_a_model_in_use_lets_its_requests_end_takes_no_more_and_comes_back_for_t
         assert late.future.result(30).loaded.name == "a"
         late.leave()
         assert shop.loads == ["a", "b", "a"]
+
+
+def test_a_model_that_was_to_leave_goes_on_where_another_makes_the_room():
+    with open_shop("abc", max_resident=2) as shop:
+        held_a, held_b = shop.pool.lease("a"), shop.pool.lease("b")
+        wants_c = shop.pool.ask("c")
+        until(lambda: shop.pool.standings()[0].state == "draining")
+        late = shop.pool.ask("a")
+        assert not late.is_served
+        held_b.release()
+        assert late.future.result(30).loaded is held_a.loaded
+        assert wants_c.future.result(30).loaded.name == "c"
+        assert shop.stops == ["b"]
+        for waiter in (late, wants_c):
+            waiter.leave()
+        held_a.release()
+        again = [shop.pool.lease(name) for name in "ac"]
+        wants_b = shop.pool.ask("b")
+        until(lambda: "draining" in [each.state for each in shop.pool.standings()])
+        wants_b.leave()
+        until(lambda: "draining" not in [each.state for each in shop.pool.standings()])
+        for lease in again:
+            lease.release()
 
 
 def test_a_load_that_fails_answers_everybody_by_name_and_the_next_request_tries_it_again():
@@ -209,8 +235,8 @@ def test_requests_that_come_as_a_model_leaves_for_idleness_are_all_answered():
         for _ in range(300):
             waiter = shop.pool.ask("a")
             waiter.future.result(30).release()
-            waited.wait(draw.choice((0, 0.0004, 0.0006, 0.001)))
-        assert len(shop.loads) > 20
+            waited.wait(draw.choice((0, 0.001, 0.002, 0.004)))
+        assert len(shop.loads) > 5
 
 
 def test_a_load_that_takes_longer_than_idleness_may_is_not_cut_short():

@@ -302,7 +302,7 @@ def test_a_streamed_response_can_be_gone_on_from_and_one_that_is_not_stored_cann
     assert lost.id in error["message"]
 
 
-def test_a_response_can_be_asked_for_its_input_listed_and_forgotten(client):
+def test_a_response_can_be_asked_for_its_input_listed_and_forgotten(client, http):
     made = ask(
         client,
         input=[
@@ -318,6 +318,13 @@ def test_a_response_can_be_asked_for_its_input_listed_and_forgotten(client):
     assert [item.content[0].text for item in newest.data] == ["three", "two"]
     assert newest.has_more
     assert [item.content[0].text for item in newest] == ["three", "two", "one"]  # by its pages
+    for query, name in (("limit=0", "limit"), ("order=up", "order"), ("after=msg_nowhere", "after")):
+        wrong = http.get(f"/v1/responses/{made.id}/input_items?{query}")
+        assert wrong.status_code == 400
+        assert (wrong.json()["error"]["param"], wrong.json()["error"]["message"].split(":")[0]) == (
+            name,
+            name,
+        )
     client.responses.delete(made.id)
     for call in (client.responses.retrieve, client.responses.delete, client.responses.input_items.list):
         with pytest.raises(openai.NotFoundError) as error:

@@ -10,19 +10,20 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from thinkers import Family
+from thinkers import Family, make_tokenizer
 from transformers import AutoTokenizer
 
 from serve.constraints.grammar import compile_grammar
 from serve.constraints.spec import ConstraintSpec
 from serve.constraints.vocabulary import GrammarVocabulary
 from serve.engine.thinking import Thinking, ThoughtStream
+from serve.model.template import ChatTemplate
 from serve.model.token_bytes import TokenBytes
 from serve.tools.call import Call, add_pieces
 from serve.tools.formats import ALIASES, FORMATS, NAMES, ToolFormat, named
 from serve.tools.grammar import calls_grammar
 from serve.tools.reader import ToolReader
-from serve.tools.rules import ToolMarks
+from serve.tools.rules import ToolMarks, ToolRules
 from serve.tools.tool import Tool
 from serve.tools.words import written
 
@@ -423,3 +424,52 @@ def test_a_call_before_the_recipients_channel_is_one_too():
     answer = "<|start|>assistant to=functions.now<|channel|>commentary json<|message|>{}<|call|>"
     text = "".join(map(stream.push, family.encode(answer))) + stream.finish()
     assert read(FORMATS["gpt_oss"], [text]) == ("", [("id0", "now", "{}")])
+
+
+TOLD = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{{ messages[0].content }}"
+SIGNS = {
+    # What of a family's own template tells it from its neighbours'.
+    "hermes": "<tool_call>\n{{ '{\"name\": ' }}{{ tool_call.name }}\n</tool_call>",
+    "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=p>\n</parameter></function></tool_call>",
+    "llama3": 'Respond in the format {"name": function name, "parameters": dictionary}<|eot_id|><|python_tag|>',
+    "mistral": "[TOOL_CALLS]{{ name }}[ARGS]{{ arguments }}",
+    "mistral_v3": "[TOOL_CALLS] [{{ call }}][/TOOL_RESULTS]",
+    "gemma4": "<|tool_call>call:{{ name }}<tool_call|>",
+    "function_gemma": "<start_function_call>call:{{ name }}<end_function_call>",
+    "deepseek_v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>x\n```json\n<｜tool▁call▁end｜>",
+    "deepseek_v31": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>x<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
+    "glm47": "<tool_call>{{ name }}<arg_key>k</arg_key><arg_value>v</arg_value></tool_call>",
+    "granite": "<|start_of_role|>assistant<|end_of_role|><|tool_call|>",
+    "phi4": "<|tool|>{{ tools }}<|/tool|>",
+    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>",
+    "minimax_m2": "<minimax:tool_call><invoke name='x'></invoke></minimax:tool_call>",
+    "longcat": "<longcat_tool_call></longcat_tool_call>",
+    "cohere2": "<|START_ACTION|><|END_ACTION|>",
+    "pythonic": "<|tool_list_start|><|tool_list_end|>",
+    "gpt_oss": "<|channel|>commentary to=functions.x<|message|>{}<|call|>",
+}
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_a_format_is_found_by_the_familys_own_template(name):
+    sign = SIGNS[name].replace("{{", "{").replace("}}", "}")
+    tokenizer = make_tokenizer(template=TOLD + "{% raw %}" + sign + "{% endraw %}")
+    marks = ToolRules(tokenizer).of(ChatTemplate(tokenizer), has_channels=True)
+    assert marks is not None
+    assert marks.format.name == name
+
+
+def test_a_format_is_found_by_the_vocabulary_or_what_the_checkpoint_says_or_by_name():
+    mistral = make_tokenizer(special=("[TOOL_CALLS]", "[ARGS]"), template=TOLD)
+    marks = ToolRules(mistral).of(ChatTemplate(mistral), has_channels=False)
+    assert marks is not None
+    assert marks.format.name == "mistral"
+    assert marks.shown_ids == set(mistral.convert_tokens_to_ids(["[TOOL_CALLS]", "[ARGS]"]))
+    plain = make_tokenizer(template=TOLD)
+    assert ToolRules(plain).of(ChatTemplate(plain), has_channels=False).format.name == "hermes"
+    assert (
+        ToolRules(plain, "qwen3_xml").of(ChatTemplate(plain), has_channels=False).format.name == "qwen3_coder"
+    )
+    assert ToolRules(plain, "none").of(ChatTemplate(plain), has_channels=False) is None
+    plain._tokenizer.init_kwargs["tool_parser_type"] = "laguna"
+    assert ToolRules(plain).of(ChatTemplate(plain), has_channels=False).format.name == "glm47"

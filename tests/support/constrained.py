@@ -51,6 +51,10 @@ BAD_SCHEMAS = [
     ({"type": "object", "required": ["a"], "properties": {"a": False}}, "response_format: ", "'a'"),
     ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "response_format: ", "oneOf"),
     ({"items": {"x-guidance": {"lenient": True}, "not": {}}}, "response_format: ", "x-guidance"),
+    ({"properties": {"a": {"const": "b\x01"}}}, "response_format.properties.a.const: ", "control character"),
+    ({"enum": [1, {"k": ["\x7f"]}]}, "response_format.enum.1.k.0: ", "control character"),
+    ({"type": "string", "pattern": "^a\\x01b"}, "response_format.pattern: ", "control character"),
+    ({"type": "string", "pattern": "[a-z]\\u{7F}"}, "response_format.pattern: ", "control character"),
     ({"type": "string", "enum": ["x" * 140_000]}, "response_format: ", "characters"),
 ]
 BAD_OTHERS = [

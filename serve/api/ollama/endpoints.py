@@ -20,6 +20,7 @@ from serve.api.ollama.errors import RESPONSES
 from serve.api.ollama.translation import LATEST, chat_of, completion_of, embedding_of, told_as_sent
 from serve.api.ollama.writer import MEDIA_TYPE, Format, OllamaWriter, as_message, as_response, line, now, ns
 from serve.api.opening import Words
+from serve.api.permission import check_model, may_ask
 from serve.api.state import AppState, StateDep
 from serve.api.streaming import Responder
 from serve.api.targets import held_target
@@ -98,14 +99,16 @@ async def embed_one(body: OllamaEmbedBody, http: Request, state: StateDep) -> di
 
 @router.get("/api/tags")
 async def tags(state: StateDep) -> dict[str, Any]:
-    """Every model that may be asked for, adapters too."""
-    return {"models": await anyio.to_thread.run_sync(listing.tags, state.bases)}
+    """Every model that may be asked for, adapters too; to a key those that it may ask for."""
+    found = await anyio.to_thread.run_sync(listing.tags, state.bases)
+    return {"models": [each for each in found if may_ask(each["name"])]}
 
 
 @router.get("/api/ps")
 async def running(state: StateDep) -> dict[str, Any]:
-    """The bases that are in memory."""
-    return {"models": await anyio.to_thread.run_sync(listing.running, state.bases)}
+    """The bases that are in memory; to a key those that it may ask for."""
+    found = await anyio.to_thread.run_sync(listing.running, state.bases)
+    return {"models": [each for each in found if may_ask(each["name"])]}
 
 
 @router.post("/api/show")
@@ -115,6 +118,7 @@ async def show(body: ShowBody, state: StateDep) -> dict[str, Any]:
     if not model:
         raise RequestError("model: missing", "model")
     known = _known(state, model)
+    check_model(state.bases, known)
     base = state.bases.of_model(known)
     services = None if base is None else state.bases.pool.loaded().get(base.name)
     abilities = [] if services is None else await services.tokenize(lambda: listing.abilities_of(services))

@@ -72,6 +72,8 @@ class ResponseStore:
         """By tenant and id; what was stored or gone on from last stands last."""
         self._items: dict[tuple[str, str], Entry] = {}
         """By tenant and an item's id."""
+        self._oldest_s = clock()
+        """Nothing was stored before."""
         self.num_bytes = 0
         """Of what can be asked for, and what that refers to."""
 
@@ -119,9 +121,12 @@ class ResponseStore:
         return entry is not None
 
     def _drop_old(self) -> None:
-        limit_s = self._clock() - self._max_age_s
-        for entry in [each for each in self._known.values() if each.stored_s < limit_s]:
+        now_s = self._clock()
+        if now_s <= self._oldest_s + self._max_age_s:
+            return
+        for entry in [each for each in self._known.values() if each.stored_s < now_s - self._max_age_s]:
             self._forget(entry)
+        self._oldest_s = min((each.stored_s for each in self._known.values()), default=now_s)
 
     def _next_to_go(self) -> Entry:
         """Whoever was used longest ago, of the tenant who holds most: one tenant's do not crowd out others'."""
