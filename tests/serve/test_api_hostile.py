@@ -21,6 +21,7 @@ from serve.config import ServeConfig
 from serve.runtime import Runtime
 
 NUM_CLIENTS = 64
+NUM_OTHERS = 3
 CHAT: dict[str, Any] = {
     "model": "lively",
     "messages": [{"role": "user", "content": "Tell me a story."}],
@@ -110,18 +111,18 @@ def num_sockets(url: str) -> int:
 
 
 @contextmanager
-def others_go_on(served: tuple[Runtime, str], num_streams: int = 3) -> Iterator[None]:
+def others_go_on(served: tuple[Runtime, str]) -> Iterator[None]:
     """Streams that run beside what is done inside say what they say alone; afterwards no row, socket, or byte of keys
     and values is left."""
     runtime, url = served
     alone = story(url)
     until(lambda: is_idle(runtime))
     rows_bytes, sockets = runtime.worker.stats().memory.kv_bytes, num_sockets(url)
-    with ThreadPoolExecutor(num_streams) as pool:
-        running = [pool.submit(story, url) for _ in range(num_streams)]
+    with ThreadPoolExecutor(NUM_OTHERS) as pool:
+        running = [pool.submit(story, url) for _ in range(NUM_OTHERS)]
         until(lambda: runtime.worker.stats().num_decoding > 0 or all(each.done() for each in running))
         yield
-        assert [each.result() for each in running] == [alone] * num_streams
+        assert [each.result() for each in running] == [alone] * NUM_OTHERS
     assert story(url) == alone
     until(lambda: is_idle(runtime))
     until(lambda: num_sockets(url) <= sockets)
@@ -133,6 +134,7 @@ def test_clients_that_ask_and_vanish(
     leave: Callable[[socket.socket], None], served: tuple[Runtime, str]
 ) -> None:
     body = json.dumps({**CHAT, "max_tokens": 900}).encode()
+    num_whole = served[0].worker.stats().num_finished.get("length", 0)
     with others_go_on(served):
         for number in range(NUM_CLIENTS):
             with connected(served[1]) as connection:
@@ -140,6 +142,8 @@ def test_clients_that_ask_and_vanish(
                 if number % 2:
                     connection.recv(1)
                 leave(connection)
+    # The streams of the others and no more: whoever has left is not answered to the end.
+    assert served[0].worker.stats().num_finished["length"] - num_whole == NUM_OTHERS + 2
 
 
 @pytest.mark.parametrize(
