@@ -40,10 +40,10 @@ $(BIN)/python:
 
 $(VENV)/.installed-$(BACKEND): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing Lathe for the $(BACKEND) backend of MLX into $(VENV)"
-	$(PIP) -e '.[$(BACKEND)]'
+	$(PIP) -e '.[$(BACKEND),ui]'
 	@touch $@
 
 $(VENV)/.installed-$(BACKEND)-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing Lathe with its development tools for the $(BACKEND) backend of MLX into $(VENV)"
-	$(PIP) -e '.[$(BACKEND),dev]'
+	$(PIP) -e '.[$(BACKEND),ui,dev]'
 	@touch $@ $(VENV)/.installed-$(BACKEND)

@@ -1,4 +1,5 @@
-"""The front door: `lathe COMMAND`. Finds the command, starts it, and says how it ended; decides nothing else.
+"""The front door: `lathe COMMAND`, and `lathe.load` for Python. Finds the command, starts it, and says how it ended;
+decides nothing else.
 
 Commands stand in serve/commands and train, a module a group, and are imported once they are asked for: `lathe --help`
 loads neither mlx nor the packages.
@@ -24,7 +25,10 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from serve.errors import LatheError
+    from serve.local.model import LocalModel
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "train": ("train.commands", "Train an adapter, or the whole model, from a recipe."),
@@ -37,6 +41,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Serve a model and any number of adapters over an OpenAI-compatible API.",
     ),
     "chat": ("serve.commands.serving", "Talk to a model in the terminal."),
+    "generate": ("serve.commands.generate", "Answer one prompt and end."),
     "export": (
         "train.commands",
         "Fuse an adapter into its base, quantize if asked, and measure what that changed.",
@@ -107,6 +112,15 @@ app = typer.Typer(
 @app.callback()
 def _front_door() -> None:
     """A group even so: typer sees no command."""
+
+
+def load(
+    model: str | Path, adapters: Mapping[str, str | Path] | None = None, **serving_keys: Any
+) -> LocalModel:
+    """A model and its adapters in this process: as serve.local.model.load, which is imported for it."""
+    from serve.local.model import load as load_here
+
+    return load_here(model, adapters, **serving_keys)
 
 
 def command() -> None:

@@ -5,29 +5,39 @@ In a terminal a message may have lines: pasted ones stay together. Ctrl-C ends a
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import termios
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output, create_output
 from rich.console import Console
 
-from serve.conversation import Conversation, Thought
+from serve.conversation import Conversation, path_of
 from serve.errors import LatheError
+from serve.remote_answer import Thought
 
 KEYS = "Enter sends, Alt-Enter or Ctrl-J breaks the line, Ctrl-C ends an answer, Ctrl-D ends the talk."
 COMMANDS = (
     "/image PATH-or-URL shows a picture with the next message, /retry asks again, /reset forgets the conversation, "
-    "/model NAME switches, /exit ends."
+    "/adapter NAME lets an adapter answer (NAME=PATH loads it, none is its base), /model NAME another model; either "
+    "alone lists them. /system TEXT sets the system prompt (none: no such prompt), /save FILE appends the talk as a "
+    "training row, /exit ends."
 )
+NOTHING = "none"
+"""What takes an adapter, or the system prompt, away."""
+HISTORY = Path("~/.cache/lathe/chat_history")
+MAX_HISTORY_MIB = 1
 PROMPT = "you: "
 DIM, PLAIN = "\x1b[2m", "\x1b[22m"
 """How a terminal shows a thought, and an answer."""
@@ -120,7 +130,10 @@ class Keyboard:
     not show in the answer; Ctrl-C still interrupts. After it the terminal is as it was.
     """
 
-    def __init__(self, source: Input | None = None, screen: Output | None = None) -> None:
+    def __init__(
+        self, source: Input | None = None, screen: Output | None = None, history: Path | None = None
+    ) -> None:
+        """history: a file of messages of earlier talks, which the arrow keys bring back; it gets this one's."""
         # Where standard output is no terminal, the question stands on standard error.
         self._screen = screen or create_output(always_prefer_tty=True)
         self._session: PromptSession[str] = PromptSession(
@@ -129,6 +142,7 @@ class Keyboard:
             prompt_continuation=" " * len(PROMPT),
             key_bindings=_keys(),
             enable_suspend=True,
+            history=_history(history),
             input=source,
             output=self._screen,
         )
@@ -158,6 +172,35 @@ class Keyboard:
         self._screen.disable_bracketed_paste()
         self._screen.flush()
         termios.tcsetattr(sys.stdin, termios.TCSANOW, self._before)
+
+
+def _history(path: Path | None) -> History:
+    """Of the file, which is its owner's alone, and forgets its older half when it has grown large. In memory where
+    it cannot be had."""
+    if path is None:
+        return InMemoryHistory()
+    path = path.expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            os.chmod(path, 0o600)
+            if file.tell() > MAX_HISTORY_MIB * 2**20:
+                file.seek(file.tell() // 2)
+                # An entry begins behind an empty line, with the time.
+                _, mark, newer = file.read().partition(b"\n\n# ")
+                file.truncate(0)
+                file.write(mark + newer)
+    except OSError:
+        return InMemoryHistory()
+    return _KeptHistory(str(path))
+
+
+class _KeptHistory(FileHistory):
+    """One whose disk may fill up while people talk."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):
+            super().store_string(string)
 
 
 def _keys() -> KeyBindings:
@@ -202,26 +245,88 @@ def _take(conversation: Conversation, text: str, console: Console) -> bool:
     word, _, rest = text.partition(" ")
     if word in ("/exit", "/quit"):
         return False
-    if word == "/retry" and not conversation.has_turn:
-        console.print("(nothing has been asked yet)", style="dim")
-    elif word == "/retry":
-        _print(conversation.retry(), console)
-    elif word == "/reset":
-        conversation.reset()
-        console.print("(forgotten)", style="dim")
-    elif word == "/image" and rest.strip():
-        conversation.show(rest.strip())
-        console.print("(goes with the next message)", style="dim")
-    elif word == "/model" and rest.strip():
-        conversation.model = rest.strip()
-        console.print(f"(now {conversation.model})", style="dim", markup=False)
+    do = DOING.get(word) if _is_command(text) else None
+    if do is not None and (rest.strip() or word not in TAKE_WORDS):
+        do(conversation, rest.strip(), console)
     elif _is_command(text):
         console.print(COMMANDS, style="dim", markup=False)
     elif text:
-        _print(conversation.say(text), console)
+        show(conversation.say(text), console)
         if conversation.finish == "length" and console.is_terminal:
             console.print("(cut off: --max-tokens, or the model's context, allows no more)", style="dim")
     return True
+
+
+def _retry(conversation: Conversation, _: str, console: Console) -> None:
+    if conversation.has_turn:
+        show(conversation.retry(), console)
+    else:
+        _tell(console, "(nothing has been asked yet)")
+
+
+def _reset(conversation: Conversation, _: str, console: Console) -> None:
+    conversation.reset()
+    _tell(console, "(forgotten)")
+
+
+def _image(conversation: Conversation, picture: str, console: Console) -> None:
+    conversation.show(picture)
+    _tell(console, "(goes with the next message)")
+
+
+def _model(conversation: Conversation, name: str, console: Console) -> None:
+    if name:
+        conversation.model = name
+        _tell(console, f"(now {name})")
+    else:
+        _tell_names(conversation, [*conversation.served()], console)
+
+
+def _adapter(conversation: Conversation, words: str, console: Console) -> None:
+    if not words:
+        adapters = [name for name, parent in conversation.served().items() if parent]
+        return _tell_names(conversation, adapters, console)
+    name, equals, path = words.partition("=")
+    if equals:
+        conversation.load(name.strip(), path.strip())
+    else:
+        conversation.switch(None if name == NOTHING else name)
+    return _tell(console, f"(now {conversation.model})")
+
+
+def _system(conversation: Conversation, text: str, console: Console) -> None:
+    if text:
+        conversation.system = None if text == NOTHING else text
+    _tell(console, f"(system prompt: {conversation.system or NOTHING})")
+
+
+def _save(conversation: Conversation, typed: str, console: Console) -> None:
+    path = path_of(typed)
+    conversation.save(path)
+    _tell(console, f"(a row more in {path})")
+
+
+DOING: Mapping[str, Callable[[Conversation, str, Console], None]] = {
+    "/retry": _retry,
+    "/reset": _reset,
+    "/image": _image,
+    "/model": _model,
+    "/adapter": _adapter,
+    "/system": _system,
+    "/save": _save,
+}
+"""What a command does with the words behind it. Raises LatheError."""
+TAKE_WORDS = frozenset({"/image", "/save"})
+
+
+def _tell(console: Console, text: str) -> None:
+    console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _tell_names(conversation: Conversation, names: Sequence[str], console: Console) -> None:
+    """The one that answers is marked."""
+    marked = [f"{name} (answers)" if name == conversation.model else name for name in names]
+    _tell(console, f"({', '.join(marked) or NOTHING})")
 
 
 def _is_command(text: str) -> bool:
@@ -230,7 +335,7 @@ def _is_command(text: str) -> bool:
     return "\n" not in text and word.startswith("/") and word[1:].isalpha()
 
 
-def _print(pieces: Generator[str, None, None], console: Console) -> None:
+def show(pieces: Generator[str, None, None], console: Console) -> None:
     """Each piece as it comes and as it is, but for control characters in a terminal. Thoughts are dim there, with a
     line between them and the answer; a pipe gets answers alone."""
     was_thought = False

@@ -7,22 +7,27 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from serve.adapters.versions.names import label_problem, name_problem
 from serve.cache.precision import KvPrecision, KvScheme, precision
 from serve.drafter_config import ELSEWHERE as DRAFTERS_ELSEWHERE
 from serve.drafter_config import DrafterConfig, HeadsDrafter, ModelDrafter, NoDrafter
+from serve.embed.config import EmbeddingModelConfig
 from serve.errors import ConfigError, RequestError
 from serve.experiments.assignment import Experiment, Variant
 from serve.media_config import MediaConfig, MediaLimitsConfig
 from serve.model.quantization import Quantization
 from serve.model.thoughts import MAX_MARK_CHARS, Parser
+from serve.operating_config import PATHS as OPERATING_PATHS
+from serve.operating_config import OperatingConfig
 from serve.settings import Problems, Strict, load_yaml
+from serve.tools.formats import NAMES as TOOL_PARSERS
 
 Weight = Annotated[float, Field(gt=0, lt=math.inf)]
+ContextOverflow = Literal["error", "summarize", "truncate"]
 SQLITE_PREFIX = "sqlite:///"
 ELSEWHERE = {
     "quantized_kv_start": "write kv_quantize_after",
@@ -84,41 +89,30 @@ class DefaultSamplingConfig(Strict):
     """1, none, if nobody says."""
 
 
-class ServeConfig(Strict):
-    """Everything `lathe serve` can be told."""
+class ModelSettings(Strict):
+    """What may differ between two models of one server."""
 
     model: str = Field(min_length=1)
     """The base: a local folder or a hub name."""
     name: str | None = None
     """What requests call the base; the folder's name or the hub name, if left out."""
+    aliases: tuple[str, ...] = ()
+    """What they may call it too."""
+    pinned: bool = False
+    """It leaves for no other model, and for no idleness."""
+    idle_unload_s: float | None = Field(None, gt=0)
+    """So many seconds without a request, its memory is given back; the next request loads it again. Never, if left
+    out."""
     adapters: tuple[AdapterConfig, ...] = ()
     """Loaded at start, in this order."""
-    host: str = "127.0.0.1"
-    """Address to listen on. Anything but loopback also closes the adapter paths, see allowed_adapter_roots."""
-    port: int = Field(8000, ge=0, le=65535)
-    """TCP port; 0 takes a free one and prints it."""
-    max_body_mib: float = Field(16, gt=0)
-    """Largest request body, in MiB; a larger one answers 413 and is not read."""
-    body_timeout_s: float = Field(60, gt=0)
-    """What a request's body may take to arrive, in seconds; one that takes longer answers 408."""
-    stream_keep_alive_s: float = Field(5, ge=0)
-    """A stream with nothing to say for so many seconds sends a comment, at first with its headers; 0: never."""
-    allowed_adapter_roots: tuple[Path, ...] | None = None
-    """Folders under which /v1/load_lora_adapter may read. Left out: everywhere when bound to loopback, else
-    nowhere."""
     adapter_watch: tuple[Path, ...] = ()
     """Folders that are watched: a run's or an adapter's, or one that holds such folders. What a run publishes, and
     what is put there, becomes a new version of the adapter that is called as the folder. Each under
     allowed_adapter_roots, where these are named."""
     adapter_watch_interval_s: float = Field(1.0, gt=0)
     """Seconds between two looks at them."""
-    allowed_media_roots: tuple[Path, ...] | None = None
-    """Folders whose files a request may show by their paths. Left out: everything when bound to loopback, else
-    nothing."""
     media: MediaConfig = MediaConfig.model_validate({})
     """How pictures and clips are looked at where a request says nothing."""
-    media_limits: MediaLimitsConfig = MediaLimitsConfig.model_validate({})
-    """What a request may show."""
     max_rows: int = Field(64, ge=1)
     """Requests that run at once."""
     max_waiting: int = Field(256, ge=0)
@@ -211,6 +205,10 @@ class ServeConfig(Strict):
     """Largest rank an adapter may have."""
     allow_other_base: bool = False
     """Load adapters whose manifest names other base weights, or another tokenizer."""
+    context_overflow: ContextOverflow = "error"
+    """What is done to a chat that leaves the answer no room in the context. error: it is refused. truncate: its
+    oldest turns are left out. summarize: the model itself sums it up, but for what the system says and the last six
+    messages."""
     default_max_tokens: int | None = Field(None, ge=1)
     """Answer length of requests that name none, in tokens; the rest of the context, if left out."""
     generation_config: Literal["auto", "none"] = "auto"
@@ -231,6 +229,9 @@ class ServeConfig(Strict):
     """What begins a thought, in place of the parser's mark; it may be several tokens."""
     thinking_end_token: str | None = Field(None, min_length=1, max_length=MAX_MARK_CHARS)
     """What ends it."""
+    tool_call_parser: str = "auto"
+    """In which family's way answers hold calls of tools. auto: by chat template, then by vocabulary; as Hermes,
+    where neither tells. none: calls stay text."""
     special_tokens_in_messages: Literal["words", "control"] = "words"
     """What the text of a special token is inside a message. words: its characters, so that nobody writes a turn into
     what they say. control: the token, for clients that build turns inside messages themselves."""
@@ -242,10 +243,13 @@ class ServeConfig(Strict):
     """Expand quantized weights at load; yes on CPU and no elsewhere, if left out."""
     quantize: Quantization | None = None
     """Pack a full-precision base as it is loaded: as the recipe of its adapters did, or to save memory."""
-    experiments: tuple[ExperimentConfig, ...] = ()
-    """A/B tests, each under its own public model name."""
-    store: str = "sqlite:///lathe.sqlite"
-    """SQLAlchemy URL of exposures and outcomes (SQLite or PostgreSQL); opened if there are experiments."""
+
+    @field_validator("tool_call_parser")
+    @classmethod
+    def _tool_call_parser_is_known(cls, value: str) -> str:
+        if value not in TOOL_PARSERS:
+            raise ValueError(f"found {value!r}; expected one of {', '.join(TOOL_PARSERS)}")
+        return value
 
     @property
     def base_name(self) -> str:
@@ -254,41 +258,6 @@ class ServeConfig(Strict):
             return self.name
         folder = Path(self.model).expanduser()
         return folder.resolve().name if folder.is_dir() else self.model
-
-    @property
-    def is_loopback(self) -> bool:
-        """True if only this machine can reach the server."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
-
-    @property
-    def watch_roots(self) -> tuple[Path, ...] | None:
-        """Where files of watched adapters may be, links followed; None: anywhere. ConfigError where a watched folder
-        is not there itself."""
-        roots = self.allowed_adapter_roots
-        if roots is None:
-            return None if self.is_loopback else self.adapter_watch
-        allowed = [root.expanduser().resolve() for root in roots]
-        for folder in self.adapter_watch:
-            place = folder.expanduser().resolve()
-            if not any(place.is_relative_to(root) for root in allowed):
-                raise ConfigError(
-                    f"adapter_watch: {folder} is under none of allowed_adapter_roots "
-                    f"({', '.join(map(str, roots)) or 'none'})"
-                )
-        return roots
-
-    @property
-    def media_roots(self) -> tuple[Path, ...]:
-        """Folders whose files a request may show, links followed."""
-        roots = self.allowed_media_roots
-        if roots is None:
-            return (Path("/"),) if self.is_loopback else ()
-        return tuple(root.expanduser().resolve() for root in roots)
 
     @property
     def kv_precision(self) -> KvPrecision:
@@ -316,18 +285,19 @@ class ServeConfig(Strict):
         )
 
     @model_validator(mode="after")
-    def _fits_together(self) -> ServeConfig:
-        problems = [
-            *self._name_problems(),
-            *self._experiment_problems(),
-            *self._memory_problems(),
-            *self._precision_problems(),
-            *self._hub_problems(),
-            *self.media.problems(),
-        ]
-        if problems:
+    def _fits_together(self) -> Self:
+        if problems := list(self._problems()):
             raise Problems(problems)
         return self
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        """Keys that do not go together, and why."""
+        if self.name is not None and (expected := name_problem(self.name)):
+            yield "name", f"found {self.name!a:.80}; {expected}"
+        yield from self._memory_problems()
+        yield from self._precision_problems()
+        yield from self._hub_problems()
+        yield from self.media.problems()
 
     def _memory_problems(self) -> Iterator[tuple[str, str]]:
         """Parts that are larger than the whole, and bounds of what is not there."""
@@ -373,6 +343,210 @@ class ServeConfig(Strict):
             if len(parts) > 2 or not all(parts) or name_problem(name):
                 yield f"adapter_hub.{index}", f"found {name!a:.80}; expected an owner, or owner/name"
 
+
+class ModelConfig(ModelSettings):
+    """Another model of a server: what it leaves out is as the server has it, but for what is one model's alone."""
+
+    preload: bool = False
+    """Load it at start, and not with the first request."""
+
+
+OWN = frozenset(
+    {
+        *(
+            "model",
+            "name",
+            "aliases",
+            "pinned",
+            "adapters",
+            "adapter_watch",
+            "adapter_dirs",
+            "adapter_hub",
+            "shares",
+        ),
+        *(
+            "drafter",
+            "dequantize",
+            "quantize",
+            "prefix_cache_dir",
+            "prefix_cache_disk_gib",
+            "feature_cache_dir",
+        ),
+        *("feature_cache_disk_gib", "reasoning_parser", "thinking_start_token", "thinking_end_token"),
+        "tool_call_parser",
+    }
+)
+"""Keys that say something of one model, and nothing of its neighbours."""
+SERVERS_OWN: dict[str, Any] = {"models": (), "model_dirs": (), "experiments": (), "embedding_models": ()}
+"""Keys that say something of a server, and nothing of one of its models; as they are where there are none."""
+
+
+class ServeConfig(ModelSettings, OperatingConfig):
+    """Everything `lathe serve` can be told: of its model, and of the server."""
+
+    models: tuple[ModelConfig, ...] = ()
+    """Other models, each loaded by the first request that asks for it. Nothing but these and `model` is."""
+    model_dirs: tuple[Path, ...] = ()
+    """Folders of models: one that is there may be asked for by its folder's name, or as `a/b`, and is served as the
+    first one is. Links that lead out of them are refused."""
+    max_loaded_models: int = Field(1, ge=1)
+    """Models in memory at once. Another that is asked for takes the place of the one that was used least lately; one
+    that is in use first ends the requests it has."""
+    models_budget_gib: float | None = Field(None, gt=0)
+    """Memory of all of them together, weights and memory_budget_gib of each, in GiB; only their number is bounded, if
+    left out."""
+    min_resident_s: float = Field(5, ge=0)
+    """Seconds that a model in use stays at least once it is loaded, while requests for others wait."""
+    max_drain_s: float = Field(300, ge=0)
+    """Seconds that a model which is to go lets its requests run on at most; those that still run then end with
+    503."""
+    embedding_models: tuple[EmbeddingModelConfig, ...] = ()
+    """Models beside them that make vectors of texts, or scores of pairs; loaded at start, and there to stay."""
+    embedding_piece_tokens: int = Field(2048, ge=1)
+    """Tokens of texts, padding included, encoded between two decode steps, or one text of any length: the longest a
+    running stream is held up by them."""
+    max_waiting_texts: int = Field(8192, ge=1)
+    """Texts that wait to be encoded; more answer 503 with Retry-After."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Anything but loopback also closes the adapter paths, see allowed_adapter_roots."""
+    port: int = Field(8000, ge=0, le=65535)
+    """TCP port; 0 takes a free one and prints it."""
+    max_body_mib: float = Field(16, gt=0)
+    """Largest request body, in MiB; a larger one answers 413 and is not read."""
+    body_timeout_s: float = Field(60, gt=0)
+    """What a request's body may take to arrive, in seconds; one that takes longer answers 408."""
+    stream_keep_alive_s: float = Field(5, ge=0)
+    """A stream with nothing to say for so many seconds sends a comment, at first with its headers; 0: never."""
+    response_store_mib: float = Field(256, ge=0, lt=math.inf)
+    """What responses (/v1/responses) may take that can be asked for later and gone on from, pictures included."""
+    response_store_count: int = Field(10_000, ge=0)
+    """So many of them at most; 0: none is kept."""
+    response_store_hours: float = Field(24, gt=0, lt=math.inf)
+    """So long at most. Whoever has not been used longest goes first, of the tenant who holds most."""
+    ui: bool = True
+    """Show the page at /ui/. Everybody who reaches the server may read it; what it asks needs a key like all else."""
+    allowed_adapter_roots: tuple[Path, ...] | None = None
+    """Folders under which /v1/load_lora_adapter may read. Left out: everywhere when bound to loopback, else
+    nowhere."""
+    allowed_media_roots: tuple[Path, ...] | None = None
+    """Folders whose files a request may show by their paths. Left out: everything when bound to loopback, else
+    nothing."""
+    media_limits: MediaLimitsConfig = MediaLimitsConfig.model_validate({})
+    """What a request may show."""
+    mcp_servers: Path | None = None
+    """A file of MCP servers as other clients have it, {"mcpServers": {name: {command, args, env} or {url}}}: a
+    request may have their tools run for it, `tools: [{"type": "mcp", "server_label": name}]`. Left out: none."""
+    mcp_max_rounds: int = Field(8, ge=1)
+    """So often a request's answer may call such tools; the next answer is text."""
+    mcp_timeout_s: float = Field(30, gt=0)
+    """What connecting to one, or one call, may take."""
+    mcp_max_result_chars: int = Field(65536, ge=256)
+    """Of a call's result; the model is told where more was cut off."""
+    experiments: tuple[ExperimentConfig, ...] = ()
+    """A/B tests, each under its own public model name."""
+    store: str = "sqlite:///lathe.sqlite"
+    """SQLAlchemy URL of exposures and outcomes (SQLite or PostgreSQL); opened if there are experiments."""
+
+    @property
+    def is_loopback(self) -> bool:
+        """True if only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def watch_roots(self) -> tuple[Path, ...] | None:
+        """Where files of watched adapters may be, links followed; None: anywhere. ConfigError where a watched folder
+        is not there itself."""
+        roots = self.allowed_adapter_roots
+        if roots is None:
+            return None if self.is_loopback else self.adapter_watch
+        allowed = [root.expanduser().resolve() for root in roots]
+        for folder in self.adapter_watch:
+            place = folder.expanduser().resolve()
+            if not any(place.is_relative_to(root) for root in allowed):
+                raise ConfigError(
+                    f"adapter_watch: {folder} is under none of allowed_adapter_roots "
+                    f"({', '.join(map(str, roots)) or 'none'})"
+                )
+        return roots
+
+    @property
+    def media_roots(self) -> tuple[Path, ...]:
+        """Folders whose files a request may show, links followed."""
+        roots = self.allowed_media_roots
+        if roots is None:
+            return (Path("/"),) if self.is_loopback else ()
+        return tuple(root.expanduser().resolve() for root in roots)
+
+    @property
+    def has_several_models(self) -> bool:
+        """Whether models come and go."""
+        return bool(self.models or self.model_dirs)
+
+    @property
+    def blocks(self) -> tuple[ModelConfig, ...]:
+        """Every model that is configured, the first of them loaded at start."""
+        first = {"model": self.model, "name": self.name, "aliases": self.aliases, "preload": True}
+        return (ModelConfig.model_validate(first), *self.models)
+
+    def of_model(self, block: ModelConfig) -> ServeConfig:
+        """What a server of this model alone would be told. What the block leaves out is the server's, but for what
+        only one model can have. ConfigError."""
+        return _checked(self._fields_of(block))
+
+    @property
+    def of_first_model(self) -> ServeConfig:
+        """The same of the first."""
+        return self.model_copy(update=SERVERS_OWN)
+
+    def _fields_of(self, block: ModelConfig) -> dict[str, Any]:
+        inherited = {name: value for name, value in dict(self).items() if name not in OWN}
+        own = {
+            name: getattr(block, name) for name in block.model_fields_set if name in ServeConfig.model_fields
+        }
+        return {**inherited, **own, **SERVERS_OWN}
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        yield from self._name_problems()
+        yield from self._experiment_problems()
+        yield from self.operating_problems()
+        yield from super()._problems()
+        yield from self._model_problems()
+
+    def _model_problems(self) -> Iterator[tuple[str, str]]:
+        """Models that can never be loaded, and folders that two of them would write to."""
+        for index, block in enumerate(self.models):
+            try:
+                ServeConfig.model_validate(self._fields_of(block))
+            except ValidationError as error:
+                for problem in error.errors():
+                    yield f"models.{index}", _line(problem)
+        num_first = 1 + sum(block.preload for block in self.models)
+        if self.models and num_first > self.max_loaded_models:
+            yield (
+                "max_loaded_models",
+                f"found {self.max_loaded_models}, and {num_first} models are loaded at start (the first, and those "
+                f"with preload); expected as many at least",
+            )
+        pinned = sum(block.pinned for block in self.models) + self.pinned
+        if self.models and pinned >= self.max_loaded_models and pinned <= len(self.models):
+            yield (
+                "max_loaded_models",
+                f"found {self.max_loaded_models}, and {pinned} models are pinned: there is never room for another",
+            )
+        for key in ("prefix_cache_dir", "feature_cache_dir"):
+            folders = [getattr(self, key), *(getattr(block, key) for block in self.models)]
+            for index, folder in enumerate(folders):
+                if folder is not None and folder in folders[:index]:
+                    yield (
+                        f"models.{index - 1}.{key}",
+                        f"found {folder}, which another model has; give each its own",
+                    )
+
     def _experiment_problems(self) -> Iterator[tuple[str, str]]:
         """Arms of one name, arms that are experiments, names that reports and headers cannot say."""
         for index, experiment in enumerate(self.experiments):
@@ -394,21 +568,34 @@ class ServeConfig(Strict):
                     if label is not None and (expected := label_problem(label)):
                         yield f"experiments.{index}.variants.{i}.{key}", f"found {label!a:.80}; {expected}"
 
-    def _name_problems(self) -> list[tuple[str, str]]:
-        """Public names share one space: the base's, the adapters' and the experiments'."""
-        taken = {self.base_name: "the base"}
-        names = [(f"adapters.{i}", adapter.name) for i, adapter in enumerate(self.adapters)]
-        names += [(f"experiments.{i}", experiment.name) for i, experiment in enumerate(self.experiments)]
-        problems = []
-        if self.name is not None and (expected := name_problem(self.name)):
-            problems.append(("name", f"found {self.name!a:.80}; {expected}"))
-        for key, name in names:
-            if expected := name_problem(name):
-                problems.append((f"{key}.name", f"found {name!a:.80}; {expected}"))
+    def _name_problems(self) -> Iterator[tuple[str, str]]:
+        """Public names share one space: the bases', their aliases, the adapters', the embedding
+        models' and the experiments'."""
+        taken: dict[str, str] = {}
+        for key, name, what in self._public_names():
+            if key and (expected := name_problem(name)):
+                yield key, f"found {name!a:.80}; {expected}"
             elif name in taken:
-                problems.append((f"{key}.name", f"{name!r} is already the name of {taken[name]}"))
-            taken.setdefault(name, key)
-        return problems
+                yield key or "name", f"{name!r} is already the name of {taken[name]}"
+            taken.setdefault(name, what)
+
+    def _public_names(self) -> Iterator[tuple[str, str, str]]:
+        """Each name: where it is written ("": nowhere), the name, and what has it."""
+        yield "", self.base_name, "the base"
+        for i, other in enumerate(self.models):
+            # A path's last part, or a hub name, has told what it is; a name that was written has to be one.
+            yield f"models.{i}" + ".name" * (other.name is not None), other.base_name, f"models.{i}"
+        settings: list[tuple[str, ModelSettings]] = [("", self)]
+        settings += [(f"models.{i}.", block) for i, block in enumerate(self.models)]
+        for where, block in settings:
+            for i, alias in enumerate(block.aliases):
+                yield f"{where}aliases.{i}", alias, f"{where}aliases.{i}"
+            for i, adapter in enumerate(block.adapters):
+                yield f"{where}adapters.{i}.name", adapter.name, f"{where}adapters.{i}"
+        for i, each in enumerate(self.embedding_models):
+            yield f"embedding_models.{i}.name", each.name, f"embedding_models.{i}"
+        for i, experiment in enumerate(self.experiments):
+            yield f"experiments.{i}.name", experiment.name, f"experiments.{i}"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **changes: Any) -> ServeConfig:
@@ -430,13 +617,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **changes: Any)
     if not changed:
         return config
     added = tuple(AdapterConfig.model_validate(adapter) for adapter in changed.pop("adapters", ()))
-    merged = {**dict(config), **changed, "adapters": (*config.adapters, *added)}
+    models = tuple(ModelConfig.model_validate(model) for model in changed.pop("models", ()))
+    embedding = tuple(
+        EmbeddingModelConfig.model_validate(each) for each in changed.pop("embedding_models", ())
+    )
+    merged = {
+        **dict(config),
+        **changed,
+        "adapters": (*config.adapters, *added),
+        "models": (*config.models, *models),
+        "embedding_models": (*config.embedding_models, *embedding),
+    }
     return _checked(merged)
 
 
 def _checked(fields: dict[str, Any]) -> ServeConfig:
-    from pydantic import ValidationError
-
     try:
         return ServeConfig.model_validate(fields)
     except ValidationError as error:
@@ -456,27 +651,41 @@ def _quoted(text: str) -> str:
 
 def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
     """Paths that the file wrote, relative to it. What it left out (a hub name, the default store) stays."""
-    changes: dict[str, Any] = {
-        "adapters": tuple(
-            adapter.model_copy(update={"path": _under(folder, adapter.path)}) for adapter in config.adapters
-        )
-    }
-    if config.allowed_adapter_roots is not None:
-        changes["allowed_adapter_roots"] = tuple(_under(folder, r) for r in config.allowed_adapter_roots)
-    changes["adapter_watch"] = tuple(_under(folder, watched) for watched in config.adapter_watch)
-    if config.allowed_media_roots is not None:
-        changes["allowed_media_roots"] = tuple(_under(folder, r) for r in config.allowed_media_roots)
-    if config.adapter_dirs:
-        changes["adapter_dirs"] = tuple(_under(folder, each) for each in config.adapter_dirs)
-    for key in ("prefix_cache_dir", "feature_cache_dir"):
+    changes = _resolved(config, folder)
+    changes["models"] = tuple(block.model_copy(update=_resolved(block, folder)) for block in config.models)
+    for key in OPERATING_PATHS:
         if (path := getattr(config, key)) is not None:
             changes[key] = _under(folder, path)
-    changes["model"] = _model_under(folder, config.model)
-    if isinstance(config.drafter, ModelDrafter | HeadsDrafter):
-        changes["drafter"] = _drafter_under(folder, config.drafter)
+    changes["model_dirs"] = tuple(_under(folder, each) for each in config.model_dirs)
+    if config.allowed_adapter_roots is not None:
+        changes["allowed_adapter_roots"] = tuple(_under(folder, r) for r in config.allowed_adapter_roots)
+    if config.allowed_media_roots is not None:
+        changes["allowed_media_roots"] = tuple(_under(folder, r) for r in config.allowed_media_roots)
+    changes["embedding_models"] = tuple(
+        each.model_copy(update={"model": _model_under(folder, each.model)})
+        for each in config.embedding_models
+    )
     if "store" in config.model_fields_set and config.store.startswith(SQLITE_PREFIX):
         changes["store"] = SQLITE_PREFIX + str(_under(folder, Path(config.store[len(SQLITE_PREFIX) :])))
     return config.model_copy(update=changes)
+
+
+def _resolved(settings: ModelSettings, folder: Path) -> dict[str, Any]:
+    """The same of one model's; what it does not write is not there."""
+    changes: dict[str, Any] = {"model": _model_under(folder, settings.model)}
+    if settings.adapters:
+        changes["adapters"] = tuple(
+            adapter.model_copy(update={"path": _under(folder, adapter.path)}) for adapter in settings.adapters
+        )
+    for key in ("adapter_watch", "adapter_dirs"):
+        if paths := getattr(settings, key):
+            changes[key] = tuple(_under(folder, each) for each in paths)
+    for key in ("prefix_cache_dir", "feature_cache_dir"):
+        if (path := getattr(settings, key)) is not None:
+            changes[key] = _under(folder, path)
+    if isinstance(settings.drafter, ModelDrafter | HeadsDrafter):
+        changes["drafter"] = _drafter_under(folder, settings.drafter)
+    return changes
 
 
 def _under(folder: Path, path: Path) -> Path:

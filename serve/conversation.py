@@ -10,22 +10,23 @@ from __future__ import annotations
 import base64
 import json
 import mimetypes
+import os
 import re
 import shlex
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from serve.errors import RequestError, StoppedError
-from serve.remote import EventData, connect, message_of, refusal, trouble
+from serve.errors import NotFoundError, RequestError, StorageError
+from serve.remote import served_parents
+from serve.remote_adapters import RemoteAdapters
+from serve.remote_answer import CHAT, RemoteAnswer, Thought
 
 Message = Mapping[str, Any]
 HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 ADDRESS = re.compile(r"(https?://|data:)", re.IGNORECASE)
-MAX_PICTURE_MIB = 64
+MAX_FILE_MIB = 64
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,6 @@ class _Turn:
         return {"role": "user", "content": [*shown, {"type": "text", "text": _encodable(self.text)}]}
 
 
-class Thought(str):
-    """A piece of what was thought before the answer."""
-
-
 class Conversation:
     """The messages so far, and how to get the next one."""
 
@@ -71,7 +68,7 @@ class Conversation:
         self.num_asked = 0
         """How often the server was asked for an answer."""
         self._speaker = speaker
-        self._opening: tuple[Message, ...] = (_message("system", system),) if system else ()
+        self._opening = _opening(system)
         self._last: _Turn | None = None
         self._shown: tuple[str, ...] = ()  # with the next turn
         self.messages: tuple[Message, ...] = self._opening
@@ -81,6 +78,55 @@ class Conversation:
         """True when there is something that `retry` would ask again."""
         return self._last is not None
 
+    @property
+    def system(self) -> str | None:
+        """The system prompt; setting it changes what the next turn is asked under, and forgets nothing."""
+        return str(self._opening[0]["content"]) if self._opening else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        num_before, self._opening = len(self._opening), _opening(text)
+        self.messages = (*self._opening, *self.messages[num_before:])
+        if self._last is not None:
+            self._last = replace(self._last, before=(*self._opening, *self._last.before[num_before:]))
+
+    def served(self) -> dict[str, str | None]:
+        """The server's models, and which of them each stands on, if any. Raises ConfigError."""
+        return served_parents(self._speaker.url, self._speaker.api_key)
+
+    def switch(self, adapter: str | None) -> None:
+        """Let another adapter answer from here on, or the base of the one that does (None). NotFoundError."""
+        served = self.served()
+        if adapter is None:
+            self.model = served.get(self.model.partition("@")[0]) or self.model
+        elif served.get(adapter.partition("@")[0]):
+            self.model = adapter
+        else:
+            known = [name for name, parent in served.items() if parent]
+            raise NotFoundError(f"no adapter {adapter!r} is loaded; found: {', '.join(known) or 'none'}")
+
+    def load(self, name: str, path: str) -> None:
+        """Load an adapter into the server, over an earlier one of that name, and switch to it."""
+        RemoteAdapters(self._speaker.url, self._speaker.api_key).load(name, path, replace=True)
+        self.switch(name)
+
+    def save(self, path: Path) -> None:
+        """Append the messages as a row, as recipes take it: {"messages": […]} on a line of its own.
+
+        RequestError if nothing was said, StorageError if the file cannot be written.
+        """
+        if self.messages == self._opening:
+            raise RequestError("nothing has been said yet")
+        row = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
+        try:
+            with path.open("ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    row = row if file.read(1) == b"\n" else "\n" + row
+                file.write(row.encode())
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written: {error}") from error
+
     def reset(self) -> None:
         """Forget everything but the system prompt."""
         self.messages = self._opening
@@ -88,7 +134,7 @@ class Conversation:
 
     def show(self, picture: str) -> None:
         """Send this picture with the next turn: an http(s) address, or a file. RequestError if it cannot be read."""
-        self._shown = (*self._shown, picture if ADDRESS.match(picture) else _data_uri(picture))
+        self._shown = (*self._shown, address_of(picture))
 
     def say(self, text: str) -> Generator[str, None, None]:
         """Send the next user turn and yield the answer's pieces as they come, Thoughts among them.
@@ -111,75 +157,46 @@ class Conversation:
         self._last, self.finish = turn, None
         self.num_asked += 1
         asked = (*turn.before, turn.message)
+        answer = self._answering(asked)
         pieces: list[str] = []
         try:
-            for piece in self._stream(asked):
+            for piece in answer:
                 pieces.append(piece)
                 yield piece
         finally:
+            self.finish = answer.finish
             if pieces or self.finish is not None:
                 self.messages = (*asked, _answer(pieces))
 
-    def _stream(self, messages: Sequence[Message]) -> Iterator[str]:
-        model = _encodable(self.model)
-        body = {"model": model, "messages": messages, "stream": True, **self._speaker.sampling}
-        try:
-            with (
-                connect(self._speaker.url, self._speaker.api_key) as http,
-                http.stream("POST", "/v1/chat/completions", json=body) as response,
-            ):
-                if response.status_code != 200:
-                    raise refusal(response.status_code, response.read().decode(errors="replace"))
-                yield from self._pieces(response)
-        except httpx.HTTPError as error:
-            raise StoppedError(f"{self._speaker.url}: {trouble(error)}") from error
-
-    def _pieces(self, response: httpx.Response) -> Iterator[str]:
-        events = EventData()
-        for some in response.iter_bytes():
-            for data in events.feed(some):
-                for choice in _choices(data):
-                    self.finish = choice.get("finish_reason") or self.finish
-                    delta = choice.get("delta") or {}
-                    thought = delta.get("reasoning_content") or delta.get("reasoning")
-                    if thought:
-                        yield Thought(thought)
-                    if content := delta.get("content"):
-                        yield str(content)
-        if self.finish is None and not events.is_done:
-            raise StoppedError(f"{self._speaker.url}: the stream ended before the answer did")
-        self.finish = self.finish or "stop"
+    def _answering(self, messages: Sequence[Message]) -> RemoteAnswer:
+        speaker = self._speaker
+        body = {"model": _encodable(self.model), "messages": messages, **speaker.sampling}
+        return RemoteAnswer(speaker.url, CHAT, body, speaker.api_key)
 
 
-def _choices(data: str) -> Sequence[Mapping[str, Any]]:
-    try:
-        chunk = json.loads(data)
-        error, choices = chunk.get("error"), chunk.get("choices")
-    except (ValueError, AttributeError):
-        raise StoppedError(f"the server's stream cannot be read: {data[:200]}") from None
-    if error:
-        raise StoppedError(message_of(data))
-    return choices or ()
+def address_of(typed: str) -> str:
+    """An address as it is; a file as an address that holds its bytes. RequestError if it cannot be read."""
+    if ADDRESS.match(typed):
+        return typed
+    kind = mimetypes.guess_type(path_of(typed).name)[0] or "application/octet-stream"
+    return f"data:{kind};base64,{encoded(typed)}"
 
 
-def _data_uri(typed: str) -> str:
-    """The file's bytes, as an address that holds them."""
-    path = _path(typed)
+def encoded(typed: str) -> str:
+    """A file's bytes in base64. RequestError if it cannot be read."""
+    path = path_of(typed)
     try:
         size = path.stat().st_size
-        if size > MAX_PICTURE_MIB * 2**20:
-            raise RequestError(f"{path}: found {size / 2**20:,.0f} MiB; at most {MAX_PICTURE_MIB} are sent")
-        content = base64.b64encode(path.read_bytes()).decode()
+        if size > MAX_FILE_MIB * 2**20:
+            raise RequestError(f"{path}: found {size / 2**20:,.0f} MiB; at most {MAX_FILE_MIB} are sent")
+        return base64.b64encode(path.read_bytes()).decode()
     except (OSError, ValueError) as error:
         if isinstance(error, RequestError):
             raise
-        raise RequestError(
-            f"{typed}: cannot be read: {error}; expected a picture's file or address"
-        ) from None
-    return f"data:{mimetypes.guess_type(path.name)[0] or 'application/octet-stream'};base64,{content}"
+        raise RequestError(f"{typed}: cannot be read: {error}; expected a file or an address") from None
 
 
-def _path(typed: str) -> Path:
+def path_of(typed: str) -> Path:
     """A path as people write it, or as terminals do for a file dropped on them: quoted, or with escaped spaces."""
     try:
         path = Path(typed).expanduser()
@@ -195,6 +212,10 @@ def _answer(pieces: Sequence[str]) -> Message:
     thought = "".join(piece for piece in pieces if isinstance(piece, Thought))
     message = _message("assistant", said)
     return {**message, "reasoning_content": _encodable(thought)} if thought else message
+
+
+def _opening(system: str | None) -> tuple[Message, ...]:
+    return (_message("system", system),) if system else ()
 
 
 def _message(role: str, content: str) -> Message:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib.util
 import os
 import platform
@@ -103,6 +104,21 @@ def give_back_freed_memory() -> None:
     """Give the system what `keep_freed_memory` has kept: for when nothing is computed for a while."""
     if keep_freed_memory():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back_all_memory(*, thaws: bool = False) -> None:
+    """Give the system what nothing refers to any more, be it in cycles, and what MLX has kept of it: for when a model
+    has left.
+
+    thaws  it may have been set aside from collection
+    """
+    import mlx.core as mx
+
+    if thaws:
+        gc.unfreeze()
+    gc.collect()
+    mx.clear_cache()
+    give_back_freed_memory()
 
 
 @cache
@@ -226,6 +242,25 @@ def matmul_gflops(size: int = 1024, repeats: int = 3) -> float:
         mx.eval(a @ b)
         best_s = min(best_s, time.perf_counter() - start_s)
     return 2 * size**3 / best_s / 1e9
+
+
+def weights_gb_s(mib: int = 256, repeats: int = 3) -> float:
+    """Measured rate at which one token's product reads float32 weights, best of `repeats`, in 10^9 bytes a second.
+
+    That is what bounds a single stream: it reads all weights for each token.
+    """
+    import mlx.core as mx
+
+    num_inputs = 4096
+    weights = mx.random.normal((mib * 2**20 // 4 // num_inputs, num_inputs))
+    token = mx.random.normal((1, num_inputs))
+    mx.eval(weights, token, token @ weights.T)
+    best_s = float("inf")
+    for _ in range(repeats):
+        start_s = time.perf_counter()
+        mx.eval(token @ weights.T)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return mib * 2**20 / best_s / 1e9
 
 
 def describe() -> Device:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from serve import device
+from serve import device, hardware
 from serve.tables import Table, words
 from serve.tables import show as show_tables
 
@@ -61,6 +61,9 @@ class Diagnosis:
     matmul_gflops: float
     reference_gflops: float | None
     """What mlx reaches here without Lathe's set-up; None where Lathe changes nothing."""
+    weights_gb_s: float
+    """At which one token's product reads weights, in 10^9 bytes a second."""
+    hardware: hardware.Hardware
     packages: dict[str, str | None]
     embedded_model: str | None
     findings: tuple[Finding, ...]
@@ -93,6 +96,8 @@ def diagnose(embedded_model: Path) -> Diagnosis:
         device=described,
         matmul_gflops=rate,
         reference_gflops=reference,
+        weights_gb_s=device.weights_gb_s(),
+        hardware=hardware.describe(),
         packages=packages,
         embedded_model=str(embedded_model) if has_model else None,
         findings=tuple(findings),
@@ -163,16 +168,20 @@ def _version(name: str) -> str | None:
 
 def show(found: Diagnosis, console: Console) -> None:
     """Print the diagnosis."""
-    machine = found.device
+    machine, made_of = found.device, found.hardware
     drawn = Table("what", words("found"), has_headings=False)
     rows = {
         "machine": f"{machine.system}, {machine.machine}",
-        "chip": machine.chip,
-        "memory": _gib(machine.memory_bytes),
+        "model": made_of.model,
+        "chip": machine.chip if machine.chip == made_of.chip else f"{machine.chip}, {made_of.chip}",
+        "cores": _cores_line(made_of),
+        "memory": _memory_line(machine.memory_bytes, made_of),
+        **_gpu_lines(made_of),
         "GPU memory": _gib(machine.gpu_memory_bytes) if machine.gpu_memory_bytes else None,
         "MLX": f"{machine.mlx_version}, {machine.backend} backend",
         "BLAS": machine.blas,
         "matmul": _rate_line(found),
+        "weights are read": f"at {found.weights_gb_s:.1f} GB/s by one token's product, which bounds a stream",
         "computes in": machine.dtype_policy,
         "Python": sys.version.split()[0],
         "packages": ", ".join(f"{name} {version}" for name, version in found.packages.items() if version),
@@ -183,6 +192,44 @@ def show(found: Diagnosis, console: Console) -> None:
             drawn.add(Text(name, style="bold"), value)
     problems = [Text(f"{each.what}\n  {each.remedy}", style="yellow") for each in found.findings]
     show_tables(console, drawn, *(problems or [Text("Nothing is missing.", style="green")]))
+
+
+def _cores_line(made_of: hardware.Hardware) -> str | None:
+    if made_of.cores is None and made_of.threads is None:
+        return None
+    kinds = " and ".join(f"{count} {name}" for name, count in made_of.core_kinds)
+    parts = [f"{made_of.cores}" if made_of.cores is not None else ""]
+    parts[0] += f" ({kinds})" if kinds else ""
+    if made_of.threads not in (None, made_of.cores):
+        parts.append(f"{made_of.threads} threads")
+    if made_of.usable_cpus is not None:
+        parts.append(f"{made_of.usable_cpus} of them for this process")
+    return ", ".join(part for part in parts if part)
+
+
+def _memory_line(memory_bytes: int, made_of: hardware.Hardware) -> str:
+    parts = [_gib(memory_bytes)]
+    if made_of.memory_limit_bytes is not None:
+        parts.append(f"{_gib(made_of.memory_limit_bytes)} of them for this container")
+    if made_of.bandwidth_gb_s is not None:
+        parts.append(f"{made_of.bandwidth_gb_s:g} GB/s by its maker")
+    return ", ".join(parts)
+
+
+def _gpu_lines(made_of: hardware.Hardware) -> dict[str, str]:
+    """A row a GPU, as they are numbered."""
+    rows = {}
+    for number, gpu in enumerate(made_of.gpus):
+        parts = [
+            gpu.name,
+            f"{gpu.cores} cores" if gpu.cores else "",
+            _gib(gpu.memory_bytes) if gpu.memory_bytes else "",
+            f"{gpu.bandwidth_gb_s:,.0f} GB/s by its maker" if gpu.bandwidth_gb_s else "",
+            gpu.capability or "",
+            f"driver {gpu.driver}" if gpu.driver else "",
+        ]
+        rows["GPU" if len(made_of.gpus) == 1 else f"GPU {number}"] = ", ".join(filter(None, parts))
+    return rows
 
 
 def _rate_line(found: Diagnosis) -> str:

@@ -4,18 +4,23 @@ LatheError                        500 internal_error
 ├── ConfigError (ValueError)      400 invalid_config
 ├── DataError (ValueError)        400 invalid_data
 ├── ModelError (ValueError)       400 invalid_model
+├── ModelLoadError (RuntimeError) 503 model_load_failed
 ├── AdapterError (ValueError)     400 invalid_adapter
 ├── AdapterMemoryError (MemoryError) 507 adapter_memory
 ├── AdapterGoneError (LookupError) 410 adapter_gone
 ├── RequestError (ValueError)     400 invalid_request_error
 │   └── ContextLengthError        400 context_length_exceeded
 ├── NotFoundError (LookupError)   404 model_not_found
+│   └── ResponseNotFoundError     404 response_not_found
+├── AuthenticationError (PermissionError) 401 invalid_api_key
 ├── ForbiddenError (PermissionError) 403 forbidden
 ├── OverloadedError (RuntimeError) 503 overloaded
-│   └── TenantLimitError          429 rate_limit_exceeded
+│   ├── TenantLimitError          429 rate_limit_exceeded
+│   └── DrainingError             503 draining
 ├── DeadlineError (TimeoutError)  504 deadline_exceeded
 ├── StoppedError (RuntimeError)   503 engine_stopped
 ├── GenerationError (RuntimeError) 500 generation_failed
+├── ToolServerError (RuntimeError) 424 tool_server_failed
 ├── TrainingError (RuntimeError)  500 training_failed
 └── StorageError (OSError)        507 storage_failed
 """
@@ -49,6 +54,17 @@ class ModelError(LatheError, ValueError):
 
     status = 400
     code = "invalid_model"
+
+
+class ModelLoadError(LatheError, RuntimeError):
+    """A base that the server is to have and could not load; the next request has it tried again. `problem` is why."""
+
+    status = 503
+    code = "model_load_failed"
+
+    def __init__(self, message: str, problem: LatheError | None = None) -> None:
+        super().__init__(message)
+        self.problem = problem
 
 
 class AdapterError(LatheError, ValueError):
@@ -96,8 +112,22 @@ class NotFoundError(LatheError, LookupError):
     code = "model_not_found"
 
 
+class ResponseNotFoundError(NotFoundError):
+    """No response of that id: it was never stored, or is stored no more."""
+
+    code = "response_not_found"
+    param = "response_id"
+
+
+class AuthenticationError(LatheError, PermissionError):
+    """A request without a key that this server knows."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
 class ForbiddenError(LatheError, PermissionError):
-    """The server does not read that path."""
+    """The server does not read that path, or not for that key."""
 
     status = 403
     code = "forbidden"
@@ -115,10 +145,16 @@ class OverloadedError(LatheError, RuntimeError):
 
 
 class TenantLimitError(OverloadedError):
-    """One tenant asks for more at once than it may; others are served."""
+    """One tenant, or one key, asks for more than it may; others are served."""
 
     status = 429
     code = "rate_limit_exceeded"
+
+
+class DrainingError(OverloadedError):
+    """The server is about to end, and takes nothing new."""
+
+    code = "draining"
 
 
 class DeadlineError(LatheError, TimeoutError):
@@ -139,6 +175,13 @@ class GenerationError(LatheError, RuntimeError):
     """One row could not go on (not-a-number logits, text that cannot be read); the others are untouched."""
 
     code = "generation_failed"
+
+
+class ToolServerError(LatheError, RuntimeError):
+    """An MCP server that a request asks for does not answer."""
+
+    status = 424
+    code = "tool_server_failed"
 
 
 class TrainingError(LatheError, RuntimeError):

@@ -121,7 +121,12 @@ def _listed(url: str, api_key: str | None) -> list[dict[str, Any]]:
 
 def served_adapters(url: str, api_key: str | None = None) -> list[str]:
     """Those of its models that say they stand on another one, in its order. Raises ConfigError."""
-    return [str(entry["id"]) for entry in _listed(url, api_key) if entry.get("parent")]
+    return [name for name, parent in served_parents(url, api_key).items() if parent]
+
+
+def served_parents(url: str, api_key: str | None = None) -> dict[str, str | None]:
+    """Its models in its order, each with the one that it stands on, if any. Raises ConfigError."""
+    return {str(entry["id"]): entry.get("parent") for entry in _listed(url, api_key)}
 
 
 def choose_model(url: str, model: str | None, api_key: str | None = None) -> str:
@@ -148,9 +153,40 @@ def trouble(error: httpx.HTTPError) -> str:
 def refusal(status: int, body: str) -> LatheError:
     """The error that an HTTP answer other than 200 is; what the server says is its message."""
     message = message_of(body) or f"the server answered {status} and said nothing"
+    if told := _told(body, message, status):
+        return told
+    if status == 404:
+        return NotFoundError(message)
     if status == 429:
         return OverloadedError(message)
     return StoppedError(message) if status >= 500 else RequestError(message)
+
+
+def failure(data: str) -> LatheError:
+    """The error that a stream holds."""
+    return _told(data, message_of(data)) or StoppedError(message_of(data))
+
+
+def _told(body: str, message: str, status: int | None = None) -> LatheError | None:
+    """The error of ours whose code the body has, and whose status it came with; None where there is none."""
+    try:
+        error = json.loads(body)["error"]
+        code, param = error.get("code"), error.get("param")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    kind = next((each for each in _kinds(LatheError) if each.code == code), None)
+    if kind is None or status not in (None, kind.status):
+        return None
+    made = kind(message)
+    if isinstance(made, RequestError):
+        made.param = param
+    return made
+
+
+def _kinds(kind: type[LatheError]) -> Iterator[type[LatheError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _kinds(child)
 
 
 def message_of(body: str) -> str:

@@ -1,11 +1,12 @@
-"""A serving configuration in, everything that answers requests out: model, engine, adapters, template, experiments.
+"""A model's serving configuration in, everything that answers its requests out: engine, adapters, template.
 
-Knows no HTTP. One Runtime a process is the usual number, but nothing here is global.
+Knows no HTTP. A process may have several, each with an engine's thread of its own; nothing here is global.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +22,25 @@ from serve.engine.gains import Gains
 from serve.engine.worker import Worker
 from serve.errors import AdapterError
 from serve.experiments.recorder import Recorder
-from serve.experiments.store import Run, Store
+from serve.experiments.served import ServedExperiments
+from serve.experiments.store import Run
 from serve.model.generation_config import SamplingDefaults, read_defaults
 from serve.model.loading import LoadedModel, load
 from serve.model.template import ChatTemplate
 from serve.model.template_rules import TemplateRules, make_template
 from serve.model.thoughts import ThoughtRules
 from serve.sight import Blind, Sight, sight_of
+from serve.tools.rules import ToolRules
 
 AHEAD: Mapping[str, bool | None] = {"auto": None, "on": True, "off": False}
 """What one_step_ahead means to the engine."""
+LEAST_SHARE_OF_ROWS = 0.1
+"""Of one of several models' memory, whatever its weights take."""
+
+
+def rows_of_share(num_bytes: int, weight_bytes: int) -> int:
+    """Of what one of several models may take, the part that its rows, caches and adapters have."""
+    return max(num_bytes - weight_bytes, int(num_bytes * LEAST_SHARE_OF_ROWS))
 
 
 @dataclass(frozen=True)
@@ -45,18 +55,31 @@ class Runtime:
     """The base's."""
     sight: Sight | Blind
     """How what requests show is looked at."""
-    experiments: Mapping[str, Run]
-    """By public name."""
-    recorder: Recorder | None
-    """None without experiments."""
+    served_experiments: ServedExperiments
     resolver: Resolver
     """Where names that nobody loaded are looked up."""
     sampling_defaults: SamplingDefaults
     """Of requests that say nothing."""
     thoughts: ThoughtRules
     """By which marks thoughts are told from answers."""
+    weight_bytes: int
+    """Of the base alone."""
+    tools: ToolRules
+    """By which marks calls of tools are told from answers."""
     watch: AdapterWatch | None = None
     """None where no folder is watched."""
+    owns_experiments: bool = True
+    """They end with it; else they are those of several models."""
+
+    @property
+    def experiments(self) -> Mapping[str, Run]:
+        """By public name."""
+        return self.served_experiments.runs
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """None without experiments."""
+        return self.served_experiments.recorder
 
     @property
     def registry(self) -> Registry:
@@ -80,8 +103,17 @@ class Runtime:
         return self.engine.max_context
 
     @classmethod
-    def start(cls, config: ServeConfig) -> Runtime:
-        """Load the model and the adapters, open the store, start the engine's thread. Raises LatheError."""
+    def start(
+        cls,
+        config: ServeConfig,
+        experiments: ServedExperiments | None = None,
+        memory_bytes: int | None = None,
+    ) -> Runtime:
+        """Load the model and the adapters, open the store, start the engine's thread. Raises LatheError.
+
+        experiments   those of a server of several models; None: the configuration's
+        memory_bytes  of weights, rows and caches together, where the configuration names no memory_budget_gib
+        """
         config.watch_roots  # noqa: B018 - before anything is loaded
         model = load(
             config.model,
@@ -90,35 +122,57 @@ class Runtime:
             dtype=config.dtype,
             quantize=config.quantize,
         )
-        return cls.around(model, config)
+        if memory_bytes is not None and config.memory_budget_gib is None:
+            left = rows_of_share(memory_bytes, model.network.num_bytes)
+            config = config.model_copy(update={"memory_budget_gib": left / 2**30})
+        return cls.around(model, config, experiments=experiments)
 
     @classmethod
-    def around(cls, model: LoadedModel, config: ServeConfig, gains: Gains | None = None) -> Runtime:
+    def around(
+        cls,
+        model: LoadedModel,
+        config: ServeConfig,
+        gains: Gains | None = None,
+        experiments: ServedExperiments | None = None,
+    ) -> Runtime:
         """As `start`, on a model that is loaded already and named config.base_name. `gains`: as Engine has it."""
         defaults = SamplingDefaults(**config.default_sampling.model_dump())
         if config.generation_config == "auto":
             defaults = defaults.over(read_defaults(model.path))
         rules = TemplateRules(config.special_tokens_in_messages)
         limits = _limits(config)
+        weight_bytes = model.network.num_bytes  # before adapters are beside them
         drafters = make_drafters(config.drafter, model, limits)
-        engine = Engine(model, limits, rules, drafters.by_name, drafters.default, gains)
-        engine.bank.measure()
-        template = make_template(model.tokenizer, rules)
-        thoughts = ThoughtRules(
-            model.tokenizer, config.reasoning_parser, config.thinking_start_token, config.thinking_end_token
-        )
-        thoughts.check(template, config.thinking_budget)
-        sight = sight_of(model, config)
-        for adapter in config.adapters:
-            engine.registry.load(adapter.name, adapter.path)
-        recorder = Recorder(Store(config.store)) if config.experiments else None
-        runs = [recorder.store.begin_run(each.build()) for each in config.experiments] if recorder else []
-        experiments = {run.experiment.name: run for run in runs}
-        watch = _watch_of(config, engine.registry, experiments)
-        worker = Worker(engine)
-        worker.start()
-        if watch is not None:
-            watch.start()
+        with ExitStack() as stack:
+            engine = Engine(model, limits, rules, drafters.by_name, drafters.default, gains)
+            stack.callback(engine.close)
+            engine.bank.measure()
+            template = make_template(model.tokenizer, rules)
+            thoughts = ThoughtRules(
+                model.tokenizer,
+                config.reasoning_parser,
+                config.thinking_start_token,
+                config.thinking_end_token,
+            )
+            thoughts.check(template, config.thinking_budget)
+            tools = ToolRules(model.tokenizer, config.tool_call_parser)
+            tools.of(template, has_channels=False)  # what it needs is imported here
+            sight = sight_of(model, config)
+            for adapter in config.adapters:
+                engine.registry.load(adapter.name, adapter.path)
+            owns_experiments = experiments is None
+            if experiments is None:
+                experiments = ServedExperiments.open(
+                    [each.build() for each in config.experiments], config.store
+                )
+                stack.callback(experiments.close)
+            watch = _watch_of(config, engine.registry, experiments.runs)
+            worker = Worker(engine)
+            worker.start()
+            stack.callback(worker.stop)
+            if watch is not None:
+                watch.start()
+            stack.pop_all()
         resolver = Resolver(engine.registry, config.adapter_dirs, config.adapter_hub)
         return cls(
             config,
@@ -128,21 +182,28 @@ class Runtime:
             template,
             sight,
             experiments,
-            recorder,
             resolver,
             defaults,
             thoughts,
+            weight_bytes,
+            tools,
             watch,
+            owns_experiments,
         )
 
-    def close(self) -> None:
-        """Stop the engine's thread, whose open requests end with an error, and finish writing."""
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights, and of what rows, caches and adapters may take beside them."""
+        return self.weight_bytes + self.engine.memory.total
+
+    def close(self, reason: str = "the server is shutting down") -> None:
+        """Stop the engine's thread, whose open requests end with an error that says why, and finish writing."""
         if self.watch is not None:
             self.watch.close()
-        self.worker.stop()
+        self.worker.stop(reason)
         self.engine.close()
-        if self.recorder is not None:
-            self.recorder.close()
+        if self.owns_experiments:
+            self.served_experiments.close()
 
 
 def _watch_of(config: ServeConfig, registry: Registry, experiments: Mapping[str, Run]) -> AdapterWatch | None:

@@ -303,7 +303,7 @@ def _explain(
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, Problems):
             for name, message in cause.problems:
-                inner = (*key, *name.split("."))
+                inner = (*key, *(int(part) if part.isdigit() else part for part in name.split(".")))
                 yield f"{document.origin(inner)}: {_dotted(inner)}: {message}"
         elif item["type"] == "extra_forbidden":
             yield f"{document.origin(key)}: {_dotted(key)}: unknown key{_hint(str(key[-1]), models, known)}"

@@ -198,7 +198,7 @@ def test_every_file_opens_by_saying_what_it_is(path):
     if tree.body:
         said = ast.get_docstring(tree)
         assert said
-        assert len(said.splitlines()) <= 25
+        assert len(said.splitlines()) <= 30
 
 
 def test_readmes_tree_has_a_line_for_every_file_and_none_for_files_that_are_gone():

@@ -27,6 +27,7 @@ COMMANDS = (
     "runs",
     "serve",
     "chat",
+    "generate",
     "ab",
     "ab report",
     "ab runs",
@@ -137,7 +138,11 @@ def test_no_commands_help_loads_mlx():
 
 def test_the_flags_of_serve_are_keys_of_its_configuration():
     flags = {each.name: each for each in typer.main.get_command(lathe.app).commands["serve"].params}
-    flags = {name: each for name, each in flags.items() if name not in ("model", "adapter", "overrides")}
+    flags = {
+        name: each
+        for name, each in flags.items()
+        if name not in ("model", "adapter", "embedding_model", "also", "overrides")
+    }
     for name, key in serving.KEYS_OF.items():
         assert not flags.pop(name).default, "what is not given is the file's"
         group, _, inside = key.rpartition(".")
@@ -161,6 +166,12 @@ def test_the_flags_of_serve_are_keys_of_its_configuration():
 
 
 FLAGS_GIVEN = {
+    "alias": ["gpt-4o", "other"],
+    "model_dir": [Path("d")],
+    "max_loaded_models": 3,
+    "models_budget_gib": 4.0,
+    "idle_unload_s": 9.0,
+    "context_overflow": "truncate",
     "adapter_watch": [Path("w")],
     "memory_budget_gib": 3.0,
     "prefix_cache_gib": 0.5,
@@ -194,6 +205,8 @@ FLAGS_GIVEN = {
     "reasoning_parser": "deepseek_r1",
     "enable_thinking": True,
     "thinking_budget": 0,
+    "tool_call_parser": "hermes",
+    "mcp_servers": Path("m"),
     "thinking_start_token": "<a>",
     "thinking_end_token": "</a>",
 }
@@ -233,7 +246,8 @@ def test_every_flag_of_serve_arrives_in_its_key_and_no_other_key_changes():
                 each.absolute() for each in values
             ]
         else:
-            assert (found["kind"] if flag == "drafter" else found) == value, flag
+            wanted = tuple(value) if isinstance(value, list) else value
+            assert (found["kind"] if flag == "drafter" else found) == wanted, flag
         assert before == after, f"{flag} changes another key"
     assert serve_config("--no-enable-thinking").enable_thinking is False
 
@@ -266,6 +280,8 @@ BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\nite
         ("serve {tmp}/no-such-model", ("no-such-model",)),
         ("serve {tmp}/missing.yaml", ("missing.yaml",)),
         ("serve {tmp}/no-such-model --adapter nameless", ("NAME=PATH",)),
+        ("serve {tmp}/no-such-model --also =x", ("--also", "NAME=MODEL")),
+        ("serve {tmp}/no-such-model --also a=x --also a=y", ("models.1.name", "'a' is already the name")),
         (
             "serve {tmp}/no-such-model --kv-bits 7 --prefix-cache-disk-gib 1",
             ("kv_bits is 7", "prefix_cache_dir"),
@@ -279,6 +295,19 @@ BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\nite
         ("chat", ("--url",)),
         ("chat {tmp}/no-such-model", ("no-such-model",)),
         ("chat {tmp}/no-such-model --url http://127.0.0.1:1", ("--url",)),
+        ("chat --url http://127.0.0.1:1 --adapter a={tmp}", ("--adapter", "--model")),
+        ("generate --url http://127.0.0.1:1 -p hello", ("http://127.0.0.1:1", "lathe serve")),
+        ("generate -p hello", ("MODEL, --url",)),
+        ("generate {tmp}/no-such-model -p hello", ("no-such-model",)),
+        ("generate {tmp}/m -p hello --field =3", ("--field", "NAME=VALUE")),
+        ("generate {tmp}/m -p hello --chat-template-config []", ("--chat-template-config", "JSON object")),
+        ("generate {tmp}/m -p hello --image {tmp}/none.png", ("none.png", "cannot be read")),
+        ("generate {tmp}/m -p hello --ignore-chat-template --system be", ("--system", "of chats")),
+        (
+            "generate {tmp}/m -p hello --json /dev/null/answer.json",
+            ("/dev/null/answer.json", "cannot be written"),
+        ),
+        ("generate --url http://127.0.0.1:1 -p hello --set max_rows=3", ("--set", "loaded here")),
         ("ab report nothing --store sqlite:///{tmp}/none.sqlite", ("none.sqlite",)),
         ("ab runs nothing --store sqlite:///{tmp}/none.sqlite", ("none.sqlite",)),
         ("ab drop nothing --outcome x --store sqlite:///{tmp}/none.sqlite", ("none.sqlite",)),
@@ -304,6 +333,8 @@ BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\nite
         ("bench serve --model ,", ("--model", "a,b,c")),
         ("bench serve --prefix-tokens 64", ("--prefix-tokens", "--num-prefixes")),
         ("bench serve --prefix-zipf 2", ("--prefix-zipf", "--num-prefixes")),
+        ("bench serve --frames 3", ("--frames", "--videos")),
+        ("bench serve --images 1 --endpoint completions", ("--images", "chats")),
         ("bench serve --set max_rows=3", ("--set", "--start")),
         ("bench serve --start tiny --url http://127.0.0.1:1", ("--start", "--url")),
         ("bench serve --png /dev/null/picture.png", ("--png", "/dev/null/picture.png")),
@@ -366,6 +397,9 @@ def test_doctor_measures_the_machine_and_writes_every_number(tmp_path):
     assert numbers["matmul_gflops"] > 0
     assert numbers["device"]["memory_bytes"] > 2**28
     assert numbers["packages"]["mlx-lm"]
+    assert numbers["weights_gb_s"] > 0
+    assert numbers["hardware"]["chip"] in done.stdout
+    assert numbers["hardware"]["memory_bytes"] > 2**28
     for shown in (numbers["device"]["mlx_version"], f"{numbers['matmul_gflops']:.1f} GFLOP/s"):
         assert shown in done.stdout
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 import lathe
-from serve import combinations, doctor, remote_adapters
+from serve import combinations, doctor, hardware, remote_adapters
 from serve.adapters.tools import difference, extraction, inspection
 from serve.bench import compare as serve_compare
 from serve.bench import conversations, finding, mixtures, step
@@ -146,13 +146,25 @@ def diagnosis() -> Case:
     told |= {"mlx_version": "0.32.4", "backend": "cpu", "blas": f"OpenBLAS in /opt/{LONGER}/libopenblas.so"}
     device = Device(**{**vars_of(device), **told, "dtype_policy": "float32"})
     findings = (doctor.Finding(f"no model in /opt/{LONGER}", f"pip install {LONG}"),)
-    found = doctor.Diagnosis(device, 123_456.7, 1234.5, {LONG: "1.2.3"}, f"/data/{LONGER}", findings)
+    gpus = (
+        hardware.Gpu(f"NVIDIA {LONG}", 132, 2**40, 4812.3, "580.65.06", "9.0"),
+        hardware.Gpu("another", 1),
+    )
+    made_of = hardware.Hardware(
+        f"AMD {LONG}", "a board", 12, (("super", 4), ("performance", 8)), 96, 3, 2**47, 2**33, 153.5, gpus
+    )
+    found = doctor.Diagnosis(
+        device, 123_456.7, 1234.5, 987.6, made_of, {LONG: "1.2.3"}, f"/data/{LONGER}", findings
+    )
     must = [
         LONG,
         f"/opt/{LONGER}/libopenblas.so",
         "125952.0",
         "123456.7",
         "1234.5",
+        "987.6",
+        *("board", "super", "performance)", "96", "8.0", "153.5", "132", "1024.0", "4,812", "580.65.06"),
+        "another",
         f"/data/{LONGER}",
         "1.2.3",
     ]

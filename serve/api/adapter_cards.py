@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from serve.adapters.registry.registry import ShownName, ShownVersion
@@ -14,29 +15,34 @@ STATES = {"host": "host", "file": "disk", "source": "disk", "gone": "gone"}
 """Of a version that has no slot, by where its content is."""
 
 
-def listing(runtime: Runtime) -> dict[str, Any]:
-    """Every adapter, and what all of them take. Blocks: it asks the disk."""
-    registry, stats = runtime.registry, runtime.registry.residency.stats()
+def listing(runtimes: Sequence[Runtime]) -> dict[str, Any]:
+    """Every adapter of these bases, and what all of them take. Blocks: it asks the disk."""
+    stats = [runtime.registry.residency.stats() for runtime in runtimes]
     cards = []
-    for name in (*registry.names(), *registry.combinations()):
-        shown = registry.find(name)
-        if shown is not None:  # it may have been unloaded meanwhile
-            cards.append(_card(runtime, shown))
+    for runtime in runtimes:
+        for name in (*runtime.registry.names(), *runtime.registry.combinations()):
+            shown = runtime.registry.find(name)
+            if shown is not None:  # it may have been unloaded meanwhile
+                cards.append(_card(runtime, shown))
     return {
         "object": "list",
         "data": cards,
-        "slots": {"max": stats.num_slots, "taken": stats.num_seated, "awaited": stats.num_wanted},
-        "bytes": {
-            "device": runtime.engine.bank.num_bytes,
-            "device_budget": registry.max_bytes,
-            "host": stats.host_bytes,
-            "files": stats.file_bytes,
+        "slots": {
+            "max": sum(each.num_slots for each in stats),
+            "taken": sum(each.num_seated for each in stats),
+            "awaited": sum(each.num_wanted for each in stats),
         },
-        "hits": stats.num_hits,
-        "misses": stats.num_misses,
-        "loads": stats.num_loads,
-        "evicted": stats.num_evicted,
-        "failed": stats.num_failed,
+        "bytes": {
+            "device": sum(runtime.engine.bank.num_bytes for runtime in runtimes),
+            "device_budget": sum(runtime.registry.max_bytes for runtime in runtimes),
+            "host": sum(each.host_bytes for each in stats),
+            "files": sum(each.file_bytes for each in stats),
+        },
+        "hits": sum(each.num_hits for each in stats),
+        "misses": sum(each.num_misses for each in stats),
+        "loads": sum(each.num_loads for each in stats),
+        "evicted": sum(each.num_evicted for each in stats),
+        "failed": sum(each.num_failed for each in stats),
     }
 
 

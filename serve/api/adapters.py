@@ -6,92 +6,127 @@ Streams go on meanwhile.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 
 from serve.adapters.formats.files import find_files, located
 from serve.adapters.versions.version import AdapterVersion
 from serve.api.adapter_cards import adapter_card, listing
+from serve.api.admin import ADMIN
+from serve.api.bases import Base
 from serve.api.body import JsonRoute
-from serve.api.errors import error_response
+from serve.api.errors import openai_error
 from serve.api.schemas import LoadAdapterBody, PinAdapterBody, RollbackBody, UnloadAdapterBody
-from serve.api.services import ServicesDep
+from serve.api.state import AppState, StateDep, held_base
 from serve.config import ServeConfig
 from serve.errors import AdapterError, ForbiddenError, NotFoundError, RequestError
 from serve.runtime import Runtime
 
 MAX_PATH_CHARS = 200
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=JsonRoute, dependencies=[ADMIN])
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
-async def load_lora_adapter(body: LoadAdapterBody, services: ServicesDep) -> Response:
-    """Load a folder under a name; with load_inplace, replace the version that new requests get."""
+async def load_lora_adapter(body: LoadAdapterBody, http: Request, state: StateDep) -> Response:
+    """Load a folder under a name; with load_inplace, replace the version that new requests get. base_model_name says
+    of which base it is, where there are several; else the one that has the name, or the first."""
     if not body.lora_name or not body.lora_path:
         raise RequestError("Both 'lora_name' and 'lora_path' must be provided.", "lora_name")
+    base = _base_for(state, body)
     try:
-        version = await run_in_threadpool(_load, services.runtime, body)
+        async with held_base(state, base, http) as lease:
+            version = await run_in_threadpool(_load, lease.loaded.runtime, body)
     except NotFoundError as error:
-        return error_response(404, str(error), code="not_found", param="lora_path")
+        return openai_error(404, str(error), code="not_found", param="lora_path")
     modules = f"\n{version.id} adapts {version.num_modules} modules, {_ranks(version)}."
     notes = "".join(f"\nWarning: {note}" for note in version.notes)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.{modules}{notes}")
 
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
-async def unload_lora_adapter(body: UnloadAdapterBody, services: ServicesDep) -> Response:
+async def unload_lora_adapter(body: UnloadAdapterBody, http: Request, state: StateDep) -> Response:
     """Refuse the name to new requests; running ones end with the version they hold."""
     if not body.lora_name:
         raise RequestError("'lora_name' needs to be provided to unload a LoRA adapter.", "lora_name")
     try:
-        await run_in_threadpool(services.runtime.registry.unload, body.lora_name)
+        async with _held_of(state, body.lora_name, http) as runtime:
+            await run_in_threadpool(runtime.registry.unload, body.lora_name)
     except NotFoundError:
         message = f"The lora adapter '{body.lora_name}' cannot be found."
-        return error_response(404, message, code="not_found", param="lora_name")
-    services.metrics.unloaded()
+        return openai_error(404, message, code="not_found", param="lora_name")
+    state.metrics.unloaded()
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 @router.get("/v1/adapters")
-async def list_adapters(services: ServicesDep) -> dict[str, Any]:
+async def list_adapters(state: StateDep) -> dict[str, Any]:
     """All that are known: their versions, where each is, and who holds it; slots and bytes of all together."""
-    return await run_in_threadpool(listing, services.runtime)
+    return await run_in_threadpool(listing, list(state.bases.runtimes()))
 
 
 @router.post("/v1/adapters/{name:path}/rollback")
-async def roll_back(name: str, body: RollbackBody, services: ServicesDep) -> dict[str, Any]:
+async def roll_back(name: str, body: RollbackBody, http: Request, state: StateDep) -> dict[str, Any]:
     """Give new requests an earlier version again; the one before, if none is named."""
-    runtime = services.runtime
-    await run_in_threadpool(runtime.registry.rollback, name, body.version)
-    return await run_in_threadpool(adapter_card, runtime, name)
+    async with _held_of(state, name, http) as runtime:
+        await run_in_threadpool(runtime.registry.rollback, name, body.version)
+        return await run_in_threadpool(adapter_card, runtime, name)
 
 
 @router.post("/v1/adapters/{name:path}/pin")
-async def pin(name: str, body: PinAdapterBody, services: ServicesDep) -> dict[str, Any]:
+async def pin(name: str, body: PinAdapterBody, http: Request, state: StateDep) -> dict[str, Any]:
     """Keep a slot for whatever version the name stands for."""
-    runtime = services.runtime
-    await run_in_threadpool(runtime.registry.pin, name)
-    return await run_in_threadpool(adapter_card, runtime, name)
+    async with _held_of(state, name, http) as runtime:
+        await run_in_threadpool(runtime.registry.pin, name)
+        return await run_in_threadpool(adapter_card, runtime, name)
 
 
 @router.post("/v1/adapters/{name:path}/unpin")
-async def unpin(name: str, body: PinAdapterBody, services: ServicesDep) -> dict[str, Any]:
+async def unpin(name: str, body: PinAdapterBody, http: Request, state: StateDep) -> dict[str, Any]:
     """Let it give way again to adapters that are asked for."""
-    runtime = services.runtime
-    await run_in_threadpool(runtime.registry.unpin, name)
-    return await run_in_threadpool(adapter_card, runtime, name)
+    async with _held_of(state, name, http) as runtime:
+        await run_in_threadpool(runtime.registry.unpin, name)
+        return await run_in_threadpool(adapter_card, runtime, name)
 
 
 @router.get("/v1/adapters/{name:path}")
-async def show_adapter(name: str, services: ServicesDep) -> dict[str, Any]:
+async def show_adapter(name: str, http: Request, state: StateDep) -> dict[str, Any]:
     """One of them, and its manifest: what it was made for, how it is asked, where its answers end."""
-    return await run_in_threadpool(adapter_card, services.runtime, name)
+    async with _held_of(state, name, http) as runtime:
+        return await run_in_threadpool(adapter_card, runtime, name)
+
+
+@asynccontextmanager
+async def _held_of(state: AppState, name: str, http: Request) -> AsyncIterator[Runtime]:
+    """The runtime that knows an adapter, held; the first's, which then says so, where none does."""
+    async with held_base(state, state.bases.of_adapter(name), http) as lease:
+        yield lease.loaded.runtime
+
+
+def _base_for(state: AppState, body: LoadAdapterBody) -> Base:
+    """The base that an adapter is loaded for. NotFoundError; AdapterError where another has the name."""
+    bases, name = state.bases, body.lora_name
+    has_it = bases.of_adapter(name)
+    wanted = None
+    if body.base_model_name is not None:
+        wanted = bases.find(body.base_model_name)
+        if wanted is None:
+            there = ", ".join(base.name for base in bases.all())
+            raise NotFoundError(f"base_model_name: found {body.base_model_name!a:.200}; there are {there}")
+    base = wanted or has_it or bases.first
+    taken = has_it if has_it is not None and has_it != base else bases.find(name)
+    if taken is not None:
+        what = (
+            f"an adapter of model {taken.name!r}" if taken == has_it else "a model: a name is not the base's"
+        )
+        raise AdapterError(f"{name!r} is already the name of {what}; choose another")
+    return base
 
 
 def _load(runtime: Runtime, body: LoadAdapterBody) -> AdapterVersion:

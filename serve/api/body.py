@@ -21,13 +21,16 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from serve.api.exchange import current
+from serve.api.leaving import CLIENT_CLOSED_REQUEST as CLIENT_CLOSED_REQUEST
+from serve.api.opening import announce
 from serve.config import ServeConfig
 from serve.errors import RequestError
 
+MAX_LOGGED_CHARS = 2000
+"""Of one text in a body that is logged."""
 MAX_DEPTH = 64
 """Objects and lists inside each other; the JSON schema of a tool nests about ten."""
-CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that left; nobody reads it, logs do."""
 
 # Only an escape can bring half a pair: as bytes it is not UTF-8.
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -45,12 +48,30 @@ class JsonRoute(APIRoute):
         async def checked(request: Request) -> Response:
             _check_content_type(request.headers.get("content-type"))
             try:
-                raw = await _read(request, request.app.state.services.runtime.config)
+                raw = await _read(request, request.app.state.belongings.config)
             except ClientDisconnect:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
-            return await answer(_ReadRequest(request, raw, parse(raw)))
+            value = parse(raw)
+            note_prompt(request, value)
+            announce(request, value)
+            return await answer(_ReadRequest(request, raw, value))
 
         return checked
+
+
+def note_prompt(request: Request, value: Any) -> None:
+    """What a request says, for the log, where the server was told to write that down."""
+    if request.app.state.belongings.config.log_prompts and (exchange := current()):
+        exchange.prompt = _cut(value)
+
+
+def _cut(value: Any) -> Any:
+    """The same with long texts, such as pictures are, cut."""
+    if isinstance(value, str) and len(value) > MAX_LOGGED_CHARS:
+        return f"{value[:MAX_LOGGED_CHARS]}… ({len(value)} characters)"
+    if isinstance(value, dict):
+        return {name: _cut(inner) for name, inner in value.items()}
+    return [_cut(inner) for inner in value] if isinstance(value, list) else value
 
 
 class _ReadRequest(Request):

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from serve.api.answer import Answer, Finish, Piece, RanCall
 from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
-from serve.api.generation import Generation, build_requests, logprob_writers, new_id
-from serve.api.history import check_tools
-from serve.api.logprobs import LogprobWriter, prompt_logprobs
+from serve.api.choices import ChoicesWriter
+from serve.api.generation import new_id
+from serve.api.logprobs import prompt_logprobs
 from serve.api.schemas import ChatBody
-from serve.api.services import Services, ServicesDep
-from serve.api.streaming import EVENT_STREAM, Answer, ClientGoneError, Responder, unless_gone
-from serve.api.targets import Target, held_target
+from serve.api.state import StateDep
+from serve.api.streaming import EVENT_STREAM, Responder
 from serve.api.tenant import TenantDep
-from serve.api.thinking import thinking_of, thinking_variables, thoughts_of
-from serve.engine.request import Event, TokenLogprob
-from serve.errors import RequestError
-from serve.media.processor import Processed
-from serve.model.template import ChatTemplate
-from serve.model.token_bytes import TokenBytes
-
-EFFORT = "reasoning_effort"
+from serve.api.turn import Turn, begin_turn
+from serve.engine.request import TokenLogprob
+from serve.tools.call import Call, CallPiece
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -34,30 +30,29 @@ class ChatFormat:
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(
-        self,
-        writers: Sequence[LogprobWriter] | None,
-        tokens: TokenBytes,
-        prompt_logprobs: int | None,
-        *,
-        tells_thoughts: bool = False,
-    ) -> None:
-        """writers: one a choice, where log-probabilities are wanted; prompt_logprobs: so many of the prompt's."""
-        self._tells_thoughts = tells_thoughts
-        self._writers = writers
-        self._tokens = tokens
+    def __init__(self, turn: Turn, prompt_logprobs: int | None, *, uses_functions: bool = False) -> None:
+        """prompt_logprobs: so many of the prompt's, if any. uses_functions: calls are told in the older words."""
+        self._uses_functions = uses_functions
+        self._tells_thoughts = turn.tells_thoughts
+        self._writers = turn.logprobs
+        self._tokens = turn.target.services.runtime.engine.token_bytes
         self._prompt_logprobs = prompt_logprobs
         self._begun: set[int] = set()
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        if answer.calls:
+            message["content"] = answer.text or None
+            message |= self._called(answer.calls)
+        if answer.ran:
+            message["mcp_calls"] = [_ran(call) for call in answer.ran]
         if self._tells_thoughts:
             message |= _thoughts(answer.reasoning or None)
         return {
             "index": index,
             "message": message,
             "logprobs": self._logprobs(index, answer.logprobs),
-            "finish_reason": answer.finish,
+            "finish_reason": self._finish(answer.finish),
             "stop_reason": answer.stop_reason,
         }
 
@@ -67,23 +62,77 @@ class ChatFormat:
         entries = answers[0].prompt_logprobs
         return {"prompt_logprobs": prompt_logprobs(self._tokens, entries, self._prompt_logprobs)}
 
-    def deltas(self, index: int, event: Event) -> Sequence[dict[str, Any]]:
+    def deltas(self, index: int, piece: Piece) -> Sequence[dict[str, Any]]:
         found = []
         if index not in self._begun:
             self._begun.add(index)
             found.append(_delta(index, {"role": "assistant", "content": ""}))
-        reasoning = event.reasoning if self._tells_thoughts else ""
-        if event.text or event.logprobs or reasoning:
-            logprobs = self._logprobs(index, event.logprobs)
-            delta = {} if reasoning and not event.text else {"content": event.text}
+        reasoning = piece.reasoning if self._tells_thoughts else ""
+        if piece.text or piece.logprobs or reasoning:
+            logprobs = self._logprobs(index, piece.logprobs)
+            delta = {} if not piece.text and (reasoning or piece.calls) else {"content": piece.text}
             found.append(_delta(index, {**(_thoughts(reasoning) if reasoning else {}), **delta}, logprobs))
-        if event.finish is not None:
-            end = {"finish_reason": event.finish, "stop_reason": event.stop_reason}
+        found += [_delta(index, self._call_delta(call)) for call in _merged(piece.calls)]
+        if piece.ran:
+            found.append(_delta(index, {"mcp_calls": [_ran(call) for call in piece.ran]}))
+        if piece.finish is not None:
+            end = {"finish_reason": self._finish(piece.finish), "stop_reason": piece.stop_reason}
             found.append({**_delta(index, {}), **end})
         return found
 
+    def _called(self, calls: Sequence[Call]) -> dict[str, Any]:
+        """Of a message; in the older words an answer calls one function."""
+        if self._uses_functions:
+            return {"function_call": {"name": calls[0].name, "arguments": calls[0].arguments}}
+        return {"tool_calls": [_call(call) for call in calls]}
+
+    def _call_delta(self, piece: CallPiece) -> dict[str, Any]:
+        function: dict[str, Any] = {"arguments": piece.arguments}
+        if piece.name is not None:
+            function = {"name": piece.name, **function}
+        if self._uses_functions:
+            return {"function_call": function}
+        begun = {"id": piece.id, "type": "function"} if piece.id is not None else {}
+        return {"tool_calls": [{"index": piece.index, **begun, "function": function}]}
+
+    def _finish(self, finish: Finish | None) -> str | None:
+        return "function_call" if finish == "tool_calls" and self._uses_functions else finish
+
     def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         return self._writers[index].chat(entries) if self._writers is not None else None
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def _ran(call: RanCall) -> dict[str, Any]:
+    """As the items of OpenAI's responses say it."""
+    return {
+        "id": call.id,
+        "type": "mcp_call",
+        "server_label": call.server,
+        "name": call.name,
+        "arguments": call.arguments,
+        "output": call.output,
+    }
+
+
+def _merged(pieces: Sequence[CallPiece]) -> list[CallPiece]:
+    """Pieces that came at once, those of a call joined; the first of each, which names it, stands alone, as clients
+    know streams."""
+    merged: list[CallPiece] = []
+    for piece in pieces:
+        last = merged[-1] if merged else None
+        if last is not None and last.index == piece.index and last.id is None:
+            merged[-1] = replace(last, arguments=last.arguments + piece.arguments)
+        else:
+            merged.append(piece)
+    return merged
 
 
 def _thoughts(reasoning: str | None) -> dict[str, Any]:
@@ -97,93 +146,18 @@ def _delta(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = 
 
 @router.post("/v1/chat/completions", responses=EVENT_STREAM)
 async def create_chat_completion(
-    body: ChatBody, http: Request, services: ServicesDep, tenant: TenantDep
+    body: ChatBody, http: Request, state: StateDep, tenant: TenantDep
 ) -> Response:
     """OpenAI's chat completions; vLLM's `top_k`, `min_p`, `ignore_eos`, `chat_template_kwargs` and
     `mm_processor_kwargs` beside them."""
-    responder = await _begun(body, http, services, tenant)
-    if responder is None:
+    turn = await begin_turn(state, http, body, tenant, id=new_id("chatcmpl"), endpoint="chat")
+    if turn is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    if body.stream:
-        return await responder.stream(
-            wants_usage=body.wants_usage_chunk, is_continuous=body.wants_continuous_usage
-        )
-    return await responder.whole()
-
-
-async def _begun(body: ChatBody, http: Request, services: Services, tenant: str) -> Responder | None:
-    """The answer under way; None if the client has left before. Nothing here outlives the call: pixels are the
-    engine's to drop."""
-    id = new_id("chatcmpl")
-    async with held_target(services, body.model, body.user or id) as target:
-        template = _template(services, target)
-        thoughts = await services.tokenize(lambda: thoughts_of(services.runtime, template, body))
-        media = await _look(services, body, http)
-        if media is None:
-            return None
-        messages = [message.for_template() for message in body.messages]
-        if body.has_tool_history:
-            check_tools(template, messages)
-        token_ids = await services.prompts.of_messages(
-            template,
-            messages,
-            {
-                **_effort(template, body),
-                **thinking_variables(services.runtime, template, thoughts, body),
-                **(body.chat_template_kwargs or {}),
-            },
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=bool(body.continue_final_message),
-            media=[item.expansion for item in media],
-        )
-        thinking = thinking_of(services.runtime, template, thoughts, body, token_ids)
-        requests = await build_requests(
-            services,
-            id,
-            body,
-            [await services.media.prompt(token_ids, media)],
-            target,
-            tenant=tenant,
-            continues_prompt=bool(body.continue_final_message),
-            thinking=thinking,
-        )
-        generation = Generation(services, id, "chat", target, requests, body.n or 1)
-    tokens = services.runtime.engine.token_bytes
-    format = ChatFormat(
-        logprob_writers(services, body, requests),
-        tokens,
-        body.prompt_logprobs,
-        tells_thoughts=thinking is not None and body.include_reasoning is not False,
+    writer = ChoicesWriter(
+        turn,
+        ChatFormat(turn, body.prompt_logprobs, uses_functions=body.uses_functions),
+        wants_usage=body.wants_usage_chunk,
+        is_continuous=body.wants_continuous_usage,
     )
-    keep_alive_s = services.runtime.config.stream_keep_alive_s
-    return Responder(generation, format, len(token_ids), http.receive, keep_alive_s)
-
-
-async def _look(services: Services, body: ChatBody, http: Request) -> list[Processed] | None:
-    """What the messages show, made ready; None if the client has left meanwhile."""
-    looking = services.media.look(body.messages, body.mm_processor_kwargs)
-    if not any(True for message in body.messages for _ in message.shown):
-        return await looking
-    try:
-        return await unless_gone(http.receive, looking)
-    except ClientGoneError:
-        return None
-
-
-def _template(services: Services, target: Target) -> ChatTemplate:
-    """The template of what answers. RequestError if it has none."""
-    template = services.runtime.template_of(target.version)
-    if not template.exists:
-        raise RequestError(
-            f"model {target.served!r} has no chat template: neither its tokenizer nor an adapter brings one; send a "
-            f"prompt to /v1/completions instead",
-            "messages",
-        )
-    return template
-
-
-def _effort(template: ChatTemplate, body: ChatBody) -> dict[str, str]:
-    """reasoning_effort, where the template reads such a variable."""
-    if body.reasoning_effort is None or EFFORT not in template.variables:
-        return {}
-    return {EFFORT: body.reasoning_effort}
+    responder = Responder(turn, writer, http.receive, state.config.stream_keep_alive_s)
+    return await responder.stream() if body.stream else await responder.whole()

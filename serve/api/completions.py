@@ -7,16 +7,20 @@ from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 
+from serve.api.answer import Answer, Finish, Piece
 from serve.api.body import JsonRoute
+from serve.api.choices import ChoicesWriter
 from serve.api.generation import Generation, build_requests, logprob_writers, new_id
-from serve.api.logprobs import LogprobWriter, prompt_logprobs
+from serve.api.logprobs import prompt_logprobs
 from serve.api.schemas import CompletionBody
-from serve.api.services import Services, ServicesDep
-from serve.api.streaming import EVENT_STREAM, Answer, Responder
+from serve.api.services import Services
+from serve.api.state import AppState, StateDep
+from serve.api.streaming import EVENT_STREAM, Responder
 from serve.api.targets import Target, held_target
 from serve.api.tenant import TenantDep
-from serve.engine.request import Event, FinishReason, TokenLogprob
+from serve.api.turn import Turn
 from serve.engine.request import Request as EngineRequest
+from serve.engine.request import TokenLogprob
 from serve.engine.text import TextDecoder
 from serve.errors import RequestError
 from serve.model.prompt import Prompt
@@ -38,17 +42,11 @@ class CompletionFormat:
     kind = "text_completion"
     chunk_kind = "text_completion"
 
-    def __init__(
-        self,
-        body: CompletionBody,
-        prompts: Sequence[Echoed],
-        writers: Sequence[LogprobWriter] | None,
-        tokens: TokenBytes,
-    ) -> None:
-        """`prompts`: one a choice. `writers`: likewise, where log-probabilities are wanted."""
+    def __init__(self, body: CompletionBody, prompts: Sequence[Echoed], turn: Turn) -> None:
+        """`prompts`: one a choice."""
         self._prompts = prompts
-        self._writers = writers
-        self._tokens = tokens
+        self._writers = turn.logprobs
+        self._tokens = turn.target.services.runtime.engine.token_bytes
         self._echoes = bool(body.echo)
         self._is_answered = body.max_tokens != 0
         self._prompt_logprobs = body.prompt_logprobs
@@ -66,13 +64,13 @@ class CompletionFormat:
     def extra(self, answers: Sequence[Answer]) -> dict[str, Any]:
         return {}
 
-    def deltas(self, index: int, event: Event) -> Sequence[dict[str, Any]]:
-        if not (event.text or event.logprobs or event.finish or event.token_ids):
+    def deltas(self, index: int, piece: Piece) -> Sequence[dict[str, Any]]:
+        if not (piece.text or piece.logprobs or piece.finish or piece.token_ids):
             return []
         found = self._choice(
-            index, event.text, event.logprobs, event.prompt_logprobs, event.finish, event.stop_reason
+            index, piece.text, piece.logprobs, piece.prompt_logprobs, piece.finish, piece.stop_reason
         )
-        return [found] if found["text"] or event.logprobs or event.finish else []
+        return [found] if found["text"] or piece.logprobs or piece.finish else []
 
     def _choice(
         self,
@@ -80,7 +78,7 @@ class CompletionFormat:
         text: str,
         logprobs: Sequence[TokenLogprob],
         of_prompt: Sequence[TokenLogprob],
-        finish: FinishReason | None,
+        finish: Finish | None,
         stop_reason: str | int | None,
     ) -> dict[str, Any]:
         is_first = index not in self._begun
@@ -106,49 +104,61 @@ class CompletionFormat:
 
 @router.post("/v1/completions", responses=EVENT_STREAM)
 async def create_completion(
-    body: CompletionBody, http: Request, services: ServicesDep, tenant: TenantDep
+    body: CompletionBody, http: Request, state: StateDep, tenant: TenantDep
 ) -> Response:
     """OpenAI's completions, with prompts as text or token ids; vLLM's `top_k`, `min_p`, `ignore_eos` beside them."""
-    id = new_id("cmpl")
-    async with held_target(services, body.model, body.user or id) as target:
-        prompts = await services.tokenize(lambda: [_encode(services, prompt) for prompt in body.prompts])
-        requests = await build_requests(
-            services,
-            id,
-            body,
-            [Prompt(prompt) for prompt in prompts],
-            target,
-            tenant=tenant,
-            continues_prompt=True,
-        )
-        generation = _generation(services, id, body, target, requests)
-    tokens = services.runtime.engine.token_bytes
+    turn, prompts = await begin_completion(
+        state, http, body, tenant, id=new_id("cmpl"), endpoint="completions"
+    )
+    tokens = turn.target.services.runtime.engine.token_bytes
     echoed = [Echoed(_text(tokens, *each), each[1]) for each in zip(body.prompts, prompts, strict=True)]
     rows = [prompt for prompt in echoed for _ in range(body.num_drawn)]
-    format = CompletionFormat(body, rows, logprob_writers(services, body, requests), tokens)
-    keep_alive_s = services.runtime.config.stream_keep_alive_s
-    responder = Responder(
-        generation,
-        format,
-        sum(map(len, prompts)),
-        http.receive,
-        keep_alive_s,
+    writer = ChoicesWriter(
+        turn,
+        CompletionFormat(body, rows, turn),
         num_kept=body.n or 1,
         has_answer=body.max_tokens != 0,
+        wants_usage=body.wants_usage_chunk,
+        is_continuous=body.wants_continuous_usage,
     )
-    if body.stream:
-        return await responder.stream(
-            wants_usage=body.wants_usage_chunk, is_continuous=body.wants_continuous_usage
+    responder = Responder(turn, writer, http.receive, state.config.stream_keep_alive_s)
+    return await responder.stream() if body.stream else await responder.whole()
+
+
+class Begun(NamedTuple):
+    """Completions under way."""
+
+    turn: Turn
+    prompts: list[tuple[int, ...]]
+    """Their tokens."""
+
+
+async def begin_completion(
+    state: AppState, http: Request, body: CompletionBody, tenant: str, *, id: str, endpoint: str
+) -> Begun:
+    """The answers to plain prompts under way, as `begin_turn`'s to a chat. ClientGoneError if the client has left."""
+    async with held_target(state, body.model, body.user or id, http) as target:
+        services = target.services
+        prompts = await services.tokenize(lambda: [_encode(services, prompt) for prompt in body.prompts])
+        requests = await build_requests(
+            id, body, [Prompt(prompt) for prompt in prompts], target, tenant=tenant, continues_prompt=True
         )
-    return await responder.whole()
+        generation = _generation(state, id, endpoint, body, target, requests)
+    logprobs = logprob_writers(services, body, requests)
+    return Begun(Turn(generation, sum(map(len, prompts)), logprobs=logprobs), prompts)
 
 
 def _generation(
-    services: Services, id: str, body: CompletionBody, target: Target, requests: Sequence[EngineRequest]
+    state: AppState,
+    id: str,
+    endpoint: str,
+    body: CompletionBody,
+    target: Target,
+    requests: Sequence[EngineRequest],
 ) -> Generation:
     """Its rows, submitted. Where there are too many of them, RequestError names what asks for them."""
     try:
-        return Generation(services, id, "completions", target, requests, body.num_drawn)
+        return Generation(state.metrics, id, endpoint, target, requests, body.num_drawn)
     except RequestError as error:
         if error.param == "n" and body.num_drawn > (body.n or 1):
             raise RequestError(f"best_of{str(error).removeprefix('n')}", "best_of") from None

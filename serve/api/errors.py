@@ -1,17 +1,20 @@
-"""Errors as OpenAI's clients read them: {"error": {"message", "type", "param", "code"}}."""
+"""Errors as clients read them: OpenAI's {"error": {"message", "type", "param", "code"}}, and other APIs' by path."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from serve.api.exchange import current
+from serve.api.leaving import CLIENT_CLOSED_REQUEST, ClientGoneError
 from serve.api.strict import Body
 from serve.errors import DeadlineError, LatheError, NotFoundError, OverloadedError, RequestError
 
@@ -24,12 +27,14 @@ STATUS_CODES = {
 }
 MAX_MESSAGE_CHARS = 4000
 MAX_PROBLEMS = 20
+LONGEST_RETRY_S = 60.0
+"""OpenAI's clients wait no longer, and would ask much too early."""
 
 
 _TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 _DETAILS = {
     "message": {"type": "string"},
-    "type": {"enum": ["invalid_request_error", "server_error"]},
+    "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
     "param": {**_TEXT_OR_NULL, "description": "The field at fault."},
     "code": _TEXT_OR_NULL,
 }
@@ -40,75 +45,127 @@ _DETAILS_SCHEMA = {
     "additionalProperties": False,
 }
 ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": _DETAILS_SCHEMA}}
-_CONTENT = {"content": {"application/json": {"schema": ERROR_SCHEMA}}}
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "The request cannot be served as asked.", **_CONTENT},
-    "5XX": {"description": "The server cannot serve it now; Retry-After says when it may.", **_CONTENT},
-}
-"""What the OpenAPI description says of every route's errors."""
 
 
-def error_body(
-    status: int, message: str, *, code: str | None = None, param: str | None = None
-) -> dict[str, Any]:
-    """The error object, for a response or for an event of a stream. Whatever a message quotes, it can be written."""
-    if len(message) > MAX_MESSAGE_CHARS:
-        message = f"{message[:MAX_MESSAGE_CHARS]}… ({len(message)} characters)"
-    message = message.encode("utf-8", "backslashreplace").decode()
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    if status == 429:
-        kind = "rate_limit_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+def error_responses(schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """What the OpenAPI description says of a route's errors, whose bodies are of this schema."""
+    content = {"content": {"application/json": {"schema": schema}}}
+    return {
+        "4XX": {"description": "The request cannot be served as asked.", **content},
+        "5XX": {"description": "The server cannot serve it now; Retry-After says when it may.", **content},
+    }
 
 
-def body_of(error: LatheError) -> dict[str, Any]:
-    """The error object of a deliberate error."""
+RESPONSES = error_responses(ERROR_SCHEMA)
+"""Of every route that has none of its own."""
+
+
+class Problem(NamedTuple):
+    """What went wrong with a request, before any API's words for it."""
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    """The field at fault."""
+
+
+def problem_of(error: LatheError) -> Problem:
+    """A deliberate error's. Whatever its message quotes, it can be written."""
     param = getattr(error, "param", None)
     if param is None and isinstance(error, NotFoundError):
         param = "model"
-    return error_body(error.status, str(error), code=error.code, param=param)
+    return Problem(error.status, str(error), error.code, param)
+
+
+Form = Callable[[Request, Problem], JSONResponse]
+"""One API's response that is an error."""
+
+
+def openai_form(problem: Problem) -> dict[str, Any]:
+    """OpenAI's: {"error": {"message", "type", "param", "code"}}."""
+    kind = "invalid_request_error" if problem.status < 500 else "server_error"
+    if problem.status == 429:
+        kind = "rate_limit_error"
+    return {
+        "error": {
+            "message": writable(problem.message),
+            "type": kind,
+            "param": problem.param,
+            "code": problem.code,
+        }
+    }
+
+
+def problem_response(request: Request, problem: Problem) -> JSONResponse:
+    """A response that is an error, in the words of the request's path, and a note of it for the log."""
+    if exchange := current():
+        exchange.problem = problem
+    path = request.scope["path"]
+    for prefix, form in request.app.state.error_forms.items():
+        if path.startswith(prefix):
+            return form(request, problem)
+    return JSONResponse(openai_form(problem), problem.status)
+
+
+def writable(message: str) -> str:
+    """A message that JSON can hold, of bounded length."""
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = f"{message[:MAX_MESSAGE_CHARS]}… ({len(message)} characters)"
+    return message.encode("utf-8", "backslashreplace").decode()
 
 
 def error_response(
+    request: Request, status: int, message: str, *, code: str | None = None, param: str | None = None
+) -> JSONResponse:
+    """A response that is an error, in the words of the request's API."""
+    return problem_response(request, Problem(status, message, code, param))
+
+
+def openai_error(
     status: int, message: str, *, code: str | None = None, param: str | None = None
 ) -> JSONResponse:
-    """A response that is an error."""
-    return JSONResponse(error_body(status, message, code=code, param=param), status)
+    """A response that is an error, in OpenAI's words."""
+    return JSONResponse(openai_form(Problem(status, message, code, param)), status)
 
 
-def response_of(error: LatheError) -> JSONResponse:
+def response_of(request: Request, error: LatheError) -> JSONResponse:
     """The response to a deliberate error. One that passes carries Retry-After."""
-    headers = {}
+    response = problem_response(request, problem_of(error))
     if isinstance(error, OverloadedError):
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        if error.retry_after_s > LONGEST_RETRY_S:
+            response.headers["X-Should-Retry"] = "false"
     if isinstance(error, DeadlineError):
-        headers["X-Should-Retry"] = "false"  # OpenAI's clients would ask for it all again
-    return JSONResponse(body_of(error), error.status, headers)
+        # OpenAI's clients, and Anthropic's, would ask for it all again.
+        response.headers["X-Should-Retry"] = "false"
+    return response
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error of `app` in this form."""
+def install(app: FastAPI, forms: Mapping[str, Form] = MappingProxyType({})) -> None:
+    """Answer every error of `app` in the form that stands by the beginning of its path, or in OpenAI's."""
+    app.state.error_forms = forms
 
     @app.exception_handler(LatheError)
-    async def on_lathe_error(_request: Request, error: LatheError) -> JSONResponse:
-        return response_of(error)
+    async def on_lathe_error(request: Request, error: LatheError) -> JSONResponse:
+        return response_of(request, error)
+
+    @app.exception_handler(ClientGoneError)
+    async def on_client_gone(request: Request, error: ClientGoneError) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _invalid_body(error.errors(), error.body, _body_class(request))
+        return _invalid_body(request, error.errors(), error.body)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         message, status = str(error.detail), error.status_code
         if status == 404:
             message = _nothing_here(request)
-        response = error_response(status, message, code=STATUS_CODES.get(status))
+        response = error_response(request, status, message, code=STATUS_CODES.get(status))
         response.headers.update(error.headers or {})
         return response
-
-    @app.exception_handler(Exception)
-    async def on_fault(_request: Request, error: Exception) -> JSONResponse:
-        return error_response(500, f"internal error: {error!r}", code="internal_error")
 
 
 def _nothing_here(request: Request) -> str:
@@ -131,10 +188,16 @@ def _body_class(request: Request) -> type[Body] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Body) else None
 
 
-def _invalid_body(problems: Sequence[Any], value: Any, body: type[Body] | None) -> JSONResponse:
+def _invalid_body(request: Request, problems: Sequence[Any], value: Any) -> JSONResponse:
     """All problems of the body `value` in one message; `param` is the first field at fault."""
+    body = _body_class(request)
     params, lines = [], []
-    paths = [_path_in(value, each["loc"][1:], each["type"] == "missing") for each in problems]
+    paths = [
+        _path_in(value, each["loc"][1:], each["type"] == "missing")
+        if each["loc"][0] == "body"
+        else [*each["loc"][1:]]
+        for each in problems
+    ]
     for problem, path in zip(problems, paths, strict=True):
         if any(len(deeper) > len(path) and deeper[: len(path)] == path for deeper in paths):
             continue  # another branch of a union; the one that was meant tells more
@@ -149,7 +212,9 @@ def _invalid_body(problems: Sequence[Any], value: Any, body: type[Body] | None) 
     told = list(dict.fromkeys(lines))
     more = [f"and {len(told) - MAX_PROBLEMS} more"] if len(told) > MAX_PROBLEMS else []
     message = "; ".join([*told[:MAX_PROBLEMS], *more])
-    return error_response(400, message, code="invalid_request_error", param=params[0] if params else None)
+    return error_response(
+        request, 400, message, code="invalid_request_error", param=params[0] if params else None
+    )
 
 
 def _path_in(value: Any, location: Sequence[str | int], is_missing: bool) -> list[str | int]:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import anyio.to_thread
 
+from serve.api.errors import problem_of
+from serve.api.exchange import Exchange, current
 from serve.api.logprobs import LogprobWriter
+from serve.api.metrics import Metrics
 from serve.api.schemas import CompletionBody, GenerationBody
 from serve.api.services import Services
 from serve.api.targets import Target
+from serve.api.tools import NO_TOOLS, ToolUse, grammar_of
+from serve.api.vllm_metrics import Gaps
 from serve.draft.lookup import NAME as NGRAM
 from serve.engine.drafts import NONE
 from serve.engine.request import Event, Request, Sampling
@@ -33,12 +41,12 @@ class Generation:
     """Rows of the engine that answer one HTTP request: one per prompt and choice, in that order.
 
     The rows belong to this object until `close`, which may be called at any time and any number of times, and
-    takes out of the engine what is still running.
+    takes out of the engine what is still running. So long the model stays loaded.
     """
 
     def __init__(
         self,
-        services: Services,
+        metrics: Metrics,
         id: str,
         endpoint: str,
         target: Target,
@@ -56,27 +64,40 @@ class Generation:
         """Thoughts are told apart from answers."""
         self._num_cached_tokens: dict[int, int] = {}  # by row
         self._num_reasoning_tokens: dict[int, int] = {}  # by row
-        guesses = services.runtime.engine.guesses
+        self._num_cached_before = 0
+        guesses = target.services.runtime.engine.guesses
         self.has_drafter = any((request.drafter or guesses.default) != NONE for request in requests)
         self.num_drafted = 0
         self.num_accepted = 0
         """Guesses of tokens that were checked, and right, of the rows that have ended."""
-        self._services = services
+        self._metrics = metrics
+        self._label = metrics.label(target.label)
+        self._gaps = Gaps()
+        self._last_token_s: dict[int, float] = {}  # by row
+        self._num_prompt_tokens = 0
+        self._runtime = target.services.runtime
         self._endpoint = endpoint
         self._started_s = time.perf_counter()
         self._first_token_s: float | None = None
         self._exposed: Future[None] | None = None
         self._finish = "cancelled"
         self._is_closed = False
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._exchange = current()
+        self._is_thinking: dict[int, bool] = {}  # by row
+        self._events: deque[tuple[int, Event]] = deque()
+        self._waiter: asyncio.Future[None] | None = None  # the one who waits for events
         self._open: dict[int, str] = {}
         self._num_rows = len(requests)
+        self._lease = target.lease.again() if target.lease is not None else None
         try:
             self._submit(requests)
         except LatheError:
             self._finish = "refused"
             self.close()
             raise
+        self._num_prompt_tokens = sum(len(each.prompt.token_ids) for each in requests[::num_choices])
+        if self._exchange is not None:
+            self._begin(self._exchange)
 
     @property
     def is_done(self) -> bool:
@@ -87,7 +108,13 @@ class Generation:
     def num_cached_tokens(self) -> int:
         """Tokens of the prompts that were not computed, as far as is known. A prompt counts once, as its first choice
         found the cache: the other choices share what that one computes."""
-        return sum(self._num_cached_tokens.get(row, 0) for row in range(0, self._num_rows, self.num_choices))
+        own = sum(self._num_cached_tokens.get(row, 0) for row in range(0, self._num_rows, self.num_choices))
+        return self._num_cached_before + own
+
+    @property
+    def first_token_s(self) -> float | None:
+        """When the first token of any row came, by time.perf_counter; None: it has not."""
+        return self._first_token_s
 
     @property
     def num_reasoning_tokens(self) -> int:
@@ -96,8 +123,14 @@ class Generation:
 
     async def next(self) -> tuple[int, Event]:
         """The next event of any row, with the row's index. StoppedError or OverloadedError if the engine ended it."""
-        index, event = await self._events.get()
+        index, event = await self._event()
+        while index not in self._open:  # ended here, before the engine knew
+            index, event = await self._event()
         self.num_answer_tokens += len(event.token_ids)
+        if self._exchange is not None:
+            self._exchange.add_answer(len(event.token_ids))
+            if event.text or event.reasoning:
+                self._is_thinking[index] = not event.text
         if event.num_reasoning_tokens:
             self._num_reasoning_tokens[index] = event.num_reasoning_tokens
         if event.num_cached_tokens:
@@ -107,9 +140,12 @@ class Generation:
         if event.finish in ("error", "cancelled"):
             self._finish = "error"
             del self._open[index]
-            raise self._failure(event)
-        if event.token_ids and self._first_token_s is None:
-            self._note_first_token()
+            failure = self._failure(event)
+            if self._exchange is not None:
+                self._exchange.problem = problem_of(failure)
+            raise failure
+        if event.token_ids:
+            self._time(index, len(event.token_ids))
         if event.finish is not None:
             del self._open[index]
             self._finish = event.finish
@@ -118,20 +154,69 @@ class Generation:
                 await asyncio.wrap_future(self._exposed)
         return index, event
 
+    def go_on_from(self, before: Generation) -> None:
+        """Count what another used, whose answer this one's goes on from."""
+        self.num_answer_tokens += before.num_answer_tokens
+        self.num_drafted += before.num_drafted
+        self.num_accepted += before.num_accepted
+        self._num_reasoning_tokens[-1] = before.num_reasoning_tokens
+        self._num_cached_before = before.num_cached_tokens
+
+    async def _event(self) -> tuple[int, Event]:
+        while not self._events:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._events.popleft()
+
+    def end(self, row: int) -> None:
+        """End an open row's answer where it stands, as if it had stopped there."""
+        self._runtime.worker.cancel(self._open.pop(row))
+        self._finish = "stop"
+
     def close(self) -> None:
         """Cancel what still runs, and count the request."""
         if self._is_closed:
             return
         self._is_closed = True
-        worker = self._services.runtime.worker
+        worker = self._runtime.worker
         for request_id in self._open.values():
             worker.cancel(request_id)
         if self._open and self._finish not in ("error", "refused"):
             self._finish = "cancelled"
         self._count()
+        if self._lease is not None:
+            self._lease.release()
+
+    def abort(self) -> None:
+        """End what runs by an error that says that the server ends; whoever waits for it gets that."""
+        ending = StoppedError("the server is shutting down")
+        for index, request_id in self._open.items():
+            self._put(index, Event(request_id, finish="error", error=ending))
+            self._runtime.worker.cancel(request_id)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """One entry a row that has not ended: where it is, by a step that may be the last but one."""
+        entries = []
+        for index, request_id in self._open.items():
+            progress = self._runtime.engine.progress(request_id)
+            is_thinking = progress.phase == "decode" and self._is_thinking.get(index, False)
+            phase = "thinking" if is_thinking else progress.phase
+            entries.append({"id": request_id, **asdict(progress), "phase": phase})
+        return entries
+
+    def _begin(self, exchange: Exchange) -> None:
+        exchange.asked, exchange.served = self.target.asked, self.target.served
+        exchange.add_prompt(self._num_prompt_tokens)
+        exchange.running.append(self)
+
+    def _leave(self, exchange: Exchange) -> None:
+        exchange.finish = self._finish
+        exchange.num_cached_tokens = self.num_cached_tokens
+        if self in exchange.running:
+            exchange.running.remove(self)
 
     def _submit(self, requests: Sequence[Request]) -> None:
-        runtime = self._services.runtime
+        runtime = self._runtime
         for request in requests:
             if request.adapter is not None:
                 runtime.registry.acquire(request.adapter.id)  # released by the worker
@@ -140,17 +225,29 @@ class Generation:
         self._open = {index: request.id for index, request in enumerate(requests)}
 
     def _put(self, index: int, event: Event) -> None:
-        self._events.put_nowait((index, event))
+        self._events.append((index, event))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _failure(self, event: Event) -> LatheError:
         return event.error or StoppedError("the request was cancelled by the server")
 
-    def _note_first_token(self) -> None:
+    def _time(self, row: int, num_tokens: int) -> None:
+        """Tokens of a row have come."""
         now = time.perf_counter()
+        if self._first_token_s is None:
+            self._note_first_token(now)
+        if (last_s := self._last_token_s.get(row)) is not None:
+            self._gaps.add(now - last_s, num_tokens)
+        self._last_token_s[row] = now
+
+    def _note_first_token(self, now: float) -> None:
         self._first_token_s = now
         ttft_s = now - self._started_s
-        self._services.metrics.ttft_s.labels(self.target.label).observe(ttft_s)
-        assignment, recorder = self.target.assignment, self._services.runtime.recorder
+        if self._exchange is not None:
+            self._exchange.ttft_s = now - self._exchange.started_s
+        self._metrics.ttft_s.labels(self._label).observe(ttft_s)
+        assignment, recorder = self.target.assignment, self._runtime.recorder
         if assignment is None or recorder is None:
             return
         version = self.target.version
@@ -161,24 +258,28 @@ class Generation:
                 variant=assignment.variant.name,
                 unit=assignment.unit,
                 model_version=self.target.served,
-                content_hash=version.content_hash if version else self._services.runtime.model.fingerprint,
+                content_hash=version.content_hash if version else self._runtime.model.fingerprint,
                 exposed_at=time.time(),
                 ttft_s=ttft_s,
             )
         )
 
     def _count(self) -> None:
-        metrics = self._services.metrics
-        metrics.requests.labels(self._endpoint, self.target.label, self._finish).inc()
+        if self._exchange is not None:
+            self._leave(self._exchange)
+        self._metrics.requests.labels(self._endpoint, self._label, self._finish).inc()
+        self._metrics.prompt_tokens.labels(self._label).inc(self._num_prompt_tokens)
+        self._metrics.answer_tokens.labels(self._label).inc(self.num_answer_tokens)
+        self._metrics.gaps.add(self._label, self._gaps)
         now = time.perf_counter()
         latency_s = now - self._started_s
         if self._finish in ("stop", "length") and self._first_token_s is not None:
-            metrics.e2e_s.labels(self.target.label).observe(latency_s)
+            self._metrics.e2e_s.labels(self._label).observe(latency_s)
             tokens_a_row = self.num_answer_tokens / self._num_rows
             if tokens_a_row > 1:
                 tpot_s = (now - self._first_token_s) / (tokens_a_row - 1)
-                metrics.tpot_s.labels(self.target.label).observe(tpot_s)
-        recorder = self._services.runtime.recorder
+                self._metrics.tpot_s.labels(self._label).observe(tpot_s)
+        recorder = self._runtime.recorder
         if self._exposed is not None and recorder is not None:
             recorder.complete(
                 self.id, latency_s=latency_s, num_tokens=self.num_answer_tokens, finish=self._finish
@@ -186,7 +287,6 @@ class Generation:
 
 
 async def build_requests(
-    services: Services,
     id: str,
     body: GenerationBody,
     prompts: Sequence[Prompt],
@@ -195,18 +295,23 @@ async def build_requests(
     tenant: str,
     continues_prompt: bool,
     thinking: Thinking | None = None,
+    tools: ToolUse = NO_TOOLS,
 ) -> list[Request]:
     """One engine request per prompt and drawn answer, all of one group; answer i draws with seed + i.
 
     tenant, continues_prompt, thinking  as Request has them
     RequestError names the field that cannot be served.
     """
+    services = target.services
     precision = body.precision(services.runtime.config)
     if precision is not None:
         # The first of a scheme imports what it needs, which takes seconds: not on the loop that serves everyone.
         await anyio.to_thread.run_sync(services.runtime.engine.max_context_at, precision)
-    grammar = None if body.constraint is None else await services.grammars.get(body.constraint)
+    grammar = await grammar_of(services, body, tools)
     drafter, prediction = await _drafting(services, body, prompts)
+    deadline_s, most_s = body.deadline_s, services.runtime.config.max_request_s
+    if most_s is not None:
+        deadline_s = min(deadline_s or math.inf, time.monotonic() + most_s)
     num_choices = body.num_drawn
     sampling = _sampling(services, body)
     seed = body.seed if body.seed is not None else secrets.randbits(32)
@@ -224,9 +329,11 @@ async def build_requests(
             priority=body.priority or 0,
             drafter=drafter,
             prediction=prediction,
-            deadline_s=body.deadline_s,
+            deadline_s=deadline_s,
             thinking=thinking,
             grammar=grammar,
+            shown_ids=tools.shown_ids,
+            stop_ids=tools.stop_ids,
         )
         for p, prompt in enumerate(prompts)
         for choice in range(num_choices)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from serve.api.parts import LOW_DETAIL_PIXELS, Shown
 from serve.api.schemas import Message
-from serve.errors import ContextLengthError, OverloadedError, RequestError
+from serve.errors import ContextLengthError, OverloadedError, RequestError, StoppedError
 from serve.media.parts import MediaPart, media_part
 from serve.media.processor import Processed
 from serve.media.settings import MediaSettings, settings_of
@@ -60,6 +60,11 @@ class MediaDesk:
         self._fetching = ThreadPoolExecutor(FETCHING_THREADS, "lathe-fetch")
         self._working = ThreadPoolExecutor(num_working, "lathe-media")
         self._works_of_one = num_working // 2
+
+    def close(self) -> None:
+        """Nothing more is looked at; what has begun goes on."""
+        for pool in (self._fetching, self._working):
+            pool.shutdown(wait=False)
 
     async def look(self, messages: Sequence[Message], told: Mapping[str, Any] | None) -> list[Processed]:
         """What the messages show, in their order; nothing of text alone.
@@ -163,7 +168,11 @@ class MediaDesk:
 
 async def _run(pool: Executor, work: Callable[[], T]) -> T:
     """The result of `work` on a thread of the pool. Cancelled, it is left out if it has not begun."""
-    return await asyncio.get_running_loop().run_in_executor(pool, work)
+    try:
+        working = asyncio.get_running_loop().run_in_executor(pool, work)
+    except RuntimeError:  # the pool was shut down
+        raise StoppedError("the model that was asked has been unloaded") from None
+    return await working
 
 
 def _part(shown: Shown, name: str) -> MediaPart:

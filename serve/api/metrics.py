@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.adapters.versions.version import COMBINED
+from serve.api.bases import Bases
+from serve.api.services import Services
+from serve.api.vllm_metrics import GapCollector, VllmCollector
 from serve.cache.stats import FeatureStats, PrefixStats
 from serve.constraints.compiler import GrammarStats
 from serve.engine.drafts import DraftStats
 from serve.engine.request import MemoryUse
+from serve.pool.member import State
 from serve.runtime import Runtime
 
 TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -22,6 +26,9 @@ TPOT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
+VLLM_DRAFTS = tuple(f"vllm:spec_decode_num_{name}" for name in ("drafts", "draft_tokens", "accepted_tokens"))
+OTHER = "other"
+"""Label of the models that are too many to be told apart."""
 MAX_GONE = 16
 """Names of unloaded adapters whose last counts wait for a scrape."""
 
@@ -30,13 +37,13 @@ class Metrics:
     """One app's metrics, in a registry of its own. `model` labels are names without versions.
 
     What was counted for a name that is no longer served is shown once more and then removed, so that the labels are
-    as many as the adapters in memory, whatever comes and goes.
+    as many as the adapters in memory, whatever comes and goes, and `metrics_max_models` at most.
     """
 
-    def __init__(self, runtime: Runtime, grammars: Callable[[], GrammarStats]) -> None:
-        self._runtime = runtime
+    def __init__(self, bases: Bases) -> None:
+        self._bases = bases
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(runtime, grammars))
+        self.registry.register(_EngineCollectors(bases))
         self.requests = Counter(
             "lathe_requests",
             "Generations by how they ended.",
@@ -54,10 +61,32 @@ class Metrics:
                 ("accepted_tokens", "Guesses that were right, and no wrong one before them."),
             )
         )
-        self._counted: Mapping[str, DraftStats] = {}
+        self._counted: Mapping[str, DraftStats] = {}  # by label
+        self.prompt_tokens = Counter(
+            "lathe_request_prompt_tokens",
+            "Tokens of prompts, cached ones too.",
+            ["model"],
+            registry=self.registry,
+        )
+        self.answer_tokens = Counter(
+            "lathe_request_answer_tokens", "Tokens of answers.", ["model"], registry=self.registry
+        )
+        self.gaps = GapCollector()
+        self.registry.register(self.gaps)
+        self._told_apart: set[str] = set()
         self.ttft_s = self._histogram("lathe_ttft_seconds", "Time to the first token.", TTFT_BUCKETS_S)
         self.tpot_s = self._histogram("lathe_tpot_seconds", "Time per token after the first.", TPOT_BUCKETS_S)
         self.e2e_s = self._histogram("lathe_request_seconds", "Time to the last token.", E2E_BUCKETS_S)
+        drafts = zip(VLLM_DRAFTS, self._drafted, strict=True)
+        in_vllms_names: dict[str, Counter | Histogram] = {
+            "vllm:time_to_first_token_seconds": self.ttft_s,
+            "vllm:request_time_per_output_token_seconds": self.tpot_s,
+            "vllm:e2e_request_latency_seconds": self.e2e_s,
+            "vllm:prompt_tokens": self.prompt_tokens,
+            "vllm:generation_tokens": self.answer_tokens,
+            **dict(drafts),
+        }
+        self.registry.register(VllmCollector(bases, in_vllms_names, self.requests))
 
     def show(self) -> bytes:
         """Everything in Prometheus' text format. What it showed of names that are gone is removed."""
@@ -75,26 +104,41 @@ class Metrics:
 
     @property
     def _by_model(self) -> tuple[Counter | Histogram, ...]:
-        return self.requests, self.ttft_s, self.tpot_s, self.e2e_s, *self._drafted
+        timed = self.ttft_s, self.tpot_s, self.e2e_s
+        return self.requests, *timed, self.prompt_tokens, self.answer_tokens, *self._drafted
+
+    def label(self, model: str) -> str:
+        """Under which a model's counts are shown."""
+        if model in self._told_apart or self._bases.find(model) is not None:
+            return model
+        if len(self._told_apart) >= self._bases.config.metrics_max_models:
+            return OTHER
+        self._told_apart.add(model)
+        return model
 
     def _count_drafts(self) -> None:
         """What the engine has counted since it was last asked, under the labels of everything else."""
-        found = self._runtime.worker.stats().drafts
-        for name, now in found.items():
-            before = self._counted.get(name, DraftStats())
-            if now.num_drafts < before.num_drafts:  # nobody had asked for it in long, and it was counted anew
+        found = {
+            name or runtime.model.name: stats
+            for runtime in self._bases.runtimes()
+            for name, stats in runtime.worker.stats().drafts.items()
+        }
+        for label, now in found.items():
+            before = self._counted.get(label, DraftStats())
+            # Nobody had asked for it in long, or its base had left, and it was counted anew.
+            if now.num_drafts < before.num_drafts:
                 before = DraftStats()
             if now != before:
-                label = name or self._runtime.model.name
                 for counter, new, old in zip(self._drafted, astuple(now), astuple(before), strict=True):
-                    counter.labels(label).inc(new - old)
+                    counter.labels(self.label(label)).inc(new - old)
         self._counted = found
 
     def _gone(self) -> set[str]:
         """Names that were counted, and that neither new requests nor running ones use."""
-        registry = self._runtime.registry
-        versions = (version.name for version in registry.versions())
-        served = {self._runtime.model.name, COMBINED, *registry.names(), *versions}
+        versions = {
+            version.name for runtime in self._bases.runtimes() for version in runtime.registry.versions()
+        }
+        served = {COMBINED, OTHER, *self._bases.names(), *versions}
         return {
             sample.labels["model"]
             for metric in self._by_model
@@ -106,35 +150,73 @@ class Metrics:
         for metric in self._by_model:
             for model in models:
                 metric.remove_by_labels({"model": model})
+        for model in models:
+            self.gaps.by_model.pop(model, None)
+        self._told_apart -= models
 
     def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, meaning, ["model"], buckets=buckets, registry=self.registry)
 
 
-class CountErrors:
-    """ASGI middleware: counts responses of 400 and above by status."""
+class _EngineCollectors(Collector):
+    """Reads the engines of the bases that are loaded when asked, so nothing is counted twice. Where a server has
+    several bases, `base` says whose each number is."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
+    def __init__(self, bases: Bases) -> None:
+        self._bases = bases
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs as ASGI."""
+    def collect(self) -> Iterable[Metric]:
+        loaded = self._bases.pool.loaded()
+        found = {name: _EngineCollector(services) for name, services in loaded.items()}
+        if len(self._bases.all()) == 1:
+            for collector in found.values():
+                yield from collector.collect()
+            return
+        yield from _together(found)
+        yield from _models(self._bases)
 
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                self._metrics.errors.labels(str(message["status"])).inc()
-            await send(message)
 
-        await self._app(scope, receive, counted)
+def _together(collectors: Mapping[str, _EngineCollector]) -> Iterable[Metric]:
+    """Each family once, with every base's samples."""
+    families: dict[str, Metric] = {}
+    for base, collector in collectors.items():
+        for family in collector.collect():
+            merged = families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type, family.unit)
+            )
+            for sample in family.samples:
+                merged.add_sample(sample.name, {**sample.labels, "base": base}, sample.value)
+    return families.values()
+
+
+def _models(bases: Bases) -> Iterator[Metric]:
+    """What is loaded, and how often it was."""
+    standings = bases.pool.standings()
+    state = GaugeMetricFamily(
+        "lathe_model_state", "1 for the state that a base is in.", labels=["base", "state"]
+    )
+    leases = GaugeMetricFamily("lathe_model_in_use", "Requests that hold a base.", labels=["base"])
+    waiters = GaugeMetricFamily("lathe_model_awaited", "Requests that wait for a base.", labels=["base"])
+    loads = CounterMetricFamily("lathe_model_loads", "Times that a base was loaded.", labels=["base"])
+    failed = CounterMetricFamily("lathe_model_load_failures", "Times that it could not be.", labels=["base"])
+    load_s = CounterMetricFamily("lathe_model_load_seconds", "Time that its loads took.", labels=["base"])
+    for each in standings:
+        for name in get_args(State):
+            state.add_metric([each.name, name], float(each.state == name))
+        leases.add_metric([each.name], each.num_leases)
+        waiters.add_metric([each.name], each.num_waiters)
+        loads.add_metric([each.name], each.num_loads)
+        failed.add_metric([each.name], each.num_failed)
+        load_s.add_metric([each.name], each.load_s)
+    return iter((state, leases, waiters, loads, failed, load_s))
 
 
 class _EngineCollector(Collector):
-    """Reads the engine when asked, so nothing is counted twice."""
+    """Of one base."""
 
-    def __init__(self, runtime: Runtime, grammars: Callable[[], GrammarStats]) -> None:
-        self._runtime = runtime
-        self._grammars = grammars
+    def __init__(self, services: Services) -> None:
+        self._runtime = services.runtime
+        self._grammars = services.grammars.stats
 
     def collect(self) -> Iterable[Metric]:
         stats = self._runtime.worker.stats()

@@ -35,7 +35,7 @@ class TextPart(Body):
 class _Shown(Body):
     """A picture, a clip or a sound."""
 
-    hints = frozenset({"cache_control"})
+    hints = frozenset({"cache_control", "prompt_cache_breakpoint"})
     neutral: ClassVar[Neutral] = {"uuid": (None,)}
     kind: ClassVar[MediaKind]
 

@@ -50,6 +50,7 @@ class Prompts:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         media: Sequence[Expansion] = (),
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> TokenIds:
         """Ids of a chat. RequestError as ChatTemplate.write, ContextLengthError for more than can ever fit.
 
@@ -58,9 +59,10 @@ class Prompts:
         runtime = self._runtime
 
         def write() -> Written:
-            self._check_size(messages, variables)
+            self._check_size(messages, [variables, tools])
             written = template.write(
                 messages,
+                tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 variables=variables,
@@ -73,14 +75,20 @@ class Prompts:
         written = await anyio.to_thread.run_sync(write, limiter=self._rendering)
         return await self._tokenize(lambda: self._encode(written.encode, len(written), "messages"))
 
-    def of_text(self, text: str) -> TokenIds:
+    def of_text(self, text: str, *, adds_special: bool = True) -> TokenIds:
         """Ids of a plain prompt, whose special tokens are special and which begins once.
 
-        To be called on the tokenizer's thread.
+        To be called on the tokenizer's thread. adds_special: with the tokens that the tokenizer puts around a text.
         """
         self._check_chars(len(text), "prompt")
         tokenizer = self._runtime.model.tokenizer
-        return self._encode(lambda first: encode_text(tokenizer, text[:first]), len(text), "prompt")
+
+        def encode(first: int | None) -> TokenIds:
+            if adds_special:
+                return encode_text(tokenizer, text[:first])
+            return tuple(tokenizer.encode(text[:first], add_special_tokens=False))
+
+        return self._encode(encode, len(text), "prompt")
 
     def of_prediction(self, text: str) -> Ngrams:
         """What an answer is thought to be, to be looked up: as much of it as can be one.
@@ -102,7 +110,7 @@ class Prompts:
                 )
         return encode(None)
 
-    def _check_size(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> None:
+    def _check_size(self, messages: Sequence[Mapping[str, Any]], variables: Any) -> None:
         if len(messages) > self._runtime.max_context:
             raise self._too_long(f"your request has {len(messages):,} messages", "messages")
         try:

@@ -13,13 +13,14 @@ from serve.api.constraints import ConstrainedBody
 from serve.api.parts import Part, Shown, TextPart
 from serve.api.sampling import SamplingBody
 from serve.api.strict import Body, Neutral
+from serve.api.tool_bodies import ToolsBody
 from serve.cache.precision import PLAIN, KvPrecision, KvScheme
-from serve.config import ServeConfig
+from serve.config import ContextOverflow, ServeConfig
 from serve.draft.lookup import NAME as NGRAM
 from serve.errors import RequestError
 from serve.model.thoughts import MAX_MARK_CHARS
 
-MAX_STOPS = 16
+MAX_STOPS = 64
 MAX_LOGPROBS = 20
 MAX_SALT_CHARS = 1024
 """vLLM's bound."""
@@ -260,21 +261,26 @@ class FunctionCall(Body):
 class ToolCall(Body):
     """A call in an assistant's turn of the history."""
 
-    hints = frozenset({"cache_control", "index"})
+    hints = frozenset({"cache_control", "index", "provider_specific_fields"})
 
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
+_ROLES: Mapping[str, str] = {"developer": "system", "function": "tool"}
+
+
 class Message(Body):
     """One turn of a chat. The template gets what its turn says: who, what, what was called and what came of it."""
 
-    neutral: ClassVar[Neutral] = {"audio": (None,), "function_call": (None,)}
-    hints = frozenset({"annotations", "cache_control", "reasoning_details", "refusal"})
+    neutral: ClassVar[Neutral] = {"audio": (None,)}
+    hints = frozenset(
+        {"annotations", "cache_control", "provider_specific_fields", "reasoning_details", "refusal"}
+    )
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    """developer is OpenAI's newer word for system, and is rendered as system."""
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    """developer is OpenAI's newer word for system, and is rendered as system; function its older one for tool."""
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     """Text, or pieces of it with pictures, clips and sounds between them. Null beside tool calls only."""
     name: str | None = None
@@ -284,23 +290,30 @@ class Message(Body):
     reasoning: str | None = None
     """The same by its newer name."""
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    function_call: FunctionCall | None = None
+    """OpenAI's older word for tool_calls."""
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
     def _says_something_of_its_role(self) -> Message:
-        if self.tool_calls and self.role != "assistant":
-            raise RequestError(
-                f"tool_calls: found in a turn of {self.role!r}; an assistant calls", "tool_calls"
-            )
+        for name in ("tool_calls", "function_call"):
+            if getattr(self, name) and self.role != "assistant":
+                raise RequestError(f"{name}: found in a turn of {self.role!r}; an assistant calls", name)
         if self.tool_call_id is not None and self.role != "tool":
             raise RequestError(
                 f"tool_call_id: found in a turn of {self.role!r}; a tool answers", "tool_call_id"
             )
-        if self.content is None and not self.tool_calls:
+        if self.content is None and not self.calls:
             raise RequestError(
                 "content: found null or none; it is text, or null beside tool_calls", "content"
             )
         return self
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """By whichever word."""
+        old = [] if self.function_call is None else [ToolCall(function=self.function_call)]
+        return [*(self.tool_calls or ()), *old]
 
     @property
     def shown(self) -> Iterator[tuple[int, Shown]]:
@@ -311,8 +324,10 @@ class Message(Body):
 
     def for_template(self) -> dict[str, Any]:
         """As ChatTemplate takes it: of a picture, a clip or a sound it gets the kind alone."""
-        turn = self.model_dump(exclude_none=True, exclude={"content", "reasoning"})
-        turn["role"] = "system" if self.role == "developer" else self.role
+        turn = self.model_dump(
+            exclude_none=True, exclude={"content", "reasoning", "tool_calls", "function_call"}
+        )
+        turn["role"] = _ROLES.get(self.role, self.role)
         turn["content"] = self.content
         if isinstance(self.content, list):
             turn["content"] = [
@@ -321,41 +336,21 @@ class Message(Body):
             ]
         if self.reasoning is not None and self.reasoning_content is None:
             turn["reasoning_content"] = self.reasoning
-        if not self.tool_calls:
-            turn.pop("tool_calls", None)
+        if self.calls:
+            turn["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.calls]
         return turn
 
 
 _TEMPLATE_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
-class ChatBody(GenerationBody):
-    """POST /v1/chat/completions."""
+class TemplatedBody(GenerationBody):
+    """What bodies of chats say of their template, of thoughts and of what they show, in any API."""
 
-    neutral: ClassVar[Neutral] = {
-        **UNCONSTRAINED,
-        "audio": (None,),
-        "function_call": (None, "none"),
-        "functions": (None, []),
-        "modalities": (None, ["text"]),
-        "moderation": (None,),
-        "parallel_tool_calls": (None, True, False),
-        "tool_choice": (None, "none"),
-        "tools": (None, []),
-        "verbosity": (None, "medium"),
-        "web_search_options": (None,),
-    }
-
-    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     mm_processor_kwargs: dict[str, Any] | None = None
     """vLLM's: how pictures and clips are looked at; min_pixels, max_pixels, fps, max_frames, …"""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables that the template reads; any other is refused by name."""
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    """A variable of the template; a hint where the template does not read it."""
     enable_thinking: bool | None = None
     """mlx-vlm's: as in chat_template_kwargs."""
     thinking_budget: int | None = Field(None, ge=0)
@@ -367,6 +362,57 @@ class ChatBody(GenerationBody):
     thinking_end_token: ThoughtMark | None = None
     include_reasoning: bool | None = None
     """vLLM's: false leaves thoughts out of the response; they count all the same."""
+
+    @model_validator(mode="after")
+    def _what_means_the_same_is_said_once(self) -> TemplatedBody:
+        if self.enable_thinking is not None and "enable_thinking" in (self.chat_template_kwargs or {}):
+            raise RequestError(
+                "enable_thinking: found here and in chat_template_kwargs; they mean the same, send one",
+                "enable_thinking",
+            )
+        if len({self.thinking_budget, self.thinking_token_budget} - {None}) > 1:
+            raise RequestError(
+                f"thinking_token_budget: found {self.thinking_token_budget}, but thinking_budget is "
+                f"{self.thinking_budget}; they mean the same, send one",
+                "thinking_token_budget",
+            )
+        taken = [name for name in self.chat_template_kwargs or {} if name in _TEMPLATE_ARGUMENTS]
+        if taken:
+            raise RequestError(
+                f"chat_template_kwargs: {taken[0]} is set by the server; send the template's own variables only",
+                "chat_template_kwargs",
+            )
+        return self
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens of thoughts at most, if the request says so."""
+        return self.thinking_token_budget if self.thinking_budget is None else self.thinking_budget
+
+
+class ChatBody(TemplatedBody, ToolsBody):
+    """POST /v1/chat/completions."""
+
+    neutral: ClassVar[Neutral] = {
+        **UNCONSTRAINED,
+        "audio": (None,),
+        "modalities": (None, ["text"]),
+        "moderation": (None,),
+        "verbosity": (None, "medium"),
+        "web_search_options": (None,),
+    }
+
+    insists_on_thinking: ClassVar[bool] = True
+    """Whether a request for thoughts, or for none, is refused by a model that cannot be told. False: it is a wish."""
+
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    """A variable of the template; a hint where the template does not read it."""
+    context_overflow: ContextOverflow | None = None
+    """What is done to a conversation that is longer than the context: as the server's key of that name."""
     add_generation_prompt: bool | None = None
     """Open the assistant's next turn; true, unless the last message is continued."""
     continue_final_message: bool | None = None
@@ -388,17 +434,6 @@ class ChatBody(GenerationBody):
                 "reasoning_effort: found here and in chat_template_kwargs; they mean the same, send one",
                 "reasoning_effort",
             )
-        if self.enable_thinking is not None and "enable_thinking" in (self.chat_template_kwargs or {}):
-            raise RequestError(
-                "enable_thinking: found here and in chat_template_kwargs; they mean the same, send one",
-                "enable_thinking",
-            )
-        if len({self.thinking_budget, self.thinking_token_budget} - {None}) > 1:
-            raise RequestError(
-                f"thinking_token_budget: found {self.thinking_token_budget}, but thinking_budget is "
-                f"{self.thinking_budget}; they mean the same, send one",
-                "thinking_token_budget",
-            )
         if self.continue_final_message and self.add_generation_prompt:
             raise RequestError(
                 "continue_final_message: found true, and add_generation_prompt too; an answer goes on from the last "
@@ -410,23 +445,12 @@ class ChatBody(GenerationBody):
                 f"continue_final_message: the last message is of role {self.messages[-1].role!r}; expected assistant",
                 "continue_final_message",
             )
-        taken = [name for name in self.chat_template_kwargs or {} if name in _TEMPLATE_ARGUMENTS]
-        if taken:
-            raise RequestError(
-                f"chat_template_kwargs: {taken[0]} is set by the server; send the template's own variables only",
-                "chat_template_kwargs",
-            )
         return self
 
     @property
     def has_tool_history(self) -> bool:
         """True if a turn calls a tool or brings a result."""
-        return any(message.tool_calls or message.role == "tool" for message in self.messages)
-
-    @property
-    def budget(self) -> int | None:
-        """Tokens of thoughts at most, if the request says so."""
-        return self.thinking_token_budget if self.thinking_budget is None else self.thinking_budget
+        return any(message.calls or message.role in ("tool", "function") for message in self.messages)
 
     @property
     def answer_limit(self) -> int | None:
@@ -513,12 +537,20 @@ class LoadAdapterBody(Body):
     neutral: ClassVar[Neutral] = {
         "lora_int_id": (None,),
         "is_3d_lora_weight": (None, False),
-        "base_model_name": (None,),
     }
 
     lora_name: Label
     lora_path: str
     load_inplace: bool = False
+    base_model_name: Label | None = None
+    """Of the bases of a server, the one that it was trained on."""
+
+
+class ModelBody(Body):
+    """POST /v1/models/load and /v1/models/unload."""
+
+    model: Label
+    """A base's name or alias."""
 
 
 class UnloadAdapterBody(Body):

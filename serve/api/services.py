@@ -1,18 +1,17 @@
-"""What every endpoint needs: the runtime, the metrics, and the work that must not run on the event loop."""
+"""What one loaded model answers with: its runtime, and the work that must not run on the event loop."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import anyio
 import anyio.to_thread
-from fastapi import Depends, Request
 
 from serve.api.media import MediaDesk
-from serve.api.metrics import Metrics
 from serve.api.prompts import Prompts
+from serve.api.summaries import Summaries
 from serve.constraints.compiler import GrammarCompiler
 from serve.runtime import Runtime
 
@@ -22,7 +21,7 @@ LOOKUPS = 8
 
 
 class Services:
-    """One app's belongings; endpoints get it as ServicesDep."""
+    """One model's; `held_target` says which model's a request wants."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -33,10 +32,15 @@ class Services:
         self._looking_up = anyio.CapacityLimiter(LOOKUPS)
         self.prompts = Prompts(runtime, self.tokenize)
         self.media = MediaDesk(runtime)
+        self.summaries = Summaries()
         engine = runtime.engine
         vocab_size = engine.model.network.vocab_size
         self.grammars = GrammarCompiler(engine.model.tokenizer, engine.token_bytes, vocab_size)
-        self.metrics = Metrics(runtime, self.grammars.stats)
+
+    def close(self) -> None:
+        """End the threads that work for it. The runtime's are its own."""
+        self.media.close()
+        self.grammars.close()
 
     async def look_up(self, work: Callable[[], T]) -> T:
         """Find or read adapters, on one of the threads for that."""
@@ -45,12 +49,3 @@ class Services:
     async def tokenize(self, work: Callable[[], T]) -> T:
         """Run the tokenizer's work on its thread."""
         return await anyio.to_thread.run_sync(work, limiter=self._tokenizing)
-
-
-def _services(request: Request) -> Services:
-    found = request.app.state.services
-    assert isinstance(found, Services)
-    return found
-
-
-ServicesDep = Annotated[Services, Depends(_services)]

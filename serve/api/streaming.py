@@ -1,234 +1,149 @@
-"""A Generation in, an HTTP response out, whole or as server-sent events. A client that goes away frees its rows."""
+"""A Turn in, an HTTP response out, whole or as a stream, in the words of a Writer. A client that goes away frees its
+rows."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Response
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from fastapi.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
+from serve.api.answer import Answer, Piece
 from serve.api.body import CLIENT_CLOSED_REQUEST
-from serve.api.errors import body_of
-from serve.api.generation import Generation
-from serve.engine.request import Event, FinishReason, TokenLogprob
+from serve.api.exchange import current
+from serve.api.leaving import ClientGoneError, unless_gone
+from serve.api.opening import KEEP_ALIVE
+from serve.api.targets import Target
 from serve.errors import LatheError
 
 T = TypeVar("T")
 EVENT_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 """What a route that can stream adds to its OpenAPI description."""
-KEEP_ALIVE = b": keep-alive\n\n"
-"""A comment, which readers of server-sent events skip."""
+_as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-@dataclass
-class Answer:
-    """One row's whole answer, as it grows."""
+class Turn(Protocol):
+    """Answers under way; serve/api/turn.py has them."""
 
-    text: str = ""
-    reasoning: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: FinishReason | None = None
-    stop_reason: str | int | None = None
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    @property
+    def target(self) -> Target:
+        """What answers."""
 
-    def add(self, event: Event) -> None:
-        """Append what an event brought."""
-        self.text += event.text
-        self.reasoning += event.reasoning
-        self.logprobs += event.logprobs
-        self.finish = event.finish
-        self.stop_reason = event.stop_reason
-        self.prompt_logprobs = self.prompt_logprobs or event.prompt_logprobs
+    @property
+    def is_done(self) -> bool:
+        """True when every row has had its final piece."""
+
+    async def next(self) -> tuple[int, Piece]:
+        """What came next, with its row."""
+
+    def close(self) -> None:
+        """Cancel what still runs."""
 
 
-def best_of(answers: Mapping[int, Answer], num_drawn: int, num_kept: int | None) -> list[int]:
-    """Rows of the answers to send, by prompt, and of each the best first if some are left out: those of the highest
-    log-probability a token."""
-    if num_kept is None or num_kept == num_drawn:
-        return sorted(answers)
+class Writer(Protocol):
+    """One API's words for the answers to one request. Made for one response; it may count what it has written.
+    What a stream gets is whole events, or nothing."""
 
-    def score(row: int) -> float:
-        values = [entry.logprob for entry in answers[row].logprobs]
-        return sum(values) / len(values) if values else 0.0
+    def whole(self, answers: Mapping[int, Answer]) -> dict[str, Any]:
+        """All of it at once."""
 
-    prompts = range(0, len(answers), num_drawn)
-    ranked = [sorted(range(first, first + num_drawn), key=score, reverse=True) for first in prompts]
-    return [row for rows in ranked for row in rows[:num_kept]]
+    def begin(self) -> bytes:
+        """What a stream begins with, as its first piece comes."""
 
+    def piece(self, row: int, piece: Piece) -> bytes:
+        """What a piece becomes in a stream."""
 
-class Format(Protocol):
-    """How one endpoint writes its answers. Made for one response; it may count what it has written."""
+    def end(self) -> bytes:
+        """What a stream ends with, all rows having ended."""
 
-    kind: str
-    chunk_kind: str
-
-    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        """An entry of `choices` in a whole response."""
-
-    def extra(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """What a whole response says beside its choices."""
-
-    def deltas(self, index: int, event: Event) -> Sequence[dict[str, Any]]:
-        """Entries of `choices` that an event becomes in a stream, each in a chunk of its own."""
-
-
-class ClientGoneError(Exception):
-    """The client has closed the connection; never leaves this package."""
+    def error(self, error: LatheError) -> bytes:
+        """What a stream ends with that broke."""
 
 
 @dataclass(frozen=True)
 class Responder:
     """Answers one request."""
 
-    generation: Generation
-    format: Format
-    num_prompt_tokens: int
+    turn: Turn
+    writer: Writer
     receive: Receive
     keep_alive_s: float = 0
     """Longest silence of a stream; 0: no matter how long."""
-    num_kept: int | None = None
-    """Of the answers to one prompt, the best so many are sent; None: all."""
-    has_answer: bool = True
-    """False: the prompt is given back alone, and no token counts as an answer."""
+    keep_alive: bytes = KEEP_ALIVE
+    """What breaks it."""
+    media_type: str = "text/event-stream"
+    """Of a stream."""
 
     async def whole(self) -> Response:
         """Everything at once, when all rows have ended."""
         answers: dict[int, Answer] = {}
 
         async def collect() -> None:
-            while not self.generation.is_done:
-                index, event = await self.generation.next()
-                answers.setdefault(index, Answer()).add(event)
+            while not self.turn.is_done:
+                row, piece = await self.turn.next()
+                answers.setdefault(row, Answer()).add(piece)
 
         try:
             await unless_gone(self.receive, collect())
         except ClientGoneError:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         finally:
-            self.generation.close()
-        kept = best_of(answers, self.generation.num_choices, self.num_kept)
-        choices = [
-            {**self.format.choice(row, answers[row]), "index": index} for index, row in enumerate(kept)
-        ]
-        return JSONResponse(
-            {
-                **self._envelope(self.format.kind),
-                "choices": choices,
-                "usage": self._whole_usage(),
-                **self.format.extra([answers[row] for row in kept]),
-            },
-            headers=self.generation.target.headers,
-        )
+            self.turn.close()
+        return JSONResponse(self.writer.whole(answers), headers=self.turn.target.headers)
 
-    async def stream(self, *, wants_usage: bool, is_continuous: bool = False) -> Response:
-        """Events as they come. A refusal that comes before the first keep-alive has its own HTTP status.
-
-        wants_usage    a last chunk says what the whole request used
-        is_continuous  every chunk says what its choice has used so far
-        """
-        first = asyncio.ensure_future(self.generation.next())
+    async def stream(self) -> Response:
+        """Events as they come. A refusal that comes before the first keep-alive has its own HTTP status."""
+        first = asyncio.ensure_future(self.turn.next())
         try:
             await unless_gone(self.receive, asyncio.wait({first}, timeout=self.keep_alive_s or None))
             if first.done():
                 first.result()
         except BaseException as error:
             await _cancelled(first)
-            self.generation.close()
+            self.turn.close()
             if isinstance(error, ClientGoneError):
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
             raise
-        pieces = self._pieces(first, wants_usage, is_continuous)
-        return EventStream(self.generation, pieces, self.keep_alive_s)
+        return EventStream(self, self._written(first))
 
-    async def _pieces(
-        self, first: asyncio.Task[tuple[int, Event]], wants_usage: bool, is_continuous: bool
-    ) -> AsyncIterator[bytes]:
-        envelope = self._envelope(self.format.chunk_kind)
-        if wants_usage:
-            envelope["usage"] = None
-        num_tokens: dict[int, int] = {}
-        num_thought: dict[int, int] = {}
+    async def _written(self, first: asyncio.Task[tuple[int, Piece]]) -> AsyncIterator[bytes]:
         try:
             if not first.done():
-                yield KEEP_ALIVE
-            index, event = await first
+                yield self.keep_alive
+            row, piece = await first
+            if begun := self.writer.begin():
+                yield begun
             while True:
-                before, thought_before = num_tokens.get(index, 0), num_thought.get(index, 0)
-                num_tokens[index] = before + len(event.token_ids)
-                num_thought[index] = event.num_reasoning_tokens
-                for delta in self.format.deltas(index, event):
-                    if is_continuous:
-                        # The chunk that opens a chat's choice brings no token yet.
-                        is_opening = "role" in delta.get("delta", ())
-                        envelope["usage"] = (
-                            self._usage(before, thought_before)
-                            if is_opening
-                            else self._usage(num_tokens[index], num_thought[index])
-                        )
-                    yield _sse({**envelope, "choices": [delta]})
-                if self.generation.is_done:
+                if written := self.writer.piece(row, piece):
+                    yield written
+                if self.turn.is_done:
                     break
-                index, event = await self.generation.next()
+                row, piece = await self.turn.next()
         except LatheError as error:
-            yield _sse(body_of(error))
+            yield self.writer.error(error)
             return
         finally:
             await _cancelled(first)
-        if wants_usage:
-            yield _sse({**envelope, "choices": [], "usage": self._whole_usage()})
-        yield b"data: [DONE]\n\n"
-
-    def _envelope(self, kind: str) -> dict[str, Any]:
-        generation = self.generation
-        return {
-            "id": generation.id,
-            "object": kind,
-            "created": generation.created,
-            "model": generation.target.asked,
-        }
-
-    def _whole_usage(self) -> dict[str, Any]:
-        return self._usage(self.generation.num_answer_tokens, self.generation.num_reasoning_tokens)
-
-    def _usage(self, num_answer_tokens: int, num_reasoning_tokens: int) -> dict[str, Any]:
-        num_answer_tokens *= self.has_answer
-        details = self._answer_details(num_reasoning_tokens)
-        return {
-            "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": num_answer_tokens,
-            "total_tokens": self.num_prompt_tokens + num_answer_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.generation.num_cached_tokens},
-            **({"completion_tokens_details": details} if details else {}),
-        }
-
-    def _answer_details(self, num_reasoning_tokens: int) -> dict[str, int]:
-        """What is said of the answers' tokens: how many think, where they are told apart, and how many were guessed,
-        as far as rows have ended, where somebody guesses."""
-        generation = self.generation
-        details = {"reasoning_tokens": num_reasoning_tokens} if generation.has_thoughts else {}
-        if not generation.has_drafter:
-            return details
-        return details | {
-            "accepted_prediction_tokens": generation.num_accepted,
-            "rejected_prediction_tokens": generation.num_drafted - generation.num_accepted,
-        }
+        if ending := self.writer.end():
+            yield ending
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events that end, and end the generation, when the client goes away. No silence is longer than
+class EventStream(Response):
+    """What is written ends, and ends the turn, when the client goes away. No silence is longer than the responder's
     `keep_alive_s`, unless that is 0."""
 
-    def __init__(self, generation: Generation, pieces: AsyncIterator[bytes], keep_alive_s: float = 0) -> None:
-        headers = {**generation.target.headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(pieces, media_type="text/event-stream", headers=headers)
-        self._generation = generation
-        self._keep_alive_s = keep_alive_s
+    def __init__(self, responder: Responder, written: AsyncIterator[bytes]) -> None:
+        headers = {**responder.turn.target.headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(media_type=responder.media_type, headers=headers)
+        del self.headers["content-length"]
+        self._responder = responder
+        self._written = written
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs as ASGI."""
@@ -237,61 +152,61 @@ class EventStream(StreamingResponse):
         except (ClientGoneError, OSError):
             return
         finally:
-            self._generation.close()
+            self._responder.turn.close()
 
     async def _respond(self, send: Send) -> None:
-        if not self._keep_alive_s:
-            return await self.stream_response(send)
-        steady = _SteadySend(send, self._keep_alive_s)
-        beating = asyncio.ensure_future(steady.beat())
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        exchange, responder = current(), self._responder
+        steady = _SteadySend(
+            exchange.send_body if exchange and exchange.send_body else send, responder.keep_alive
+        )
+        beating = None
+        if responder.keep_alive_s:
+            beating = asyncio.ensure_future(steady.beat(responder.keep_alive_s))
         try:
-            await self.stream_response(steady)
+            async for some in self._written:
+                await steady.send(some)
         finally:
-            await _cancelled(beating)
+            if beating is not None:
+                await _cancelled(beating)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class _SteadySend:
-    """A `send` of ASGI beside which a comment goes out whenever nothing else has for `every_s`.
+    """Sends bytes, and a comment whenever nothing else has gone out for a while.
 
-    Each message holds whole events, so a comment may stand between any two.
+    Each part holds whole events, so a comment may stand between any two.
     """
 
-    def __init__(self, send: Send, every_s: float) -> None:
+    def __init__(self, send: Send, comment: bytes) -> None:
         self._send = send
-        self._every_s = every_s
-        self._lock = asyncio.Lock()
+        self._comment = comment
         self._last_s = time.monotonic()
-        self._is_over = False
+        self._is_sending = False
+        self._comment_sent: asyncio.Future[None] | None = None
 
-    async def __call__(self, message: Message) -> None:
-        async with self._lock:
-            await self._send(message)
-            self._is_over = message["type"] == "http.response.body" and not message.get("more_body")
-            self._last_s = time.monotonic()
+    async def send(self, some: bytes) -> None:
+        """Behind a comment that is on its way."""
+        if self._comment_sent is not None:
+            await self._comment_sent
+        self._is_sending = True
+        await self._send({"type": "http.response.body", "body": some, "more_body": True})
+        self._is_sending = False
+        self._last_s = time.monotonic()
 
-    async def beat(self) -> None:
-        """Send comments until the response is over, or until cancelled."""
-        while not self._is_over:
-            await asyncio.sleep(max(self._last_s + self._every_s - time.monotonic(), 0.001))
-            async with self._lock:
-                if not self._is_over and time.monotonic() - self._last_s >= self._every_s:
-                    await self._send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-                    self._last_s = time.monotonic()
-
-
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled with ClientGoneError as soon as the client closes the connection."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGoneError
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+    async def beat(self, every_s: float) -> None:
+        """Send comments until cancelled, which is not done between two parts of one."""
+        while True:
+            await asyncio.sleep(max(self._last_s + every_s - time.monotonic(), 0.001))
+            if self._is_sending or time.monotonic() - self._last_s < every_s:
+                continue
+            self._comment_sent = asyncio.get_running_loop().create_future()
+            try:
+                await self._send({"type": "http.response.body", "body": self._comment, "more_body": True})
+            finally:
+                self._comment_sent.set_result(None)
+                self._comment_sent = None
+                self._last_s = time.monotonic()
 
 
 async def _cancelled(task: asyncio.Future[Any]) -> None:
@@ -303,10 +218,7 @@ async def _cancelled(task: asyncio.Future[Any]) -> None:
         task.exception()
 
 
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _sse(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def sse(data: dict[str, Any], event: str | None = None) -> bytes:
+    """One server-sent event, of that name if there is one."""
+    name = f"event: {event}\n".encode() if event is not None else b""
+    return name + b"data: " + _as_json(data).encode() + b"\n\n"

@@ -10,9 +10,9 @@ import difflib
 import json
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from serve.errors import RequestError
 
@@ -79,6 +79,23 @@ class Body(BaseModel):
         names = [*cls.model_fields, *cls.neutral, *cls.hints]
         close = difflib.get_close_matches(name[:MAX_NAME_CHARS], names, n=1, cutoff=0.7)
         return close[0] if close else None
+
+
+B = TypeVar("B", bound=Body)
+
+
+def made_of(body: type[B], fields: Mapping[str, Any]) -> B:
+    """A body that another one was translated into. RequestError names the first field that is wrong."""
+    try:
+        return body.model_validate(fields)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, RequestError):
+            raise cause from None
+        place = ".".join(map(str, problem["loc"])) or "the body"
+        param = str(problem["loc"][0]) if problem["loc"] else None
+        raise RequestError(f"{place}: {problem['msg']}", param) from None
 
 
 def _same(found: Any, allowed: Any) -> bool:

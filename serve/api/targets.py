@@ -6,14 +6,21 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import anyio.to_thread
+from fastapi import Request
+
 from serve.adapters.sums.combination import Combination, Weighted, added_up
 from serve.adapters.sums.expression import Term, parse_expression
 from serve.adapters.versions.version import AdapterVersion
+from serve.api.bases import Base
+from serve.api.opening import withdraw
+from serve.api.permission import check_model
 from serve.api.services import Services
+from serve.api.state import AppState, held_base
 from serve.errors import NotFoundError, OverloadedError, RequestError
 from serve.experiments.assignment import Variant, assign
 from serve.experiments.store import Run
-from serve.runtime import Runtime
+from serve.pool.pool import Lease
 
 VARIANT_RETRY_AFTER_S = 5.0
 MAX_HEADER_CHARS = 512
@@ -38,9 +45,19 @@ class Target:
 
     asked: str
     """The `model` field, which the response repeats."""
-    base: str
+    services: Services
+    """Of the model that answers."""
     version: AdapterVersion | None
     assignment: Assignment | None = None
+    lease: Lease[Services] | None = None
+    """On that model, for as long as the target is held; who goes on after that takes another (`again`)."""
+    overflow: str = ""
+    """What was done to the conversation to make it fit; empty: nothing."""
+
+    @property
+    def base(self) -> str:
+        """The model's name, without adapters."""
+        return self.services.runtime.model.name
 
     @property
     def served(self) -> str:
@@ -58,52 +75,91 @@ class Target:
         headers = {"x-lathe-model": _header(self.served)}
         if self.assignment is not None:
             headers["x-lathe-variant"] = _header(self.assignment.variant.name)
+        if self.overflow:
+            headers["x-lathe-context-overflow"] = self.overflow
         return headers
 
 
 @asynccontextmanager
-async def held_target(services: Services, model: str, unit: str) -> AsyncIterator[Target]:
-    """What `model` stands for now; an adapter version is held inside the block.
+async def held_target(
+    state: AppState, model: str, unit: str, http: Request | None = None
+) -> AsyncIterator[Target]:
+    """What `model` stands for now; its base, brought where it is not in memory, and an adapter's version are held
+    inside the block.
 
+    http  the request that waits for it: its stream gets comments meanwhile; ClientGoneError once its client has left
     A name that nobody has loaded is looked up where the configuration allows it, off the event loop. NotFoundError,
     ForbiddenError, OverloadedError, and what loading raises.
     """
-    target = await _find(services, model, unit)
-    try:
-        yield target
-    finally:
-        if target.version is not None:
-            services.runtime.registry.release(target.version)
-
-
-def served_names(runtime: Runtime) -> list[str]:
-    """Every name a request may ask for, without versions."""
-    return [runtime.model.name, *runtime.registry.names(), *runtime.experiments]
-
-
-async def _find(services: Services, model: str, unit: str) -> Target:
-    runtime = services.runtime
-    base = runtime.model.name
-    run = runtime.experiments.get(model)
-    if run is None:
-        return Target(model, base, None if model == base else await _acquire(services, model))
-    variant = assign(run.experiment, unit)
-    assignment = Assignment(run, variant, unit)
-    if variant.model == base:
-        return Target(model, base, None, assignment)
-    try:
-        return Target(model, base, await _looked_up(services, variant.model), assignment)
-    except NotFoundError:
-        error = OverloadedError(
-            f"variant {variant.name!r} of experiment {model!r} needs adapter {variant.model!r}, which is not loaded; "
-            "load it with /v1/load_lora_adapter",
-            VARIANT_RETRY_AFTER_S,
+    check_model(state.bases, model)
+    if model in state.texts.models:
+        raise RequestError(
+            f"model {model!r} makes vectors or scores of texts and generates none; ask it at /v1/embeddings, "
+            "/v1/rerank or /v1/score",
+            "model",
         )
-        error.code = "variant_not_loaded"
-        raise error from None
+    run = state.bases.experiments.runs.get(model)
+    arm = None if run is None else (run, assign(run.experiment, unit))
+    wanted = model if arm is None else arm[1].model
+    base = await (_base_of(state, model) if arm is None else _base_of_arm(state, *arm))
+    async with held_base(state, base, http) as lease:
+        services = lease.loaded
+        version = None
+        if state.bases.find(wanted) is None:
+            version = await (_acquire(state, services, model) if arm is None else _armed(services, *arm))
+        assignment = None if arm is None else Assignment(*arm, unit)
+        try:
+            yield Target(model, services, version, assignment, lease)
+            if http is not None:
+                await withdraw(http)
+        finally:
+            if version is not None:
+                services.runtime.registry.release(version)
 
 
-async def _acquire(services: Services, model: str) -> AdapterVersion | None:
+async def _base_of(state: AppState, model: str) -> Base:
+    """The base that answers it; the first, where that is in memory and may know more of the name than that nobody has
+    it. NotFoundError."""
+    bases = state.bases
+    found = bases.of_model(model)
+    if found is None and (bases.config.model_dirs or len(bases.all()) > 1):
+        found = await anyio.to_thread.run_sync(bases.looked_up, model)
+    if found is None and bases.first.name not in bases.pool.loaded():
+        raise NotFoundError(f"model {model!r} is not served here; there are {_listed(bases.names())}")
+    return found or bases.first
+
+
+async def _base_of_arm(state: AppState, run: Run, variant: Variant) -> Base:
+    try:
+        return await _base_of(state, variant.model)
+    except NotFoundError:
+        raise _not_loaded(run, variant) from None
+
+
+async def _armed(services: Services, run: Run, variant: Variant) -> AdapterVersion | None:
+    """An arm's adapter, held."""
+    try:
+        return await _looked_up(services, variant.model)
+    except NotFoundError:
+        raise _not_loaded(run, variant) from None
+
+
+def _not_loaded(run: Run, variant: Variant) -> OverloadedError:
+    error = OverloadedError(
+        f"variant {variant.name!r} of experiment {run.experiment.name!r} needs adapter {variant.model!r}, "
+        "which is not loaded; load it with /v1/load_lora_adapter",
+        VARIANT_RETRY_AFTER_S,
+    )
+    error.code = "variant_not_loaded"
+    return error
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+async def _acquire(state: AppState, services: Services, model: str) -> AdapterVersion | None:
     runtime = services.runtime
     try:
         return await _looked_up(services, model)
@@ -112,10 +168,7 @@ async def _acquire(services: Services, model: str) -> AdapterVersion | None:
             raise
         if "@" in model and model.partition("@")[0] in runtime.registry.names():
             raise NotFoundError(f"model {model!r} is not served here: {error}") from None
-        names = served_names(runtime)
-        there = ", ".join(names[:MAX_NAMES]) + (
-            f" and {len(names) - MAX_NAMES} more" * (len(names) > MAX_NAMES)
-        )
+        there = _listed(state.bases.names())
         raise NotFoundError(f"model {model!r} is not served here; there are {there}") from None
 
 

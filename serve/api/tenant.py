@@ -1,4 +1,5 @@
-"""A request's headers in, whose prefixes it may share out. Names a tenant; proves nothing about who sends it."""
+"""A request's headers and key in, whose prefixes it may share out. A header names a tenant and proves nothing; a key
+has one, which a header may only repeat."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends, Header
 
+from serve.api.exchange import current
 from serve.errors import RequestError
 
 MAX_TENANT_CHARS = 128
@@ -18,7 +20,8 @@ def _tenant(
     ours: Annotated[Headers, Header(alias="X-Tenant", description="Whose prefixes are shared.")] = None,
     theirs: Annotated[Headers, Header(alias="X-APC-Tenant", description="mlx-vlm's name of it.")] = None,
 ) -> str:
-    """Empty where no header names one. RequestError for what is no name, lest it be everybody's."""
+    """Empty where neither a key nor a header names one. RequestError for what is no name, lest it be everybody's;
+    ForbiddenError for another key's."""
     named = [("X-Tenant", value) for value in ours or ()] + [
         ("X-APC-Tenant", value) for value in theirs or ()
     ]
@@ -33,7 +36,10 @@ def _tenant(
             raise RequestError(
                 f"{header}: found {value}, but also {named[0][0]}: {named[0][1]}; send one tenant", header
             )
-    return named[0][1] if named else ""
+    tenant, exchange = named[0][1] if named else "", current()
+    if exchange is not None:
+        exchange.tenant = tenant = exchange.key.tenant_for(tenant) if exchange.key else tenant
+    return tenant
 
 
 TenantDep = Annotated[str, Depends(_tenant)]

@@ -25,7 +25,7 @@ def thinking_variables(
         said = {*template.defaults, *(body.chat_template_kwargs or {})}
         default = runtime.config.enable_thinking
         return {} if default is None or said & set(switches) else dict.fromkeys(switches, default)
-    if not switches and wanted != (thoughts is not None):
+    if not switches and wanted != (thoughts is not None) and body.insists_on_thinking:
         does = "thinks in any case" if thoughts is not None else "does not think"
         raise RequestError(
             f"enable_thinking: found {str(wanted).lower()}, but this model {does}: its chat template has no switch",
@@ -40,7 +40,7 @@ def thoughts_of(runtime: Runtime, template: ChatTemplate, body: ChatBody) -> Tho
     RequestError names the field that cannot be done.
     """
     thoughts = runtime.thoughts.of(template, body.thinking_start_token, body.thinking_end_token)
-    if thoughts is None and body.budget is not None:
+    if thoughts is None and body.budget is not None and body.insists_on_thinking:
         name = "thinking_budget" if body.thinking_budget is not None else "thinking_token_budget"
         raise RequestError(
             f"{name}: found {body.budget}, but answers of this model have no thoughts with marks; name the marks "
@@ -51,10 +51,19 @@ def thoughts_of(runtime: Runtime, template: ChatTemplate, body: ChatBody) -> Tho
 
 
 def thinking_of(
-    runtime: Runtime, template: ChatTemplate, thoughts: Thoughts | None, body: ChatBody, prompt: Sequence[int]
+    runtime: Runtime,
+    template: ChatTemplate,
+    thoughts: Thoughts | None,
+    body: ChatBody,
+    prompt: Sequence[int],
+    *,
+    tells_calls: bool = False,
 ) -> Thinking | None:
-    """How the answer to a prompt's tokens is told from its thoughts, and what these may take."""
+    """How the answer to a prompt's tokens is told from its thoughts, and what these may take.
+
+    tells_calls  as Thinking has it
+    """
     if thoughts is None:
         return None
     budget = runtime.config.thinking_budget if body.budget is None else body.budget
-    return Thinking(thoughts, thoughts.cue(prompt, template.end_ids), budget)
+    return Thinking(thoughts, thoughts.cue(prompt, template.end_ids), budget, tells_calls)

@@ -7,25 +7,26 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from serve.api.services import ServicesDep
+from serve.api.admin import ADMIN
+from serve.api.state import StateDep
 
-router = APIRouter()
+router = APIRouter(dependencies=[ADMIN])
 
 
 @router.get("/v1/adapter_watch")
-async def adapter_watch(services: ServicesDep) -> dict[str, Any]:
+async def adapter_watch(state: StateDep) -> dict[str, Any]:
     """`data` has an entry for each adapter that stands, or stood, in a watched folder; those with a problem first."""
-    runtime = services.runtime
-    if runtime.watch is None:
-        return {"object": "list", "interval_s": None, "folders": [], "num_problems": 0, "data": []}
-    troubles = runtime.watch.troubles()
+    watches = [runtime.watch for runtime in state.bases.runtimes() if runtime.watch is not None]
     folders = [
-        {"folder": str(folder), "problem": troubles.get(str(folder), "")} for folder in runtime.watch.folders
+        {"folder": str(folder), "problem": watch.troubles().get(str(folder), "")}
+        for watch in watches
+        for folder in watch.folders
     ]
-    watched = sorted(runtime.watch.watched(), key=lambda each: (not each.problem, each.name))
+    watched = [each for watch in watches for each in watch.watched()]
+    watched.sort(key=lambda each: (not each.problem, each.name))
     return {
         "object": "list",
-        "interval_s": runtime.config.adapter_watch_interval_s,
+        "interval_s": state.config.adapter_watch_interval_s if watches else None,
         "folders": folders,
         "num_problems": sum(bool(each.problem) for each in watched),
         "data": [asdict(each) for each in watched],

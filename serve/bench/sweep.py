@@ -123,7 +123,13 @@ class SweepRunner:
         sweep = self.sweep
         for each in self._wanted:
             yield Ask(
-                each.model, each.prompt, each.max_tokens, sweep.endpoint, sweep.extra, history=each.history
+                each.model,
+                each.prompt,
+                each.max_tokens,
+                sweep.endpoint,
+                sweep.extra,
+                history=each.history,
+                shown=each.shown,
             )
 
     def _one(self, model: str, prompt: str, max_tokens: int) -> Answer:

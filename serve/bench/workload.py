@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, cycle, islice
+from typing import Any
 
 from serve.bench.dataset import Dataset, Record
 from serve.bench.lengths import Lengths
@@ -25,6 +26,20 @@ class Prefixes:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """What every request shows before its words."""
+
+    num_images: int = 0
+    num_videos: int = 0
+    edge: int = 448
+    """Of pictures and frames, in pixels."""
+    num_frames: int = 16
+    """Of a clip."""
+    num_distinct: int = 64
+    """So many pictures, and clips, that differ are made before anything is measured, and then shown in turn."""
+
+
+@dataclass(frozen=True)
 class Workload:
     """Requests in the order in which they are sent; the same seed gives the same ones."""
 
@@ -36,6 +51,7 @@ class Workload:
     prefixes: Prefixes | None = None
     dataset: Dataset | None = None
     """Its lines take the place of made-up prompts, one after the other, again and again."""
+    shown: Shown | None = None
     seed: int = 0
 
 
@@ -47,6 +63,8 @@ class Wanted:
     prompt: str
     max_tokens: int
     history: tuple[dict[str, str], ...] = ()
+    shown: tuple[Mapping[str, Any], ...] = ()
+    """Parts of its message."""
 
 
 class WorkloadMaker:
@@ -68,6 +86,7 @@ class WorkloadMaker:
         num_words = max(1, round(shared.num_tokens / cost.per_word)) if shared else 0
         self._prefixes = [prefix_maker.prompt(num_words) for _ in range(shared.count)] if shared else []
         self._which_prefix = Zipf(shared.count, shared.exponent) if shared else None
+        self._parts = _Parts(workload.shown, workload.seed) if workload.shown else None
 
     def __iter__(self) -> Iterator[Wanted]:
         for number in count():
@@ -86,4 +105,24 @@ class WorkloadMaker:
             prompt = self._own.prompt(self._cost.words_for(num_tokens))
         if self._which_prefix is not None:
             prompt = f"{self._prefixes[self._which_prefix.draw(self._random)]} {prompt}"
-        return Wanted(model, prompt, max_tokens, tuple(dict(each) for each in record.history))
+        history = tuple(dict(each) for each in record.history)
+        return Wanted(model, prompt, max_tokens, history, self._parts.next() if self._parts else ())
+
+
+class _Parts:
+    """Pictures and clips, made at once, handed out in turn."""
+
+    def __init__(self, shown: Shown, seed: int) -> None:
+        from serve.bench.pictures import PictureMaker
+
+        maker = PictureMaker(seed, shown.edge)
+        num_made = shown.num_distinct
+        self._images = cycle([maker.part() for _ in range(num_made if shown.num_images else 0)])
+        self._clips = cycle(
+            [maker.sent_clip(shown.num_frames) for _ in range(num_made if shown.num_videos else 0)]
+        )
+        self._shown = shown
+
+    def next(self) -> tuple[Mapping[str, Any], ...]:
+        """Of one request."""
+        return (*islice(self._images, self._shown.num_images), *islice(self._clips, self._shown.num_videos))

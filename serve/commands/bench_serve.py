@@ -117,6 +117,15 @@ def bench_serve(
     prefix_zipf: Annotated[
         float, typer.Option(min=0, help="The k-th prefix 1/k^PREFIX_ZIPF as often as the first.")
     ] = 1.0,
+    images: Annotated[
+        int, typer.Option(min=0, help="Made-up pictures of each request, before its words; chat alone.")
+    ] = 0,
+    videos: Annotated[int, typer.Option("--videos", "--video", min=0, help="Made-up clips of each.")] = 0,
+    image_size: Annotated[int, typer.Option(min=16, help="Edge of pictures and frames, in pixels.")] = 448,
+    frames: Annotated[int, typer.Option(min=2, help="Of a clip.")] = 16,
+    distinct_media: Annotated[
+        int, typer.Option(min=1, help="So many that differ are shown in turn: more than that are known ones.")
+    ] = 64,
     goodput: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME:MS", help="What is good: ttft:500, tpot:50, e2el:2000; repeatable."),
@@ -140,7 +149,7 @@ def bench_serve(
     from serve.bench import goodput as good
     from serve.bench.summary import notes, table
     from serve.bench.sweep import Sweep, run
-    from serve.bench.workload import Prefixes, Workload
+    from serve.bench.workload import Prefixes, Shown, Workload
     from serve.tables import show
 
     rates = _rates(request_rate)
@@ -158,6 +167,14 @@ def bench_serve(
         "--prefix-tokens, --prefix-zipf",
         "no prefixes are shared; give --num-prefixes too",
     )
+    _refuse(
+        not (images or videos) and (image_size, frames, distinct_media) != (448, 16, 64),
+        "--image-size, --frames, --distinct-media",
+        "nothing is shown; give --images or --videos too",
+    )
+    _refuse(
+        (images or videos) and endpoint != "chat", "--images, --videos", "completions show nothing; ask chats"
+    )
     named = words_of(model or "")
     _refuse(model is not None and not named, "--model", f"found {model!r}; expected names like a,b,c")
     _refuse(
@@ -172,6 +189,7 @@ def bench_serve(
         model_exponent=zipf,
         prefixes=Prefixes(num_prefixes, prefix_tokens, prefix_zipf) if num_prefixes else None,
         dataset=dataset.read(dataset_path) if dataset_path else None,
+        shown=Shown(images, videos, image_size, frames, distinct_media) if images or videos else None,
         seed=seed,
     )
     objective = good.parse(goodput) if goodput else None

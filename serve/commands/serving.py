@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from serve.commands.drawing import (
+    EnableThinking,
+    FrequencyPenalty,
+    MaxTokens,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    ThinkingBudget,
+    TopK,
+    TopNSigma,
+    TopP,
+    XtcProbability,
+    XtcThreshold,
+    fields_given,
+)
 from serve.commands.options import EMBEDDED_MODEL, ApiKey, JsonFile, Overrides, check_writable, overrides_of
 from serve.commands.output import new_console, save_json
 
@@ -23,9 +40,19 @@ Adapters = Annotated[
     list[str] | None, typer.Option("--adapter", metavar="NAME=PATH", help="Load this adapter; repeatable.")
 ]
 
+EmbeddingModels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--embedding-model", metavar="NAME=PATH", help="Load this model of vectors or scores too; repeatable."
+    ),
+]
+
 KEYS_OF = {
+    "alias": "aliases",
+    "model_dir": "model_dirs",
     "allowed_media_root": "allowed_media_roots",
     "allow_private_hosts": "media_limits.allow_private_hosts",
+    "allowed_origin": "allowed_origins",
     "max_media": "media_limits.max_items",
     "max_pixels": "media.max_pixels",
     **{f"drafter_{name}": f"drafter.{name}" for name in ("model", "max_tokens", "min_match")},
@@ -35,7 +62,7 @@ KEYS_OF = {
     },
 }
 """Flags of `lathe serve` by other names than their keys': one is given several times, the others stand in groups."""
-NOT_KEYS = ("model", "adapter", "host", "port", "overrides")
+NOT_KEYS = ("model", "adapter", "embedding_model", "also", "host", "port", "overrides")
 """What is not put into the file before it is checked."""
 
 
@@ -46,6 +73,32 @@ def serve(
         str, typer.Argument(help="A model folder, a hub name, or a serving configuration (.yaml).")
     ],
     adapter: Adapters = None,
+    embedding_model: EmbeddingModels = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]MODEL", help="Another model, loaded by the first request for it; repeatable."
+        ),
+    ] = None,
+    alias: Annotated[
+        list[str] | None, typer.Option(help="Another name of the first model; repeatable.")
+    ] = None,
+    model_dir: Annotated[
+        list[Path] | None,
+        typer.Option(help="Requests may name any model in this folder; repeatable."),
+    ] = None,
+    max_loaded_models: Annotated[
+        int | None, typer.Option(help="Models in memory at once; 1, if left out.")
+    ] = None,
+    models_budget_gib: Annotated[
+        float | None, typer.Option(help="Their memory together, weights and all.")
+    ] = None,
+    idle_unload_s: Annotated[
+        float | None, typer.Option(help="Seconds without a request after which a model leaves memory.")
+    ] = None,
+    context_overflow: Annotated[
+        str | None, typer.Option(help="Chats longer than the context: error, truncate or summarize.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     adapter_watch: Annotated[
@@ -122,6 +175,16 @@ def serve(
         str | None, typer.Option(help="What begins a thought, in place of the parser's mark.")
     ] = None,
     thinking_end_token: Annotated[str | None, typer.Option(help="What ends it.")] = None,
+    tool_call_parser: Annotated[
+        str | None,
+        typer.Option(
+            help="How answers hold calls of tools: auto, none, hermes, qwen3_coder, llama3, mistral, …"
+        ),
+    ] = None,
+    mcp_servers: Annotated[
+        Path | None,
+        typer.Option(help="A file of MCP servers whose tools are run for requests that name them."),
+    ] = None,
     allowed_media_root: Annotated[
         list[Path] | None,
         typer.Option(help="Requests may show files in this folder; repeatable. On loopback: any."),
@@ -135,6 +198,34 @@ def serve(
     max_pixels: Annotated[
         int | None, typer.Option(help="Of a picture; larger ones are made smaller, unless a request says.")
     ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="LATHE_API_KEY", help="A key that every request needs; better by LATHE_API_KEY."),
+    ] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="A file of keys, with tenants, limits and adapters.")
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="A page that may ask from a browser, https://…, or *; repeatable."),
+    ] = None,
+    drain_timeout_s: Annotated[
+        float | None, typer.Option(help="What running requests have to end, after SIGTERM or Ctrl-C.")
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json: one line a request.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_prompts: Annotated[
+        bool | None, typer.Option("--log-prompts", help="Write down what requests say, too.")
+    ] = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="OpenTelemetry collector: http://host:4318/v1/traces.")
+    ] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate chain, PEM: HTTPS alone.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
+    ssl_keyfile_password: Annotated[str | None, typer.Option(help="Of that key.")] = None,
+    ssl_ca_certs: Annotated[
+        Path | None, typer.Option(help="Clients must show a certificate of one of these authorities.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Serve a model and any number of adapters over an OpenAI-compatible API."""
@@ -142,11 +233,13 @@ def serve(
 
     # What was typed is read as a whole, so no flag can be taken and forgotten.
     keys = keys_given(context.params)
-    run(_serve_config(model, adapter or [], host, port, [*keys, *(overrides or [])]))
+    words = [*keys, *(overrides or [])]
+    run(_serve_config(model, adapter or [], host, port, words, embedding_model or [], also or []))
 
 
 @app.command()
 def chat(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="What to serve and talk to; without --url only.")
     ] = None,
@@ -159,51 +252,35 @@ def chat(
         typer.Option("--model", help="Which of the server's models or adapters; else its only --adapter."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="0 is greedy. What the server has, if left out; so are these:"),
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
-    top_k: Annotated[int | None, typer.Option(min=0)] = None,
-    min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
-    top_n_sigma: Annotated[float | None, typer.Option(min=0.0)] = None,
-    xtc_probability: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
-    xtc_threshold: Annotated[float | None, typer.Option(min=0.0, max=0.5)] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(min=0.0)] = None,
-    presence_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0)] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0)] = None,
-    enable_thinking: Annotated[bool | None, typer.Option(help="Whether to think before answering.")] = None,
-    thinking_budget: Annotated[int | None, typer.Option(min=0, help="Tokens of thoughts at most.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same talk again.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    top_n_sigma: TopNSigma = None,
+    xtc_probability: XtcProbability = None,
+    xtc_threshold: XtcThreshold = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    enable_thinking: EnableThinking = None,
+    thinking_budget: ThinkingBudget = None,
+    seed: Seed = None,
+    max_tokens: MaxTokens = 512,
+    history: Annotated[
+        bool, typer.Option(help="Keep what is typed in ~/.cache/lathe/chat_history, for the arrow keys.")
+    ] = True,
     api_key: ApiKey = None,
 ) -> None:
     """Talk to a model in the terminal. Ctrl-C ends an answer, Ctrl-D the talk. Lines may come from a pipe."""
     from serve.conversation import Conversation, Speaker
     from serve.remote import choose_model
 
-    said = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "top_n_sigma": top_n_sigma,
-        "xtc_probability": xtc_probability,
-        "xtc_threshold": xtc_threshold,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "enable_thinking": enable_thinking,
-        "thinking_budget": thinking_budget,
-        "seed": seed,
-        "max_tokens": max_tokens,
-    }
-    sampling = {name: value for name, value in said.items() if value is not None}
-    with _server_for(model, adapter or [], url) as served_url:
+    sampling = fields_given(context.params)
+    with server_for(model, adapter or [], url) as served_url:
         # Who names one adapter to serve here means to talk to it.
-        only = _adapter(adapter[0])["name"] if url is None and adapter and len(adapter) == 1 else None
+        only = adapter_of(adapter[0])["name"] if url is None and adapter and len(adapter) == 1 else None
         chosen = choose_model(served_url, to or only, api_key)
-        _talk(Conversation(Speaker(served_url, chosen, api_key, sampling), system))
+        _talk(Conversation(Speaker(served_url, chosen, api_key, sampling), system), keeps_history=history)
 
 
 @app.command()
@@ -239,15 +316,36 @@ def doctor(
 
 
 def _serve_config(
-    model: str, adapters: list[str], host: str | None, port: int | None, overrides: list[str]
+    model: str,
+    adapters: list[str],
+    host: str | None,
+    port: int | None,
+    overrides: list[str],
+    embedding_models: Sequence[str] = (),
+    also: Sequence[str] = (),
 ) -> ServeConfig:
     """The configuration that `lathe serve` was asked for: a file's, or one made of words."""
     from serve.config import load_config
 
     changes: dict[str, Any] = {"host": host, "port": port}
     if adapters:
-        changes["adapters"] = [_adapter(words) for words in adapters]
+        changes["adapters"] = [adapter_of(words) for words in adapters]
+    if embedding_models:
+        named = [_named(words, "--embedding-model") for words in embedding_models]
+        changes["embedding_models"] = [{"name": name, "model": path} for name, path in named]
+    if also:
+        changes["models"] = [_model_of(words) for words in also]
     return load_config(model, overrides, **changes)
+
+
+def _model_of(words: str) -> dict[str, str]:
+    """'NAME=MODEL', or a model alone -> the keys of its block."""
+    name, equals, model = words.partition("=")
+    if not equals or "/" in name:
+        return {"model": words}
+    if not (name and model):
+        raise typer.BadParameter(f"found {words!r}; expected MODEL or NAME=MODEL", param_hint="--also")
+    return {"name": name, "model": model}
 
 
 def keys_given(flags: Mapping[str, Any]) -> list[str]:
@@ -265,44 +363,58 @@ def _as_key(value: Any) -> bool | float | str | list[str] | None:
     if isinstance(value, Path):
         return str(value.absolute())
     if isinstance(value, list | tuple):  # typer has a tuple, an empty one, where nothing was given
-        return [str(each.absolute()) for each in value] or None
+        return [str(each.absolute()) if isinstance(each, Path) else each for each in value] or None
     return value
 
 
 @contextmanager
-def _server_for(model: str | None, adapters: list[str], url: str | None) -> Iterator[str]:
+def server_for(
+    model: str | None, adapters: list[str], url: str | None, overrides: Sequence[str] = ()
+) -> Iterator[str]:
     """The address of a server: the one that was named, or one started here for as long as it is needed."""
     if (model is None) == (url is None):
         raise typer.BadParameter(
             "name what to serve, or a running server with --url", param_hint="MODEL, --url"
         )
+    if url is not None and (adapters or overrides):
+        raise typer.BadParameter(
+            "are of a model that is loaded here; name one of a server's with --model",
+            param_hint="--adapter, --set" if overrides else "--adapter",
+        )
     if url is not None:
         yield url
         return
+    from serve.api.bases import Bases
     from serve.api.server import serving
-    from serve.runtime import Runtime
 
-    runtime = Runtime.start(_serve_config(str(model), adapters, None, None, []))
+    bases = Bases.start(_serve_config(str(model), adapters, None, None, [*overrides]))
     try:
-        with serving(runtime) as served_url:
+        with serving(bases) as served_url:
             yield served_url
     finally:
-        runtime.close()
+        bases.close()
 
 
-def _talk(conversation: Conversation) -> None:
+def _talk(conversation: Conversation, *, keeps_history: bool) -> None:
     from serve import chat as terminal
 
     if sys.stdin.isatty():
-        with terminal.Keyboard() as keyboard:
+        history = terminal.HISTORY if keeps_history else None
+        with terminal.Keyboard(history=history) as keyboard:
             terminal.at_terminal(conversation, keyboard.read, new_console())
     else:
         terminal.from_pipe(conversation, sys.stdin.buffer, new_console())
 
 
-def _adapter(words: str) -> dict[str, str]:
+def adapter_of(words: str) -> dict[str, str]:
+    """'NAME=PATH' -> its parts."""
+    name, path = _named(words, "--adapter")
+    return {"name": name, "path": path}
+
+
+def _named(words: str, option: str) -> tuple[str, str]:
     """'NAME=PATH' -> its parts."""
     name, equals, path = words.partition("=")
     if not (name and equals and path):
-        raise typer.BadParameter(f"found {words!r}; expected NAME=PATH", param_hint="--adapter")
-    return {"name": name, "path": path}
+        raise typer.BadParameter(f"found {words!r}; expected NAME=PATH", param_hint=option)
+    return name, path

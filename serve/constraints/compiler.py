@@ -14,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from serve.constraints.grammar import Grammar, compile_grammar
 from serve.constraints.spec import ConstraintSpec
 from serve.constraints.vocabulary import GrammarVocabulary
-from serve.errors import OverloadedError, RequestError
+from serve.errors import OverloadedError, RequestError, StoppedError
 from serve.model.token_bytes import TokenBytes
 
 MAX_GRAMMARS = 256
@@ -70,6 +70,10 @@ class GrammarCompiler:
         with self._lock:
             return replace(self._stats, num_kept=len(self._grammars))
 
+    def close(self) -> None:
+        """Nothing more is compiled; what has begun goes on."""
+        self._threads.shutdown(wait=False)
+
     async def get(self, spec: ConstraintSpec) -> Grammar:
         """RequestError names the place where it is wrong, or says that it takes too long; OverloadedError where
         others' grammars keep the threads busy."""
@@ -110,7 +114,10 @@ class GrammarCompiler:
             if future is None and len(self._compiling) >= MAX_COMPILING:
                 raise OverloadedError(BUSY)
             if future is None:
-                future = self._compiling[key] = self._threads.submit(self._compiled, spec)
+                try:
+                    future = self._compiling[key] = self._threads.submit(self._compiled, spec)
+                except RuntimeError:  # the threads have ended
+                    raise StoppedError("the model that was asked has been unloaded") from None
             return future
 
     def _compiled(self, spec: ConstraintSpec) -> Grammar:

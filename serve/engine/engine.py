@@ -29,7 +29,7 @@ from serve.engine.limits import MemoryBudget
 from serve.engine.pace import Pace
 from serve.engine.plan import Drawn, Plan, SequenceState
 from serve.engine.prefixes import SequencePrefixes
-from serve.engine.request import EngineStats, Event, MemoryUse, Request
+from serve.engine.request import EngineStats, Event, MemoryUse, Progress, Request
 from serve.engine.runner import Captured, Flight, Runner
 from serve.engine.scheduler import Budget, Scheduler
 from serve.engine.sights import Sights
@@ -252,12 +252,13 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request that `check` has returned."""
         assert request.id not in self._by_id, f"request {request.id} is already here"
-        rule = self._rules[request.id] = FinishRule(request, self.token_bytes, self._eos)
+        tokens = self.token_bytes.showing(request.shown_ids)
+        rule = self._rules[request.id] = FinishRule(request, tokens, self._eos)
         others = []
         if request.grammar is not None:
-            rule.whole = grammar_edit(request, rule.ends, self.token_bytes)
+            rule.whole = grammar_edit(request, rule.ends, tokens)
             others.append(rule.whole)
-        sequence = SequenceState(request, edit=make_edit(request, rule.ends, self.token_bytes, *others))
+        sequence = SequenceState(request, edit=make_edit(request, rule.ends, tokens, *others))
         self.guesses.begin(sequence)
         self._by_id[request.id] = sequence
         self.scheduler.add(sequence)
@@ -488,6 +489,11 @@ class Engine:
             num_finished=dict(self._num_finished),
             drafts=dict(self.guesses.stats),
         )
+
+    def progress(self, request_id: str) -> Progress:
+        """How far a request is. Safe to call from any thread; may be one step old."""
+        sequence = self._by_id.get(request_id)
+        return Progress() if sequence is None else sequence.progress
 
     @property
     def has_prefixes(self) -> bool:

@@ -13,14 +13,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from serve.cache.capacity import Bucket, Move, Place
 from serve.cache.features import FeatureKey
 from serve.cache.precision import PLAIN, KvPrecision
 from serve.engine.drafts import Drafting
 from serve.engine.edits import LogitsEdit
-from serve.engine.request import Request, TokenLogprob
+from serve.engine.request import Progress, Request, TokenLogprob
 from serve.model.prompt import Media
 
 
@@ -95,6 +95,14 @@ class SequenceState:
     def num_tokens(self) -> int:
         """Length of the prompt and of the answer so far."""
         return self.num_prompt_tokens + len(self.generated)
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is; from any thread."""
+        num_generated = len(self.generated)
+        running: Literal["prefill", "decode"] = "decode" if num_generated else "prefill"
+        phase: Literal["waiting", "prefill", "decode"] = "waiting" if self.place is None else running
+        return Progress(phase, self.num_prompt_tokens, self.num_cached_tokens, num_generated)
 
     def tell(self, drawn: Sequence[int] = ()) -> None:
         """Its edit hears of the answer's tokens that it has not heard of, and of `drawn` behind them."""

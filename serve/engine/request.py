@@ -147,6 +147,9 @@ class Request:
     grammar: Grammar | None = None
     """What its answer must be, or be a beginning of where it ends by its length."""
 
+    shown_ids: frozenset[int] = frozenset()
+    """Special tokens that its text shows by their names: marks of calls, which somebody reads there."""
+
     @property
     def all_stop_ids(self) -> tuple[int, ...]:
         """Its own, and those that its adapter learned to end with."""
@@ -189,6 +192,18 @@ class Event(NamedTuple):
     """What became final of its thoughts."""
     num_reasoning_tokens: int = 0
     """Tokens of thoughts among the answer's, as far as is known: all since its beginning."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a request is."""
+
+    phase: Literal["waiting", "prefill", "decode"] = "waiting"
+    """Without a row, before its first token, behind it."""
+    num_prompt_tokens: int = 0
+    num_computed_tokens: int = 0
+    """Of prompt and answer, those whose keys and values its row has."""
+    num_generated_tokens: int = 0
 
 
 @dataclass(frozen=True)

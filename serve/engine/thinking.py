@@ -25,6 +25,8 @@ class Thinking:
     """The prompt's last tokens, which may have begun a thought."""
     budget: int | None = None
     """Tokens of thoughts at most, marks not counted; then their end is forced."""
+    tells_calls: bool = False
+    """Headers that call a tool are told, as text (gpt-oss)."""
 
     def __post_init__(self) -> None:
         if self.budget is not None and self.budget < 0:
@@ -229,7 +231,9 @@ class ThoughtStream:
         before: bool = False,
     ) -> None:
         self._read = ThoughtTokens(thinking, tokens, follows, before=before)
-        self._teller = Teller(thinking.thoughts, self._read.state, is_exact=before)
+        self._teller = Teller(
+            thinking.thoughts, self._read.state, is_exact=before, tells_calls=thinking.tells_calls
+        )
         self._stops = Stops(stop)
         self._reasoning = ""
 

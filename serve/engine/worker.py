@@ -64,6 +64,7 @@ class Worker:
         self._num_open = 0
         self._num_of_tenant: Counter[str] = Counter()
         self._is_accepting = False
+        self._reason = ""
         self._has_just_failed = False  # the worker's thread alone
         self._has_run = False  # so too: since memory was given back
         self._stopping = False
@@ -80,10 +81,12 @@ class Worker:
         wake = self.engine.scheduler.wake
         registry.residency.use_loaders(self._loaders.submit, lambda: self._commands.put(wake))
 
-    def stop(self) -> None:
-        """Fail what is open, end the thread, and wait for it: a running thread at interpreter exit would abort it."""
+    def stop(self, reason: str = "the server is shutting down") -> None:
+        """Fail what is open, for that reason, end the thread, and wait for it: a running thread at interpreter exit
+        would abort it."""
         with self._lock:
             self._is_accepting = False
+            self._reason = reason
             self._commands.put(self._stop)
         if self._thread.is_alive():
             self._thread.join(STOP_TIMEOUT_S)
@@ -199,7 +202,7 @@ class Worker:
             except Exception as error:  # whatever it is, every open request must hear of it
                 logger.exception("the engine has failed")
                 self._give_up(error)
-        self._end_all(StoppedError("the server is shutting down"))
+        self._end_all(StoppedError(self._reason))
 
     def _turn(self) -> None:
         """What was asked meanwhile, then one step. Waits for something to do where there is nothing."""

@@ -23,6 +23,9 @@ from serve.model.words import ControlTokens
 Render = Callable[[Sequence[Message], bool], str]
 """(messages, whether the next turn is opened) -> text, or whatever the template raises."""
 
+RenderTools = Callable[[Sequence[Message], Sequence[Message] | None], str]
+"""(messages, tools) -> text, the next turn being opened, or whatever the template raises."""
+
 Content = Literal["text", "parts"]
 Arguments = Literal["object", "text"]
 Shown = Literal["part", "part_url", "part_content", "marker"]
@@ -41,6 +44,12 @@ _ID = "probe0001"  # Mistral's templates want nine characters
 _USER = {"role": "user", "content": ASKED}
 _ANSWER = {"role": "assistant", "content": SAID}
 _AGAIN = {"role": "user", "content": ASKED_AGAIN}
+_SYSTEM = {"role": "system", "content": SAID}
+_PARAMETERS = {
+    "type": "object",
+    "properties": {KEY: {"type": "string", "description": VALUE}},
+    "required": [KEY],
+}
 _FUNCTION = {"name": NAME, "arguments": {KEY: VALUE}}
 _CALLS = {
     "role": "assistant",
@@ -109,6 +118,40 @@ def forms_of(render: Render) -> Forms:
             break
     text = _try(render, [forms.shape(message) for message in (_USER, _CALLS, _RESULT)])
     return replace(forms, renders_results=RESULT in text)
+
+
+def renders_tools(render: RenderTools, forms: Forms) -> bool:
+    """Whether a template writes a tool into the prompt, with what it is for."""
+    function = {"name": NAME, "description": VALUE, "parameters": _PARAMETERS}
+    for messages in ((_USER,), (_SYSTEM, _USER)):
+        try:
+            text = render(
+                [forms.shape(message) for message in messages], [{"type": "function", "function": function}]
+            )
+        except Exception:  # a template is foreign code: what it raises is how it refuses
+            continue
+        if NAME in text and KEY in text:
+            return True
+    return False
+
+
+def renders_system(render: RenderTools, forms: Forms) -> bool:
+    """Whether a template writes what a system turn says."""
+    try:
+        return SAID in render([forms.shape(message) for message in (_SYSTEM, _USER)], None)
+    except Exception:  # as above
+        return False
+
+
+def renders_broken(render: RenderTools, forms: Forms) -> bool:
+    """Whether a template writes a call whose arguments are text that is no JSON."""
+    function = {"name": NAME, "arguments": f"{{{VALUE}"}
+    message = {**_CALLS, "tool_calls": [{"id": _ID, "type": "function", "function": function}]}
+    try:
+        text = render([forms.shape(each) for each in (_USER, message)], None)
+    except Exception:  # as above
+        return False
+    return NAME in text and VALUE in text
 
 
 def shown_of(render: Render, forms: Forms, item: Expansion) -> Shown | None:

@@ -23,6 +23,7 @@ from serve.model.family_template import template_beside
 from serve.model.network import Network
 from serve.model.quantization import Quantization
 from serve.model.retold import Retold
+from serve.model.rope import in_older_words
 from serve.model.towers import NESTED, build_with_towers, has_towers, load_with_towers
 from serve.model.vision import Vision
 from serve.model.weights import QUANTIZED
@@ -105,10 +106,12 @@ def _load_module(
         except LOAD_ERRORS as error:
             problem = str(error)
     try:
-        module, config = mlx_lm_utils.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+        module, config = mlx_lm_utils.load_model(
+            path, lazy=True, model_config=config, trust_remote_code=trust_remote_code
+        )
     except LOAD_ERRORS as error:
         if seeing is None:
-            raise ModelError(f"{name}: cannot be loaded: {problem or error}") from error
+            raise ModelError(f"{name}: cannot be loaded: {problem or error}{_own_code(error)}") from error
         module = seeing
     if has_towers(config):
         problem = problem or "it has no weights"
@@ -243,7 +246,9 @@ def load_tokenizer(
     try:
         tokenizer = mlx_lm_load_tokenizer(path, {"trust_remote_code": trust_remote_code}, eos_token_ids=ends)
     except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{path_or_repo}: its tokenizer cannot be loaded: {error}") from error
+        raise ModelError(
+            f"{path_or_repo}: its tokenizer cannot be loaded: {error}{_own_code(error)}"
+        ) from error
     if has_towers(config):
         source = template_beside(path, config, tokenizer.has_chat_template)
         tokenizer = Retold(tokenizer, source) if source is not None else tokenizer
@@ -252,17 +257,75 @@ def load_tokenizer(
     return tokenizer
 
 
-def resolve(path_or_repo: str, revision: str | None = None) -> Path:
-    """The local folder of a model, downloaded from the hub where it is not one."""
+def found_here(path_or_repo: str, revision: str | None = None) -> Path | None:
+    """The local folder of a model, be it one of the hub's that was downloaded; None where there is none. Asks nobody,
+    and does not say that the folder is whole. NotFoundError for a path at which nothing is."""
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
         return path
-    looks_local = path.is_absolute() or path_or_repo.startswith((".", "~")) or path_or_repo.count("/") != 1
-    if looks_local:
+    if not is_hub_name(path_or_repo):
         raise NotFoundError(f"no model folder at {path_or_repo}")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path_or_repo, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError):
+        return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a download has ended: all of the weights that it names are there, and a configuration."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        shards = {str(name) for name in index["weight_map"].values()}
+    except FileNotFoundError:
+        shards = {file.name for file in folder.glob("*.safetensors")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return bool(shards) and all((folder / name).exists() for name in {"config.json", *shards})
+
+
+def expected_bytes(
+    folder: Path, dtype: str | None, quantize: Quantization | None, dequantize: bool | None
+) -> int:
+    """What the weights in a folder will take once they are loaded so, about: by its files' sizes and its config."""
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    config = read_config(folder)
+    stored = DTYPES.get(str(config.get("torch_dtype") or config.get("dtype")), mx.float32).size * 8.0
+    packed = config.get("quantization")
+    on_cpu = device.backend() == "cpu"
+    is_unpacked = dequantize if dequantize is not None else on_cpu
+    computed = DTYPES[dtype].size * 8.0 if dtype else (32.0 if on_cpu else stored)
+    bits = computed
+    if isinstance(packed, dict) and isinstance(packed.get("bits"), int):
+        stored = packed["bits"] + 0.5  # a scale and a bias for each group
+        bits = computed if is_unpacked else stored
+    elif quantize is not None and not is_unpacked:
+        bits = quantize.bits + 0.5
+    return int(num_bytes * bits / stored)
+
+
+def is_hub_name(path_or_repo: str) -> bool:
+    """Whether it reads as `owner/name`, and as no path."""
+    is_path = Path(path_or_repo).expanduser().is_absolute() or path_or_repo.startswith((".", "~"))
+    return not is_path and path_or_repo.count("/") == 1
+
+
+def resolve(path_or_repo: str, revision: str | None = None) -> Path:
+    """The local folder of a model. One of the hub's that was downloaded is taken as it is here, and the hub is not
+    asked; what is not here, or not whole, is downloaded, unless HF_HUB_OFFLINE says not to."""
+    here = found_here(path_or_repo, revision)
+    if here is not None and (Path(path_or_repo).expanduser().is_dir() or _is_whole(here)):
+        return here
+    from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    if is_offline_mode():
+        found = "the hub's cache has a part of it alone" if here is not None else "nor in the hub's cache"
+        raise NotFoundError(
+            f"no model {path_or_repo!r}: not a folder here, {found}, and HF_HUB_OFFLINE says not to ask the hub"
+        )
     try:
         return Path(
             snapshot_download(
@@ -271,14 +334,24 @@ def resolve(path_or_repo: str, revision: str | None = None) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise NotFoundError(
-            f"no model {path_or_repo!r}: not a folder here, and the hub said: {error}"
+            f"no model {path_or_repo!r}: not a folder here, nor whole in the hub's cache, and the hub said: {error}"
         ) from error
 
 
+def _own_code(error: BaseException | str) -> str:
+    """What to say of a model that brings its own code; empty where it is something else."""
+    if "trust_remote_code" not in str(error):
+        return ""
+    return (
+        "; it is made of code of its own, which would have to be run: Lathe runs no code that comes with a model "
+        "(trust_remote_code stays off)"
+    )
+
+
 def read_config(path: Path) -> dict[str, Any]:
-    """`config.json` of a model folder."""
+    """`config.json` of a model folder, in the words that all classes read."""
     try:
-        return mlx_lm_utils.load_config(path)
+        return in_older_words(mlx_lm_utils.load_config(path))
     except FileNotFoundError as error:
         raise ModelError(f"{path} is not a model folder: it has no config.json") from error
     except json.JSONDecodeError as error:

@@ -201,7 +201,9 @@ def _plain_call(call: Any, name: str) -> dict[str, Any]:
         return dict(call)
     try:
         arguments = json.loads(function["arguments"] or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
+        return dict(call)
+    if not isinstance(arguments, dict):  # which no template expects: it is told as text
         return dict(call)
     half = next((half for text in leaves(arguments) if (half := HALF.search(text))), None)
     if half is not None:

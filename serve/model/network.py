@@ -277,6 +277,11 @@ class Network:
         dict.__setitem__(copy, name, part)
         return copy
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its weights."""
+        return sum(weight.nbytes for _, weight in tree_flatten(self.module.parameters()))
+
     def parameters_dtype(self) -> mx.Dtype:
         """The dtype activations have: that of the final norm or any other floating, unquantized weight."""
         for layer in self.layers:

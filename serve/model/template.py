@@ -34,6 +34,9 @@ from serve.model.forms import (
     forms_of,
     leading,
     missing_calls,
+    renders_broken,
+    renders_system,
+    renders_tools,
     shown_of,
     squeezed,
 )
@@ -119,6 +122,8 @@ class ChatTemplate:
         self.forms = self._forms()
         """In which form the template gets what messages may say in several."""
         self.hash: str = f"sha256:{hashlib.sha256(_identity(self._custom, template).encode()).hexdigest()}"
+        self.source: str = _source(template)
+        """Its text; that which tools are rendered by, where there are several; empty of one written in Python."""
         self._has_markers = isinstance(template, str) and _MARKER.search(template) is not None
         self._added = {
             int(number): token for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
@@ -152,6 +157,21 @@ class ChatTemplate:
         around = set(self._control.texts) - self._markup()
         control_ids = {number for number, token in self._added.items() if token.content in around}
         return frozenset(control_ids | set(self._tokenizer.eos_token_ids))
+
+    @cached_property
+    def renders_tools(self) -> bool:
+        """Whether prompts tell of tools that they are given."""
+        return renders_tools(lambda messages, tools: self._probe(messages, True, tools=tools), self.forms)
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether prompts hold what a system turn says."""
+        return renders_system(lambda messages, tools: self._probe(messages, True), self.forms)
+
+    @cached_property
+    def renders_broken(self) -> bool:
+        """Whether prompts can hold a call whose arguments are no JSON."""
+        return renders_broken(lambda messages, tools: self._probe(messages, True), self.forms)
 
     def render(self, messages: Sequence[Message], **options: Any) -> tuple[int, ...]:
         """Token ids, as served: `write`, encoded."""
@@ -280,10 +300,11 @@ class ChatTemplate:
         messages: Sequence[Message],
         add_generation_prompt: bool,
         variables: Mapping[str, Any] = MappingProxyType({}),
+        tools: Sequence[Message] | None = None,
     ) -> str:
         assert self._renderer is not None
         told = {**self.defaults, **variables}
-        return self._renderer.render(messages, None, add_generation_prompt, told, PROBE_LIMIT_S)
+        return self._renderer.render(messages, tools, add_generation_prompt, told, PROBE_LIMIT_S)
 
     def _frame(self, markup: set[str]) -> set[str]:
         """Added tokens that are not called special, and that the template puts around turns all the same."""
@@ -761,6 +782,12 @@ def _expanded(raw: str, media: Sequence[Expansion]) -> str:
 def _cuts(token: Any) -> bool:
     """Whether an added token is found in the text as it stands, so that it parts what is before it from the rest."""
     return not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+
+
+def _source(template: Any) -> str:
+    if isinstance(template, Mapping):
+        template = template.get("tool_use", template.get("default"))
+    return template if isinstance(template, str) else ""
 
 
 def _identity(custom: Any, template: Any) -> str:

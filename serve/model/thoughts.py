@@ -40,6 +40,11 @@ HARMONY_ENDS = (END, "<|return|>", "<|call|>")
 HARMONY_ANSWER = f"{END}{START}assistant{CHANNEL}final{MESSAGE}"
 """What a thought's end is forced by: the answer's message begins."""
 THOUGHT_CHANNEL = "analysis"
+CALLED = "to=functions."
+"""In a header: its message is a call of a tool."""
+CALL_BEGINS, CALL_ENDS = "<|channel|>commentary to={}<|message|>", "<|call|>"
+"""How a call's header is told among an answer's text."""
+_RECIPIENT = re.compile(r"\bto=([\w.-]+)")
 MAX_MARK_CHARS = 128
 """Each token is compared with all beginnings of a mark, on the thread that serves everyone."""
 MAX_REMEMBERED = 256
@@ -159,7 +164,8 @@ class ThoughtReader:
         return min(found, key=lambda each: each[:2])[1:] if found else None
 
     def _of_header(self) -> State:
-        return "reasoning" if self._header.strip().startswith(THOUGHT_CHANNEL) else "content"
+        is_thought = self._header.strip().startswith(THOUGHT_CHANNEL) and CALLED not in self._header
+        return "reasoning" if is_thought else "content"
 
     def _tell(self, pieces: list[Piece], text: str, *, is_thought: bool | None = None) -> None:
         foreign = min(self._num_foreign, len(text))
@@ -184,9 +190,15 @@ class Teller:
     Several thoughts, and several parts of an answer, are joined by a newline each.
     """
 
-    def __init__(self, thoughts: Thoughts, state: State, *, is_exact: bool = False) -> None:
-        """state: where the answer begins. is_exact: an answer's newlines are its own."""
+    def __init__(
+        self, thoughts: Thoughts, state: State, *, is_exact: bool = False, tells_calls: bool = False
+    ) -> None:
+        """state: where the answer begins. is_exact: an answer's newlines are its own. tells_calls: headers that call
+        a tool are told, as text."""
         self._is_exact = is_exact
+        self._tells_calls = tells_calls
+        self._header = ""  # that no message has followed
+        self._in_call = False
         self._hidden = {
             ord(half): None for half in thoughts.controls.values()
         }  # also where they mark nothing
@@ -199,7 +211,11 @@ class Teller:
         """What these add."""
         told = {"content": "", "reasoning": ""}
         for kind, text, _ in pieces:
-            if kind == "content" and self._is_exact:
+            if self._tells_calls:
+                told["content"] += self._call(kind, text)
+            if self._in_call and kind == "content":
+                told["content"] += text.translate(self._hidden)
+            elif kind == "content" and self._is_exact:
                 told[kind] += text.translate(self._hidden)
             elif kind == "header":
                 self._is_first, self._is_fresh, self._newlines = False, True, ""
@@ -210,6 +226,19 @@ class Teller:
     def finish(self) -> Told:
         """What an answer of newlines alone is."""
         return Told(self._newlines if self._is_first else "", "")
+
+    def _call(self, kind: State, text: str) -> str:
+        """What is told of a header before its message, and behind that."""
+        if kind == "header":
+            self._header += text
+            was_call, self._in_call = self._in_call, False
+            return CALL_ENDS if was_call else ""
+        recipient = _RECIPIENT.search(self._header) if kind == "content" else None
+        self._header = ""
+        if recipient is None:
+            return ""
+        self._in_call = True
+        return CALL_BEGINS.format(recipient[1])
 
     def _part(self, kind: str, text: str) -> str:
         if self._is_fresh:

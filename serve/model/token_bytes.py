@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
@@ -35,6 +35,12 @@ class TokenBytes:
         self._later: dict[int, bytes] = {}
         self._first: dict[int, bytes] = {}
         self._anchor = self._find_anchor()
+
+    def showing(self, token_ids: Collection[int]) -> TokenBytes:
+        """The same, but that of the special tokens these are no silent ones: their names are their texts."""
+        special = self._vocabulary.special
+        shown = {number: special[number].encode() for number in token_ids if number in special}
+        return _Showing(self, shown) if shown else self
 
     def __getitem__(self, token_id: int) -> bytes:
         found = self._later.get(token_id)
@@ -98,6 +104,23 @@ class TokenBytes:
             return decode([token_id])
         before, both = decode([anchor]), decode([anchor, token_id])
         return both[len(before) :] if both.startswith(before) else decode([token_id])
+
+
+class _Showing(TokenBytes):
+    """As `TokenBytes.showing` says."""
+
+    def __init__(self, tokens: TokenBytes, shown: Mapping[int, bytes]) -> None:
+        self._vocabulary = tokens._vocabulary
+        self._tokens, self._shown = tokens, shown
+
+    def __getitem__(self, token_id: int) -> bytes:
+        return self._shown[token_id] if token_id in self._shown else self._tokens[token_id]
+
+    def first(self, token_id: int) -> bytes:
+        return self._shown[token_id] if token_id in self._shown else self._tokens.first(token_id)
+
+    def is_silent(self, token_id: int) -> bool:
+        return token_id not in self._shown and self._tokens.is_silent(token_id)
 
 
 class _Vocabulary:

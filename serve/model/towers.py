@@ -11,6 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import switch_layers
 
+from serve.model.rope import folder_in_older_words
+
 TOWERS = ("vision_config", "audio_config")
 NESTED = ("thinker_config",)
 """Configurations that hold those of towers, of models that also speak."""
@@ -31,7 +33,8 @@ def load_with_towers(path: Path, *, trust_remote_code: bool = False) -> nn.Modul
     """The whole module with lazy weights. Raises whatever mlx-vlm does."""
     from mlx_vlm.utils import load_model
 
-    module = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+    with folder_in_older_words(path) as folder:
+        module = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
     _use_one_kind_of_experts(module)
     _compute_tables(module)
     return module

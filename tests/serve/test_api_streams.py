@@ -133,7 +133,10 @@ def test_leaving_while_waiting_for_the_first_token_frees_the_row(start):
         next(first)
         with streaming(url, **SHORT) as second:
             assert next(second) == KEEP_ALIVE
-            assert runtime.worker.stats().num_waiting == 1
+            while (
+                not runtime.worker.stats().num_waiting
+            ):  # the comment may be from before it reached the engine
+                next(first)
         while runtime.worker.stats().num_waiting:
             next(first)
         assert runtime.worker.stats().num_decoding == 1, "the other stream goes on"

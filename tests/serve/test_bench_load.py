@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,12 +28,13 @@ from serve.bench.load import Round, TimeLimit, drive, drive_open
 from serve.bench.prompts import WORDS, WordCost
 from serve.bench.summary import notes, summarize
 from serve.bench.sweep import Sweep
-from serve.bench.workload import Prefixes, Workload, WorkloadMaker
+from serve.bench.workload import Prefixes, Shown, Workload, WorkloadMaker
 from serve.bench.zipf import Zipf
 from serve.config import ServeConfig
 from serve.errors import ConfigError
 from serve.runtime import Runtime
 
+ROOT = Path(lathe.__file__).parent
 WORD = WordCost(fixed=8, per_word=1)
 
 
@@ -478,3 +480,43 @@ def test_settings_of_a_sweep_are_json_without_infinities_and_without_the_key():
     told = json.dumps(sweep.as_json(), allow_nan=False)
     assert "secret" not in told
     assert json.loads(told)["request_rates"] == ["inf"]
+
+
+def test_pictures_and_clips_stand_before_the_words_and_come_round_when_all_were_shown():
+    shown = Shown(num_images=2, num_videos=1, edge=32, num_frames=3, num_distinct=4)
+    asks = requests_of(Workload(("a",), Fixed(20), Fixed(4), shown=shown), 5)
+    images = [part["image_url"]["url"] for each in asks for part in each.shown[:2]]
+    clips = [each.shown[2]["video_url"]["url"] for each in asks]
+    assert len(set(images[:4])) == 4
+    assert images[4:8] == images[:4]
+    assert len(set(clips[:4])) == 4
+    assert clips[4] == clips[0]
+    assert all(url.startswith("data:video/") for url in clips)
+    assert not requests_of(Workload(("a",), Fixed(20), Fixed(4)), 1)[0].shown
+
+
+def test_a_server_that_sees_is_asked_with_pictures_and_clips(tmp_path):
+    runtime = Runtime.start(ServeConfig(model=str(ROOT / "data" / "shapes"), name="shapes"))
+    with serving(runtime) as url:
+        words = ["bench", "serve", "--url", url, "--concurrency", "2", "--requests", "4", "--max-tokens", "3"]
+        shown = [
+            "--images",
+            "1",
+            "--videos",
+            "1",
+            "--image-size",
+            "56",
+            "--frames",
+            "2",
+            "--distinct-media",
+            "4",
+        ]
+        with pytest.raises(SystemExit) as stop:
+            lathe.main([*words, *shown, "--prompt-tokens", "16", "--json", str(tmp_path / "n.json")])
+    runtime.close()
+    assert not stop.value.code
+    numbers = json.loads((tmp_path / "n.json").read_text())
+    assert numbers["settings"]["workload"]["shown"]["num_images"] == 1
+    assert (
+        numbers["results"][0]["num_requests" if "num_requests" in numbers["results"][0] else "requests"] == 4
+    )

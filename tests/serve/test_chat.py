@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -28,13 +29,13 @@ import typer
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import lathe
 from serve.api.schemas import ChatBody
 from serve.api.server import serving
 from serve.bench.process import ServerProcess
-from serve.chat import Keyboard, at_terminal, from_pipe
+from serve.chat import CONTROLS, Keyboard, at_terminal, from_pipe
 from serve.config import ServeConfig
 from serve.conversation import Conversation, Speaker
 from serve.errors import LatheError, OverloadedError, RequestError, StoppedError
@@ -60,7 +61,7 @@ class Terminal:
         self._master, slave = os.openpty()
         self.settings = termios.tcgetattr(slave)
         environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "200"}
-        command = [sys.executable, "-c", TAKE_TERMINAL, *LATHE, "chat", *words]
+        command = [sys.executable, "-c", TAKE_TERMINAL, *LATHE, "chat", "--no-history", *words]
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
         )
@@ -325,7 +326,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_shows_nothing(tmp_path):
         pipe = Console(file=io.StringIO())
         with pytest.raises(RequestError, match="gone"):
             from_pipe(converse(url), [f"/image {wrong[0]}\n".encode(), b"two\n"], pipe)
-    assert shown.count("expected a picture's file or address") == len(wrong) - 1
+    assert shown.count("expected a file or an address") == len(wrong) - 1
     assert "found 1,024 MiB; at most 64 are sent" in shown
     assert "/retry asks again)" not in shown
     assert [contents(body) for body in asked] == [["hello"]]
@@ -606,7 +607,7 @@ DRAWN = {
 
 def test_each_option_of_chat_about_drawing_reaches_the_server_and_what_is_left_out_is_not_sent():
     params = {each.name for each in typer.main.get_command(lathe.app).commands["chat"].params}
-    assert params - set(DRAWN) == {"model", "adapter", "url", "to", "system", "api_key"}
+    assert params - set(DRAWN) == {"model", "adapter", "url", "to", "system", "api_key", "history"}
     for options in ({}, DRAWN):
         words = []
         for name, value in options.items():
@@ -618,3 +619,227 @@ def test_each_option_of_chat_about_drawing_reaches_the_server_and_what_is_left_o
         sent = {name: value for name, value in asked[-1].items() if name in DRAWN}
         assert sent == (options or {"max_tokens": 512})
         assert ChatBody(**asked[-1])
+
+
+# Adapters, system prompts, rows and earlier talks.
+
+
+def test_an_adapter_answers_from_the_moment_it_is_named(model_folder, make_adapter):
+    config = ServeConfig(
+        model=str(model_folder), name="base", adapters=[{"name": "mine", "path": str(make_adapter(1))}]
+    )
+    runtime, out = Runtime.start(config), io.StringIO()
+    try:
+        with serving(runtime) as url:
+            speaker = Speaker(url, "base", sampling={"max_tokens": 12, "temperature": 0})
+            talk = Conversation(speaker)
+            lines = f"""hi|/adapter|/adapter mine|/reset|hi|/adapter gone|/reset|hi|/adapter other = {make_adapter(2)}
+            |/reset|hi|/model|/adapter mine@1|/reset|hi|/adapter none|/reset|hi|/model gone|hi|/model base|hi|/exit"""
+            typed = iter(line.strip() for line in lines.split("|"))
+            at_terminal(talk, lambda: next(typed), Console(file=out, force_terminal=True, width=500))
+            alone = {}
+            for name in ("base", "mine", "other"):
+                alone[name] = "".join(Conversation(replace(speaker, model=name)).say("hi"))
+    finally:
+        runtime.close()
+    shown = ESCAPES.sub("", out.getvalue())
+    assert len(set(alone.values())) == 3
+    answers = re.findall("|".join(re.escape(text.translate(CONTROLS)) for text in alone.values()), shown)
+    by_text = {text.translate(CONTROLS): name for name, text in alone.items()}
+    assert [by_text[text] for text in answers[:6]] == ["base", "mine", "mine", "other", "mine", "base"]
+    for told in ("(mine)", "'gone' is loaded; found: mine", "(base, mine, other (answers))", "(now mine@1)"):
+        assert told in shown
+    assert (talk.model, talk.num_asked) == ("base", 8)
+
+
+def test_a_system_prompt_set_in_the_talk_is_sent_from_then_on_and_forgets_nothing():
+    with answering(echo) as (url, asked):
+        shown = printed(
+            url,
+            "one",
+            "/system",
+            "/system Be brief.",
+            "two",
+            "/retry",
+            "/system none",
+            "three",
+            "/reset",
+            "four",
+        )
+    roles = [[message["role"][0] for message in body["messages"]] for body in asked]
+    assert ["".join(each) for each in roles] == ["u", "suau", "suau", "uauau", "u"]
+    assert asked[1]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert shown.count("(system prompt: none)") == 2
+    assert "(system prompt: Be brief.)" in shown
+
+
+def test_a_talk_is_saved_as_rows_that_a_recipe_takes(tmp_path):
+    file = tmp_path / "my talks.jsonl"
+    file.write_bytes(b'{"messages": []}')
+    with answering(echo) as (url, _):
+        talk = (
+            "/system Kind.",
+            "/save nowhere",
+            "h\u00e9",
+            f"/save '{file}'",
+            "/reset",
+            "two",
+            f"/save {file}",
+        )
+        shown = printed(url, *talk, f"/save {tmp_path}", "/save")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [[message["role"][0] for message in row["messages"]] for row in rows] == [
+        [],
+        ["s", "u", "a"],
+        ["s", "u", "a"],
+    ]
+    assert rows[1]["messages"][1]["content"] == "h\u00e9"
+    assert "nothing has been said yet" in shown
+    assert f"{tmp_path}: cannot be written" in shown
+    assert not Path("nowhere").exists()
+
+
+def test_what_was_typed_in_earlier_talks_comes_back_by_the_arrow_key(tmp_path):
+    history = tmp_path / "deep" / "history"
+    up = "\x1b[A"
+    for keys, messages in (
+        (f"one{ENTER}two{CTRL_J}lines{ENTER}", ["one", "two\nlines"]),
+        (f"{up}{up}{ENTER}", ["two\nlines"]),
+    ):
+        with create_pipe_input() as keyboard:
+            keyboard.send_text(keys + CTRL_D)
+            read = Keyboard(keyboard, DummyOutput(), history).read
+            assert [read() for _ in messages] == messages
+    assert history.stat().st_mode & 0o777 == 0o600
+    assert Keyboard(history=Path("/dev/null/none/history"))
+
+
+def test_a_history_that_has_grown_large_forgets_its_older_half(tmp_path):
+    history = tmp_path / "history"
+    entry = "\n# 2026-11-26 22:00:00\n+{:06d}\n+" + "x" * 500 + "\n"
+    history.write_text("".join(entry.format(n) for n in range(4000)))
+    Keyboard(history=history)
+    kept = re.findall(r"^\+(\d{6})$", history.read_text(), re.MULTILINE)
+    assert 1900 < len(kept) < 2100
+    assert kept == [f"{n:06d}" for n in range(4000 - len(kept), 4000)]
+    assert history.read_text().startswith("\n\n# ")
+
+
+# lathe generate.
+
+
+def generated(*words: str, stdin: str = "") -> Result:
+    return CliRunner().invoke(lathe.app, ["generate", *words], input=stdin)
+
+
+ANSWERED = sse(
+    thought("Hm."),
+    piece("Yes"),
+    piece("!", "stop"),
+    {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}},
+    "[DONE]",
+)
+
+
+def test_generate_prints_the_answer_alone_and_tells_the_rest_where_it_is_asked_to(tmp_path):
+    with scripted(ANSWERED) as (url, asked):
+        plain = generated("--url", url, "-p", "hello")
+        told = generated("--url", url, "--verbose", "--json", str(tmp_path / "a.json"), stdin="hello\n")
+        as_json = generated("--url", url, "-p", "-", "--json", "-", stdin="hello\n")
+    assert (plain.stdout, plain.stderr) == ("Yes!\n", "")
+    assert told.stdout == "Yes!\n"
+    assert "7 tokens of prompt, 3 of answer" in told.stderr
+    for numbers in (json.loads(as_json.stdout), json.loads((tmp_path / "a.json").read_text())):
+        assert (numbers["text"], numbers["reasoning"], numbers["finish_reason"]) == ("Yes!", "Hm.", "stop")
+        assert numbers["usage"]["completion_tokens"] == 3
+        assert 0 < numbers["first_token_s"] <= numbers["total_s"]
+    assert [contents(body) for body in asked] == [["hello"]] * 3
+    assert asked[0]["model"] == "scripted"
+
+
+def test_each_option_of_generate_about_drawing_reaches_the_server(tmp_path):
+    params = {each.name for each in typer.main.get_command(lathe.app).commands["generate"].params}
+    assert params > set(DRAWN)
+    words = ["--no-enable-thinking"]
+    for name, value in DRAWN.items():
+        words += [] if name == "enable_thinking" else [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--stop", "END", "--extra-eos-token", "<eos>", "--chat-template-config", '{"tone": "kind"}']
+    words += [
+        "--field",
+        "min_tokens=3",
+        "--field",
+        "user=maria",
+        "--prefill-response",
+        "So",
+        "--system",
+        "Be.",
+    ]
+    with scripted(ANSWERED) as (url, asked):
+        assert generated("--url", url, "-p", "hello", *words).exit_code == 0
+    body = ChatBody(**asked[0])
+    assert {name: asked[0][name] for name in DRAWN} == DRAWN
+    assert (body.stop, body.min_tokens, body.user) == (["END", "<eos>"], 3, "maria")
+    assert body.chat_template_kwargs == {"tone": "kind"}
+    assert [message["role"] for message in asked[0]["messages"]] == ["system", "user", "assistant"]
+    assert body.continue_final_message
+
+
+def test_generate_shows_files_before_the_prompt(tmp_path):
+    for name in ("a.png", "b.mp4", "c.wav"):
+        (tmp_path / name).write_bytes(name.encode())
+    media = [
+        "--image",
+        str(tmp_path / "a.png"),
+        "--image",
+        "http://host/x.png",
+        "--video",
+        str(tmp_path / "b.mp4"),
+    ]
+    with scripted(ANSWERED) as (url, asked):
+        assert (
+            generated("--url", url, "-p", "what?", *media, "--audio", str(tmp_path / "c.wav")).exit_code == 0
+        )
+    parts = asked[0]["messages"][0]["content"]
+    coded = {name: base64.b64encode(name.encode()).decode() for name in ("a.png", "b.mp4", "c.wav")}
+    assert parts == [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{coded['a.png']}"}},
+        {"type": "image_url", "image_url": {"url": "http://host/x.png"}},
+        {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{coded['b.mp4']}"}},
+        {"type": "input_audio", "input_audio": {"data": coded["c.wav"], "format": "wav"}},
+        {"type": "text", "text": "what?"},
+    ]
+    ChatBody(**asked[0])
+
+
+def test_a_failure_of_generate_ends_with_status_1_and_an_answer_cut_off_is_none():
+    with scripted((503, "down"), BROKEN) as (url, _):
+        for said in ("down", "the stream ended before the answer did"):
+            done = subprocess.run(
+                [*LATHE, "generate", "--url", url, "-p", "x"], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 1
+            assert said in done.stderr
+
+
+def test_generate_loads_a_model_with_its_adapter_and_goes_on_from_a_prompt_as_it_is(
+    model_folder, make_adapter
+):
+    words = [str(model_folder), "-p", "hello", "--max-tokens", "12", "--temp", "0", "--json", "-"]
+    adapter = str(make_adapter(1))
+    told = [
+        json.loads(generated(*words, *more).stdout)
+        for more in (
+            (),
+            ("--adapter-path", adapter),
+            ("--adapter", f"mine={adapter}"),
+            ("--ignore-chat-template",),
+        )
+    ]
+    base, by_path, by_name, as_it_is = told
+    assert by_path["model"] == Path(adapter).name
+    assert by_name["model"] == "mine"
+    assert by_path["text"] == by_name["text"] != base["text"]
+    assert as_it_is["usage"]["prompt_tokens"] < base["usage"]["prompt_tokens"]
+    assert as_it_is["text"] != base["text"]
+    both = generated(*words, "--adapter", f"a={adapter}", "--adapter", f"b={make_adapter(2)}", "--model", "a")
+    assert json.loads(both.stdout)["text"] == by_name["text"]

@@ -40,6 +40,10 @@ from serve.model.loading import load
 from serve.model.ngrams import Ngrams
 from serve.model.prompt import Prompt
 from serve.model.thoughts import Mark, Thoughts
+from serve.tools.formats import FORMATS
+from serve.tools.grammar import calls_grammar
+from serve.tools.rules import ToolMarks
+from serve.tools.tool import Tool
 
 pytestmark = pytest.mark.long
 
@@ -72,11 +76,13 @@ def _thoughts(end: tuple[int, ...]) -> Thoughts:
 
 
 THOUGHTS, SHORT_THOUGHTS = _thoughts(END), _thoughts(SHORT_END)
+LONG = {"type": "array", "items": {"enum": ["a", 1, None, "é"]}, "minItems": 99}
+CALLED = Tool("f", None, {"properties": {"long": LONG}, "required": ["long"], "additionalProperties": False})
+CALL = calls_grammar(ToolMarks(FORMATS["hermes"], frozenset(), (), {}), [CALLED], "required", is_single=True)
 CONSTRAINTS = {
-    "schema": ConstraintSpec.of_schema(
-        {"type": "array", "items": {"enum": ["a", 1, None, "é"]}, "minItems": 99}, ""
-    ),
+    "schema": ConstraintSpec.of_schema(LONG, ""),
     "regex": ConstraintSpec("regex", "[a-zéü ]{200,}"),
+    "tool": ConstraintSpec("grammar", CALL or "", "tools"),
 }
 """What answers must be that end by their length."""
 ADAPTERS = ("base", "lora", "dora", "experts")
@@ -258,7 +264,12 @@ DIMENSIONS: dict[str, dict[str, Change]] = {
         "thinks": put(budgets=(None,)),
         "budget": put(budgets=(0, 1, 4, 11, NUM_TOKENS - 2)),
     },
-    "said": {"free": put(), "schema": put(said="schema"), "regex": put(said="regex")},
+    "said": {
+        "free": put(),
+        "schema": put(said="schema"),
+        "regex": put(said="regex"),
+        "tool": put(said="tool"),
+    },
     "steps": {"in_turn": put(limits={"ahead": False}), "ahead": put(limits={"ahead": True})},
     "drafts": {
         "undrafted": put(),
@@ -484,7 +495,7 @@ class Scene:
         name, rng = id.partition("-")[0], self.rng
         self.source_of[id] = self.sources[name]
         settings = {"temperature": 0.0, "ignore_eos": True, **rng.choice(samplings)}
-        if said == "schema":  # which needs some of the tokens that may not come
+        if said in ("schema", "tool"):  # which need some of the tokens that may not come
             settings = {key: settings[key] for key in settings if key not in ("stop_token_ids", "min_tokens")}
         thinking = None
         if self.setting.budgets and (name == "asked" or rng.random() < 0.5):

@@ -13,14 +13,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import lathe
+from serve.api.errors import openai_error
 from serve.api.server import serving
 from serve.bench.client import Ask
 from serve.bench.load import drive
 from serve.bench.process import free_port
 from serve.config import ServeConfig
 from serve.conversation import Conversation, Speaker
-from serve.errors import ConfigError, NotFoundError
-from serve.remote import EventData, base_url, choose_model, message_of, refusal, served_models
+from serve.errors import ConfigError, LatheError, NotFoundError, RequestError
+from serve.remote import EventData, base_url, choose_model, failure, message_of, refusal, served_models
 from serve.runtime import Runtime
 
 ENDS = ("", "/", "/v1", "/v1/", "/v1//", "/v1/models", "/v1/completions", "/v1/chat/completions/")
@@ -236,11 +237,25 @@ def test_events_are_the_same_however_the_stream_is_cut(ending):
         assert events.is_done
 
 
-@pytest.mark.parametrize(("status", "expected"), [(400, 400), (404, 400), (429, 503), (500, 503), (503, 503)])
+@pytest.mark.parametrize(("status", "expected"), [(400, 400), (404, 404), (429, 503), (500, 503), (503, 503)])
 def test_a_refusal_is_the_callers_fault_or_the_servers(status, expected):
     error = refusal(status, "")
     assert error.status == expected
     assert str(status) in str(error)
+
+
+def every_error(kind: type[LatheError] = LatheError) -> list[type[LatheError]]:
+    return [kind, *(each for child in kind.__subclasses__() for each in every_error(child))]
+
+
+@pytest.mark.parametrize("kind", every_error())
+def test_what_another_lathe_raises_is_raised_here_as_what_it_is(kind):
+    body = openai_error(kind.status, "what it was", code=kind.code, param="a field").body.decode()
+    for error in (refusal(kind.status, body), failure(body)):
+        assert type(error) is kind
+        assert str(error) == "what it was"
+        assert getattr(error, "param", "a field") == "a field"
+    assert not isinstance(refusal(418, body), kind) or kind in (LatheError, RequestError)
 
 
 @pytest.mark.parametrize(

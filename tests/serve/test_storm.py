@@ -240,7 +240,7 @@ def test_after_a_storm_nothing_is_left_and_a_quiet_client_had_the_right_answers(
     try:
         runtime.registry.add("loud", Loud(make_adapter(3)))
         with serving(runtime) as url:
-            schemas = httpx.get(f"{url}/openapi.json").json()["components"]["schemas"]
+            schemas = httpx.get(f"{url}/openapi.json", timeout=60).json()["components"]["schemas"]
             storm = Storm(url, folders, schemas, time.monotonic() + seconds)
             asyncio.run(run_storm(storm, prompts, answers, seed=seconds))
             assert not storm.faults, "\n".join(storm.faults[:10])

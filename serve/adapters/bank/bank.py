@@ -149,7 +149,7 @@ class Bank:
         """
         self.rows.costs = measure(*self._common_shape(), self._dtype)
         self.rows.forget()
-        logger.info("what adapters' updates take here: %s", self.rows.costs)
+        logger.debug("what adapters' updates take here: %s", self.rows.costs)
 
     def warm_up(self, num_tokens: int) -> None:
         """Run an update of one row once, of one token and of `num_tokens`.

@@ -144,6 +144,7 @@ class Registry:
             OrderedDict()
         )  # names that were looked up, the one used last at the end
         self._last_number: dict[str, int] = {}
+        self._recalled: dict[str, dict[str, int]] = {}  # numbers of contents, by name
         self._busy: dict[str, _Turn] = {}  # names of which a version is made or changed
 
     @property
@@ -197,7 +198,7 @@ class Registry:
             with ExitStack() as stack:
                 with self.residency.reading(name, outline.sizes, outline.num_values):
                     content = source.read(name, self._fitting)
-                    number = 0 if is_combined else self._last_number.get(name, 0) + 1
+                    number = 0 if is_combined else self._number(name, content.content_hash)
                     updates = self.contents.prepared(content.updates)
                     version = self._make(
                         name, number, source, outline, content, admitted, num_bytes_of(updates)
@@ -253,6 +254,19 @@ class Registry:
                 version = entry.current.version
             self.residency.unpin(version)
             return version
+
+    def last_number(self, name: str) -> int:
+        """Of the versions of a name that were ever made; 0: none was."""
+        with self._lock:
+            return self._last_number.get(name, 0)
+
+    def recall(self, name: str, last_number: int, numbers: Mapping[str, int]) -> None:
+        """Before a name's first version is made: another registry of this base had made so many, and of what its next
+        content may be (by hash) that one had this number."""
+        with self._lock:
+            assert name not in self._names, f"{name} is known"
+            self._last_number[name] = last_number
+            self._recalled[name] = dict(numbers)
 
     # Requests hold versions
 
@@ -510,6 +524,12 @@ class Registry:
                 turn.num_waiting -= 1
                 if not turn.num_waiting:
                     del self._busy[name]
+
+    def _number(self, name: str, content_hash: str) -> int:
+        """Of a version to be made."""
+        with self._lock:
+            recalled = self._recalled.pop(name, {}).get(content_hash)
+            return self._last_number.get(name, 0) + 1 if recalled is None else recalled
 
     def _current(self, name: str) -> AdapterVersion | None:
         with self._lock:

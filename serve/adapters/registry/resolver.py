@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from serve.adapters.formats.files import PEFT_TENSORS_FILE, SUFFIX, find_files
@@ -64,7 +64,7 @@ class Resolver:
                 path = _inside(folder, name)
                 if path is not None:
                     return self._registry.add(name, FolderSource(path), is_found=True)
-            if self._is_on_hub(name):
+            if _is_on_hub(name, self._hub):
                 return self._registry.add(name, FolderSource(self._fetched(name)), is_found=True)
         raise NotFoundError(f"no adapter {name!a:.200} is loaded, and none of that name is found")
 
@@ -77,10 +77,6 @@ class Resolver:
                     return list(found)
                 found[name] = None
         return list(found)
-
-    def _is_on_hub(self, name: str) -> bool:
-        owner, slash, rest = name.partition("/")
-        return bool(slash) and bool(rest) and "/" not in rest and bool({owner, name} & self._hub)
 
     def _fetched(self, name: str) -> str:
         from huggingface_hub import snapshot_download
@@ -99,6 +95,18 @@ class Resolver:
             raise OverloadedError(
                 f"adapter {name!r} cannot be fetched from the hub now: {error}", HUB_RETRY_AFTER_S
             ) from error
+
+
+def may_find(name: str, folders: Sequence[Path], hub: Collection[str]) -> bool:
+    """Whether a resolver of these folders and hub names would go after that name."""
+    if name_problem(name) is not None:
+        return False
+    return any(_inside(folder.expanduser(), name) is not None for folder in folders) or _is_on_hub(name, hub)
+
+
+def _is_on_hub(name: str, hub: Collection[str]) -> bool:
+    owner, slash, rest = name.partition("/")
+    return bool(slash) and bool(rest) and "/" not in rest and not {owner, name}.isdisjoint(hub)
 
 
 def _inside(folder: Path, name: str) -> Path | None:

@@ -1,0 +1,228 @@
+"""A chat's body in, its answers under way out. No endpoint that chats has another way into generation.
+
+An endpoint of another API writes its body as a ChatBody, begins the turn here, and words the Pieces.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from fastapi import Request
+
+from serve.api.answer import Answer, Piece
+from serve.api.fitting import Fitting
+from serve.api.generation import Generation, build_requests, logprob_writers, new_id
+from serve.api.leaving import ClientGoneError, unless_gone
+from serve.api.logprobs import LogprobWriter
+from serve.api.opening import expect_long
+from serve.api.schemas import ChatBody
+from serve.api.services import Services
+from serve.api.state import AppState
+from serve.api.targets import Target, held_target
+from serve.api.thinking import thinking_of, thinking_variables, thoughts_of
+from serve.api.tools import NO_TOOLS, RowReader, ToolUse, tools_of
+from serve.engine.thinking import Thinking
+from serve.errors import RequestError
+from serve.media.processor import Processed
+from serve.model.prompt import Prompt
+from serve.model.template import ChatTemplate
+
+EFFORT = "reasoning_effort"
+
+
+class Asked(NamedTuple):
+    """A chat as the engine gets it, and what its answer is read by."""
+
+    prompt: Prompt
+    thinking: Thinking | None
+    tools: ToolUse
+
+
+class Turn:
+    """The answers to one request, row by row. Whoever has it closes it."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        num_prompt_tokens: int,
+        *,
+        logprobs: Sequence[LogprobWriter] | None = None,
+        tells_thoughts: bool = False,
+        tools: ToolUse = NO_TOOLS,
+    ) -> None:
+        """logprobs: one a row, where log-probabilities are wanted; tells_thoughts: the response is to have them."""
+        self.tools = tools
+        self._readers: dict[int, RowReader | None] = {}  # by row
+        self._ready: deque[tuple[int, Piece]] = deque()
+        self.generation = generation
+        self.num_prompt_tokens = num_prompt_tokens
+        self.logprobs = logprobs
+        self.tells_thoughts = tells_thoughts
+
+    @property
+    def target(self) -> Target:
+        """What answers."""
+        return self.generation.target
+
+    @property
+    def is_done(self) -> bool:
+        """True when every row has had its final piece."""
+        return self.generation.is_done and not self._ready
+
+    async def next(self) -> tuple[int, Piece]:
+        """What came next, with its row. Raises what the engine ended a row with."""
+        if self._ready:
+            return self._ready.popleft()
+        row, event = await self.generation.next()
+        if row not in self._readers:
+            self._readers[row] = self.tools.reader()
+        reader = self._readers[row]
+        if reader is None:
+            return row, Piece.of(event)
+        first, *rest = reader.read(event)
+        if reader.is_over and event.finish is None:
+            self.generation.end(row)
+        self._ready += ((row, piece) for piece in rest)
+        return row, first
+
+    def close(self) -> None:
+        """Cancel what still runs; at any time, any number of times."""
+        self.generation.close()
+
+
+async def begin_turn(
+    state: AppState, http: Request, body: ChatBody, tenant: str, *, id: str, endpoint: str
+) -> Turn | None:
+    """The answers to a chat under way; None if the client has left before.
+
+    endpoint  its label in metrics
+    RequestError names the field that cannot be served. Nothing here outlives the call: pixels are the engine's to
+    drop.
+    """
+    from serve.api.rounds import RoundsTurn, offered  # which are made of turns
+
+    async def begin(body: ChatBody) -> Turn:
+        return await _begun(state, http, body, tenant, id, endpoint)
+
+    try:
+        if not body.mcp:
+            return await begin(body)
+        offer = await unless_gone(http.receive, offered(state.mcp, body))
+        turn = await begin(offer.body)
+        return RoundsTurn(turn, begin, offer, state.mcp, state.config.mcp_max_rounds)
+    except ClientGoneError:
+        return None
+
+
+async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id: str, endpoint: str) -> Turn:
+    async with held_target(state, body.model, body.user or id, http) as target:
+
+        async def prompt(chat: ChatBody) -> Asked:
+            return await prompt_of(target, chat, http)
+
+        async def answer(chat: ChatBody) -> str:
+            expect_long(http)
+            # No arm of an experiment has answered with it.
+            asks = replace(target, assignment=None)
+            turn = await _submitted(
+                state, asks, chat, await prompt(chat), tenant, new_id(f"{id}-summary"), "summary"
+            )
+            return await unless_gone(http.receive, _text_of(turn))
+
+        asked, fitted = await Fitting(target, tenant, prompt, lambda asked: asked.prompt, answer).of(body)
+        told = replace(target, overflow=fitted.note)
+        return await _submitted(state, told, fitted.body, asked, tenant, id, endpoint)
+
+
+async def _submitted(
+    state: AppState, target: Target, body: ChatBody, asked: Asked, tenant: str, id: str, endpoint: str
+) -> Turn:
+    requests = await build_requests(
+        id,
+        body,
+        [asked.prompt],
+        target,
+        tenant=tenant,
+        continues_prompt=bool(body.continue_final_message),
+        thinking=asked.thinking,
+        tools=asked.tools,
+    )
+    generation = Generation(state.metrics, id, endpoint, target, requests, body.n or 1)
+    return Turn(
+        generation,
+        len(asked.prompt.token_ids),
+        logprobs=logprob_writers(target.services, body, requests),
+        tells_thoughts=asked.thinking is not None and body.include_reasoning is not False,
+        tools=asked.tools,
+    )
+
+
+async def _text_of(turn: Turn) -> str:
+    """The whole answer's, less its thoughts."""
+    answer = Answer()
+    try:
+        while not turn.is_done:
+            answer.add((await turn.next())[1])
+    finally:
+        turn.close()
+    return answer.text
+
+
+async def prompt_of(target: Target, body: ChatBody, http: Request) -> Asked:
+    """What a chat asks of the model that answers it, with what it shows.
+
+    RequestError names the field that cannot be served. ClientGoneError if the client has left meanwhile.
+    """
+    services = target.services
+    template = _template(target)
+    thoughts = await services.tokenize(lambda: thoughts_of(services.runtime, template, body))
+    media = await _look(services, body, http)
+    tools = await services.tokenize(lambda: tools_of(services.runtime, template, thoughts, body))
+    messages = tools.messages(template, [message.for_template() for message in body.messages])
+    token_ids = await services.prompts.of_messages(
+        template,
+        messages,
+        {
+            **_effort(template, body),
+            **thinking_variables(services.runtime, template, thoughts, body),
+            **(body.chat_template_kwargs or {}),
+        },
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        media=[item.expansion for item in media],
+        tools=tools.for_template(template),
+    )
+    thinking = thinking_of(
+        services.runtime, template, thoughts, body, token_ids, tells_calls=tools.is_in_headers
+    )
+    return Asked(await services.media.prompt(token_ids, media), thinking, tools)
+
+
+async def _look(services: Services, body: ChatBody, http: Request) -> list[Processed]:
+    """What the messages show, made ready. ClientGoneError if the client has left meanwhile."""
+    looking = services.media.look(body.messages, body.mm_processor_kwargs)
+    if not any(True for message in body.messages for _ in message.shown):
+        return await looking
+    return await unless_gone(http.receive, looking)
+
+
+def _template(target: Target) -> ChatTemplate:
+    """The template of what answers. RequestError if it has none."""
+    template = target.services.runtime.template_of(target.version)
+    if not template.exists:
+        raise RequestError(
+            f"model {target.served!r} has no chat template: neither its tokenizer nor an adapter brings one; send a "
+            f"prompt to /v1/completions instead",
+            "messages",
+        )
+    return template
+
+
+def _effort(template: ChatTemplate, body: ChatBody) -> dict[str, str]:
+    """reasoning_effort, where the template reads such a variable."""
+    if body.reasoning_effort is None or EFFORT not in template.variables:
+        return {}
+    return {EFFORT: body.reasoning_effort}

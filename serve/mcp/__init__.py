@@ -1,0 +1,1 @@
+"""Tools of MCP servers: which a configuration names, what they offer, and calls of them."""

@@ -1,0 +1,63 @@
+"""A file of MCP servers, in the form that other clients know: {"mcpServers": {name: {command, args, env} | {url}}}.
+
+What stands in it is run as this server's user; nothing else ever is: a request names a server, and never a command or
+an address.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field, ValidationError, model_validator
+
+from serve.errors import ConfigError
+from serve.settings import Strict
+
+
+class McpServerConfig(Strict):
+    """One server: a command that speaks over its standard streams, or the address of one that runs."""
+
+    command: str | None = Field(None, min_length=1)
+    args: tuple[str, ...] = ()
+    env: Mapping[str, str] = Field(default_factory=dict)
+    """Beside PATH, HOME and the like; of this process's own environment it gets nothing else."""
+    cwd: Path | None = None
+    url: str | None = Field(None, pattern=r"^https?://")
+    """Of a server that speaks streamable HTTP."""
+    headers: Mapping[str, str] = Field(default_factory=dict)
+    """Sent with every request to the address."""
+    type: str | None = None
+    """A hint of other clients: stdio or http."""
+    disabled: bool = False
+
+    @model_validator(mode="after")
+    def _one_way(self) -> McpServerConfig:
+        if (self.command is None) == (self.url is None):
+            raise ValueError("expected either command or url")
+        if self.url is not None and (self.args or self.env or self.cwd):
+            raise ValueError("args, env and cwd are a command's; found beside url")
+        if self.command is not None and self.headers:
+            raise ValueError("headers are an address's; found beside command")
+        return self
+
+
+class McpFile(Strict):
+    """All of a file."""
+
+    mcpServers: Mapping[str, McpServerConfig]
+
+
+def read_servers(path: Path) -> dict[str, McpServerConfig]:
+    """The servers of a file that are not disabled, by name. ConfigError names the file and what is wrong in it."""
+    try:
+        found = McpFile.model_validate(json.loads(path.read_text()))
+    except OSError as error:
+        raise ConfigError(f"mcp_servers: {path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise ConfigError(f"mcp_servers: {path}: {problems}") from None
+    except ValueError as error:
+        raise ConfigError(f"mcp_servers: {path} is no JSON: {error}") from None
+    return {name: server for name, server in found.mcpServers.items() if not server.disabled}

@@ -1,0 +1,295 @@
+"""Tools of MCP servers: real ones, over standard streams and HTTP, asked by themselves and through a chat."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import openai
+import pytest
+
+from serve.api.server import serving
+from serve.config import ServeConfig
+from serve.errors import ConfigError, RequestError, ToolServerError
+from serve.mcp.config import McpServerConfig, read_servers
+from serve.mcp.servers import McpServers
+from serve.runtime import Runtime
+
+PROGRAM = Path(__file__).parents[1] / "support" / "mcp_server.py"
+OVER_STREAMS = McpServerConfig(command=sys.executable, args=(str(PROGRAM),))
+CONFIG = {
+    "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 259,
+    "max_position_embeddings": 16384, "rope_theta": 10000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+MESSAGES = [{"role": "user", "content": "What is two and three?"}]
+
+
+@pytest.fixture(scope="module")
+def http_address(free_ports):
+    port = free_ports()
+    with subprocess.Popen([sys.executable, str(PROGRAM), str(port)], stderr=subprocess.DEVNULL) as program:
+        try:
+            wait_for(port)
+            yield f"http://127.0.0.1:{port}/mcp"
+        finally:
+            program.kill()
+
+
+def wait_for(port: int) -> None:
+    """Until it answers: an attempt is refused at once until then."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+            probe.settimeout(0.05)
+    raise AssertionError("the server did not come up")
+
+
+@pytest.fixture(scope="module")
+def servers(http_address):
+    config = {
+        "streams": OVER_STREAMS,
+        "web": McpServerConfig(url=http_address),
+        "gone": McpServerConfig(url="http://127.0.0.1:9/mcp"),
+        "nothing": McpServerConfig(command="/does/not/exist"),
+        "mute": McpServerConfig(command=sys.executable, args=("-c", "import sys; sys.stdin.read()")),
+    }
+    opened = McpServers(config, timeout_s=20, max_result_chars=1000)
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("name", ["streams", "web"])
+def test_tools_are_listed_and_called(servers, name):
+    async def talk() -> None:
+        tools = await servers.tools(name)
+        assert {"add", "fail", "much"} <= {tool.name for tool in tools}
+        (add,) = [tool for tool in tools if tool.name == "add"]
+        assert add.description == "Add two numbers."
+        assert set(add.parameters["properties"]) == {"a", "b"}
+        sums = await asyncio.gather(*(servers.call(name, "add", {"a": n, "b": 1}) for n in range(8)))
+        assert sums == [f"the sum is {n + 1}" for n in range(8)]
+        assert (await servers.call(name, "fail", {})).startswith("Error: ")
+        assert (await servers.call(name, "add", {"a": "x"})).startswith("Error: ")
+        much = await servers.call(name, "much", {"count": 5000})
+        assert len(much) < 1100
+        assert much.endswith("[cut off: 5,000 characters]")
+
+    asyncio.run(talk())
+
+
+def test_a_server_gets_nothing_of_this_processs_environment_but_what_all_need(servers, monkeypatch):
+    monkeypatch.setenv("A_SECRET_OF_OURS", "x")
+    names = asyncio.run(servers.call("streams", "secrets", {})).split(",")
+    assert "PATH" in names
+    assert "A_SECRET_OF_OURS" not in names
+
+
+@pytest.mark.parametrize("name", ["gone", "nothing"])
+def test_a_server_that_is_not_there_is_an_error_of_who_asked_alone(servers, name):
+    async def talk() -> None:
+        failing = asyncio.ensure_future(servers.tools(name))
+        assert await servers.call("streams", "add", {"a": 1, "b": 2}) == "the sum is 3"
+        with pytest.raises(ToolServerError, match=name):
+            await failing
+
+    asyncio.run(talk())
+
+
+def test_a_server_that_says_nothing_is_given_up_in_time():
+    servers = McpServers(
+        {"mute": McpServerConfig(command=sys.executable, args=("-c", "import sys; sys.stdin.read()"))},
+        timeout_s=1,
+    )
+    with pytest.raises(ToolServerError, match="takes more than 1 s"):
+        asyncio.run(servers.tools("mute"))
+    servers.close()
+
+
+def test_a_server_that_ended_is_started_again():
+    async def talk() -> None:
+        with pytest.raises(ToolServerError):
+            await servers.call("one", "end", {})
+        assert await servers.call("one", "add", {"a": 1, "b": 2}) == "the sum is 3"
+
+    servers = McpServers({"one": OVER_STREAMS}, timeout_s=20)
+    asyncio.run(talk())
+    servers.close()
+
+
+def test_a_name_that_the_configuration_has_not_is_refused(servers):
+    with pytest.raises(RequestError, match="found no MCP server 'sh'; there are streams, web"):
+        asyncio.run(servers.tools("sh"))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "is no JSON"),
+        ("{}", "mcpServers: Field required"),
+        ('{"mcpServers": {"a": {}}}', "expected either command or url"),
+        ('{"mcpServers": {"a": {"command": "x", "url": "http://x"}}}', "expected either command or url"),
+        ('{"mcpServers": {"a": {"command": "x", "shell": true}}}', "mcpServers.a.shell"),
+        ('{"mcpServers": {"a": {"url": "file:///etc"}}}', "mcpServers.a.url"),
+        ('{"mcpServers": {"a": {"command": "x", "headers": {"k": "v"}}}}', "headers are an address's"),
+    ],
+)
+def test_a_file_that_is_wrong_is_told_of(tmp_path, content, told):
+    path = tmp_path / "mcp.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="mcp_servers: ") as error:
+        read_servers(path)
+    assert told in str(error.value)
+
+
+def test_servers_that_are_disabled_are_none(tmp_path):
+    path = tmp_path / "mcp.json"
+    path.write_text(
+        '{"mcpServers": {"a": {"command": "x", "disabled": true}, "b": {"command": "y", "type": "stdio"}}}'
+    )
+    assert set(read_servers(path)) == {"b"}
+
+
+@pytest.fixture(scope="module")
+def client(make_model, tmp_path_factory, http_address):
+    path = tmp_path_factory.mktemp("mcp") / "servers.json"
+    one = {"command": sys.executable, "args": [str(PROGRAM)]}
+    gone = {"url": "http://127.0.0.1:9/mcp"}
+    path.write_text(json.dumps({"mcpServers": {"one": one, "web": {"url": http_address}, "gone": gone}}))
+    keys = {"mcp_servers": path, "mcp_max_rounds": 3, "mcp_timeout_s": 30}
+    runtime = Runtime.start(
+        ServeConfig(model=str(make_model("talker", CONFIG)), name="m", max_rows=8, **keys)
+    )
+    try:
+        with (
+            serving(runtime) as url,
+            openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as opened,
+        ):
+            yield opened
+    finally:
+        runtime.close()
+
+
+def entry(label: str = "one", **fields) -> dict:
+    return {"type": "mcp", "server_label": label, "require_approval": "never", **fields}
+
+
+def asked(**fields) -> dict:
+    """A call of `add` is all that the first answer may be; the next one is free."""
+    choice = {"type": "function", "function": {"name": "add"}}
+    said = {
+        "model": "m",
+        "messages": MESSAGES,
+        "tools": [entry(allowed_tools=["add"])],
+        "tool_choice": choice,
+    }
+    more = {"max_tokens": 120, "seed": 3, "parallel_tool_calls": False, "extra_body": {"min_tokens": 8}}
+    return {**said, **more, **fields}
+
+
+@pytest.mark.parametrize("label", ["one", "web"])
+def test_tools_are_run_and_the_answer_goes_on_with_what_they_gave(client, label):
+    fields = asked(tools=[entry(label, allowed_tools={"tool_names": ["add"]})])
+    answer = client.chat.completions.create(**fields)
+    message = answer.choices[0].message
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert message.tool_calls is None
+    assert message.content
+    ran = message.mcp_calls[0]
+    arguments = json.loads(ran["arguments"])
+    assert (ran["server_label"], ran["name"]) == (label, "add")
+    assert ran["output"] == f"the sum is {arguments['a'] + arguments['b']}"
+    text, calls, usage = "", [], None
+    for chunk in client.chat.completions.create(
+        stream=True, stream_options={"include_usage": True}, **fields
+    ):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            assert not choice.delta.tool_calls
+            calls += getattr(choice.delta, "mcp_calls", None) or []
+    assert text == message.content
+    assert [(each["arguments"], each["output"]) for each in calls] == [
+        (each["arguments"], each["output"]) for each in message.mcp_calls
+    ]
+    assert (usage.prompt_tokens, usage.completion_tokens) == (
+        answer.usage.prompt_tokens,
+        answer.usage.completion_tokens,
+    )
+
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+
+
+def said(text: str, **fields) -> dict:
+    return asked(
+        tool_choice="auto", max_tokens=300, extra_body={"structured_outputs": {"choice": [text]}}, **fields
+    )
+
+
+def test_rounds_are_bounded(client):
+    message = client.chat.completions.create(**said(CALL)).choices[0].message
+    assert [each["output"] for each in message.mcp_calls] == ["the sum is 3"] * 3
+    assert message.content == CALL, "the last answer is text"
+
+
+def test_calls_of_the_clients_own_tools_are_the_clients(client):
+    own = {"type": "function", "function": {"name": "mine"}}
+    both = CALL + '\n<tool_call>\n{"name": "mine", "arguments": {"x": 1}}\n</tool_call>'
+    fields = said(both, tools=[entry(), own])
+    fields["parallel_tool_calls"] = True
+    for answer in (client.chat.completions.create(**fields), client.chat.completions.create(**fields)):
+        (call,) = answer.choices[0].message.tool_calls
+        assert (call.function.name, answer.choices[0].finish_reason) == ("mine", "tool_calls")
+        assert not hasattr(answer.choices[0].message, "mcp_calls")
+    chunks = client.chat.completions.create(stream=True, **fields)
+    indices = {
+        call.index for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or ()
+    }
+    assert indices == {0}
+
+
+def test_what_goes_wrong_in_a_call_is_told_to_the_model(client):
+    broken = CALL.replace('{"a": 1, "b": 2}', '{"a": "x"}')
+    message = client.chat.completions.create(**said(broken)).choices[0].message
+    assert all(each["output"].startswith("Error: ") for each in message.mcp_calls)
+    failing = CALL.replace("add", "fail")
+    message = client.chat.completions.create(**said(failing, tools=[entry()])).choices[0].message
+    assert all("broken" in each["output"] or "Error" in each["output"] for each in message.mcp_calls)
+
+
+@pytest.mark.parametrize(
+    ("tool", "status", "told"),
+    [
+        (entry("sh"), 400, "found no MCP server 'sh'"),
+        (entry(allowed_tools=["rm"]), 400, "has no tool 'rm'"),
+        (entry("gone"), 424, "MCP server 'gone'"),
+        (entry(server_url="http://127.0.0.1:9"), 400, "server_url: found"),
+        (entry(require_approval="always"), 400, "require_approval: found"),
+        ({**entry(), "command": "sh"}, 400, "command"),
+    ],
+)
+def test_a_request_names_a_configured_server_and_nothing_else(client, tool, status, told):
+    with pytest.raises(openai.APIStatusError) as error:
+        client.chat.completions.create(**asked(tools=[tool], tool_choice="auto"))
+    assert error.value.status_code == status
+    assert told in error.value.body["message"]
+
+
+def test_a_server_without_a_file_runs_nothing(model_folder):
+    runtime = Runtime.start(ServeConfig(model=str(model_folder), name="m"))
+    with (
+        serving(runtime) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as plain,
+        pytest.raises(openai.BadRequestError, match="none is configured"),
+    ):
+        plain.chat.completions.create(**asked(tool_choice="auto"))
+    runtime.close()
