@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -212,13 +211,12 @@ class Lively:
         """Of "full" it is the model itself, which is right where no adapter changes what is said."""
         if name == "full":
             return self.folder(name)
-        target, vocab_size = self.folder(name), load(str(self.folder(name))).network.vocab_size
-        folder = self._make_model(f"small-{name}", {**COMMON, **SMALL, "vocab_size": vocab_size})
+        target = load(str(self.folder(name)))
+        config = {**COMMON, **SMALL, "vocab_size": target.network.vocab_size}
+        folder = self._make_model(f"small-{name}", config)
         for file in [*folder.glob("*token*"), *folder.glob("*template*")]:
             file.unlink()
-        for file in target.iterdir():
-            if not file.name.endswith(".safetensors") and file.name != "config.json":
-                shutil.copy(file, folder)
+        target.tokenizer._tokenizer.save_pretrained(folder)  # which a family's class may add tokens to
         return folder
 
     def adapter(self, name: str, kind: str, number: int = 0) -> Path:
