@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import pytest
 import typer
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
 import lathe
@@ -209,6 +210,18 @@ FLAGS_GIVEN = {
     "mcp_servers": Path("m"),
     "thinking_start_token": "<a>",
     "thinking_end_token": "</a>",
+    "api_key": "sk-a",
+    "api_keys": Path("k"),
+    "allowed_origin": ["https://a.example", "*"],
+    "drain_timeout_s": 5.0,
+    "log_format": "json",
+    "log_level": "debug",
+    "log_prompts": True,
+    "otlp_endpoint": "http://h:4318/v1/traces",
+    "ssl_certfile": Path("c"),
+    "ssl_keyfile": Path("k"),
+    "ssl_keyfile_password": "secret",
+    "ssl_ca_certs": Path("a"),
 }
 
 
@@ -234,6 +247,8 @@ def test_every_flag_of_serve_arrives_in_its_key_and_no_other_key_changes():
         )
         needed += ["--drafter-model", "m"] if flag == "drafter_model" else []
         needed = ["--kv-bits", "8"] if flag.startswith("kv_") and flag != "kv_bits" else needed
+        if flag.startswith("ssl_") and flag != "ssl_certfile":
+            needed = ["--ssl-certfile", "c"]
         before, after = serve_config(*needed).model_dump(), serve_config(*needed, *words).model_dump()
         *groups, key = serving.KEYS_OF.get(flag, flag).split(".")
         inside_before, inside_after = before, after
@@ -247,6 +262,7 @@ def test_every_flag_of_serve_arrives_in_its_key_and_no_other_key_changes():
             ]
         else:
             wanted = tuple(value) if isinstance(value, list) else value
+            found = found.get_secret_value() if isinstance(found, SecretStr) else found
             assert (found["kind"] if flag == "drafter" else found) == wanted, flag
         assert before == after, f"{flag} changes another key"
     assert serve_config("--no-enable-thinking").enable_thinking is False
