@@ -438,7 +438,9 @@ def test_models_that_everybody_wants_at_once_take_turns_and_none_waits_for_ever(
     waiting = max((120 - m.wanted_since_s for m in simulated.members.values() if m.wanted_since_s), default=0)
     assert all(len(waits) > 100 for waits in simulated.waits.values()), "everybody had turns"
     assert max(worst, waiting) <= turn_s * (len(names) - max_resident + 1), (worst, waiting)
-    assert simulated.num_swaps <= max_resident * 120 / 5 + len(names), "they do not change places with each request"
+    assert simulated.num_swaps <= max_resident * 120 / 5 + len(names), (
+        "they do not change places with each request"
+    )
 
 
 def test_one_client_that_asks_in_turn_waits_for_loads_alone():
