@@ -44,7 +44,7 @@ async def truncated(body: ChatBody, fits: Fits) -> Shortened:
     """With as many of its oldest turns dropped as it takes; where the last turn alone is too long, with the oldest
     answers and calls in it dropped too."""
     messages = body.messages
-    steps = list(_droppable(messages))
+    steps = list(droppable(messages))
     low, high = 0, len(steps)  # so many steps are too few; so many are all there are
     while low < high:
         middle = (low + high) // 2
@@ -112,7 +112,7 @@ def _has_user(messages: Sequence[Message], units: Sequence[Sequence[int]]) -> bo
     return any(messages[index].role == "user" for unit in units for index in unit)
 
 
-def _droppable(messages: Sequence[Message]) -> Iterator[list[int]]:
+def droppable(messages: Sequence[Message]) -> Iterator[list[int]]:
     """Numbers of messages that may go, the first to go first: older turns as wholes, then what stands between the
     last user's message and the last that came after it."""
     turns: list[list[list[int]]] = []

@@ -108,7 +108,7 @@ CLAUDE = {
         {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
         {
             "role": "assistant",
-            "content": [{"type": "tool_use", "id": "c1", "name": "look", "input": {"at": 1}}],
+            "content": [{"type": "tool_use", "id": "c1", "name": "look", "input": {"at": "here"}}],
         },
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "seen"}]},
     ],
@@ -194,7 +194,11 @@ BODIES: dict[str, dict[str, Any]] = {
         "prompt_cache_key": "k",
     },
     "/v1/messages": {**OWN, **CLAUDE, "max_tokens": 2},
-    "/v1/messages/count_tokens": CLAUDE,
+    # Nothing is answered, so no grammar is made.
+    "/v1/messages/count_tokens": {
+        **CLAUDE,
+        "output_format": {"type": "json_schema", "schema": {"type": "object"}},
+    },
     "/api/chat": {
         **OLLAMA,
         "messages": [{"role": "user", "content": "Hi"}],

@@ -125,7 +125,7 @@ def opened(browser) -> Iterator:
 
 def test_the_page_is_files_of_its_own_under_a_strict_policy(served):
     for path in ("/ui", "/ui/"):
-        index = httpx.get(served + path, follow_redirects=True)
+        index = httpx.get(served + path, follow_redirects=True, timeout=60)
         assert index.status_code == 200
         assert str(index.url) == f"{served}/ui/"
     named = re.findall(r'(?:src|href)="([^"]+)"', index.text) + [
@@ -134,16 +134,18 @@ def test_the_page_is_files_of_its_own_under_a_strict_policy(served):
     assert len(named) > 8
     assert set(named) | {"index.html"} == set(FILES) == {path.name for path in FOLDER.iterdir()}
     for name in FILES:
-        answer = httpx.get(f"{served}/ui/{name}")
+        answer = httpx.get(f"{served}/ui/{name}", timeout=60)
         policy = answer.headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
-        assert httpx.head(f"{served}/ui/{name}").headers["etag"] == answer.headers["etag"]
-        again = httpx.get(f"{served}/ui/{name}", headers={"If-None-Match": answer.headers["etag"]})
+        assert httpx.head(f"{served}/ui/{name}", timeout=60).headers["etag"] == answer.headers["etag"]
+        again = httpx.get(
+            f"{served}/ui/{name}", headers={"If-None-Match": answer.headers["etag"]}, timeout=60
+        )
         assert (again.status_code, again.content) == (304, b"")
     for path in ("nothing.js", "../config.py", "%2e%2e/config.py", "index.html/x"):
-        assert httpx.get(f"{served}/ui/{path}").status_code == 404
-    assert "/ui" not in httpx.get(f"{served}/openapi.json").text
+        assert httpx.get(f"{served}/ui/{path}", timeout=60).status_code == 404
+    assert "/ui" not in httpx.get(f"{served}/openapi.json", timeout=60).text
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -156,7 +158,11 @@ def test_no_file_of_the_page_has_a_way_to_make_html_of_text(name):
 def test_a_server_may_have_no_page(model_folder):
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="base", ui=False))
     with serving(runtime) as url:
-        assert httpx.get(f"{url}/ui/").status_code == httpx.get(f"{url}/ui").status_code == 404
+        assert (
+            httpx.get(f"{url}/ui/", timeout=60).status_code
+            == httpx.get(f"{url}/ui", timeout=60).status_code
+            == 404
+        )
     runtime.close()
 
 

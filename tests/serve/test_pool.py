@@ -350,7 +350,7 @@ def test_nothing_keeps_a_model_that_has_left():
 class Simulated:
     """The rule alone, on a clock: requests come, run for a while and go; a load takes a while too."""
 
-    LOAD_S = 2.0
+    LOAD_S = 0.5
 
     def __init__(self, names: str, bounds: Bounds) -> None:
         self.members = {name: Member[Thing](name, Terms()) for name in names}
@@ -425,20 +425,22 @@ class _Asked:
 @pytest.mark.parametrize("names", ["ab", "abc", "abcde"])
 @pytest.mark.parametrize("max_resident", [1, 2])
 def test_models_that_everybody_wants_at_once_take_turns_and_none_waits_for_ever(names, max_resident):
-    """Each of them is asked for ten times a second, for answers of two seconds."""
+    """Each of them is asked for ten times a second, for answers that take less than the load."""
     simulated = Simulated(names, Bounds(max_resident, min_resident_s=5.0, max_drain_s=60.0))
     draw = random.Random(len(names))
     for tick in range(10 * 120):
         for name in names:
-            simulated.ask(name, 1 + 2 * draw.random())
+            simulated.ask(name, 0.2 + 0.3 * draw.random())
         simulated.advance((tick + 1) / 10)
     # A turn: load, stay, and let what runs end.
-    turn_s = Simulated.LOAD_S + 5 + 3 + 0.2
+    turn_s = Simulated.LOAD_S + 5 + 0.5 + 0.2
     worst = max(max(waits) for waits in simulated.waits.values())
     waiting = max((120 - m.wanted_since_s for m in simulated.members.values() if m.wanted_since_s), default=0)
     assert all(len(waits) > 100 for waits in simulated.waits.values()), "everybody had turns"
     assert max(worst, waiting) <= turn_s * (len(names) - max_resident + 1), (worst, waiting)
-    assert simulated.num_swaps <= 120 / 5 + len(names), "they do not change places with each request"
+    assert simulated.num_swaps <= max_resident * 120 / 5 + len(names), (
+        "they do not change places with each request"
+    )
 
 
 def test_one_client_that_asks_in_turn_waits_for_loads_alone():
