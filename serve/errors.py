@@ -116,7 +116,7 @@ class ResponseNotFoundError(NotFoundError):
     """No response of that id: it was never stored, or is stored no more."""
 
     code = "response_not_found"
-    param = "response_id"
+    param: str | None = "response_id"
 
 
 class AuthenticationError(LatheError, PermissionError):

@@ -13,7 +13,15 @@ from typing import Any
 
 import httpx
 
-from serve.errors import ConfigError, LatheError, NotFoundError, OverloadedError, RequestError, StoppedError
+from serve.errors import (
+    ConfigError,
+    LatheError,
+    NotFoundError,
+    OverloadedError,
+    RequestError,
+    ResponseNotFoundError,
+    StoppedError,
+)
 
 ANSWER_TIMEOUT_S = 600.0
 CONNECT_TIMEOUT_S = 15.0
@@ -178,7 +186,7 @@ def _told(body: str, message: str, status: int | None = None) -> LatheError | No
     if kind is None or status not in (None, kind.status):
         return None
     made = kind(message)
-    if isinstance(made, RequestError):
+    if isinstance(made, RequestError | ResponseNotFoundError):
         made.param = param
     return made
 

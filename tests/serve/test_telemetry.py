@@ -192,7 +192,7 @@ def test_version_says_what_everything_stands_on(browse):
 
 
 def test_status_tells_waiting_from_running(browse):
-    with browse(max_rows=1) as http:
+    with browse(max_rows=1, stream_keep_alive_s=0.02) as http:
         long = {**SHORT, "max_tokens": 900, "stream": True}
         with (
             http.stream("POST", "/v1/completions", json=long) as first,

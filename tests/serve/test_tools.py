@@ -301,10 +301,10 @@ def test_a_megabyte_of_arguments_takes_linear_time(name):
     for value in values:
         pieces = [value[at : at + 7] for at in range(0, len(value), 7)]
         reader, told = ToolReader(format, TOOLS), list[str]()
-        begun = time.process_time()
+        begun = time.thread_time()
         for found in (*map(reader.push, pieces), reader.finish()):
             told += [call.arguments for call in found.calls]
-        taken.append(time.process_time() - begun)
+        taken.append(time.thread_time() - begun)
         assert len(json.loads("".join(told))["city"]) >= len(value) * 0.9
     assert taken[1] < 60 * taken[0] + 0.5, taken
     assert taken[1] < 20
