@@ -32,7 +32,7 @@ from serve.api.messages import endpoints as messages
 from serve.api.messages.errors import error_response as anthropic_error
 from serve.api.ollama import endpoints as ollama
 from serve.api.ollama.errors import error_response as ollama_error
-from serve.api.opening import WORDS, Openings
+from serve.api.opening import Openings
 from serve.api.responses import endpoints as responses
 from serve.api.state import AppState
 from serve.runtime import Runtime
@@ -47,7 +47,7 @@ EXPOSED_HEADERS = [
 ]
 """What pages of other origins may read."""
 
-WORDS.update({"/v1/messages": messages.OPENING, **ollama.OPENINGS})
+OPENINGS = {"/v1/messages": messages.OPENING, "/v1/responses": responses.OPENING, **ollama.OPENINGS}
 
 
 def create_app(served: Runtime | Bases) -> FastAPI:
@@ -60,7 +60,7 @@ def create_app(served: Runtime | Bases) -> FastAPI:
     )
     state = app.state.belongings = AppState(served)
     # The last one is the first that a request comes to.
-    app.add_middleware(Openings, state=state)
+    app.add_middleware(Openings, state=state, words=OPENINGS)
     app.add_middleware(Guard, state=state)
     if state.config.allowed_origins:
         app.add_middleware(

@@ -41,18 +41,11 @@ class Words:
     """A body that does not say gets a stream."""
 
 
-WORDS: dict[str, Words] = {}
-"""By the beginning of the path; OpenAI's chat has the default's."""
-
-
 def announce(request: Request, body: Any) -> None:
     """Of a body that was read: whether it asks for a stream."""
     opening = request.scope.get(KEY)
     if isinstance(opening, _Opening) and isinstance(body, Mapping):
-        path = request.scope["path"]
-        words = next((words for prefix, words in WORDS.items() if path.startswith(prefix)), Words())
-        if body.get("stream", words.is_default) is True:
-            opening.words = words
+        opening.is_stream = body.get("stream", opening.words.is_default) is True
 
 
 def expect_long(request: Request) -> None:
@@ -72,16 +65,20 @@ async def withdraw(request: Request) -> None:
 class Openings:
     """ASGI middleware, the innermost: what others add to a response's beginning they add to these too."""
 
-    def __init__(self, app: ASGIApp, state: AppState) -> None:
+    def __init__(self, app: ASGIApp, state: AppState, words: Mapping[str, Words]) -> None:
+        """words: APIs' own, by the beginning of the path; all others have OpenAI's chat's."""
         self._app = app
         self._state = state
+        self._words = words
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs as ASGI."""
         every_s = self._state.config.stream_keep_alive_s
         if scope["type"] != "http" or not every_s:
             return await self._app(scope, receive, send)
-        opening = _Opening(send, every_s)
+        path = scope["path"]
+        words = next((words for prefix, words in self._words.items() if path.startswith(prefix)), Words())
+        opening = _Opening(send, every_s, words)
         scope[KEY] = opening
         try:
             await self._app(scope, receive, opening.send)
@@ -92,11 +89,12 @@ class Openings:
 class _Opening:
     """Of one request: begun by the application, or here."""
 
-    def __init__(self, send: Send, every_s: float) -> None:
+    def __init__(self, send: Send, every_s: float, words: Words) -> None:
         self._send = send
         self._every_s = every_s
-        self.words: Words | None = None
-        """Of a stream, where one was asked for."""
+        self.words = words
+        self.is_stream = False
+        """One was asked for."""
         self._beating: asyncio.Task[None] | None = None
         self._is_answered = asyncio.Event()
         self._is_begun = False  # here
@@ -106,8 +104,8 @@ class _Opening:
 
     def expect_long(self) -> None:
         """Begin it in a while, if it is a stream."""
-        if self.words is not None and self._beating is None and not self._is_answered.is_set():
-            self._beating = asyncio.ensure_future(self._beat(self.words))
+        if self.is_stream and self._beating is None and not self._is_answered.is_set():
+            self._beating = asyncio.ensure_future(self._beat())
 
     async def send(self, message: Message) -> None:
         """What the application sends."""
@@ -142,24 +140,24 @@ class _Opening:
         if not beating.cancelled() and (error := beating.exception()) is not None:
             raise error
 
-    async def _beat(self, words: Words) -> None:
+    async def _beat(self) -> None:
         while True:
             try:
                 return await asyncio.wait_for(_set(self._is_answered), self._every_s)
             except TimeoutError:
                 if not self._is_begun:
-                    await self._begin(words)
-                comment = {"type": "http.response.body", "body": words.keep_alive, "more_body": True}
+                    await self._begin()
+                comment = {"type": "http.response.body", "body": self.words.keep_alive, "more_body": True}
                 await self._send(comment)
 
     async def _refuse(self, body: bytes) -> None:
-        written = self.words.error(body) if body and self.words is not None else b""
+        written = self.words.error(body) if body else b""
         await self._send({"type": "http.response.body", "body": written, "more_body": False})
 
-    async def _begin(self, words: Words) -> None:
+    async def _begin(self) -> None:
         self._is_begun = True
         headers = {
-            "content-type": words.media_type,
+            "content-type": self.words.media_type,
             "cache-control": "no-cache",
             "x-accel-buffering": "no",
         }

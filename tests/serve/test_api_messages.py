@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import anthropic
 import httpx
 import pytest
 from anthropic.types import Message
+from tiny import QWEN3, running
 from transformers import AutoTokenizer
-
-from serve.api.server import serving
-from serve.config import ServeConfig
-from serve.runtime import Runtime
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -27,11 +24,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-CONFIG = {
-    "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 261,
-    "max_position_embeddings": 2048, "rope_theta": 10000.0, "tie_word_embeddings": False,
-}  # fmt: skip
+CONFIG = {**QWEN3, "vocab_size": 261, "max_position_embeddings": 2048}
 HELLO = [{"role": "user", "content": "hello there"}]
 # This model would begin thoughts anywhere.
 EXTRA = {"ignore_eos": True, "seed": 5, "logit_bias": {"259": -100}}
@@ -47,16 +40,6 @@ def thinker(make_model):
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@contextmanager
-def running(folder, **keys) -> Iterator[tuple[Runtime, str]]:
-    runtime = Runtime.start(ServeConfig(model=str(folder), name="m", **{"max_rows": 8, **keys}))
-    try:
-        with serving(runtime) as url:
-            yield runtime, url
-    finally:
-        runtime.close()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from contextlib import contextmanager
 from typing import Any
 
 import anthropic
@@ -14,11 +13,8 @@ import jsonschema
 import pytest
 from anthropic.types import Message
 from PIL import Image
+from tiny import QWEN3, running
 from transformers import AutoTokenizer
-
-from serve.api.server import serving
-from serve.config import ServeConfig
-from serve.runtime import Runtime
 
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}</tools>"
@@ -31,11 +27,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-CONFIG = {
-    "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 263,
-    "max_position_embeddings": 16384, "rope_theta": 10000.0, "tie_word_embeddings": False,
-}  # fmt: skip
+CONFIG = {**QWEN3, "vocab_size": 263, "max_position_embeddings": 16384}
 ASKED = [{"role": "user", "content": "How warm is it in Paris?"}]
 SCHEMA = {
     "type": "object",
@@ -67,18 +59,8 @@ def url(make_model):
     tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    with running(folder) as opened:
+    with running(folder) as (_, opened):
         yield opened
-
-
-@contextmanager
-def running(folder, **keys):
-    runtime = Runtime.start(ServeConfig(model=str(folder), name="m", max_rows=8, **keys))
-    try:
-        with serving(runtime) as url:
-            yield url
-    finally:
-        runtime.close()
 
 
 @pytest.fixture(scope="module")

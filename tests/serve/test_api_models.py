@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tiny import QWEN3
 
 from serve.api.bases import Bases
 from serve.api.server import serving
@@ -24,26 +25,12 @@ from serve.model.loading import expected_bytes, load
 from serve.runtime import Runtime
 
 PROMPT = "Who are you?"
-SMALL = {
-    "model_type": "qwen3",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 259,
-    "max_position_embeddings": 1024,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.fixture(scope="module")
 def folders(make_model: Callable[..., Path]) -> dict[str, Path]:
     """Two lively models of one shape and other weights."""
-    return {name: make_model(f"two-{name}", SMALL, seed=seed) for name, seed in (("ant", 11), ("bee", 12))}
+    return {name: make_model(f"two-{name}", QWEN3, seed=seed) for name, seed in (("ant", 11), ("bee", 12))}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import jsonschema
 import ollama
 import pytest
 from embedders import write_embedder
+from tiny import QWEN3
 from transformers import AutoTokenizer
 
 from serve.api.server import serving
@@ -27,11 +28,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-CONFIG = {
-    "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 263,
-    "max_position_embeddings": 2048, "rope_theta": 10000.0, "tie_word_embeddings": False,
-}  # fmt: skip
+CONFIG = {**QWEN3, "vocab_size": 263, "max_position_embeddings": 2048}
 HELLO = [{"role": "user", "content": "hello there"}]
 OPTIONS = {"seed": 4, "temperature": 1.0, "num_predict": 12, "num_ctx": 8192, "repeat_penalty": 1.1}
 QUIET = {"enable_thinking": False}

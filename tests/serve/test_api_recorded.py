@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tiny import QWEN3
 
 from serve.api.server import serving
 from serve.config import ServeConfig
@@ -27,11 +28,7 @@ ENDS = {
 """What a stream ends with."""
 
 
-QWEN3 = {
-    "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 259,
-    "max_position_embeddings": 16384, "rope_theta": 10000.0, "tie_word_embeddings": False,
-}  # fmt: skip
+QWEN3 = {**QWEN3, "max_position_embeddings": 16384}
 LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 SHORT = 24
 """Tokens of an answer: the model is random, and would go on for as long as it may."""

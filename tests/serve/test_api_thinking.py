@@ -11,6 +11,7 @@ import httpx
 import jsonschema
 import openai
 import pytest
+from tiny import QWEN3
 from transformers import AutoTokenizer
 
 from serve.adapters.formats.config import AdapterConfig
@@ -33,11 +34,7 @@ TEMPLATE = (
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hello there"}]
 BUDGET = 6
-CONFIG = {
-    "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 261,
-    "max_position_embeddings": 1024, "rope_theta": 10000.0, "tie_word_embeddings": False,
-}  # fmt: skip
+CONFIG = {**QWEN3, "vocab_size": 261}
 
 
 @pytest.fixture(scope="module")

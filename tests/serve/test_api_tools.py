@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from typing import Literal
 
 import jsonschema
 import openai
 import pydantic
 import pytest
+from tiny import QWEN3, running
 from transformers import AutoTokenizer
 
-from serve.api.server import serving
 from serve.config import ServeConfig
-from serve.runtime import Runtime
 
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}</tools>"
@@ -25,11 +23,7 @@ TEMPLATE = (
     "{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CONFIG = {
-    "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 263,
-    "max_position_embeddings": 2048, "rope_theta": 10000.0, "tie_word_embeddings": False,
-}  # fmt: skip
+CONFIG = {**QWEN3, "vocab_size": 263, "max_position_embeddings": 2048}
 MARK_ID = 259
 """The token <tool_call>, the first after the bytes'."""
 MESSAGES = [{"role": "user", "content": "How warm is it in Paris?"}]
@@ -65,19 +59,9 @@ def caller(make_model):
     return folder
 
 
-@contextmanager
-def running(folder, **keys):
-    runtime = Runtime.start(ServeConfig(model=str(folder), name="m", max_rows=8, **keys))
-    try:
-        with serving(runtime) as url:
-            yield url
-    finally:
-        runtime.close()
-
-
 @pytest.fixture(scope="module")
 def url(caller):
-    with running(caller) as opened:
+    with running(caller) as (_, opened):
         yield opened
 
 
@@ -368,7 +352,7 @@ def test_text_of_a_schema_or_a_call_of_a_tool(client):
 
 def test_marks_that_are_special_tokens_are_read_too(caller):
     with (
-        running(caller, tool_call_parser="gemma4") as url,
+        running(caller, tool_call_parser="gemma4") as (_, url),
         openai.OpenAI(base_url=f"{url}/v1", api_key="x") as client,
     ):
         fields = asked(tool_choice="required", parallel_tool_calls=False)
@@ -381,7 +365,7 @@ def test_marks_that_are_special_tokens_are_read_too(caller):
 
 
 def test_a_template_without_tools_is_told_of_them_in_words(model_folder):
-    with running(model_folder) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x") as client:
+    with running(model_folder) as (_, url), openai.OpenAI(base_url=f"{url}/v1", api_key="x") as client:
         answer = client.chat.completions.create(**said(CALLS))
         assert [call.function.name for call in answer.choices[0].message.tool_calls] == ["get_weather", "now"]
         without = client.chat.completions.create(**said("x", tools=openai.omit))
@@ -406,7 +390,7 @@ def thinking_client(make_model):
     tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
     tokenizer.chat_template = ITERATING
     tokenizer.save_pretrained(folder)
-    with running(folder) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x", timeout=60) as opened:
+    with running(folder) as (_, url), openai.OpenAI(base_url=f"{url}/v1", api_key="x", timeout=60) as opened:
         yield opened
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from tiny import QWEN3
 
 from serve.api.server import serving
 from serve.config import ServeConfig
@@ -22,11 +23,7 @@ from serve.runtime import Runtime
 
 PROGRAM = Path(__file__).parents[1] / "support" / "mcp_server.py"
 OVER_STREAMS = McpServerConfig(command=sys.executable, args=(str(PROGRAM),))
-CONFIG = {
-    "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 259,
-    "max_position_embeddings": 16384, "rope_theta": 10000.0, "tie_word_embeddings": False,
-}  # fmt: skip
+CONFIG = {**QWEN3, "max_position_embeddings": 16384}
 MESSAGES = [{"role": "user", "content": "What is two and three?"}]
 
 

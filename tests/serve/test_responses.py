@@ -13,6 +13,7 @@ import pytest
 from openai.types import responses
 from pydantic import BaseModel
 from response_events import check, nameless
+from tiny import QWEN3
 from transformers import AutoTokenizer
 
 from serve.api.server import serving
@@ -27,11 +28,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-CONFIG = {
-    "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 261,
-    "max_position_embeddings": 1024, "rope_theta": 10000.0, "tie_word_embeddings": False,
-}  # fmt: skip
+CONFIG = {**QWEN3, "vocab_size": 261}
 EXTRAS = {"seed": 5, "ignore_eos": True, "logit_bias": {"259": -100}}
 """This model would begin thoughts anywhere."""
 ASCII = {str(number): -100 for number in range(97, 259)}

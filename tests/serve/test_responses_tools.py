@@ -18,6 +18,7 @@ import pytest
 from openai.types import responses
 from pydantic import BaseModel, ConfigDict
 from response_events import check, nameless
+from tiny import QWEN3
 from transformers import AutoTokenizer
 
 from serve.api.responses.items import packed_thought
@@ -40,11 +41,7 @@ STRICT = (
     "{{ raise_exception('System message must be at the beginning.') }}{% endif %}{% endfor %}" + TEMPLATE
 )
 """As Qwen's newer templates are."""
-CONFIG = {
-    "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 261,
-    "max_position_embeddings": 8192, "rope_theta": 10000.0, "tie_word_embeddings": False,
-}  # fmt: skip
+CONFIG = {**QWEN3, "vocab_size": 261, "max_position_embeddings": 8192}
 LOOK = {
     "name": "look",
     "description": "What is there.",

@@ -20,6 +20,8 @@ import serve as serve  # before mlx: it brings a real BLAS
 
 import mlx.core as mx  # isort: skip
 
+from tiny import QWEN3
+
 from serve import device
 from serve.api.bases import Bases
 from serve.api.server import serving
@@ -28,20 +30,6 @@ from serve.engine.engine import Engine
 from serve.model.loading import LoadedModel
 from serve.runtime import Runtime
 
-SMALL = {
-    "model_type": "qwen3",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 259,
-    "max_position_embeddings": 1024,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
 NAMES = ("ant", "bee", "of-ant", "of-bee")
 NUM_CLIENTS = 6
 MAX_GROWTH_BYTES = 64 << 20
@@ -100,7 +88,7 @@ def test_two_models_swapped_under_load_leave_nothing_behind_and_nobody_is_answer
     make_model, make_adapter_of, goal
 ):
     folders: dict[str, Path] = {
-        n: make_model(f"swap-{n}", SMALL, seed=s) for n, s in (("ant", 5), ("bee", 6))
+        n: make_model(f"swap-{n}", QWEN3, seed=s) for n, s in (("ant", 5), ("bee", 6))
     }
     adapters = {
         name: [{"name": f"of-{name}", "path": str(make_adapter_of(folder, 9))}]

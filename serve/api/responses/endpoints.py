@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from serve.api.body import JsonRoute
 from serve.api.leaving import CLIENT_CLOSED_REQUEST
-from serve.api.opening import WORDS, Words
+from serve.api.opening import Words
 from serve.api.responses.body import ResponsesBody
 from serve.api.responses.chat import begin
 from serve.api.responses.output import item_id
@@ -20,7 +20,7 @@ from serve.api.tenant import TenantDep
 from serve.errors import RequestError, ResponseNotFoundError
 
 router = APIRouter(route_class=JsonRoute)
-WORDS["/v1/responses"] = Words(error=refused)
+OPENING = Words(error=refused)
 
 PREFIXES = {
     "message": "msg",
