@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from tiny import QWEN3
@@ -290,3 +291,17 @@ def test_a_server_without_a_file_runs_nothing(model_folder):
     ):
         plain.chat.completions.create(**asked(tool_choice="auto"))
     runtime.close()
+
+
+def test_a_client_that_leaves_while_a_tool_runs_leaves_nothing_and_hurts_nobody(client):
+    call = '<tool_call>\n{"name": "wait", "arguments": {"seconds": 30}}\n</tool_call>'
+    fields = said(call, tools=[entry("web", allowed_tools=["wait"])])
+    url = str(client.base_url).removesuffix("/v1/")
+    begun_s = time.monotonic()
+    for stream in (True, False):
+        with pytest.raises(openai.APITimeoutError):
+            list(client.with_options(timeout=2).chat.completions.create(stream=stream, **fields))
+    again = client.chat.completions.create(**asked())
+    assert again.choices[0].message.mcp_calls[0]["output"].startswith("the sum is")
+    while running := httpx.get(f"{url}/v1/status").json()["requests"]:
+        assert time.monotonic() - begun_s < 25, f"they wait for a tool that nobody wants: {running}"
