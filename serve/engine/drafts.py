@@ -109,6 +109,8 @@ class Drafting:
     """Of the drafter, by which requests choose it."""
     drafter: Drafter
     acceptance: Acceptance
+    knowledge: Acceptance
+    """How often it knew something when it was asked."""
     num_drafts: int = 0
     num_drafted: int = 0
     num_right: int = 0

@@ -125,8 +125,10 @@ class Guesses:
         for (sequence, most), guessed in zip(wanted, proposed, strict=True):
             if guessed is None:
                 continue
-            if self._ahead and sequence.drafting is not None:
-                sequence.drafting.note_asked(bool(guessed))
+            if sequence.drafting is not None:
+                self._gains.note_asked(sequence.drafting, _adapter_of(sequence), bool(guessed))
+                if self._ahead:
+                    sequence.drafting.note_asked(bool(guessed))
             draft = _before(guessed[:most], ends[sequence.request.id])
             if draft:
                 drafts[sequence] = draft

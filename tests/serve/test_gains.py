@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 
 from serve.engine.drafts import Drafting
-from serve.engine.gains import MAX_DRAFT, NUM_SHARES, WIDTHS, Gains, StepTimes, rerun_rates
+from serve.engine.gains import FRESH, MAX_DRAFT, NUM_SHARES, WIDTHS, Gains, StepTimes, rerun_rates
 
 Machine = Callable[[int], float]
 """Tokens → seconds of a step."""
@@ -56,8 +56,13 @@ class Decode:
     reruns: bool = False
     """A block that is not all a row's own is given back, and what was right of it run again."""
     gains: Gains | None = None
+    slowness: Callable[[int], float] = lambda number: 1.0
+    """Of the machine in a step, that others use too: so many times as long."""
     seconds: float = 0.0
+    plain_s: float = 0.0
+    """What as many tokens would have taken without guesses."""
     num_tokens: int = 0
+    num_steps: int = 0
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -80,6 +85,8 @@ class Decode:
             self.seconds += self.guess_s * wanted
             gains.note_guessing("nobody", self.num_rows, wanted, self.guess_s * wanted)
             counts = [min(wanted, MAX_DRAFT - late) if rng.random() < self.known else 0 for late in behind]
+            for drafting, count in zip(draftings, counts, strict=True):
+                gains.note_asked(drafting, "", count > 0)
             width = gains.width(draftings, counts, behind)
         drawn = 0
         for row, count in zip(self.rows, counts, strict=True):
@@ -94,7 +101,7 @@ class Decode:
             row[2] = 0 if is_exact or width == 1 or not self.reruns else row[2] + right + 1
             if row[1] >= self.length:
                 row[:] = self.begin(), 0, 0
-        noise = rng.uniform(0.97, 1.03)
+        noise = rng.uniform(0.97, 1.03) * self.slowness(self.num_steps)
         if width == 1 and any(behind):
             lengths = Counter(behind)
             took_s = noise * sum(self.machine(count * (late + 1)) for late, count in lengths.items())
@@ -103,12 +110,14 @@ class Decode:
             took_s = noise * self.machine(self.num_rows * width)
             gains.note_step(self.num_rows, width, drawn, took_s)
         self.seconds += took_s
+        self.plain_s += drawn / self.num_rows * self.machine(self.num_rows) * self.slowness(self.num_steps)
         self.num_tokens += drawn
+        self.num_steps += 1
 
     @property
     def rate(self) -> float:
         """Against decoding without guesses."""
-        return self.num_tokens / self.seconds * self.machine(self.num_rows) / self.num_rows
+        return self.plain_s / self.seconds
 
 
 class Fixed(Gains):
@@ -195,7 +204,8 @@ def test_what_begins_to_pay_is_found_out_and_what_ends_to_pay_is_left(machine, s
     for share in (0.95, 0.0, 0.95):
         decode.share = share
         decode.run(1500)  # until that is noticed
-        decode.seconds = decode.num_tokens = 0
+        decode.seconds = decode.plain_s = 0.0
+        decode.num_tokens = 0
         decode.run(3000)
         assert decode.rate > (0.7 * best_rate(decode) if share else 0.97)
 
@@ -205,6 +215,33 @@ def test_a_guess_that_few_rows_have_is_not_paid_for_by_all(reruns):
     decode = Decode(MACHINES["a slow cpu"], 16, 0.9, known=0.05, reruns=reruns)
     decode.run(8000)
     assert decode.rate > 0.97
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("guess_s", [0.0001, 0.001])
+def test_asking_who_knows_nothing_costs_little(machine, num_rows, guess_s):
+    decode = Decode(machine, num_rows, 0.9, known=0.0, guess_s=guess_s)
+    decode.run(600 * num_rows)
+    assert decode.rate > 0.97
+
+
+@pytest.mark.parametrize("machine", ["a cpu", "a laptop's gpu"])
+@pytest.mark.parametrize("num_rows", [8, 16])
+@pytest.mark.parametrize("share", [0.1, 0.25])
+@pytest.mark.parametrize(("slow", "period"), [(3, 20), (6, 40), (8, 60)])
+def test_a_machine_that_others_slow_down_is_no_reason_to_guess(machine, num_rows, share, slow, period):
+    """What steps of one width take is known of when they ran last, and the machine may have been slower then."""
+    decode = Decode(
+        MACHINES[machine],
+        num_rows,
+        share,
+        known=0.8,
+        guess_s=0.00003,
+        slowness=lambda number: 2.0 if number % period < slow else 1.0,
+    )
+    decode.run(1200 * num_rows)
+    assert decode.rate > 0.95
 
 
 @pytest.mark.parametrize("width", [2, 5, 16])
@@ -226,6 +263,11 @@ def test_times_between_measured_ones_are_between_them():
     assert 0.4 < times.of(16) < 0.9
     times.note(32, 5.0)  # somebody else was busy
     assert times.of(32) == 0.9
+    for _ in range(FRESH):
+        times.note(8, 0.4)
+    assert times.age(32) == FRESH
+    times.note(32, 2.0)  # and is so still
+    assert times.of(32) == 2.0
 
 
 def test_no_step_is_wider_than_can_be_drafted():
