@@ -19,6 +19,7 @@ from serve.api.errors import problem_of
 from serve.api.exchange import Exchange, current
 from serve.api.logprobs import LogprobWriter
 from serve.api.metrics import Metrics
+from serve.api.prompt_scores import PromptScores
 from serve.api.schemas import CompletionBody, GenerationBody
 from serve.api.services import Services
 from serve.api.targets import Target
@@ -86,6 +87,8 @@ class Generation:
         self._is_thinking: dict[int, bool] = {}  # by row
         self._events: deque[tuple[int, Event]] = deque()
         self._waiter: asyncio.Future[None] | None = None  # the one who waits for events
+        is_scoring = any(request.sampling.num_prompt_logprobs is not None for request in requests)
+        self._scores = PromptScores(num_choices) if is_scoring and num_choices > 1 else None
         self._open: dict[int, str] = {}
         self._num_rows = len(requests)
         self._lease = target.lease.again() if target.lease is not None else None
@@ -225,7 +228,8 @@ class Generation:
         self._open = {index: request.id for index, request in enumerate(requests)}
 
     def _put(self, index: int, event: Event) -> None:
-        self._events.append((index, event))
+        scores = self._scores
+        self._events.extend([(index, event)] if scores is None else scores.pass_on(index, event))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -297,7 +301,8 @@ async def build_requests(
     thinking: Thinking | None = None,
     tools: ToolUse = NO_TOOLS,
 ) -> list[Request]:
-    """One engine request per prompt and drawn answer, all of one group; answer i draws with seed + i.
+    """One engine request per prompt and drawn answer, all of one group; answer i draws with seed + i, and the first
+    scores the prompt for all.
 
     tenant, continues_prompt, thinking  as Request has them
     RequestError names the field that cannot be served.
@@ -319,7 +324,11 @@ async def build_requests(
         Request(
             id=f"{id}-{p * num_choices + choice}",
             prompt=prompt,
-            sampling=replace(sampling, seed=seed + choice),
+            sampling=replace(
+                sampling,
+                seed=seed + choice,
+                num_prompt_logprobs=None if choice else sampling.num_prompt_logprobs,
+            ),
             adapter=target.version,
             group=id,
             continues_prompt=continues_prompt,

@@ -16,8 +16,10 @@ import numpy as np
 
 from serve.cache.families import make_rows
 from serve.cache.spans import Span
+from serve.constraints.edit import Masks
 from serve.draft.adapters import DraftAdapters
 from serve.draft.agreement import check_agreement
+from serve.draft.edits import GuessEdits
 from serve.draft.kinds import Group, GuessKind, GuessKinds
 from serve.draft.places import Samplers
 from serve.draft.prefixes import DraftPrefixes
@@ -40,8 +42,7 @@ LEAST_CATCH_UP = 32
 class DraftModel:
     """Guesses by a draft model. Lives on the thread that owns the arrays, but for `num_bytes`.
 
-    What it does not know: prompts with pictures, clips or sounds, which the draft model does not see, and penalties,
-    biases and masks, which the target applies all the same. For the first it guesses nothing.
+    It guesses nothing for prompts with pictures, clips or sounds, which the draft model does not see.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class DraftModel:
         self._kinds = GuessKinds(guesses)
         self._num_rounds = 0
         self._samplers = Samplers()
+        self._masks = Masks()
 
     @property
     def max_bytes(self) -> int:
@@ -201,7 +203,17 @@ class DraftModel:
                 self._prefixes.keep(one)
 
     def _guess(self, ready: Sequence[Followed], reach: int) -> dict[SequenceState, list[int]]:
-        """What follows each: all rows run together, and nothing is read before the last of them is drawn."""
+        """What follows each: all rows run together, and where no row's logits are edited, nothing is read before the
+        last of them is drawn."""
+        edits = GuessEdits([one.sequence for one in ready], self._masks, self._vocab_size)
+        try:
+            return self._guess_edited(ready, reach, edits)
+        finally:
+            edits.take_back()
+
+    def _guess_edited(
+        self, ready: Sequence[Followed], reach: int, edits: GuessEdits
+    ) -> dict[SequenceState, list[int]]:
         sequences = [one.sequence for one in ready]
         sampler = self._samplers.of(sequences)
         counters = [len(sequence.generated) for sequence in sequences]
@@ -212,7 +224,7 @@ class DraftModel:
         drawn: list[mx.array] = []
         firsts: tuple[mx.array, ...] = ()
         while True:
-            logits = self._network.logits(hidden)[:, 0, : self._vocab_size]  # [B, V]
+            logits = edits.edited(self._network.logits(hidden)[:, 0, : self._vocab_size])  # [B, V]
             both: tuple[mx.array, ...] = ()
             if not firsts or not all(are_likeliest):
                 both = (sampler.tokens(logits, [counter + len(drawn) for counter in counters]),)
@@ -222,6 +234,9 @@ class DraftModel:
             drawn.append(_chosen(both, are_likeliest))
             if len(drawn) == reach:
                 break
+            if not edits.are_over:
+                mx.eval(drawn[-1], self._rows.rows.arrays())
+                edits.tell(np.asarray(drawn[-1]).tolist())
             hidden = self._forward(drawn[-1][:, None].astype(mx.int32), span, ready)
             span = span.next()
         guesses = mx.stack(drawn, axis=1)  # [B, reach]

@@ -288,6 +288,24 @@ def test_the_prompts_log_probabilities_are_vllms(http, path):
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_a_prompt_is_scored_once_for_all_its_choices(http, runtime, path):
+    text = f"{path} is where this was asked, and four answers are wanted. " * 4
+    said = {"messages": [{"role": "user", "content": text}]} if "chat" in path else {"prompt": [text, PROMPT]}
+    ask(http, path, **said)  # so there is a prefix, which is nothing to whoever scores
+    before = runtime.engine.stats().num_prompt_tokens
+    answer = http.post(path, json=body(path, **said, prompt_logprobs=1, n=4)).json()
+    computed = runtime.engine.stats().num_prompt_tokens - before
+    assert computed < 1.5 * answer["usage"]["prompt_tokens"]
+    if "chat" in path:
+        assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"]
+        return
+    told = [choice["prompt_logprobs"] for choice in answer["choices"]]
+    assert told[0] != told[4]
+    assert told == [told[0]] * 4 + [told[4]] * 4
+    assert len(told[0]) + len(told[4]) == answer["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_a_seed_gives_the_same_with_every_filter_alone_and_in_company(http, path):
     settings = {
         **{"temperature": 1.2, "top_p": 0.9, "top_k": 30, "min_p": 0.01, "repetition_penalty": 1.2},

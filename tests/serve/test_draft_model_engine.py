@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,11 +12,15 @@ import pytest
 from drafting import Eager
 from mlx.utils import tree_map
 
+from serve.constraints.compiler import GrammarCompiler
+from serve.constraints.spec import ConstraintSpec
 from serve.draft.model import DraftModel
 from serve.engine.drafts import DraftStats
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.request import Request
+from serve.engine.thinking import Thinking
 from serve.model.loading import LoadedModel, load
+from serve.model.thoughts import Mark, Thoughts
 
 ROOM = 64 << 20
 MOST = 4
@@ -28,7 +32,7 @@ SETTINGS = (
     {"temperature": 0.9, "repetition_penalty": 1.4, "logit_bias": ((40, 3.0), (50, -9.0))},
     {"num_logprobs": 3, "frequency_penalty": 0.5},
 )
-"""The last two have edits, of which the draft model knows nothing."""
+"""The last two have edits."""
 TEXTS = (
     "hello there",
     "a much longer prompt, of many words. " * 12,
@@ -113,19 +117,31 @@ def in_all_settings(make_request, *, max_tokens: int = 40, **options: object) ->
     ]
 
 
-def unedited(make_request) -> list[Request]:
-    """Those of whose logits the draft model knows everything."""
-    return [request for request in in_all_settings(make_request) if int(request.id) < 4]
+def constrained(served: Served, requests: Sequence[Request]) -> list[Request]:
+    """The same, each with a grammar; those of an even number are inside a thought first."""
+    model = served.engine.model
+    compiler = GrammarCompiler(model.tokenizer, served.engine.token_bytes, model.network.vocab_size)
+    grammar = compiler.compile(ConstraintSpec("regex", "([a-f]{2,5} )*[0-9]{20}", "guided_regex"))
+    ends = {101: "\ud801", 102: "\ud802"}
+    marks = {"reasoning": (Mark("\ud801\ud802", "content"),), "content": (), "header": ()}
+    thinking = Thinking(Thoughts("test", marks, ends, tuple(ends), begins_inside=True), (), budget=5)
+    return [
+        replace(request, grammar=grammar, thinking=None if int(request.id) % 2 else thinking)
+        for request in requests
+    ]
 
 
-def test_the_target_as_its_own_draft_model_is_always_right_at_any_temperature(
-    model_folder, make_request, ahead
+@pytest.mark.parametrize("is_constrained", [False, True])
+def test_the_target_as_its_own_draft_model_is_always_right_at_any_temperature_and_with_edits(
+    model_folder, make_request, ahead, is_constrained
 ):
     served = Served(model_folder, load(str(model_folder), name="draft"), ahead)
-    requests = unedited(make_request)
+    requests = in_all_settings(make_request)
+    if is_constrained:
+        requests = constrained(served, requests)
     served.run(*requests, *(replace(request, id=f"again {request.id}") for request in requests))
     assert served.share_right() > 0.995  # a near-tie may fall either way
-    assert all(len(set(tokens)) > 20 for tokens in served.tokens.values())
+    assert all(len(set(tokens)) > (5 if is_constrained else 20) for tokens in served.tokens.values())
     assert served.drafter._rows.num_bytes == 0, "a sequence was not forgotten"
 
 
@@ -193,7 +209,7 @@ def test_an_adapter_of_its_own_is_right_where_the_draft_model_alone_is_not(
         served = Served(model_folder, load(str(model_folder), name="draft"), own=own)
         version = served.engine.registry.load("a", path)
         for number in range(2):  # twelve rows in one batch
-            for each in unedited(make_request):
+            for each in in_all_settings(make_request):
                 served.add(replace(each, id=f"base {number} {each.id}"))
                 served.add(replace(each, id=f"{number} {each.id}", adapter=version))
         served.run()
