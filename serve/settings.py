@@ -310,7 +310,7 @@ def _explain(
         elif item["type"].startswith("union_tag"):
             tag = item["ctx"]["discriminator"].strip("'")
             found = _show(item["ctx"]["tag"]) if "tag" in item["ctx"] else "nothing"
-            wanted = item["ctx"].get("expected_tags") or _tags(models, tag)
+            wanted = item["ctx"].get("expected_tags") or _tags(key, models, tag)
             inner = (*key, tag)
             yield f"{document.origin(inner)}: {_dotted(inner)}: found {found}; expected one of {wanted}"
         elif item["type"] == "missing":
@@ -362,11 +362,10 @@ def _is_tagged(model: type[BaseModel], tag: int | str, data: Any) -> bool:
     return is_said and any(tag in get_args(field.annotation) for field in model.model_fields.values())
 
 
-def _tags(models: Sequence[type[BaseModel]], tag: str) -> str:
-    """The words that the branches of a union go by, for an item that names none."""
-    branches = [
-        branch for model in models for name in model.model_fields for branch in _models_under([model], name)
-    ]
+def _tags(key: Key, models: Sequence[type[BaseModel]], tag: str) -> str:
+    """The words that the branches of a union go by, for an item that names none. `models` own its key."""
+    name = next((part for part in reversed(key) if isinstance(part, str)), "")
+    branches = reversed(_models_under(models, name))
     words = [
         get_args(branch.model_fields[tag].annotation) for branch in branches if tag in branch.model_fields
     ]
