@@ -1,4 +1,4 @@
-"""instructor against the real server, by OpenAI's client and by Anthropic's: objects, pieces of them, asking again."""
+"""instructor against the real server, by OpenAI's client and Anthropic's: objects, pieces of them, asking again."""
 
 from __future__ import annotations
 
