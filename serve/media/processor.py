@@ -40,6 +40,8 @@ _TEXT_NAMES = frozenset(
 _NOT_SEEN = frozenset(("video_second_per_grid", "second_per_grid_ts", "num_patches_list", "num_crops"))
 """What processors say of a clip's time, which they are not told, and of their own crops; no tower reads it."""
 _NO_GLUE = frozenset(("paligemma",))
+_MAX_RATIO = 200
+"""Of a frame's sides, by the processors of families that take clips whole."""
 _PROBED = 112
 """Edge of the pictures by which a processor is tried, in pixels."""
 
@@ -513,6 +515,10 @@ def _enlarged(image: Image.Image, least: int) -> Image.Image:
     scale = least / min(width, height)
     if scale <= 1:
         return image
+    if max(width, height) > _MAX_RATIO * min(
+        width, height
+    ):  # which these processors refuse, but enlarged first
+        raise ValueError(f"one side is more than {_MAX_RATIO} times the other")
     return image.resize(
         (max(least, round(width * scale)), max(least, round(height * scale))), Image.Resampling.BICUBIC
     )
