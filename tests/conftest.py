@@ -55,6 +55,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="START:STOP",
         help="further cases of test_composition.py's full product, under -m large: from this number on up to that",
     )
+    parser.addoption(
+        "--soak-times", type=int, default=1, help="so many times the requests of test_soak.py, under -m large"
+    )
 
 
 NEAR_TIE = 1e-4
