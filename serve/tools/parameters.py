@@ -190,7 +190,7 @@ class ParameterCall:
     def _is_text(self, kind: str | None) -> bool:
         if self._marks.text_kinds:
             return kind in self._marks.text_kinds
-        part = self._schema
+        part = self._schema_of(self._name)
         return part is not None and kinds_of(part, self._root) == {"string"}
 
     def _is_known_already(self, *, is_text: bool) -> bool:
@@ -198,10 +198,9 @@ class ParameterCall:
             return False  # another element of its list
         return self._name in self._names or not is_clean(self._name)
 
-    @property
-    def _schema(self) -> Any:
-        """Of the parameter; None where nothing is known of it."""
-        return None if self._tool is None else properties_of(self._tool).get(self._name)
+    def _schema_of(self, name: str) -> Any:
+        """Of a parameter; None where nothing is known of it."""
+        return None if self._tool is None else properties_of(self._tool).get(name)
 
     @property
     def _root(self) -> Mapping[str, Any]:
@@ -255,17 +254,20 @@ class ParameterCall:
             except ValueError:
                 return text
         if not (self._marks.wraps and text.startswith(self._marks.wraps)):
-            fits, value = read_value(text, self._schema, self._root)
+            fits, value = read_value(text, self._schema_of(written.name), self._root)
             if fits:
                 return value
         values = list(self._read(written.whole).values())
         return values[0] if len(values) == 1 else text
 
     def _end_call(self) -> None:
-        values = self._read("".join(each.whole for each in self._rest)) if self._rest else {}
-        for each in self._rest:
-            if each.name not in self._names:
-                self._tell(each.name, values.get(each.name, each.value.strip()))
+        for name in dict.fromkeys(each.name for each in self._rest):
+            own = [each for each in self._rest if each.name == name]
+            if len(own) == 1 and self._marks.begin not in own[0].value:
+                self._tell(name, self._value_of(own[0]))
+            else:
+                values = self._read("".join(each.whole for each in own))
+                self._tell(name, values.get(name, [each.value.strip() for each in own]))
         self._told.append("}")
         self.is_over = True
 
