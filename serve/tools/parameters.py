@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from serve.tools.scan import is_clean, loads, overlap
+from serve.tools.scan import begins, is_clean, loads, overlap
 from serve.tools.tool import Tool, properties_of
 from serve.tools.values import kinds_of, read_value
 
 MAX_OPENING_CHARS = 1024
+MAX_WHITE = 1024
+"""Between a value's end and what follows."""
 Trim = Literal["white", "lines", "none"]
 """What around a value is none of it: white space, one line break at either end, or nothing."""
 _QUOTED = re.compile(r"""(["'])(.*)\1""", re.DOTALL)
@@ -64,10 +66,18 @@ class _Written(NamedTuple):
 class ParameterCall:
     """One call, from its first parameter on."""
 
-    def __init__(self, marks: Marks, end: str, tool: Tool | None, read: Read) -> None:
-        """end: of the call. tool: which it is, if that is known."""
+    def __init__(
+        self, marks: Marks, end: str, tool: Tool | None, read: Read, follows: Sequence[str] = ()
+    ) -> None:
+        """end: of the call. tool: which it is, if that is known. follows: what may stand behind a call's end.
+
+        What looks like a value's end and has nothing behind it that may follow is a part of the value.
+        """
         self._marks, self._end, self._tool, self._read = marks, end, tool, read
+        self._follows = tuple(dict.fromkeys((marks.begin, end, *follows)))
         self.is_over = False
+        self._suspect: list[str] = []
+        """Of a text, from where the call's end stands in it: the text's own, or, where its end was left out, none."""
         self._state: Callable[[str, int], int] = self._between
         self._told: list[str] = ["{"]
         self._names: set[str] = set()
@@ -94,10 +104,33 @@ class ParameterCall:
             at = moved
         return at
 
-    def finish(self) -> None:
-        """Nothing follows. A call whose end alone is missing is one; what is cut inside a parameter stays cut."""
-        if self._state == self._between and not self.is_over:
+    def finish(self, held: str = "", *, is_cut: bool = False) -> str:
+        """Nothing follows. A call whose end alone is missing is one, and so is one whose last value's end is; what is
+        cut inside a parameter stays cut. What stands behind the call is given back."""
+        rest = ""
+        if self.is_over:
+            return rest
+        if self._state in (self._in_text, self._in_value, self._in_dropped) and held.startswith(self._close):
+            self._close_value()
+        elif not is_cut and self._state in (self._in_text, self._in_value):
+            own = "".join((*(self._suspect or self._pieces), held))
+            at = own.find(self._end)
+            if at >= 0:
+                rest = own[at + len(self._end) :]
+                self._suspect, self._pieces = [], [own[:at]]
+                self._close_value()
+        if self._state == self._between:
             self._end_call()
+        return rest
+
+    def _close_value(self) -> None:
+        """The value is over."""
+        if self._state == self._in_text:
+            self._say("".join(self._suspect))
+            self._told.append('"')
+        elif self._state == self._in_value:
+            self._end_value(_Written(self._name, self._opening, "".join(self._pieces), self._close))
+        self._suspect, self._state = [], self._between
 
     # Each of these is a state: it goes on from a place in the text, and says how far it came.
 
@@ -148,20 +181,39 @@ class ParameterCall:
         return at
 
     def _in_text(self, text: str, at: int) -> int:
-        found = text.find(self._close, at)
-        end = found if found >= 0 else len(text) - overlap(text, self._close, at)
-        self._say(text[at:end])
-        if found < 0:
+        end, is_close = self._close_in(text, at)
+        if not self._suspect:
+            ended = text.find(self._end, at, end)
+            if ended < 0 and not is_close:
+                end = min(end, len(text) - overlap(text, self._end, at))
+            self._say(text[at : end if ended < 0 else ended])
+            at = end if ended < 0 else ended
+        if at < end:
+            self._suspect.append(text[at:end])
+        if not is_close:
             return end
-        self._told.append('"')
-        return self._leave(found + len(self._close))
+        self._close_value()
+        return end + len(self._close)
+
+    def _close_in(self, text: str, at: int) -> tuple[int, bool]:
+        """Where the value ends, or up to where it does not for certain; and whether it does."""
+        while (found := text.find(self._close, at)) >= 0:
+            behind = _past_white(text, found + len(self._close))
+            if behind is None:
+                return found, True
+            state = begins(text, behind, self._follows)
+            if state == "whole":
+                return found, True
+            if state == "part" or behind == len(text):
+                return found, False
+            at = found + len(self._close)
+        return len(text) - overlap(text, self._close, at), False
 
     def _in_value(self, text: str, at: int) -> int:
         """Of a value that is read when it is whole."""
-        found = text.find(self._close, at)
-        end = found if found >= 0 else len(text) - overlap(text, self._close, at)
+        end, is_close = self._close_in(text, at)
         self._pieces.append(text[at:end])
-        if found < 0:
+        if not is_close:
             self._since.append(text[at:end])
             return end
         if self._marks.nests:
@@ -169,16 +221,14 @@ class ParameterCall:
             self._since = []
             if self._depth > 0:
                 self._pieces.append(self._close)
-                return found + len(self._close)
-        self._end_value(_Written(self._name, self._opening, "".join(self._pieces), self._close))
-        return self._leave(found + len(self._close))
+                return end + len(self._close)
+        self._close_value()
+        return end + len(self._close)
 
     def _in_dropped(self, text: str, at: int) -> int:
         """Of a parameter that has come before: the first one counts, since it has been told."""
-        found = text.find(self._close, at)
-        if found < 0:
-            return len(text) - overlap(text, self._close, at)
-        return self._leave(found + len(self._close))
+        end, is_close = self._close_in(text, at)
+        return self._leave(end + len(self._close)) if is_close else end
 
     def _leave(self, at: int) -> int:
         """A parameter is over."""
@@ -270,6 +320,13 @@ class ParameterCall:
                 self._tell(name, values.get(name, [each.value.strip() for each in own]))
         self._told.append("}")
         self.is_over = True
+
+
+def _past_white(text: str, at: int) -> int | None:
+    """Behind the white space there; None: there is so much that nothing may follow."""
+    some = text[at : at + MAX_WHITE]
+    rest = some.lstrip()
+    return at + len(some) - len(rest) if rest or len(some) < MAX_WHITE else None
 
 
 def first_mark(text: str, at: int, begin: str, end: str) -> tuple[Literal["begin", "end", "none"], int]:

@@ -97,8 +97,15 @@ class ToolReader:
         if self._state == self._in_body and not is_cut and self._is_balanced(held):
             self._end_whole("".join((*self._body, held)), "")
         elif self._parameters is not None:
-            self._parameters.finish()
+            rest = self._parameters.finish(held, is_cut=is_cut)
             self._add(self._parameters.take())
+            if self._parameters.is_over:
+                self._parameters, self._state = None, self._after
+            if rest:  # behind a call of which a value's end was left out
+                self._held = ""
+                early = self.push(rest).parts
+                late = self.finish(is_cut=is_cut).parts
+                return _joined((*early, *late))
         elif self._object is not None:
             was_told = self._object.name is not None
             self._object.finish()
@@ -128,8 +135,7 @@ class ToolReader:
     def _read(self) -> Read:
         parts = tuple(part for part in self._parts if part)
         self._parts.clear()
-        words = "".join(part for part in parts if isinstance(part, str))
-        return Read(words, tuple(part for part in parts if isinstance(part, CallPiece)), parts)
+        return _joined(parts)
 
     # Each of these is a state: it goes on from a place in the text, and says how far it came.
 
@@ -299,7 +305,10 @@ class ToolReader:
         def read(parameters: str) -> Mapping[str, Any]:
             return whole.members(head + parameters, self._tools)
 
-        self._parameters, self._state = ParameterCall(marks, whole.end, tool, read), self._in_parameters
+        self._parameters, self._state = (
+            ParameterCall(marks, whole.end, tool, read, self._all_ends),
+            self._in_parameters,
+        )
         self._tell(name, None)
         return True
 
@@ -389,6 +398,11 @@ class ToolReader:
         self._body = []
         self._in_list, self._object, self._state, self._is_bare = False, None, self._text, False
         self._say(words)
+
+
+def _joined(parts: tuple[str | CallPiece, ...]) -> Read:
+    words = "".join(part for part in parts if isinstance(part, str))
+    return Read(words, tuple(part for part in parts if isinstance(part, CallPiece)), parts)
 
 
 def _end(pattern: re.Pattern[str], text: str, at: int) -> int:

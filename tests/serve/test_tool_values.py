@@ -78,7 +78,13 @@ def test_values_are_what_the_schema_says_however_the_answer_is_cut(name):
     format, rng = FORMATS[name], random.Random(name)
     writing, marks = format.writing, next(whole.marks for whole in format.wholes if whole.marks)
     ends = [whole.end for whole in format.wholes]
-    for text in [*TEXTS, *(f"a {end} b" for end in ends), f"{marks.begin}x", f"say {format.marks[0]} twice"]:
+    close = format.writing.parameters.after.strip().replace("{name}", "text")
+    quoted = [f"a {end} b" for end in ends] + [
+        f'return "{close}"',
+        f"{marks.begin}x",
+        f"say {format.marks[0]} twice",
+    ]
+    for text in [*TEXTS, *quoted, f"{ends[0]}\n{format.ends[0] if format.ends else ends[0]}\nand {close}."]:
         path = f"/{text}" if text else "/"
         arguments = {"path": path, "text": text}
         arguments |= {key: rng.choice(values) for key, values in VALUES.items() if rng.random() < 0.6}
@@ -178,3 +184,33 @@ def test_a_parameter_whose_name_cannot_be_written_is_refused_where_it_must_be_gi
     assert next(
         held.answers([Tool("grep", None, schema)], random.Random(0), 1, wanted="required", is_single=True)
     )
+
+
+@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize("key", ["text", "line"], ids=["a text", "a number"])
+def test_a_call_whose_last_values_end_was_left_out_has_that_value(name, key):
+    """vLLM lost it; in a stream it could not be taken back."""
+    format, rng = FORMATS[name], random.Random(name)
+    writing = format.writing
+    call = {"function": {"name": "write_file", "arguments": {"path": "/a", key: "7"}}}
+    one = writing.opening + written(writing, call, 0)
+    after = writing.parameters.after.replace("{name}", key)
+    at = one.rindex(after)
+    answer = one[:at] + one[at + len(after) :] + writing.closing + " Done."
+    told, [(_, called, said)] = read(format, [FILE], [answer])
+    assert (told.strip(), called) == ("Done.", "write_file")
+    assert json.loads(said) == {
+        "path": "/a",
+        key: "7" if key == "text" or writing.parameters.says_kinds else 7,
+    }
+    for _ in range(8):
+        assert read(format, [FILE], split(answer, rng)) == (told, [("id0", called, said)])
+
+
+@pytest.mark.parametrize(
+    "line", ["<parameter=\nx\n</parameter>", "<parameter=ids: [1]\n</parameter>", "<parameter=a=</parameter>"]
+)
+def test_a_parameter_that_is_none_leaves_no_trace(line):
+    """vLLM had its text for a name, and left the client an object without an end."""
+    answer = f"<function=write_file>\n<parameter=path>\n/a\n</parameter>\n{line}\n</function>\n</tool_call>"
+    assert read(FORMATS["qwen3_coder"], [FILE], [answer]) == ("", [("id0", "write_file", '{"path": "/a"}')])
