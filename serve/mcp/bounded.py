@@ -21,7 +21,7 @@ from mcp_types import jsonrpc_message_adapter
 
 from serve.mcp.config import McpServerConfig
 
-EXIT_S = 2.0
+EXIT_S = 1.0
 """For a program to end by itself once nobody speaks to it any more, and once it was told to end."""
 
 

@@ -67,7 +67,7 @@ class McpServers:
             return
         ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         try:
-            ending.result(CLOSE_S)
+            ending.result(CLOSE_S + 1)
         except Exception:  # what a server's end raises is nobody's
             ending.cancel()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -105,6 +105,8 @@ class _Server:
         self._client: asyncio.Future[Any] | None = None
         self._closing: asyncio.Event | None = None
         self._tools: list[Tool] | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
+        """Connections that are about to end, and what was started for them."""
         self._num_pending = 0
         self._reason = ""
         """Why the connection has ended, where that is known."""
@@ -127,10 +129,9 @@ class _Server:
         return _text_of(result)
 
     async def close(self) -> None:
-        if self._connection is not None and self._closing is not None:
-            self._closing.set()
-            await asyncio.wait({self._connection}, timeout=CLOSE_S)
-            self._connection.cancel()
+        self._drop()
+        if self._leaving:
+            await asyncio.wait(self._leaving, timeout=CLOSE_S)
 
     async def _connected(self) -> Any:
         if self._connection is None or self._connection.done():
@@ -187,6 +188,8 @@ class _Server:
             self._closing.set()
         connection, self._connection = self._connection, None
         if connection is not None:
+            self._leaving.add(connection)
+            connection.add_done_callback(self._leaving.discard)
             asyncio.get_running_loop().call_later(CLOSE_S, connection.cancel)
 
 

@@ -107,8 +107,9 @@ def test_strict_tools_leave_text_free_and_so_does_a_schema_beside_tools(client):
 def test_anthropics_client_gets_the_calls_that_it_demands(url):
     tool = {"name": "get_weather", "input_schema": SCHEMA}
     with anthropic.Anthropic(base_url=url, api_key="x", max_retries=0) as client:
+        choice = {"type": "any", "disable_parallel_tool_use": True}
         fields = {"model": "m", "max_tokens": 600, "messages": MESSAGES, "tools": [tool]}
-        with client.messages.stream(**fields, tool_choice={"type": "any"}) as stream:
+        with client.messages.stream(**fields, tool_choice=choice) as stream:
             message = stream.get_final_message()
     assert message.stop_reason == "tool_use"
     call = next(block for block in message.content if block.type == "tool_use")

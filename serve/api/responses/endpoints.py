@@ -91,7 +91,7 @@ async def retrieve_response(
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(response_id: str, state: StateDep, tenant: TenantDep) -> dict[str, Any]:
     """Forget it; one that is being made ends. What goes on from it keeps what was said."""
-    running = state.responses.running.get((tenant, response_id))
+    running = state.responses.running.pop((tenant, response_id), None)
     if running is not None:
         running.forget()
         return {"id": response_id, "object": "response", "deleted": True}
