@@ -89,6 +89,17 @@ def _parsed(line: bytes) -> SessionMessage | Exception:
 
 async def _end(process: Process) -> None:
     """Nobody speaks to it any more, then it is told to end, then it is ended."""
+    try:
+        await _ended(process)
+    finally:
+        # asyncio's own side of it, which would else be closed by the collector, when the loop may be gone.
+        transport = getattr(getattr(process, "_process", None), "_transport", None)
+        if transport is not None:
+            transport.close()
+    await anyio.sleep(0)  # its pipes hear of it
+
+
+async def _ended(process: Process) -> None:
     assert process.stdin is not None
     assert process.stdout is not None
     with suppress(OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):
@@ -102,10 +113,6 @@ async def _end(process: Process) -> None:
     await terminate_posix_process_tree(process, EXIT_S)
     with anyio.move_on_after(EXIT_S):
         await process.aclose()
-    # asyncio's own side of it, which would else be closed by the collector, when the loop may be gone.
-    transport = getattr(getattr(process, "_process", None), "_transport", None)
-    if transport is not None:
-        transport.close()
 
 
 def over_http(
