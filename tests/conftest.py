@@ -20,6 +20,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, and so are 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Laws about floats: MLX multiplies float32 on CUDA with a half's digits unless told otherwise.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 import serve as serve  # before mlx: it brings a real BLAS
 
 import mlx.core as mx  # isort: skip
@@ -45,6 +48,20 @@ from serve.engine.thinking import Thinking
 from serve.model.loading import LoadedModel, load
 from serve.model.prompt import Prompt
 from serve.model.weights import linear_modules, linear_shape
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--law-cases",
+        type=lambda text: range(*map(int, text.split(":"))),
+        default=range(0),
+        metavar="START:STOP",
+        help="further cases of test_composition.py's full product, under -m large: from this number on up to that",
+    )
+    parser.addoption(
+        "--soak-times", type=int, default=1, help="so many times the requests of test_soak.py, under -m large"
+    )
+
 
 NEAR_TIE = 1e-4
 """Logits that are nearer than this may change places: the same sum over other shapes, or by another kernel, rounds

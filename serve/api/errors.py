@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -172,8 +173,12 @@ def _nothing_here(request: Request) -> str:
     """What to say of a path that is not there; clients are often one /v1 short, or have one too many."""
     path = request.scope["path"]
     message = f"there is nothing at {request.method} {path}"
-    is_twice = path.startswith("/v1/v1/")
-    meant, mistake = (path[3:], "has one /v1 too many") if is_twice else (f"/v1{path}", "lacks /v1")
+    if "//" in path:
+        meant, mistake = re.sub("/+", "/", path), "ends in a slash that the client adds, too"
+    elif path.startswith("/v1/v1/"):
+        meant, mistake = path[3:], "has one /v1 too many"
+    else:
+        meant, mistake = f"/v1{path}", "lacks /v1"
     scope = {**request.scope, "path": meant}
     if any(route.matches(scope)[0] is not Match.NONE for route in request.app.router.routes):
         base = f"{str(request.base_url).rstrip('/')}/v1"
@@ -193,7 +198,7 @@ def _invalid_body(request: Request, problems: Sequence[Any], value: Any) -> JSON
     body = _body_class(request)
     params, lines = [], []
     paths = [
-        _path_in(value, each["loc"][1:], each["type"] == "missing")
+        _path_in(value, _less_branch(value, each), each["type"] == "missing")
         if each["loc"][0] == "body"
         else [*each["loc"][1:]]
         for each in problems
@@ -215,6 +220,18 @@ def _invalid_body(request: Request, problems: Sequence[Any], value: Any) -> JSON
     return error_response(
         request, 400, message, code="invalid_request_error", param=params[0] if params else None
     )
+
+
+def _less_branch(value: Any, problem: Any) -> Sequence[str | int]:
+    """Where a problem is, in the body; of one that an object of a union told itself, without the union's branch,
+    which may have the name of a field of it."""
+    location: Sequence[str | int] = problem["loc"][1:]
+    if problem["type"] != "value_error" or not location:
+        return location
+    owner = value
+    for part in _path_in(value, location[:-1], False):
+        owner = owner[part]
+    return location[:-1] if isinstance(owner, dict) and owner.get("type") == location[-1] else location
 
 
 def _path_in(value: Any, location: Sequence[str | int], is_missing: bool) -> list[str | int]:
