@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from odd_values import EDGES, ODD, edges_of, is_number, places, with_
+from odd_values import EDGES, ODD, edges_of, is_number, is_switch, places, with_
 
 from serve.api.body import MAX_DEPTH
 from serve.api.constraints import ConstrainedBody
@@ -127,6 +127,7 @@ OLLAMA = {
     "options": {"temperature": 0.5, "top_k": 5, "top_p": 0.9, "num_predict": 2, "seed": 1, "stop": ["never"]},
     "format": "json",
     "think": False,
+    "keep_alive": "5m",
     "logprobs": True,
     "top_logprobs": 1,
 }
@@ -343,10 +344,6 @@ def assert_told(answer: httpx.Response, context: object) -> dict:
     assert error["type"] == "invalid_request_error"
     assert error["message"]
     return error
-
-
-def is_switch(how: dict) -> bool:
-    return {each.get("type") for each in how.get("anyOf", [how])} <= {"boolean", "null"}
 
 
 def test_the_bodies_above_have_every_field_there_is_and_are_valid(http):

@@ -56,3 +56,8 @@ def with_(body: dict, place: Place, value: Any) -> dict:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_switch(how: dict[str, Any]) -> bool:
+    """Whether a field of this JSON schema is true, false or left out."""
+    return {each.get("type") for each in how.get("anyOf", [how])} <= {"boolean", "null"}
