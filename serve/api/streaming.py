@@ -25,7 +25,7 @@ from serve.errors import LatheError
 T = TypeVar("T")
 EVENT_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 """What a route that can stream adds to its OpenAPI description."""
-_as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Turn(Protocol):
@@ -221,4 +221,4 @@ async def _cancelled(task: asyncio.Future[Any]) -> None:
 def sse(data: dict[str, Any], event: str | None = None) -> bytes:
     """One server-sent event, of that name if there is one."""
     name = f"event: {event}\n".encode() if event is not None else b""
-    return name + b"data: " + _as_json(data).encode() + b"\n\n"
+    return name + b"data: " + as_json(data).encode() + b"\n\n"
