@@ -27,8 +27,8 @@ class Services:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.created = int(time.time())
-        # One at a time: a fast tokenizer refuses to be used by two threads at once. Work that is the tokenizer's alone
-        # waits for its turn on the event loop; with what renders it shares a lock.
+        # One at a time: a fast tokenizer refuses to be used by two threads at once. Work that is the tokenizer's
+        # alone waits for its turn on the event loop; with what renders it shares a lock.
         self._tokenizing = anyio.CapacityLimiter(1)
         # Where a slow disk or the hub keeps all of them busy, requests for known names go on.
         self._looking_up = anyio.CapacityLimiter(LOOKUPS)

@@ -216,7 +216,9 @@ def bench_overhead(
         max_tokens=max_tokens,
         rounds=rounds,
     )
-    title = f"{size}, {prompt_tokens} prompt tokens, {max_tokens} new; median of {rounds} round(s), and extremes"
+    title = (
+        f"{size}, {prompt_tokens} prompt tokens, {max_tokens} new; median of {rounds} round(s), and extremes"
+    )
     _measure(overhead.run, asked, title, folder, json_file)
 
 

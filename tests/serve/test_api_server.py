@@ -1,5 +1,6 @@
 """The server around the endpoints: ports, clients that leave, a full queue, an engine that fails."""
 
+import inspect
 import json
 import re
 import signal
@@ -101,6 +102,22 @@ def test_sigterm_ends_the_server_after_its_streams_and_its_writes(model_folder, 
     store = Store(f"sqlite:///{tmp_path}/e.sqlite", create=False)
     assert [record.finish for record in store.records(store.newest_run("e").id)] == ["length"]
     store.close()
+
+
+def test_no_dependency_of_a_request_goes_to_a_thread_and_back(start):
+    """Where FastAPI sends every plain function."""
+    app, calls = make_server(start()).config.app, set()
+    found = [*app.routes]
+    while found:
+        each = found.pop()
+        found += [*getattr(each, "routes", ()), *getattr(getattr(each, "router", None), "routes", ())]
+        dependants = [each.dependant] if hasattr(each, "dependant") else []
+        while dependants:
+            inner = dependants.pop().dependencies
+            calls |= {one.call for one in inner}
+            dependants += inner
+    assert len(calls) > 3
+    assert [call for call in calls if not inspect.iscoroutinefunction(call)] == []
 
 
 def test_closing_a_stream_frees_its_row_and_its_adapter(start, make_adapter):
