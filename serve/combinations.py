@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from rich.text import Text
 
+from serve import device
 from serve.adapters.formats.config import AdapterConfig, FineTuneType
 from serve.adapters.formats.manifest import write_adapter
 from serve.adapters.versions.version import AdapterVersion
@@ -270,7 +271,7 @@ def _check_is_restored(pair: _Pair, warm: _Answer, cold: _Answer) -> None:
 
 def _check_is_same(pair: _Pair, found: _Answer, expected: _Answer) -> None:
     """Token for token up to a near-tie, behind which the texts are two."""
-    is_single = pair.engine.model.network.parameters_dtype() == mx.float32
+    is_single = device.multiplies_in_single(pair.engine.model.network.parameters_dtype())
     allowed = MAX_DIFFERENCE if is_single else MAX_DIFFERENCE_HALF
     for index, (one, other) in enumerate(zip(found.logprobs, expected.logprobs, strict=True)):
         if not abs(one - other) <= allowed:  # NaN is not

@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 BLAS_SYMBOL = "cblas_sgemm"
+TF32_EPS = 2.0**-10
 
 # Of <malloc.h>.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
@@ -206,6 +208,22 @@ def compute_dtype(stored: str) -> str:
     On CPU, bf16 and fp16 matmuls run 60 times slower than float32, and quantized ones 100 times.
     """
     return "float32" if backend() == "cpu" else stored
+
+
+def product_eps(dtype: Any) -> float:
+    """By how much, relatively, products of matrices of this mlx dtype are rounded here.
+
+    MLX's CUDA backend multiplies float32 as TF32, which keeps 10 bits of it, unless MLX_ENABLE_TF32 is 0.
+    """
+    import mlx.core as mx
+
+    is_tf32 = backend() == "cuda" and os.environ.get("MLX_ENABLE_TF32", "1") != "0"
+    return TF32_EPS if dtype == mx.float32 and is_tf32 else float(mx.finfo(dtype).eps)
+
+
+def multiplies_in_single(dtype: Any) -> bool:
+    """Whether products of this mlx dtype keep the digits of float32 here."""
+    return product_eps(dtype) < TF32_EPS
 
 
 def free_memory_bytes() -> int:

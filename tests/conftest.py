@@ -20,6 +20,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, and so are 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Laws about floats: MLX multiplies float32 on CUDA with a half's digits unless told otherwise.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 import serve as serve  # before mlx: it brings a real BLAS
 
 import mlx.core as mx  # isort: skip

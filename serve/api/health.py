@@ -1,9 +1,9 @@
-"""GET /health, its two halves, /ping and /metrics."""
+"""GET /, /health, its two halves, /ping and /metrics."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from serve.api.admin import check_admin, has_name_of_ours
@@ -45,6 +45,14 @@ async def ready(state: StateDep) -> Response:
 async def live(state: StateDep) -> Response:
     """200 while there is no reason to start the server anew: it may drain, but its engine has not failed."""
     return _failed(state) or JSONResponse({"status": "ok"})
+
+
+@router.get("/", include_in_schema=False)
+async def root(http: Request, state: StateDep) -> Response:
+    """A browser is led to the page; Ollama's clients and others ask here whether anybody is at home."""
+    if state.config.ui and "text/html" in http.headers.get("accept", ""):
+        return RedirectResponse("ui/")
+    return PlainTextResponse("Lathe is running")
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

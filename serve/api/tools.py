@@ -158,13 +158,21 @@ def tools_of(runtime: Runtime, template: ChatTemplate, thoughts: Thoughts | None
             param,
         )
     other = body.constraint
-    if other is not None and mode == "auto":
-        if other.kind == "json" and marks is not None and marks.format.writing is not None:
+    if other is not None and other.kind == "json":  # an answer is of its schema, or a call
+        if mode == "auto" and marks is not None and marks.format.writing is not None:
             wanted = "auto"
-        elif wanted is not None:
-            name = other.place.partition(".")[0]
-            raise RequestError(f"{name}: found beside strict tools; an answer keeps to one of them", name)
+        elif wanted == "auto":
+            raise _found_beside(other, "strict tools")
+    elif other is not None and wanted is not None:
+        raise _found_beside(
+            other, "strict tools" if wanted == "auto" else "tool_choice, by which it is a call"
+        )
     return ToolUse(tools, may_call, marks, body.calls_one_at_most, wanted)
+
+
+def _found_beside(other: ConstraintSpec, what: str) -> RequestError:
+    name = other.place.partition(".")[0]
+    return RequestError(f"{name}: found beside {what}; an answer keeps to one of them", name)
 
 
 async def grammar_of(services: Services, body: GenerationBody, use: ToolUse) -> Grammar | None:

@@ -92,7 +92,7 @@ def attend(
 ) -> mx.array:
     """Queries [b, H, T, D] of a run over what is stored, [b, K, extent, width] a part → [b, H, T, D]."""
     num_tokens = queries.shape[2]
-    is_packed = isinstance(form.keys, AffineCodec) and num_tokens <= FEW_TOKENS
+    is_packed = isinstance(form.keys, AffineCodec) and num_tokens <= FEW_TOKENS and _has_packed_product()
     mask: mx.array | str | None
     if run.sees_all(window, capacity) and (num_tokens == 1 or not is_packed):
         mask = None if num_tokens == 1 else "causal"
@@ -123,6 +123,12 @@ def attend(
 def _has_fused_kernel() -> bool:
     """MLX's own attention takes grouped queries apart on CPU and reads keys and values once for each."""
     return device.backend() != "cpu"
+
+
+@cache
+def _has_packed_product() -> bool:
+    """MLX's CUDA kernels multiply packed weights only, of whole tiles: keys and values of some length are refused."""
+    return device.backend() != "cuda"
 
 
 def _decoded(

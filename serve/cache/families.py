@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import CacheList
 
+from serve import device
 from serve.cache.attention import install
 from serve.cache.capacity import Bucket, LayerShape, Move, Place, RowCost, ring_capacity
 from serve.cache.layers import LayerRows
@@ -35,7 +36,7 @@ CODE_ERRORS = (AttributeError, IndexError, TypeError, ValueError)
 MAX_ERROR_SHARE = 0.01
 """How far a row may be from its own cache, as a share of what tells two histories apart."""
 MAX_ERROR_SHARE_HALF = 0.1
-"""The same in half precision, where another batch shape rounds otherwise."""
+"""The same in half precision and in TF32, where another batch shape rounds otherwise."""
 MODES = ((False, 1), (True, 1), (True, 2))
 """What the layers of a family may need, best first: (plain arrays, axes of its scores before the tokens)."""
 
@@ -140,9 +141,9 @@ def _problem(network: Network, rows: BatchRows) -> tuple[str, bool] | None:
     finally:
         rows.clear()
     alone = mx.stack([_alone(network, index) for index in range(len(HISTORY_CHUNKS))])
-    share = MAX_ERROR_SHARE if alone.dtype == mx.float32 else MAX_ERROR_SHARE_HALF
+    share = MAX_ERROR_SHARE if device.multiplies_in_single(alone.dtype) else MAX_ERROR_SHARE_HALF
     apart = min(_size(alone[a] - alone[b]) for a, b in combinations(range(len(HISTORY_CHUNKS)), 2))
-    allowed = share * apart + 8 * mx.finfo(alone.dtype).eps * _size(alone)
+    allowed = share * apart + 8 * device.product_eps(alone.dtype) * _size(alone)
     away = max(_size(row) for row in found - alone)
     if away <= allowed:  # NaN is not
         return None

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from serve import device
 from serve.errors import ModelError
 from serve.model.network import Network, evaluating
 from serve.model.past import is_full, is_list, is_window, parts_of, window_of
@@ -180,12 +181,12 @@ def _difference(alone: list[mx.array], other: list[mx.array]) -> float:
     values = np.array(distance)
     if not np.isfinite(values).all():
         return float("inf")
-    return float(values.max() if alone[0].dtype == mx.float32 else np.median(values))
+    return float(values.max() if device.multiplies_in_single(alone[0].dtype) else np.median(values))
 
 
 def _tolerance(dtype: mx.Dtype, position: int) -> float:
     """Rounding grows with the angle a position is turned by: float32 keeps 24 bits of it."""
-    return (2e-3 if dtype == mx.float32 else 5e-2) + position * 2.0**-22
+    return (2e-3 if device.multiplies_in_single(dtype) else 5e-2) + position * 2.0**-22
 
 
 def _cache(

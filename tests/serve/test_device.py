@@ -176,3 +176,25 @@ def test_the_description_names_backend_memory_and_dtype_policy():
 
 def test_matmul_rate_is_measured():
     assert device.matmul_gflops(size=128, repeats=1) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("backend", "setting", "is_single"),
+    [
+        ("cpu", None, True),
+        ("metal", None, True),
+        ("cuda", None, False),
+        ("cuda", "1", False),
+        ("cuda", "0", True),
+    ],
+)
+def test_products_of_float32_have_its_digits_but_for_tf32(backend, setting, is_single, monkeypatch):
+    import mlx.core as mx
+
+    monkeypatch.setattr(device, "backend", lambda: backend)
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("MLX_ENABLE_TF32", setting)
+    assert device.multiplies_in_single(mx.float32) is is_single
+    assert device.product_eps(mx.float32) == (2.0**-23 if is_single else 2.0**-10)
+    assert not device.multiplies_in_single(mx.bfloat16)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from serve import device
+from serve.adapters.bank import fused
 from serve.adapters.bank.bank import Bank
 from serve.adapters.bank.costs import ON_CPU, measure
 from serve.adapters.bank.slots import Composition, One, Share
@@ -18,11 +21,18 @@ from serve.model.loading import load
 from serve.model.network import Network
 from serve.model.weights import linear_modules, linear_shape
 
-COSTS = {"by rows": BY_ROWS, "by tiles": BY_TILES, "as on a CPU": ON_CPU}
+COSTS = {"by rows": BY_ROWS, "by tiles": BY_TILES, "as on a CPU": ON_CPU, "by kernels": BY_ROWS}
+FORMS = {
+    "by rows": {"rows", "one"},
+    "by tiles": {"tiles", "one"},
+    "as on a CPU": {"one"},
+    "by kernels": {"rows", "one"},
+}
+"""What each is to use at least: of kernels, for rows of many tokens."""
 BLOCK = "model.layers.1"
 ERROR = {mx.float32: 1e-4, mx.bfloat16: 4e-2}
 """Allowed, relative to the largest output: a wrong entry or place is of the size of the outputs themselves."""
-if mx.default_device() != mx.Device(mx.cpu):  # TF32
+if device.backend() != "cpu":  # its gathered products may be of TF32 whatever is asked for
     ERROR[mx.float32] = 4e-3
 
 
@@ -33,6 +43,32 @@ def network(request, model_folder) -> Network:
 
 def layers_of(network: Network) -> dict:
     return {path: layer for path, layer in linear_modules(network.module).items() if path.startswith(BLOCK)}
+
+
+@pytest.fixture(autouse=True)
+def kernels(request, monkeypatch) -> None:
+    """Kernels run for those tests that say so, on CUDA themselves and elsewhere as what they stand for."""
+    params = getattr(request.node, "callspec", None)
+    if params is None or params.params.get("choice") != "by kernels":
+        monkeypatch.setattr(fused, "takes", lambda *_: False)
+    elif device.backend() != "cuda":
+        monkeypatch.setattr(fused, "device", SimpleNamespace(backend=lambda: "cuda"))
+        monkeypatch.setattr(fused, "updated", stands_for)
+
+
+def stands_for(
+    y: mx.array, x: mx.array, a: mx.array, b: mx.array, entries: mx.array, where: mx.array
+) -> mx.array:
+    """What the kernel does, a token at a time."""
+    outputs, (start, num_tokens) = b.shape[-1], where.tolist()
+    found = np.array(y.reshape(-1, outputs).astype(mx.float32))
+    tokens = np.array(x.reshape(-1, x.shape[-1]).astype(mx.float32))
+    for number, token in enumerate(tokens):
+        entry = entries[number // num_tokens].item()
+        if entry:
+            columns = a[entry][:, start : start + b.shape[1]].astype(mx.float32)
+            found[number] += token @ np.array(columns) @ np.array(b[entry].astype(mx.float32))
+    return mx.array(found).astype(y.dtype).reshape(y.shape)
 
 
 def made_up(rng: random.Random, network: Network) -> dict[str, LowRank]:
@@ -134,8 +170,8 @@ def test_every_form_gives_each_row_the_update_of_its_own_adapter(choice, network
             error = np.abs(np.array(found.astype(mx.float32)).reshape(wanted.shape) - wanted)
             assert error.max() <= ERROR[x.dtype] * np.abs(wanted).max(), (path, slots, num_tokens)
         seen |= forms_of(bank.rows.composition)
-    assert {"by rows": {"rows", "one"}, "by tiles": {"tiles", "one"}, "as on a CPU": {"one"}}[choice] <= seen
-    assert choice != "by rows" or "tiles" not in seen
+    assert FORMS[choice] <= seen
+    assert "rows" not in choice or "tiles" not in seen
 
 
 def test_few_adapters_take_no_more_than_their_own_and_the_base_s_entry(model_folder):
@@ -224,3 +260,34 @@ def test_what_this_machine_takes_can_be_measured_and_moves_no_random_state():
     assert all(value > 0 for value in costs.product.values())
     assert sorted(costs.product) == [1, 2, 4, 8, 16, 32]
     assert costs.tile([16], 1, weight=1.0, is_placed=False) >= 1
+
+
+CUDA_ONLY = pytest.mark.skipif(device.backend() != "cuda", reason="it is a CUDA kernel")
+
+
+@CUDA_ONLY
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "float16", "bfloat16 over float32"])
+@pytest.mark.parametrize("num_tokens", [1, 3, 8])
+def test_the_kernel_is_what_it_stands_for(dtypes, num_tokens):
+    of_x, _, of_factors = dtypes.partition(" over ")
+    dtype, own = getattr(mx, of_x), getattr(mx, of_factors or of_x)
+    rng = random.Random(dtypes)
+    for inputs, outputs, rank, others in [
+        (64, 32, 8, 0),
+        (1000, 8, 16, 24),
+        (96, 5000, 512, 8),
+        (17, 4104, 40, 0),
+    ]:
+        x, y = (mx.random.normal((5, num_tokens, width)).astype(dtype) for width in (inputs, outputs))
+        a = (mx.random.normal((4, inputs, rank + others)) / inputs**0.5).astype(own)
+        b = (mx.random.normal((4, rank, outputs)) / rank**0.5).astype(own)
+        entries = mx.array([rng.randrange(4) for _ in range(5)], dtype=mx.uint32)
+        where = fused.layout(others, num_tokens)
+        found, wanted = (
+            f(y, x, a, b, entries, where).astype(mx.float32) for f in (fused.updated, stands_for)
+        )
+        assert (
+            mx.abs(found - wanted).max().item()
+            <= {mx.float32: 1e-5}.get(dtype, 1e-2) * mx.abs(wanted).max().item()
+        )

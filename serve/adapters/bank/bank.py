@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from serve import device
+from serve.adapters.bank import fused
 from serve.adapters.bank.costs import ON_CPU, ON_GPU, Costs, measure
 from serve.adapters.bank.group import ExpertGroup, Group, LinearGroup, input_groups
 from serve.adapters.bank.plan import LONG, GroupPlan
@@ -163,6 +164,9 @@ class Bank:
         for length in (1, num_tokens):
             x = mx.zeros((1, length, inputs), dtype=self._dtype)
             mx.eval(gathered(gathered(x, a, one - 1, one), b, one - 1, one))
+            if fused.takes(length, LANES, outputs):
+                y = mx.zeros((1, length, outputs), dtype=self._dtype)
+                mx.eval(fused.updated(y, x, a, b, one, fused.layout(0, length)))
 
     @property
     def slots(self) -> frozenset[int]:

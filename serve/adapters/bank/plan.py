@@ -11,6 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from serve import device
+from serve.adapters.bank import fused
 from serve.adapters.bank.costs import RANK
 from serve.adapters.bank.group import Key, LinearGroup
 from serve.adapters.bank.slots import Composition, Holding, One, Share
@@ -43,6 +44,15 @@ class Source(NamedTuple):
     """The layer's number among those with ranks in that stack."""
 
 
+class Step(NamedTuple):
+    """One stack's updates of a layer, added by one kernel. See `fused.updated`."""
+
+    a: mx.array
+    b: mx.array
+    entries: mx.array
+    where: mx.array
+
+
 class Change(NamedTuple):
     """What is done to a layer's output."""
 
@@ -56,6 +66,8 @@ class Change(NamedTuple):
     bias: tuple[mx.array, mx.array] | None
     reads_low: bool
     """Some source has an A."""
+    steps: tuple[Step, ...] = ()
+    """In place of sources, where kernels do."""
 
 
 class GroupPlan:
@@ -64,8 +76,8 @@ class GroupPlan:
     def __init__(self, group: LinearGroup, composition: Composition, num_tokens: int) -> None:
         self._num_rows = composition.size
         maker = _Maker(group, composition, min(num_tokens, LONG))
-        self._low = maker.low
         self._changes = [maker.change(index) for index in range(len(group.paths))]
+        self._low = maker.low
         self._num_readers = sum(change is not None and change.reads_low for change in self._changes)
         self._num_left = 0
         self._x: mx.array | None = None
@@ -84,7 +96,11 @@ class GroupPlan:
         change = self._changes[index]
         if change is None:
             return y
-        if change.gain is not None:
+        if change.steps:
+            changed = y
+            for step in change.steps:
+                changed = fused.updated(changed, x, *step)
+        elif change.gain is not None:
             changed = self._lengthened(change, x, y, own_bias)
         elif not change.sources:
             changed = y
@@ -174,18 +190,21 @@ class _Maker:
         self._low_keys = [key for key in self._used if key.kind == "low"]
         has_dense = any(key.kind == "dense" for key in self._used)
         self._is_alone = len(self._low_keys) == 1 and not has_dense
-        self.low = [self._make_low(key) for key in self._low_keys]
+        self.low: list[Low] = []
+        """Of all stacks, once a layer needs them."""
 
     def change(self, index: int) -> Change | None:
         """What is done to the output of the group's layer `index`; None: nothing."""
+        gain, bias = (self._by_entry(Key(kind, (index,))) for kind in ("gain", "bias"))
+        dense = Key("dense", (index,))
+        if gain is None and dense not in self._used and (steps := self._steps(index)):
+            return Change((), None, False, None, bias, False, steps)
         sources = [
             self._low_source(number, key, index) for number, key in enumerate(self._low_keys) if key.of[index]
         ]
-        dense = Key("dense", (index,))
         if dense in self._used:
             share = self._share(self._used[dense], self._dense_weight(index), is_alone=False)
             sources.append(Source(share, _for_rows(share, self._used[dense].arrays[0]), -1))
-        gain, bias = (self._by_entry(Key(kind, (index,))) for kind in ("gain", "bias"))
         if not sources and gain is None and bias is None:
             return None
         shares = [source.share for source in sources if isinstance(source.share, Share)]
@@ -200,6 +219,20 @@ class _Maker:
             any(source.low >= 0 for source in sources),
         )
 
+    def _steps(self, index: int) -> tuple[Step, ...]:
+        """The layer's low-rank updates as kernels' work; () where it is not theirs."""
+        keys = [key for key in self._low_keys if key.of[index]]
+        outputs = self._group.outputs[index]
+        if not all(fused.takes(self._num_tokens, key.of[index], outputs) for key in keys):
+            return ()
+        steps = []
+        for key in keys:
+            stack, before = self._used[key], key.of[:index]
+            b = stack.arrays[1 + sum(rank > 0 for rank in before)]
+            where = fused.layout(sum(before), self._num_tokens)
+            steps.append(Step(stack.arrays[0], b, self._composition.index(stack.entries), where))
+        return tuple(steps)
+
     def _make_low(self, key: Key) -> Low:
         stack, ranks = self._used[key], [rank for rank in key.of if rank]
         share = self._share(stack, sum(ranks) / len(ranks) / RANK, is_alone=self._is_alone)
@@ -207,6 +240,8 @@ class _Maker:
 
     def _low_source(self, number: int, key: Key, index: int) -> Source:
         part = sum(rank > 0 for rank in key.of[:index])
+        if not self.low:
+            self.low = [self._make_low(each) for each in self._low_keys]
         share = self.low[number].share
         return Source(share, _for_rows(share, self._used[key].arrays[1 + part]), number, part)
 

@@ -75,7 +75,7 @@ class CalledFunction(Body):
     hints = frozenset({"description", "index"})
 
     name: str
-    arguments: dict[str, Any] | str
+    arguments: dict[str, Any] | str | None = None
 
 
 class OllamaToolCall(Body):
@@ -106,6 +106,8 @@ class OllamaMessage(Body):
     tool_calls: Annotated[list[OllamaToolCall], Field(fail_fast=True)] | None = None
     tool_name: str | None = None
     """Whose result a tool's turn is."""
+    name: str | None = None
+    """The same, in the word that clients had before."""
     tool_call_id: str | None = None
 
 
