@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from serve.api.answer import Answer, Piece
 from serve.api.body import CLIENT_CLOSED_REQUEST
 from serve.api.exchange import current
-from serve.api.leaving import ClientGoneError, unless_gone
+from serve.api.leaving import ClientGoneError, unless_gone, until_done
 from serve.api.opening import KEEP_ALIVE
 from serve.api.targets import Target
 from serve.errors import LatheError
@@ -101,7 +101,7 @@ class Responder:
         """Events as they come. A refusal that comes before the first keep-alive has its own HTTP status."""
         first = asyncio.ensure_future(self.turn.next())
         try:
-            await unless_gone(self.receive, asyncio.wait({first}, timeout=self.keep_alive_s or None))
+            await until_done(self.receive, first, self.keep_alive_s or None)
             if first.done():
                 first.result()
         except BaseException as error:
