@@ -135,6 +135,8 @@ async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id
             return await unless_gone(http.receive, _text_of(turn))
 
         asked, fitted = await Fitting(target, tenant, prompt, lambda asked: asked.prompt, answer).of(body)
+        if await http.is_disconnected():  # nobody would read what the engine computes
+            raise ClientGoneError
         told = replace(target, overflow=fitted.note)
         return await _submitted(state, told, fitted.body, asked, tenant, id, endpoint)
 
