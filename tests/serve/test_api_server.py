@@ -111,7 +111,7 @@ def test_no_dependency_of_a_request_goes_to_a_thread_and_back(start):
     found = [*app.routes]
     while found:
         each = found.pop()
-        found += [*getattr(each, "routes", ()), *getattr(getattr(each, "router", None), "routes", ())]
+        found += getattr(getattr(each, "original_router", None), "routes", ())
         dependants = [each.dependant] if hasattr(each, "dependant") else []
         while dependants:
             inner = dependants.pop().dependencies
