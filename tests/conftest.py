@@ -49,6 +49,20 @@ from serve.model.loading import LoadedModel, load
 from serve.model.prompt import Prompt
 from serve.model.weights import linear_modules, linear_shape
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--law-cases",
+        type=lambda text: range(*map(int, text.split(":"))),
+        default=range(0),
+        metavar="START:STOP",
+        help="further cases of test_composition.py's full product, under -m large: from this number on up to that",
+    )
+    parser.addoption(
+        "--soak-times", type=int, default=1, help="so many times the requests of test_soak.py, under -m large"
+    )
+
+
 NEAR_TIE = 1e-4
 """Logits that are nearer than this may change places: the same sum over other shapes, or by another kernel, rounds
 otherwise. That moves the lively models' logits by 3e-6; a wrong mask, position or slot moves

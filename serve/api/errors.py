@@ -198,7 +198,7 @@ def _invalid_body(request: Request, problems: Sequence[Any], value: Any) -> JSON
     body = _body_class(request)
     params, lines = [], []
     paths = [
-        _path_in(value, each["loc"][1:], each["type"] == "missing")
+        _path_in(value, _less_branch(value, each), each["type"] == "missing")
         if each["loc"][0] == "body"
         else [*each["loc"][1:]]
         for each in problems
@@ -220,6 +220,18 @@ def _invalid_body(request: Request, problems: Sequence[Any], value: Any) -> JSON
     return error_response(
         request, 400, message, code="invalid_request_error", param=params[0] if params else None
     )
+
+
+def _less_branch(value: Any, problem: Any) -> Sequence[str | int]:
+    """Where a problem is, in the body; of one that an object of a union told itself, without the union's branch,
+    which may have the name of a field of it."""
+    location: Sequence[str | int] = problem["loc"][1:]
+    if problem["type"] != "value_error" or not location:
+        return location
+    owner = value
+    for part in _path_in(value, location[:-1], False):
+        owner = owner[part]
+    return location[:-1] if isinstance(owner, dict) and owner.get("type") == location[-1] else location
 
 
 def _path_in(value: Any, location: Sequence[str | int], is_missing: bool) -> list[str | int]:

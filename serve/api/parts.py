@@ -23,10 +23,19 @@ Source = Annotated[str, Field(min_length=1)]
 """A data URI, an http(s) address, or a path."""
 
 
+_OF_OTHERS = ("text", "image_url", "image", "video_url", "video", "input_audio", "file", "refusal")
+
+
+def _no_others(*own: str) -> Neutral:
+    """What other kinds of parts hold, as null: clients with one class for all parts write every field of it."""
+    return {name: (None,) for name in _OF_OTHERS if name not in own}
+
+
 class TextPart(Body):
     """A piece of a message."""
 
     hints = frozenset({"cache_control"})
+    neutral: ClassVar[Neutral] = _no_others("text")
 
     type: Literal["text"]
     text: str
@@ -67,6 +76,8 @@ class ImageUrlPart(_Shown):
 
     kind = "image"
 
+    neutral: ClassVar[Neutral] = {**_Shown.neutral, **_no_others("image_url")}
+
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -82,7 +93,7 @@ class ImageUrlPart(_Shown):
 class InputImagePart(_Shown):
     """The picture of OpenAI's responses."""
 
-    neutral: ClassVar[Neutral] = {**_Shown.neutral, "file_id": (None,)}
+    neutral: ClassVar[Neutral] = {**_Shown.neutral, **_no_others("image_url"), "file_id": (None,)}
     kind = "image"
 
     type: Literal["input_image"]
@@ -122,6 +133,8 @@ class ImagePart(_Sized):
 
     kind = "image"
 
+    neutral: ClassVar[Neutral] = {**_Shown.neutral, **_no_others("image")}
+
     type: Literal["image"]
     image: Source | None = None
     url: Source | None = None
@@ -148,6 +161,8 @@ class VideoUrlPart(_Film):
 
     kind = "video"
 
+    neutral: ClassVar[Neutral] = {**_Shown.neutral, **_no_others("video_url")}
+
     type: Literal["video_url"]
     video_url: _Address
 
@@ -160,6 +175,8 @@ class VideoPart(_Film):
     """Qwen's clip: a file, or its frames in their order."""
 
     kind = "video"
+
+    neutral: ClassVar[Neutral] = {**_Shown.neutral, **_no_others("video")}
 
     type: Literal["video"]
     video: Source | Annotated[list[Source], Field(fail_fast=True, min_length=1)]
@@ -176,6 +193,8 @@ class InputAudioPart(_Shown):
     """OpenAI's sound."""
 
     kind = "audio"
+
+    neutral: ClassVar[Neutral] = {**_Shown.neutral, **_no_others("input_audio")}
 
     type: Literal["input_audio"]
     input_audio: InputAudio

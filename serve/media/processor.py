@@ -27,6 +27,7 @@ from serve.media.content import Clip, Content, Picture, Sound
 from serve.media.pictures import image_of
 from serve.media.settings import MediaSettings
 from serve.media.sounds import resampled
+from serve.model.clip_steps import step_of
 from serve.model.expansion import Expansion
 from serve.model.prompt import Media, MediaKind, Prompt, Rope
 
@@ -37,8 +38,10 @@ _TEXT_NAMES = frozenset(
     ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "special_tokens_mask")
 )
 _NOT_SEEN = frozenset(("video_second_per_grid", "second_per_grid_ts", "num_patches_list", "num_crops"))
-"""What processors say of a clip's time and of their own crops, which no tower reads."""
+"""What processors say of a clip's time, which they are not told, and of their own crops; no tower reads it."""
 _NO_GLUE = frozenset(("paligemma",))
+_MAX_RATIO = 200
+"""Of a frame's sides, by the processors of families that take clips whole."""
 _PROBED = 112
 """Edge of the pictures by which a processor is tried, in pixels."""
 
@@ -62,6 +65,10 @@ class Tower(Protocol):
     def block_kind(self) -> Literal["picture", "prompt"] | None:
         """Whose tokens see one another: nobody's, each picture's, or the whole prompt's."""
 
+    @property
+    def positions_per_s(self) -> float | None:
+        """How far apart a clip's frames stand; None: it does not count seconds."""
+
     def blocks(self, token_ids: Sequence[int], media: Sequence[Media]) -> tuple[tuple[int, int], ...]:
         """Ranges of a prompt's tokens that see one another."""
 
@@ -78,6 +85,7 @@ class Piece:
     inputs: Mapping[str, np.ndarray] = field(repr=False)
     num_placeholders: int
     num_patches: int
+    step: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +212,8 @@ class MediaProcessor:
                 taken[token_id] = stop = start + piece.num_placeholders
                 positions = found[token_id][start:stop]
                 if len(positions) == piece.num_placeholders:
-                    media.append(Media(piece.kind, piece.key, positions, piece.inputs, piece.num_patches))
+                    known = (piece.kind, piece.key, positions, piece.inputs, piece.num_patches, piece.step)
+                    media.append(Media(*known))
         for token_id, positions in found.items():
             if len(positions) != taken[token_id]:
                 raise RequestError(
@@ -222,8 +231,9 @@ class MediaProcessor:
         num_placeholders = text.count(way.placeholder)
         if not num_placeholders:
             raise ValueError("it becomes no placeholder")
+        step = self._step(content)
         pieces = tuple(
-            Piece(content.kind, _key(content.kind, part), part, number, self._num_patches(part, number))
+            Piece(content.kind, _key(content.kind, part), part, number, self._num_patches(part, number), step)
             for part, number in _parts(inputs, num_placeholders)
         )
         return Processed(content.kind, expansion, pieces, self._seen_size(content, inputs))
@@ -265,6 +275,13 @@ class MediaProcessor:
             raise ValueError(f"at most {most / rate:g} s are read, and a longer one would be cut")
         name = "audio" if "audio" in _parameters(processor) else "audios"
         return {name: [samples], "sampling_rate": rate}
+
+    def _step(self, content: Content) -> float:
+        rate = self._vision.positions_per_s
+        if rate is None or not isinstance(content, Clip):
+            return 1.0
+        frames = getattr(getattr(self._processor, "video_processor", None), "temporal_patch_size", 2)
+        return step_of(content.times_s, int(frames), rate)
 
     def _glue(self) -> str:
         return "" if self._config.get("model_type") in _NO_GLUE else "\n"
@@ -498,6 +515,10 @@ def _enlarged(image: Image.Image, least: int) -> Image.Image:
     scale = least / min(width, height)
     if scale <= 1:
         return image
+    if max(width, height) > _MAX_RATIO * min(
+        width, height
+    ):  # which these processors refuse, but enlarged first
+        raise ValueError(f"one side is more than {_MAX_RATIO} times the other")
     return image.resize(
         (max(least, round(width * scale)), max(least, round(height * scale))), Image.Resampling.BICUBIC
     )

@@ -44,14 +44,18 @@ class Sources:
     def load(self, part: MediaPart, settings: MediaSettings = MediaSettings()) -> Content:
         """What a part shows, decoded. RequestError that begins with the part's name and has it as its param.
 
-        settings  which frames of a clip; the part's own go first
+        settings  which frames of a clip, and how large what is shown will be made; the part's own go first
         """
         settings = part.settings.over(settings)
+        if part.kind == "audio":
+            return self._sound(part.source, part.name)
+        shown: Picture | Clip
         if part.kind == "image":
-            return self._picture(part.source, part.name)
-        if part.kind == "video":
-            return self._clip(part.source, part.name, settings)
-        return self._sound(part.source, part.name)
+            shown = self._picture(part.source, part.name)
+        else:
+            shown = self._clip(part.source, part.name, settings)
+        _check_enlarged(shown, settings, part.name, self.limits)
+        return shown
 
     def _picture(self, source: Any, name: str) -> Picture:
         if isinstance(source, Picture):
@@ -193,6 +197,21 @@ def _decoded(source: Any, name: str, limits: MediaLimits) -> Picture:
         raise
     except Exception as error:  # Pillow's, of an image that somebody else made
         raise RequestError(f"{name}: the picture cannot be read: {error}", name) from error
+
+
+def _check_enlarged(shown: Picture | Clip, settings: MediaSettings, name: str, limits: MediaLimits) -> None:
+    """RequestError if the settings make more pixels of it than are read of any: what was sent may be one pixel."""
+    height, width = settings.resize or shown.size
+    num_pixels = max(height * width, settings.min_pixels or 0)
+    if num_pixels <= shown.size[0] * shown.size[1]:
+        return
+    total, limit, what = num_pixels, limits.max_image_pixels, "a picture"
+    if isinstance(shown, Clip):
+        total, limit, what = num_pixels * len(shown.frames), limits.max_video_pixels, "a clip's frames"
+    if total > limit:
+        raise RequestError(
+            f"{name}: {total:,} pixels are asked to be made of it; at most {limit:,} are made of {what}", name
+        )
 
 
 def check_count(parts: Sequence[MediaPart], limits: MediaLimits) -> None:

@@ -34,6 +34,7 @@ class Media:
     positions    [n] int32, ascending: where its placeholders stand among the prompt's tokens
     inputs       what the family's `get_input_embeddings` takes besides ids, by name, of this piece alone
     num_patches  what encoding costs, in the tower's own tokens
+    step         of a clip's piece: how many positions before the next one it stands, where the family counts seconds
     """
 
     kind: MediaKind
@@ -41,6 +42,7 @@ class Media:
     positions: np.ndarray
     inputs: Mapping[str, np.ndarray] = field(repr=False)
     num_patches: int
+    step: float = 1.0
 
     @property
     def start(self) -> int:
@@ -88,12 +90,13 @@ class Prompt:
     @cached_property
     def keys(self) -> array[int]:
         """By which a prefix knows the tokens: their ids; at placeholders negative numbers that follow from the
-        media's key and the placeholder's number in it, 63 bits each. A block's first token has one that follows from
-        all of the block: what stands there was computed with what comes behind it."""
+        media's key, its step and the placeholder's number in it, 63 bits each. A block's first token has one that
+        follows from all of the block: what stands there was computed with what comes behind it."""
         keys = array("q", self.token_ids)
         for media in self.media:
             size = KEY_BYTES * len(media.positions)
-            stream = bytearray(hashlib.shake_256(media.key.encode()).digest(size))
+            told = media.key if media.step == 1 else f"{media.key} {media.step!r}"
+            stream = bytearray(hashlib.shake_256(told.encode()).digest(size))
             stream[KEY_BYTES - 1 :: KEY_BYTES] = bytes(
                 byte | _SIGN for byte in stream[KEY_BYTES - 1 :: KEY_BYTES]
             )

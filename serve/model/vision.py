@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from serve.errors import ModelError
+from serve.model.clip_steps import positions_per_second, stepped
 from serve.model.network import Network, evaluating
 from serve.model.prompt import Media, MediaKind, Rope
 from serve.model.towers import NESTED
@@ -88,6 +89,8 @@ class Vision:
         a picture's."""
         self.positions = network.takes_positions
         """Prompts with media have a Rope."""
+        self.positions_per_s = positions_per_second(config) if self.positions else None
+        """How far apart a clip's frames stand; None: their pieces stand one after the other."""
         self.deepstack = _has_deepstack(network, own)
         """Features have more than embeddings."""
         self._is_deepstack_dense = _innermost(module.config, config)[0] is not module.config
@@ -196,7 +199,8 @@ class Vision:
         From any thread: it computes on the CPU, and touches nothing of the model's.
         """
         grids: dict[str, list[tuple[int, int, int]]] = {}
-        for grid in _grids(media) if self.positions else ():
+        found = _grids(media) if self.positions else []
+        for grid in found:
             grids.setdefault(grid.name, []).append(grid.sizes)
         if not grids:
             return None
@@ -205,15 +209,18 @@ class Vision:
                 mx.array([list(token_ids)], dtype=mx.int32),
                 **{name: mx.array(rows, dtype=mx.int32) for name, rows in grids.items()},
             )
-            found = np.array(positions.astype(mx.int32)).reshape(3, -1, len(token_ids))[:, 0]
-            return Rope(np.ascontiguousarray(found), int(delta.reshape(-1)[0].item()))
+            own = np.array(positions.astype(mx.int32)).reshape(3, -1, len(token_ids))[:, 0]
+            rope = Rope(np.ascontiguousarray(own), int(delta.reshape(-1)[0].item()))
+        return stepped(rope, [(grid.start, grid.stop, grid.step) for grid in found if grid.step != 1])
 
 
 class _Grid(NamedTuple):
     name: str
     sizes: tuple[int, int, int]
     """In time, height and width."""
+    start: int
     stop: int
+    step: float
 
 
 def _grids(media: Sequence[Media]) -> list[_Grid]:
@@ -232,9 +239,9 @@ def _grids(media: Sequence[Media]) -> list[_Grid]:
                 and piece.kind == "video"
                 and before.sizes[1:] == (height, width)
             ):
-                grids[-1] = _Grid(name, (before.sizes[0] + time, height, width), piece.stop)
+                grids[-1] = before._replace(sizes=(before.sizes[0] + time, height, width), stop=piece.stop)
             else:
-                grids.append(_Grid(name, (time, height, width), piece.stop))
+                grids.append(_Grid(name, (time, height, width), piece.start, piece.stop, piece.step))
     return grids
 
 

@@ -354,6 +354,19 @@ def test_pictures_in_turns_of_others_are_seen_or_refused_and_never_dropped(clien
     assert np.abs(np.subtract(one, seen_by(client, messages))).max() > APART
 
 
+def test_parts_may_hold_the_fields_of_other_parts_as_null(client):
+    """async-openai 344: clients that write every field of their one class of parts were refused."""
+    nulls = dict.fromkeys(
+        ["text", "image_url", "image", "video_url", "video", "input_audio", "file", "refusal"]
+    )
+    plain = [text("what is it?"), shown(noise(1))]
+    filled = [{**nulls, **part} for part in plain]
+    filled[1]["image_url"]["detail"] = None
+    assert seen_by(client, [user(*filled)]) == seen_by(client, [user(*plain)])
+    odd = refused(client, [user({**plain[0], "image_url": {"url": "x"}})])
+    assert odd["message"].startswith("messages.0.content.0.image_url: found")
+
+
 def test_a_picture_in_another_protocols_form_is_refused_by_its_place(client):
     """mlx-serve 309: a tool's picture came as {"type": "image", "data": ...} and was read as very long words."""
     part = {"type": "image", "data": base64.b64encode(file_of(noise(1))).decode(), "mimeType": "image/png"}

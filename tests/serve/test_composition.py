@@ -3,8 +3,9 @@ its tokens are those of that request alone on the merged model, with keys and va
 
 `DIMENSIONS` is what combines; `SEEING` is the same of models that see, with pictures and clips among the tokens.
 A case is one value of each, and its name seeds everything else in it, so a case that
-fails is run again by its name. Cases in which every two values come together run always, thousands more under
-`-m large`. A new dimension, or a new value, is one line.
+fails is run again by its name. Cases in which every two values come together run always (of models that see, six of
+them), those of every three under `-m large`, and any part of the full product with `--law-cases START:STOP`.
+A new dimension, or a new value, is one line.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product, starmap
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 import pytest
+from covering import covering, numbered
 from drafting import Eager, Foreteller
 from heads import write_eagle3
 from sighted import moving, shown
@@ -305,56 +308,38 @@ SHARES = (0.7, 0.4)
 """Of the two adapters that are merged."""
 MAX_GUESSES = 5
 SHARE_OF_LIES = 0.25
-NUM_LARGE = 3000
-NUM_SEEING = 800
 
 Case = tuple[str, ...]
 
 
-def a_case(rng: random.Random, dimensions: Mapping[str, Mapping[str, Change]] = DIMENSIONS) -> Case:
-    return tuple(rng.choice(list(values)) for values in dimensions.values())
+def named(numbers: Sequence[int], dimensions: Mapping[str, Mapping[str, Change]]) -> Case:
+    return tuple(list(values)[number] for values, number in zip(dimensions.values(), numbers, strict=True))
 
 
-def pairs_of(case: Case) -> set[tuple[int, str, int, str]]:
-    """Each two of its values, with their dimensions."""
-    return {(i, a, j, b) for (i, a), (j, b) in combinations(enumerate(case), 2)}
+def cases_of(dimensions: Mapping[str, Mapping[str, Change]], strength: int) -> list[Case]:
+    """Cases in which every so many values come together."""
+    return [named(numbers, dimensions) for numbers in covering(list(map(len, dimensions.values())), strength)]
 
 
-def cases_of_all_pairs(
-    rng: random.Random, dimensions: Mapping[str, Mapping[str, Change]] = DIMENSIONS
-) -> list[Case]:
-    """Few cases in which every two values come together: of some random ones always that with most new pairs."""
-    missing = {
-        (i, a, j, b)
-        for (i, first), (j, second) in combinations(enumerate(dimensions.values()), 2)
-        for a, b in product(first, second)
-    }
-    cases = []
-    while missing:
-        best = max(
-            (a_case(rng, dimensions) for _ in range(40)), key=lambda case: len(pairs_of(case) & missing)
-        )
-        if pairs_of(best) & missing:
-            cases.append(best)
-            missing -= pairs_of(best)
-    return cases
+SAMPLE = cases_of(DIMENSIONS, 2)
+SEEN_SAMPLE = cases_of(SEEING, 2)[:6]
+LARGE = [*cases_of(DIMENSIONS, 3), *cases_of(SEEING, 3)]
 
 
-SAMPLE = cases_of_all_pairs(random.Random(0))
-LARGE = [
-    case for case in dict.fromkeys(map(a_case, map(random.Random, range(NUM_LARGE)))) if case not in SAMPLE
-]
-SEEN_SAMPLE = cases_of_all_pairs(random.Random(0), SEEING)[:6]
-SEEN_LARGE = [
-    case
-    for case in dict.fromkeys(
-        [
-            *cases_of_all_pairs(random.Random(0), SEEING),
-            *(a_case(random.Random(seed), SEEING) for seed in range(NUM_SEEING)),
-        ]
-    )
-    if case not in SEEN_SAMPLE
-]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The sample, and with `-m large` the larger ones: of every three values, and those of `--law-cases`."""
+    if "case" not in metafunc.fixturenames:
+        return
+    further = [
+        named(numbered(list(map(len, dimensions.values())), number), dimensions)
+        for dimensions in (DIMENSIONS, SEEING)
+        for number in metafunc.config.getoption("law_cases")
+    ]
+    always = [*SAMPLE, *SEEN_SAMPLE]
+    large = dict.fromkeys([*LARGE, *further]).keys() - set(always)
+    cases = [pytest.param(case, id="-".join(case)) for case in always]
+    cases += [pytest.param(case, id="-".join(case), marks=pytest.mark.large) for case in sorted(large)]
+    metafunc.parametrize("case", cases)
 
 
 def setting_of(case: tuple[str, ...]) -> Setting:
@@ -650,14 +635,6 @@ class Scene:
             assert num_cached >= self.talks[-1].asked["asked"].prompt.whole(self.num_shared)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        *(pytest.param(case, id="-".join(case)) for case in SAMPLE),
-        *(pytest.param(case, id="-".join(case)) for case in SEEN_SAMPLE),
-        *(pytest.param(case, id="-".join(case), marks=pytest.mark.large) for case in (*LARGE, *SEEN_LARGE)),
-    ],
-)
 def test_a_request_draws_what_it_draws_alone_on_the_merged_model(case, lively, assert_drawn, tmp_path):
     name, setting = "-".join(case), setting_of(case)
     told: dict[str, list[int]] = {}
@@ -685,6 +662,18 @@ def test_a_request_draws_what_it_draws_alone_on_the_merged_model(case, lively, a
         raise
     finally:
         scene.engine.close()
+
+
+@pytest.mark.parametrize("dimensions", [DIMENSIONS, SEEING], ids=["reading", "seeing"])
+def test_the_large_cases_hold_every_three_values_and_the_full_product_every_case(dimensions):
+    cases = cases_of(dimensions, 3)
+    for places in combinations(range(len(dimensions)), 3):
+        wanted = set(product(*(list(dimensions.values())[place] for place in places)))
+        assert {tuple(case[place] for place in places) for case in cases} == wanted
+    sizes = list(map(len, list(dimensions.values())[:5]))
+    assert sorted(numbered(sizes, number) for number in range(prod(sizes))) == sorted(
+        product(*map(range, sizes))
+    )
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

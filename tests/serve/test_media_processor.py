@@ -189,6 +189,13 @@ def test_what_no_processor_takes_is_refused_by_name_or_taken(family, eyes):
             assert f"a picture of {size[1]} x {size[0]} pixels" in str(refused)
 
 
+def test_a_strip_of_a_clip_is_refused_before_it_is_made_larger(eyes):
+    """Enlarged until its short side is a patch's, this one would take 5 GB a frame."""
+    strip = Clip((one_colour(1, 2_000_000, (1, 2, 3)),) * 2, (0.0, 0.5))
+    with pytest.raises(RequestError, match="one side is more than 200 times the other"):
+        eyes("qwen2_vl").processor.process(strip)
+
+
 @pytest.mark.parametrize("family", LARGE_VLM_FAMILIES)
 def test_a_key_is_of_what_the_tower_is_given(family, eyes):
     processor = eyes(family).processor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -318,3 +319,27 @@ def test_settings_that_are_none_are_refused_by_name(told, param):
 def test_a_parts_own_settings_go_first():
     part = media_part({"type": "image", "image": "x", "max_pixels": 5}, HERE)
     assert part.settings.over(MediaSettings(max_pixels=9, fps=1)) == MediaSettings(max_pixels=5, fps=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        MediaSettings(min_pixels=10_001),
+        MediaSettings(resize=(101, 100)),
+        MediaSettings(min_pixels=1 << 39),
+        MediaSettings(resize=(1 << 16, 1 << 16), max_pixels=50),
+    ],
+)
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_small_picture_is_not_made_a_huge_one(kind, settings):
+    """A request of a hundred bytes could ask for terabytes: pixels that are made are bounded as those that come."""
+    sources = Sources(MediaLimits(max_image_pixels=10_000, max_video_pixels=3 * 10_000))
+    one, name = uri(png()), f"{HERE}.{kind}"
+    part = media_part({"type": kind, kind: one if kind == "image" else [one] * 3}, HERE)
+    with pytest.raises(RequestError, match="000 are made of a") as caught:
+        sources.load(part, settings)
+    assert caught.value.param == name
+    fits = MediaSettings(min_pixels=10_000) if settings.resize is None else MediaSettings(resize=(100, 100))
+    assert sources.load(part, fits).kind == kind
+    with pytest.raises(RequestError):
+        sources.load(replace(part, settings=settings), fits)

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from serve.adapters.formats.config import AdapterConfig
 from serve.adapters.formats.manifest import write_adapter
+from serve.model.prompt import Rope
 
 HIDDEN = 128
 PAD, START, END, BOS = "<|pad|>", "<|im_start|>", "<|im_end|>", "<|bos|>"
@@ -724,10 +725,12 @@ class Row:
 
     token_ids  with every placeholder expanded
     inputs     what `get_input_embeddings` takes besides ids; "pixel_values" may be among them
+    rope       where tokens stand instead: mlx-vlm's own rule counts no seconds of clips (test_clip_steps)
     """
 
     token_ids: tuple[int, ...]
     inputs: dict[str, Any] = field(default_factory=dict)
+    rope: Rope | None = None
 
 
 class Reference:
@@ -815,6 +818,9 @@ class Reference:
             ids, inputs.pop("pixel_values", None), mask=mx.ones_like(ids), **inputs
         ).to_dict()
         extras = {name: value for name, value in features.items() if value is not None}
+        if row.rope is not None:
+            positions, delta = row.rope
+            extras |= {"position_ids": mx.array(positions[:, None]), "rope_deltas": mx.array([[delta]])}
         cache = make_prompt_cache(language)
         with self._seeing_blocks(row, cache):
             out = language(ids, inputs_embeds=extras.pop("inputs_embeds"), cache=cache, **extras)

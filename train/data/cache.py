@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from serve.errors import StorageError
 from serve.media import clips, pictures, processor, sounds
 from serve.model import (
+    clip_steps,
     expansion,
     forms,
     jinja,
@@ -164,7 +165,7 @@ def _as_json(value: Any) -> Any:
 def _code_hash() -> str:
     modules = (
         *(media_reader, looking, row_media, coordinates),
-        *(processor, pictures, clips, sounds, expansion),
+        *(processor, pictures, clips, sounds, expansion, clip_steps),
         *(tokens_module, rules_module, template_module, template_rules),
         *(messages, jinja, renderer, retold, words, forms, spans, texts),
     )
