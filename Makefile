@@ -46,4 +46,5 @@ $(VENV)/.installed-$(BACKEND): pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-$(BACKEND)-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing Lathe with its development tools for the $(BACKEND) backend of MLX into $(VENV)"
 	$(PIP) -e '.[$(BACKEND),ui,dev]'
+	$(PIP) --no-deps instructor
 	@touch $@ $(VENV)/.installed-$(BACKEND)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from serve.adapters.registry.registry import ShownName, ShownVersion
+from serve.adapters.registry.known import ShownName, ShownVersion
 from serve.adapters.versions.version import AdapterVersion
 from serve.runtime import Runtime
 

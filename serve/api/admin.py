@@ -22,13 +22,18 @@ def check_admin(state: StateDep) -> None:
         raise ForbiddenError(f"{name} may not do this: it takes a key with admin: true")
 
 
+def may_change(state: AppState) -> bool:
+    """Whether whoever asks may change the server."""
+    exchange = current()
+    return state.keys is None or bool(exchange and exchange.key and exchange.key.is_admin)
+
+
 ADMIN = Depends(check_admin)
 """Among the `dependencies` of each route that changes the server, or shows what is everybody's."""
 
 
 def _sees_all(state: StateDep) -> bool:
-    exchange = current()
-    return state.keys is None or bool(exchange and exchange.key and exchange.key.is_admin)
+    return may_change(state)
 
 
 SeesAllDep = Annotated[bool, Depends(_sees_all)]

@@ -79,7 +79,7 @@ class Bases:
         experiments = ServedExperiments.open([each.build() for each in config.experiments], config.store)
         loader = _Loader(config, experiments)
         tidy = partial(device.give_back_all_memory, thaws=not config.has_several_models)
-        pool = Pool(loader.look, loader.load, loader.stop, tidy, _bounds(config))
+        pool = Pool(loader.look, loader.load, loader.stop, tidy, _bounds(config), failure=_failure_of)
         bases = loader.bases = cls(config, experiments, pool)
         for number, block in enumerate(config.blocks):
             own = config.of_model(block) if number else config.of_first_model
@@ -251,6 +251,10 @@ class _Loader:
         self.bases._keep(runtime.model.name, keep_adapters(runtime))
         runtime.close(f"model {runtime.model.name!r} was unloaded to make room; ask again")
         services.close()
+
+
+def _failure_of(services: Services) -> BaseException | None:
+    return services.runtime.worker.failure
 
 
 def _bounds(config: ServeConfig) -> Bounds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -172,8 +173,12 @@ def _nothing_here(request: Request) -> str:
     """What to say of a path that is not there; clients are often one /v1 short, or have one too many."""
     path = request.scope["path"]
     message = f"there is nothing at {request.method} {path}"
-    is_twice = path.startswith("/v1/v1/")
-    meant, mistake = (path[3:], "has one /v1 too many") if is_twice else (f"/v1{path}", "lacks /v1")
+    if "//" in path:
+        meant, mistake = re.sub("/+", "/", path), "ends in a slash that the client adds, too"
+    elif path.startswith("/v1/v1/"):
+        meant, mistake = path[3:], "has one /v1 too many"
+    else:
+        meant, mistake = f"/v1{path}", "lacks /v1"
     scope = {**request.scope, "path": meant}
     if any(route.matches(scope)[0] is not Match.NONE for route in request.app.router.routes):
         base = f"{str(request.base_url).rstrip('/')}/v1"

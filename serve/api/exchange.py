@@ -17,7 +17,7 @@ from serve.keys.key import Key
 if TYPE_CHECKING:
     from serve.api.errors import Problem
 
-PROBES = frozenset(("/health", "/health/live", "/health/ready", "/ping"))
+PROBES = frozenset(("/", "/health", "/health/live", "/health/ready", "/ping"))
 """Whether the server is well: asked all day by machines, while it drains too."""
 METRICS = "/metrics"
 ASIDE = PROBES | {METRICS, "/version", "/v1/status"}

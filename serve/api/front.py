@@ -28,6 +28,8 @@ class Front:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         exchange = Exchange.of(scope)
+        if scope["method"] == "HEAD":  # the answer of a GET, of which uvicorn leaves the body out
+            scope = {**scope, "method": "GET"}
         enter(exchange)
         exchange.send_body = send
         self._state.exchanges.add(exchange)

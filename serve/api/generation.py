@@ -22,7 +22,7 @@ from serve.api.metrics import Metrics
 from serve.api.schemas import CompletionBody, GenerationBody
 from serve.api.services import Services
 from serve.api.targets import Target
-from serve.api.tools import NO_TOOLS, ToolUse, grammar_of
+from serve.api.tools import NO_TOOLS, ToolUse, grammar_of, headers_in_grammar
 from serve.api.vllm_metrics import Gaps
 from serve.draft.lookup import NAME as NGRAM
 from serve.engine.drafts import NONE
@@ -308,6 +308,8 @@ async def build_requests(
         # The first of a scheme imports what it needs, which takes seconds: not on the loop that serves everyone.
         await anyio.to_thread.run_sync(services.runtime.engine.max_context_at, precision)
     grammar = await grammar_of(services, body, tools)
+    if grammar is not None and thinking is not None and tools.wanted is not None and tools.is_in_headers:
+        thinking, grammar = headers_in_grammar(thinking, grammar)
     drafter, prediction = await _drafting(services, body, prompts)
     deadline_s, most_s = body.deadline_s, services.runtime.config.max_request_s
     if most_s is not None:

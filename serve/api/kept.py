@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from serve.adapters.versions.source import Source
+from serve.adapters.versions.version import AdapterVersion
 from serve.errors import LatheError
 from serve.runtime import Runtime
 
@@ -22,6 +24,9 @@ class KeptAdapter:
     last_number: int
     """Of its versions; the next has the one after."""
     is_pinned: bool
+    earlier: tuple[tuple[AdapterVersion, Source], ...] = ()
+    """Versions beside it that it may be rolled back to, and where they are read again. Without templates, which hold
+    the base's tokenizer."""
 
 
 def keep_adapters(runtime: Runtime) -> tuple[KeptAdapter, ...]:
@@ -30,23 +35,33 @@ def keep_adapters(runtime: Runtime) -> tuple[KeptAdapter, ...]:
     for version in registry.current():
         shown = registry.find(version.name)
         if shown is not None and not shown.is_found:
-            last = registry.last_number(version.name)
             kept.append(
                 KeptAdapter(
-                    version.name, version.path, version.number, version.content_hash, last, shown.is_pinned
+                    version.name,
+                    version.path,
+                    version.number,
+                    version.content_hash,
+                    registry.last_number(version.name),
+                    shown.is_pinned,
+                    tuple(
+                        (replace(one, template=None), source)
+                        for one, source in registry.earlier(version.name)
+                    ),
                 )
             )
     return tuple(kept)
 
 
 def restore_adapters(runtime: Runtime, kept: tuple[KeptAdapter, ...]) -> None:
-    """Load them from where they came. One whose files are as they were has its version's number again; one that
-    cannot be loaded any more is told in the log, and its name is gone."""
+    """Load them from where they came. One whose files are as they were has its version's number again, and what it
+    was before is known again as far as that lies where it came from; one that cannot be loaded any more is told in
+    the log, and its name is gone."""
     registry = runtime.registry
     for each in kept:
         registry.recall(each.name, each.last_number, {each.content_hash: each.number})
         try:
             registry.load(each.name, each.path, replace=True)
+            registry.remember(each.name, each.earlier)
             if each.is_pinned:
                 registry.pin(each.name)
         except LatheError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 import anyio.to_thread
@@ -31,16 +32,19 @@ router = APIRouter(route_class=JsonRoute)
 async def list_models(state: StateDep) -> dict[str, Any]:
     """As vLLM lists them: an adapter's `parent` is its base, its `root` the folder it came from. A bounded number of
     those that nobody has asked for yet stand behind them, without a version. A base's `status` says whether it is in
-    memory; one that is not is loaded by the request that asks for it. A key sees what it may ask for."""
+    memory; one that is not is loaded by the request that asks for it. A key sees what it may ask for. Anthropic's
+    clients read the same: there is one page."""
     cards = await anyio.to_thread.run_sync(Listing(state.bases).cards)
-    return {"object": "list", "data": [card for card in cards if may_ask(card["id"])]}
+    cards = [in_both_words(card) for card in cards if may_ask(card["id"])]
+    ends = {"first_id": cards[0]["id"] if cards else None, "last_id": cards[-1]["id"] if cards else None}
+    return {"object": "list", "data": cards, "has_more": False, **ends}
 
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, state: StateDep) -> dict[str, Any]:
     """One of them; `name@version` too, while that version is known."""
     check_model(state.bases, model)
-    return await anyio.to_thread.run_sync(Listing(state.bases).card, model)
+    return in_both_words(await anyio.to_thread.run_sync(Listing(state.bases).card, model))
 
 
 @router.post("/v1/models/load", dependencies=[ADMIN])
@@ -177,6 +181,13 @@ class Listing:
             "context_window": outline.max_context if outline else None,
             "input_modalities": ["text", *outline.kinds] if outline else ["text"],
         }
+
+
+def in_both_words(card: dict[str, Any]) -> dict[str, Any]:
+    """A card with Anthropic's fields beside OpenAI's: clients of both ask at this address."""
+    created = datetime.fromtimestamp(card["created"], UTC).isoformat().replace("+00:00", "Z")
+    named = {"type": "model", "display_name": card["id"], "created_at": created}
+    return {**card, **named, "max_input_tokens": card["max_model_len"]}
 
 
 def _told(standing: Standing) -> dict[str, Any]:

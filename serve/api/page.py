@@ -67,7 +67,7 @@ async def enter() -> Response:
     return RedirectResponse("ui/")
 
 
-@router.api_route("/ui/{name:path}", methods=["GET", "HEAD"], include_in_schema=False)
+@router.get("/ui/{name:path}", include_in_schema=False)
 async def show(name: str, http: Request) -> Response:
     """A file of the page."""
     found = FILES.get(name or INDEX)

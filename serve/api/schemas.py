@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
 from serve.api.constraints import ConstrainedBody
 from serve.api.parts import Part, Shown, TextPart
@@ -225,6 +225,12 @@ class GenerationBody(SamplingBody, ConstrainedBody):
         options = self.stream_options
         return bool(options and (options.include_usage or options.continuous_usage_stats))
 
+    @field_validator("max_tokens", "max_completion_tokens", mode="before", check_fields=False)
+    @classmethod
+    def _minus_one_is_no_limit(cls, limit: Any) -> Any:
+        """In LM Studio's words and llama.cpp's; their clients send it unasked."""
+        return None if limit == -1 else limit
+
     @property
     def wants_continuous_usage(self) -> bool:
         """True if every chunk is to say its usage so far."""
@@ -252,10 +258,13 @@ class GenerationBody(SamplingBody, ConstrainedBody):
 
 
 class FunctionCall(Body):
-    """What an assistant called; `arguments` as JSON text, as it came, or as the object it stands for."""
+    """What an assistant called; `arguments` as JSON text, as it came, or as the object it stands for. None at all
+    is what some servers say of a tool without parameters, and clients send back what they got."""
 
     name: str
-    arguments: str | dict[str, Any]
+    arguments: Annotated[
+        str | dict[str, Any], BeforeValidator(lambda given: "{}" if given is None else given)
+    ]
 
 
 class ToolCall(Body):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serve.api.answer import Piece
@@ -13,6 +13,7 @@ from serve.api.services import Services
 from serve.constraints.grammar import Grammar
 from serve.constraints.spec import ConstraintSpec
 from serve.engine.request import Event
+from serve.engine.thinking import Thinking
 from serve.errors import RequestError
 from serve.model.template import ChatTemplate
 from serve.model.thoughts import Thoughts
@@ -146,25 +147,28 @@ def tools_of(runtime: Runtime, template: ChatTemplate, thoughts: Thoughts | None
         wanted, param = "required", "function_call" if body.function_call is not None else "tool_choice"
     elif any(tool.strict for tool in may_call):
         wanted, param = "auto", "functions" if body.uses_functions else "tools"
-    if wanted is not None and (marks is None or marks.format.writing is None):
-        way = (
-            "calls are not read here"
-            if marks is None
-            else f"calls in {marks.format.name}'s way have no grammar"
-        )
+    if wanted is not None and marks is None:
         raise RequestError(
-            f"{param}: answers are to be held to {'a call' if mode == 'required' else 'strict tools'}, but {way}; "
-            "send tool_choice auto, and no strict",
+            f"{param}: answers are to be held to {'a call' if mode == 'required' else 'strict tools'}, but calls are "
+            "not read here; send tool_choice auto, and no strict",
             param,
         )
     other = body.constraint
-    if other is not None and mode == "auto":
-        if other.kind == "json" and marks is not None and marks.format.writing is not None:
+    if other is not None and other.kind == "json":  # an answer is of its schema, or a call
+        if mode == "auto" and marks is not None:
             wanted = "auto"
-        elif wanted is not None:
-            name = other.place.partition(".")[0]
-            raise RequestError(f"{name}: found beside strict tools; an answer keeps to one of them", name)
+        elif wanted == "auto":
+            raise _found_beside(other, "strict tools")
+    elif other is not None and wanted is not None:
+        raise _found_beside(
+            other, "strict tools" if wanted == "auto" else "tool_choice, by which it is a call"
+        )
     return ToolUse(tools, may_call, marks, body.calls_one_at_most, wanted)
+
+
+def _found_beside(other: ConstraintSpec, what: str) -> RequestError:
+    name = other.place.partition(".")[0]
+    return RequestError(f"{name}: found beside {what}; an answer keeps to one of them", name)
 
 
 async def grammar_of(services: Services, body: GenerationBody, use: ToolUse) -> Grammar | None:
@@ -196,6 +200,19 @@ async def grammar_of(services: Services, body: GenerationBody, use: ToolUse) -> 
     return await services.grammars.get(_spec(use, loose, answer, soft))
 
 
+def headers_in_grammar(thinking: Thinking, grammar: Grammar) -> tuple[Thinking, Grammar]:
+    """Both, where calls and thoughts are messages under headers, of which the grammar knows all. RequestError where
+    the prompt has begun a message that it does not let through."""
+    thoughts, begun = thinking.thoughts.in_grammar(thinking.cue)
+    left = grammar.after(begun)
+    if left is None:
+        raise RequestError(
+            "continue_final_message: the answer is to be held to a call, and has begun already as something else",
+            "continue_final_message",
+        )
+    return replace(thinking, thoughts=thoughts, in_grammar=True), left
+
+
 async def _is_kept(services: Services, schema: Mapping[str, Any], place: str) -> bool:
     try:
         await services.grammars.get(ConstraintSpec.of_schema(schema, place))
@@ -212,5 +229,4 @@ def _spec(
     text = calls_grammar(
         use.marks, use.readable, use.wanted, is_single=use.is_single, loose=loose, soft=soft, answer=answer
     )
-    assert text is not None
     return ConstraintSpec("grammar", text, "tools")

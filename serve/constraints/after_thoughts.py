@@ -27,8 +27,9 @@ def grammar_edit(
 ) -> GrammarEdit | GrammarAfterThoughts:
     """A request's grammar, in its answer. `ends` as GrammarEdit takes it."""
     assert request.grammar is not None, "the answer is free"
-    if request.thinking is None:
+    if not request.thinks_before:
         return GrammarEdit(request.grammar, ends, begins_text=not request.continues_prompt)
+    assert request.thinking is not None
     follows = request.prompt.token_ids if request.continues_prompt else None
     read = ThoughtTokens(request.thinking, tokens, follows, before=True)
     return GrammarAfterThoughts(request.grammar, ends, request.thinking, read)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -66,6 +66,13 @@ class Grammar:
     def matcher(self) -> LLMatcher:
         """One at the beginning of an answer, which is the caller's."""
         return self._matcher.deep_copy()
+
+    def after(self, token_ids: Sequence[int]) -> Grammar | None:
+        """What may follow these tokens; None where the grammar does not let them through."""
+        matcher = self.matcher()
+        if token_ids and not matcher.consume_tokens(list(token_ids)):
+            return None
+        return Grammar(matcher, self.vocabulary)
 
 
 def compile_grammar(spec: ConstraintSpec, vocabulary: GrammarVocabulary) -> Grammar:

@@ -35,8 +35,10 @@ class GrammarVocabulary:
         """By which llguidance says that an answer may end."""
         names = {number: tokens.name(number, b"").encode() for number in silent}
         listed = [names.get(number, text) for number, text in enumerate([*texts, b""])]
+        # Room for tokens that there are not has no name, and would be the beginning of any special token's.
+        special = [*(number for number in silent if names[number]), self.end_id]
         self.tokenizer = LLTokenizer(
-            cast(Any, _Listed(listed[: max(size, self.end_id + 1)], [*silent, self.end_id], self.end_id))
+            cast(Any, _Listed(listed[: max(size, self.end_id + 1)], special, self.end_id))
         )
         self.firsts = _firsts(tokens, texts)
         """[ceil(V / 32)] uint32: tokens that say at a text's beginning what they say elsewhere; None: all do."""

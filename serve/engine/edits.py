@@ -155,7 +155,7 @@ def make_edit(
     thinking = request.thinking
     if thinking is not None and thinking.budget is not None:
         follows = request.prompt.token_ids if request.continues_prompt else None
-        before = request.grammar is not None
+        before = request.thinks_before
         parts.append(ThinkingEdit(ThinkingBudget(thinking, tokens, follows, before=before)))
     parts += others
     return None if not parts else parts[0] if len(parts) == 1 else Edits(tuple(parts))

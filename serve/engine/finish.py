@@ -62,7 +62,7 @@ class FinishRule:
         self._text: TextStream | ThoughtStream = TextStream(tokens, sampling.stop, follows)
         if request.thinking is not None:
             self._text = ThoughtStream(
-                request.thinking, tokens, sampling.stop, follows, before=request.grammar is not None
+                request.thinking, tokens, sampling.stop, follows, before=request.thinks_before
             )
         self._num_free = sampling.min_tokens  # tokens to come in whose text no stop string counts
 

@@ -151,6 +151,11 @@ class Request:
     """Special tokens that its text shows by their names: marks of calls, which somebody reads there."""
 
     @property
+    def thinks_before(self) -> bool:
+        """Its thoughts stand before what its grammar says, and are free."""
+        return self.grammar is not None and self.thinking is not None and not self.thinking.in_grammar
+
+    @property
     def all_stop_ids(self) -> tuple[int, ...]:
         """Its own, and those that its adapter learned to end with."""
         return (*self.stop_ids, *(self.adapter.stop_ids if self.adapter else ()))

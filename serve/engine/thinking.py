@@ -27,6 +27,8 @@ class Thinking:
     """Tokens of thoughts at most, marks not counted; then their end is forced."""
     tells_calls: bool = False
     """Headers that call a tool are told, as text (gpt-oss)."""
+    in_grammar: bool = False
+    """The answer's grammar, if it has one, says where thoughts stand, too."""
 
     def __post_init__(self) -> None:
         if self.budget is not None and self.budget < 0:

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import threading
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -20,6 +19,8 @@ MAX_TOOLS = 512
 MAX_PAGES = 32
 MAX_PENDING = 64
 """Calls of one server at a time."""
+MAX_MESSAGE_BYTES = 8 << 20
+"""Of one message of a server's; a longer one is not read to its end."""
 CLOSE_S = 5.0
 CONNECTION_CLOSED = -32000
 """As the mcp package tells of it."""
@@ -66,7 +67,7 @@ class McpServers:
             return
         ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         try:
-            ending.result(CLOSE_S)
+            ending.result(CLOSE_S + 1)
         except Exception:  # what a server's end raises is nobody's
             ending.cancel()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -104,7 +105,11 @@ class _Server:
         self._client: asyncio.Future[Any] | None = None
         self._closing: asyncio.Event | None = None
         self._tools: list[Tool] | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
+        """Connections that are about to end, and what was started for them."""
         self._num_pending = 0
+        self._reason = ""
+        """Why the connection has ended, where that is known."""
 
     async def tools(self) -> list[Tool]:
         client = await self._connected()
@@ -124,10 +129,9 @@ class _Server:
         return _text_of(result)
 
     async def close(self) -> None:
-        if self._connection is not None and self._closing is not None:
-            self._closing.set()
-            await asyncio.wait({self._connection}, timeout=CLOSE_S)
-            self._connection.cancel()
+        self._drop()
+        if self._leaving:
+            await asyncio.wait(self._leaving, timeout=CLOSE_S)
 
     async def _connected(self) -> Any:
         if self._connection is None or self._connection.done():
@@ -140,16 +144,25 @@ class _Server:
     async def _live(self, connected: asyncio.Future[Any], closing: asyncio.Event) -> None:
         """The whole life of a connection, in one task, as its scopes demand."""
         try:
-            async with _client(self._config) as client:
+            async with _client(self._config, self._hear) as client:
                 if not connected.done():
                     connected.set_result(client)
                 await closing.wait()
         except BaseException as error:
             if not connected.done():
-                connected.set_exception(ToolServerError(f"MCP server {self._name!r}: {_reason(error)}"))
+                reason = self._told(error)
+                connected.set_exception(ToolServerError(f"MCP server {self._name!r}: {reason}"))
                 connected.exception()  # whoever waited may have left
             if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)):
                 raise
+
+    def _hear(self, reason: str) -> None:
+        self._reason = reason
+
+    def _told(self, error: BaseException) -> str:
+        """Why, as far as is known."""
+        reason, self._reason = self._reason or _reason(error), ""
+        return reason
 
     async def _within(self, work: Any, doing: str) -> Any:
         """ToolServerError where it takes too long or fails; then the next question connects anew."""
@@ -166,7 +179,8 @@ class _Server:
         except Exception as error:  # foreign code, over a wire
             if _is_end(error):
                 self._drop()
-            raise ToolServerError(f"MCP server {self._name!r}: {doing} failed: {_reason(error)}") from None
+            reason = self._told(error)
+            raise ToolServerError(f"MCP server {self._name!r}: {doing} failed: {reason}") from None
 
     def _drop(self) -> None:
         """Leave a connection of which nothing more is to be expected."""
@@ -174,30 +188,27 @@ class _Server:
             self._closing.set()
         connection, self._connection = self._connection, None
         if connection is not None:
+            self._leaving.add(connection)
+            connection.add_done_callback(self._leaving.discard)
             asyncio.get_running_loop().call_later(CLOSE_S, connection.cancel)
 
 
 @asynccontextmanager
-async def _client(config: McpServerConfig) -> AsyncIterator[Any]:
-    """The mcp package's client; imported here, for it takes a second."""
-    from mcp import Client, StdioServerParameters
-    from mcp.client.stdio import stdio_client
-    from mcp.client.streamable_http import streamable_http_client
-    from mcp.shared._httpx_utils import create_mcp_http_client
+async def _client(config: McpServerConfig, tell: Callable[[str], None]) -> AsyncIterator[Any]:
+    """The mcp package's client; imported here, for it takes a second. tell: why a connection has ended."""
+    from mcp import Client
+
+    from serve.mcp.bounded import http_client, over_http, over_streams
 
     if config.url is not None:
-        async with create_mcp_http_client(headers=dict(config.headers)) as http:
-            transport = streamable_http_client(config.url, http_client=http)
-            async with Client(transport) as client:
-                yield client
-        return
-    assert config.command is not None
-    parameters = StdioServerParameters(
-        command=config.command, args=list(config.args), env=dict(config.env), cwd=config.cwd
-    )
-    with open(os.devnull, "w") as nowhere:
-        async with Client(stdio_client(parameters, nowhere)) as client:
+        async with (
+            http_client(config, MAX_MESSAGE_BYTES) as http,
+            Client(over_http(config, http, MAX_MESSAGE_BYTES)) as client,
+        ):
             yield client
+        return
+    async with Client(over_streams(config, MAX_MESSAGE_BYTES, tell)) as client:
+        yield client
 
 
 async def _listed(client: Any) -> list[Tool]:

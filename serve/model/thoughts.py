@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -87,6 +87,15 @@ class Thoughts:
             if token_ids[index] in turns:
                 return tuple(token_ids[index:])
         return tuple(token_ids[-NUM_CUE_TOKENS:])
+
+    def in_grammar(self, cue: Sequence[int]) -> tuple[Thoughts, tuple[int, ...]]:
+        """The same where a grammar says which header follows a thought; and what a prompt's cue has of the answer's
+        messages, which that grammar has to let through."""
+        channel = self.openings[-1][0]
+        turn = self.close_ids[: self.close_ids.index(channel)]  # what ends a message, and begins the next
+        begun = turn[1:]
+        rest = tuple(cue[len(begun) :]) if tuple(cue[: len(begun)]) == begun else ()
+        return replace(self, close_ids=turn), rest
 
 
 class Piece(NamedTuple):

@@ -57,7 +57,22 @@ class Member(Generic[T]):
     load_s: float = 0.0
     """All loads together."""
     problem: str | None = None
-    """Why the last load failed; None: it did not."""
+    """Why the last load failed, or what was loaded did; None: neither did."""
+    is_broken: bool = False
+    """What is loaded does nothing any more: it goes at once, and comes anew when it is asked for."""
+    num_breaks: int = 0
+    """In a row, each soon after it had been loaded."""
+    retry_s: float = 0.0
+    """Having broken, it is not loaded before."""
+    keep_s: float | None = None
+    """While it stays loaded, the time without a request after which it leaves, instead of its terms'; inf: never."""
+
+    @property
+    def idle_s(self) -> float | None:
+        """Without a request for so long, it leaves; None: it never does."""
+        if self.terms.is_pinned:
+            return None
+        return self.terms.idle_unload_s if self.keep_s is None else self.keep_s
 
     @property
     def is_resident(self) -> bool:

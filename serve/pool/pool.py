@@ -1,8 +1,10 @@
 """Several models, of which some are loaded: who asks for one gets a lease on it, now or once it has been brought.
 
 A model is loaded once, however many ask for it, and stays as long as anybody has a lease. One thread loads and
-unloads, one thing at a time; what it does next is `rule`'s. A load that fails answers everybody who waited; the next
-who asks has it tried again. Who no longer wants to wait leaves, and holds up nobody. Safe to call from any thread.
+unloads, one thing at a time; what it does next is `rule`'s. A load that fails answers everybody who waited; the
+next who asks has it tried again. What broke while it was loaded goes at once and is loaded anew by the next who asks;
+one that breaks again and again is left alone for a while. Who no longer wants to wait leaves, and holds up nobody.
+Safe to call from any thread.
 """
 
 from __future__ import annotations
@@ -35,6 +37,10 @@ T = TypeVar("T")
 MAX_WAITERS = 1024
 """For one model."""
 FULL_RETRY_AFTER_S = 10.0
+STEADY_S = 300.0
+"""What breaks after so long breaks for the first time."""
+FIRST_BACK_OFF_S, MAX_BACK_OFF_S = 1.0, 60.0
+"""How long a model stays away that has broken twice in a row; and at most, doubled each time."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,12 @@ class Standing:
     num_failed: int
     load_s: float
     problem: str | None
-    """Of the last load; None: there was none."""
+    """Of the last load, or of what was loaded; None: there was none."""
+    num_breaks: int
+    """In a row, of what was loaded; it may be loaded again `retry_s` from now."""
+    retry_s: float
+    idle_s: float | None
+    """It leaves so long from now, if nobody asks for it; None: it does not, or is not there."""
 
 
 class Lease(Generic[T]):
@@ -102,6 +113,8 @@ class Pool(Generic[T]):
     load   brings it; raises LatheError. All four run on the pool's thread
     stop   ends it: what still runs in it fails, its threads are joined
     tidy   once nothing refers to it any more: memory goes back
+
+    failure  by what it has become useless; None: it has not. Of any thread
     """
 
     def __init__(
@@ -112,6 +125,7 @@ class Pool(Generic[T]):
         tidy: Callable[[], None],
         bounds: Bounds = Bounds(),
         clock: Callable[[], float] = time.monotonic,
+        failure: Callable[[T], BaseException | None] = lambda _: None,
     ) -> None:
         self._look = look
         self._load = load
@@ -119,6 +133,7 @@ class Pool(Generic[T]):
         self._tidy = tidy
         self._bounds = bounds
         self._clock = clock
+        self._failure = failure
         self._changed = threading.Condition()  # guards what follows
         self._members: dict[str, Member[T]] = {}
         self._is_closing = False
@@ -166,13 +181,20 @@ class Pool(Generic[T]):
                 raise NotFoundError(f"no model {name!a:.200} is configured here")
             if self._is_closing:
                 raise StoppedError("the server is shutting down")
+            self._notice(member)
+            if member.retry_s > self._clock():
+                raise OverloadedError(
+                    f"model {name!r} has broken {member.num_breaks} times in a row, and is not loaded again yet: "
+                    f"{member.problem}",
+                    member.retry_s - self._clock(),
+                )
             if len(member.waiters) >= MAX_WAITERS:
                 raise OverloadedError(
                     f"{MAX_WAITERS} requests wait for model {name!r} to be loaded", FULL_RETRY_AFTER_S
                 )
             waiter = Waiter(self, member, self._clock())
             member.waiters.append(waiter)
-            if member.state == "ready":
+            if member.state == "ready" and not member.is_broken:
                 self._serve(member)
             else:
                 self._changed.notify_all()
@@ -186,7 +208,7 @@ class Pool(Generic[T]):
         """A lease on a model that takes requests; None where it does not, and then it is not brought."""
         with self._changed:
             member = self._members.get(name)
-            if member is None or member.state != "ready" or self._is_closing:
+            if member is None or member.state != "ready" or self._is_closing or self._notice(member):
                 return None
             assert member.loaded is not None
             return self._lend(member, member.loaded)
@@ -210,6 +232,15 @@ class Pool(Generic[T]):
                 self._changed.notify_all()
         return done
 
+    def keep(self, name: str, idle_s: float) -> None:
+        """Let a model that is loaded, or about to be, leave once nobody has asked for it for so long; 0: as soon as
+        nobody has it; inf: never, but for another. That holds until it has left. A pinned one stays."""
+        with self._changed:
+            member = self._members[name]
+            if member.is_resident or member.waiters:
+                member.keep_s = idle_s
+                self._changed.notify_all()
+
     def loaded(self) -> Mapping[str, T]:
         """Models in memory by name, without a hold on them: for a look."""
         with self._changed:
@@ -220,6 +251,9 @@ class Pool(Generic[T]):
     def standings(self) -> list[Standing]:
         """Every model as it is now."""
         with self._changed:
+            now_s = self._clock()
+            for member in self._members.values():
+                self._notice(member)
             return [
                 Standing(
                     member.name,
@@ -231,6 +265,9 @@ class Pool(Generic[T]):
                     member.num_failed,
                     member.load_s,
                     member.problem,
+                    member.num_breaks,
+                    max(member.retry_s - now_s, 0.0),
+                    self._leaves_in(member, now_s),
                 )
                 for member in self._members.values()
             ]
@@ -252,11 +289,34 @@ class Pool(Generic[T]):
                     f"{member.name} is {member.state}"
                 )
                 assert has_it or not member.leases, f"{member.name} is {member.state} and leased"
-                assert member.state != "ready" or not member.waiters, f"{member.name} is not handed out"
+                is_held_back = member.state != "ready" or member.is_broken
+                assert is_held_back or not member.waiters, f"{member.name} is not handed out"
             resident = sum(member.is_resident for member in members)
             assert resident <= max(self._bounds.max_resident, 1), f"{resident} models are resident"
 
     # Under the lock
+
+    def _notice(self, member: Member[T]) -> bool:
+        """Whether what is loaded is of no use any more; then it goes, where somebody can bring it again."""
+        if member.is_broken or member.state not in ("ready", "draining") or not self.is_started:
+            return member.is_broken
+        assert member.loaded is not None
+        failure = self._failure(member.loaded)
+        if failure is None:
+            return False
+        now_s = self._clock()
+        is_first = now_s - member.ready_since_s >= STEADY_S
+        member.num_breaks = 1 if is_first else member.num_breaks + 1
+        if member.num_breaks > 1:
+            member.retry_s = now_s + min(FIRST_BACK_OFF_S * 2.0 ** (member.num_breaks - 2), MAX_BACK_OFF_S)
+        member.is_broken, member.problem = True, f"it broke: {failure!r}"
+        self._changed.notify_all()
+        return True
+
+    def _leaves_in(self, member: Member[T], now_s: float) -> float | None:
+        if member.idle_s is None or math.isinf(member.idle_s) or member.state not in ("ready", "draining"):
+            return None
+        return max((member.used_s if member.is_idle else now_s) + member.idle_s - now_s, 0.0)
 
     def _lend(self, member: Member[T], loaded: T) -> Lease[T]:
         lease = Lease(self, member, loaded)
@@ -291,6 +351,7 @@ class Pool(Generic[T]):
                 return
             member.leases.remove(lease)
             member.used_s = self._clock()
+            self._notice(member)
             if not member.leases:
                 self._changed.notify_all()
 
@@ -401,7 +462,7 @@ class Pool(Generic[T]):
         del loaded
         self._tidy()
         with self._changed:
-            member.state = "unloaded"
+            member.state, member.is_broken, member.keep_s = "unloaded", False, None
             self._told(member)
             self._changed.notify_all()
 

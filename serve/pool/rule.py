@@ -56,6 +56,9 @@ def next_step(members: Sequence[Member[T]], bounds: Bounds, now_s: float) -> Ste
     """The next thing to do in a pool in which nothing is under way."""
     wanted = _first_wanted(members)
     for member in members:
+        if member.is_broken:
+            return Step("unload", member)
+    for member in members:
         if member.state == "draining":
             return _go_on(member, wanted, members, bounds, now_s)
     for member in members:
@@ -98,8 +101,8 @@ def _make_room(wanted: Member[T], members: Sequence[Member[T]], bounds: Bounds, 
 def _let_idle_go(members: Iterable[Member[T]], now_s: float) -> Step[T]:
     first = Step[T]("wait")
     for member in members:
-        after_s = member.terms.idle_unload_s
-        if after_s is None or not member.is_idle or member.terms.is_pinned:
+        after_s = member.idle_s
+        if after_s is None or not member.is_idle:
             continue
         end_s = member.used_s + after_s
         if now_s >= end_s:

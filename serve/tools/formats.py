@@ -1,95 +1,30 @@
-"""How each family of models writes calls: the marks around them, and what stands between these."""
+"""How each family of models writes calls."""
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from serve.tools import parsers
-from serve.tools.parsers import Parse
+from serve.tools.format import Headers, Parameters, ToolFormat, Whole, Writing
+from serve.tools.parameters import Marks
 
-Arguments = Literal["json", "parameters"]
-
-
-class Whole(NamedTuple):
-    """A call that is read when all of it is there."""
-
-    begin: str
-    """"" : any text."""
-    end: str
-    parse: Parse
-    """Of what begins with `begin` and goes up to `end`."""
-    is_inner: bool = False
-    """`parse` gets what is between the two."""
-
-
-class Parameters(NamedTuple):
-    """How arguments are written one by one. `{name}` stands for the parameter's."""
-
-    before: str
-    after: str
-    joint: str = ""
-    quotes: tuple[str, str] | None = ("", "")
-    """Around texts; None: they are JSON."""
-
-
-class Writing(NamedTuple):
-    """How a model writes calls where a grammar says that it must. `{name}` stands for the function's."""
-
-    before: str
-    after: str
-    joint: str = ""
-    parameters: Parameters | None = None
-    """None: the arguments are a JSON object."""
-    opening: str = ""
-    """Before the first call."""
-    closing: str = ""
-    """After the last."""
-
-
-@dataclass(frozen=True)
-class ToolFormat:
-    """One way to write calls."""
-
-    name: str
-    marks: tuple[str, ...]
-    """Where calls begin, in free text."""
-    ends: tuple[str, ...] = ()
-    """What may follow a call, and is dropped."""
-    has_objects: bool = False
-    """Calls are JSON objects, or lists of them."""
-    header: re.Pattern[str] | None = None
-    """What stands before a JSON object: who is called, and perhaps by which id."""
-    wholes: tuple[Whole, ...] = ()
-    bare: bool = False
-    """An answer that is nothing but the JSON of known functions' calls is those."""
-    writing: Writing | None = None
-    """None: no grammar can say it."""
-    tokens: tuple[str, ...] = ()
-    """Special tokens inside calls, beside those of the marks."""
-    end_tokens: tuple[str, ...] = ()
-    """Special tokens after which the tool's answer is due."""
-    short_ids: bool = False
-    """Calls have ids of nine letters and digits, as Mistral's templates demand."""
-    signs: tuple[tuple[str, ...], ...] = ()
-    """A template that holds all of one group is this format's."""
-    vocabulary: tuple[str, ...] = ()
-    """Tokens that tell the format, where no template does."""
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """All that it knows as marks."""
-        wholes = (text for whole in self.wholes for text in (whole.begin, whole.end) if text)
-        return tuple(dict.fromkeys((*self.marks, *self.ends, *wholes, *self.tokens)))
-
-
+IDENTIFIER = re.compile(rf"(?!(?:{'|'.join(keyword.kwlist)})$)[A-Za-z_]\w*")
+"""Of Python's, but for its own words."""
+GEMMA_KEY = re.compile(r"""[^\s:,{}\[\]"<>]+""")
 NAME = r"(?P<name>[^\s<>{}\[\]|]+)"
 
 
 def _header(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern, re.DOTALL)
+
+
+def _marks(head: str, begin: str, opens: str, opening: str, close: str, **rest: Any) -> Marks:
+    """`{n}` stands for a name in `head` and `opening`."""
+    named = [re.compile(text.replace("{n}", r"(?P<name>[^<>\n]+?)"), re.DOTALL) for text in (head, opening)]
+    return Marks(named[0], begin, opens, named[1], close, **rest)
 
 
 def _objects(name: str, begin: str, end: str, *, key: str = "arguments", **rest: Any) -> ToolFormat:
@@ -108,7 +43,21 @@ _QWEN3_CODER = ToolFormat(
     marks=("<tool_call>", "<function=", "<seed:tool_call>"),
     ends=("</tool_call>", "</seed:tool_call>"),
     has_objects=True,
-    wholes=(Whole("<function=", "</function>", parsers.qwen3_coder),),
+    wholes=(
+        Whole(
+            "<function=",
+            "</function>",
+            parsers.qwen3_coder,
+            marks=_marks(
+                r"<function=\s*{n}\s*>?\s*",
+                "<parameter=",
+                ">",
+                r"<parameter=\s*{n}\s*>",
+                "</parameter>",
+                trim="lines",
+            ),
+        ),
+    ),
     writing=Writing(
         "<tool_call>\n<function={name}>\n",
         "</function>\n</tool_call>",
@@ -122,7 +71,21 @@ _GLM = ToolFormat(
     marks=("<tool_call>",),
     ends=(),
     has_objects=True,
-    wholes=(Whole("", "</tool_call>", parsers.glm47, is_inner=True),),
+    wholes=(
+        Whole(
+            "",
+            "</tool_call>",
+            parsers.glm47,
+            is_inner=True,
+            marks=_marks(
+                r"\s*{n}\s*",
+                "<arg_key>",
+                "<arg_value>",
+                r"<arg_key>\s*{n}\s*</arg_key>(?:\\n|\s)*<arg_value>",
+                "</arg_value>",
+            ),
+        ),
+    ),
     writing=Writing(
         "<tool_call>{name}\n",
         "</tool_call>",
@@ -134,7 +97,21 @@ _GLM = ToolFormat(
 _LONGCAT = ToolFormat(
     "longcat",
     marks=("<longcat_tool_call>",),
-    wholes=(Whole("", "</longcat_tool_call>", parsers.longcat, is_inner=True),),
+    wholes=(
+        Whole(
+            "",
+            "</longcat_tool_call>",
+            parsers.longcat,
+            is_inner=True,
+            marks=_marks(
+                r"\s*{n}\s*",
+                "<longcat_arg_key>",
+                "<longcat_arg_value>",
+                r"<longcat_arg_key>\s*{n}\s*</longcat_arg_key>(?:\\n|\s)*<longcat_arg_value>",
+                "</longcat_arg_value>",
+            ),
+        ),
+    ),
     writing=Writing(
         "<longcat_tool_call>{name}\n",
         "</longcat_tool_call>",
@@ -184,7 +161,7 @@ _GEMMA4 = ToolFormat(
     writing=Writing(
         "<|tool_call>call:{name}{",
         "}<tool_call|>",
-        parameters=Parameters("{name}:", "", ",", ('<|"|>', '<|"|>')),
+        parameters=Parameters("{name}:", "", ",", ('<|"|>', '<|"|>'), GEMMA_KEY),
     ),
     tokens=('<|"|>',),
     signs=(("<|tool_call>",),),
@@ -197,7 +174,7 @@ _FUNCTION_GEMMA = ToolFormat(
     writing=Writing(
         "<start_function_call>call:{name}{",
         "}<end_function_call>",
-        parameters=Parameters("{name}:", "", ",", ("<escape>", "<escape>")),
+        parameters=Parameters("{name}:", "", ",", ("<escape>", "<escape>"), GEMMA_KEY),
     ),
     tokens=("<escape>",),
     end_tokens=("<start_function_response>",),
@@ -208,7 +185,9 @@ _TOOL_CODE = ToolFormat(
     "tool_code",
     marks=("```tool_code",),
     wholes=(Whole("", "```", parsers.python, is_inner=True),),
-    writing=Writing("```tool_code\n{name}(", ")\n```", "\n", Parameters("{name}=", "", ", ", None)),
+    writing=Writing(
+        "```tool_code\n{name}(", ")\n```", "\n", Parameters("{name}=", "", ", ", None, IDENTIFIER)
+    ),
     signs=(("tool_code",),),
 )
 _PYTHONIC = ToolFormat(
@@ -216,7 +195,7 @@ _PYTHONIC = ToolFormat(
     marks=("<|tool_call_start|>",),
     wholes=(Whole("", "<|tool_call_end|>", parsers.python, is_inner=True),),
     writing=Writing(
-        "{name}(", ")", ", ", Parameters("{name}=", "", ", ", None),
+        "{name}(", ")", ", ", Parameters("{name}=", "", ", ", None, IDENTIFIER),
         opening="<|tool_call_start|>[", closing="]<|tool_call_end|>",
     ),
     signs=(("<|tool_list_start|>",), ("<|tool_call_start|>",)),
@@ -227,7 +206,7 @@ _OLMO3 = ToolFormat(
     marks=("<function_calls>",),
     wholes=(Whole("", "</function_calls>", parsers.python, is_inner=True),),
     writing=Writing(
-        "{name}(", ")", "\n", Parameters("{name}=", "", ", ", None),
+        "{name}(", ")", "\n", Parameters("{name}=", "", ", ", None, IDENTIFIER),
         opening="<function_calls>", closing="</function_calls>",
     ),
     signs=(("<function_calls>", "</function_calls>", "<functions>"),),
@@ -264,7 +243,30 @@ _DEEPSEEK_V32 = ToolFormat(
     "deepseek_v32",
     marks=("<｜DSML｜function_calls>", "<｜DSML｜invoke"),
     ends=("</｜DSML｜function_calls>",),
-    wholes=(Whole("<｜DSML｜invoke", "</｜DSML｜invoke>", parsers.deepseek_v32),),
+    wholes=(
+        Whole(
+            "<｜DSML｜invoke",
+            "</｜DSML｜invoke>",
+            parsers.deepseek_v32,
+            marks=_marks(
+                r'<｜DSML｜invoke\s+name="{n}"\s*>\s*',
+                "<｜DSML｜parameter",
+                ">",
+                r'<｜DSML｜parameter\s+name="{n}"(?:\s+string="(?P<kind>true|false)")?\s*>',
+                "</｜DSML｜parameter>",
+                trim="none",
+                text_kinds=("true", None),
+            ),
+        ),
+    ),
+    writing=Writing(
+        '<｜DSML｜invoke name="{name}">\n',
+        "</｜DSML｜invoke>",
+        "\n",
+        Parameters('<｜DSML｜parameter name="{name}" string="{is_text}">', "</｜DSML｜parameter>\n"),
+        opening="<｜DSML｜function_calls>\n",
+        closing="\n</｜DSML｜function_calls>",
+    ),
     signs=(("｜DSML｜",),),
     vocabulary=("｜DSML｜",),
 )
@@ -287,7 +289,31 @@ _KIMI_K3 = ToolFormat(
     "kimi_k3",
     marks=("<|open|>tools<|sep|>", "<|open|>call"),
     ends=("<|close|>tools<|sep|>",),
-    wholes=(Whole("<|open|>call", "<|close|>call<|sep|>", parsers.kimi_k3),),
+    wholes=(
+        Whole(
+            "<|open|>call",
+            "<|close|>call<|sep|>",
+            parsers.kimi_k3,
+            marks=_marks(
+                r'<\|open\|>call(?:\s+(?!tool=)\w+="[^"]*")*\s+tool="{n}"[^<>]*<\|sep\|>\s*',
+                "<|open|>argument",
+                "<|sep|>",
+                r'<\|open\|>argument(?:\s+(?:key="{n}"|type="(?P<kind>[^"]*)"))+\s*<\|sep\|>',
+                "<|close|>argument<|sep|>",
+                trim="none",
+                text_kinds=("string", None),
+            ),
+        ),
+    ),
+    writing=Writing(
+        '<|open|>call tool="{name}" index="{number}"<|sep|>',
+        "<|close|>call<|sep|>",
+        parameters=Parameters(
+            '<|open|>argument key="{name}" type="{kind}"<|sep|>', "<|close|>argument<|sep|>"
+        ),
+        opening="<|open|>tools<|sep|>",
+        closing="<|close|>tools<|sep|>",
+    ),
     tokens=("<|open|>", "<|close|>", "<|sep|>"),
     signs=(("<|open|>tools",),),
     vocabulary=("<|open|>", "<|close|>", "<|sep|>"),
@@ -297,7 +323,14 @@ _MINIMAX_M2 = ToolFormat(
     "minimax_m2",
     marks=("<minimax:tool_call>", "<invoke name="),
     ends=("</minimax:tool_call>",),
-    wholes=(Whole("<invoke name=", "</invoke>", parsers.minimax_m2),),
+    wholes=(
+        Whole(
+            "<invoke name=", "</invoke>", parsers.minimax_m2,
+            marks=_marks(
+                r"<invoke name=\s*{n}\s*>\s*", "<parameter name=", ">", r"<parameter name=\s*{n}\s*>", "</parameter>"
+            ),
+        ),
+    ),
     writing=Writing(
         '<invoke name="{name}">\n', "</invoke>", "\n", _INVOKE,
         opening="<minimax:tool_call>\n", closing="\n</minimax:tool_call>",
@@ -310,7 +343,29 @@ _MINIMAX_M3 = ToolFormat(
     "minimax_m3",
     marks=(f"{_M3}<tool_call>", f"{_M3}<invoke"),
     ends=(f"{_M3}</tool_call>",),
-    wholes=(Whole(f"{_M3}<invoke", f"{_M3}</invoke>", parsers.minimax_m3),),
+    wholes=(
+        Whole(
+            f"{_M3}<invoke",
+            f"{_M3}</invoke>",
+            parsers.minimax_m3,
+            marks=_marks(
+                rf"{re.escape(_M3)}<invoke\s+name\s*=\s*{{n}}\s*>\s*",
+                f"{_M3}<",
+                ">",
+                rf"{re.escape(_M3)}<(?P<name>[A-Za-z_$][\w:.$-]*)>",
+                f"{_M3}</{{name}}>",
+                nests=True,
+            ),
+        ),
+    ),
+    writing=Writing(
+        f'{_M3}<invoke name="{{name}}">',
+        f"{_M3}</invoke>",
+        "\n",
+        Parameters(f"{_M3}<{{name}}>", f"{_M3}</{{name}}>", names=re.compile(r"[A-Za-z_$][\w:.$-]*")),
+        opening=f"{_M3}<tool_call>\n",
+        closing=f"\n{_M3}</tool_call>",
+    ),
     tokens=(_M3,),
     signs=((f"{_M3}<tool_call>",), ("<mm:think>",)),
     vocabulary=(_M3,),
@@ -318,7 +373,21 @@ _MINIMAX_M3 = ToolFormat(
 _MINICPM5 = ToolFormat(
     "minicpm5",
     marks=("<function name=",),
-    wholes=(Whole("<function name=", "</function>", parsers.minicpm5),),
+    wholes=(
+        Whole(
+            "<function name=",
+            "</function>",
+            parsers.minicpm5,
+            marks=_marks(
+                r"<function name=\s*{n}\s*>\s*",
+                "<param",
+                ">",
+                r"<param\s+name\s*=\s*{n}\s*>",
+                "</param>",
+                wraps="<![CDATA[",
+            ),
+        ),
+    ),
     writing=Writing(
         '<function name="{name}">', "</function>", "\n", Parameters('<param name="{name}">', "</param>")
     ),
@@ -328,7 +397,28 @@ _MUSE_SPARK = ToolFormat(
     "muse_spark",
     marks=("<atem:function_calls>", "<atem:invoke"),
     ends=("</atem:function_calls>",),
-    wholes=(Whole("<atem:invoke", "</atem:invoke>", parsers.muse_spark),),
+    wholes=(
+        Whole(
+            "<atem:invoke",
+            "</atem:invoke>",
+            parsers.muse_spark,
+            marks=_marks(
+                r'<atem:invoke\b[^>]*?\bname="{n}"\s*>\s*',
+                "<atem:parameter",
+                ">",
+                r'<atem:parameter\b[^>]*?\bname="{n}"[^>]*>',
+                "</atem:parameter>",
+            ),
+        ),
+    ),
+    writing=Writing(
+        '<atem:invoke name="{name}">\n',
+        "</atem:invoke>",
+        "\n",
+        Parameters('<atem:parameter name="{name}">', "</atem:parameter>\n"),
+        opening="<atem:function_calls>\n",
+        closing="\n</atem:function_calls>",
+    ),
     signs=(("<atem:function_calls>",),),
 )
 _GRANITE = _objects(
@@ -371,6 +461,17 @@ _GPT_OSS = ToolFormat(
     ends=("<|call|>",),
     header=_header(r"(?:functions\.)?(?P<name>[^\s<>{}|]+)[^{}]*?<\|message\|>\s*"),
     end_tokens=("<|call|>",),
+    writing=Writing(
+        "<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>",
+        "<|call|>",
+        headers=Headers(
+            "<|channel|>analysis<|message|>",
+            "<|channel|>commentary<|message|>",
+            "<|channel|>final<|message|>",
+            "<|end|><|start|>assistant",
+        ),
+    ),
+    tokens=("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>"),
     signs=(("<|channel|>commentary", "<|call|>"),),
     vocabulary=("<|channel|>", "<|message|>", "<|call|>"),
 )

@@ -2,7 +2,8 @@
 
 What is told in sum does not depend on how the text is cut. Text goes on as it comes, but for white space that may
 stand before a call, and for what may be the beginning of a mark. A call that is a JSON object is told as soon as its
-arguments open, and these as they come; any other when it is whole. What is no call after all is text.
+arguments open, and these as they come; one that is written parameter by parameter as its first one begins; any other
+when it is whole. What is no call after all is text.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import re
 import secrets
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from serve.tools.call import CallPiece
-from serve.tools.formats import ToolFormat, Whole
-from serve.tools.scan import ObjectCall, Value, begins
+from serve.tools.format import ToolFormat, Whole
+from serve.tools.parameters import Marks, ParameterCall, first_mark, unquoted
+from serve.tools.scan import ObjectCall, Value, begins, is_name, overlap
 from serve.tools.tool import Read, Tool
 
 MAX_HEADER_CHARS = 1024
@@ -59,6 +62,8 @@ class ToolReader:
         self._arguments: Value | None = None
         self._whole: Whole | None = None
         self._body: list[str] = []
+        self._is_odd = False  # what the call's parameters follow is no head of one
+        self._parameters: ParameterCall | None = None
         self._in_list = False
         self._is_bare = False  # no mark stands before the call
         self._num_before = 0  # calls told when the mark came
@@ -70,7 +75,8 @@ class ToolReader:
     @property
     def is_over(self) -> bool:
         """Whether what follows is not read: the only call that is wanted has been told to its end."""
-        is_open = self._arguments is not None or (self._object is not None and self._object.name is not None)
+        is_open = self._arguments is not None or self._parameters is not None
+        is_open |= self._object is not None and self._object.name is not None
         return self._is_single and self.num_calls > 0 and not is_open
 
     def push(self, text: str) -> Read:
@@ -90,6 +96,16 @@ class ToolReader:
         held, self._held = "" if self.is_over else self._held, ""
         if self._state == self._in_body and not is_cut and self._is_balanced(held):
             self._end_whole("".join((*self._body, held)), "")
+        elif self._parameters is not None:
+            rest = self._parameters.finish(held, is_cut=is_cut)
+            self._add(self._parameters.take())
+            if self._parameters.is_over:
+                self._parameters, self._state = None, self._after
+            if rest:  # behind a call of which a value's end was left out
+                self._held = ""
+                early = self.push(rest).parts
+                late = self.finish(is_cut=is_cut).parts
+                return _joined((*early, *late))
         elif self._object is not None:
             was_told = self._object.name is not None
             self._object.finish()
@@ -109,18 +125,17 @@ class ToolReader:
 
     def _is_balanced(self, held: str) -> bool:
         """Whether no parameter of the call is cut, as far as its format tells."""
-        writing = self._format.writing
-        if writing is None or writing.parameters is None:
+        parameters = self._format.writing.parameters
+        if parameters is None or (self._whole is not None and self._whole.marks is not None):
             return True
         body = "".join((*self._body, held))
-        before, after = writing.parameters.before.partition("{")[0], writing.parameters.after.strip()
+        before, after = parameters.before.partition("{")[0], parameters.after.strip()
         return not after or body.count(before) == body.count(after)
 
     def _read(self) -> Read:
         parts = tuple(part for part in self._parts if part)
         self._parts.clear()
-        words = "".join(part for part in parts if isinstance(part, str))
-        return Read(words, tuple(part for part in parts if isinstance(part, CallPiece)), parts)
+        return _joined(parts)
 
     # Each of these is a state: it goes on from a place in the text, and says how far it came.
 
@@ -196,7 +211,7 @@ class ToolReader:
         return self._break_at(end)
 
     def _begin_whole(self, whole: Whole, text: str, at: int) -> int:
-        self._whole, self._body, self._state = whole, [], self._in_body
+        self._whole, self._body, self._state, self._is_odd = whole, [], self._in_body, False
         end = at + len(whole.begin)
         if whole.begin:
             self._body.append(text[at:end])
@@ -260,14 +275,51 @@ class ToolReader:
         """Inside a call that is read when it is whole."""
         whole = self._whole
         assert whole is not None
+        if whole.marks is not None and not self._is_odd:
+            mark, end = first_mark(text, at, whole.marks.begin, whole.end)
+            self._body.append(text[at:end])
+            at = end
+            if mark == "none" or (mark == "begin" and self._begin_parameters(whole, whole.marks)):
+                return end
         end = text.find(whole.end, at)
         if end < 0:
-            end = len(text) - _overlap(text[at:], whole.end)
+            end = len(text) - overlap(text, whole.end, at)
             self._body.append(text[at:end])
             return end
         self._body.append(text[at:end])
         self._end_whole("".join(self._body), whole.end)
         return end + len(whole.end)
+
+    def _begin_parameters(self, whole: Whole, marks: Marks) -> bool:
+        """The first parameter of a call comes. False where what stands before it is no head of one: then it is read
+        when it is whole."""
+        head = "".join(self._body)
+        found = marks.head.fullmatch(head)
+        name = "" if found is None else unquoted(found["name"])
+        tool = next((tool for tool in self._tools if tool.name == name), None)
+        if tool is None and not is_name(name):
+            self._is_odd = True
+            return False
+        self._body, self._whole = [], None
+
+        def read(parameters: str) -> Mapping[str, Any]:
+            return whole.members(head + parameters, self._tools)
+
+        self._parameters, self._state = (
+            ParameterCall(marks, whole.end, tool, read, self._all_ends),
+            self._in_parameters,
+        )
+        self._tell(name, None)
+        return True
+
+    def _in_parameters(self, text: str, at: int) -> int:
+        """Inside a call that is told parameter by parameter."""
+        assert self._parameters is not None
+        end = self._parameters.push(text, at)
+        self._add(self._parameters.take())
+        if self._parameters.is_over:
+            self._parameters, self._state = None, self._after
+        return end
 
     def _end_whole(self, body: str, end: str) -> None:
         """Of a call that is there, with its end or, where the answer left that out, without."""
@@ -348,15 +400,12 @@ class ToolReader:
         self._say(words)
 
 
+def _joined(parts: tuple[str | CallPiece, ...]) -> Read:
+    words = "".join(part for part in parts if isinstance(part, str))
+    return Read(words, tuple(part for part in parts if isinstance(part, CallPiece)), parts)
+
+
 def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
     found = pattern.match(text, at)
     assert found is not None  # it matches nothing too
     return found.end()
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that begins `mark`."""
-    for length in range(min(len(mark) - 1, len(text)), 0, -1):
-        if text.endswith(mark[:length]):
-            return length
-    return 0

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from serve.errors import ConfigError
-from serve.tools.formats import AUTO, FORMATS, NAMES, NONE, ToolFormat, named
+from serve.tools.format import ToolFormat
+from serve.tools.formats import AUTO, FORMATS, NAMES, NONE, named
 from serve.tools.parsers import Theirs
 
 if TYPE_CHECKING:

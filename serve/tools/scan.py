@@ -113,6 +113,19 @@ class Value:
         return len(text)
 
 
+def overlap(text: str, mark: str, at: int = 0) -> int:
+    """Length of the longest end of `text`, from a place on, that begins `mark`."""
+    for length in range(min(len(mark) - 1, len(text) - at), 0, -1):
+        if text.endswith(mark[:length]):
+            return length
+    return 0
+
+
+def is_name(text: str) -> bool:
+    """Whether a function may be called that."""
+    return 0 < len(text) <= MAX_NAME_CHARS and is_clean(text) and not any(map(str.isspace, text))
+
+
 def begins(text: str, at: int, marks: Sequence[str]) -> str:
     """Whether one of the marks stands there: "whole", "part" of one at the text's end, or "none"."""
     rest = len(text) - at

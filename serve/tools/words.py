@@ -9,8 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from serve.tools.formats import Parameters, ToolFormat, Writing
+from serve.tools.format import Parameters, ToolFormat, Writing
 from serve.tools.tool import Tool
+from serve.tools.values import kind_of
 
 if TYPE_CHECKING:
     from serve.model.template import ChatTemplate
@@ -30,7 +31,7 @@ def told_in_words(
     template: ChatTemplate, format: ToolFormat, messages: Sequence[Message], tools: Sequence[Tool]
 ) -> list[dict[str, Any]]:
     """The messages, with what this template would leave out said in them."""
-    forms, writing = template.forms, format.writing or _HERMES
+    forms, writing = template.forms, format.writing
     told: list[dict[str, Any]] = []
     is_result = False
     for message in messages:
@@ -68,7 +69,6 @@ def introduction(writing: Writing, tools: Sequence[Tool]) -> str:
 
 
 _EXAMPLE: Mapping[bool, Any] = {True: "<args-json-object>", False: {"<parameter-name>": "<value>"}}
-_HERMES = Writing('<tool_call>\n{"name": "{name}", "arguments": ', "}\n</tool_call>", "\n")
 
 
 def written(writing: Writing, call: Mapping[str, Any], number: int) -> str:
@@ -86,7 +86,9 @@ def written(writing: Writing, call: Mapping[str, Any], number: int) -> str:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         return before + text + writing.after
     values = [
-        parameters.before.replace("{name}", key) + _value(parameters, value) + parameters.after
+        parameters.opening(key, kind_of(value))
+        + _value(parameters, value)
+        + parameters.after.replace("{name}", key)
         for key, value in arguments.items()
     ]
     return before + parameters.joint.join(values) + writing.after

@@ -234,6 +234,7 @@ def test_models_are_loaded_and_unloaded_over_http_and_health_and_metrics_say_so(
         assert http.get("/health").json() == {
             "status": "ok",
             "models": ["ant", "bee"],
+            "problems": {},
             "loaded": [],
             "num_decoding": 0,
             "num_prefilling": 0,

@@ -289,6 +289,18 @@ def test_the_older_words_are_answered_in_them(client):
         ({"tools": [{"type": "retrieval"}]}, "tools.0: Input tag 'retrieval'"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"functions": [WEATHER["function"]]}, "functions: found beside tools"),
+        *(
+            (
+                {**forced, "extra_body": {"structured_outputs": only}},
+                "structured_outputs: found beside " + beside,
+            )
+            for only in ({"choice": ["sunny"]}, {"regex": "a+"})
+            for forced, beside in (
+                ({"tool_choice": "required"}, "tool_choice"),
+                ({"tool_choice": {"type": "function", "function": {"name": "now"}}}, "tool_choice"),
+                ({"tools": [{**NOW, "function": {**NOW["function"], "strict": True}}]}, "strict tools"),
+            )
+        ),
         (
             {
                 "tools": [

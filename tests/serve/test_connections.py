@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import ssl
@@ -15,7 +16,7 @@ import pytest
 import trustme
 from left_running import left_running
 
-from serve.api.server import serving
+from serve.api.server import bind, serving
 from serve.config import ServeConfig
 from serve.errors import ConfigError
 from serve.runtime import Runtime
@@ -44,6 +45,23 @@ def start(model_folder) -> Iterator:
 def connect(url: str, **options) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=60, **options)
+
+
+def test_a_streams_next_piece_does_not_wait_until_the_client_has_acknowledged_the_one_before():
+    async def has_no_delay() -> int:
+        accepted = asyncio.get_running_loop().create_future()
+        with bind("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(
+                lambda _, writer: accepted.set_result(writer), sock=listener
+            ):
+                _, client = await asyncio.open_connection(*listener.getsockname())
+                server = await accepted
+                found = server.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                for each in (client, server):
+                    each.close()
+                return found
+
+    assert asyncio.run(has_no_delay())
 
 
 def test_a_head_that_does_not_arrive_ends_its_connection_whatever_came_of_it(start):

@@ -82,6 +82,18 @@ def test_random_answers_read_as_their_pattern(tokenizer, begins):
         assert num_ended > num_stuck
 
 
+def test_where_a_special_token_must_come_no_other_may_and_nothing_that_is_no_token(tokenizer):
+    """Logits of real models have room for more tokens than there are."""
+    tokenizer.add_special_tokens([AddedToken("<|mark|>", special=True)])
+    whole = wrapped(tokenizer)
+    size, mark = tokenizer.get_vocab_size() + 9, tokenizer.token_to_id("<|mark|>")
+    vocabulary = GrammarVocabulary(whole, TokenBytes(whole), size)
+    grammar = compile_grammar(ConstraintSpec("grammar", f"start: <[{mark}]> /.+/"), vocabulary)
+    edit = GrammarEdit(grammar, [])
+    bits = np.unpackbits(edit.change().allowed.view(np.uint8), bitorder="little")[:size]
+    assert np.flatnonzero(bits).tolist() == [mark]
+
+
 @pytest.mark.parametrize("strips", [True, False])
 def test_only_tokenizers_that_leave_the_first_space_out_have_other_firsts(strips):
     tokenizer = byte_fallback(strips)

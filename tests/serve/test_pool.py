@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import random
 import threading
 import weakref
@@ -463,3 +464,62 @@ def test_the_rule_changes_nothing():
     assert (step.kind, step.member) == ("unload", members[0])
     assert members[0].state == "ready"
     assert isinstance(Lease, type)
+
+
+def test_what_breaks_is_brought_anew_and_what_keeps_breaking_is_left_alone_longer_each_time():
+    clock, broken, pool_loads = [0.0], set(), []
+
+    def load(name: str) -> Thing:
+        pool_loads.append(name)
+        return Thing(name)
+
+    def failure(thing: Thing) -> BaseException | None:
+        return RuntimeError("gone") if thing in broken else None
+
+    pool: Pool[Thing] = Pool(
+        lambda _: 0, load, lambda _: None, lambda: None, clock=lambda: clock[0], failure=failure
+    )
+    pool.add("a", Terms(is_pinned=True))
+    pool.start()
+    try:
+        for count, wait_s in enumerate((0, 1, 2, 4, 8, 16, 32, 60, 60), start=1):
+            lease = pool.lease("a")
+            broken.add(lease.loaded)
+            assert pool.lease_if_loaded("a") is None
+            until(lambda: pool.standings()[0].state == "unloaded")  # whoever has it has nothing
+            (standing,) = pool.standings()
+            assert (standing.num_breaks, standing.retry_s) == (count, wait_s)
+            lease.release()
+            if wait_s:
+                with pytest.raises(OverloadedError, match=f"broken {count} times.*gone"):
+                    pool.ask("a")
+            clock[0] += wait_s
+        pool.lease("a").release()
+        clock[0] += 1000
+        broken.add(pool.lease("a").loaded)
+        assert pool.standings()[0].num_breaks == 1, "what has run for long breaks for the first time"
+        until(lambda: pool.standings()[0].state == "unloaded")
+        assert len(pool_loads) == 10
+        pool.check_integrity()
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("keep_s", [0.0, 5.0, math.inf])
+def test_a_model_that_is_to_stay_so_long_does_and_is_as_it_was_when_it_comes_back(keep_s):
+    member = Member("a", Terms(idle_unload_s=100.0), state="ready", loaded=Thing("a"))
+    pinned = Member("b", Terms(is_pinned=True), state="ready", loaded=Thing("b"))
+    member.keep_s = pinned.keep_s = keep_s
+    member.used_s = pinned.used_s = 10.0
+    before, after = (next_step([pinned, member], Bounds(), 10 + keep_s * part + 0.0) for part in (0.5, 1.0))
+    if math.isinf(keep_s):
+        assert next_step([member], Bounds(), 1e9).kind == "wait"
+    else:
+        assert (before.kind, before.until_s) == ("wait", 10 + keep_s) if keep_s else before.kind == "unload"
+        assert (after.kind, after.member) == ("unload", member)
+    with open_shop("a", terms={"a": Terms(idle_unload_s=None)}) as shop:
+        lease = shop.pool.lease("a")
+        shop.pool.keep("a", 0)
+        assert shop.pool.ask("a").is_served, "it takes requests as long as it is there"
+        assert not shop.stops
+        lease.release()

@@ -408,6 +408,60 @@ def test_a_response_that_runs_is_seen_and_can_be_cancelled(client, http, runtime
         client.responses.cancel("resp_nowhere")
 
 
+def polled(client, id: str):
+    """As OpenAI's documentation has it, without the sleep."""
+    while (response := client.responses.retrieve(id)).status in ("queued", "in_progress"):
+        pass
+    return response
+
+
+def test_a_response_in_the_background_is_made_while_nobody_waits_and_is_the_same(client, http, runtime):
+    wanted = ask(client, temperature=0)
+    begun = ask(client, temperature=0, background=True)
+    assert begun.status in ("queued", "in_progress")
+    assert (begun.background, begun.output) == (True, [])
+    ended = polled(client, begun.id)
+    assert (ended.status, ended.background, ended.id) == (wanted.status, True, begun.id)
+    assert (ended.output_text, ended.usage.output_tokens) == (wanted.output_text, wanted.usage.output_tokens)
+    after = ask(client, previous_response_id=begun.id, temperature=0)
+    assert after.usage.input_tokens > ended.usage.input_tokens + ended.usage.output_tokens
+    body = {**ASK, **EXTRAS, "background": True, "max_output_tokens": 900}
+    running = http.post("/v1/responses", json=body).json()
+    status = http.get("/v1/status").json()
+    assert any("/v1/responses" in str(each) for each in status["requests"]), status
+    cancelled = client.responses.cancel(running["id"])
+    assert cancelled.status == "cancelled"
+    kept = polled(client, running["id"])
+    assert (kept.status, kept.incomplete_details) == ("cancelled", None)
+    assert kept.usage.output_tokens < 900
+    wait_until_free(runtime, client)
+    assert client.responses.delete(running["id"]) is None
+    running = http.post("/v1/responses", json=body).json()
+    assert http.delete(f"/v1/responses/{running['id']}").json()["deleted"], "one that runs ends, too"
+    wait_until_free(runtime, client)
+    assert http.get(f"/v1/responses/{running['id']}").status_code == 404
+
+
+def test_what_cannot_be_made_in_the_background_is_refused_at_once(client):
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model="nobody", input="x", background=True)
+    with pytest.raises(openai.BadRequestError, match="context"):
+        ask(client, input="x" * 3000, background=True)
+
+
+def test_a_response_in_the_background_fails_with_its_server_and_says_so(model_folder):
+    with _own(model_folder) as (runtime, url), httpx.Client(base_url=url, timeout=60) as http:
+        body = {"model": "own", "input": "x", "background": True, "ignore_eos": True}
+        begun = http.post("/v1/responses", json=body).json()
+        runtime.worker.stop()
+        while (told := http.get(f"/v1/responses/{begun['id']}").json())["status"] in (
+            "queued",
+            "in_progress",
+        ):
+            pass
+        assert (told["status"], told["error"]["code"]) == ("failed", "server_error")
+
+
 def test_a_stream_that_breaks_tells_so_and_the_client_raises(make_model, model_folder):
     with (
         _own(model_folder, stream_keep_alive_s=0.02) as (runtime, url),

@@ -5,31 +5,21 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Sequence
 
-import numpy as np
 import pytest
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+from called import Held, heard, read, split
 from thinkers import Family, make_tokenizer
-from transformers import AutoTokenizer
 
-from serve.constraints.grammar import compile_grammar
-from serve.constraints.spec import ConstraintSpec
-from serve.constraints.vocabulary import GrammarVocabulary
 from serve.engine.thinking import Thinking, ThoughtStream
 from serve.model.template import ChatTemplate
-from serve.model.token_bytes import TokenBytes
 from serve.tools.call import Call, add_pieces
-from serve.tools.formats import ALIASES, FORMATS, NAMES, ToolFormat, named
-from serve.tools.grammar import calls_grammar
+from serve.tools.formats import ALIASES, FORMATS, NAMES, named
 from serve.tools.reader import ToolReader
-from serve.tools.rules import ToolMarks, ToolRules
+from serve.tools.rules import ToolRules
 from serve.tools.tool import Tool
 from serve.tools.words import written
 
 NUM_SPLITS = 1000
-WRITTEN = [name for name, format in FORMATS.items() if format.writing is not None]
-"""Formats whose calls can be written here."""
 WEATHER = Tool(
     "get_weather",
     "How warm it is.",
@@ -209,23 +199,6 @@ ANSWERS: dict[str, tuple[str, str, list[tuple[str, dict]]]] = {
 """By format: an answer, its text outside of calls, and its calls."""
 
 
-def read(
-    format: ToolFormat, pieces: Sequence[str], *, is_cut: bool = False, is_single: bool = False
-) -> tuple[str, list[tuple[str, str, str]]]:
-    numbers = iter(range(10_000))
-    reader = ToolReader(format, TOOLS, lambda _: f"id{next(numbers)}", is_single=is_single)
-    text, calls = "", list[Call]()
-    for found in (*map(reader.push, pieces), reader.finish(is_cut=is_cut)):
-        text += found.text
-        add_pieces(calls, found.calls)
-    return text, [(call.id, call.name, call.arguments) for call in calls]
-
-
-def split(text: str, rng: random.Random) -> list[str]:
-    at = sorted(rng.choices(range(len(text) + 1), k=rng.choice([0, 1, 2, 5, 20])))
-    return [text[begin:end] for begin, end in zip([0, *at], [*at, len(text)], strict=True)]
-
-
 def test_every_format_has_an_answer_here():
     assert set(ANSWERS) == set(FORMATS)
     assert all(named(name) in FORMATS.values() for name in NAMES if name not in ("auto", "none"))
@@ -235,7 +208,7 @@ def test_every_format_has_an_answer_here():
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_answer_is_read_as_it_was_meant(name):
     answer, text, calls = ANSWERS[name]
-    told, made = read(FORMATS[name], [answer])
+    told, made = read(FORMATS[name], TOOLS, [answer])
     assert (told, [(name, json.loads(arguments)) for _, name, arguments in made]) == (text, calls)
 
 
@@ -246,9 +219,9 @@ def test_no_cut_into_pieces_changes_what_is_read(name):
     for _ in range(NUM_SPLITS // 20):
         variant = mangled(answer, rng)
         is_cut, is_single = rng.random() < 0.5, rng.random() < 0.3
-        whole = read(format, [variant], is_cut=is_cut, is_single=is_single)
+        whole = read(format, TOOLS, [variant], is_cut=is_cut, is_single=is_single)
         for pieces in (list(variant), *(split(variant, rng) for _ in range(19))):
-            assert read(format, pieces, is_cut=is_cut, is_single=is_single) == whole, (variant, pieces)
+            assert read(format, TOOLS, pieces, is_cut=is_cut, is_single=is_single) == whole, (variant, pieces)
 
 
 def mangled(answer: str, rng: random.Random) -> str:
@@ -277,26 +250,20 @@ def test_text_without_marks_is_given_on_as_it_is(name):
         words = "".join(rng.choices('ab <|`[{}]\n"é', k=rng.randrange(40)))
         if any(mark in words for mark in FORMATS[name].marks):
             continue
-        assert read(FORMATS[name], split(words, rng)) == (words, [])
+        assert read(FORMATS[name], TOOLS, split(words, rng)) == (words, [])
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_megabyte_of_arguments_takes_linear_time(name):
     """CPU seconds of one thread; twenty times the text may take sixty times as long, where quadratic is 400."""
     format = FORMATS[name]
-    if format.writing is None:
-        answer = ANSWERS[name][0]
-        values = [
-            answer.replace("Paris", "x{ ,<" * n).replace("Tokyo", "x{ ,<" * n) for n in (8_000, 160_000)
-        ]
-    else:
-        writing = format.writing
-        values = [
-            writing.opening
-            + written(writing, {"function": {"name": "get_weather", "arguments": {"city": "x{ ,<" * n}}}, 0)
-            + writing.closing
-            for n in (8_000, 160_000)
-        ]
+    writing = format.writing
+    values = [
+        writing.opening
+        + written(writing, {"function": {"name": "get_weather", "arguments": {"city": "x{ ,<" * n}}}, 0)
+        + writing.closing
+        for n in (8_000, 160_000)
+    ]
     taken = []
     for value in values:
         pieces = [value[at : at + 7] for at in range(0, len(value), 7)]
@@ -310,7 +277,7 @@ def test_a_megabyte_of_arguments_takes_linear_time(name):
     assert taken[1] < 20
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", FORMATS)
 def test_what_is_written_of_a_call_is_read_as_that_call(name):
     """As histories are told in words, and as grammars have it."""
     format = FORMATS[name]
@@ -320,40 +287,27 @@ def test_what_is_written_of_a_call_is_read_as_that_call(name):
         written(writing, {"function": {"name": called, "arguments": arguments}}, number)
         for number, (called, arguments) in enumerate(calls)
     )
-    text, made = read(format, [writing.opening + words + writing.closing])
+    text, made = read(format, TOOLS, [writing.opening + words + writing.closing])
     assert (text, [(called, json.loads(arguments)) for _, called, arguments in made]) == ("", calls)
 
 
-@pytest.mark.parametrize("is_special", [False, True], ids=["marks of text", "marks of tokens"])
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize(
+    ("name", "is_special"),
+    # Headers are made of tokens: a model without them is not read by headers.
+    [(name, kind) for name in FORMATS for kind in (False, True) if kind or not FORMATS[name].writing.headers],
+)
 def test_a_grammar_lets_through_calls_that_are_read_as_such_and_nothing_else(name, is_special, model_folder):
     format, rng = FORMATS[name], random.Random(name)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    if is_special:
-        marks = [text for text in format.texts if text[:1] in "<[" and not set(text) & set(" =\n")]
-        tokenizer.add_special_tokens({"additional_special_tokens": marks})
-    wrapper = TokenizerWrapper(tokenizer)
-    special = {
-        token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    special = {text: number for text, number in special.items() if any(text in mark for mark in format.texts)}
-    marks = ToolMarks(format, frozenset(special.values()), (), special)
-    vocabulary = GrammarVocabulary(wrapper, TokenBytes(wrapper), len(tokenizer))
-    shown = TokenBytes(wrapper).showing(marks.shown_ids)
+    held = Held(model_folder, format, is_special=is_special)
     for wanted, is_single in (("required", True), ("required", False), ("auto", True), ("auto", False)):
-        text = calls_grammar(marks, TOOLS, wanted, is_single=is_single)
-        assert text is not None
-        grammar = compile_grammar(ConstraintSpec("grammar", text, "tools"), vocabulary)
         begun = ""
         if wanted == "auto":
             whole = format.writing.opening + format.writing.before
             begun = next((mark for mark in format.marks if whole.startswith(mark)), '{"name')
-            begun = begun if format.bare else f"hi <{begun[:1]} {begun}"
-        for _ in range(4):
-            answer = walked(
-                grammar, vocabulary, shown, tokenizer.encode(begun, add_special_tokens=False), rng
-            )
-            said, calls = read(format, [answer], is_single=is_single)
+            is_first = format.bare or format.writing.headers is not None
+            begun = begun if is_first else f"hi <{begun[:1]} {begun}"
+        for answer in held.answers(TOOLS, rng, 4, begun, wanted=wanted, is_single=is_single):
+            said, calls = read(format, TOOLS, [heard(format, answer)], is_single=is_single)
             assert calls, (answer, said)
             assert not is_single or len(calls) == 1
             assert wanted == "auto" or not said.strip(), answer
@@ -364,26 +318,6 @@ def test_a_grammar_lets_through_calls_that_are_read_as_such_and_nothing_else(nam
                     if called == "get_weather"
                     else values == {}
                 )
-
-
-def walked(
-    grammar, vocabulary: GrammarVocabulary, shown: TokenBytes, begun: Sequence[int], rng: random.Random
-) -> str:
-    """An answer that the grammar lets through: random, but that it likes to come to an end."""
-    matcher, ids = grammar.matcher(), list(begun)
-    assert matcher.consume_tokens(ids), "the beginning is not let through"
-    special = {number for number in range(vocabulary.size) if number in vocabulary.silent and shown[number]}
-    while not matcher.is_stopped():
-        mask = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
-        allowed = [number for number in np.flatnonzero(mask).tolist() if number != vocabulary.end_id]
-        if matcher.is_accepting() and len(ids) > len(begun) and (not allowed or rng.random() < 0.5):
-            break
-        ending = [n for n in allowed if n in special or shown[n] in (b'"', b"}", b"<", b"\n", b")", b"]")]
-        likes_ends = ending and rng.random() < (0.6 if len(ids) < 300 else 0.95)
-        ids.append(rng.choice(ending if likes_ends else allowed))
-        assert matcher.consume_token(ids[-1])
-        assert len(ids) < 3000, "it comes to no end"
-    return b"".join(shown[number] for number in ids).decode("utf-8", "replace")
 
 
 HEADERS = (
@@ -423,7 +357,7 @@ def test_a_call_before_the_recipients_channel_is_one_too():
     stream = ThoughtStream(Thinking(family.thoughts, tells_calls=True), family.tokens)
     answer = "<|start|>assistant to=functions.now<|channel|>commentary json<|message|>{}<|call|>"
     text = "".join(map(stream.push, family.encode(answer))) + stream.finish()
-    assert read(FORMATS["gpt_oss"], [text]) == ("", [("id0", "now", "{}")])
+    assert read(FORMATS["gpt_oss"], TOOLS, [text]) == ("", [("id0", "now", "{}")])
 
 
 TOLD = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{{ messages[0].content }}"

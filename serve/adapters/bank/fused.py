@@ -25,16 +25,16 @@ _HEADER = """
 template <typename T> struct alignas(sizeof(T) * 8) Eight { T at[8]; };
 """
 
-# y [N, O], x [N, D]: tokens of T rows each; a [S, D, W], of whose columns this layer has R; b [S, R, O]
+# y [N, O], x [N, D], whatever their axes; a [S, D, W], of whose columns this layer has R; b [S, R, O]
 _SOURCE = """
     constexpr int threads = 256;
     __shared__ float partial[threads][8];
     __shared__ float inner[512];
 
     const int token = blockIdx.y;
-    const unsigned entry = entries[token / layout[1]];
+    const unsigned entry = entries[token / layout[1]];  // of a token's row
     const int first_column = layout[0], num_blocks = gridDim.x;
-    const int inputs = x_shape[1], width = a_shape[2], rank = b_shape[1], outputs = b_shape[2];
+    const int inputs = a_shape[1], width = a_shape[2], rank = b_shape[1], outputs = b_shape[2];
     const int lanes = rank / 8, slices = threads / lanes;
     y += (long long)token * outputs;
     out += (long long)token * outputs;
@@ -106,17 +106,17 @@ def updated(
     where    the first of these columns, and T: see `layout`
     """
     outputs = b.shape[-1]
-    flat_y, flat_x = y.reshape(-1, outputs), x.reshape(-1, x.shape[-1])
     num_blocks = -(-outputs // OUTPUTS_OF_BLOCK)
     (out,) = _kernel()(
-        inputs=[flat_y, flat_x, a, b, entries, where],
+        inputs=[y, x, a, b, entries, where],
         template=[("Y", y.dtype), ("X", x.dtype), ("A", a.dtype)],
-        grid=(num_blocks * THREADS, flat_y.shape[0], 1),
+        grid=(num_blocks * THREADS, y.size // outputs, 1),
         threadgroup=(THREADS, 1, 1),
-        output_shapes=[flat_y.shape],
+        output_shapes=[y.shape],
         output_dtypes=[y.dtype],
     )
-    return out.reshape(y.shape)
+    assert isinstance(out, mx.array)
+    return out
 
 
 @cache

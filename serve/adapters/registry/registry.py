@@ -11,17 +11,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from serve.adapters.bank.bank import Bank
 from serve.adapters.fitting.update import LowRank
 from serve.adapters.registry.admission import Admission, Admitted
-from serve.adapters.residency.contents import Contents, Tier
+from serve.adapters.registry.known import Known, Name, ShownName, ShownVersion
+from serve.adapters.residency.contents import Contents
 from serve.adapters.residency.residency import Residency, Run
-from serve.adapters.residency.seats import Standing
 from serve.adapters.residency.shelf import num_bytes_of
 from serve.adapters.versions.names import name_problem
 from serve.adapters.versions.source import Content, Fitting, FolderSource, Outline, Source
@@ -42,49 +42,6 @@ def run_here(function: Callable[[], None]) -> None:
 
 def do_later(_function: Callable[[], None]) -> None:
     """Leave it: the next load or unload tidies first."""
-
-
-@dataclass(eq=False)
-class Known:
-    """A version, and who needs it."""
-
-    version: AdapterVersion
-    source: Source
-    num_requests: int = 0
-    """That hold it now, or what it is added to."""
-
-
-@dataclass(eq=False)
-class Name:
-    """What a name stands for."""
-
-    current: Known
-    others: dict[int, Known] = field(default_factory=dict)
-    """Versions that it stood for, and may stand for again, by number."""
-    is_pinned: bool = False
-
-
-@dataclass(frozen=True)
-class ShownVersion:
-    """A version as it is now."""
-
-    version: AdapterVersion
-    is_current: bool
-    num_requests: int
-    tier: Tier
-    """Where its content is, beside the device."""
-    standing: Standing
-
-
-@dataclass(frozen=True)
-class ShownName:
-    """A name as it is now, its newest version first."""
-
-    name: str
-    is_pinned: bool
-    is_found: bool
-    """It was looked up for a request, and may be again."""
-    versions: tuple[ShownVersion, ...]
 
 
 class Registry:
@@ -254,6 +211,28 @@ class Registry:
                 version = entry.current.version
             self.residency.unpin(version)
             return version
+
+    def earlier(self, name: str) -> list[tuple[AdapterVersion, Source]]:
+        """Versions beside the one that a name stands for, and where they can be read again as they were."""
+        with self._lock:
+            others = list(self._entry(name).others.values())
+        return [(each.version, each.source) for each in others if each.source.is_intact]
+
+    def remember(self, name: str, earlier: Iterable[tuple[AdapterVersion, Source]]) -> None:
+        """What `earlier` gave of another registry of this base. Nothing is read before it is asked for."""
+        with self._turn(name):
+            for version, source in earlier:
+                admitted = self._admission.check(name, version.lineage)
+                known = Known(replace(version, notes=admitted.notes, template=admitted.template), source)
+                with self._lock:
+                    entry = self._entry(name)
+                    if known.version.id in self._known:
+                        continue
+                    self.contents.add(known.version, source)
+                    entry.others[version.number] = known
+                    self._known[known.version.id] = known
+                    left = self._drop_old(name)
+                self._leave(left)
 
     def last_number(self, name: str) -> int:
         """Of the versions of a name that were ever made; 0: none was."""

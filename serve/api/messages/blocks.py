@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from serve.api.strict import Body, Neutral
 from serve.errors import RequestError
@@ -168,7 +168,7 @@ class ToolUseBlock(Body):
     type: Literal["tool_use"]
     id: str
     name: str
-    input: dict[str, Any]
+    input: Annotated[dict[str, Any], BeforeValidator(lambda given: {} if given is None else given)]
 
 
 class ThinkingBlock(Body):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from serve.api.ollama.keep_alive import KeepAlive
 from serve.api.schemas import MAX_LOGPROBS, Seed, Strings
 from serve.api.strict import Body, Neutral
 from serve.api.tool_bodies import FunctionTool
@@ -52,9 +53,11 @@ class _Asking(Body):
     """What both endpoints share."""
 
     neutral: ClassVar[Neutral] = {"template": (None, "")}
-    hints = frozenset({"keep_alive", "shift", "truncate"})
+    hints = frozenset({"shift", "truncate"})
 
     model: str = Field(min_length=1)
+    keep_alive: KeepAlive = None
+    """How long the model stays after this; 0: no longer, below 0: for good. None: as long as before."""
     stream: bool | None = None
     """True, if left out."""
     options: Options | None = None
@@ -75,7 +78,7 @@ class CalledFunction(Body):
     hints = frozenset({"description", "index"})
 
     name: str
-    arguments: dict[str, Any] | str
+    arguments: dict[str, Any] | str | None = None
 
 
 class OllamaToolCall(Body):
@@ -106,6 +109,8 @@ class OllamaMessage(Body):
     tool_calls: Annotated[list[OllamaToolCall], Field(fail_fast=True)] | None = None
     tool_name: str | None = None
     """Whose result a tool's turn is."""
+    name: str | None = None
+    """The same, in the word that clients had before."""
     tool_call_id: str | None = None
 
 

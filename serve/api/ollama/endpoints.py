@@ -10,6 +10,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from serve.api.admin import check_admin
 from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
 from serve.api.completions import begin_completion
 from serve.api.embeddings import embedded
@@ -17,6 +18,7 @@ from serve.api.generation import new_id
 from serve.api.ollama import listing
 from serve.api.ollama.body import OllamaChatBody, OllamaEmbedBody, OllamaGenerateBody, ShowBody
 from serve.api.ollama.errors import RESPONSES
+from serve.api.ollama.keep_alive import keep
 from serve.api.ollama.translation import LATEST, chat_of, completion_of, embedding_of, told_as_sent
 from serve.api.ollama.writer import MEDIA_TYPE, Format, OllamaWriter, as_message, as_response, line, now, ns
 from serve.api.opening import Words
@@ -26,7 +28,7 @@ from serve.api.streaming import Responder
 from serve.api.targets import held_target
 from serve.api.tenant import TenantDep
 from serve.api.turn import Turn, begin_turn
-from serve.errors import RequestError
+from serve.errors import ForbiddenError, NotFoundError, RequestError
 
 router = APIRouter(route_class=JsonRoute, responses=RESPONSES)
 OLLAMA = "0.12.6"
@@ -46,7 +48,7 @@ async def chat(body: OllamaChatBody, http: Request, state: StateDep, tenant: Ten
     """Ollama's chat: lines, unless `stream` is false."""
     asked_s, model = time.perf_counter(), _known(state, body.model)
     if not body.messages:
-        return await _load(state, http, body.model, model, as_message)
+        return await _load(state, http, body, model, as_message)
     with told_as_sent():
         turn = await begin_turn(
             state, http, chat_of(body, model), tenant, id=new_id("ollama"), endpoint="ollama"
@@ -59,7 +61,7 @@ async def generate(body: OllamaGenerateBody, http: Request, state: StateDep, ten
     """Ollama's completions: of a chat of one turn, or of the prompt as it is with `raw`."""
     asked_s, model, id = time.perf_counter(), _known(state, body.model), new_id("ollama")
     if not body.prompt and not body.images:
-        return await _load(state, http, body.model, model, as_response)
+        return await _load(state, http, body, model, as_response)
     turn: Turn | None
     with told_as_sent():
         if body.raw:
@@ -141,17 +143,41 @@ async def _respond(
 ) -> Response:
     if turn is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+    keep(state, turn.target.base, body.keep_alive)
     writer = OllamaWriter(turn, body.model, format, asked_s)
     keep_alive_s = state.config.stream_keep_alive_s
     responder = Responder(turn, writer, http.receive, keep_alive_s, writer.keep_alive, MEDIA_TYPE)
     return await responder.stream() if body.is_streamed else await responder.whole()
 
 
-async def _load(state: AppState, http: Request, asked: str, model: str, format: Format) -> Response:
-    """The model is in memory now."""
-    async with held_target(state, model, "", http):
-        said = format("", "", ())
-    return JSONResponse({"model": asked, "created_at": now(), **said, "done": True, "done_reason": "load"})
+async def _load(
+    state: AppState, http: Request, body: OllamaChatBody | OllamaGenerateBody, model: str, format: Format
+) -> Response:
+    """Nothing is said: the model is in memory now, or leaves it once nobody has it."""
+    reason = "load"
+    if body.keep_alive == 0:
+        reason = "unload"
+        _let_go(state, model)
+    else:
+        async with held_target(state, model, "", http) as target:
+            keep(state, target.base, body.keep_alive)
+    said = format("", "", ())
+    return JSONResponse(
+        {"model": body.model, "created_at": now(), **said, "done": True, "done_reason": reason}
+    )
+
+
+def _let_go(state: AppState, model: str) -> None:
+    """NotFoundError; ForbiddenError for whoever may not do that, and where the only model stays."""
+    check_admin(state)
+    check_model(state.bases, model)
+    base = state.bases.of_model(model)
+    if base is None:
+        raise NotFoundError(f"model {model!a:.200} is not served here")
+    standing = next(each for each in state.bases.pool.standings() if each.name == base.name)
+    if standing.is_pinned:
+        raise ForbiddenError(f"model {base.name!r} is pinned, or the only one of this server, and stays")
+    state.bases.pool.keep(base.name, 0)
 
 
 def _known(state: AppState, model: str) -> str:

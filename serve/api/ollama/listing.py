@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ def tags(bases: Bases) -> list[dict[str, Any]]:
 def running(bases: Bases) -> list[dict[str, Any]]:
     """Those that are in memory."""
     entries, loaded = [], bases.pool.loaded()
+    standings = {each.name: each for each in bases.pool.standings()}
     for card in Listing(bases).cards():
         if card["id"] in loaded:
             size = loaded[card["id"]].runtime.num_bytes
-            entry = {**_entry(bases, card), "size": size, "size_vram": size, "expires_at": NEVER}
+            entry = {**_entry(bases, card), "size": size, "size_vram": size}
+            entry["expires_at"] = _expiry(standings[card["id"]].idle_s)
             entries.append({**entry, "context_length": card["max_model_len"]})
     return entries
 
@@ -111,6 +113,12 @@ def _modified(root: str | None) -> str:
     except OSError:
         seconds = 0.0
     return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+
+
+def _expiry(left_s: float | None) -> str:
+    if left_s is None:
+        return NEVER
+    return (datetime.now(UTC) + timedelta(seconds=left_s)).isoformat().replace("+00:00", "Z")
 
 
 def _size(root: str | None) -> int:

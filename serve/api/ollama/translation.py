@@ -130,13 +130,13 @@ def _turns(messages: Sequence[OllamaMessage]) -> Iterator[dict[str, Any]]:
             for call in message.tool_calls:
                 due.append(call.id or f"call_{count}")
                 count += 1
-                function = {"name": call.function.name, "arguments": call.function.arguments}
+                function = {"name": call.function.name, "arguments": call.function.arguments or {}}
                 calls.append({"id": due[-1], "type": "function", "function": function})
             turn["tool_calls"] = calls
         if message.role == "tool":
             turn["tool_call_id"] = message.tool_call_id or (due.pop(0) if due else f"call_{count}")
-            if message.tool_name is not None:
-                turn["name"] = message.tool_name
+            if name := message.tool_name or message.name:
+                turn["name"] = name
         yield turn
 
 

@@ -107,7 +107,6 @@ class ResponsesBody(TemplatedBody):
     )
     neutral: ClassVar[Neutral] = {
         "access_programs": (None,),
-        "background": (None, False),
         "context_management": (None, []),
         "conversation": (None,),
         "guided_whitespace_pattern": (None,),
@@ -140,6 +139,8 @@ class ResponsesBody(TemplatedBody):
     context_overflow: ContextOverflow | None = None
     """As a chat's, in place of truncation."""
     metadata: dict[str, str] | None = None
+    background: bool | None = None
+    """True: it is answered at once, made while nobody waits, and asked for later."""
     store: bool | None = None
     """False: the response is known no more once it is sent. True, if left out."""
     safety_identifier: str | None = None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse
 
 from serve.api.body import JsonRoute
-from serve.api.leaving import CLIENT_CLOSED_REQUEST
+from serve.api.leaving import CLIENT_CLOSED_REQUEST, ClientGoneError
 from serve.api.opening import Words
+from serve.api.responses.background import in_background
 from serve.api.responses.body import ResponsesBody
 from serve.api.responses.chat import begin
 from serve.api.responses.output import item_id
@@ -35,13 +37,10 @@ PREFIXES = {
 
 @router.post("/v1/responses", responses=EVENT_STREAM)
 async def create_response(body: ResponsesBody, http: Request, state: StateDep, tenant: TenantDep) -> Response:
-    """OpenAI's responses, and a chat's extras beside them. Kept for a while, unless `store` is false."""
+    """OpenAI's responses, and a chat's extras beside them. Kept for a while, unless `store` is false; with
+    `background` made while nobody waits."""
     previous = _previous(state, tenant, body.previous_response_id)
     id = item_id("resp")
-    history = previous.history if previous is not None else ()
-    turn = await begin(state, http, body, tenant, id=id, history=history, store=state.responses.store)
-    if turn is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
     asked = _asked(state, tenant, (await http.json()).get("input")) if body.is_kept else []
 
     def keep(response: dict[str, Any]) -> bool:
@@ -50,7 +49,24 @@ async def create_response(body: ResponsesBody, http: Request, state: StateDep, t
     def closed() -> None:
         state.responses.running.pop((tenant, id), None)
 
-    writer = ResponseWriter(turn, body, keep, closed)
+    async def begun(http: Request) -> ResponseWriter:
+        history = previous.history if previous is not None else ()
+        turn = await begin(state, http, body, tenant, id=id, history=history, store=state.responses.store)
+        if turn is None:
+            raise ClientGoneError
+        return ResponseWriter(turn, body, keep, closed)
+
+    if body.background:
+        _check_background(body)
+        writer = await in_background(state, http, begun)
+        told = writer.response
+        if not writer.is_done:
+            state.responses.running[tenant, id] = writer
+        return JSONResponse(told, headers=writer.target.headers)
+    try:
+        writer = await begun(http)
+    except ClientGoneError:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     responder = Responder(writer, writer, http.receive, state.config.stream_keep_alive_s)
     if not body.stream:
         return await responder.whole()
@@ -65,7 +81,7 @@ async def retrieve_response(
     tenant: TenantDep,
     stream: Annotated[bool | None, Query(description="Only false: what was streamed is not kept.")] = None,
 ) -> dict[str, Any]:
-    """One that is kept, or that is being streamed now."""
+    """One that is kept, or that is being made now."""
     if stream:
         raise RequestError("stream: found true; a response is streamed once, as it is made", "stream")
     running = state.responses.running.get((tenant, response_id))
@@ -74,7 +90,11 @@ async def retrieve_response(
 
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(response_id: str, state: StateDep, tenant: TenantDep) -> dict[str, Any]:
-    """Forget it. What goes on from it keeps what was said."""
+    """Forget it; one that is being made ends. What goes on from it keeps what was said."""
+    running = state.responses.running.pop((tenant, response_id), None)
+    if running is not None:
+        running.forget()
+        return {"id": response_id, "object": "response", "deleted": True}
     if not state.responses.store.delete(tenant, response_id):
         raise _not_found(response_id)
     return {"id": response_id, "object": "response", "deleted": True}
@@ -82,7 +102,7 @@ async def delete_response(response_id: str, state: StateDep, tenant: TenantDep) 
 
 @router.post("/v1/responses/{response_id}/cancel")
 async def cancel_response(response_id: str, state: StateDep, tenant: TenantDep) -> dict[str, Any]:
-    """End a response that is being streamed; its stream ends with what there is."""
+    """End a response that is being made; its stream, if it has one, ends with what there is."""
     running = state.responses.running.get((tenant, response_id))
     if running is not None:
         running.cancel()
@@ -122,6 +142,18 @@ async def list_input_items(
         "last_id": page[-1]["id"] if page else None,
         "has_more": len(items) > limit,
     }
+
+
+def _check_background(body: ResponsesBody) -> None:
+    if not body.is_kept:
+        raise RequestError(
+            "background: found true beside store: false; such a response is asked for later", "background"
+        )
+    if body.stream:
+        raise RequestError(
+            "background: found true beside stream: true; such a response is asked for by its id until it has ended",
+            "background",
+        )
 
 
 def _previous(state: AppState, tenant: str, id: str | None) -> Entry | None:

@@ -74,6 +74,7 @@ class ResponseWriter:
     async def next(self) -> tuple[int, Piece]:
         """What came next."""
         row, piece = await self._turn.next()
+        self._response["status"] = "in_progress"
         self._events += self._output.push(piece)
         self._finish = piece.finish or self._finish
         return row, piece
@@ -87,6 +88,11 @@ class ResponseWriter:
         """End the answer here; its stream says so."""
         self.is_cancelled = True
         self._turn.close()
+
+    def forget(self) -> None:
+        """As `cancel`, and nothing is kept."""
+        self._keep = lambda _: False
+        self.cancel()
 
     def whole(self, answers: Mapping[int, Answer]) -> dict[str, Any]:
         self._end("incomplete" if self._finish == "length" else "completed")
@@ -169,8 +175,8 @@ class ResponseWriter:
             "id": generation.id,
             "object": "response",
             "created_at": generation.created,
-            "status": "in_progress",
-            "background": False,
+            "status": "queued" if body.background else "in_progress",
+            "background": bool(body.background),
             "completed_at": None,
             "error": None,
             "incomplete_details": None,

@@ -1,0 +1,168 @@
+"""What carries messages to and from an MCP server, and takes none of more bytes than it may have: over a program's
+standard streams, or HTTP. What is more ends the connection, or the response, before it is held."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any
+
+import anyio
+import httpx2
+from anyio.abc import Process
+from anyio.streams.buffered import BufferedByteReceiveStream
+from mcp.client.stdio import get_default_environment
+from mcp.client.streamable_http import streamable_http_client
+from mcp.os.posix.utilities import terminate_posix_process_tree
+from mcp.shared._httpx_utils import MCP_DEFAULT_SSE_READ_TIMEOUT, MCP_DEFAULT_TIMEOUT
+from mcp.shared.message import SessionMessage
+from mcp_types import jsonrpc_message_adapter
+
+from serve.mcp.config import McpServerConfig
+
+EXIT_S = 1.0
+"""For a program to end by itself once nobody speaks to it any more, and once it was told to end."""
+
+
+@asynccontextmanager
+async def over_streams(
+    config: McpServerConfig, max_bytes: int, tell: Callable[[str], None]
+) -> AsyncIterator[tuple[Any, Any]]:
+    """A program that is started, and ended with all that it has started. tell: why nothing comes any more."""
+    assert config.command is not None
+    process = await anyio.open_process(
+        [config.command, *config.args],
+        env={**get_default_environment(), **config.env},
+        cwd=config.cwd,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    to_client, from_server = anyio.create_memory_object_stream[SessionMessage | Exception](0)
+    to_server, from_client = anyio.create_memory_object_stream[SessionMessage](0)
+
+    async def read() -> None:
+        assert process.stdout is not None
+        lines = BufferedByteReceiveStream(process.stdout)
+        async with to_client:
+            while True:
+                try:
+                    line = await lines.receive_until(b"\n", max_bytes)
+                except anyio.DelimiterNotFound:
+                    tell(f"it sent a message of more than {max_bytes:,} bytes")
+                    return
+                except (anyio.IncompleteRead, anyio.ClosedResourceError, anyio.BrokenResourceError):
+                    return
+                try:
+                    await to_client.send(_parsed(line))
+                except (anyio.ClosedResourceError, anyio.BrokenResourceError):
+                    return
+
+    async def write() -> None:
+        assert process.stdin is not None
+        async with from_client:
+            with suppress(anyio.ClosedResourceError, anyio.BrokenResourceError, OSError):
+                async for message in from_client:
+                    text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
+                    await process.stdin.send(text.encode() + b"\n")
+        await to_client.aclose()  # of what hears nothing any more nothing is to be expected either
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(read)
+        tasks.start_soon(write)
+        try:
+            yield from_server, to_server
+        finally:
+            with anyio.CancelScope(shield=True):
+                for stream in (from_server, to_server):
+                    stream.close()
+                await _end(process)
+            tasks.cancel_scope.cancel()
+
+
+def _parsed(line: bytes) -> SessionMessage | Exception:
+    try:
+        return SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
+    except ValueError as error:
+        return error
+
+
+async def _end(process: Process) -> None:
+    """Nobody speaks to it any more, then it is told to end, then it is ended."""
+    try:
+        await _ended(process)
+    finally:
+        # asyncio's own side of it, which would else be closed by the collector, when the loop may be gone.
+        transport = getattr(getattr(process, "_process", None), "_transport", None)
+        if transport is not None:
+            transport.close()
+    await anyio.sleep(0)  # its pipes hear of it
+
+
+async def _ended(process: Process) -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with suppress(OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):
+        await process.stdin.aclose()
+    with anyio.move_on_after(EXIT_S):
+        with suppress(anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError, OSError):
+            while True:  # one that is stuck writing would not see that
+                await process.stdout.receive()
+        while process.returncode is None:
+            await anyio.sleep(0.01)
+    await terminate_posix_process_tree(process, EXIT_S)
+    with anyio.move_on_after(EXIT_S):
+        await process.aclose()
+
+
+def over_http(
+    config: McpServerConfig, http: httpx2.AsyncClient, max_bytes: int
+) -> AbstractAsyncContextManager[Any]:
+    """An address, asked by what `http_client` gave."""
+    assert config.url is not None
+    return streamable_http_client(config.url, http_client=http, max_sse_event_size=max_bytes)
+
+
+def http_client(config: McpServerConfig, max_bytes: int) -> httpx2.AsyncClient:
+    """A client of one address. Responses that are no streams of events are as long as a message at most."""
+    return httpx2.AsyncClient(
+        headers={**config.headers, "Accept-Encoding": "identity"},
+        timeout=httpx2.Timeout(MCP_DEFAULT_TIMEOUT, read=MCP_DEFAULT_SSE_READ_TIMEOUT),
+        transport=_Bounded(httpx2.AsyncHTTPTransport(), max_bytes),
+    )
+
+
+class _Bounded(httpx2.AsyncBaseTransport):
+    """Another transport, whose responses are counted as they come."""
+
+    def __init__(self, inner: httpx2.AsyncBaseTransport, max_bytes: int) -> None:
+        self._inner, self._max_bytes = inner, max_bytes
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        response = await self._inner.handle_async_request(request)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            await response.aclose()
+            raise httpx2.DecodingError("the response is compressed, which was not asked for")
+        if not response.headers.get("content-type", "").startswith("text/event-stream"):
+            assert isinstance(response.stream, httpx2.AsyncByteStream)
+            response.stream = _Counted(response.stream, self._max_bytes)
+        return response
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class _Counted(httpx2.AsyncByteStream):
+    def __init__(self, inner: httpx2.AsyncByteStream, max_bytes: int) -> None:
+        self._inner, self._max_bytes = inner, max_bytes
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        num_bytes = 0
+        async for some in self._inner:
+            num_bytes += len(some)
+            if num_bytes > self._max_bytes:
+                raise httpx2.StreamError(f"a message of more than {self._max_bytes:,} bytes")
+            yield some
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
