@@ -11,7 +11,7 @@ from serve.api.state import AppState, StateDep
 from serve.errors import ForbiddenError
 
 
-def check_admin(state: StateDep) -> None:
+def check_admin(state: AppState) -> None:
     """ForbiddenError for a key that may only ask. Without keys everybody may do everything, as ever."""
     exchange = current()
     if state.keys is None or exchange is None:
@@ -22,17 +22,21 @@ def check_admin(state: StateDep) -> None:
         raise ForbiddenError(f"{name} may not do this: it takes a key with admin: true")
 
 
+async def _check_admin(state: StateDep) -> None:
+    check_admin(state)
+
+
 def may_change(state: AppState) -> bool:
     """Whether whoever asks may change the server."""
     exchange = current()
     return state.keys is None or bool(exchange and exchange.key and exchange.key.is_admin)
 
 
-ADMIN = Depends(check_admin)
+ADMIN = Depends(_check_admin)
 """Among the `dependencies` of each route that changes the server, or shows what is everybody's."""
 
 
-def _sees_all(state: StateDep) -> bool:
+async def _sees_all(state: StateDep) -> bool:
     return may_change(state)
 
 

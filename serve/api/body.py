@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from functools import lru_cache
 from typing import Any, NoReturn
 from urllib.parse import unquote_to_bytes
 
@@ -114,7 +115,7 @@ def parse(raw: bytes) -> Any:
     return value
 
 
-def check_target(request: Request) -> None:
+async def check_target(request: Request) -> None:
     """RequestError if the path or the query is not UTF-8 once percent-decoded. A dependency of every route."""
     for part, raw in (
         ("path", request.scope.get("raw_path") or b""),
@@ -126,6 +127,7 @@ def check_target(request: Request) -> None:
             raise RequestError(f"{part}: found percent-encoded bytes that are not UTF-8", part) from None
 
 
+@lru_cache(maxsize=64)
 def _check_content_type(value: str | None) -> None:
     message = email.message.Message()
     message["content-type"] = value or "none/none"

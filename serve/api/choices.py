@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from serve.api.answer import Answer, Piece, best_of
 from serve.api.errors import openai_form, problem_of
-from serve.api.streaming import sse
+from serve.api.streaming import as_json, sse
 from serve.api.turn import Turn
 from serve.api.usage import usage, usage_of
 from serve.errors import LatheError
@@ -59,6 +59,8 @@ class ChoicesWriter:
         self._chunk = self._envelope(format.chunk_kind)
         if wants_usage:
             self._chunk["usage"] = None
+        self._opening = self._opened()
+        """What all chunks begin with, of which a stream has one a token."""
         self._num_tokens: dict[int, int] = {}
         self._num_thought: dict[int, int] = {}
 
@@ -91,8 +93,9 @@ class ChoicesWriter:
                 self._chunk["usage"] = usage(
                     self._turn, tokens * self._has_answer, num_reasoning_tokens=thought
                 )
-            written.append(sse({**self._chunk, "choices": [delta]}))
-        return b"".join(written)
+                self._opening = self._opened()
+            written.append(f"{self._opening}{as_json(delta)}]}}\n\n")
+        return "".join(written).encode()
 
     def end(self) -> bytes:
         if not self._wants_usage:
@@ -102,6 +105,9 @@ class ChoicesWriter:
 
     def error(self, error: LatheError) -> bytes:
         return sse(openai_form(problem_of(error)))
+
+    def _opened(self) -> str:
+        return f'data: {as_json(self._chunk)[:-1]},"choices":['
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         generation = self._turn.generation

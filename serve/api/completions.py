@@ -11,6 +11,7 @@ from serve.api.answer import Answer, Finish, Piece
 from serve.api.body import JsonRoute
 from serve.api.choices import ChoicesWriter
 from serve.api.generation import Generation, build_requests, logprob_writers, new_id
+from serve.api.leaving import ClientGoneError
 from serve.api.logprobs import prompt_logprobs
 from serve.api.schemas import CompletionBody
 from serve.api.services import Services
@@ -140,6 +141,8 @@ async def begin_completion(
     async with held_target(state, body.model, body.user or id, http, body.deadline_s) as target:
         services = target.services
         prompts = await services.tokenize(lambda: [_encode(services, prompt) for prompt in body.prompts])
+        if await http.is_disconnected():
+            raise ClientGoneError
         requests = await build_requests(
             id, body, [Prompt(prompt) for prompt in prompts], target, tenant=tenant, continues_prompt=True
         )

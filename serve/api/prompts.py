@@ -1,14 +1,16 @@
-"""Messages or a text -> the prompt's token ids, off the event loop and within bounds.
+"""Messages or a text -> the prompt's token ids, on threads and within bounds.
 
-Templates run on a few threads under a clock, the tokenizer on one, so a slow conversation holds up no other. What
-cannot fit the model's context is refused by its length, before a template or a tokenizer works on it.
+Templates run on a few threads under a clock, and the tokenizer there, for one at a time, so a slow conversation
+holds up no other. What cannot fit the model's context is refused by its length, before a template or a tokenizer
+works on it.
 """
 
 from __future__ import annotations
 
+import threading
 from array import array
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -17,10 +19,11 @@ from serve.errors import ContextLengthError, RequestError
 from serve.model.expansion import Expansion
 from serve.model.messages import leaves
 from serve.model.ngrams import Ngrams
-from serve.model.template import ChatTemplate, Written
+from serve.model.template import ChatTemplate
 from serve.model.texts import encode_text
 from serve.runtime import Runtime
 
+T = TypeVar("T")
 TokenIds = tuple[int, ...]
 RENDERING_THREADS = 4
 PROBED_CHARS = 8
@@ -30,18 +33,27 @@ SURELY = 1.25
 
 
 class Prompts:
-    """Makes prompts for one runtime. `tokenize` runs work on the tokenizer's only thread."""
+    """Makes prompts for one runtime. Who has the lock `tokenizer` uses it. But for `render`, what is here is to be
+    called on a thread."""
 
-    def __init__(
-        self, runtime: Runtime, tokenize: Callable[[Callable[[], TokenIds]], Awaitable[TokenIds]]
-    ) -> None:
+    def __init__(self, runtime: Runtime, tokenizer: threading.Lock) -> None:
         self._runtime = runtime
-        self._tokenize = tokenize
+        self._tokenizer = tokenizer
         self._rendering = anyio.CapacityLimiter(RENDERING_THREADS)
         longest = max(map(len, runtime.model.tokenizer.get_vocab()), default=1)
         self._max_chars = longest * runtime.max_context
 
-    async def of_messages(
+    async def render(self, work: Callable[[], T]) -> T:
+        """Run work that is templates' on one of the threads for that. All of a request's at once: to go to a thread
+        and back takes as long as a short chat's template."""
+        return await anyio.to_thread.run_sync(work, limiter=self._rendering)
+
+    def alone(self, work: Callable[[], T]) -> T:
+        """Run the tokenizer's work here, when it is its turn."""
+        with self._tokenizer:
+            return work()
+
+    def of_messages(
         self,
         template: ChatTemplate,
         messages: Sequence[Mapping[str, Any]],
@@ -56,29 +68,23 @@ class Prompts:
 
         media  what the messages' parts of media become, in their order
         """
-        runtime = self._runtime
-
-        def write() -> Written:
-            self._check_size(messages, [variables, tools])
-            written = template.write(
-                messages,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                variables=variables,
-                limit_s=runtime.config.max_render_s,
-                media=media,
-            )
-            self._check_chars(len(written), "messages")
-            return written
-
-        written = await anyio.to_thread.run_sync(write, limiter=self._rendering)
-        return await self._tokenize(lambda: self._encode(written.encode, len(written), "messages"))
+        self._check_size(messages, [variables, tools])
+        written = template.write(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+            limit_s=self._runtime.config.max_render_s,
+            media=media,
+        )
+        self._check_chars(len(written), "messages")
+        return self.alone(lambda: self._encode(written.encode, len(written), "messages"))
 
     def of_text(self, text: str, *, adds_special: bool = True) -> TokenIds:
         """Ids of a plain prompt, whose special tokens are special and which begins once.
 
-        To be called on the tokenizer's thread. adds_special: with the tokens that the tokenizer puts around a text.
+        To be called when it is the tokenizer's turn. adds_special: with the tokens that it puts around a text.
         """
         self._check_chars(len(text), "prompt")
         tokenizer = self._runtime.model.tokenizer
@@ -93,7 +99,7 @@ class Prompts:
     def of_prediction(self, text: str) -> Ngrams:
         """What an answer is thought to be, to be looked up: as much of it as can be one.
 
-        To be called on the tokenizer's thread.
+        To be called when it is the tokenizer's turn.
         """
         context = self._runtime.max_context
         ids = self._runtime.model.tokenizer.encode(text[: PROBED_CHARS * context], add_special_tokens=False)

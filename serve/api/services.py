@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -26,11 +27,12 @@ class Services:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.created = int(time.time())
-        # One at a time: a fast tokenizer refuses to be used by two threads at once.
+        # One at a time: a fast tokenizer refuses to be used by two threads at once. Work that is the tokenizer's
+        # alone waits for its turn on the event loop; with what renders it shares a lock.
         self._tokenizing = anyio.CapacityLimiter(1)
         # Where a slow disk or the hub keeps all of them busy, requests for known names go on.
         self._looking_up = anyio.CapacityLimiter(LOOKUPS)
-        self.prompts = Prompts(runtime, self.tokenize)
+        self.prompts = Prompts(runtime, threading.Lock())
         self.media = MediaDesk(runtime)
         self.summaries = Summaries()
         engine = runtime.engine
@@ -47,5 +49,5 @@ class Services:
         return await anyio.to_thread.run_sync(work, limiter=self._looking_up)
 
     async def tokenize(self, work: Callable[[], T]) -> T:
-        """Run the tokenizer's work on its thread."""
-        return await anyio.to_thread.run_sync(work, limiter=self._tokenizing)
+        """Run the tokenizer's work on a thread, when it is its turn."""
+        return await anyio.to_thread.run_sync(self.prompts.alone, work, limiter=self._tokenizing)

@@ -127,8 +127,9 @@ def _keys_of(config: ServeConfig) -> Keeper | None:
     return Keeper(config.api_keys, config.api_key.get_secret_value() if config.api_key else None)
 
 
-def state_of(request: Request) -> AppState:
-    """The app's that a request came to."""
+async def state_of(request: Request) -> AppState:
+    """The app's that a request came to. A dependency, as all are, that runs on the event loop: FastAPI sends others
+    to a thread and back."""
     found = request.app.state.belongings
     assert isinstance(found, AppState)
     return found

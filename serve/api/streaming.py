@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from serve.api.answer import Answer, Piece
 from serve.api.body import CLIENT_CLOSED_REQUEST
 from serve.api.exchange import current
-from serve.api.leaving import ClientGoneError, unless_gone
+from serve.api.leaving import ClientGoneError, unless_gone, until_done
 from serve.api.opening import KEEP_ALIVE
 from serve.api.targets import Target
 from serve.errors import LatheError
@@ -25,7 +25,7 @@ from serve.errors import LatheError
 T = TypeVar("T")
 EVENT_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 """What a route that can stream adds to its OpenAPI description."""
-_as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Turn(Protocol):
@@ -101,7 +101,7 @@ class Responder:
         """Events as they come. A refusal that comes before the first keep-alive has its own HTTP status."""
         first = asyncio.ensure_future(self.turn.next())
         try:
-            await unless_gone(self.receive, asyncio.wait({first}, timeout=self.keep_alive_s or None))
+            await until_done(self.receive, first, self.keep_alive_s or None)
             if first.done():
                 first.result()
         except BaseException as error:
@@ -221,4 +221,4 @@ async def _cancelled(task: asyncio.Future[Any]) -> None:
 def sse(data: dict[str, Any], event: str | None = None) -> bytes:
     """One server-sent event, of that name if there is one."""
     name = f"event: {event}\n".encode() if event is not None else b""
-    return name + b"data: " + _as_json(data).encode() + b"\n\n"
+    return name + b"data: " + as_json(data).encode() + b"\n\n"

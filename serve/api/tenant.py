@@ -16,7 +16,7 @@ Headers = list[str] | None
 """All of one name: a proxy's and a client's may differ."""
 
 
-def _tenant(
+async def _tenant(
     ours: Annotated[Headers, Header(alias="X-Tenant", description="Whose prefixes are shared.")] = None,
     theirs: Annotated[Headers, Header(alias="X-APC-Tenant", description="mlx-vlm's name of it.")] = None,
 ) -> str:

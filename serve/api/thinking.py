@@ -35,7 +35,7 @@ def thinking_variables(
 
 
 def thoughts_of(runtime: Runtime, template: ChatTemplate, body: ChatBody) -> Thoughts | None:
-    """By which marks answers are read; None: there are none. To be called on the tokenizer's thread.
+    """By which marks answers are read; None: there are none. To be called when it is the tokenizer's turn.
 
     RequestError names the field that cannot be done.
     """

@@ -131,7 +131,7 @@ def _in_order(parts: Sequence[str | CallPiece]) -> list[tuple[str, tuple[CallPie
 
 
 def tools_of(runtime: Runtime, template: ChatTemplate, thoughts: Thoughts | None, body: ChatBody) -> ToolUse:
-    """What a body's tools come to under a template. To be called on the tokenizer's thread.
+    """What a body's tools come to under a template. To be called when it is the tokenizer's turn.
 
     RequestError where answers are to be held to calls that no grammar can say here.
     """

@@ -29,6 +29,8 @@ from serve.errors import RequestError
 from serve.media.processor import Processed
 from serve.model.prompt import Prompt
 from serve.model.template import ChatTemplate
+from serve.model.thoughts import Thoughts
+from serve.runtime import Runtime
 
 EFFORT = "reasoning_effort"
 
@@ -133,6 +135,8 @@ async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id
             return await unless_gone(http.receive, _text_of(turn))
 
         asked, fitted = await Fitting(target, tenant, prompt, lambda asked: asked.prompt, answer).of(body)
+        if await http.is_disconnected():  # nobody would read what the engine computes
+            raise ClientGoneError
         told = replace(target, overflow=fitted.note)
         return await _submitted(state, told, fitted.body, asked, tenant, id, endpoint)
 
@@ -178,16 +182,24 @@ async def prompt_of(target: Target, body: ChatBody, http: Request) -> Asked:
     """
     services = target.services
     template = _template(target)
-    thoughts = await services.tokenize(lambda: thoughts_of(services.runtime, template, body))
     media = await _look(services, body, http)
-    tools = await services.tokenize(lambda: tools_of(services.runtime, template, thoughts, body))
+    asked = await services.prompts.render(lambda: _rendered(services, template, body, media))
+    return asked._replace(prompt=await services.media.prompt(asked.prompt.token_ids, media))
+
+
+def _rendered(
+    services: Services, template: ChatTemplate, body: ChatBody, media: Sequence[Processed]
+) -> Asked:
+    """All but what the media bring. To be called on one of the templates' threads."""
+    runtime, prompts = services.runtime, services.prompts
+    thoughts, tools = prompts.alone(lambda: _rules(runtime, template, body))
     messages = tools.messages(template, [message.for_template() for message in body.messages])
-    token_ids = await services.prompts.of_messages(
+    token_ids = prompts.of_messages(
         template,
         messages,
         {
             **_effort(template, body),
-            **thinking_variables(services.runtime, template, thoughts, body),
+            **thinking_variables(runtime, template, thoughts, body),
             **(body.chat_template_kwargs or {}),
         },
         add_generation_prompt=body.add_generation_prompt,
@@ -195,10 +207,14 @@ async def prompt_of(target: Target, body: ChatBody, http: Request) -> Asked:
         media=[item.expansion for item in media],
         tools=tools.for_template(template),
     )
-    thinking = thinking_of(
-        services.runtime, template, thoughts, body, token_ids, tells_calls=tools.is_in_headers
-    )
-    return Asked(await services.media.prompt(token_ids, media), thinking, tools)
+    thinking = thinking_of(runtime, template, thoughts, body, token_ids, tells_calls=tools.is_in_headers)
+    return Asked(Prompt(token_ids), thinking, tools)
+
+
+def _rules(runtime: Runtime, template: ChatTemplate, body: ChatBody) -> tuple[Thoughts | None, ToolUse]:
+    """How answers are read. To be called when it is the tokenizer's turn."""
+    thoughts = thoughts_of(runtime, template, body)
+    return thoughts, tools_of(runtime, template, thoughts, body)
 
 
 async def _look(services: Services, body: ChatBody, http: Request) -> list[Processed]:

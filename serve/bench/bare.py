@@ -5,19 +5,14 @@ Its process does nothing between two rounds but wait for a line, so there is not
 
 from __future__ import annotations
 
-import json
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from serve.bench.client import Answer
+from serve.bench.lines import LineProcess
 from serve.bench.load import Round
-from serve.bench.process import see_end, tail_of
-from serve.bench.servers import PYTHON, bare_environment
-from serve.errors import StoppedError
 
 MODEL = "bare loop"
 
@@ -29,37 +24,17 @@ class BareLoop:
     """
 
     def __init__(self, model: Path, log: Path) -> None:
-        self._model = model
-        self._log = log
-        self._process: subprocess.Popen[str] | None = None
+        self._process = LineProcess("the bare loop", ["serve.bench.bare_child", str(model)], log)
 
     def __enter__(self) -> BareLoop:
-        with ExitStack() as undone:
-            undone.callback(self._stop)
-            self._start()
-            self._read()
-            undone.pop_all()
+        self._process.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stop()
-
-    def _start(self) -> None:
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        environment = [f"{key}={value}" for key, value in bare_environment().items()]
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                ["env", *environment, *PYTHON, "serve.bench.bare_child", str(self._model)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                start_new_session=True,
-            )
+        self._process.__exit__(*error)
 
     @property
     def pid(self) -> int:
-        assert self._process is not None, "not started"
         return self._process.pid
 
     def round(self, prompts: Sequence[str], max_tokens: int, concurrency: int) -> Round:
@@ -68,45 +43,12 @@ class BareLoop:
         wall_s = 0.0
         for first in range(0, len(prompts), concurrency):
             start_s = time.perf_counter()
-            self._write({"prompts": prompts[first : first + concurrency], "max_tokens": max_tokens})
-            found = self._read()
+            found = self._process.ask(
+                {"prompts": prompts[first : first + concurrency], "max_tokens": max_tokens}
+            )
             wall_s += found["wall_s"]
             answers += _answers(found, start_s)
         return Round(concurrency, wall_s, tuple(answers))
-
-    @property
-    def _pipes(self) -> tuple[IO[str], IO[str]]:
-        process = self._process
-        assert process is not None, "not started"
-        assert process.stdin is not None, "its input is a pipe"
-        assert process.stdout is not None, "its output is a pipe"
-        return process.stdin, process.stdout
-
-    def _write(self, asked: Mapping[str, Any]) -> None:
-        try:
-            self._pipes[0].write(json.dumps(asked) + "\n")
-            self._pipes[0].flush()
-        except OSError as error:
-            raise self._ended() from error
-
-    def _read(self) -> dict[str, Any]:
-        line = self._pipes[1].readline()
-        if not line:
-            raise self._ended()
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def _ended(self) -> StoppedError:
-        return StoppedError(f"the bare loop's process has ended:\n{tail_of(self._log)}")
-
-    def _stop(self) -> None:
-        if self._process is None:
-            return
-        for pipe in self._pipes:
-            # What could not be written to a process that is gone is still in the buffer, and would be now.
-            with suppress(OSError):
-                pipe.close()
-        see_end(self._process)
 
 
 def _answers(found: Mapping[str, Any], start_s: float) -> list[Answer]:

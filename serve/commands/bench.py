@@ -191,6 +191,61 @@ def bench_constraints(
     _measure(constraints.run, asked, title, folder, json_file)
 
 
+@app.command("overhead")
+def bench_overhead(
+    clients: Annotated[str, typer.Option(help="Numbers of clients, one after the other.")] = "1,16",
+    rounds: Annotated[int, typer.Option(min=1, help="HTTP and engine take turns this many times.")] = 5,
+    requests: Annotated[int, typer.Option(min=1, help="Of each client in a round.")] = 2,
+    alone: Annotated[int, typer.Option(min=1, help="Of one client alone in a round.")] = 12,
+    prompt_tokens: Annotated[int, typer.Option(min=16)] = 74,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 64,
+    size: ModelSize = "29M",
+    folder: Annotated[Path | None, typer.Option(help="Keep model and server log here.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure what HTTP costs over the engine alone, in one process, in turns."""
+    from serve.bench import overhead
+    from serve.bench.standin import SIZES
+
+    asked = overhead.Setting(
+        size=one_of(size, tuple(SIZES), "--size"),
+        clients=numbers_of(clients, "--clients"),
+        requests_per_client=requests,
+        requests_alone=alone,
+        num_prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        rounds=rounds,
+    )
+    title = (
+        f"{size}, {prompt_tokens} prompt tokens, {max_tokens} new; median of {rounds} round(s), and extremes"
+    )
+    _measure(overhead.run, asked, title, folder, json_file)
+
+
+@app.command("hostile")
+def bench_hostile(
+    parts: Parts = "vanish,half,bodies,keys,deaf",
+    rounds: Annotated[int, typer.Option(min=1, help="With and without them take turns this many times.")] = 3,
+    streams: Annotated[int, typer.Option(min=1, help="Of others, whose rate is measured.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of each.")] = 192,
+    size: ModelSize = "29M",
+    folder: Annotated[Path | None, typer.Option(help="Keep model and server log here.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the rate of streams beside clients that vanish, stall, send too much or try keys, over without them."""
+    from serve.bench import hostile
+    from serve.bench.standin import SIZES
+
+    asked = hostile.Setting(
+        parts=_chosen(parts, hostile.PARTS, "--parts"),
+        size=one_of(size, tuple(SIZES), "--size"),
+        num_streams=streams,
+        max_tokens=max_tokens,
+        rounds=rounds,
+    )
+    _measure(hostile.run, asked, f"Median of {rounds} round(s), and extremes", folder, json_file)
+
+
 @app.command("cache")
 def bench_cache(
     parts: Parts = "ragged,prefix,precision,throughput",

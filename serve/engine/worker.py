@@ -34,6 +34,11 @@ logger = logging.getLogger(__name__)
 Sink = Callable[[Event], None]
 STOP_TIMEOUT_S = 30.0
 IDLE_S = 10.0
+FIRST_TOKEN_S = 0.002
+"""How long a step that has brought answers' first tokens leaves the interpreter's lock to whoever sends them. The
+next step's graph would else be built first, which holds it for milliseconds."""
+TURNS_TO_SEND = 8
+"""Of an asyncio loop, after which a first token has been sent."""
 NUM_LOADERS = 4
 """Threads that bring adapters to the device: one that waits for a slow disk holds up no other."""
 
@@ -48,6 +53,8 @@ class _Open:
     tenant: str
     loop: asyncio.AbstractEventLoop | None = None
     """Set when `sink` must run on that loop."""
+    has_begun: bool = False
+    """It has had a token."""
 
 
 class Worker:
@@ -284,8 +291,12 @@ class Worker:
     def _deliver(self, events: list[Event]) -> None:
         """Each event to its sink; those of one asyncio loop together, since waking a loop costs a system call."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Sink, Event]]] = {}
+        waited: set[asyncio.AbstractEventLoop] = set()  # for
         for event in events:
             opened = self._open[event.request_id]
+            if event.token_ids and not opened.has_begun and opened.loop is not None:
+                opened.has_begun = True
+                waited.add(opened.loop)
             if event.finish is not None:
                 self._close(opened)
             if opened.loop is None:
@@ -293,8 +304,11 @@ class Worker:
             else:
                 by_loop.setdefault(opened.loop, []).append((opened.sink, event))
         for loop, batch in by_loop.items():
+            sent = threading.Event() if loop in waited else None
             try:
-                loop.call_soon_threadsafe(_put_all, batch)
+                loop.call_soon_threadsafe(_put_all, batch, sent)
+                if sent is not None:
+                    sent.wait(FIRST_TOKEN_S)
             except RuntimeError:  # the loop is closed: nobody listens any more
                 for _, event in batch:
                     self.cancel(event.request_id)
@@ -316,6 +330,15 @@ class Worker:
                 del self._num_of_tenant[opened.tenant]
 
 
-def _put_all(batch: list[tuple[Sink, Event]]) -> None:
+def _put_all(batch: list[tuple[Sink, Event]], sent: threading.Event | None) -> None:
     for sink, event in batch:
         sink(event)
+    if sent is not None:
+        _turn_round(asyncio.get_running_loop(), TURNS_TO_SEND, sent)
+
+
+def _turn_round(loop: asyncio.AbstractEventLoop, turns: int, sent: threading.Event) -> None:
+    if turns:
+        loop.call_soon(_turn_round, loop, turns - 1, sent)
+    else:
+        sent.set()

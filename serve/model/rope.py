@@ -2,7 +2,8 @@
 
 transformers writes all of it under `rope_parameters` since its version 5, also what stood under other keys before.
 Most classes of mlx-lm and mlx-vlm know the older keys alone, and take their own defaults where those are missing,
-without a word: a model fine-tuned for long contexts then answers nonsense.
+without a word: a model fine-tuned for long contexts then answers nonsense. Of two families it also moved all that the
+classes read of the language part.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 
 PLAIN = "default"
 """The type of positions that are not scaled."""
+_FLAT = ("qwen2_vl", "qwen2_5_vl")
+"""Families whose classes read the language part's settings beside those of all, as they were written before
+transformers 5 gave them a part of their own."""
 _RENAMED = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 """GPT-NeoX's words."""
 
@@ -23,6 +27,13 @@ _RENAMED = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pc
 def in_older_words(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json, and the parts in it, with what `rope_parameters` says under the keys of before as well. What
     stands there already stays."""
+    text = config.get("text_config")
+    if config.get("model_type") in _FLAT and isinstance(text, Mapping):
+        others = {
+            name: value for name, value in config.items() if name != "text_config" and value is not None
+        }
+        tower = {**config.get("vision_config", {}), "model_type": config["model_type"]}
+        config = {**text, **others, "vision_config": tower}
     missing = _older_words(config)
     if isinstance(config.get("rope_parameters"), Mapping) and "rope_scaling" not in config:
         missing.setdefault("rope_scaling", None)  # as was written of what is not scaled; some classes insist

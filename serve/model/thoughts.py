@@ -298,7 +298,8 @@ class ThoughtRules:
             )
 
     def of(self, template: ChatTemplate, start: str | None = None, end: str | None = None) -> Thoughts | None:
-        """The marks of answers under this template; None: there are none. To be called on the tokenizer's thread.
+        """The marks of answers under this template; None: there are none. To be called when it is the
+        tokenizer's turn.
 
         start, end  a request's own. RequestError names one that cannot be a mark, or lacks the other.
         """

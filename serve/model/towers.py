@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models import switch_layers
 
 from serve.model.rope import folder_in_older_words
@@ -33,6 +35,7 @@ def load_with_towers(path: Path, *, trust_remote_code: bool = False) -> nn.Modul
     """The whole module with lazy weights. Raises whatever mlx-vlm does."""
     from mlx_vlm.utils import load_model
 
+    _know_newer_names()
     with folder_in_older_words(path) as folder:
         module = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
     _use_one_kind_of_experts(module)
@@ -52,6 +55,35 @@ def build_with_towers(config: dict[str, Any]) -> nn.Module:
     module = own.Model(update_module_configs(settings, own, config, parts))
     _use_one_kind_of_experts(module)
     return module
+
+
+def _know_newer_names() -> None:
+    """Lets mlx-vlm's loader read SigLIP's and CLIP's towers as transformers writes them since 5: without the level
+    `vision_model`, which its own classes have. Once a process: its loader finds the function by name."""
+    from mlx_vlm import utils
+
+    own = utils.sanitize_weights
+    if own.__module__ == __name__:
+        return
+
+    def sanitize_weights(
+        module: Any, weights: dict[str, mx.array], config: Any = None
+    ) -> dict[str, mx.array]:
+        if isinstance(module, nn.Module):
+            weights = in_older_names(weights, [path for path, _ in tree_flatten(module.parameters())])
+        found: dict[str, mx.array] = own(module, weights, config)
+        return found
+
+    utils.sanitize_weights = sanitize_weights
+
+
+def in_older_names(weights: dict[str, mx.array], parameters: Sequence[str]) -> dict[str, mx.array]:
+    """Tensors by the names that a module with these parameters has; see `_know_newer_names`."""
+    level, tower = "vision_model.", "vision_tower."
+    has_level = any(path.startswith(tower + level) for path in parameters)
+    if not has_level or any(tower + level in name for name in weights):
+        return weights
+    return {name.replace(tower, tower + level, 1): value for name, value in weights.items()}
 
 
 def _compute_tables(module: nn.Module) -> None:

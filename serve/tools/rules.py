@@ -49,7 +49,7 @@ class ToolRules:
         """What a checkpoint says of itself, as mlx-lm has it."""
 
     def of(self, template: ChatTemplate, *, has_channels: bool) -> ToolMarks | None:
-        """The marks under this template; None: calls are not read. To be called on the tokenizer's thread.
+        """The marks under this template; None: calls are not read. To be called when it is the tokenizer's turn.
 
         has_channels  answers are read by gpt-oss's headers, which calls of its stand in
         """

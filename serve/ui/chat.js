@@ -8,6 +8,12 @@ import { remember, remembered } from "./store.js";
 const NEAR_THE_END = 80;
 const FEWEST_FOR_A_RATE = 8;
 
+function isMessage(each) {
+  const isListOf = (kind, list) => list === undefined || (Array.isArray(list) && list.every((one) => one !== null && typeof one === kind));
+  return ["user", "assistant"].includes(each?.role) && typeof each.text === "string"
+    && isListOf("string", each.pictures) && isListOf("object", each.calls) && isListOf("number", each.seconds);
+}
+
 export class Talk {
   constructor(log, toEnd, { request, onState, onRefused }) {
     this.log = log;
@@ -15,13 +21,15 @@ export class Talk {
     this.request = request;
     this.onState = onState;
     this.onRefused = onRefused;
-    this.messages = remembered("chat", []).filter((each) => each && typeof each.text === "string");
+    this.messages = remembered("chat", []).filter(isMessage);
     this.abort = null;
+    this.underWay = null;
     this.editing = null;
     this.drawnNodes = new WeakMap();
     this.views = new WeakMap();
     this.log.addEventListener("scroll", () => this.showToEnd());
     this.toEnd.addEventListener("click", () => this.scrollToEnd());
+    addEventListener("pagehide", () => this.underWay && this.keep());
     this.draw();
     this.scrollToEnd();
   }
@@ -80,7 +88,9 @@ export class Talk {
     }
     const message = { role: "assistant", model: body.model, text: "", thought: "", calls: [] };
     this.messages.push(message);
+    this.underWay = message;
     const abort = this.abort = new AbortController();
+    this.keep();
     this.draw();
     this.scrollToEnd();
     this.onState();
@@ -101,7 +111,7 @@ export class Talk {
       }
     }
     if (first !== null) message.seconds = [(first - began) / 1000, (performance.now() - began) / 1000];
-    if (this.abort === abort) this.abort = null;
+    if (this.abort === abort) this.abort = this.underWay = null;
     if (this.messages.includes(message)) {
       this.keep();
       this.draw();
@@ -129,10 +139,12 @@ export class Talk {
     this.draw();
   }
 
+  // An answer under way is kept as far as it came, as one that was stopped.
   keep() {
-    if (remember("chat", this.messages)) return;
+    const kept = this.messages.map((each) => (each === this.underWay ? { ...each, stopped: true } : each));
+    if (remember("chat", kept)) return;
     // Pictures are what is large.
-    remember("chat", this.messages.map((each) => ({ ...each, pictures: [] })));
+    remember("chat", kept.map((each) => ({ ...each, pictures: [] })));
   }
 
   // Nodes of messages that are as they were stay, with what is selected, opened or scrolled in them.

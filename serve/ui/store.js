@@ -1,15 +1,21 @@
 // What this browser remembers: settings and the chat in localStorage, the key for this tab unless asked to keep it.
-// Where storage is refused or full, the page goes on without.
+// Where storage is refused or full, the page goes on without; what another page or version left there and is of another
+// kind is as if it were not there.
 
 const PREFIX = "lathe.";
 
 export function remembered(name, otherwise, storage = "localStorage") {
   try {
     const text = window[storage].getItem(PREFIX + name);
-    return text === null ? otherwise : JSON.parse(text);
+    const value = text === null ? otherwise : JSON.parse(text);
+    return kindOf(value) === kindOf(otherwise) ? value : otherwise;
   } catch {
     return otherwise;
   }
+}
+
+function kindOf(value) {
+  return value === null ? "null" : Array.isArray(value) ? "array" : typeof value;
 }
 
 export function remember(name, value, storage = "localStorage") {

@@ -327,3 +327,31 @@ def client(url: str) -> Iterator[openai.OpenAI]:
     """OpenAI's own, of the same server."""
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real one for the module, or its tests are skipped."""
+    from opened_page import launched
+
+    with launched() as found:
+        yield found
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """open_page(url, **as the browser's contexts take it) → an Opened; after the test nothing in it has failed."""
+    from opened_page import Opened
+
+    contexts, pages = [], []
+
+    def start(url: str, **settings: Any) -> Opened:
+        contexts.append(browser.new_context(**settings))
+        pages.append(Opened(contexts[-1].new_page(), url))
+        return pages[-1]
+
+    yield start
+    for context in contexts:
+        context.close()
+    assert [fault for page in pages for fault in page.faults] == []
+    assert [address for page in pages for address in page.elsewhere] == []

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from odd_values import EDGES, ODD, is_number, places, with_
+from odd_values import EDGES, ODD, edges_of, is_number, is_switch, places, with_
 
 from serve.api.body import MAX_DEPTH
 from serve.api.constraints import ConstrainedBody
@@ -127,6 +127,7 @@ OLLAMA = {
     "options": {"temperature": 0.5, "top_k": 5, "top_p": 0.9, "num_predict": 2, "seed": 1, "stop": ["never"]},
     "format": "json",
     "think": False,
+    "keep_alive": "5m",
     "logprobs": True,
     "top_logprobs": 1,
 }
@@ -345,10 +346,6 @@ def assert_told(answer: httpx.Response, context: object) -> dict:
     return error
 
 
-def is_switch(how: dict) -> bool:
-    return {each.get("type") for each in how.get("anyOf", [how])} <= {"boolean", "null"}
-
-
 def test_the_bodies_above_have_every_field_there_is_and_are_valid(http):
     schema = http.get("/openapi.json").json()
     parts = schema["components"]["schemas"]
@@ -382,11 +379,14 @@ NUMBERS = [(path, at) for path, body in BODIES.items() for at, value in places(b
 
 
 @pytest.mark.parametrize(
-    ("path", "at"), NUMBERS, ids=lambda v: v if isinstance(v, str) else ".".join(map(str, v))
+    ("path", "at", "edges"),
+    [(*each, edges_of(number)) for number, each in enumerate(NUMBERS)]
+    + [pytest.param(*each, EDGES, marks=pytest.mark.large) for each in NUMBERS],
+    ids=lambda v: v if isinstance(v, str) else ".".join(map(str, v)) if isinstance(v, tuple) else "",
 )
-def test_no_number_brings_the_server_down(http, quiet, path, at):
+def test_no_number_brings_the_server_down(http, quiet, path, at, edges):
     statuses = set()
-    for edge in EDGES:
+    for edge in edges:
         answer = post(http, path, with_(BODIES[path], at, edge))
         error = assert_told(answer, edge)
         statuses.add(answer.status_code)

@@ -1,11 +1,13 @@
 """The server around the endpoints: ports, clients that leave, a full queue, an engine that fails."""
 
+import inspect
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +21,7 @@ import pytest
 
 from serve.adapters.versions.version import AdapterVersion
 from serve.api.metrics import MAX_GONE
-from serve.api.server import bind, make_server, run, serving
+from serve.api.server import Server, bind, make_server, run, serving
 from serve.api.targets import Assignment, Target
 from serve.config import ServeConfig
 from serve.errors import ConfigError
@@ -103,6 +105,22 @@ def test_sigterm_ends_the_server_after_its_streams_and_its_writes(model_folder, 
     store.close()
 
 
+def test_no_dependency_of_a_request_goes_to_a_thread_and_back(start):
+    """Where FastAPI sends every plain function."""
+    app, calls = make_server(start()).config.app, set()
+    found = [*app.routes]
+    while found:
+        each = found.pop()
+        found += getattr(getattr(each, "original_router", None), "routes", ())
+        dependants = [each.dependant] if hasattr(each, "dependant") else []
+        while dependants:
+            inner = dependants.pop().dependencies
+            calls |= {one.call for one in inner}
+            dependants += inner
+    assert len(calls) > 3
+    assert [call for call in calls if not inspect.iscoroutinefunction(call)] == []
+
+
 def test_closing_a_stream_frees_its_row_and_its_adapter(start, make_adapter):
     runtime = start(adapters=[{"name": "x", "path": make_adapter(1)}])
     with browsing(runtime) as http:
@@ -134,6 +152,40 @@ def test_a_client_that_leaves_before_any_answer_frees_its_row(start, stream):
             assert wait_for(http, lambda health: health["num_waiting"] == 1)
         assert wait_for(http, lambda health: health["num_waiting"] == 0)
         assert runtime.worker.stats().num_decoding == 1, "the other stream goes on"
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": "hello there"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello there"}]}),
+    ],
+)
+def test_a_client_that_leaves_before_its_prompt_is_ready_costs_the_engine_nothing(start, path, asked):
+    runtime = start()
+    server, listener = make_server(runtime), bind("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    content = json.dumps({"model": "lively", **asked}).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with listener:
+        server.state.services.prompts.alone(lambda: leave(server, listener, head.encode(), content))
+        while server.state.exchanges:
+            pass
+        server.should_exit = True
+        thread.join()
+    stats = runtime.worker.stats()
+    assert (stats.num_prompt_tokens, stats.num_finished) == (0, {})
+
+
+def leave(server: Server, listener: socket.socket, head: bytes, content: bytes) -> None:
+    """Ask, wait until the server has the request, close the connection, and wait until it knows."""
+    with socket.create_connection(listener.getsockname()) as leaver:
+        leaver.sendall(head + b"content-length: %d\r\n\r\n" % len(content) + content)
+        while not server.state.exchanges:
+            pass
+    while server.server_state.connections:
+        pass
 
 
 def test_a_client_that_leaves_while_its_whole_answer_is_made_frees_its_row(start):

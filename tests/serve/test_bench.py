@@ -19,7 +19,7 @@ from mlx_lm.models import qwen3
 
 import lathe
 from serve.api.server import serving
-from serve.bench import standin
+from serve.bench import overhead, standin, wire
 from serve.bench.client import Answer, Ask, ask
 from serve.bench.compare import ASKED, BEST_PEER, Comparison, outcome_of
 from serve.bench.contest import BARE, FEW, FEW_MIXED, LATHE, MANY, PEERS
@@ -405,3 +405,35 @@ def test_a_server_that_does_not_start_is_quoted(tmp_path):
     command = [sys.executable, "-c", "raise SystemExit('no model there')"]
     with pytest.raises(StoppedError, match="no model there"), ServerProcess("x", command, tmp_path / "log"):
         pass
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "bench overhead --size tiny --clients 1,3 --rounds 2 --requests 2 --alone 2 --max-tokens 6",
+        "bench hostile --size tiny --rounds 1 --streams 2 --max-tokens 40",
+    ],
+)
+def test_what_http_and_hostile_clients_cost_is_measured_with_the_same_tokens_on_both_sides(words, tmp_path):
+    out = tmp_path / "numbers.json"
+    with pytest.raises(SystemExit) as stop:
+        lathe.main([*words.split(), "--json", str(out)])
+    assert stop.value.code == 0
+    written = json.loads(out.read_text())
+    count = written["settings"]["rounds"]
+    assert written["machine"]["system"]
+    assert len(written["findings"]) == (2 * 2 if "overhead" in words else 3 * 5)
+    for each in written["findings"]:
+        assert len(each["ratios"]) == count
+        assert all(len(values) == count for values in each["values"].values())
+        assert all(value > 0 for name, values in each["values"].items() for value in values if "/s" in name)
+
+
+def test_the_lean_client_counts_what_the_usage_says_and_refuses_what_is_no_stream(url):
+    asked = overhead.body_of("hello there", 9) | {"model": "lively"}
+    streamed = wire.stream(url, [wire.chat(url, asked)] * 5, 2)
+    assert streamed.num_tokens == 45
+    assert len(streamed.ttft_s) == 5
+    assert 0 < min(streamed.ttft_s) <= max(streamed.ttft_s) <= streamed.wall_s
+    with pytest.raises(StoppedError, match="404"):
+        wire.stream(url, [wire.chat(url, asked | {"model": "nobody"})], 1)

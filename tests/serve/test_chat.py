@@ -510,7 +510,7 @@ def test_ctrl_c_in_a_terminal_ends_the_answer_and_ctrl_d_the_program(where, one_
     words = ["--url", f"{one_row}/v1"] if where == "a running server" else [str(endless_folder)]
     with Terminal(*words, "--max-tokens", str(ENDLESS)) as terminal:
         terminal.expect("you:")
-        for _ in range(3):
+        for _ in range(2):
             terminal.type(f"hello{ENTER}")
             terminal.expect_flow()
             terminal.type("typed meanwhile")

@@ -160,6 +160,20 @@ def _dechunked(raw: bytes) -> bytes:
         raw = raw[int(size, 16) + 2 :]
 
 
+@pytest.mark.parametrize("is_stream", [True, False], ids=["a stream", "a whole answer"])
+def test_a_head_goes_out_with_what_follows_it_and_the_first_piece_before_the_second(start, is_stream):
+    """One write is one wait for the interpreter's lock less."""
+    _, url = start()
+    body = json.dumps({**LONG, "max_tokens": 200, "stream": is_stream}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with closing(connect(url)) as plain:
+        plain.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        first = plain.recv(65536)
+        assert first.startswith(b"HTTP/1.1 200")
+        assert first.partition(b"\r\n\r\n")[2]
+        assert first.count(b"data: {") < 100
+
+
 def test_a_page_whose_name_was_pointed_at_this_machine_is_not_taken_for_its_user(start):
     _, url = start()
     port = url.rsplit(":", 1)[1]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from opened_page import WAIT_MS, Opened
+from playwright.sync_api import expect
 
 import lathe
 from serve.api.page import FILES, FOLDER
@@ -24,28 +23,10 @@ from serve.runtime import Runtime
 pytestmark = pytest.mark.long
 
 ROOT = Path(lathe.__file__).parent
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-ARGUMENTS = [
-    "--no-first-run", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", *(["--no-sandbox"] if os.geteuid() == 0 else []),
-]  # fmt: skip
-WAIT_MS = 60_000
 EVIL = (
     "**bold** <img src=http://127.0.0.1:1/x onerror=alert(1)> <script>alert(2)</script> [a](javascript:alert(3)) "
     "![b](http://127.0.0.1:1/y.png) [c](https://example.org/z)\n\n```html\n<b>&amp;</b>\n```"
 )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        own = Path(playwright.chromium.executable_path)
-        found = str(own) if own.exists() else next(filter(None, map(shutil.which, BROWSERS)), None)
-        if found is None:
-            pytest.skip("no Chromium: `playwright install chromium`, or a package of the system's")
-        launched = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")
@@ -67,57 +48,9 @@ def seeing() -> Iterator[str]:
     runtime.close()
 
 
-class Opened:
-    """A page that has been opened, and what it has asked the server for."""
-
-    def __init__(self, page: Page, url: str) -> None:
-        self.page, self.url = page, url
-        self.asked: list[dict] = []
-        self.elsewhere: list[str] = []
-        self.faults: list[str] = []
-        page.set_default_timeout(WAIT_MS)
-        page.on("request", self._note)
-        page.on("pageerror", lambda error: self.faults.append(str(error)))
-        page.on("console", lambda said: self.faults.append(said.text) if said.type == "error" else None)
-        page.on("dialog", lambda dialog: self.faults.append(dialog.message))
-        page.goto(f"{url}/ui")
-        page.wait_for_selector("#model option", state="attached")
-
-    def _note(self, request) -> None:
-        if request.url.endswith("/chat/completions"):
-            self.asked.append(request.post_data_json)
-        if not request.url.startswith((self.url, "data:", "blob:")):
-            self.elsewhere.append(request.url)
-
-    def say(self, words: str) -> None:
-        self.page.fill("#words", words)
-        self.page.press("#words", "Enter")
-
-    def ended(self, count: int = 1) -> str:
-        """Wait until so many answers are whole; the last one's text."""
-        expect(self.page.locator(".message.assistant .actions")).to_have_count(count, timeout=WAIT_MS)
-        return self.page.locator(".message.assistant .body > .text").last.inner_text()
-
-    def answers(self, text: str) -> None:
-        """Have the model answer just so from here on."""
-        self.page.fill("#other", json.dumps({"structured_outputs": {"choice": [text]}}))
-
-
 @pytest.fixture
-def opened(browser) -> Iterator:
-    """opened(url, **as the browser's contexts take it) → an Opened page. After the test nothing in it has failed."""
-    contexts, pages = [], []
-
-    def start(url: str, **settings) -> Opened:
-        contexts.append(browser.new_context(**settings))
-        pages.append(Opened(contexts[-1].new_page(), url))
-        return pages[-1]
-
-    yield start
-    for context in contexts:
-        context.close()
-    assert [fault for page in pages for fault in page.faults] == []
-    assert [address for page in pages for address in page.elsewhere] == []
+def opened(open_page):
+    return open_page
 
 
 # Over HTTP, without a browser.
@@ -549,27 +482,6 @@ def test_a_model_that_sees_nothing_takes_no_pictures_and_says_so(opened, served)
     page.page.evaluate(DROPPED, ["#messages", "drop", [1, 2, 3]])
     assert "base sees no pictures" in page.page.locator("#composer .error").inner_text()
     assert page.page.url == f"{served}/ui/"
-
-
-def test_a_reload_loses_neither_the_chat_nor_what_is_typed_nor_the_settings(opened, served):
-    page = opened(served)
-    page.answers("kept")
-    page.page.select_option("#model", "first")
-    page.page.fill("#system", "Be kind.")
-    page.page.fill("[data-field=top_p]", "0.5")
-    page.say("hi")
-    page.ended()
-    page.page.click("#theme")
-    theme = page.page.evaluate("document.documentElement.dataset.theme")
-    page.page.fill("#words", "half a thou")
-    page.page.reload()
-    page.page.wait_for_selector("#model option", state="attached")
-    assert page.ended() == "kept"
-    assert page.page.input_value("#words") == "half a thou"
-    assert page.page.input_value("#model") == "first"
-    assert page.page.input_value("#system") == "Be kind."
-    assert page.page.input_value("[data-field=top_p]") == "0.5"
-    assert page.page.evaluate("document.documentElement.dataset.theme") == theme == "dark"
 
 
 def test_what_is_wrong_is_told_where_the_answer_would_be_and_may_be_asked_again(opened, served):

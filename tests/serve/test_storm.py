@@ -2,13 +2,14 @@
 
 Afterwards nothing is left of it, and a quiet client in between has had the right answers all along.
 
-Seconds of it run always, ten minutes under `-m large`.
+Four deeds of each client run always, ten minutes of them under `-m large`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import time
 from collections import Counter
@@ -83,7 +84,11 @@ class Storm:
     url: str
     folders: dict[str, Path]
     schemas: dict[str, dict]
+    num_deeds: float
+    """Of each client, at most."""
     end_s: float
+    num_clients: int = NUM_CLIENTS
+    """That are at it."""
     statuses: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
@@ -185,12 +190,15 @@ async def leave_early(
 async def stormy_client(seed: int, storm: Storm) -> None:
     rng = random.Random(seed)
     async with httpx.AsyncClient(base_url=storm.url, timeout=600) as http:
-        while time.monotonic() < storm.end_s:
+        done = 0
+        while done < storm.num_deeds and time.monotonic() < storm.end_s:
+            done += 1
             try:
                 await one_deed(rng, http, storm)
             except httpx.TransportError as error:
                 sent = error.request.content[:300] if error.request.method == "POST" else b""
                 storm.faults.append(f"no answer: {error!r} to {error.request.url} {sent!r}")
+    storm.num_clients -= 1
 
 
 async def quiet_client(
@@ -199,7 +207,7 @@ async def quiet_client(
     """Asks now and then, reads to the end, and keeps the tokens: the log-probabilities' bytes say which."""
     async with httpx.AsyncClient(base_url=storm.url, timeout=600) as http:
         number = 0
-        while time.monotonic() < storm.end_s or number < 2:
+        while storm.num_clients or number < 2:
             model, prompt = ("lively", "steady")[number % 2], prompts[number % len(prompts)]
             number += 1
             body = {"model": model, "prompt": list(prompt), "max_tokens": 12, "temperature": 0}
@@ -218,10 +226,12 @@ async def run_storm(storm: Storm, prompts, answers, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "seconds", [6, pytest.param(600, marks=pytest.mark.large)], ids=["short", "ten minutes"]
+    ("num_deeds", "seconds", "max_context"),
+    [(4, math.inf, 384), pytest.param(math.inf, 600, None, marks=pytest.mark.large)],
+    ids=["short", "ten minutes"],
 )
 def test_after_a_storm_nothing_is_left_and_a_quiet_client_had_the_right_answers(
-    seconds, model_folder, make_adapter, merged, assert_drawn
+    num_deeds, seconds, max_context, model_folder, make_adapter, merged, assert_drawn
 ):
     folders = {"a": make_adapter(1), "b": make_adapter(2, rank=16)}
     steady = make_adapter(4)
@@ -232,6 +242,7 @@ def test_after_a_storm_nothing_is_left_and_a_quiet_client_had_the_right_answers(
         max_rows=16,
         max_waiting=64,
         max_adapters=4,
+        max_context=max_context,
         kv_budget_gib=2**-30 * 8 * 512 * 512,  # eight rows of 512 positions: rows are preempted
     )
     runtime = Runtime.start(config)
@@ -241,8 +252,8 @@ def test_after_a_storm_nothing_is_left_and_a_quiet_client_had_the_right_answers(
         runtime.registry.add("loud", Loud(make_adapter(3)))
         with serving(runtime) as url:
             schemas = httpx.get(f"{url}/openapi.json", timeout=60).json()["components"]["schemas"]
-            storm = Storm(url, folders, schemas, time.monotonic() + seconds)
-            asyncio.run(run_storm(storm, prompts, answers, seed=seconds))
+            storm = Storm(url, folders, schemas, num_deeds, time.monotonic() + seconds)
+            asyncio.run(run_storm(storm, prompts, answers, seed=6))
             assert not storm.faults, "\n".join(storm.faults[:10])
             # Whoever left is cancelled between two steps; a call runs behind all that was asked.
             deadline = time.monotonic() + 120

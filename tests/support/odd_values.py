@@ -29,6 +29,12 @@ ODD = [
 ODD += [1.5, [[[]]], {"": ""}, ["text"], "\x00", "x" * 10_000, [0] * 1000, {str(i): i for i in range(200)}]
 
 
+def edges_of(number: int) -> list[Any]:
+    """For the field of that number: a third of EDGES, another one for the next. Fields are read by a few types, which
+    so meet them all."""
+    return ["x", *EDGES[number % 3 :: 3]]
+
+
 def places(value: Any, at: Place = ()) -> Iterator[tuple[Place, Any]]:
     """Every value inside `value`, with where it stands."""
     if at:
@@ -50,3 +56,8 @@ def with_(body: dict, place: Place, value: Any) -> dict:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_switch(how: dict[str, Any]) -> bool:
+    """Whether a field of this JSON schema is true, false or left out."""
+    return {each.get("type") for each in how.get("anyOf", [how])} <= {"boolean", "null"}

@@ -81,6 +81,19 @@ SPELLINGS = {
             YES,
         ]
     },
+    "llava-instruct-mix's parts, which name the column's pictures and hold each other's fields": {
+        "messages": [
+            user(
+                {"type": "text", "index": None, "text": "is "},
+                {"type": "image", "index": 1, "text": None},
+                {"type": "text", "index": None, "text": " above "},
+                {"type": "image", "index": 0, "text": None},
+                {"type": "text", "index": None, "text": "?"},
+            ),
+            YES,
+        ],
+        "images": ["b.png", "a.png"],
+    },
     "a column and a part": {
         "messages": [
             user(words("is "), {**PICTURE, "image": "a.png"}, words(" above "), PICTURE, words("?")),
@@ -195,6 +208,10 @@ def test_paths_begin_where_the_recipe_says(rows, tmp_path):
         ({"messages": [user("q <image>"), YES], "images": ["a.png", "b.png"]}, "found 2 images and 1 places"),
         ({"messages": [user("<image><image>"), YES], "images": ["a.png"]}, "found more <image> in the text"),
         ({"messages": [user(PICTURE, words("q")), YES]}, "found 1 places for images and 0 images"),
+        (
+            {"messages": [user({**PICTURE, "index": 1}, words("q")), YES], "images": ["a.png"]},
+            "messages.0.content.0: found index 1, and 1 image in the row's column",
+        ),
         ({"messages": [user("q"), YES], "images": [3]}, "images.0: found int; expected a path"),
         (
             {"messages": [user("q"), YES], "images": ["a.png"], "image": "b.png"},

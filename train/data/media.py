@@ -30,8 +30,8 @@ COLUMNS: dict[str, MediaKind] = {
 """Keys beside a row's words."""
 PLACES: dict[str, MediaKind] = {"<image>": "image", "<video>": "video", "<audio>": "audio"}
 """What stands in a text where a column's next one belongs."""
-HINTS = ("type", "detail", "uuid", "cache_control")
-"""Keys of a part that ask nothing of training."""
+HINTS = ("type", "detail", "uuid", "cache_control", "index")
+"""Keys of a part that say nothing of where its medium lies; by `index` it is that one of the row's column."""
 VALUES = ("bytes", "base64", "data", "url", "path")
 """Keys of what holds a medium; of several, the first: beside bytes, a path is where they once lay."""
 
@@ -112,6 +112,7 @@ class Gatherer:
         self.problems: list[str] = []
         self._root = root
         self._waiting: dict[str, list[MediaRef]] = {"image": [], "video": [], "audio": []}
+        self._columns: dict[str, tuple[MediaRef, ...]] = {}
         self._number: dict[str, int] = {}
         for name, kind in COLUMNS.items():
             value = row.get(name)
@@ -130,6 +131,7 @@ class Gatherer:
                 if (ref := self._ref(kind, item, place)) is not None:
                     self._waiting[kind].append(ref)
         self._number = {kind: len(found) for kind, found in self._waiting.items()}
+        self._columns = {kind: tuple(found) for kind, found in self._waiting.items()}
 
     def take(self, turns: Sequence[Message], name: str) -> tuple[tuple[Message, ...], tuple[MediaRef, ...]]:
         """(the turns, each medium a bare part of its kind, and the media in the order of those parts)."""
@@ -177,13 +179,26 @@ class Gatherer:
                 continue
             ref = self._own(part, kind, f"{place}.{index}")
             if ref is None and not self._has_value(part):
-                if self._waiting[kind]:
-                    ref = self._waiting[kind].pop(0)
-                else:
-                    missing[kind] += 1
+                ref = self._next(kind, part.get("index"), f"{place}.{index}", missing)
             if ref is not None:
                 found.append(ref)
             yield {"type": kind}
+
+    def _next(self, kind: MediaKind, index: Any, place: str, missing: dict[str, int]) -> MediaRef | None:
+        """What a bare part stands for: of the column the one with that index, else the next that waits."""
+        waiting, column = self._waiting[kind], self._columns[kind]
+        if index is None:
+            missing[kind] += not waiting
+            return waiting.pop(0) if waiting else None
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(column):
+            many = "" if len(column) == 1 else "s"
+            self.problems.append(
+                f"{place}: found index {index}, and {len(column)} {kind}{many} in the row's column"
+            )
+            return None
+        if column[index] in waiting:
+            waiting.remove(column[index])
+        return column[index]
 
     def _text(self, text: str, found: list[MediaRef]) -> Iterator[dict[str, Any]]:
         """A text parted at the places that it names, where a column waits to fill them."""

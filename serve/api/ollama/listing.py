@@ -59,7 +59,7 @@ def show(bases: Bases, model: str, abilities: Sequence[str]) -> dict[str, Any]:
 
 
 def abilities_of(services: Services) -> list[str]:
-    """What a chat with a model can be. To be called on the tokenizer's thread."""
+    """What a chat with a model can be. To be called when it is the tokenizer's turn."""
     template = services.runtime.template_of(None)
     if not template.exists:
         return []
