@@ -58,6 +58,8 @@ COMMANDS = (
     "bench conversations",
     "bench images",
     "bench drafters",
+    "bench hostile",
+    "bench overhead",
     "bench train",
     "demo",
     "doctor",

@@ -131,7 +131,8 @@ def test_closing_a_stream_frees_its_row_and_its_adapter(start, make_adapter):
             assert runtime.worker.stats().num_decoding == 2
         assert wait_for(http, is_idle)
         assert runtime.worker.stats().num_finished == {"cancelled": 2}
-        assert runtime.registry.num_pins(runtime.registry.resolve("x")) == 0
+        version = runtime.registry.resolve("x")
+        assert wait_for(http, lambda _: runtime.registry.num_pins(version) == 0)
         assert 'finish="cancelled"' in http.get("/metrics").text
 
 
