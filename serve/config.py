@@ -127,7 +127,7 @@ class ModelSettings(Strict):
     """The same of tenants (X-Tenant; "" for requests that name none); adapters' shares hold inside one then."""
     max_gap_ms: float | None = Field(None, gt=0)
     """Milliseconds that a running stream waits for other requests' prompts between two of its tokens; from how long
-    steps take follows how much is computed. If left out, 10 times what a forward takes at least: a burst is then
+    steps take follows how much is computed. If left out, 28 times what a forward takes at least: a burst is then
     computed nearly as fast as if no stream ran beside it."""
     prefill_chunk_tokens: int = Field(2048, ge=1)
     """Prompt tokens computed in one step at most, padding included: all of them where no stream runs."""

@@ -17,7 +17,7 @@ FIRST_TOKENS = 512
 """Of prompts beside decoding rows, while nothing is known of how long they take."""
 LEAST_TOKENS = 16
 """A step has so many tokens of prompts whatever they take: prompts go on."""
-GAP_FORWARDS = 10
+GAP_FORWARDS = 28
 """What decoding rows wait where nobody says: so many times the fixed part of a forward. To stop for them costs the
 prompts one such part or two, so a prompt is computed nearly as fast as if nobody decoded."""
 USUAL_ROWS = 20
