@@ -314,10 +314,12 @@ def test_labels_of_adapters_that_are_gone_are_shown_once_more_and_then_no_longer
         with http.stream("POST", "/v1/completions", json={**LONG, "model": "x", "stream": True}) as answer:
             lines = answer.iter_lines()
             next(lines)
+            version = runtime.registry.resolve("x")
             http.post("/v1/unload_lora_adapter", json={"lora_name": "x"})
             for _ in range(2):
                 assert 'model="x"' in http.get("/metrics").text, "a stream still uses it"
         assert wait_for(http, is_idle)
+        assert wait_for(http, lambda _: runtime.registry.num_pins(version) == 0)
         assert 'finish="cancelled",model="x"' in http.get("/metrics").text
         text = http.get("/metrics").text
         assert 'model="x"' not in text
