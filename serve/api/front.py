@@ -11,6 +11,7 @@ from serve.api.exchange import Exchange, enter
 from serve.api.state import AppState
 
 logger = logging.getLogger("serve.request")
+_troubles = logging.getLogger(__name__)
 
 MAX_PATH_CHARS = 300
 ANTHROPIC = "/v1/messages"
@@ -73,6 +74,18 @@ def log(exchange: Exchange) -> None:
     if logger.isEnabledFor(level):
         words = f"{exchange.method} {_written(exchange.path)} {exchange.status or 'no answer'}"
         logger.log(level, words, extra={"fields": fields_of(exchange)})
+
+
+def told_unforeseen(exchange: Exchange, error: Exception) -> str:
+    """What nobody foresaw goes into the log whole, where it is handled. Returns what its client may know of it."""
+    _troubles.exception(
+        "request %s: %s %s has failed",
+        exchange.id,
+        exchange.method,
+        exchange.path,
+        extra={"fields": {"request_id": exchange.id}},
+    )
+    return f"internal error: {type(error).__name__}; the server's log has it under {exchange.id}"
 
 
 def _written(path: str) -> str:

@@ -6,7 +6,6 @@ Every path needs a key where there are keys, but for those that are named here, 
 from __future__ import annotations
 
 import ipaddress
-import logging
 from collections.abc import Iterator
 
 from fastapi import Request
@@ -15,13 +14,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.errors import error_response, response_of
 from serve.api.exchange import METRICS, PROBES, Exchange, current
+from serve.api.front import told_unforeseen
 from serve.api.state import AppState
 from serve.errors import AuthenticationError, DrainingError, ForbiddenError, LatheError, TenantLimitError
 from serve.keys.bucket import Bucket
 from serve.keys.key import Key
 from serve.keys.limits import Limits
-
-logger = logging.getLogger(__name__)
 
 PAGE = "/ui"
 """The page's own files need no key; what it asks for does."""
@@ -127,16 +125,9 @@ class Guard:
         try:
             await self._app(request.scope, receive, send)
         except Exception as error:  # nobody foresaw it; the log has it all
-            logger.exception(
-                "request %s: %s %s has failed",
-                exchange.id,
-                exchange.method,
-                exchange.path,
-                extra={"fields": {"request_id": exchange.id}},
-            )
+            message = told_unforeseen(exchange, error)
             if exchange.status is not None:
                 return  # the connection is closed in the midst of its answer
-            message = f"internal error: {type(error).__name__}; the server's log has it under {exchange.id}"
             response = error_response(request, 500, message, code="internal_error")
             await response(request.scope, receive, send)
 

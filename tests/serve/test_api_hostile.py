@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from waiting import until
 
 from serve.api.server import serving
 from serve.config import ServeConfig
@@ -91,11 +92,6 @@ def story(url: str) -> str:
                 (choice,) = json.loads(line[6:])["choices"]
                 said.append(choice["delta"].get("content") or "")
     return "".join(said)
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    while not is_so():
-        pass
 
 
 def is_idle(runtime: Runtime) -> bool:

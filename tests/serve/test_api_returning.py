@@ -3,8 +3,7 @@ with all the versions of their adapters."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +11,7 @@ import httpx
 import ollama
 import pytest
 from tiny import QWEN3
+from waiting import until
 
 from serve.api.bases import Bases
 from serve.api.server import serving
@@ -38,15 +38,6 @@ def folder(make_model):
 def server(folder):
     with served(folder) as both:
         yield both
-
-
-def until(condition: Callable[[], bool]) -> None:
-    waited = threading.Event()
-    for _ in range(3000):
-        if condition():
-            return
-        waited.wait(0.01)
-    raise AssertionError("it never came")
 
 
 def ask(http: httpx.Client, model: str = "ant", **fields: Any) -> httpx.Response:

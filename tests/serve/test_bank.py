@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from tiny import QWEN3
 
 from serve.adapters.bank.bank import Bank, BankedLinear
 from serve.adapters.bank.group import LinearGroup
@@ -22,24 +23,14 @@ from serve.errors import AdapterError
 from serve.model.loading import load
 
 MOE = {
+    **QWEN3,
     "model_type": "qwen3_moe",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 96,
     "moe_intermediate_size": 48,
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
     "norm_topk_prob": True,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 259,
-    "max_position_embeddings": 1024,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
 }
 ATTENTION = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")
 EXPERTS = ("mlp.switch_mlp.up_proj", "mlp.switch_mlp.down_proj")

@@ -80,6 +80,8 @@ class Kind(NamedTuple):
     """Of the outputs of the drafter's head."""
     folder: Path | None = None
     """The drafter's, where that is another than the target's."""
+    growth: int = 1
+    """Of rounding, from one guess of a block to the next, which reads what the last one made."""
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +122,7 @@ def kind_of(
             partial(heads_of, str(folder)),
             partial(gemma4_guesses, folder),
             everything,
+            growth=8,  # a loud one: other matrix kernels move its fourth logits by 1, and its first by 1e-4
         )
 
     def mtp(name: str, config: dict[str, Any]) -> Kind:
@@ -225,15 +228,10 @@ def in_company(
     return make
 
 
-GROWTH = 8
-"""Of rounding from one guess of a block to the next, which reads what the last one made: of a loud gemma-4
-assistant, other matrix kernels move the fourth logits by 1, and the first by 1e-4."""
-
-
-def could_guess(logits: mx.array, request: Request, number: int, token_id: int, before: int = 0) -> bool:
-    """Whether rounding can make the guess of an answer's token `number` this one, of logits [V]; it is behind
-    `before` others of its block."""
-    width = NEAR_TIE * GROWTH**before * mx.abs(mx.where(logits < -1e8, 0, logits)).max()
+def could_guess(logits: mx.array, request: Request, number: int, token_id: int, growth: int = 1) -> bool:
+    """Whether rounding, by so much more than of one product, can make the guess of an answer's token `number` this
+    one, of logits [V]."""
+    width = NEAR_TIE * growth * mx.abs(mx.where(logits < -1e8, 0, logits)).max()
     shaken = logits + width * mx.random.normal((64, logits.size), key=mx.random.key(number))
     shaken = mx.concatenate([logits[None], shaken])
     return token_id in Sampler([request.sampling] * 65).tokens(shaken, [number] * 65).tolist()
@@ -254,7 +252,7 @@ def assert_guessed(kind: Kind, network: Network, wanted: Wanted, guesses: Sequen
             logits = mx.where(least, -1e9, logits)
         everything = mx.full((259,), -1e9)
         everything[mx.array(ids)] = logits
-        can = could_guess(everything, sequence.request, number, token_id, before)
+        can = could_guess(everything, sequence.request, number, token_id, kind.growth**before)
         assert can, (sequence.request.id, number)
         return int(np.flatnonzero(ids == token_id)[0])
 

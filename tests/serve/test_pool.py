@@ -9,10 +9,11 @@ import random
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from waiting import until
 
 from serve.errors import ModelError, ModelLoadError, NotFoundError, OverloadedError, StoppedError
 from serve.pool.member import Member, Terms
@@ -81,16 +82,6 @@ def open_shop(names: str = "ab", terms: dict[str, Terms] | None = None, **bounds
             door.set()
         shop.pool.close()
     assert not shop.resident, "what was loaded has been stopped"
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for another thread; what it waits for comes, or the test fails."""
-    waited = threading.Event()
-    for _ in range(3000):
-        if condition():
-            return
-        waited.wait(0.01)
-    raise AssertionError("it never came")
 
 
 def test_a_model_is_loaded_once_however_many_ask_and_another_takes_its_place():

@@ -15,7 +15,9 @@ from pydantic import BaseModel
 from response_events import check, nameless
 from tiny import QWEN3
 from transformers import AutoTokenizer
+from waiting import until
 
+from serve.api.responses.writer import ResponseWriter
 from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.runtime import Runtime
@@ -460,6 +462,20 @@ def test_a_response_in_the_background_fails_with_its_server_and_says_so(model_fo
         ):
             pass
         assert (told["status"], told["error"]["code"]) == ("failed", "server_error")
+
+
+def test_a_response_in_the_background_that_breaks_as_nobody_foresaw_has_failed(model_folder, monkeypatch):
+    async def broken(self: ResponseWriter) -> None:
+        raise KeyError("nobody foresaw it")
+
+    monkeypatch.setattr(ResponseWriter, "next", broken)
+    with _own(model_folder) as (_, url), httpx.Client(base_url=url, timeout=60) as http:
+        begun = http.post("/v1/responses", json={"model": "own", "input": "x", "background": True}).json()
+        until(lambda: http.get(f"/v1/responses/{begun['id']}").json().get("status") != "queued")
+        told = http.get(f"/v1/responses/{begun['id']}").json()
+    assert (told["status"], told["error"]["code"]) == ("failed", "server_error")
+    assert "KeyError" in told["error"]["message"]
+    assert "nobody foresaw" not in told["error"]["message"]
 
 
 def test_a_stream_that_breaks_tells_so_and_the_client_raises(make_model, model_folder):

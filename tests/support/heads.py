@@ -23,25 +23,13 @@ from mlx_vlm.speculative.drafters.qwen3_5_mtp.qwen3_5_mtp import Qwen3_5MTPDraft
 from mlx_vlm.speculative.drafters.qwen3_dflash import Model as DFlashModel
 from mlx_vlm.speculative.drafters.qwen3_dflash import ModelConfig as DFlashConfig
 from mlx_vlm.utils import load_model
+from tiny import QWEN3
 
 from serve.model.network import Network
 
 Pick = Callable[[mx.array], int]
 """Logits [V] of the head in, the id of its output out."""
-DEEP = {
-    "model_type": "qwen3",
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 259,
-    "max_position_embeddings": 1024,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
+DEEP = {**QWEN3, "num_hidden_layers": 4}
 GLM4 = {
     "model_type": "glm4_moe",
     "vocab_size": 259,

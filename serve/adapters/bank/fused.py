@@ -27,9 +27,9 @@ template <typename T> struct alignas(sizeof(T) * 8) Eight { T at[8]; };
 
 # y [N, O], x [N, D], whatever their axes; a [S, D, W], of whose columns this layer has R; b [S, R, O]
 _SOURCE = """
-    constexpr int threads = 256;
+    constexpr int threads = THREADS_;
     __shared__ float partial[threads][8];
-    __shared__ float inner[512];
+    __shared__ float inner[MAX_RANK_];
 
     const int token = blockIdx.y;
     const unsigned entry = entries[token / layout[1]];  // of a token's row
@@ -81,7 +81,7 @@ _SOURCE = """
         for (int i = 0; i < 8; ++i) after.at[i] = static_cast<Y>(sum[i]);
         *reinterpret_cast<Eight<Y>*>(out + o) = after;
     }
-"""
+""".replace("THREADS_", str(THREADS)).replace("MAX_RANK_", str(MAX_RANK))
 
 
 def takes(num_tokens: int, rank: int, outputs: int) -> bool:

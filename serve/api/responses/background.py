@@ -13,10 +13,10 @@ from fastapi import Request
 from starlette.types import Message
 
 from serve.api.exchange import current, enter
-from serve.api.front import log
+from serve.api.front import log, told_unforeseen
 from serve.api.responses.writer import ResponseWriter
 from serve.api.state import AppState
-from serve.errors import LatheError, OverloadedError
+from serve.errors import GenerationError, LatheError, OverloadedError
 
 MAX_RUNNING = 256
 """At a time."""
@@ -59,6 +59,10 @@ async def _made(state: AppState, http: Request, begin: Begin, begun: asyncio.Fut
         writer.whole({})
     except LatheError as error:
         writer.error(error)
+    except Exception as error:  # nobody foresaw it; whoever asks for the response hears that it has failed
+        writer.error(
+            GenerationError("internal error" if exchange is None else told_unforeseen(exchange, error))
+        )
     finally:
         writer.close()
         if exchange is not None:
