@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from serve.api import (
@@ -24,7 +24,6 @@ from serve.api import (
     watch,
 )
 from serve.api.bases import Bases
-from serve.api.body import check_target
 from serve.api.description import describe_aside
 from serve.api.front import Front
 from serve.api.guard import Guard
@@ -55,7 +54,6 @@ def create_app(served: Runtime | Bases) -> FastAPI:
     app = FastAPI(
         title="Lathe",
         version=version("mlx-lathe"),
-        dependencies=[Depends(check_target)],
         responses=errors.RESPONSES,
     )
     state = app.state.belongings = AppState(served)

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from functools import lru_cache
 from typing import Any, NoReturn
-from urllib.parse import unquote_to_bytes
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
@@ -25,6 +24,7 @@ from starlette.requests import ClientDisconnect
 from serve.api.exchange import current
 from serve.api.leaving import CLIENT_CLOSED_REQUEST as CLIENT_CLOSED_REQUEST
 from serve.api.opening import announce
+from serve.api.tenant import PARAMETERS, tenant_of
 from serve.config import ServeConfig
 from serve.errors import RequestError
 
@@ -38,7 +38,13 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class JsonRoute(APIRoute):
-    """A route whose body is read and checked here, before FastAPI and the schemas see it."""
+    """A route whose body is read and checked here, before FastAPI and the schemas see it, and which tells of the
+    tenant's headers where it asks for a tenant."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        if any(each.call is tenant_of for each in self.dependant.dependencies):
+            self.openapi_extra = {**(self.openapi_extra or {}), "parameters": PARAMETERS}
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler, behind the check where the route takes a body."""
@@ -113,18 +119,6 @@ def parse(raw: bytes) -> Any:
         raise _not_json("a number has too many digits") from None
     _check_inside(value, has_escapes=_SURROGATE_ESCAPE.search(raw) is not None)
     return value
-
-
-async def check_target(request: Request) -> None:
-    """RequestError if the path or the query is not UTF-8 once percent-decoded. A dependency of every route."""
-    for part, raw in (
-        ("path", request.scope.get("raw_path") or b""),
-        ("query", request.scope.get("query_string") or b""),
-    ):
-        try:
-            unquote_to_bytes(raw).decode("utf-8")
-        except UnicodeDecodeError:
-            raise RequestError(f"{part}: found percent-encoded bytes that are not UTF-8", part) from None
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ from serve.api.answer import Answer, Finish, Piece
 from serve.api.body import JsonRoute
 from serve.api.choices import ChoicesWriter
 from serve.api.generation import Generation, build_requests, logprob_writers, new_id
-from serve.api.leaving import ClientGoneError
+from serve.api.leaving import ClientGoneError, has_left
 from serve.api.logprobs import prompt_logprobs
 from serve.api.schemas import CompletionBody
 from serve.api.services import Services
@@ -140,8 +140,11 @@ async def begin_completion(
     """The answers to plain prompts under way, as `begin_turn`'s to a chat. ClientGoneError if the client has left."""
     async with held_target(state, body.model, body.user or id, http, body.deadline_s) as target:
         services = target.services
-        prompts = await services.tokenize(lambda: [_encode(services, prompt) for prompt in body.prompts])
-        if await http.is_disconnected():
+        prompts = await services.tokenize(
+            lambda: [_encode(services, prompt) for prompt in body.prompts],
+            num_chars=sum(map(len, body.prompts)),
+        )
+        if has_left(http.receive):
             raise ClientGoneError
         requests = await build_requests(
             id, body, [Prompt(prompt) for prompt in prompts], target, tenant=tenant, continues_prompt=True

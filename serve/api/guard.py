@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
+from urllib.parse import unquote_to_bytes
 
 from fastapi import Request
 from starlette.datastructures import MutableHeaders
@@ -16,7 +17,14 @@ from serve.api.errors import error_response, response_of
 from serve.api.exchange import METRICS, PROBES, Exchange, current
 from serve.api.front import told_unforeseen
 from serve.api.state import AppState
-from serve.errors import AuthenticationError, DrainingError, ForbiddenError, LatheError, TenantLimitError
+from serve.errors import (
+    AuthenticationError,
+    DrainingError,
+    ForbiddenError,
+    LatheError,
+    RequestError,
+    TenantLimitError,
+)
 from serve.keys.bucket import Bucket
 from serve.keys.key import Key
 from serve.keys.limits import Limits
@@ -55,6 +63,11 @@ class Guard:
             return
         if limits is not None:
             send = _with_limits(send, limits, exchange)
+        try:
+            _check_target(scope)
+        except RequestError as error:
+            await self._refuse(request, error, scope, receive, send)
+            return
         await self._run(request, exchange, receive, send)
 
     async def _let_in(self, request: Request, exchange: Exchange) -> Limits | None:
@@ -130,6 +143,17 @@ class Guard:
                 return  # the connection is closed in the midst of its answer
             response = error_response(request, 500, message, code="internal_error")
             await response(request.scope, receive, send)
+
+
+def _check_target(scope: Scope) -> None:
+    """RequestError if the path or the query is not UTF-8 once percent-decoded."""
+    for part, raw in (("path", scope.get("raw_path") or b""), ("query", scope.get("query_string") or b"")):
+        if raw.isascii() and b"%" not in raw:
+            continue
+        try:
+            unquote_to_bytes(raw).decode("utf-8")
+        except UnicodeDecodeError:
+            raise RequestError(f"{part}: found percent-encoded bytes that are not UTF-8", part) from None
 
 
 def current_key() -> Key | None:

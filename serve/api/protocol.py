@@ -1,6 +1,7 @@
 """uvicorn's HTTP connection, and an end to those that keep a socket and do nothing with it.
 
-uvicorn waits for ever for the rest of a request's head, and for a client that takes nothing of its answer.
+llhttp reads what clients send, in C, and bounds no head; uvicorn waits for ever for the rest of one, and for a client
+that takes nothing of its answer.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ import asyncio
 import logging
 from typing import Any
 
-import h11
-from starlette.types import Message, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from starlette.types import ASGIApp, Message
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 logger = logging.getLogger(__name__)
 
+MAX_HEAD_BYTES = 2**16
+"""Of a request, up to its body; what follows a head in one packet may count too."""
 
-class Connection(H11Protocol):
+
+class Connection(HttpToolsProtocol):
     """One client's connection. Subclasses hold the limits, since uvicorn makes connections itself."""
 
     header_timeout_s: float
@@ -27,7 +30,10 @@ class Connection(H11Protocol):
         super().__init__(*args, **settings)
         self._head_due: asyncio.TimerHandle | None = None
         self._write_due: asyncio.TimerHandle | None = None
-        self._quick_cycle: RequestResponseCycle | None = None
+        self._running: RequestResponseCycle | None = None  # of those that came behind each other
+        self._is_in_head = False
+        self._is_in_body = False
+        self._num_head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has come; it has a while to say what it wants."""
@@ -41,24 +47,54 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Some of a request. While its head is not whole, the time that it has goes on running."""
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
-            self._stop_head_clock()
-        elif self._head_due is None and self.timeout_keep_alive_task is None:
+        if self.transport.is_closing() or self._is_in_body:
+            return
+        self._num_head_bytes += len(data)
+        if self._is_in_head and self._num_head_bytes > MAX_HEAD_BYTES:
+            self.send_400_response("The head of this request is too large.")
+        elif self._head_due is None and self.timeout_keep_alive_task is None and not self._is_answering:
             self._await_head()
 
-    def handle_events(self) -> None:
-        """Begin what has come; a stream of its answer is written without ceremony."""
-        super().handle_events()
-        cycle: RequestResponseCycle | None = self.cycle
-        if cycle is not None and cycle is not self._quick_cycle:
-            self._quick_cycle = cycle
-            cycle.send = _quick(cycle)  # type: ignore[method-assign, assignment]
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        super().on_message_begin()
+        self._is_in_head = True
+        self._num_head_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One of its lines; what stands behind a body is none."""
+        if self._is_in_head:
+            super().on_header(name, value.rstrip(b" \t"))
+
+    def on_headers_complete(self) -> None:
+        """A head is whole. ValueError, which becomes a 400, for hosts that are none or many."""
+        self._is_in_head, self._is_in_body = False, True
+        self._stop_head_clock()
+        num_hosts = sum(name == b"host" for name, _ in self.headers)
+        if num_hosts > 1 or (not num_hosts and self.parser.get_http_version() == "1.1"):
+            raise ValueError
+        super().on_headers_complete()
+        if self.parser.should_upgrade():  # llhttp reads no more of this connection
+            self.cycle.keep_alive = False
+
+    def on_message_complete(self) -> None:
+        """So is its body."""
+        super().on_message_complete()
+        self._is_in_body = False
+        self._num_head_bytes = 0
 
     def on_response_complete(self) -> None:
         """Between two requests uvicorn's own clock runs; a head that has begun to come behind this one has ours."""
         super().on_response_complete()
-        if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0] and self._head_due is None:
+        if self._is_in_head and self._head_due is None:
             self._await_head()
+
+    def send_400_response(self, msg: str) -> None:
+        """Of what is no HTTP; in the midst of an answer there is no place to say so."""
+        if self._is_answering:
+            self.transport.close()
+        else:
+            super().send_400_response(msg)
 
     def pause_writing(self) -> None:
         """The client does not take what it is sent."""
@@ -76,6 +112,21 @@ class Connection(H11Protocol):
         self._stop_head_clock()
         self._stop_write_clock()
         super().connection_lost(exc)
+        if (cycle := self._running) is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+
+    @property
+    def _is_answering(self) -> bool:
+        return self._running is not None and not self._running.response_complete
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        self._running = cycle
+        _set_up(cycle)
+        super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """A client may offer to speak something else, and is answered in HTTP."""
 
     def _await_head(self) -> None:
         self._head_due = self.loop.call_later(self.header_timeout_s, self._give_up_reading)
@@ -129,38 +180,29 @@ class HeadHolder:
         return getattr(self._transport, name)
 
 
-def _quick(cycle: RequestResponseCycle) -> Send:
-    """The cycle's `send`, by which chunks of a stream go to the socket as they are: h11 would make them objects, look
-    their state up, which a chunk does not change, and make them bytes again. A third of what a token costs here."""
-    through_h11: Send = cycle.send  # type: ignore[assignment]
-    transport, flow = HeadHolder(cycle.transport), cycle.flow
+def _set_up(cycle: RequestResponseCycle) -> None:
+    """Let its response's head go out with what follows it, and reach a client of HTTP/1.0, which knows no chunks, up
+    to the end of the connection where its length is not known."""
+    transport, write = HeadHolder(cycle.transport), cycle.send
     cycle.transport = transport  # type: ignore[assignment]
-    is_chunked = False
+    is_endless = False
 
     async def send(message: Message) -> None:
-        nonlocal is_chunked
-        if is_chunked and message.get("more_body"):
-            if flow.write_paused and not cycle.disconnected:
-                await flow.drain()
-            body = message["body"]
-            if body and not cycle.disconnected:
-                transport.write(b"%x\r\n%b\r\n" % (len(body), body))
-            return
-        is_start = message["type"] == "http.response.start"
-        transport.is_holding = is_start
-        await through_h11(message)
+        nonlocal is_endless
+        transport.is_holding = message["type"] == "http.response.start"
+        if transport.is_holding and _is_endless(cycle, message):
+            is_endless, cycle.chunked_encoding = True, False
+        if is_endless:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await write(message)  # type: ignore[arg-type]
         transport.is_holding = False
-        if is_start:
-            is_chunked = _is_chunked(cycle, message)
 
-    return send
+    cycle.send = send  # type: ignore[method-assign, assignment]
 
 
-def _is_chunked(cycle: RequestResponseCycle, start: Message) -> bool:
-    """Whether h11 has framed a response that begins so in chunks."""
-    has_body = cycle.scope["method"] != "HEAD" and start["status"] not in (204, 304)
-    named = {name.lower() for name, _ in start["headers"]}
-    return has_body and cycle.scope["http_version"] == "1.1" and b"content-length" not in named
+def _is_endless(cycle: RequestResponseCycle, start: Message) -> bool:
+    is_known = any(name.lower() == b"content-length" for name, _ in start["headers"])
+    return not is_known and cycle.scope["http_version"] != "1.1"
 
 
 def connections(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import math
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,7 +11,7 @@ import anyio
 import anyio.to_thread
 
 from serve.api.media import MediaDesk
-from serve.api.prompts import Prompts
+from serve.api.prompts import SHORT_CHARS, Prompts
 from serve.api.summaries import Summaries
 from serve.constraints.compiler import GrammarCompiler
 from serve.runtime import Runtime
@@ -27,12 +27,11 @@ class Services:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.created = int(time.time())
-        # One at a time: a fast tokenizer refuses to be used by two threads at once. Work that is the tokenizer's
-        # alone waits for its turn on the event loop; with what renders it shares a lock.
+        # Work that is the tokenizer's alone waits for its turn on the event loop; with what renders it shares a lock.
         self._tokenizing = anyio.CapacityLimiter(1)
         # Where a slow disk or the hub keeps all of them busy, requests for known names go on.
         self._looking_up = anyio.CapacityLimiter(LOOKUPS)
-        self.prompts = Prompts(runtime, threading.Lock())
+        self.prompts = Prompts(runtime)
         self.media = MediaDesk(runtime)
         self.summaries = Summaries()
         engine = runtime.engine
@@ -48,6 +47,8 @@ class Services:
         """Find or read adapters, on one of the threads for that."""
         return await anyio.to_thread.run_sync(work, limiter=self._looking_up)
 
-    async def tokenize(self, work: Callable[[], T]) -> T:
-        """Run the tokenizer's work on a thread, when it is its turn."""
+    async def tokenize(self, work: Callable[[], T], *, num_chars: float = math.inf) -> T:
+        """Run the tokenizer's work on a thread, when it is its turn; of few characters here, if that is now."""
+        if num_chars <= SHORT_CHARS and (found := self.prompts.at_once(work)) is not None:
+            return found
         return await anyio.to_thread.run_sync(self.prompts.alone, work, limiter=self._tokenizing)

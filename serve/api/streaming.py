@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from serve.api.answer import Answer, Piece
 from serve.api.body import CLIENT_CLOSED_REQUEST
 from serve.api.exchange import current
-from serve.api.leaving import ClientGoneError, unless_gone, until_done
+from serve.api.leaving import ClientGoneError, unless_gone
 from serve.api.opening import KEEP_ALIVE
 from serve.api.targets import Target
 from serve.errors import LatheError
@@ -99,86 +99,78 @@ class Responder:
 
     async def stream(self) -> Response:
         """Events as they come. A refusal that comes before the first keep-alive has its own HTTP status."""
-        first = asyncio.ensure_future(self.turn.next())
-        try:
-            await until_done(self.receive, first, self.keep_alive_s or None)
-            if first.done():
-                first.result()
-        except BaseException as error:
-            await _cancelled(first)
-            self.turn.close()
-            if isinstance(error, ClientGoneError):
-                return Response(status_code=CLIENT_CLOSED_REQUEST)
-            raise
-        return EventStream(self, self._written(first))
-
-    async def _written(self, first: asyncio.Task[tuple[int, Piece]]) -> AsyncIterator[bytes]:
-        try:
-            if not first.done():
-                yield self.keep_alive
-            row, piece = await first
-            if begun := self.writer.begin():
-                yield begun
-            while True:
-                if written := self.writer.piece(row, piece):
-                    yield written
-                if self.turn.is_done:
-                    break
-                row, piece = await self.turn.next()
-        except LatheError as error:
-            yield self.writer.error(error)
-            return
-        finally:
-            await _cancelled(first)
-        if ending := self.writer.end():
-            yield ending
+        return EventStream(self)
 
 
 class EventStream(Response):
     """What is written ends, and ends the turn, when the client goes away. No silence is longer than the responder's
-    `keep_alive_s`, unless that is 0."""
+    `keep_alive_s`, unless that is 0. It begins with the first piece, or with the comment that breaks the silence
+    before; what ends the turn earlier is raised.
 
-    def __init__(self, responder: Responder, written: AsyncIterator[bytes]) -> None:
+    The task that waits for the first piece is the one that sends it: each that stood between would cost a turn of the
+    loop, while the engine's next step waits.
+    """
+
+    def __init__(self, responder: Responder) -> None:
         headers = {**responder.turn.target.headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(media_type=responder.media_type, headers=headers)
         del self.headers["content-length"]
         self._responder = responder
-        self._written = written
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs as ASGI."""
+        exchange = current()
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        body = exchange.send_body if exchange and exchange.send_body else send
+        steady = _SteadySend(lambda: send(start), body, self._responder.keep_alive)
         try:
-            await unless_gone(receive, self._respond(send))
+            await unless_gone(receive, self._respond(steady, send))
         except (ClientGoneError, OSError):
-            return
+            if not steady.has_begun:
+                await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
         finally:
             self._responder.turn.close()
 
-    async def _respond(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        exchange, responder = current(), self._responder
-        steady = _SteadySend(
-            exchange.send_body if exchange and exchange.send_body else send, responder.keep_alive
-        )
-        beating = None
-        if responder.keep_alive_s:
-            beating = asyncio.ensure_future(steady.beat(responder.keep_alive_s))
+    async def _respond(self, steady: _SteadySend, send: Send) -> None:
+        beating, every_s = None, self._responder.keep_alive_s
+        if every_s:
+            beating = asyncio.ensure_future(steady.beat(every_s))
         try:
-            async for some in self._written:
-                await steady.send(some)
+            await self._write(steady)
+        except LatheError as error:
+            if not steady.has_begun:
+                raise
+            await steady.send(self._responder.writer.error(error))
         finally:
             if beating is not None:
                 await _cancelled(beating)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _write(self, steady: _SteadySend) -> None:
+        turn, writer = self._responder.turn, self._responder.writer
+        row, piece = await turn.next()
+        if begun := writer.begin():
+            await steady.send(begun)
+        while True:
+            if written := writer.piece(row, piece):
+                await steady.send(written)
+            if turn.is_done:
+                break
+            row, piece = await turn.next()
+        if ending := writer.end():
+            await steady.send(ending)
+
 
 class _SteadySend:
-    """Sends bytes, and a comment whenever nothing else has gone out for a while.
+    """Sends bytes, and a comment whenever nothing else has gone out for a while. The first of either begins the
+    response.
 
     Each part holds whole events, so a comment may stand between any two.
     """
 
-    def __init__(self, send: Send, comment: bytes) -> None:
+    def __init__(self, begin: Callable[[], Awaitable[None]], send: Send, comment: bytes) -> None:
+        self.has_begun = False
+        self._begin = begin
         self._send = send
         self._comment = comment
         self._last_s = time.monotonic()
@@ -190,7 +182,7 @@ class _SteadySend:
         if self._comment_sent is not None:
             await self._comment_sent
         self._is_sending = True
-        await self._send({"type": "http.response.body", "body": some, "more_body": True})
+        await self._put(some)
         self._is_sending = False
         self._last_s = time.monotonic()
 
@@ -202,11 +194,17 @@ class _SteadySend:
                 continue
             self._comment_sent = asyncio.get_running_loop().create_future()
             try:
-                await self._send({"type": "http.response.body", "body": self._comment, "more_body": True})
+                await self._put(self._comment)
             finally:
                 self._comment_sent.set_result(None)
                 self._comment_sent = None
                 self._last_s = time.monotonic()
+
+    async def _put(self, some: bytes) -> None:
+        if not self.has_begun:
+            self.has_begun = True
+            await self._begin()
+        await self._send({"type": "http.response.body", "body": some, "more_body": True})
 
 
 async def _cancelled(task: asyncio.Future[Any]) -> None:

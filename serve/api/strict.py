@@ -45,19 +45,18 @@ class Body(BaseModel):
     def _take_out_fields_without_effect(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        known = {*cls.model_fields, *cls.neutral, *cls.hints}
+        known, integers = _names(cls), _integer_fields(cls)
         if len(data) > len(known) + MAX_UNKNOWN:
             unknown = next(name for name in data if name not in known)
             name = unknown[:MAX_NAME_CHARS]
             raise RequestError(f"{name}: unknown field, one of {len(data)} fields", name)
-        for name, allowed in cls.neutral.items():
+        for name, allowed in () if data.keys().isdisjoint(cls.neutral) else cls.neutral.items():
             if name in data and not any(_same(data[name], value) for value in allowed):
                 choices = " or ".join(dict.fromkeys(_json(value) for value in allowed))
                 raise RequestError(
                     f"{name}: found {_json(data[name])}; Lathe does not do this, so only {choices} is accepted",
                     name,
                 )
-        integers = _integer_fields(cls)
         return {
             name: _as_integer(value) if name in integers else value
             for name, value in data.items()
@@ -101,6 +100,12 @@ def made_of(body: type[B], fields: Mapping[str, Any]) -> B:
 def _same(found: Any, allowed: Any) -> bool:
     """Equal, and a boolean only to a boolean (in Python, True == 1)."""
     return bool(found == allowed) and isinstance(found, bool) == isinstance(allowed, bool)
+
+
+@cache
+def _names(body: type[Body]) -> frozenset[str]:
+    """All that a client may send."""
+    return frozenset((*body.model_fields, *body.neutral, *body.hints))
 
 
 @cache

@@ -5,26 +5,24 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Depends, Header
+from fastapi import Depends, Request
 
 from serve.api.exchange import current
 from serve.errors import RequestError
 
 MAX_TENANT_CHARS = 128
+HEADERS = {"X-Tenant": "Whose prefixes are shared.", "X-APC-Tenant": "mlx-vlm's name of it."}
+PARAMETERS = [
+    {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": meaning}
+    for name, meaning in HEADERS.items()
+]
+"""As the OpenAPI description has them."""
 
-Headers = list[str] | None
-"""All of one name: a proxy's and a client's may differ."""
 
-
-async def _tenant(
-    ours: Annotated[Headers, Header(alias="X-Tenant", description="Whose prefixes are shared.")] = None,
-    theirs: Annotated[Headers, Header(alias="X-APC-Tenant", description="mlx-vlm's name of it.")] = None,
-) -> str:
+async def tenant_of(request: Request) -> str:
     """Empty where neither a key nor a header names one. RequestError for what is no name, lest it be everybody's;
-    ForbiddenError for another key's."""
-    named = [("X-Tenant", value) for value in ours or ()] + [
-        ("X-APC-Tenant", value) for value in theirs or ()
-    ]
+    ForbiddenError for another key's. Reads headers itself, which FastAPI takes as long for as for a whole body."""
+    named = [(header, value) for header in HEADERS for value in request.headers.getlist(header)]
     for header, value in named:
         if not 0 < len(value) <= MAX_TENANT_CHARS or not all("!" <= character <= "~" for character in value):
             raise RequestError(
@@ -42,4 +40,4 @@ async def _tenant(
     return tenant
 
 
-TenantDep = Annotated[str, Depends(_tenant)]
+TenantDep = Annotated[str, Depends(tenant_of)]

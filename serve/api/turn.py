@@ -5,6 +5,7 @@ An endpoint of another API writes its body as a ChatBody, begins the turn here, 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,10 +16,11 @@ from fastapi import Request
 from serve.api.answer import Answer, Piece
 from serve.api.fitting import Fitting
 from serve.api.generation import Generation, build_requests, logprob_writers, new_id
-from serve.api.leaving import ClientGoneError, unless_gone
+from serve.api.leaving import ClientGoneError, has_left, unless_gone
 from serve.api.logprobs import LogprobWriter
 from serve.api.opening import expect_long
-from serve.api.schemas import ChatBody
+from serve.api.prompts import Bounds
+from serve.api.schemas import ChatBody, Message
 from serve.api.services import Services
 from serve.api.state import AppState
 from serve.api.targets import Target, held_target
@@ -33,6 +35,8 @@ from serve.model.thoughts import Thoughts
 from serve.runtime import Runtime
 
 EFFORT = "reasoning_effort"
+MESSAGE_CHARS = 50
+"""That a message counts for beside its words: what a template does for each takes as long."""
 
 
 class Asked(NamedTuple):
@@ -135,7 +139,7 @@ async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id
             return await unless_gone(http.receive, _text_of(turn))
 
         asked, fitted = await Fitting(target, tenant, prompt, lambda asked: asked.prompt, answer).of(body)
-        if await http.is_disconnected():  # nobody would read what the engine computes
+        if has_left(http.receive):  # nobody would read what the engine computes
             raise ClientGoneError
         told = replace(target, overflow=fitted.note)
         return await _submitted(state, told, fitted.body, asked, tenant, id, endpoint)
@@ -183,14 +187,34 @@ async def prompt_of(target: Target, body: ChatBody, http: Request) -> Asked:
     services = target.services
     template = _template(target)
     media = await _look(services, body, http)
-    asked = await services.prompts.render(lambda: _rendered(services, template, body, media))
+    asked = await services.prompts.render(
+        lambda bounds: _rendered(services, template, body, media, bounds), num_chars=_num_chars(body)
+    )
     return asked._replace(prompt=await services.media.prompt(asked.prompt.token_ids, media))
 
 
+def _num_chars(body: ChatBody) -> float:
+    """That a template is given, of plain messages; whatever else there is counts as no end of them."""
+    others = (
+        *(body.tools, body.functions, body.chat_template_kwargs, body.continue_final_message),
+        *(body.thinking_start_token, body.thinking_end_token),
+    )
+    if any(others) or body.has_tool_history:
+        return math.inf
+    return sum(map(_num_chars_of, body.messages))
+
+
+def _num_chars_of(message: Message) -> float:
+    if not isinstance(message.content, str):
+        return math.inf
+    said = (message.content, message.reasoning_content, message.reasoning, message.name)
+    return MESSAGE_CHARS + sum(len(text) for text in said if text)
+
+
 def _rendered(
-    services: Services, template: ChatTemplate, body: ChatBody, media: Sequence[Processed]
+    services: Services, template: ChatTemplate, body: ChatBody, media: Sequence[Processed], bounds: Bounds
 ) -> Asked:
-    """All but what the media bring. To be called on one of the templates' threads."""
+    """All but what the media bring."""
     runtime, prompts = services.runtime, services.prompts
     thoughts, tools = prompts.alone(lambda: _rules(runtime, template, body))
     messages = tools.messages(template, [message.for_template() for message in body.messages])
@@ -206,6 +230,7 @@ def _rendered(
         continue_final_message=bool(body.continue_final_message),
         media=[item.expansion for item in media],
         tools=tools.for_template(template),
+        bounds=bounds,
     )
     thinking = thinking_of(runtime, template, thoughts, body, token_ids, tells_calls=tools.is_in_headers)
     return Asked(Prompt(token_ids), thinking, tools)

@@ -37,7 +37,7 @@ IDLE_S = 10.0
 FIRST_TOKEN_S = 0.002
 """How long a step that has brought answers' first tokens leaves the interpreter's lock to whoever sends them. The
 next step's graph would else be built first, which holds it for milliseconds."""
-TURNS_TO_SEND = 8
+TURNS_TO_SEND = 2
 """Of an asyncio loop, after which a first token has been sent."""
 NUM_LOADERS = 4
 """Threads that bring adapters to the device: one that waits for a slow disk holds up no other."""

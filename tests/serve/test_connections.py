@@ -15,6 +15,7 @@ import httpx
 import pytest
 import trustme
 from left_running import left_running
+from waiting import until
 
 from serve.api.server import bind, serving
 from serve.config import ServeConfig
@@ -121,8 +122,62 @@ def test_a_client_that_takes_nothing_of_its_answer_is_cut_off_and_frees_its_rows
         assert runtime.worker.stats().num_finished == {"cancelled": 16}
 
 
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        (b"GET /health HTTP/1.1\r\n\r\n", 400),
+        (HEAD + b"host: localhost\r\n\r\n", 400),
+        (HEAD + b"x: " + b"a" * 70_000, 400),
+        (HEAD + b"content-length: 1\r\ntransfer-encoding: chunked\r\n\r\n", 400),
+        (HEAD + b"content-length: 1\r\ncontent-length: 2\r\n\r\n", 400),
+        (HEAD + b"connection: upgrade\r\nupgrade: h2c\r\n\r\n", 200),
+        (POST + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nx-api-key: sk-a\r\n\r\n", 401),
+    ],
+    ids=[
+        "no host",
+        "two hosts",
+        "a long head",
+        "two framings",
+        "two lengths",
+        "an offer",
+        "a key behind a body",
+    ],
+)
+def test_what_may_be_read_in_two_ways_is_read_in_none(said, status, keyed):
+    with closing(connect(keyed)) as plain:
+        plain.sendall(said)
+        plain.settimeout(60)
+        read = plain.recv(65536)
+        assert int(read.split(b" ", 2)[1]) == status
+        while status != 401 and plain.recv(65536):  # and that is the end of the connection
+            pass
+
+
+@pytest.fixture(scope="module")
+def keyed(model_folder) -> Iterator[str]:
+    runtime = Runtime.start(ServeConfig(model=str(model_folder), name="lively", api_key="sk-a"))
+    try:
+        with serving(runtime) as url:
+            yield url
+    finally:
+        runtime.close()
+
+
+def test_who_asks_for_more_behind_a_stream_and_leaves_frees_its_rows(start):
+    runtime, url = start()
+    body = json.dumps(LONG).encode()
+    with closing(connect(url)) as plain:
+        plain.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body + HEAD + b"\r\n")
+        assert plain.recv(1)
+    until(lambda: runtime.worker.stats().num_finished)
+    assert runtime.worker.stats().num_finished == {"cancelled": 1}
+
+
 def test_streams_are_framed_so_that_every_kind_of_client_reads_them(start):
-    """Chunks go to the socket past h11: HTTP/1.1 in chunks, HTTP/1.0 up to the end of the connection."""
+    """HTTP/1.1 in chunks, HTTP/1.0 up to the end of the connection."""
     _, url = start()
     body = json.dumps({**LONG, "max_tokens": 20, "temperature": 0}).encode()
     for version in (b"1.1", b"1.0"):
