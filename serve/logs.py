@@ -146,6 +146,8 @@ def _shown(value: Any, *, is_prose: bool = False) -> str:
     if isinstance(value, int | float) or (isinstance(value, str) and value and BARE.issuperset(value)):
         return str(value)
     if isinstance(value, str) and is_prose:
+        if value.isprintable():
+            return value
         return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in value).replace(
             "\n", "\n  "
         )

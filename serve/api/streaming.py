@@ -6,13 +6,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Response
 from fastapi.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from serve.api.answer import Answer, Piece
 from serve.api.body import CLIENT_CLOSED_REQUEST
@@ -119,46 +119,46 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs as ASGI."""
-        exchange = current()
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        body = exchange.send_body if exchange and exchange.send_body else send
-        steady = _SteadySend(lambda: send(start), body, self._responder.keep_alive)
+        steady = _SteadySend(start, send, self._responder.keep_alive)
         try:
-            await unless_gone(receive, self._respond(steady, send))
+            await unless_gone(receive, self._respond(steady))
         except (ClientGoneError, OSError):
             if not steady.has_begun:
                 await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
         finally:
             self._responder.turn.close()
 
-    async def _respond(self, steady: _SteadySend, send: Send) -> None:
+    async def _respond(self, steady: _SteadySend) -> None:
         beating, every_s = None, self._responder.keep_alive_s
         if every_s:
             beating = asyncio.ensure_future(steady.beat(every_s))
+            beating.add_done_callback(_drop)
         try:
-            await self._write(steady)
+            last = await self._write(steady)
         except LatheError as error:
             if not steady.has_begun:
                 raise
-            await steady.send(self._responder.writer.error(error))
+            await steady.end(self._responder.writer.error(error))
+        else:
+            await steady.end(last)
         finally:
             if beating is not None:
-                await _cancelled(beating)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                beating.cancel()
 
-    async def _write(self, steady: _SteadySend) -> None:
+    async def _write(self, steady: _SteadySend) -> bytes:
+        """All but what ends it, which is returned: one write less."""
         turn, writer = self._responder.turn, self._responder.writer
         row, piece = await turn.next()
         if begun := writer.begin():
             await steady.send(begun)
         while True:
-            if written := writer.piece(row, piece):
-                await steady.send(written)
+            written = writer.piece(row, piece)
             if turn.is_done:
-                break
+                return written + writer.end()
+            if written:
+                await steady.send(written)
             row, piece = await turn.next()
-        if ending := writer.end():
-            await steady.send(ending)
 
 
 class _SteadySend:
@@ -168,10 +168,12 @@ class _SteadySend:
     Each part holds whole events, so a comment may stand between any two.
     """
 
-    def __init__(self, begin: Callable[[], Awaitable[None]], send: Send, comment: bytes) -> None:
+    def __init__(self, start: Message, send: Send, comment: bytes) -> None:
+        exchange = current()
         self.has_begun = False
-        self._begin = begin
+        self._start = start
         self._send = send
+        self._send_body = exchange.send_body if exchange and exchange.send_body else send
         self._comment = comment
         self._last_s = time.monotonic()
         self._is_sending = False
@@ -185,6 +187,14 @@ class _SteadySend:
         await self._put(some)
         self._is_sending = False
         self._last_s = time.monotonic()
+
+    async def end(self, some: bytes) -> None:
+        """Send what comes last. No comment follows."""
+        if self._comment_sent is not None:
+            await self._comment_sent
+        self._is_sending = True
+        await self._begin()
+        await self._send({"type": "http.response.body", "body": some, "more_body": False})
 
     async def beat(self, every_s: float) -> None:
         """Send comments until cancelled, which is not done between two parts of one."""
@@ -201,17 +211,17 @@ class _SteadySend:
                 self._last_s = time.monotonic()
 
     async def _put(self, some: bytes) -> None:
+        await self._begin()
+        await self._send_body({"type": "http.response.body", "body": some, "more_body": True})
+
+    async def _begin(self) -> None:
         if not self.has_begun:
             self.has_begun = True
-            await self._begin()
-        await self._send({"type": "http.response.body", "body": some, "more_body": True})
+            await self._send(self._start)
 
 
-async def _cancelled(task: asyncio.Future[Any]) -> None:
-    """Wait until `task` has ended, now; what it would have given or raised is dropped."""
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task})
+def _drop(task: asyncio.Future[Any]) -> None:
+    """What it would have raised is nobody's: whoever sends next finds out."""
     if not task.cancelled():
         task.exception()
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+import anyio
 import httpx
 import pytest
 
+from serve.api.prompts import Bounds, Prompts
 from serve.api.server import serving
 from serve.config import ServeConfig
+from serve.errors import RequestError
 from serve.runtime import Runtime
 
 LIMIT_S = 1.5
@@ -23,8 +28,8 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def http(model_folder, tmp_path_factory):
-    """A server of the lively model whose template, on disk, takes for ever over one word."""
+def runtime(model_folder, tmp_path_factory):
+    """Of the lively model, whose template, on disk, takes for ever over one word."""
     folder = tmp_path_factory.mktemp("prompts") / "slow"
     shutil.copytree(model_folder, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -33,9 +38,14 @@ def http(model_folder, tmp_path_factory):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     config = ServeConfig(model=str(folder), name="m", max_render_s=LIMIT_S, max_context=CONTEXT)
     runtime = Runtime.start(config)
+    yield runtime
+    runtime.close()
+
+
+@pytest.fixture(scope="module")
+def http(runtime):
     with serving(runtime) as url, httpx.Client(base_url=url, timeout=120) as client:
         yield client
-    runtime.close()
 
 
 def ask(http, content: str = "hi", **changes) -> httpx.Response:
@@ -73,6 +83,31 @@ def test_a_slow_template_ends_with_a_400_and_others_are_answered_meanwhile(http)
     # One may have come before the slow ones began, one may have waited for the first of them to end.
     assert num_answered > 2
     assert text_of(ask(http))
+
+
+@pytest.mark.parametrize(
+    ("num_chars", "is_free", "is_refused", "is_here"),
+    [(99, True, False, True), (99, True, True, False), (99, False, False, False), (9999, True, False, False)],
+    ids=["short", "refused at first", "the tokenizer is busy", "long"],
+)
+def test_what_is_short_is_rendered_on_the_loop_and_all_else_on_a_thread(
+    num_chars, is_free, is_refused, is_here, runtime
+):
+    prompts, done = Prompts(runtime), threading.Event()
+
+    def work(bounds: Bounds) -> int:
+        if is_refused and bounds.is_quick:
+            raise RequestError("too slow")
+        return threading.get_ident()
+
+    with ThreadPoolExecutor(1) as pool:
+        begun = threading.Event()
+        if not is_free:
+            pool.submit(prompts.alone, lambda: (begun.set(), done.wait()))
+            begun.wait()
+        found = anyio.run(partial(prompts.render, work, num_chars=num_chars))
+        done.set()
+    assert (found == threading.get_ident()) is is_here
 
 
 @pytest.mark.parametrize(
