@@ -21,8 +21,10 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from serve.api.direct import direct_of
 from serve.api.exchange import current
 from serve.api.leaving import CLIENT_CLOSED_REQUEST as CLIENT_CLOSED_REQUEST
+from serve.api.leaving import said_already
 from serve.api.opening import announce
 from serve.api.tenant import PARAMETERS, tenant_of
 from serve.config import ServeConfig
@@ -51,6 +53,7 @@ class JsonRoute(APIRoute):
         answer = super().get_route_handler()
         if self.body_field is None:
             return answer
+        direct = direct_of(self.dependant)
 
         async def checked(request: Request) -> Response:
             _check_content_type(request.headers.get("content-type"))
@@ -61,7 +64,9 @@ class JsonRoute(APIRoute):
             value = parse(raw)
             note_prompt(request, value)
             announce(request, value)
-            return await answer(_ReadRequest(request, raw, value))
+            read = _ReadRequest(request, raw, value)
+            response = None if direct is None or value is None else await direct(read, value)
+            return await answer(read) if response is None else response
 
         return checked
 
@@ -105,9 +110,7 @@ def parse(raw: bytes) -> Any:
     if not text.strip():
         raise _not_json("it is empty")
     try:
-        value = json.loads(
-            text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_refuse_constant
-        )
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise _not_json(f"{error.msg} at character {error.pos}") from None
     except RecursionError:
@@ -138,6 +141,14 @@ async def _read(request: Request, config: ServeConfig) -> bytes:
     if length is not None and int(length) > limit:
         raise _too_large(f"{int(length)} bytes", config)
     raw = bytearray()
+    if (there := said_already(request.receive)) is not None:  # most bodies come with their heads
+        if there["type"] == "http.disconnect":
+            raise ClientDisconnect
+        raw += there.get("body", b"")
+        if len(raw) > limit:
+            raise _too_large("more", config)
+        if not there.get("more_body"):
+            return bytes(raw)
     try:
         async with asyncio.timeout(config.body_timeout_s):
             async for piece in request.stream():
@@ -202,6 +213,9 @@ def _finite(text: str) -> float:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise _not_json(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_refuse_constant)
 
 
 def _not_json(reason: str) -> RequestError:

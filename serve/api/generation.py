@@ -250,7 +250,7 @@ class Generation:
         ttft_s = now - self._started_s
         if self._exchange is not None:
             self._exchange.ttft_s = now - self._exchange.started_s
-        self._metrics.ttft_s.labels(self._label).observe(ttft_s)
+        asyncio.get_running_loop().call_soon(self._observe_first_token, ttft_s)  # behind the sending of it
         assignment, recorder = self.target.assignment, self._runtime.recorder
         if assignment is None or recorder is None:
             return
@@ -267,6 +267,9 @@ class Generation:
                 ttft_s=ttft_s,
             )
         )
+
+    def _observe_first_token(self, ttft_s: float) -> None:
+        self._metrics.ttft_s.labels(self._label).observe(ttft_s)
 
     def _count(self) -> None:
         if self._exchange is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
+from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
 from fastapi import Request
@@ -180,6 +181,7 @@ def _name_of(host: str) -> str:
     return host.rpartition(":")[0].lower() if ":" in host else host.lower()
 
 
+@lru_cache(maxsize=64)
 def _is_ours(name: str) -> bool:
     """Whether a name cannot be one that a stranger has pointed at this machine."""
     try:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 T = TypeVar("T")
 CLIENT_CLOSED_REQUEST = 499
@@ -29,16 +29,22 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             await asyncio.gather(working, return_exceptions=True)
 
 
-def has_left(receive: Receive) -> bool:
-    """Whether the client is known to have closed the connection, of a request whose body has been read. Asks and does
-    not wait, which Starlette takes a turn of the loop for."""
+def said_already(receive: Receive) -> Message | None:
+    """What the server has for a request by now; None: nothing. Asks and does not wait, for which Starlette takes a
+    turn of the loop."""
     asking = receive()
     try:
         asking.send(None)  # type: ignore[attr-defined]
     except StopIteration as answer:
-        return bool(answer.value["type"] == "http.disconnect")
+        return cast(Message, answer.value)
     asking.close()  # type: ignore[attr-defined]
-    return False
+    return None
+
+
+def has_left(receive: Receive) -> bool:
+    """Whether the client is known to have closed the connection, of a request whose body has been read."""
+    said = said_already(receive)
+    return said is not None and said["type"] == "http.disconnect"
 
 
 async def _done(receive: Receive, working: asyncio.Future[Any]) -> None:

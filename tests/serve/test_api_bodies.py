@@ -11,13 +11,19 @@ import httpx
 import pytest
 from odd_values import EDGES, ODD, edges_of, is_number, is_switch, places, with_
 
+from serve.api import adapters, chat, completions, models
 from serve.api.body import MAX_DEPTH
 from serve.api.constraints import ConstrainedBody
+from serve.api.direct import direct_of
+from serve.api.messages import endpoints as messages
+from serve.api.ollama import endpoints as ollama
+from serve.api.responses import endpoints as responses
 from serve.api.server import serving
 from serve.api.tool_bodies import ToolsBody
 from serve.config import ServeConfig
 from serve.runtime import Runtime
 
+DIRECT = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", "/api/chat")
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}\n"
@@ -702,3 +708,11 @@ def test_both_ways_to_say_the_reasoning_effort_at_once_are_refused(http):
     kwargs = {"reasoning_effort": "high"}
     error = assert_told(post(http, "/v1/chat/completions", {**CHAT, "chat_template_kwargs": kwargs}), kwargs)
     assert error["param"] == "reasoning_effort"
+
+
+def test_endpoints_that_generate_are_called_directly_and_those_with_more_parameters_by_fastapi():
+    parts = (chat, completions, messages, responses, ollama, adapters, models)
+    routes = {route.path: route for part in parts for route in part.router.routes}
+    assert [path for path in DIRECT if direct_of(routes[path].dependant) is None] == []
+    assert direct_of(routes["/v1/adapters/{name:path}/pin"].dependant) is None, "its path says more"
+    assert direct_of(routes["/v1/models/load"].dependant) is None, "its answer is made by FastAPI"
