@@ -16,6 +16,7 @@ from fastapi.dependencies.models import Dependant
 from pydantic import TypeAdapter, ValidationError
 
 Endpoint = Callable[..., Awaitable[Response]]
+Dependency = Callable[..., Awaitable[Any]]
 PARAMETERS = ("path_params", "query_params", "header_params", "cookie_params")
 SPECIAL = (
     *("websocket_param_name", "http_connection_param_name", "response_param_name"),
@@ -32,8 +33,10 @@ class Direct:
         self._endpoint: Endpoint = dependant.call
         self._body_name, self._request_name = dependant.body_params[0].name, dependant.request_param_name
         self._adapter = TypeAdapter[Any](body)
-        self._dependencies = [
-            (each.name, each.request_param_name, each.call) for each in dependant.dependencies
+        self._dependencies: list[tuple[str | None, str, Dependency]] = [
+            (each.name, each.request_param_name, each.call)
+            for each in dependant.dependencies
+            if each.call is not None and each.request_param_name is not None
         ]
 
     async def __call__(self, request: Request, value: Any) -> Response | None:
