@@ -122,32 +122,31 @@ class EventStream(Response):
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         steady = _SteadySend(start, send, self._responder.keep_alive)
         try:
-            await unless_gone(receive, self._respond(steady))
+            last = await unless_gone(receive, self._respond(steady))
+            await steady.end(last)  # here, lest the client's next request is noted before this one has ended
         except (ClientGoneError, OSError):
             if not steady.has_begun:
                 await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
         finally:
             self._responder.turn.close()
 
-    async def _respond(self, steady: _SteadySend) -> None:
+    async def _respond(self, steady: _SteadySend) -> bytes:
+        """All but what ends it, which is returned: one write less."""
         beating, every_s = None, self._responder.keep_alive_s
         if every_s:
             beating = asyncio.ensure_future(steady.beat(every_s))
             beating.add_done_callback(_drop)
         try:
-            last = await self._write(steady)
+            return await self._write(steady)
         except LatheError as error:
             if not steady.has_begun:
                 raise
-            await steady.end(self._responder.writer.error(error))
-        else:
-            await steady.end(last)
+            return self._responder.writer.error(error)
         finally:
             if beating is not None:
                 beating.cancel()
 
     async def _write(self, steady: _SteadySend) -> bytes:
-        """All but what ends it, which is returned: one write less."""
         turn, writer = self._responder.turn, self._responder.writer
         row, piece = await turn.next()
         if begun := writer.begin():
