@@ -17,7 +17,7 @@ from serve.api.schemas import CompletionBody
 from serve.api.services import Services
 from serve.api.state import AppState, StateDep
 from serve.api.streaming import EVENT_STREAM, Responder
-from serve.api.targets import Target, held_target
+from serve.api.targets import Target, held_target, let_others_begin
 from serve.api.tenant import TenantDep
 from serve.api.turn import Turn
 from serve.engine.request import Request as EngineRequest
@@ -144,6 +144,7 @@ async def begin_completion(
             lambda: [_encode(services, prompt) for prompt in body.prompts],
             num_chars=sum(map(len, body.prompts)),
         )
+        await let_others_begin(services)
         if has_left(http.receive):
             raise ClientGoneError
         requests = await build_requests(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ VARIANT_RETRY_AFTER_S = 5.0
 MAX_HEADER_CHARS = 512
 MAX_LOOKUPS = 3
 """Of one name: between being found and being held it may have been unloaded."""
+TURNS_TO_BEGIN = 3
+"""Of the event loop, in which what has come is read, and its request begins."""
 MAX_NAMES = 50
 """That an answer lists."""
 
@@ -121,6 +124,14 @@ async def held_target(
         finally:
             if version is not None:
                 services.runtime.registry.release(version)
+
+
+async def let_others_begin(services: Services) -> None:
+    """Where the engine would begin with this request, give those that have come with it the turns of the loop in
+    which they are read and become expected: a short chat is made ready without any."""
+    if services.runtime.worker.is_idle:
+        for _ in range(TURNS_TO_BEGIN):
+            await asyncio.sleep(0)
 
 
 async def _base_of(state: AppState, model: str) -> Base:

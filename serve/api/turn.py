@@ -23,7 +23,7 @@ from serve.api.prompts import Bounds
 from serve.api.schemas import ChatBody, Message
 from serve.api.services import Services
 from serve.api.state import AppState
-from serve.api.targets import Target, held_target
+from serve.api.targets import Target, held_target, let_others_begin
 from serve.api.thinking import thinking_of, thinking_variables, thoughts_of
 from serve.api.tools import NO_TOOLS, RowReader, ToolUse, tools_of
 from serve.engine.thinking import Thinking
@@ -139,6 +139,7 @@ async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id
             return await unless_gone(http.receive, _text_of(turn))
 
         asked, fitted = await Fitting(target, tenant, prompt, lambda asked: asked.prompt, answer).of(body)
+        await let_others_begin(target.services)
         if has_left(http.receive):  # nobody would read what the engine computes
             raise ClientGoneError
         told = replace(target, overflow=fitted.note)

@@ -119,6 +119,11 @@ class Worker:
             self._commands.put(_nothing)
 
     @property
+    def is_idle(self) -> bool:
+        """Nobody runs or waits."""
+        return not self._num_open
+
+    @property
     def num_coming(self) -> int:
         """Requests that are being made ready."""
         return len(self._coming)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import h11
@@ -23,6 +23,7 @@ from serve.adapters.versions.version import AdapterVersion
 from serve.api.metrics import MAX_GONE
 from serve.api.server import Server, bind, make_server, run, serving, url_of
 from serve.api.targets import Assignment, Target
+from serve.bench import wire
 from serve.config import ServeConfig
 from serve.errors import ConfigError
 from serve.experiments.assignment import Experiment, Variant
@@ -216,6 +217,52 @@ def test_prompts_that_come_at_once_are_computed_in_one_step(start, monkeypatch, 
         server.should_exit = True
         thread.join()
     assert len(plans[0].chunks) == 3
+
+
+NUM_AT_ONCE = 16
+"""That a thread takes longer for than it may keep the interpreter's lock."""
+
+
+def test_short_chats_that_have_come_at_once_are_computed_in_one_step(start, monkeypatch):
+    """Each is made ready in one turn of the loop, and would be gone before the next is looked at."""
+    runtime = start(prefix_cache_gib=0, max_rows=NUM_AT_ONCE)
+    monkeypatch.setattr("serve.engine.engine.MAX_GATHER_S", 60.0)
+    for _ in range(2):
+        runtime.engine.pace.note(0, 100, 1000.0)
+    plans, schedule = [], runtime.engine.scheduler.schedule
+    runtime.engine.scheduler.schedule = lambda *given: plans.append(schedule(*given)) or plans[-1]
+    server, listener = make_server(runtime), bind("127.0.0.1", 0)
+    is_due, is_held, goes_on, tick = threading.Event(), threading.Event(), threading.Event(), server.on_tick
+
+    async def on_tick(counter: int) -> bool:
+        if is_due.is_set() and not is_held.is_set():
+            is_held.set()
+            goes_on.wait(60)  # and so does the loop
+        return await tick(counter)
+
+    monkeypatch.setattr(server, "on_tick", on_tick)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    body = {"model": "lively", "messages": [{"role": "user", "content": "hello there"}], "max_tokens": 2}
+    asked = wire.chat(url_of(listener), body)
+    with listener, ExitStack() as stack:
+        clients = [
+            stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(NUM_AT_ONCE)
+        ]
+        for client in clients:
+            client.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert client.recv(4096)
+        is_due.set()
+        assert is_held.wait(60)
+        for client in clients:
+            client.sendall(asked)
+        goes_on.set()
+        for client in clients:
+            while not client.recv(65536).endswith(wire.DONE):
+                pass
+        server.should_exit = True
+        thread.join()
+    assert len(plans[0].chunks) == NUM_AT_ONCE
 
 
 def leave(server: Server, listener: socket.socket, head: bytes, content: bytes) -> None:
