@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from serve.api.schemas import ChatBody, Label, Strings, TokenIds
 from serve.api.strict import Body, Neutral
-from serve.embed.model import Length
+from serve.embed.model import Length, Side
 from serve.errors import RequestError
 
 MAX_INPUTS = 2048
@@ -104,13 +104,30 @@ class EmbeddingBody(EncodeBody):
         return list(self.input)
 
 
+class PairsBody(EncodeBody):
+    """What rerank and score share."""
+
+    instruction: str | None = None
+    """What a document is judged by, of a model that is told so in words."""
+    max_tokens_per_query: int | None = Field(None, ge=0)
+    """vLLM's: a query's beginning of so many tokens is read; 0, or left out: all of it."""
+    max_tokens_per_doc: int | None = Field(None, ge=0)
+    """Cohere's and vLLM's: the same of each document. What they come to together is bounded by the model, and by
+    truncate_prompt_tokens."""
+
+    @property
+    def pairs(self) -> list[tuple[Side, Side]]:
+        """The pairs to be scored."""
+        raise NotImplementedError
+
+
 class Document(Body):
     """Cohere's and Jina's: a document with a name for its text."""
 
     text: str
 
 
-class RerankBody(EncodeBody):
+class RerankBody(PairsBody):
     """POST /v1/rerank: Cohere's, Jina's and vLLM's fields."""
 
     neutral: ClassVar[Neutral] = {**VLLM, "max_chunks_per_doc": (None, 1), "rank_fields": (None, ["text"])}
@@ -122,25 +139,17 @@ class RerankBody(EncodeBody):
     """So many of the best; 0, or left out: all."""
     return_documents: bool | None = None
     """false leaves the documents' texts out of the results."""
-    instruction: str | None = None
-    """What a document is judged by, of a model that is told so in words."""
-    max_tokens_per_doc: int | None = Field(None, ge=1)
-    """Cohere's: as truncate_prompt_tokens, which counts the query too."""
 
     @model_validator(mode="after")
     def _are_not_too_many(self) -> RerankBody:
         _check_count("documents", len(self.documents))
-        if self.max_tokens_per_doc is not None and self.truncate_prompt_tokens is not None:
-            raise RequestError(
-                "max_tokens_per_doc: found with truncate_prompt_tokens; both say what is kept, send one",
-                "max_tokens_per_doc",
-            )
         return self
 
     @property
-    def asked(self) -> str:
-        """The query's text."""
-        return text_of(self.query)
+    def pairs(self) -> list[tuple[Side, Side]]:
+        """The query with each document."""
+        query = Side(text_of(self.query), "query")
+        return [(query, Side(text, f"documents.{number}")) for number, text in enumerate(self.texts)]
 
     @property
     def texts(self) -> list[str]:
@@ -151,7 +160,7 @@ class RerankBody(EncodeBody):
 Sides = str | Strings
 
 
-class ScoreBody(EncodeBody):
+class ScoreBody(PairsBody):
     """POST /v1/score: vLLM's."""
 
     neutral: ClassVar[Neutral] = VLLM
@@ -163,7 +172,6 @@ class ScoreBody(EncodeBody):
     """vLLM's other name for text_1,"""
     documents: Sides | None = None
     """and for text_2."""
-    instruction: str | None = None
 
     @model_validator(mode="after")
     def _sides_fit(self) -> ScoreBody:
@@ -193,9 +201,10 @@ class ScoreBody(EncodeBody):
         return _listed(self.text_1, self.queries), _listed(self.text_2, self.documents)
 
     @property
-    def pairs(self) -> list[tuple[str, str]]:
+    def pairs(self) -> list[tuple[Side, Side]]:
         """The pairs to be scored."""
-        first, second = self.sides
+        first = _placed("text_1", self.text_1, "queries", self.queries)
+        second = _placed("text_2", self.text_2, "documents", self.documents)
         return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
 
 
@@ -254,6 +263,13 @@ def text_of(document: str | Document) -> str:
 def _listed(first: Sides | None, second: Sides | None) -> list[str]:
     given = second if first is None else first
     return [given] if isinstance(given, str) else list(given or ())
+
+
+def _placed(name: str, given: Sides | None, other_name: str, other: Sides | None) -> list[Side]:
+    name, given = (other_name, other) if given is None else (name, given)
+    if isinstance(given, str):
+        return [Side(given, name)]
+    return [Side(text, f"{name}.{number}") for number, text in enumerate(given or ())]
 
 
 def _check_count(param: str, count: int) -> None:
