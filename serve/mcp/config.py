@@ -7,13 +7,16 @@ an address.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
 
 from serve.errors import ConfigError
 from serve.settings import Strict
+
+APPROVALS = ("autoApprove", "alwaysAllow")
+"""Keys of other clients: tools that run without anybody being asked."""
 
 
 class McpServerConfig(Strict):
@@ -56,8 +59,17 @@ def read_servers(path: Path) -> dict[str, McpServerConfig]:
     except OSError as error:
         raise ConfigError(f"mcp_servers: {path} cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        problems = "; ".join(_told(each["loc"], each["type"], each["msg"]) for each in error.errors())
         raise ConfigError(f"mcp_servers: {path}: {problems}") from None
     except ValueError as error:
         raise ConfigError(f"mcp_servers: {path} is no JSON: {error}") from None
     return {name: server for name, server in found.mcpServers.items() if not server.disabled}
+
+
+def _told(place: Sequence[int | str], kind: str, message: str) -> str:
+    if kind == "extra_forbidden":
+        known = McpFile if len(place) == 1 else McpServerConfig
+        message = f"unknown key; there are {', '.join(known.model_fields)}"
+        if place[-1] in APPROVALS:
+            message += ". Nobody is asked here before a tool runs: a request's allowed_tools says which may"
+    return f"{'.'.join(map(str, place))}: {message}"

@@ -135,7 +135,12 @@ def test_a_name_that_the_configuration_has_not_is_refused(servers):
         ("{}", "mcpServers: Field required"),
         ('{"mcpServers": {"a": {}}}', "expected either command or url"),
         ('{"mcpServers": {"a": {"command": "x", "url": "http://x"}}}', "expected either command or url"),
-        ('{"mcpServers": {"a": {"command": "x", "shell": true}}}', "mcpServers.a.shell"),
+        (
+            '{"mcpServers": {"a": {"command": "x", "shell": true}}}',
+            "mcpServers.a.shell: unknown key; there are com",
+        ),
+        ('{"mcpServers": {"a": {"command": "x", "autoApprove": []}}}', "allowed_tools"),
+        ('{"servers": {}}', "servers: unknown key; there are mcpServers"),
         ('{"mcpServers": {"a": {"url": "file:///etc"}}}', "mcpServers.a.url"),
         ('{"mcpServers": {"a": {"command": "x", "headers": {"k": "v"}}}}', "headers are an address's"),
     ],
