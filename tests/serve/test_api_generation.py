@@ -220,7 +220,7 @@ NO_PARTS = [
         ({"tools": [{"type": "function"}]}, "tools", "tools.0.function: missing"),
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "tools.0: Input tag 'custom'"),
         ({"tool_choice": "required"}, "tool_choice", "found without tools"),
-        ({"verbosity": "low"}, "verbosity", '"medium"'),
+        ({"verbosity": "chatty"}, "verbosity", "'low', 'medium' or 'high'"),
         ({"max_completion_tokens": 5}, "max_completion_tokens", "max_tokens is 24"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
         ({"stop": ["x"] * 65}, "stop", "at most 64"),

@@ -28,6 +28,7 @@ GENERATING = (
     "POST /v1/messages",
     "POST /v1/messages/count_tokens",
     "POST /v1/responses",
+    "POST /v1/responses/input_tokens",
     "POST /v1/embeddings",
     "POST /v1/rerank",
     "POST /v1/score",
