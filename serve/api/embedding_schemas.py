@@ -21,6 +21,7 @@ VLLM: Neutral = {
     "normalize": (None,),
     "priority": (None, 0),
     "softmax": (None,),
+    "stream": (None, False),
     "use_activation": (None, True),
 }
 """Its fields that are done in one way here."""
@@ -63,20 +64,37 @@ class EncodeBody(Body):
         return Length(limit, self.truncation_side == "left")
 
 
+PROMPTS_ELSEWHERE = ("input_type", "task")
+"""Cohere's, NVIDIA's and Jina's words for what a text is embedded as."""
+
+
 class EmbeddingBody(EncodeBody):
     """POST /v1/embeddings."""
 
-    neutral: ClassVar[Neutral] = VLLM
+    neutral: ClassVar[Neutral] = {name: values for name, values in VLLM.items() if name != "normalize"}
     hints: ClassVar[frozenset[str]] = HINTS
 
     input: str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1)
     """Numbers of a vector, of a model whose vectors may be cut."""
+    normalize: bool | None = None
+    """vLLM's: whether vectors have length 1; as the model's folder says, if left out."""
     add_special_tokens: bool | None = None
     """vLLM's: false leaves out the tokens that the tokenizer puts around a text."""
     prompt_name: Label | None = None
     """sentence-transformers': which of the model's prompts stands before each text; "" is none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_prompt_is_named(cls, data: Any) -> Any:
+        for name in PROMPTS_ELSEWHERE if isinstance(data, dict) else ():
+            if data.get(name) is not None:
+                raise RequestError(
+                    f"{name}: unknown field; send prompt_name, which of the model's prompts stands before each text",
+                    name,
+                )
+        return data
 
     @field_validator("input")
     @classmethod

@@ -55,6 +55,8 @@ class Encoded:
     """Tokens before the second text of a pair; all of them of a text."""
     num_prompt: int = 0
     """Tokens of the prompt at its beginning that the vector leaves out."""
+    normalize: bool | None = None
+    """The vector is to have length 1, or the one that it has; None: as the model's folder says."""
 
 
 @dataclass(frozen=True)
@@ -219,8 +221,8 @@ class Embedder(TextModel):
         vectors = pool(self._encoder.states(batch), batch.lengths, skipped, self.modes)
         for layer, activation in self._dense:
             vectors = activation(layer(vectors))
-        if self.is_normalized:
-            vectors = normalized(vectors)
+        if any(is_normalized := [self._normalizes(row.normalize) for row in rows]):
+            vectors = mx.where(mx.array(is_normalized)[:, None], normalized(vectors), vectors)
         return np.array(vectors)
 
     def prompt(self, name: str | None) -> str:
@@ -261,15 +263,18 @@ class Embedder(TextModel):
                 "dimensions",
             )
 
-    def cut(self, vectors: Rows, dimensions: int | None) -> Rows:
-        """The beginnings of vectors, as long as whole ones are."""
+    def cut(self, vectors: Rows, dimensions: int | None, normalize: bool | None = None) -> Rows:
+        """The beginnings of vectors, of length 1 again where whole ones are."""
         if dimensions is None or dimensions == self.width:
             return vectors
         vectors = vectors[:, :dimensions]
-        if not self.is_normalized:
+        if not self._normalizes(normalize):
             return vectors
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors / np.maximum(lengths, 1e-12)
+
+    def _normalizes(self, asked: bool | None) -> bool:
+        return self.is_normalized if asked is None else asked
 
     def similarity(self, queries: Rows, documents: Rows) -> npt.NDArray[np.float64]:
         """[B] of [B, width] each: how near they are, as the folder says it; cosine, if it does not."""

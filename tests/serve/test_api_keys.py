@@ -331,6 +331,18 @@ def test_a_page_of_an_allowed_origin_may_ask_and_reads_refusals_and_others_may_n
     assert "X-Request-Id" in exposed.headers["access-control-expose-headers"]
 
 
+def test_a_page_of_an_allowed_origin_may_use_every_method_and_read_every_header_of_ours(runtime, ask):
+    for method in {method for method, _ in routes(runtime)}:
+        asked = {"Origin": "https://a.example", "Access-Control-Request-Method": method}
+        assert ask(None, "/v1/responses/x", "OPTIONS", headers=asked).status_code == 200, method
+    answer = ask("sk-plain", "/v1/completions", "POST", json=SHORT, headers={"Origin": "https://a.example"})
+    exposed = answer.headers["access-control-expose-headers"].lower().split(", ")
+    ours = {name for name in answer.headers if name.startswith("x-") and name != "x-content-type-options"}
+    assert "x-lathe-model" in ours
+    assert ours <= set(exposed)
+    assert {"x-lathe-context-overflow", "x-should-retry", "retry-after"} <= set(exposed)
+
+
 def knock(url: str, num: int) -> None:
     """So many requests on one connection, each with a wrong key of its own, of 4,000 characters."""
     parts = httpx.URL(url)
