@@ -19,6 +19,10 @@ APPROVALS = ("autoApprove", "alwaysAllow")
 """Keys of other clients: tools that run without anybody being asked."""
 
 
+TYPES = {"stdio": ("stdio",), "http": ("http", "streamable-http", "streamableHttp", "streamable_http")}
+"""What other clients call the two transports. An older one, sse, is not spoken."""
+
+
 class McpServerConfig(Strict):
     """One server: a command that speaks over its standard streams, or the address of one that runs."""
 
@@ -32,13 +36,19 @@ class McpServerConfig(Strict):
     headers: Mapping[str, str] = Field(default_factory=dict)
     """Sent with every request to the address."""
     type: str | None = None
-    """A hint of other clients: stdio or http."""
+    """As other clients have it, one of TYPES; it follows from command or url."""
     disabled: bool = False
 
     @model_validator(mode="after")
     def _one_way(self) -> McpServerConfig:
         if (self.command is None) == (self.url is None):
             raise ValueError("expected either command or url")
+        kind = "stdio" if self.url is None else "http"
+        if self.type is not None and self.type not in TYPES[kind]:
+            raise ValueError(
+                f"type: found {self.type!a:.80}; expected {' or '.join(TYPES[kind])} beside "
+                f"{'command' if self.url is None else 'url'}"
+            )
         if self.url is not None and (self.args or self.env or self.cwd):
             raise ValueError("args, env and cwd are a command's; found beside url")
         if self.command is not None and self.headers:

@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from serve.errors import RequestError, ToolServerError
@@ -96,14 +97,26 @@ class McpServers:
         await asyncio.gather(*(server.close() for server in self._servers.values()), return_exceptions=True)
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A connection from its beginning, and what is said of it."""
+
+    client: asyncio.Future[Any]
+    closing: asyncio.Event
+    """Nobody asks it any more."""
+    lost: asyncio.Event
+    """It has ended by itself: nothing is to be asked of it."""
+    changed: asyncio.Event
+    """It has other tools than were listed."""
+
+
 class _Server:
     """One server; all of it on the thread's loop."""
 
     def __init__(self, name: str, config: McpServerConfig, timeout_s: float) -> None:
         self._name, self._config, self._timeout_s = name, config, timeout_s
         self._connection: asyncio.Task[None] | None = None
-        self._client: asyncio.Future[Any] | None = None
-        self._closing: asyncio.Event | None = None
+        self._line: _Line | None = None
         self._tools: list[Tool] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
         """Connections that are about to end, and what was started for them."""
@@ -112,9 +125,10 @@ class _Server:
         """Why the connection has ended, where that is known."""
 
     async def tools(self) -> list[Tool]:
-        client = await self._connected()
-        if self._tools is None:
-            self._tools = await self._within(_listed(client), "listing its tools")
+        line = await self._connected()
+        if self._tools is None or line.changed.is_set():
+            line.changed.clear()
+            self._tools = await self._within(_listed(line.client.result()), "listing its tools")
         return self._tools
 
     async def call(self, tool: str, arguments: Mapping[str, Any]) -> str:
@@ -122,7 +136,7 @@ class _Server:
             raise ToolServerError(f"MCP server {self._name!r} has {MAX_PENDING} calls to answer already")
         self._num_pending += 1
         try:
-            client = await self._connected()
+            client = (await self._connected()).client.result()
             result = await self._within(client.call_tool(tool, dict(arguments)), f"calling {tool!r:.200}")
         finally:
             self._num_pending -= 1
@@ -133,26 +147,29 @@ class _Server:
         if self._leaving:
             await asyncio.wait(self._leaving, timeout=CLOSE_S)
 
-    async def _connected(self) -> Any:
-        if self._connection is None or self._connection.done():
-            self._tools, self._closing = None, asyncio.Event()
-            self._client = asyncio.get_running_loop().create_future()
-            self._connection = asyncio.ensure_future(self._live(self._client, self._closing))
-        assert self._client is not None
-        return await self._within(asyncio.shield(self._client), "connecting")
+    async def _connected(self) -> _Line:
+        if self._line is not None and self._line.lost.is_set():
+            self._drop()
+        if self._line is None or self._connection is None or self._connection.done():
+            client = asyncio.get_running_loop().create_future()
+            self._tools, self._line = None, _Line(client, *(asyncio.Event() for _ in range(3)))
+            self._connection = asyncio.ensure_future(self._live(self._line))
+        line = self._line
+        await self._within(asyncio.shield(line.client), "connecting")
+        return line
 
-    async def _live(self, connected: asyncio.Future[Any], closing: asyncio.Event) -> None:
+    async def _live(self, line: _Line) -> None:
         """The whole life of a connection, in one task, as its scopes demand."""
         try:
-            async with _client(self._config, self._hear) as client:
-                if not connected.done():
-                    connected.set_result(client)
-                await closing.wait()
+            async with _client(self._config, line, self._hear) as client:
+                if not line.client.done():
+                    line.client.set_result(client)
+                await line.closing.wait()
         except BaseException as error:
-            if not connected.done():
+            if not line.client.done():
                 reason = self._told(error)
-                connected.set_exception(ToolServerError(f"MCP server {self._name!r}: {reason}"))
-                connected.exception()  # whoever waited may have left
+                line.client.set_exception(ToolServerError(f"MCP server {self._name!r}: {reason}"))
+                line.client.exception()  # whoever waited may have left
             if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)):
                 raise
 
@@ -184,9 +201,9 @@ class _Server:
 
     def _drop(self) -> None:
         """Leave a connection of which nothing more is to be expected."""
-        if self._closing is not None:
-            self._closing.set()
-        connection, self._connection = self._connection, None
+        if self._line is not None:
+            self._line.closing.set()
+        connection, self._connection, self._line = self._connection, None, None
         if connection is not None:
             self._leaving.add(connection)
             connection.add_done_callback(self._leaving.discard)
@@ -194,20 +211,26 @@ class _Server:
 
 
 @asynccontextmanager
-async def _client(config: McpServerConfig, tell: Callable[[str], None]) -> AsyncIterator[Any]:
+async def _client(config: McpServerConfig, line: _Line, tell: Callable[[str], None]) -> AsyncIterator[Any]:
     """The mcp package's client; imported here, for it takes a second. tell: why a connection has ended."""
     from mcp import Client
+    from mcp_types import ToolListChangedNotification
 
     from serve.mcp.bounded import http_client, over_http, over_streams
 
+    async def hear(message: object) -> None:
+        if isinstance(message, ToolListChangedNotification):
+            line.changed.set()
+
     if config.url is not None:
         async with (
-            http_client(config, MAX_MESSAGE_BYTES) as http,
-            Client(over_http(config, http, MAX_MESSAGE_BYTES)) as client,
+            http_client(config, MAX_MESSAGE_BYTES, line.lost.set) as http,
+            Client(over_http(config, http, MAX_MESSAGE_BYTES), message_handler=hear) as client,
         ):
             yield client
         return
-    async with Client(over_streams(config, MAX_MESSAGE_BYTES, tell)) as client:
+    streams = over_streams(config, MAX_MESSAGE_BYTES, tell, line.lost.set)
+    async with Client(streams, message_handler=hear) as client:
         yield client
 
 

@@ -232,7 +232,7 @@ class ResponsesBody(TemplatedBody):
         return (self.top_logprobs or 0) if self.top_logprobs or LOGPROBS in (self.include or ()) else None
 
 
-class CountBody(ResponsesBody):
+class InputTokensBody(ResponsesBody):
     """POST /v1/responses/input_tokens: any body of /v1/responses."""
 
     neutral: ClassVar[Neutral] = {**ResponsesBody.neutral, "personality": (None,)}

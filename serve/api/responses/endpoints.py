@@ -11,7 +11,7 @@ from serve.api.body import JsonRoute
 from serve.api.leaving import CLIENT_CLOSED_REQUEST, ClientGoneError
 from serve.api.opening import Words
 from serve.api.responses.background import in_background
-from serve.api.responses.body import CountBody, ResponsesBody
+from serve.api.responses.body import InputTokensBody, ResponsesBody
 from serve.api.responses.chat import begin, num_input_tokens
 from serve.api.responses.output import item_id
 from serve.api.responses.store import Entry, Items
@@ -76,7 +76,7 @@ async def create_response(body: ResponsesBody, http: Request, state: StateDep, t
 
 @router.post("/v1/responses/input_tokens")
 async def count_input_tokens(
-    body: CountBody, http: Request, state: StateDep, tenant: TenantDep
+    body: InputTokensBody, http: Request, state: StateDep, tenant: TenantDep
 ) -> dict[str, Any]:
     """How many tokens the prompt of such a response has, with the template's own, pictures, tools and what it goes
     on from."""
