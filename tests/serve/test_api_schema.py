@@ -166,11 +166,13 @@ def kept(text: dict) -> dict[str, dict[str, dict | None]]:
             **{"model": None, "input": text, "max_output_tokens": {"enum": [1, 4]}, "instructions": text},
             **{"stream": None, "store": None, "metadata": None},
         },
+        "InputTokensBody": {"model": None, "input": text, "instructions": text},
         "EmbeddingBody": {
             **tiny,
             "input": {"anyOf": [text, few]},
             "encoding_format": None,
             "dimensions": None,
+            "normalize": None,
         },
         "RerankBody": {**tiny, "query": text, "documents": few, "top_n": None, "return_documents": None},
         "ScoreBody": {**tiny, "text_1": text, "text_2": few},
