@@ -156,17 +156,22 @@ async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id
 async def _submitted(
     state: AppState, target: Target, body: ChatBody, asked: Asked, tenant: str, id: str, endpoint: str
 ) -> Turn:
-    requests = await build_requests(
-        id,
-        body,
-        [asked.prompt],
-        target,
-        tenant=tenant,
-        continues_prompt=bool(body.continue_final_message),
-        thinking=asked.thinking,
-        tools=asked.tools,
-    )
-    generation = Generation(state.metrics, id, endpoint, target, requests, body.n or 1)
+    try:
+        requests = await build_requests(
+            id,
+            body,
+            [asked.prompt],
+            target,
+            tenant=tenant,
+            continues_prompt=bool(body.continue_final_message),
+            thinking=asked.thinking,
+            tools=asked.tools,
+        )
+        generation = Generation(state.metrics, id, endpoint, target, requests, body.n or 1)
+    except RequestError as error:
+        if error.param == "prompt":  # the engine's word; a chat has none
+            error.param = "messages"
+        raise
     return Turn(
         generation,
         len(asked.prompt.token_ids),
