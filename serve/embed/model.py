@@ -113,7 +113,7 @@ class TextModel:
 
     def beginning(self, text: str, num_tokens: int) -> str:
         """What the first so many tokens of a text stand for; all of it, if it has no more."""
-        text = text[: CHARS_A_TOKEN * num_tokens]
+        text = self._case(text)[: CHARS_A_TOKEN * num_tokens]
         if not self.tokenizer.is_fast:  # one that does not say where its tokens stand
             ids = self._ids(text, False)
             return text if len(ids) <= num_tokens else str(self.tokenizer.decode(ids[:num_tokens]))
