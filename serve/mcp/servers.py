@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from serve.errors import RequestError, ToolServerError
@@ -97,17 +97,20 @@ class McpServers:
         await asyncio.gather(*(server.close() for server in self._servers.values()), return_exceptions=True)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Line:
     """A connection from its beginning, and what is said of it."""
 
     client: asyncio.Future[Any]
-    closing: asyncio.Event
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
     """Nobody asks it any more."""
-    lost: asyncio.Event
-    """It has ended by itself: nothing is to be asked of it."""
-    changed: asyncio.Event
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+    """It has ended by itself: nothing more is to be asked of it."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
     """It has other tools than were listed."""
+    num_pending: int = 0
+    """Questions that it has not answered."""
+    task: asyncio.Task[None] | None = None
 
 
 class _Server:
@@ -115,12 +118,12 @@ class _Server:
 
     def __init__(self, name: str, config: McpServerConfig, timeout_s: float) -> None:
         self._name, self._config, self._timeout_s = name, config, timeout_s
-        self._connection: asyncio.Task[None] | None = None
         self._line: _Line | None = None
         self._tools: list[Tool] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
         """Connections that are about to end, and what was started for them."""
         self._num_pending = 0
+        """Calls."""
         self._reason = ""
         """Why the connection has ended, where that is known."""
 
@@ -128,7 +131,7 @@ class _Server:
         line = await self._connected()
         if self._tools is None or line.changed.is_set():
             line.changed.clear()
-            self._tools = await self._within(_listed(line.client.result()), "listing its tools")
+            self._tools = await self._within(line, _listed(line.client.result()), "listing its tools")
         return self._tools
 
     async def call(self, tool: str, arguments: Mapping[str, Any]) -> str:
@@ -136,26 +139,31 @@ class _Server:
             raise ToolServerError(f"MCP server {self._name!r} has {MAX_PENDING} calls to answer already")
         self._num_pending += 1
         try:
-            client = (await self._connected()).client.result()
-            result = await self._within(client.call_tool(tool, dict(arguments)), f"calling {tool!r:.200}")
+            line = await self._connected()
+            asking = line.client.result().call_tool(tool, dict(arguments))
+            result = await self._within(line, asking, f"calling {tool!r:.200}")
         finally:
             self._num_pending -= 1
         return _text_of(result)
 
     async def close(self) -> None:
-        self._drop()
+        if self._line is not None:
+            self._drop(self._line)
         if self._leaving:
             await asyncio.wait(self._leaving, timeout=CLOSE_S)
 
     async def _connected(self) -> _Line:
-        if self._line is not None and self._line.lost.is_set():
-            self._drop()
-        if self._line is None or self._connection is None or self._connection.done():
-            client = asyncio.get_running_loop().create_future()
-            self._tools, self._line = None, _Line(client, *(asyncio.Event() for _ in range(3)))
-            self._connection = asyncio.ensure_future(self._live(self._line))
         line = self._line
-        await self._within(asyncio.shield(line.client), "connecting")
+        if line is not None and line.lost.is_set():
+            self._line = None
+            if not line.num_pending:  # else with its last answer
+                self._drop(line)
+        line = self._line
+        if line is None or line.task is None or line.task.done():
+            line = _Line(asyncio.get_running_loop().create_future())
+            line.task = asyncio.ensure_future(self._live(line))
+            self._tools, self._line = None, line
+        await self._within(line, asyncio.shield(line.client), "connecting")
         return line
 
     async def _live(self, line: _Line) -> None:
@@ -181,33 +189,39 @@ class _Server:
         reason, self._reason = self._reason or _reason(error), ""
         return reason
 
-    async def _within(self, work: Any, doing: str) -> Any:
+    async def _within(self, line: _Line, work: Any, doing: str) -> Any:
         """ToolServerError where it takes too long or fails; then the next question connects anew."""
+        line.num_pending += 1
         try:
             return await asyncio.wait_for(work, self._timeout_s)
         except ToolServerError:
             raise
         except TimeoutError:
-            if self._num_pending <= 1:  # others wait for answers of it
-                self._drop()
+            if line.num_pending <= 1:  # others wait for answers of it
+                self._drop(line)
             raise ToolServerError(
                 f"MCP server {self._name!r}: {doing} takes more than {self._timeout_s:g} s"
             ) from None
         except Exception as error:  # foreign code, over a wire
             if _is_end(error):
-                self._drop()
+                self._drop(line)
             reason = self._told(error)
             raise ToolServerError(f"MCP server {self._name!r}: {doing} failed: {reason}") from None
+        finally:
+            line.num_pending -= 1
+            if line is not self._line and not line.num_pending:
+                self._drop(line)
 
-    def _drop(self) -> None:
-        """Leave a connection of which nothing more is to be expected."""
-        if self._line is not None:
-            self._line.closing.set()
-        connection, self._connection, self._line = self._connection, None, None
-        if connection is not None:
-            self._leaving.add(connection)
-            connection.add_done_callback(self._leaving.discard)
-            asyncio.get_running_loop().call_later(CLOSE_S, connection.cancel)
+    def _drop(self, line: _Line) -> None:
+        """Leave a connection of which nothing more is to be expected; any number of times."""
+        if self._line is line:
+            self._line = None
+        if line.closing.is_set() or line.task is None:
+            return
+        line.closing.set()
+        self._leaving.add(line.task)
+        line.task.add_done_callback(self._leaving.discard)
+        asyncio.get_running_loop().call_later(CLOSE_S, line.task.cancel)
 
 
 @asynccontextmanager

@@ -137,18 +137,27 @@ def test_a_program_that_ended_while_nobody_asked_is_started_again():
     servers.close()
 
 
-def test_a_session_that_an_address_knows_no_more_is_begun_anew(free_ports):
+def test_a_session_that_an_address_knows_no_more_is_begun_anew_and_cuts_no_call_off(free_ports):
     port = free_ports()
     servers = McpServers({"raw": McpServerConfig(url=f"http://127.0.0.1:{port}/mcp")}, timeout_s=20)
+
+    async def talk() -> None:
+        assert len(await servers.tools("raw")) == 4
+        held = asyncio.ensure_future(servers.call("raw", "hold", {}))
+        await servers.call("raw", "forget", {})
+        with pytest.raises(ToolServerError, match="gone"):
+            await servers.call("raw", "grow", {})
+        assert await servers.call("raw", "grow", {}) == "5"
+        assert len(await servers.tools("raw")) == 5
+        assert not held.done()
+        await servers.call("raw", "release", {})
+        assert await held == "5"
+        assert await servers.call("raw", "grow", {}) == "6"
+
     with subprocess.Popen([sys.executable, str(RAW), str(port)], stderr=subprocess.DEVNULL) as program:
         try:
             wait_for(port)
-            assert len(asyncio.run(servers.tools("raw"))) == 2
-            asyncio.run(servers.call("raw", "forget", {}))
-            with pytest.raises(ToolServerError, match="gone"):
-                asyncio.run(servers.call("raw", "grow", {}))
-            assert asyncio.run(servers.call("raw", "grow", {})) == "3"
-            assert len(asyncio.run(servers.tools("raw"))) == 3
+            asyncio.run(talk())
         finally:
             servers.close()
             program.kill()
@@ -156,7 +165,7 @@ def test_a_session_that_an_address_knows_no_more_is_begun_anew(free_ports):
 
 def test_tools_that_have_changed_are_listed_anew():
     async def talk() -> None:
-        for count in (2, 3, 4):
+        for count in (4, 5, 6):
             assert len(await servers.tools("raw")) == count
             await servers.call("raw", "grow", {})
 

@@ -7,10 +7,12 @@ import json
 import sys
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event
 from typing import Any
 from uuid import uuid4
 
-tools = ["grow", "forget"]
+tools = ["grow", "forget", "hold", "release"]
+held, released = Event(), Event()
 sessions: set[str] = set()
 
 
@@ -29,11 +31,18 @@ def answer(asked: dict[str, Any], notify: Callable[[dict[str, Any]], None]) -> d
         case "tools/list":
             told["result"] = {"tools": [{"name": name, "inputSchema": {"type": "object"}} for name in tools]}
         case "tools/call":
-            if asked["params"]["name"] == "grow":
-                tools.append(f"tool-{len(tools)}")
-                notify({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
-            else:
-                sessions.clear()
+            match asked["params"]["name"]:
+                case "grow":
+                    tools.append(f"tool-{len(tools)}")
+                    notify({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
+                case "forget":  # once another call is being held
+                    held.wait(60)
+                    sessions.clear()
+                case "hold":
+                    held.set()
+                    released.wait(60)
+                case "release":
+                    released.set()
             told["result"] = {"content": [{"type": "text", "text": str(len(tools))}]}
         case _:
             told["error"] = {"code": -32601, "message": "not here"}
