@@ -45,6 +45,7 @@ class JsonRoute(APIRoute):
         answer = super().get_route_handler()
         if self.body_field is None:
             return answer
+        may_stream = "content" in self.responses.get(200, {})
 
         async def checked(request: Request) -> Response:
             _check_content_type(request.headers.get("content-type"))
@@ -54,7 +55,8 @@ class JsonRoute(APIRoute):
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
             value = parse(raw)
             note_prompt(request, value)
-            announce(request, value)
+            if may_stream:  # elsewhere `stream` asks for nothing
+                announce(request, value)
             return await answer(_ReadRequest(request, raw, value))
 
         return checked
