@@ -1,8 +1,8 @@
 """README's commands, run in order, as one shell session in a copy of the checkout.
 
 Fenced blocks after a line `<!-- test -->` are run. A line that starts with `$ ` begins a command; it goes on while
-it ends in a backslash or a quote is open. Everything else is output and is not compared. Recipes are trained for a few
-steps, which is enough to serve, export and merge what comes of them: test_demo.py says how good that is at its end.
+it ends in a backslash or a quote is open. Everything else is output and is not compared. Recipes are trained for a
+few steps, enough to serve, export and merge what comes of them: test_demo.py says how good that is at its end.
 """
 
 from __future__ import annotations
