@@ -190,7 +190,11 @@ class _Server:
         if connection is not None:
             self._leaving.add(connection)
             connection.add_done_callback(self._leaving.discard)
-            asyncio.get_running_loop().call_later(CLOSE_S, connection.cancel)
+            if self._client is not None and not self._client.done():
+                self._hear("it was given up while it connected")
+                connection.cancel()  # nothing else is heard by then
+            else:
+                asyncio.get_running_loop().call_later(CLOSE_S, connection.cancel)
 
 
 @asynccontextmanager
