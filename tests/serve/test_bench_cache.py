@@ -284,8 +284,8 @@ def test_bench_cache_refuses_a_part_that_there_is_not(capsys):
 
 def test_bench_conversations_plays_the_same_turns_with_both_servers(run_bench, capsys):
     numbers = run_bench(
-        "bench conversations --size tiny --conversations 6 --turns 3 --systems 2 --system-tokens 96 --message-tokens 8"
-        " --max-tokens 6 --held 1 --clients 2"
+        "bench conversations --size tiny --conversations 6 --turns 3 --systems 2 --system-tokens 96"
+        " --message-tokens 8 --max-tokens 6 --held 1 --clients 2"
     )
     printed = capsys.readouterr().out
     for each in numbers["results"]:
