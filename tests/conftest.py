@@ -141,13 +141,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
-def pytest_collection_finish() -> None:
-    """As a server does: the packages that are there by now are looked through no more, at each collection, for what
-    could go."""
-    gc.collect()
-    gc.freeze()
-
-
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, three special ones: enough for any text, no training."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -230,6 +223,14 @@ def one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSL_CERT_FILE", str(file))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packages_are_set_aside() -> None:
+    """As by a server: what is there by now is looked through no more, at each collection, for what could go."""
+    if not gc.get_freeze_count():  # or a test has thawed it
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
