@@ -17,17 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import trustme
+from cores import keep_to_one
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, and so are the children it starts
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # MLX hands each operation to a thread of its own, and between cores a hand-over takes longer than tiny operations
-    # do: where there are as many processes as cores, each keeps to one, with all that it starts.
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        if int(os.environ["PYTEST_XDIST_WORKER_COUNT"]) >= len(cores):
-            worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-            os.sched_setaffinity(0, {cores[worker % len(cores)]})
+    keep_to_one()
 
 # Laws about floats: MLX multiplies float32 on CUDA with a half's digits unless told otherwise.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
