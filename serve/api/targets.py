@@ -114,7 +114,8 @@ async def held_target(
             version = await (_acquire(state, services, model) if arm is None else _armed(services, *arm))
         assignment = None if arm is None else Assignment(*arm, unit)
         try:
-            yield Target(model, services, version, assignment, lease)
+            with services.runtime.worker.expecting():
+                yield Target(model, services, version, assignment, lease)
             if http is not None:
                 await withdraw(http)
         finally:

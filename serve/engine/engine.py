@@ -49,6 +49,8 @@ from serve.model.token_bytes import TokenBytes
 logger = logging.getLogger(__name__)
 
 NO_DRAFTERS: Mapping[str, Drafter] = MappingProxyType({})
+MAX_GATHER_S = 0.05
+"""However long the prompts are that wait: it is what bursts are made ready in."""
 
 
 class Engine:
@@ -147,6 +149,15 @@ class Engine:
         if self._flights or (self.scheduler.has_work and not self.scheduler.is_asleep):
             return True
         return self.sleep_s == 0
+
+    @property
+    def gather_s(self) -> float:
+        """How long those that wait may be held back for requests that are about to come: as long as it would take to
+        compute their prompts, which is what others would wait for otherwise; 0 while any row runs."""
+        if self._flights or self.scheduler.running:
+            return 0.0
+        took_s = self.pace.prompts_s(sum(each.num_tokens for each in self.scheduler.waiting))
+        return min(took_s, MAX_GATHER_S) if took_s is not None else 0.0
 
     @property
     def sleep_s(self) -> float | None:

@@ -63,17 +63,31 @@ class Pace:
         fixed_s, _ = self._row_times()
         return GAP_FORWARDS * fixed_s if fixed_s else None
 
+    def prompts_s(self, num_tokens: int) -> float | None:
+        """How long a step would take that has so many tokens of prompts and nothing else; None while that is not
+        known."""
+        return self._row_times()[0] + num_tokens * self._token_s() if self._is_known else None
+
+    @property
+    def _is_known(self) -> bool:
+        """How long tokens of prompts take."""
+        return len(self._prefill) >= NUM_NEEDED
+
     def _worked_out(self) -> int:
         gap_s = self.gap_s
-        if gap_s is None or len(self._prefill) < NUM_NEEDED:
+        if gap_s is None or not self._is_known:
             return FIRST_TOKENS
+        return max(int((gap_s - self._row_times()[0]) / self._token_s()), LEAST_TOKENS)
+
+    def _token_s(self) -> float:
+        """What a token of a prompt adds to a step that has others."""
         fixed_s, row_s = self._row_times()
         times = []
         for num_rows, num_tokens, duration_s in self._prefill:
             others_s = fixed_s + (fixed_s + num_rows * row_s if num_rows else 0)
             # Something of a step is its tokens', whatever is thought of the rest.
             times.append(max(duration_s - others_s, duration_s / 4) / num_tokens)
-        return max(int((gap_s - fixed_s) / _median(times)), LEAST_TOKENS)
+        return _median(times)
 
     def _row_times(self) -> tuple[float, float]:
         """Of a decode step: its fixed part and what a row adds, in seconds; 0 while nothing is known."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from serve import device
@@ -70,6 +73,7 @@ class Worker:
         self._lock = threading.Lock()  # guards what follows
         self._num_open = 0
         self._num_of_tenant: Counter[str] = Counter()
+        self._coming: dict[object, float] = {}  # since when, by time.monotonic
         self._is_accepting = False
         self._reason = ""
         self._has_just_failed = False  # the worker's thread alone
@@ -98,6 +102,26 @@ class Worker:
         if self._thread.is_alive():
             self._thread.join(STOP_TIMEOUT_S)
         self._loaders.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Inside the block somebody makes a request ready. Where nothing runs, those that are here wait for it a
+        moment (`Engine.gather_s`): a burst's prompts are then computed together, and none of its answers is held up
+        by another's prompt. Who takes longer than such a moment is not waited for."""
+        one = object()
+        with self._lock:
+            self._coming[one] = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._coming[one]
+            self._commands.put(_nothing)
+
+    @property
+    def num_coming(self) -> int:
+        """Requests that are being made ready."""
+        return len(self._coming)
 
     def submit(self, request: Request, sink: Sink, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Queue a request; as `submit_all`, of one."""
@@ -214,8 +238,24 @@ class Worker:
     def _turn(self) -> None:
         """What was asked meanwhile, then one step. Waits for something to do where there is nothing."""
         self._do_commands(wait=not self._can_step())
+        self._gather()
         if self._can_step() and not self._stopping:
             self._deliver(self._step())
+
+    def _gather(self) -> None:
+        """Where nobody runs, wait a moment for those that are about to come."""
+        start_s = time.monotonic()
+        while self._coming and self._can_step() and not self._stopping:
+            with self._lock:
+                youngest_s = max(self._coming.values(), default=-math.inf)
+            left_s = min(start_s, youngest_s) + self.engine.gather_s - time.monotonic()
+            if left_s <= 0:
+                break
+            try:
+                self._commands.get(timeout=left_s)()
+            except queue.Empty:
+                break
+        self._do_commands(wait=False)  # who comes no more has come before
 
     def _step(self) -> list[Event]:
         self._has_run = True
@@ -328,6 +368,10 @@ class Worker:
             self._num_of_tenant[opened.tenant] -= 1
             if not self._num_of_tenant[opened.tenant]:
                 del self._num_of_tenant[opened.tenant]
+
+
+def _nothing() -> None:
+    """Wakes whoever waits for commands."""
 
 
 def _put_all(batch: list[tuple[Sink, Event]], sent: threading.Event | None) -> None:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import pytest
 
 from serve.adapters.versions.version import AdapterVersion
 from serve.api.metrics import MAX_GONE
-from serve.api.server import Server, bind, make_server, run, serving
+from serve.api.server import Server, bind, make_server, run, serving, url_of
 from serve.api.targets import Assignment, Target
 from serve.config import ServeConfig
 from serve.errors import ConfigError
@@ -178,6 +178,45 @@ def test_a_client_that_leaves_before_its_prompt_is_ready_costs_the_engine_nothin
         thread.join()
     stats = runtime.worker.stats()
     assert (stats.num_prompt_tokens, stats.num_finished) == (0, {})
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": "hello there"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello there"}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hello there"}]}),
+        ("/v1/responses", {"input": "hello there", "max_output_tokens": 16}),
+    ],
+)
+def test_prompts_that_come_at_once_are_computed_in_one_step(start, monkeypatch, path, asked):
+    """The first would else be computed alone while the others are still being read."""
+    runtime = start(prefix_cache_gib=0)
+    monkeypatch.setattr("serve.engine.engine.MAX_GATHER_S", 60.0)
+    for _ in range(2):
+        runtime.engine.pace.note(0, 100, 1000.0)
+    plans, schedule = [], runtime.engine.scheduler.schedule
+    runtime.engine.scheduler.schedule = lambda *given: plans.append(schedule(*given)) or plans[-1]
+    server, listener = make_server(runtime), bind("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    with listener, httpx.Client(base_url=url_of(listener), timeout=120) as http, ThreadPoolExecutor() as pool:
+        limit = {} if "max_output_tokens" in asked else {"max_tokens": 2}
+
+        def ask() -> list[Future]:
+            body = {"model": "lively", **asked, **limit}
+            answers = [pool.submit(http.post, path, json=body) for _ in range(3)]
+            end = time.monotonic() + 60
+            while runtime.worker.num_coming < 3:
+                assert time.monotonic() < end, "nobody says that they come"
+            return answers
+
+        for answer in server.state.services.prompts.alone(ask):
+            answer.result().raise_for_status()
+        assert runtime.worker.num_coming == 0
+        server.should_exit = True
+        thread.join()
+    assert len(plans[0].chunks) == 3
 
 
 def leave(server: Server, listener: socket.socket, head: bytes, content: bytes) -> None:

@@ -79,6 +79,62 @@ def test_an_adapter_loads_while_a_stream_runs_and_the_stream_goes_on(
     assert worker.engine.registry.num_pins(pinned) == 0
 
 
+@pytest.fixture
+def gathering(worker, monkeypatch):
+    """A worker whose engine has seen prompts take long; called with the seconds that it may wait for others."""
+    for _ in range(2):
+        worker.engine.pace.note(0, 100, 1000.0)
+
+    def bound(gather_s: float) -> Worker:
+        monkeypatch.setattr("serve.engine.engine.MAX_GATHER_S", gather_s)
+        return worker
+
+    return bound
+
+
+def test_an_idle_engine_waits_for_who_is_about_to_come_and_computes_all_prompts_at_once(
+    gathering, make_request
+):
+    worker = gathering(60.0)
+    plans, schedule = [], worker.engine.scheduler.schedule
+    worker.engine.scheduler.schedule = lambda *given: plans.append(schedule(*given)) or plans[-1]
+    sinks = [queue.SimpleQueue() for _ in range(2)]
+    with worker.expecting():
+        worker.submit(make_request("first", max_tokens=5), sinks[0].put)
+        time.sleep(0.2)
+        assert worker.stats().num_steps == 0, "it has begun alone"
+        with worker.expecting():
+            pass  # one that is refused
+        worker.submit(make_request("second", "more", max_tokens=5), sinks[1].put)
+    assert [collect(sink)[1] for sink in sinks] == ["length", "length"]
+    assert [len(plan.chunks) for plan in plans[:2]] == [2, 2], "one began later than the other"
+
+
+def test_nobody_is_held_up_beside_running_rows_nor_for_longer_than_a_moment(gathering, make_request):
+    worker = gathering(60.0)
+    running: queue.SimpleQueue = queue.SimpleQueue()
+    worker.submit(make_request("runs", max_tokens=900), running.put)
+    running.get(timeout=120)
+    with worker.expecting():
+        beside: queue.SimpleQueue = queue.SimpleQueue()
+        worker.submit(make_request("beside", max_tokens=2), beside.put)
+        assert collect(beside)[1] == "length"
+        assert worker.stats().num_decoding == 1, "the stream must still be running"
+    worker.cancel("runs")
+    assert collect(running)[1] == "cancelled"
+    gathering(0.05)
+    with worker.expecting():
+        alone: queue.SimpleQueue = queue.SimpleQueue()
+        worker.submit(make_request("alone", max_tokens=2), alone.put)
+        assert collect(alone)[1] == "length"
+        gathering(0.5)
+        time.sleep(0.6)  # whoever is so slow is not waited for at all
+        since_s = time.perf_counter()
+        worker.submit(make_request("after", max_tokens=2), alone.put)
+        assert collect(alone)[1] == "length"
+        assert time.perf_counter() - since_s < 0.45
+
+
 def test_cancelling_ends_a_row_once_and_releases_its_adapter(worker, make_adapter, make_request):
     registry = worker.engine.registry
     registry.load("a", make_adapter(1))
