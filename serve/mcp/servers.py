@@ -221,7 +221,11 @@ class _Server:
         line.closing.set()
         self._leaving.add(line.task)
         line.task.add_done_callback(self._leaving.discard)
-        asyncio.get_running_loop().call_later(CLOSE_S, line.task.cancel)
+        if line.client.done():
+            asyncio.get_running_loop().call_later(CLOSE_S, line.task.cancel)
+        else:
+            self._hear("it was given up while it connected")
+            line.task.cancel()  # nothing else is heard by then
 
 
 @asynccontextmanager
