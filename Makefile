@@ -8,7 +8,8 @@ BACKEND ?= $(shell if [ "$$(uname -s)" = Darwin ]; then echo metal; \
 	elif nvidia-smi >/dev/null 2>&1; then echo cuda13; else echo cpu; fi)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-WORKERS ?= 2
+# Of two cores: a third process works while the others wait, for a server to end or a program to be given up.
+WORKERS ?= 3
 # Kept bytecode is half a second less for each process that a test starts.
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -21,7 +21,6 @@ from serve.experiments.assignment import Experiment, Variant
 from serve.media_config import MediaConfig, MediaLimitsConfig
 from serve.model.quantization import Quantization
 from serve.model.thoughts import MAX_MARK_CHARS, Parser
-from serve.operating_config import PATHS as OPERATING_PATHS
 from serve.operating_config import OperatingConfig
 from serve.settings import Problems, Strict, load_yaml
 from serve.tools.formats import NAMES as TOOL_PARSERS
@@ -653,14 +652,6 @@ def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
     """Paths that the file wrote, relative to it. What it left out (a hub name, the default store) stays."""
     changes = _resolved(config, folder)
     changes["models"] = tuple(block.model_copy(update=_resolved(block, folder)) for block in config.models)
-    for key in OPERATING_PATHS:
-        if (path := getattr(config, key)) is not None:
-            changes[key] = _under(folder, path)
-    changes["model_dirs"] = tuple(_under(folder, each) for each in config.model_dirs)
-    if config.allowed_adapter_roots is not None:
-        changes["allowed_adapter_roots"] = tuple(_under(folder, r) for r in config.allowed_adapter_roots)
-    if config.allowed_media_roots is not None:
-        changes["allowed_media_roots"] = tuple(_under(folder, r) for r in config.allowed_media_roots)
     changes["embedding_models"] = tuple(
         each.model_copy(update={"model": _model_under(folder, each.model)})
         for each in config.embedding_models
@@ -677,12 +668,11 @@ def _resolved(settings: ModelSettings, folder: Path) -> dict[str, Any]:
         changes["adapters"] = tuple(
             adapter.model_copy(update={"path": _under(folder, adapter.path)}) for adapter in settings.adapters
         )
-    for key in ("adapter_watch", "adapter_dirs"):
-        if paths := getattr(settings, key):
-            changes[key] = tuple(_under(folder, each) for each in paths)
-    for key in ("prefix_cache_dir", "feature_cache_dir"):
-        if (path := getattr(settings, key)) is not None:
-            changes[key] = _under(folder, path)
+    for key, value in settings:
+        if isinstance(value, Path):
+            changes[key] = _under(folder, value)
+        elif isinstance(value, tuple) and value and all(isinstance(each, Path) for each in value):
+            changes[key] = tuple(_under(folder, each) for each in value)
     if isinstance(settings.drafter, ModelDrafter | HeadsDrafter):
         changes["drafter"] = _drafter_under(folder, settings.drafter)
     return changes

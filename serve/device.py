@@ -108,17 +108,31 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+_is_set_aside = False
+
+
+def set_aside() -> None:
+    """Leave what there is out of collections."""
+    global _is_set_aside
+    gc.collect()
+    gc.freeze()
+    _is_set_aside = True
+
+
 def give_back_all_memory(*, thaws: bool = False) -> None:
     """Give the system what nothing refers to any more, be it in cycles, and what MLX has kept of it: for when a model
     has left.
 
-    thaws  it may have been set aside from collection
+    thaws  it may be among what was set aside here, of which the rest is set aside again; where nothing was, what a
+           program around this has set aside stays so
     """
     import mlx.core as mx
 
-    if thaws:
+    if thaws and _is_set_aside:
         gc.unfreeze()
-    gc.collect()
+        set_aside()
+    else:
+        gc.collect()
     mx.clear_cache()
     give_back_freed_memory()
 

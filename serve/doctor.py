@@ -145,7 +145,8 @@ def _kernel_findings() -> list[Finding]:
         return [
             Finding(
                 f"quantized models cannot run: {str(error).splitlines()[0]}",
-                "`pip install 'nvidia-cuda-crt==13.*'`, or install the CUDA toolkit and set CUDA_HOME",
+                "`pip install 'nvidia-cuda-crt==13.*'`, as `make venv` does; MLX reads the headers of NVIDIA's "
+                "Python packages where there are any, and CUDA_HOME's only where there are none",
             )
         ]
     return []

@@ -88,9 +88,6 @@ class OperatingConfig(Strict):
             yield "api_key", f"it cannot be a key; {expected}"
 
 
-PATHS = ("api_keys", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs")
-"""Of these keys, those that are relative to the configuration's file."""
-
 MAX_KEY_CHARS = 512
 
 

@@ -22,8 +22,8 @@ from serve.engine.gains import Gains
 from serve.engine.worker import Worker
 from serve.errors import AdapterError
 from serve.experiments.recorder import Recorder
+from serve.experiments.records import Run
 from serve.experiments.served import ServedExperiments
-from serve.experiments.store import Run
 from serve.model.generation_config import SamplingDefaults, read_defaults
 from serve.model.loading import LoadedModel, load
 from serve.model.template import ChatTemplate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -15,10 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import trustme
+from cores import keep_to_one
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, and so are the children it starts
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    keep_to_one()
 
 # Laws about floats: MLX multiplies float32 on CUDA with a half's digits unless told otherwise.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
@@ -203,6 +207,25 @@ def children_have_what_users_have() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Clients find one certificate in place of the machine's hundreds, which each of them reads in 20 ms whatever it
+    will speak. No test asks the network."""
+    file = tmp_path_factory.mktemp("authority") / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(file))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(file))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packages_are_set_aside() -> None:
+    """As by a server: what is there by now is looked through no more, at each collection, for what could go."""
+    if not gc.get_freeze_count():  # or a test has thawed it
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,8 @@ from serve.commands import serving
 from serve.config import ServeConfig, load_config
 from serve.errors import ConfigError
 from serve.experiments.assignment import Experiment, Variant
-from serve.experiments.store import Exposure, Store
+from serve.experiments.records import Exposure
+from serve.experiments.store import Store
 
 ROOT = Path(lathe.__file__).parent
 COMMANDS = (

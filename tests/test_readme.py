@@ -1,7 +1,8 @@
 """README's commands, run in order, as one shell session in a copy of the checkout.
 
 Fenced blocks after a line `<!-- test -->` are run. A line that starts with `$ ` begins a command; it goes on while
-it ends in a backslash or a quote is open. Everything else is output and is not compared.
+it ends in a backslash or a quote is open. Everything else is output and is not compared. Recipes are trained for a
+few steps, enough to serve, export and merge what comes of them: test_demo.py says how good that is at its end.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ SESSION = """
 set -eo pipefail
 trap 'kill $(jobs -p) 2>/dev/null' EXIT
 curl() { command curl --fail "$@"; }  # an HTTP error is a failure here
+"""
+# A program and no function: what runs in the background is what the trap ends.
+LATHE = """#!/bin/sh
+if [ "$1" = train ]; then set -- "$@" --set iters=20; fi
+exec {folder}/lathe "$@"
 """
 
 
@@ -81,12 +87,17 @@ def test_the_commands_of_the_readme_run(tmp_path, free_ports):
     shutil.copytree(ROOT, checkout, ignore=LEFT_OUT)
     found = commands(README.read_text().replace("8000", str(free_ports())))
     assert found, "README marks no block with <!-- test -->"
+    (tmp_path / "bin").mkdir()
+    program, folder = tmp_path / "bin" / "lathe", Path(sys.executable).parent
+    program.write_text(LATHE.format(folder=shlex.quote(str(folder))))
+    program.chmod(0o755)
+    path = os.pathsep.join([str(program.parent), str(folder), os.environ["PATH"]])
     shown = "\n".join(f"echo {shlex.quote('$ ' + command)}\n{command}" for command in found)
     with (tmp_path / "output").open("w") as output:
         done = subprocess.run(
             ["bash", "-c", SESSION + shown],
             cwd=checkout,
-            env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+            env={**os.environ, "PATH": path},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

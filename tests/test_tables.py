@@ -25,6 +25,7 @@ from serve.bench.summary import Spread, Summary
 from serve.bench.summary import table as summary_table
 from serve.device import Device
 from serve.experiments.assignment import Experiment, Variant
+from serve.experiments.records import Drop, Run, RunCounts
 from serve.experiments.report import (
     Comparison,
     ExperimentReport,
@@ -35,7 +36,6 @@ from serve.experiments.report import (
     runs_table,
 )
 from serve.experiments.statistics import Interval
-from serve.experiments.store import Drop, Run, RunCounts
 from serve.tables import LEAST_OF_WORDS, Column, Table, numbers, show, words
 from train import demo, demo_live
 from train.after import export

@@ -37,7 +37,8 @@ from serve.api.state import AppState
 from serve.runtime import Runtime
 
 EXPOSED_HEADERS = [
-    *("Retry-After", "Request-Id", "X-Request-Id", "X-Lathe-Model", "X-Lathe-Variant"),
+    *("Retry-After", "X-Should-Retry", "Request-Id", "X-Request-Id"),
+    *("X-Lathe-Model", "X-Lathe-Variant", "X-Lathe-Context-Overflow"),
     *(
         f"X-RateLimit-{which}-{what}"
         for which in ("Limit", "Remaining", "Reset")
@@ -64,7 +65,7 @@ def create_app(served: Runtime | Bases) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=state.config.allowed_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,
         )

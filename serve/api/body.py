@@ -54,6 +54,7 @@ class JsonRoute(APIRoute):
         if self.body_field is None:
             return answer
         direct = direct_of(self.dependant)
+        may_stream = "content" in self.responses.get(200, {})
 
         async def checked(request: Request) -> Response:
             _check_content_type(request.headers.get("content-type"))
@@ -63,7 +64,8 @@ class JsonRoute(APIRoute):
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
             value = parse(raw)
             note_prompt(request, value)
-            announce(request, value)
+            if may_stream:  # elsewhere `stream` asks for nothing
+                announce(request, value)
             read = _ReadRequest(request, raw, value)
             response = None if direct is None or value is None else await direct(read, value)
             return await answer(read) if response is None else response

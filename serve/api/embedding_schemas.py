@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from serve.api.schemas import ChatBody, Label, Strings, TokenIds
 from serve.api.strict import Body, Neutral
-from serve.embed.model import Length
+from serve.embed.model import Length, Side
 from serve.errors import RequestError
 
 MAX_INPUTS = 2048
@@ -21,6 +21,7 @@ VLLM: Neutral = {
     "normalize": (None,),
     "priority": (None, 0),
     "softmax": (None,),
+    "stream": (None, False),
     "use_activation": (None, True),
 }
 """Its fields that are done in one way here."""
@@ -63,20 +64,37 @@ class EncodeBody(Body):
         return Length(limit, self.truncation_side == "left")
 
 
+PROMPTS_ELSEWHERE = ("input_type", "task")
+"""Cohere's, NVIDIA's and Jina's words for what a text is embedded as."""
+
+
 class EmbeddingBody(EncodeBody):
     """POST /v1/embeddings."""
 
-    neutral: ClassVar[Neutral] = VLLM
+    neutral: ClassVar[Neutral] = {name: values for name, values in VLLM.items() if name != "normalize"}
     hints: ClassVar[frozenset[str]] = HINTS
 
     input: str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1)
     """Numbers of a vector, of a model whose vectors may be cut."""
+    normalize: bool | None = None
+    """vLLM's: whether vectors have length 1; as the model's folder says, if left out."""
     add_special_tokens: bool | None = None
     """vLLM's: false leaves out the tokens that the tokenizer puts around a text."""
     prompt_name: Label | None = None
     """sentence-transformers': which of the model's prompts stands before each text; "" is none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_prompt_is_named(cls, data: Any) -> Any:
+        for name in PROMPTS_ELSEWHERE if isinstance(data, dict) else ():
+            if data.get(name) is not None:
+                raise RequestError(
+                    f"{name}: unknown field; send prompt_name, which of the model's prompts stands before each text",
+                    name,
+                )
+        return data
 
     @field_validator("input")
     @classmethod
@@ -104,13 +122,30 @@ class EmbeddingBody(EncodeBody):
         return list(self.input)
 
 
+class PairsBody(EncodeBody):
+    """What rerank and score share."""
+
+    instruction: str | None = None
+    """What a document is judged by, of a model that is told so in words."""
+    max_tokens_per_query: int | None = Field(None, ge=0)
+    """vLLM's: a query's beginning of so many tokens is read; 0, or left out: all of it."""
+    max_tokens_per_doc: int | None = Field(None, ge=0)
+    """Cohere's and vLLM's: the same of each document. What they come to together is bounded by the model, and by
+    truncate_prompt_tokens."""
+
+    @property
+    def pairs(self) -> list[tuple[Side, Side]]:
+        """The pairs to be scored."""
+        raise NotImplementedError
+
+
 class Document(Body):
     """Cohere's and Jina's: a document with a name for its text."""
 
     text: str
 
 
-class RerankBody(EncodeBody):
+class RerankBody(PairsBody):
     """POST /v1/rerank: Cohere's, Jina's and vLLM's fields."""
 
     neutral: ClassVar[Neutral] = {**VLLM, "max_chunks_per_doc": (None, 1), "rank_fields": (None, ["text"])}
@@ -122,25 +157,17 @@ class RerankBody(EncodeBody):
     """So many of the best; 0, or left out: all."""
     return_documents: bool | None = None
     """false leaves the documents' texts out of the results."""
-    instruction: str | None = None
-    """What a document is judged by, of a model that is told so in words."""
-    max_tokens_per_doc: int | None = Field(None, ge=1)
-    """Cohere's: as truncate_prompt_tokens, which counts the query too."""
 
     @model_validator(mode="after")
     def _are_not_too_many(self) -> RerankBody:
         _check_count("documents", len(self.documents))
-        if self.max_tokens_per_doc is not None and self.truncate_prompt_tokens is not None:
-            raise RequestError(
-                "max_tokens_per_doc: found with truncate_prompt_tokens; both say what is kept, send one",
-                "max_tokens_per_doc",
-            )
         return self
 
     @property
-    def asked(self) -> str:
-        """The query's text."""
-        return text_of(self.query)
+    def pairs(self) -> list[tuple[Side, Side]]:
+        """The query with each document."""
+        query = Side(text_of(self.query), "query")
+        return [(query, Side(text, f"documents.{number}")) for number, text in enumerate(self.texts)]
 
     @property
     def texts(self) -> list[str]:
@@ -151,7 +178,7 @@ class RerankBody(EncodeBody):
 Sides = str | Strings
 
 
-class ScoreBody(EncodeBody):
+class ScoreBody(PairsBody):
     """POST /v1/score: vLLM's."""
 
     neutral: ClassVar[Neutral] = VLLM
@@ -163,7 +190,6 @@ class ScoreBody(EncodeBody):
     """vLLM's other name for text_1,"""
     documents: Sides | None = None
     """and for text_2."""
-    instruction: str | None = None
 
     @model_validator(mode="after")
     def _sides_fit(self) -> ScoreBody:
@@ -193,9 +219,10 @@ class ScoreBody(EncodeBody):
         return _listed(self.text_1, self.queries), _listed(self.text_2, self.documents)
 
     @property
-    def pairs(self) -> list[tuple[str, str]]:
+    def pairs(self) -> list[tuple[Side, Side]]:
         """The pairs to be scored."""
-        first, second = self.sides
+        first = _placed("text_1", self.text_1, "queries", self.queries)
+        second = _placed("text_2", self.text_2, "documents", self.documents)
         return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
 
 
@@ -254,6 +281,13 @@ def text_of(document: str | Document) -> str:
 def _listed(first: Sides | None, second: Sides | None) -> list[str]:
     given = second if first is None else first
     return [given] if isinstance(given, str) else list(given or ())
+
+
+def _placed(name: str, given: Sides | None, other_name: str, other: Sides | None) -> list[Side]:
+    name, given = (other_name, other) if given is None else (name, given)
+    if isinstance(given, str):
+        return [Side(given, name)]
+    return [Side(text, f"{name}.{number}") for number, text in enumerate(given or ())]
 
 
 def _check_count(param: str, count: int) -> None:

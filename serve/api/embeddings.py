@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import anyio.to_thread
@@ -53,7 +54,7 @@ async def embedded(state: AppState, http: Request, body: EmbeddingBody) -> Embed
 async def _embedded(texts: Texts, model: Embedder, body: EmbeddingBody) -> Embedded:
     model.check_dimensions(body.dimensions)
     rows = await texts.tokenize(lambda: _rows(model, body))
-    vectors = model.cut(await texts.encode(model, rows), body.dimensions)
+    vectors = model.cut(await texts.encode(model, rows), body.dimensions, body.normalize)
     return Embedded(model, vectors, sum(len(row.token_ids) for row in rows))
 
 
@@ -61,12 +62,13 @@ def _rows(model: Embedder, body: EmbeddingBody) -> list[Encoded]:
     length = body.length(model.max_tokens, model.truncates)
     prompt = "" if body.prompt_name == "" else model.prompt(body.prompt_name)
     adds_special = body.add_special_tokens is not False
-    return [
+    rows = [
         model.text(each, length, prompt=prompt, adds_special=adds_special)
         if isinstance(each, str)
         else model.ids(each, length)
         for each in body.inputs
     ]
+    return rows if body.normalize is None else [replace(row, normalize=body.normalize) for row in rows]
 
 
 def _written(body: EmbeddingBody, model: Embedder, vectors: Rows, num_tokens: int) -> bytes:

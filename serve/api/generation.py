@@ -30,7 +30,7 @@ from serve.engine.drafts import NONE
 from serve.engine.request import Event, Request, Sampling
 from serve.engine.thinking import Thinking
 from serve.errors import LatheError, StoppedError
-from serve.experiments.store import Exposure
+from serve.experiments.records import Exposure
 from serve.model.ngrams import Ngrams
 from serve.model.prompt import Prompt
 

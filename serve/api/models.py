@@ -17,7 +17,7 @@ from serve.api.bases import Base, Bases
 from serve.api.body import JsonRoute
 from serve.api.leaving import unless_gone
 from serve.api.outline import Outline
-from serve.api.permission import check_model, may_ask
+from serve.api.permission import check_model, name_to_ask_by
 from serve.api.schemas import ModelBody
 from serve.api.services import Services
 from serve.api.state import StateDep, held_base
@@ -32,10 +32,11 @@ router = APIRouter(route_class=JsonRoute)
 async def list_models(state: StateDep) -> dict[str, Any]:
     """As vLLM lists them: an adapter's `parent` is its base, its `root` the folder it came from. A bounded number of
     those that nobody has asked for yet stand behind them, without a version. A base's `status` says whether it is in
-    memory; one that is not is loaded by the request that asks for it. A key sees what it may ask for. Anthropic's
-    clients read the same: there is one page."""
+    memory; one that is not is loaded by the request that asks for it. A key sees what it may ask for, by a name that
+    it may ask by. Anthropic's clients read the same: there is one page."""
     cards = await anyio.to_thread.run_sync(Listing(state.bases).cards)
-    cards = [in_both_words(card) for card in cards if may_ask(card["id"])]
+    named = ((name_to_ask_by(card["id"], card.get("aliases", ())), card) for card in cards)
+    cards = [in_both_words({**card, "id": name}) for name, card in named if name is not None]
     ends = {"first_id": cards[0]["id"] if cards else None, "last_id": cards[-1]["id"] if cards else None}
     return {"object": "list", "data": cards, "has_more": False, **ends}
 

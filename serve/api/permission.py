@@ -23,6 +23,11 @@ def may_ask(name: str) -> bool:
     return exchange is None or exchange.key is None or exchange.key.allows(name)
 
 
+def name_to_ask_by(name: str, aliases: Sequence[str] = ()) -> str | None:
+    """The first of a model's names by which the key of this request may ask for it."""
+    return next((each for each in (name, *aliases) if may_ask(each)), None)
+
+
 def check_name(name: str) -> None:
     """ForbiddenError where the request's key may not ask for what is called so and nothing else."""
     exchange = current()

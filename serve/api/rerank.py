@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
-from serve.api.embedding_schemas import RerankBody, ScoreBody
+from serve.api.embedding_schemas import PairsBody, RerankBody, ScoreBody
 from serve.api.generation import new_id
 from serve.api.leaving import ClientGoneError, unless_gone
 from serve.api.state import StateDep
 from serve.api.texts import Texts
-from serve.embed.model import DOCUMENT, QUERY, Embedder, Encoded, Length, Scorer, TextModel
+from serve.embed.model import DOCUMENT, QUERY, Embedder, Encoded, Scorer, Side, TextModel
 from serve.errors import RequestError
 
 router = APIRouter(route_class=JsonRoute)
@@ -30,16 +32,9 @@ async def rerank(body: RerankBody, http: Request, state: StateDep) -> Response:
     texts = state.texts
     model = texts.find(body.model, TextModel, "scores")
     documents = body.texts
-    pairs = [(body.asked, document) for document in documents]
-    limit = body.max_tokens_per_doc
-    length = (
-        body.length(model.max_tokens, model.truncates)
-        if limit is None
-        else Length(min(limit, model.max_tokens))
-    )
     try:
         async with texts.counted("rerank", model):
-            work = _scores(texts, model, pairs, length, body.instruction)
+            work = _scores(texts, model, body)
             scores, num_tokens = await unless_gone(http.receive, work)
     except ClientGoneError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -58,10 +53,9 @@ async def score(body: ScoreBody, http: Request, state: StateDep) -> Response:
     """vLLM's score: one text against each of several, or pair by pair."""
     texts = state.texts
     model = texts.find(body.model, TextModel, "scores")
-    length = body.length(model.max_tokens, model.truncates)
     try:
         async with texts.counted("score", model):
-            work = _scores(texts, model, body.pairs, length, body.instruction)
+            work = _scores(texts, model, body)
             scores, num_tokens = await unless_gone(http.receive, work)
     except ClientGoneError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -79,10 +73,10 @@ async def score(body: ScoreBody, http: Request, state: StateDep) -> Response:
     )
 
 
-async def _scores(
-    texts: Texts, model: TextModel, pairs: Sequence[tuple[str, str]], length: Length, instruction: str | None
-) -> tuple[list[float], int]:
+async def _scores(texts: Texts, model: TextModel, body: PairsBody) -> tuple[list[float], int]:
     """Of each pair; and how many tokens were read."""
+    length, instruction = body.length(model.max_tokens, model.truncates), body.instruction
+    pairs = await texts.tokenize(lambda: _beginnings(model, body))
     if isinstance(model, Scorer):
         rows = await texts.tokenize(lambda: [model.pair(*pair, length, instruction) for pair in pairs])
         found = await texts.encode(model, rows)
@@ -90,25 +84,39 @@ async def _scores(
     assert isinstance(model, Embedder)
     if instruction is not None:
         raise RequestError(f"instruction: {model.name!r} is an embedding model and takes none", "instruction")
-    queries = list(dict.fromkeys(query for query, _ in pairs))
-    documents = list(dict.fromkeys(document for _, document in pairs))
+    # Texts that are the same are read once, and errors name the first of them.
+    queries = {query.text: query for query, _ in reversed(pairs)}
+    documents = {document.text: document for _, document in reversed(pairs)}
 
     def rows_of_sides() -> list[Encoded]:
         return [
-            model.text(text, length, prompt=prompt)
-            for side, prompt in ((queries, model.side(QUERY)), (documents, model.side(DOCUMENT)))
-            for text in side
+            model.text(side.text, length, prompt=prompt, place=side.place)
+            for sides, prompt in ((queries, model.side(QUERY)), (documents, model.side(DOCUMENT)))
+            for side in sides.values()
         ]
 
     rows = await texts.tokenize(rows_of_sides)
     vectors = await texts.encode(model, rows)
-    at_query = {query: index for index, query in enumerate(queries)}
-    at_document = {document: len(queries) + index for index, document in enumerate(documents)}
+    at_query = {text: index for index, text in enumerate(queries)}
+    at_document = {text: len(queries) + index for index, text in enumerate(documents)}
     scores = model.similarity(
-        vectors[[at_query[query] for query, _ in pairs]],
-        vectors[[at_document[document] for _, document in pairs]],
+        vectors[[at_query[query.text] for query, _ in pairs]],
+        vectors[[at_document[document.text] for _, document in pairs]],
     )
     return [float(score) for score in scores], _num_tokens(rows)
+
+
+def _beginnings(model: TextModel, body: PairsBody) -> list[tuple[Side, Side]]:
+    """What is read of the pairs' texts, before the model's own bound."""
+    beginning = cache(model.beginning)
+
+    def of(side: Side, num_tokens: int | None) -> Side:
+        return replace(side, text=beginning(side.text, num_tokens)) if num_tokens else side
+
+    return [
+        (of(query, body.max_tokens_per_query), of(document, body.max_tokens_per_doc))
+        for query, document in body.pairs
+    ]
 
 
 def _num_tokens(rows: Sequence[Encoded]) -> int:

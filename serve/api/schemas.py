@@ -399,6 +399,10 @@ class TemplatedBody(GenerationBody):
         return self.thinking_token_budget if self.thinking_budget is None else self.thinking_budget
 
 
+WISHES = ("reasoning_effort", "verbosity")
+"""Fields of a chat that are variables of the template, where it reads them."""
+
+
 class ChatBody(TemplatedBody, ToolsBody):
     """POST /v1/chat/completions."""
 
@@ -407,7 +411,6 @@ class ChatBody(TemplatedBody, ToolsBody):
         "audio": (None,),
         "modalities": (None, ["text"]),
         "moderation": (None,),
-        "verbosity": (None, "medium"),
         "web_search_options": (None,),
     }
 
@@ -420,6 +423,8 @@ class ChatBody(TemplatedBody, ToolsBody):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """A variable of the template; a hint where the template does not read it."""
+    verbosity: Literal["low", "medium", "high"] | None = None
+    """How many words an answer has: as reasoning_effort."""
     context_overflow: ContextOverflow | None = None
     """What is done to a conversation that is longer than the context: as the server's key of that name."""
     add_generation_prompt: bool | None = None
@@ -438,11 +443,11 @@ class ChatBody(TemplatedBody, ToolsBody):
             )
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs: accepted with logprobs: true only", "top_logprobs")
-        if self.reasoning_effort is not None and "reasoning_effort" in (self.chat_template_kwargs or {}):
-            raise RequestError(
-                "reasoning_effort: found here and in chat_template_kwargs; they mean the same, send one",
-                "reasoning_effort",
-            )
+        for name in WISHES:
+            if getattr(self, name) is not None and name in (self.chat_template_kwargs or {}):
+                raise RequestError(
+                    f"{name}: found here and in chat_template_kwargs; they mean the same, send one", name
+                )
         if self.continue_final_message and self.add_generation_prompt:
             raise RequestError(
                 "continue_final_message: found true, and add_generation_prompt too; an answer goes on from the last "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import logging
 import resource
 import signal
@@ -18,6 +17,7 @@ from types import FrameType
 
 import uvicorn
 
+from serve import device
 from serve.api.app import create_app
 from serve.api.bases import Bases
 from serve.api.protocol import connections
@@ -59,10 +59,10 @@ def run(config: ServeConfig, say: Callable[[str], None] = partial(print, flush=T
         # What lives as long as the server is looked through no more, a millisecond of a step each time; where models
         # come and go that is what was there before them.
         if config.has_several_models:
-            _set_aside()
+            device.set_aside()
         bases = Bases.start(config)
         if not config.has_several_models:
-            _set_aside()
+            device.set_aside()
         try:
             server = make_server(bases)
             scheme = "https" if server.config.is_ssl else "http"
@@ -235,12 +235,6 @@ def _make_room_for(num_connections: int) -> None:
     wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft not in (resource.RLIM_INFINITY,) and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _set_aside() -> None:
-    """Leave what there is out of collections."""
-    gc.collect()
-    gc.freeze()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from serve.api.services import Services
 from serve.api.state import AppState, held_base
 from serve.errors import NotFoundError, OverloadedError, RequestError
 from serve.experiments.assignment import Variant, assign
-from serve.experiments.store import Run
+from serve.experiments.records import Run
 from serve.pool.pool import Lease
 
 VARIANT_RETRY_AFTER_S = 5.0

@@ -8,13 +8,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from serve.api.body import CLIENT_CLOSED_REQUEST, JsonRoute
+from serve.api.body import JsonRoute
 from serve.api.embedding_schemas import DetokenizeBody, TokenizeBody, TokenizeChatBody, TokenizePromptBody
 from serve.api.generation import new_id
 from serve.api.permission import check_name
 from serve.api.state import AppState, StateDep
 from serve.api.targets import held_target
-from serve.api.turn import prompt_of
+from serve.api.turn import prompt_of, with_offers
 from serve.embed.model import TextModel
 from serve.errors import RequestError
 
@@ -38,10 +38,7 @@ async def tokenize(body: TokenizeBody, http: Request, state: StateDep) -> Respon
             prompt, adds_special = body.prompt, body.add_special_tokens is not False
             ids = await services.tokenize(lambda: services.prompts.of_text(prompt, adds_special=adds_special))
         else:
-            asked = await prompt_of(target, body, http)
-            if asked is None:
-                return Response(status_code=CLIENT_CLOSED_REQUEST)
-            ids = asked.prompt.token_ids
+            ids = (await prompt_of(target, await with_offers(state, http, body), http)).prompt.token_ids
         tokenizer = services.runtime.model.tokenizer
         strings = (
             await services.tokenize(lambda: _strings(tokenizer, ids)) if body.return_token_strs else None

@@ -20,7 +20,7 @@ from serve.api.leaving import ClientGoneError, has_left, unless_gone
 from serve.api.logprobs import LogprobWriter
 from serve.api.opening import expect_long
 from serve.api.prompts import Bounds
-from serve.api.schemas import ChatBody, Message
+from serve.api.schemas import WISHES, ChatBody, Message
 from serve.api.services import Services
 from serve.api.state import AppState
 from serve.api.targets import Target, held_target, let_others_begin
@@ -34,7 +34,6 @@ from serve.model.template import ChatTemplate
 from serve.model.thoughts import Thoughts
 from serve.runtime import Runtime
 
-EFFORT = "reasoning_effort"
 MESSAGE_CHARS = 50
 """That a message counts for beside its words: what a template does for each takes as long."""
 
@@ -123,6 +122,20 @@ async def begin_turn(
         return None
 
 
+async def with_offers(state: AppState, http: Request, body: ChatBody) -> ChatBody:
+    """The body, which tells of its MCP servers' tools as of functions."""
+    from serve.api.rounds import offered  # which are made of turns
+
+    return (await unless_gone(http.receive, offered(state.mcp, body))).body if body.mcp else body
+
+
+async def prompt_alone(state: AppState, http: Request, body: ChatBody) -> Asked:
+    """What a chat would ask of its model, of which nothing is run. RequestError as begin_turn; ClientGoneError."""
+    body = await with_offers(state, http, body)
+    async with held_target(state, body.model, body.user or new_id("count"), http, body.deadline_s) as target:
+        return await prompt_of(target, body, http)
+
+
 async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id: str, endpoint: str) -> Turn:
     async with held_target(state, body.model, body.user or id, http, body.deadline_s) as target:
 
@@ -149,17 +162,22 @@ async def _begun(state: AppState, http: Request, body: ChatBody, tenant: str, id
 async def _submitted(
     state: AppState, target: Target, body: ChatBody, asked: Asked, tenant: str, id: str, endpoint: str
 ) -> Turn:
-    requests = await build_requests(
-        id,
-        body,
-        [asked.prompt],
-        target,
-        tenant=tenant,
-        continues_prompt=bool(body.continue_final_message),
-        thinking=asked.thinking,
-        tools=asked.tools,
-    )
-    generation = Generation(state.metrics, id, endpoint, target, requests, body.n or 1)
+    try:
+        requests = await build_requests(
+            id,
+            body,
+            [asked.prompt],
+            target,
+            tenant=tenant,
+            continues_prompt=bool(body.continue_final_message),
+            thinking=asked.thinking,
+            tools=asked.tools,
+        )
+        generation = Generation(state.metrics, id, endpoint, target, requests, body.n or 1)
+    except RequestError as error:
+        if error.param == "prompt":  # the engine's word; a chat has none
+            error.param = "messages"
+        raise
     return Turn(
         generation,
         len(asked.prompt.token_ids),
@@ -223,7 +241,7 @@ def _rendered(
         template,
         messages,
         {
-            **_effort(template, body),
+            **_wishes(template, body),
             **thinking_variables(runtime, template, thoughts, body),
             **(body.chat_template_kwargs or {}),
         },
@@ -263,8 +281,7 @@ def _template(target: Target) -> ChatTemplate:
     return template
 
 
-def _effort(template: ChatTemplate, body: ChatBody) -> dict[str, str]:
-    """reasoning_effort, where the template reads such a variable."""
-    if body.reasoning_effort is None or EFFORT not in template.variables:
-        return {}
-    return {EFFORT: body.reasoning_effort}
+def _wishes(template: ChatTemplate, body: ChatBody) -> dict[str, str]:
+    """Those of the body whose variable the template reads."""
+    wished = {name: getattr(body, name) for name in WISHES if name in template.variables}
+    return {name: wish for name, wish in wished.items() if wish is not None}

@@ -31,6 +31,8 @@ MAX_TOKENS = 8192
 """Of a text, where nobody says."""
 CHARS_A_TOKEN = 64
 """A text of more characters for each token that fits is looked at by its beginning."""
+INPUT = "input"
+"""Where a text stands in a request that does not say."""
 QUERY = ("query",)
 DOCUMENT = ("document", "passage", "corpus")
 """Names of prompts that stand before what is looked for, and before what is looked through."""
@@ -53,6 +55,8 @@ class Encoded:
     """Tokens before the second text of a pair; all of them of a text."""
     num_prompt: int = 0
     """Tokens of the prompt at its beginning that the vector leaves out."""
+    normalize: bool | None = None
+    """The vector is to have length 1, or the one that it has; None: as the model's folder says."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,15 @@ class Length:
     """Tokens of it that are kept; None: one that is longer than the model can read is refused."""
     is_left: bool = False
     """Its end is kept, not its beginning."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One text of a pair."""
+
+    text: str
+    place: str
+    """Where it stands in a request, for errors."""
 
 
 class TextModel:
@@ -80,18 +93,33 @@ class TextModel:
         self.vocab_size = encoder.vocab_size
         self._encoder = encoder
 
-    def text(self, text: str, length: Length, *, prompt: str = "", adds_special: bool = True) -> Encoded:
-        """The row of a text behind a prompt. ContextLengthError if it is too long, RequestError if it is empty."""
+    def text(
+        self, text: str, length: Length, *, prompt: str = "", adds_special: bool = True, place: str = INPUT
+    ) -> Encoded:
+        """The row of a text behind a prompt. ContextLengthError if it is too long, RequestError if it is empty.
+
+        place  where it stands in the request, for errors
+        """
         whole = self._case(prompt + text)
-        self._check_chars(whole, length)
+        self._check_chars(whole, length, place)
         ids = self._ids(whole, adds_special)
         num_prompt = self._num_prompt_tokens(prompt) if prompt and not self.said.pools_prompt else 0
         room = self._room(length)
         if len(ids) > room:
-            self._check_length(len(ids), length)
+            self._check_length(len(ids), length, place)
             num_special = len(self._ids("", adds_special)) if adds_special else 0
             ids = _cut(ids, room, self._num_special_at_ends(adds_special, num_special), length.is_left)
-        return self._row(tuple(ids), len(ids), min(num_prompt, max(len(ids) - 1, 0)))
+        return self._row(tuple(ids), len(ids), min(num_prompt, max(len(ids) - 1, 0)), place)
+
+    def beginning(self, text: str, num_tokens: int) -> str:
+        """What the first so many tokens of a text stand for; all of it, if it has no more."""
+        text = self._case(text)[: CHARS_A_TOKEN * num_tokens]
+        if not self.tokenizer.is_fast:  # one that does not say where its tokens stand
+            ids = self._ids(text, False)
+            return text if len(ids) <= num_tokens else str(self.tokenizer.decode(ids[:num_tokens]))
+        told = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ends = [end for _, end in told["offset_mapping"]]
+        return text if len(ends) <= num_tokens else text[: ends[num_tokens - 1]]
 
     def all_ids(self, text: str, adds_special: bool) -> list[int]:
         """A text's tokens, however many. ContextLengthError for one that is too long by far."""
@@ -134,10 +162,10 @@ class TextModel:
     def _ids(self, text: str, adds_special: bool) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=adds_special, verbose=False))
 
-    def _row(self, ids: tuple[int, ...], num_first: int, num_prompt: int) -> Encoded:
+    def _row(self, ids: tuple[int, ...], num_first: int, num_prompt: int, place: str = INPUT) -> Encoded:
         if not ids:
             raise RequestError(
-                f"input: found a text of no tokens, which {self.name!r} makes no vector of", "input"
+                f"{place}: found a text of no tokens, which {self.name!r} makes no vector of", _field(place)
             )
         return Encoded(ids, num_first, num_prompt)
 
@@ -159,21 +187,22 @@ class TextModel:
     def _room(self, length: Length) -> int:
         return self.max_tokens if length.limit is None else min(length.limit, self.max_tokens)
 
-    def _check_length(self, num_tokens: int, length: Length) -> None:
+    def _check_length(self, num_tokens: int, length: Length, place: str = INPUT) -> None:
         if length.limit is None:
+            named = "your input" if place == INPUT else place
             raise ContextLengthError(
-                f"This model's maximum context length is {self.max_tokens} tokens. However, your input has "
+                f"This model's maximum context length is {self.max_tokens} tokens. However, {named} has "
                 f"{num_tokens} tokens. truncate_prompt_tokens: -1 keeps as many as fit",
-                "input",
+                _field(place),
             )
 
-    def _check_chars(self, text: str, length: Length) -> None:
+    def _check_chars(self, text: str, length: Length, place: str = INPUT) -> None:
         """Tokens of a very long text are not made where its beginning is too long already."""
         first = CHARS_A_TOKEN * self.max_tokens
         if length.limit is None and len(text) > first:
             num_tokens = len(self._ids(text[:first], False))
             if num_tokens > 2 * self.max_tokens:
-                self._check_length(num_tokens, length)
+                self._check_length(num_tokens, length, place)
 
 
 class Embedder(TextModel):
@@ -195,8 +224,8 @@ class Embedder(TextModel):
         vectors = pool(self._encoder.states(batch), batch.lengths, skipped, self.modes)
         for layer, activation in self._dense:
             vectors = activation(layer(vectors))
-        if self.is_normalized:
-            vectors = normalized(vectors)
+        if any(is_normalized := [self._normalizes(row.normalize) for row in rows]):
+            vectors = mx.where(mx.array(is_normalized)[:, None], normalized(vectors), vectors)
         return np.array(vectors)
 
     def prompt(self, name: str | None) -> str:
@@ -237,15 +266,18 @@ class Embedder(TextModel):
                 "dimensions",
             )
 
-    def cut(self, vectors: Rows, dimensions: int | None) -> Rows:
-        """The beginnings of vectors, as long as whole ones are."""
+    def cut(self, vectors: Rows, dimensions: int | None, normalize: bool | None = None) -> Rows:
+        """The beginnings of vectors, of length 1 again where whole ones are."""
         if dimensions is None or dimensions == self.width:
             return vectors
         vectors = vectors[:, :dimensions]
-        if not self.is_normalized:
+        if not self._normalizes(normalize):
             return vectors
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors / np.maximum(lengths, 1e-12)
+
+    def _normalizes(self, asked: bool | None) -> bool:
+        return self.is_normalized if asked is None else asked
 
     def similarity(self, queries: Rows, documents: Rows) -> npt.NDArray[np.float64]:
         """[B] of [B, width] each: how near they are, as the folder says it; cosine, if it does not."""
@@ -264,9 +296,13 @@ class Embedder(TextModel):
 class Scorer(TextModel):
     """A score of a query and a document that are read together."""
 
-    def pair(self, query: str, document: str, length: Length, instruction: str | None) -> Encoded:
+    def pair(self, query: Side, document: Side, length: Length, instruction: str | None) -> Encoded:
         """Their row. Where it is too long the document is cut, if that is allowed."""
         raise NotImplementedError
+
+    def _check_pair(self, query: Side, document: Side, length: Length) -> None:
+        for side in (query, document):
+            self._check_chars(self._case(side.text), length, side.place)
 
 
 class Classifier(Scorer):
@@ -276,32 +312,31 @@ class Classifier(Scorer):
         super().__init__(name, path, tokenizer, encoder, said)
         self._activation = ACTIVATIONS[said.activation or "Sigmoid"]
 
-    def pair(self, query: str, document: str, length: Length, instruction: str | None) -> Encoded:
+    def pair(self, query: Side, document: Side, length: Length, instruction: str | None) -> Encoded:
         """As the tokenizer joins two texts."""
         if instruction is not None:
             raise RequestError(f"instruction: {self.name!r} is a classifier and takes none", "instruction")
-        query, document = self._case(query), self._case(document)
-        self._check_chars(query, length)
-        self._check_chars(document, length)
+        self._check_pair(query, document, length)
         room = self._room(length)
-        made = self.tokenizer(query, document, verbose=False)
+        made = self.tokenizer(self._case(query.text), self._case(document.text), verbose=False)
         if len(made["input_ids"]) > room:
-            self._check_length(len(made["input_ids"]), length)
+            self._check_length(len(made["input_ids"]), length, _together(query, document))
             made = self._cut_pair(query, document, room)
         ids, types = list(made["input_ids"]), list(made.get("token_type_ids") or ())
         num_first = types.index(1) if 1 in types else len(ids)
         return self._row(tuple(ids), num_first, 0)
 
-    def _cut_pair(self, query: str, document: str, room: int) -> Any:
+    def _cut_pair(self, query: Side, document: Side, room: int) -> Any:
         """Both, the document no longer than there is room."""
-        alone = len(self.tokenizer(query, "", verbose=False)["input_ids"])
+        asked = self._case(query.text)
+        alone = len(self.tokenizer(asked, "", verbose=False)["input_ids"])
         if alone >= room:
             raise RequestError(
-                f"query: with what stands around it, it has {alone} tokens, which leaves no room for a document "
-                f"within {room}; make it shorter",
-                "query",
+                f"{query.place}: with what stands around it, it has {alone} tokens, which leaves no room for a "
+                f"document within {room}; make it shorter",
+                _field(query.place),
             )
-        return self.tokenizer(query, document, truncation="only_second", max_length=room)
+        return self.tokenizer(asked, self._case(document.text), truncation="only_second", max_length=room)
 
     def run(self, rows: Sequence[Encoded]) -> Rows:
         """[B, 1]"""
@@ -327,15 +362,18 @@ class YesNo(Scorer):
         self._activation = ACTIVATIONS[said.activation or "Sigmoid"]
         self._prefix, self._suffix = self._ids(PREFIX, False), self._ids(SUFFIX, False)
 
-    def pair(self, query: str, document: str, length: Length, instruction: str | None) -> Encoded:
+    def pair(self, query: Side, document: Side, length: Length, instruction: str | None) -> Encoded:
         """In Qwen3-Reranker's words. Where it is too long the document's end is left out."""
-        self._check_chars(query, length)
-        self._check_chars(document, length)
-        asked = f"<Instruct>: {instruction or self._instruction}\n<Query>: {query}\n<Document>: {document}"
+        self._check_pair(query, document, length)
+        asked = (
+            f"<Instruct>: {instruction or self._instruction}\n<Query>: {query.text}\n"
+            f"<Document>: {document.text}"
+        )
         ids = self._ids(asked, False)
         room = self._room(length) - len(self._prefix) - len(self._suffix)
         if len(ids) > room:
-            self._check_length(len(ids) + len(self._prefix) + len(self._suffix), length)
+            num_tokens = len(ids) + len(self._prefix) + len(self._suffix)
+            self._check_length(num_tokens, length, _together(query, document))
             if room < 1:
                 raise RequestError(
                     "truncate_prompt_tokens: the words around a pair are "
@@ -359,6 +397,17 @@ class YesNo(Scorer):
                 f"embedding model {self.name!r}: {word!r} is {len(ids)} tokens of its tokenizer, not one"
             )
         return ids[0]
+
+
+def _field(place: str) -> str:
+    """The field of a body that a place is in."""
+    return place.partition(" ")[0].partition(".")[0]
+
+
+def _together(query: Side, document: Side) -> str:
+    """Their place, the longer one's first."""
+    first, second = sorted((query, document), key=lambda side: -len(side.text))
+    return f"{first.place} with {second.place}"
 
 
 def load_text_model(config: EmbeddingModelConfig) -> TextModel:

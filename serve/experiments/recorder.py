@@ -8,9 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from serve.errors import LatheError
-from serve.experiments.store import Exposure, Store
+from serve.experiments.records import Exposure
+
+if TYPE_CHECKING:
+    from serve.experiments.store import Store
 
 logger = logging.getLogger(__name__)
 

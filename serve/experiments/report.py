@@ -20,6 +20,7 @@ from rich.text import Text
 from serve.errors import DataError, NotFoundError, RequestError
 from serve.experiments.assignment import Experiment, Variant
 from serve.experiments.difference import cut, difference_interval
+from serve.experiments.records import Drop, Record, RunCounts
 from serve.experiments.statistics import (
     Interval,
     Verdict,
@@ -27,7 +28,7 @@ from serve.experiments.statistics import (
     sample_ratio_p_value,
     verdict,
 )
-from serve.experiments.store import Drop, Record, RunCounts, Store
+from serve.experiments.store import Store
 from serve.tables import Table, numbers, words
 
 SAMPLE_RATIO_ALPHA = 0.001

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from serve.experiments.assignment import Experiment
 from serve.experiments.recorder import Recorder
-from serve.experiments.store import Run, Store
+from serve.experiments.records import Run
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class ServedExperiments:
         """Begin their runs, or go on with them. Raises what Store does."""
         if not experiments:
             return cls({}, None)
+        from serve.experiments.store import Store  # and SQLAlchemy, a tenth of a second
+
         recorder = Recorder(Store(store_url))
         try:
             runs = [recorder.store.begin_run(each) for each in experiments]

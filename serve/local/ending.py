@@ -20,8 +20,12 @@ BLIND_S = 0.1
 
 
 def wait_for_ended(threads: Collection[threading.Thread]) -> None:
-    """Of these, wait for those that run no more. They need the interpreter's lock, which is free meanwhile."""
-    ended = [each.native_id for each in threads if not each.is_alive()]
+    """Of these, wait for those that run no more. They need the interpreter's lock, which is free meanwhile.
+
+    Not for the caller: as a process ends, its main thread is said to run no more, and it is who waits.
+    """
+    here = threading.get_native_id()
+    ended = [each.native_id for each in threads if not each.is_alive() and each.native_id != here]
     if not ended:
         return
     if not TASKS.exists():

@@ -21,15 +21,20 @@ from mcp_types import jsonrpc_message_adapter
 
 from serve.mcp.config import McpServerConfig
 
+SESSION = "mcp-session-id"
 EXIT_S = 1.0
 """For a program to end by itself once nobody speaks to it any more, and once it was told to end."""
 
 
 @asynccontextmanager
 async def over_streams(
-    config: McpServerConfig, max_bytes: int, tell: Callable[[str], None]
+    config: McpServerConfig, max_bytes: int, tell: Callable[[str], None], lose: Callable[[], None]
 ) -> AsyncIterator[tuple[Any, Any]]:
-    """A program that is started, and ended with all that it has started. tell: why nothing comes any more."""
+    """A program that is started, and ended with all that it has started.
+
+    tell  why nothing comes any more, where that is known
+    lose  called once nothing comes any more
+    """
     assert config.command is not None
     process = await anyio.open_process(
         [config.command, *config.args],
@@ -67,8 +72,14 @@ async def over_streams(
                     await process.stdin.send(text.encode() + b"\n")
         await to_client.aclose()  # of what hears nothing any more nothing is to be expected either
 
+    async def read_to_the_end() -> None:
+        try:
+            await read()
+        finally:
+            lose()
+
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(read)
+        tasks.start_soon(read_to_the_end)
         tasks.start_soon(write)
         try:
             yield from_server, to_server
@@ -123,23 +134,28 @@ def over_http(
     return streamable_http_client(config.url, http_client=http, max_sse_event_size=max_bytes)
 
 
-def http_client(config: McpServerConfig, max_bytes: int) -> httpx2.AsyncClient:
-    """A client of one address. Responses that are no streams of events are as long as a message at most."""
+def http_client(config: McpServerConfig, max_bytes: int, lose: Callable[[], None]) -> httpx2.AsyncClient:
+    """A client of one address. Responses that are no streams of events are as long as a message at most.
+
+    lose  called when the server knows the session no more
+    """
     return httpx2.AsyncClient(
         headers={**config.headers, "Accept-Encoding": "identity"},
         timeout=httpx2.Timeout(MCP_DEFAULT_TIMEOUT, read=MCP_DEFAULT_SSE_READ_TIMEOUT),
-        transport=_Bounded(httpx2.AsyncHTTPTransport(), max_bytes),
+        transport=_Bounded(httpx2.AsyncHTTPTransport(), max_bytes, lose),
     )
 
 
 class _Bounded(httpx2.AsyncBaseTransport):
     """Another transport, whose responses are counted as they come."""
 
-    def __init__(self, inner: httpx2.AsyncBaseTransport, max_bytes: int) -> None:
-        self._inner, self._max_bytes = inner, max_bytes
+    def __init__(self, inner: httpx2.AsyncBaseTransport, max_bytes: int, lose: Callable[[], None]) -> None:
+        self._inner, self._max_bytes, self._lose = inner, max_bytes, lose
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         response = await self._inner.handle_async_request(request)
+        if response.status_code == 404 and SESSION in request.headers:  # as the protocol has it
+            self._lose()
         if response.headers.get("content-encoding", "identity") != "identity":
             await response.aclose()
             raise httpx2.DecodingError("the response is compressed, which was not asked for")

@@ -7,13 +7,20 @@ an address.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
 
 from serve.errors import ConfigError
 from serve.settings import Strict
+
+APPROVALS = ("autoApprove", "alwaysAllow")
+"""Keys of other clients: tools that run without anybody being asked."""
+
+
+TYPES = {"stdio": ("stdio",), "http": ("http", "streamable-http", "streamableHttp", "streamable_http")}
+"""What other clients call the two transports. An older one, sse, is not spoken."""
 
 
 class McpServerConfig(Strict):
@@ -29,13 +36,19 @@ class McpServerConfig(Strict):
     headers: Mapping[str, str] = Field(default_factory=dict)
     """Sent with every request to the address."""
     type: str | None = None
-    """A hint of other clients: stdio or http."""
+    """As other clients have it, one of TYPES; it follows from command or url."""
     disabled: bool = False
 
     @model_validator(mode="after")
     def _one_way(self) -> McpServerConfig:
         if (self.command is None) == (self.url is None):
             raise ValueError("expected either command or url")
+        kind = "stdio" if self.url is None else "http"
+        if self.type is not None and self.type not in TYPES[kind]:
+            raise ValueError(
+                f"type: found {self.type!a:.80}; expected {' or '.join(TYPES[kind])} beside "
+                f"{'command' if self.url is None else 'url'}"
+            )
         if self.url is not None and (self.args or self.env or self.cwd):
             raise ValueError("args, env and cwd are a command's; found beside url")
         if self.command is not None and self.headers:
@@ -56,8 +69,17 @@ def read_servers(path: Path) -> dict[str, McpServerConfig]:
     except OSError as error:
         raise ConfigError(f"mcp_servers: {path} cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        problems = "; ".join(_told(each["loc"], each["type"], each["msg"]) for each in error.errors())
         raise ConfigError(f"mcp_servers: {path}: {problems}") from None
     except ValueError as error:
         raise ConfigError(f"mcp_servers: {path} is no JSON: {error}") from None
     return {name: server for name, server in found.mcpServers.items() if not server.disabled}
+
+
+def _told(place: Sequence[int | str], kind: str, message: str) -> str:
+    if kind == "extra_forbidden":
+        known = McpFile if len(place) == 1 else McpServerConfig
+        message = f"unknown key; there are {', '.join(known.model_fields)}"
+        if place[-1] in APPROVALS:
+            message += ". Nobody is asked here before a tool runs: a request's allowed_tools says which may"
+    return f"{'.'.join(map(str, place))}: {message}"

@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from serve.errors import RequestError, ToolServerError
@@ -96,25 +97,41 @@ class McpServers:
         await asyncio.gather(*(server.close() for server in self._servers.values()), return_exceptions=True)
 
 
+@dataclass
+class _Line:
+    """A connection from its beginning, and what is said of it."""
+
+    client: asyncio.Future[Any]
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+    """Nobody asks it any more."""
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+    """It has ended by itself: nothing more is to be asked of it."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """It has other tools than were listed."""
+    num_pending: int = 0
+    """Questions that it has not answered."""
+    task: asyncio.Task[None] | None = None
+
+
 class _Server:
     """One server; all of it on the thread's loop."""
 
     def __init__(self, name: str, config: McpServerConfig, timeout_s: float) -> None:
         self._name, self._config, self._timeout_s = name, config, timeout_s
-        self._connection: asyncio.Task[None] | None = None
-        self._client: asyncio.Future[Any] | None = None
-        self._closing: asyncio.Event | None = None
+        self._line: _Line | None = None
         self._tools: list[Tool] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
         """Connections that are about to end, and what was started for them."""
         self._num_pending = 0
+        """Calls."""
         self._reason = ""
         """Why the connection has ended, where that is known."""
 
     async def tools(self) -> list[Tool]:
-        client = await self._connected()
-        if self._tools is None:
-            self._tools = await self._within(_listed(client), "listing its tools")
+        line = await self._connected()
+        if self._tools is None or line.changed.is_set():
+            line.changed.clear()
+            self._tools = await self._within(line, _listed(line.client.result()), "listing its tools")
         return self._tools
 
     async def call(self, tool: str, arguments: Mapping[str, Any]) -> str:
@@ -122,37 +139,45 @@ class _Server:
             raise ToolServerError(f"MCP server {self._name!r} has {MAX_PENDING} calls to answer already")
         self._num_pending += 1
         try:
-            client = await self._connected()
-            result = await self._within(client.call_tool(tool, dict(arguments)), f"calling {tool!r:.200}")
+            line = await self._connected()
+            asking = line.client.result().call_tool(tool, dict(arguments))
+            result = await self._within(line, asking, f"calling {tool!r:.200}")
         finally:
             self._num_pending -= 1
         return _text_of(result)
 
     async def close(self) -> None:
-        self._drop()
+        if self._line is not None:
+            self._drop(self._line)
         if self._leaving:
             await asyncio.wait(self._leaving, timeout=CLOSE_S)
 
-    async def _connected(self) -> Any:
-        if self._connection is None or self._connection.done():
-            self._tools, self._closing = None, asyncio.Event()
-            self._client = asyncio.get_running_loop().create_future()
-            self._connection = asyncio.ensure_future(self._live(self._client, self._closing))
-        assert self._client is not None
-        return await self._within(asyncio.shield(self._client), "connecting")
+    async def _connected(self) -> _Line:
+        line = self._line
+        if line is not None and line.lost.is_set():
+            self._line = None
+            if not line.num_pending:  # else with its last answer
+                self._drop(line)
+        line = self._line
+        if line is None or line.task is None or line.task.done():
+            line = _Line(asyncio.get_running_loop().create_future())
+            line.task = asyncio.ensure_future(self._live(line))
+            self._tools, self._line = None, line
+        await self._within(line, asyncio.shield(line.client), "connecting")
+        return line
 
-    async def _live(self, connected: asyncio.Future[Any], closing: asyncio.Event) -> None:
+    async def _live(self, line: _Line) -> None:
         """The whole life of a connection, in one task, as its scopes demand."""
         try:
-            async with _client(self._config, self._hear) as client:
-                if not connected.done():
-                    connected.set_result(client)
-                await closing.wait()
+            async with _client(self._config, line, self._hear) as client:
+                if not line.client.done():
+                    line.client.set_result(client)
+                await line.closing.wait()
         except BaseException as error:
-            if not connected.done():
+            if not line.client.done():
                 reason = self._told(error)
-                connected.set_exception(ToolServerError(f"MCP server {self._name!r}: {reason}"))
-                connected.exception()  # whoever waited may have left
+                line.client.set_exception(ToolServerError(f"MCP server {self._name!r}: {reason}"))
+                line.client.exception()  # whoever waited may have left
             if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)):
                 raise
 
@@ -164,50 +189,66 @@ class _Server:
         reason, self._reason = self._reason or _reason(error), ""
         return reason
 
-    async def _within(self, work: Any, doing: str) -> Any:
+    async def _within(self, line: _Line, work: Any, doing: str) -> Any:
         """ToolServerError where it takes too long or fails; then the next question connects anew."""
+        line.num_pending += 1
         try:
             return await asyncio.wait_for(work, self._timeout_s)
         except ToolServerError:
             raise
         except TimeoutError:
-            if self._num_pending <= 1:  # others wait for answers of it
-                self._drop()
+            if line.num_pending <= 1:  # others wait for answers of it
+                self._drop(line)
             raise ToolServerError(
                 f"MCP server {self._name!r}: {doing} takes more than {self._timeout_s:g} s"
             ) from None
         except Exception as error:  # foreign code, over a wire
             if _is_end(error):
-                self._drop()
+                self._drop(line)
             reason = self._told(error)
             raise ToolServerError(f"MCP server {self._name!r}: {doing} failed: {reason}") from None
+        finally:
+            line.num_pending -= 1
+            if line is not self._line and not line.num_pending:
+                self._drop(line)
 
-    def _drop(self) -> None:
-        """Leave a connection of which nothing more is to be expected."""
-        if self._closing is not None:
-            self._closing.set()
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            self._leaving.add(connection)
-            connection.add_done_callback(self._leaving.discard)
-            asyncio.get_running_loop().call_later(CLOSE_S, connection.cancel)
+    def _drop(self, line: _Line) -> None:
+        """Leave a connection of which nothing more is to be expected; any number of times."""
+        if self._line is line:
+            self._line = None
+        if line.closing.is_set() or line.task is None:
+            return
+        line.closing.set()
+        self._leaving.add(line.task)
+        line.task.add_done_callback(self._leaving.discard)
+        if line.client.done():
+            asyncio.get_running_loop().call_later(CLOSE_S, line.task.cancel)
+        else:
+            self._hear("it was given up while it connected")
+            line.task.cancel()  # nothing else is heard by then
 
 
 @asynccontextmanager
-async def _client(config: McpServerConfig, tell: Callable[[str], None]) -> AsyncIterator[Any]:
+async def _client(config: McpServerConfig, line: _Line, tell: Callable[[str], None]) -> AsyncIterator[Any]:
     """The mcp package's client; imported here, for it takes a second. tell: why a connection has ended."""
     from mcp import Client
+    from mcp_types import ToolListChangedNotification
 
     from serve.mcp.bounded import http_client, over_http, over_streams
 
+    async def hear(message: object) -> None:
+        if isinstance(message, ToolListChangedNotification):
+            line.changed.set()
+
     if config.url is not None:
         async with (
-            http_client(config, MAX_MESSAGE_BYTES) as http,
-            Client(over_http(config, http, MAX_MESSAGE_BYTES)) as client,
+            http_client(config, MAX_MESSAGE_BYTES, line.lost.set) as http,
+            Client(over_http(config, http, MAX_MESSAGE_BYTES), message_handler=hear) as client,
         ):
             yield client
         return
-    async with Client(over_streams(config, MAX_MESSAGE_BYTES, tell)) as client:
+    streams = over_streams(config, MAX_MESSAGE_BYTES, tell, line.lost.set)
+    async with Client(streams, message_handler=hear) as client:
         yield client
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from serve.model.jinja import JinjaTemplate
+from serve.model.jinja import JinjaTemplate, compiled
 from serve.model.retold import Retold
 
 Message = Mapping[str, Any]
@@ -63,7 +63,6 @@ class _Jinja:
     def __init__(self, tokenizer: Any, today: date | None) -> None:
         self._tokenizer = tokenizer
         self._today = today
-        self._compiled: dict[str, JinjaTemplate] = {}
         self.variables = _variables(tokenizer)
         self.reads_clock = any(template.reads_clock for template in _templates(tokenizer))
 
@@ -77,8 +76,6 @@ class _Jinja:
         marks: tuple[str, str] | None = None,
     ) -> str:
         source = self._tokenizer.get_chat_template(None, tools)
-        if source not in self._compiled:
-            self._compiled[source] = JinjaTemplate(source)
         in_parts = _PART_OF_THOUGHT.search(source) is not None and "reasoning_content" not in source
         set_here = {
             "messages": [_as_read(message, in_parts=in_parts) for message in messages],
@@ -91,7 +88,7 @@ class _Jinja:
             "enable_thinking": self._tokenizer.has_thinking,
         }
         said = {**defaults, **variables, **set_here}
-        return self._compiled[source].render(said, limit_s, marks, self._today)
+        return compiled(source).render(said, limit_s, marks, self._today)
 
 
 class _Foreign:
@@ -130,7 +127,7 @@ def _templates(tokenizer: Any) -> Iterator[JinjaTemplate]:
     templates = tokenizer.chat_template
     for source in templates.values() if isinstance(templates, Mapping) else filter(None, [templates]):
         try:
-            yield JinjaTemplate(source)
+            yield compiled(source)
         except jinja2.TemplateSyntaxError:
             continue
 

@@ -15,7 +15,7 @@ import jinja2
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from serve.errors import ConfigError
-from serve.model.jinja import JinjaTemplate
+from serve.model.jinja import compiled
 from serve.model.retold import Retold
 from serve.model.template import ChatTemplate, SpecialTokens
 
@@ -56,7 +56,7 @@ def make_template(tokenizer: TokenizerWrapper, rules: TemplateRules = TemplateRu
 
 def _check_source(source: str) -> None:
     try:
-        JinjaTemplate(source)
+        compiled(source)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
             f"chat_template: not a Jinja template, line {error.lineno}: {error.message}"

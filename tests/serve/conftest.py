@@ -159,10 +159,11 @@ def _layers_of(kind: str, module: nn.Module) -> dict[str, nn.Module]:
     network = Network(module)
     linears = linear_modules(module)
     if network.has_towers:
-        inside = {path for path in linears if path.startswith(f"{network.text_path}.")}
+        # In the model's order: a set's would be another in each process, and so would the adapter's numbers.
+        inside = {path: each for path, each in linears.items() if path.startswith(f"{network.text_path}.")}
         if kind == "experts":
             return {path: each for path, each in linears.items() if path not in inside or "o_proj" in path}
-        linears = {path: linears[path] for path in inside}
+        linears = inside
     if kind == "experts":
         routers = {path: each for path, each in linears.items() if path.endswith(("mlp.gate", "mlp.router"))}
         return {**expert_modules(module), **routers}

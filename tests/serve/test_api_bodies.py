@@ -29,10 +29,10 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}\n"
     "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content }}"
     "{% for call in m.tool_calls or [] %}<{{ call.function.name }} {{ call.function.arguments | tojson }}>"
-    "{% endfor %}<|im_end|>\n{% endfor %}{{ mood }} {{ reasoning_effort }}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{{ mood }} {{ reasoning_effort }} {{ verbosity }}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Reads everything that a message can say, and two variables."""
+"""Reads everything that a message can say, and three variables."""
 
 SHARED = {
     "model": "lively",
@@ -93,6 +93,7 @@ CHAT = {
     "top_logprobs": 2,
     "chat_template_kwargs": {"mood": "calm"},
     "reasoning_effort": "low",
+    "verbosity": "low",
     "enable_thinking": True,
     "thinking_budget": 1,
     "thinking_token_budget": 1,
@@ -225,6 +226,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "truncate_prompt_tokens": 4,
         "truncation_side": "left",
         "prompt_name": "query",
+        "normalize": True,
     },
     "/v1/rerank": {
         "model": "nobody",
@@ -233,6 +235,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "top_n": 1,
         "instruction": "Find.",
         "max_tokens_per_doc": 8,
+        "max_tokens_per_query": 8,
         "truncate_prompt_tokens": 4,
         "truncation_side": "left",
     },
@@ -243,6 +246,8 @@ BODIES: dict[str, dict[str, Any]] = {
         "queries": "Hi",
         "documents": ["a"],
         "instruction": "Find.",
+        "max_tokens_per_doc": 8,
+        "max_tokens_per_query": 8,
         "truncate_prompt_tokens": 4,
         "truncation_side": "left",
     },
@@ -261,6 +266,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/adapters/{name}/unpin": {},
 }
 """One body of each endpoint that takes one, with every field in it."""
+BODIES["/v1/responses/input_tokens"] = {**BODIES["/v1/responses"], "input": "Hi"}
 STREAMED = {
     "stream": True,
     "stream_options": {"include_usage": True, "continuous_usage_stats": True},
@@ -615,7 +621,12 @@ def test_hints_change_nothing_and_stand_in_the_readme(http, model_folder):
 
         turn = {"role": "assistant", "content": "Hi"}
         asked = ask(turn)
-        for name, value in {**HINTED, "reasoning_effort": "high", "top_logprobs": 0}.items():
+        for name, value in {
+            **HINTED,
+            "reasoning_effort": "high",
+            "verbosity": "high",
+            "top_logprobs": 0,
+        }.items():
             assert ask(turn, **{name: value}) == asked
         assert ask(turn, max_tokens=6.0, seed=1.0, top_k=0.0, n=1.0) == asked
         turns = {"name": "bob", "reasoning_content": "hm", "reasoning": "hm", "reasoning_details": [{"x": 1}]}
@@ -629,7 +640,7 @@ def test_hints_change_nothing_and_stand_in_the_readme(http, model_folder):
             assert ask({**turn, name: value}) == asked
         part = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
         assert ask({**turn, "content": [part]}) == asked
-        for name in [*HINTED, *turns, "reasoning_effort"]:
+        for name in [*HINTED, *turns, "reasoning_effort", "verbosity"]:
             assert f"`{name}`" in readme
     runtime.close()
 
@@ -652,7 +663,8 @@ def test_what_the_template_reads_of_a_message_reaches_it(http):
     ]:
         other = ask(messages=with_({"m": CHAT["messages"]}, ("m", *at), value)["m"])
         assert other["usage"]["prompt_tokens"] != asked["usage"]["prompt_tokens"]
-    assert ask(reasoning_effort="medium")["usage"] != asked["usage"] != ask(reasoning_effort=None)["usage"]
+    for name in ("reasoning_effort", "verbosity"):
+        assert ask(**{name: "medium"})["usage"] != asked["usage"] != ask(**{name: None})["usage"]
     arguments = with_({"m": CHAT["messages"]}, ("m", 1, "tool_calls", 0, "function", "arguments"), {"at": 1})
     assert ask(messages=arguments["m"])["choices"] == asked["choices"]
     thought = {"role": "assistant", "content": "x"}
@@ -704,10 +716,11 @@ def test_a_history_with_tools_is_told_in_words_where_the_template_would_drop_it(
     runtime.close()
 
 
-def test_both_ways_to_say_the_reasoning_effort_at_once_are_refused(http):
-    kwargs = {"reasoning_effort": "high"}
+@pytest.mark.parametrize("name", ["reasoning_effort", "verbosity"])
+def test_both_ways_to_say_a_wish_at_once_are_refused(http, name):
+    kwargs = {name: "high"}
     error = assert_told(post(http, "/v1/chat/completions", {**CHAT, "chat_template_kwargs": kwargs}), kwargs)
-    assert error["param"] == "reasoning_effort"
+    assert error["param"] == name
 
 
 def test_endpoints_that_generate_are_called_directly_and_those_with_more_parameters_by_fastapi():

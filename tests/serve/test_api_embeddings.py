@@ -15,6 +15,8 @@ import numpy as np
 import openai
 import pytest
 from embedders import write_classifier, write_embedder
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize
 
 from serve.api.server import serving
 from serve.config import ServeConfig
@@ -154,6 +156,9 @@ def test_dimensions_cut_a_vector_and_make_it_one_again(http: httpx.Client) -> No
         ({"model": "judge"}, "model", "does not give embeddings"),
         ({"model": "nobody"}, "model", "tiny, last"),
         ({"inputs": "a"}, "inputs", "unknown field; did you mean input"),
+        ({"input_type": "query"}, "input_type", "prompt_name"),
+        ({"task": "retrieval.query"}, "task", "prompt_name"),
+        ({"stream": True}, "stream", "only null or false"),
         ({"input": "", "add_special_tokens": False}, "input", "no tokens"),
     ],
     ids=lambda value: str(value)[:40],
@@ -164,6 +169,20 @@ def test_what_cannot_be_encoded_is_refused_by_the_field(
     error = refused(http, "/v1/embeddings", **{"model": "tiny", "input": "a", **fields})
     assert error["param"] == param
     assert words in error["message"]
+
+
+def test_vectors_have_length_one_or_their_own_where_that_is_asked_for(
+    http: httpx.Client, oracle: Any
+) -> None:
+    own = SentenceTransformer(modules=[each for each in oracle[0] if not isinstance(each, Normalize)])
+    np.testing.assert_allclose(embed(http, TEXTS, normalize=False), own.encode(TEXTS), atol=2e-5)
+    np.testing.assert_array_equal(embed(http, TEXTS, normalize=True), embed(http, TEXTS))
+    raw = embed(http, TEXTS, model="last")
+    assert np.abs(np.linalg.norm(raw, axis=1) - 1).min() > 0.1
+    unit = embed(http, TEXTS, model="last", normalize=True)
+    np.testing.assert_allclose(unit, raw / np.linalg.norm(raw, axis=1, keepdims=True), atol=1e-6)
+    cut = embed(http, TEXTS, normalize=False, dimensions=8)
+    np.testing.assert_allclose(cut, own.encode(TEXTS)[:, :8], atol=2e-5)
 
 
 def test_what_is_too_long_is_cut_where_that_is_asked_for(http: httpx.Client) -> None:

@@ -220,7 +220,7 @@ NO_PARTS = [
         ({"tools": [{"type": "function"}]}, "tools", "tools.0.function: missing"),
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "tools.0: Input tag 'custom'"),
         ({"tool_choice": "required"}, "tool_choice", "found without tools"),
-        ({"verbosity": "low"}, "verbosity", '"medium"'),
+        ({"verbosity": "chatty"}, "verbosity", "'low', 'medium' or 'high'"),
         ({"max_completion_tokens": 5}, "max_completion_tokens", "max_tokens is 24"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
         ({"stop": ["x"] * 65}, "stop", "at most 64"),
@@ -294,7 +294,7 @@ def test_an_unknown_model_is_404_and_the_message_names_those_there_are(client):
 def test_too_long_has_openais_code_and_no_body_no_model_no_json_are_400(client, http):
     long = [{"role": "user", "content": "x" * 1100}]
     error = refused(lambda: chat(client, messages=long))
-    assert error["code"] == "context_length_exceeded"
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
     assert "maximum context length is 1024 tokens" in error["message"]  # litellm knows it by these words
     for content, told in ((b"{", "not JSON"), (b"{}", "model: missing"), (b"[]", "the body")):
         answer = http.post(

@@ -41,6 +41,7 @@ def keys_file(tmp_path_factory) -> Path:
         "{name: ops, key: sk-ops, admin: true}",
         "{name: proxy, key: sk-proxy, tenant: '*'}",
         "{name: narrow, key: sk-narrow, adapters: ['one*']}",
+        "{name: aliased, key: sk-aliased, adapters: [gpt-4o]}",
         "{name: few, key: sk-few, requests_per_minute: 3}",
         "{name: tokens, key: sk-tokens, tokens_per_minute: 40}",
         "{name: both, key: sk-both, requests_per_minute: 100, tokens_per_day: 5000}",
@@ -54,7 +55,11 @@ def keys_file(tmp_path_factory) -> Path:
 def runtime(model_folder, keys_file) -> Iterator[Runtime]:
     started = Runtime.start(
         ServeConfig(
-            model=str(model_folder), name="lively", api_keys=keys_file, allowed_origins=("https://a.example",)
+            model=str(model_folder),
+            name="lively",
+            aliases=("gpt-4", "gpt-4o"),
+            api_keys=keys_file,
+            allowed_origins=("https://a.example",),
         )
     )
     yield started
@@ -213,6 +218,20 @@ def test_a_key_asks_for_what_it_may_and_sees_nothing_else(runtime, ask, make_ada
     assert [ask("sk-narrow", f"/v1/models/{model}").status_code for model in ("one", "secret")] == [200, 403]
 
 
+def test_a_model_is_listed_by_the_name_that_a_key_may_ask_for(ask):
+    def listed(key: str) -> list[str]:
+        names = [card["id"] for card in ask(key, "/v1/models").json()["data"]]
+        assert [each["name"] for each in ask(key, "/api/tags").json()["models"]] == names
+        return names
+
+    assert listed("sk-aliased") == ["gpt-4o"]
+    assert "lively" in listed("sk-plain")
+    assert "gpt-4o" not in listed("sk-plain")
+    for name, status in (("gpt-4o", 200), ("gpt-4", 403), ("lively", 403)):
+        answer = ask("sk-aliased", "/v1/completions", "POST", json={**SHORT, "model": name})
+        assert answer.status_code == status, name
+
+
 def test_a_key_that_may_do_everything_needs_no_list(ask):
     assert ask("sk-plain", "/v1/completions", "POST", json=SHORT).status_code == 200
 
@@ -329,6 +348,18 @@ def test_a_page_of_an_allowed_origin_may_ask_and_reads_refusals_and_others_may_n
         assert (refusal.headers.get("access-control-allow-origin") == origin) is is_allowed
     exposed = ask("sk-plain", "/v1/models", headers={"Origin": "https://a.example"})
     assert "X-Request-Id" in exposed.headers["access-control-expose-headers"]
+
+
+def test_a_page_of_an_allowed_origin_may_use_every_method_and_read_every_header_of_ours(runtime, ask):
+    for method in {method for method, _ in routes(runtime)}:
+        asked = {"Origin": "https://a.example", "Access-Control-Request-Method": method}
+        assert ask(None, "/v1/responses/x", "OPTIONS", headers=asked).status_code == 200, method
+    answer = ask("sk-plain", "/v1/completions", "POST", json=SHORT, headers={"Origin": "https://a.example"})
+    exposed = answer.headers["access-control-expose-headers"].lower().split(", ")
+    ours = {name for name in answer.headers if name.startswith("x-") and name != "x-content-type-options"}
+    assert "x-lathe-model" in ours
+    assert ours <= set(exposed)
+    assert {"x-lathe-context-overflow", "x-should-retry", "retry-after"} <= set(exposed)
 
 
 def knock(url: str, num: int) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -440,6 +441,25 @@ def test_streams_of_every_api_hear_something_while_a_model_is_loaded_and_then_ha
             text = b"".join(pieces).decode()
         assert STREAMS[path][1] in text.replace(" ", "")
         assert '"error":{' not in text.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/tokenize", {"messages": SAID}), ("/v1/responses/input_tokens", {"input": "x"})]
+)
+def test_what_is_no_stream_stays_json_however_long_its_model_is_in_coming(folders, path, body):
+    """Though its body, a chat's, asks for a stream."""
+    with both(folders, stream_keep_alive_s=0.02) as (bases, http), ThreadPoolExecutor() as threads:
+        held = bases.pool.lease("ant")
+        counted = threads.submit(http.post, path, json={"model": "bee", "stream": True, **body})
+        beside = {"model": "bee", "prompt": "x", "max_tokens": 1, "stream": True}
+        with http.stream("POST", "/v1/completions", json=beside) as answer:
+            comments = answer.iter_raw()
+            for _ in range(5):
+                assert next(comments).startswith(b": keep-alive")
+            held.release()
+            assert b"[DONE]" in b"".join(comments)
+        assert counted.result().headers["content-type"] == "application/json"
+        assert set(counted.result().json()) & {"count", "input_tokens"}
 
 
 def test_a_request_with_a_deadline_waits_no_longer_for_a_model_than_that(folders):

@@ -129,7 +129,44 @@ def test_a_document_that_is_too_long_is_cut_where_that_is_asked_for(http: httpx.
     cut = asked(http, "/v1/rerank", model="bert", **long, truncate_prompt_tokens=-1)
     same = asked(http, "/v1/rerank", model="bert", query=QUERY, documents=["d" * (128 - 20), "a"])
     np.testing.assert_allclose(scores_of(cut), scores_of(same), atol=1e-5)
-    asked(http, "/v2/rerank", model="bert", **long, max_tokens_per_doc=64)
+
+
+@pytest.mark.parametrize("model", ["bert", "qwen3", "near"])
+@pytest.mark.parametrize(
+    ("path", "names"), [("/v2/rerank", ("query", "documents")), ("/v1/score", ("text_1", "text_2"))]
+)
+def test_beginnings_of_queries_and_documents_are_read_where_that_is_asked_for(
+    http: httpx.Client, path: str, names: tuple[str, str], model: str
+) -> None:
+    def scores(query: str, documents: list[str], **fields: Any) -> list[float]:
+        told = asked(http, path, model=model, **dict(zip(names, (query, documents), strict=True)), **fields)
+        return scores_of(told) if "results" in told else [each["score"] for each in told["data"]]
+
+    bounds = {"max_tokens_per_query": 4, "max_tokens_per_doc": 3}
+    cut = scores("abcdefgh", ["xyz" + "w" * 400, "a", "xyzv"], **bounds, truncate_prompt_tokens=-1)
+    np.testing.assert_allclose(cut, scores("abcd", ["xyz", "a", "xyz"]), atol=1e-5)
+    assert max(cut) - min(cut) > 1e-3
+    whole = scores("abcdefgh", ["xyzw"], max_tokens_per_query=0, max_tokens_per_doc=0)
+    np.testing.assert_allclose(whole, scores("abcdefgh", ["xyzw"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("num_chars", [500, 100_000])
+@pytest.mark.parametrize("model", ["bert", "qwen3", "near"])
+def test_a_text_that_is_too_long_is_named_where_it_stands(
+    http: httpx.Client, model: str, num_chars: int
+) -> None:
+    long = "d" * num_chars
+    for path, fields, place in (
+        ("/v1/rerank", {"query": "a", "documents": ["a", long]}, "documents.1"),
+        ("/v1/rerank", {"query": long, "documents": ["a"]}, "query"),
+        ("/v1/score", {"text_1": "a", "text_2": ["a", "b", long]}, "text_2.2"),
+        ("/v1/score", {"queries": [long], "documents": "a"}, "queries.0"),
+    ):
+        answer = http.post(path, json={"model": model, **fields})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+        assert error["param"] == place.partition(".")[0]
+        assert f"However, {place} " in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +182,8 @@ def test_a_document_that_is_too_long_is_cut_where_that_is_asked_for(http: httpx.
         ("/v1/rerank", {"model": "nobody"}, "model"),
         ("/v1/rerank", {"instruction": "be kind"}, "instruction"),
         ("/v1/rerank", {"rank_fields": ["title"]}, "rank_fields"),
-        ("/v1/rerank", {"max_tokens_per_doc": 9, "truncate_prompt_tokens": 9}, "max_tokens_per_doc"),
+        ("/v1/rerank", {"max_tokens_per_doc": -1}, "max_tokens_per_doc"),
+        ("/v1/rerank", {"max_tokens_per_query": -1}, "max_tokens_per_query"),
         ("/v1/score", {"query": None, "documents": None}, "text_1"),
         ("/v1/score", {"query": None, "documents": None, "text_1": ["a", "b"], "text_2": ["c"]}, "text_1"),
         ("/v1/score", {"query": None, "documents": None, "text_1": "a", "text_2": []}, "text_2"),

@@ -27,7 +27,8 @@ from serve.bench import wire
 from serve.config import ServeConfig
 from serve.errors import ConfigError
 from serve.experiments.assignment import Experiment, Variant
-from serve.experiments.store import Run, Store
+from serve.experiments.records import Run
+from serve.experiments.store import Store
 from serve.runtime import Runtime
 
 ROOT = Path(__file__).parents[2]

@@ -540,14 +540,21 @@ def state_of(runtime: Runtime, http: httpx.Client) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def untouched(runtime, http) -> dict[str, Any]:
+    """The state that each refusal has to leave, and so each of them finds."""
+    state = state_of(runtime, http)
+    assert state["answers"][0] != state["answers"][1], "the running adapter says what the base says"
+    return state
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_adapter_is_refused_by_what_is_wrong_with_it_and_changes_nothing(
-    kind, runtime, http, root, make_adapter
+    kind, runtime, http, root, make_adapter, untouched
 ):
     change, status, told = BAD[kind]
     folder = root / kind.replace(" ", "-").replace("'", "")
     shutil.copytree(make_adapter(2), folder)
-    before = state_of(runtime, http)
     path = change(folder) or folder
     for name, inplace in (("bad", False), ("good", True)):
         fields = {"lora_name": name, "lora_path": str(path), "load_inplace": inplace}
@@ -556,8 +563,7 @@ def test_a_bad_adapter_is_refused_by_what_is_wrong_with_it_and_changes_nothing(
         error = answer.json()["error"]
         assert told in error["message"], error["message"]
         assert len(error["message"]) < 2500
-    assert state_of(runtime, http) == before
-    assert before["answers"][0] != before["answers"][1], "the running adapter says what the base says"
+    assert state_of(runtime, http) == untouched
     assert not (root / "ran").exists(), "what was pickled ran"
     runtime.registry.check_integrity()
 

@@ -254,11 +254,15 @@ def test_bench_step_measures_loop_and_engine_and_says_where_a_step_goes(run_benc
 
 
 def test_bench_cache_measures_each_part_and_keeps_what_it_knows(run_bench, capsys):
-    numbers = run_bench(
-        "bench cache --rounds 1 --rows 3 --long-tokens 300 --prefix-tokens 256 --prefill-tokens 300"
-        " --clients 2 --max-tokens 24"
-    )
-    found = {each["what"]: each for each in numbers["findings"]}
+    numbers = [
+        run_bench(f"bench cache --rounds 1 --parts {words}")
+        for words in (
+            "ragged --size tiny --rows 3 --long-tokens 300 --max-tokens 400",
+            "prefix,throughput --size tiny --prefix-tokens 256 --clients 2 --max-tokens 24",
+            "precision --prefill-tokens 300",  # keys of the tiny model are too short for a group
+        )
+    ]
+    found = {each["what"]: each for part in numbers for each in part["findings"]}
     assert len(found) == 1 + 2 + 4 + 1
     assert all(ratio > 0 for each in found.values() for ratio in each["ratios"])
     printed = " ".join(capsys.readouterr().out.split())
@@ -282,12 +286,12 @@ def test_bench_cache_refuses_a_part_that_there_is_not(capsys):
 
 def test_bench_conversations_plays_the_same_turns_with_both_servers(run_bench, capsys):
     numbers = run_bench(
-        "bench conversations --conversations 6 --turns 3 --systems 2 --system-tokens 96 --message-tokens 8"
-        " --max-tokens 6 --held 1 --clients 2"
+        "bench conversations --size tiny --conversations 6 --turns 4 --systems 2 --system-tokens 96"
+        " --message-tokens 8 --max-tokens 6 --held 1 --clients 2"
     )
     printed = capsys.readouterr().out
     for each in numbers["results"]:
-        assert (each["num_turns"], each["num_errors"]) == (18, 0)
+        assert (each["num_turns"], each["num_errors"]) == (24, 0)
         assert 0.5 < each["hit_rate"] <= each["most_possible"] + 0.01 < 1
         assert each["cache_stats"]["enabled"] is True
         assert f"{each['hit_rate']:.1%}" in printed

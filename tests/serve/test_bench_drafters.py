@@ -23,7 +23,7 @@ pytestmark = pytest.mark.long
 
 def test_the_benchmark_tells_each_ratio_with_sizes_and_shares_of_right_guesses(tmp_path):
     out = tmp_path / "numbers.json"
-    words = "bench drafters --size tiny --rounds 1 --max-tokens 96 --prompt-tokens 160 --rows 4 --adapters 2"
+    words = "bench drafters --size tiny --rounds 1 --max-tokens 48 --prompt-tokens 160 --rows 4 --adapters 2"
     with pytest.raises(SystemExit) as stop:
         lathe.main([*words.split(), "--json", str(out)])
     assert stop.value.code == 0
@@ -31,7 +31,7 @@ def test_the_benchmark_tells_each_ratio_with_sizes_and_shares_of_right_guesses(t
     assert len(found) == 10
     assert all(each["median"] > 0 for each in found.values())
     copied = found["n-grams, copied answers, one row, by the wall"]["values"]
-    assert copied["steps"] < copied["steps of the other"] == [96]
+    assert copied["steps"] < copied["steps of the other"] == [48]
     of_model = "a draft model of 0.96M for a target of 28M, one row, by the wall"
     assert 0 < found[of_model]["values"]["right of guesses"][0] <= 1
     assert found["n-grams, answers that stand nowhere, one row, in CPU time"]["asked"] == 0.97

@@ -53,6 +53,24 @@ def test_paths_in_a_file_are_relative_to_it_and_hub_names_are_left_alone(tmp_pat
     assert load_config(file).store == "sqlite:///lathe.sqlite"
 
 
+IS_LIST = {
+    name: "tuple" in str(field.annotation)
+    for name, field in ServeConfig.model_fields.items()
+    if "Path" in str(field.annotation)
+}
+"""Keys that hold paths."""
+
+
+@pytest.mark.parametrize("key", IS_LIST)
+def test_every_path_in_a_file_is_relative_to_it(key, tmp_path):
+    written = {"model": "m", key: ["here"] if IS_LIST[key] else "here"}
+    if key.startswith("ssl_"):
+        written = {"ssl_certfile": "cert", "ssl_keyfile": "key", **written}
+    (tmp_path / "c.yaml").write_text(json.dumps(written))
+    found = getattr(load_config(tmp_path / "c.yaml"), key)
+    assert (found[0] if isinstance(found, tuple) else found) == tmp_path / "here"
+
+
 def test_a_model_path_makes_a_config_and_the_command_line_adds_to_either(tmp_path):
     config = load_config("it's/here", port=0, adapters=[{"name": "a", "path": "x"}], host=None)
     assert (config.model, config.port, config.host) == ("it's/here", 0, "127.0.0.1")

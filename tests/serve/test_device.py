@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -198,3 +200,25 @@ def test_products_of_float32_have_its_digits_but_for_tf32(backend, setting, is_s
     assert device.multiplies_in_single(mx.float32) is is_single
     assert device.product_eps(mx.float32) == (2.0**-23 if is_single else 2.0**-10)
     assert not device.multiplies_in_single(mx.bfloat16)
+
+
+def test_what_was_set_aside_here_is_looked_through_as_a_model_leaves_and_set_aside_again(monkeypatch):
+    class Model:
+        """In a cycle, as models are."""
+
+        def __init__(self) -> None:
+            self.own = self
+
+    monkeypatch.setattr(device, "_is_set_aside", False)
+    model = Model()
+    left = weakref.ref(model)
+    gc.freeze()
+    before = gc.get_freeze_count()
+    del model
+    device.give_back_all_memory(thaws=True)
+    assert gc.get_freeze_count() >= before - 1, "a program's own"
+    assert left() is not None
+    device.set_aside()
+    device.give_back_all_memory(thaws=True)
+    assert left() is None
+    assert gc.get_freeze_count() > before / 2

@@ -18,7 +18,17 @@ from embedders import CLASSIFIERS, FAMILIES, ended_tokenizer, write_backbone, wr
 from sentence_transformers import CrossEncoder
 
 from serve.embed.config import EmbeddingModelConfig
-from serve.embed.model import PREFIX, SUFFIX, Classifier, Embedder, Length, Scorer, YesNo, load_text_model
+from serve.embed.model import (
+    PREFIX,
+    SUFFIX,
+    Classifier,
+    Embedder,
+    Length,
+    Scorer,
+    Side,
+    YesNo,
+    load_text_model,
+)
 from serve.errors import ContextLengthError, ModelError, RequestError
 
 pytestmark = pytest.mark.long
@@ -28,6 +38,10 @@ CLOSE = 2e-5
 """What other products round differently; a wrong mask or position moves these vectors by 0.01 and more."""
 CAUSAL = ("qwen3", "qwen2", "llama")
 ENDLESS = Length()
+
+
+def sides(query: str, document: str) -> tuple[Side, Side]:
+    return Side(query, "query"), Side(document, "documents.0")
 
 
 def opened(folder: Path, **settings: Any) -> Any:
@@ -132,7 +146,7 @@ def test_scores_of_pairs_are_transformers(family: str, tmp_path: Path) -> None:
         with torch.no_grad():
             wanted.append(torch.sigmoid(network(**inputs).logits[0, 0]).item())
     assert np.ptp(wanted) > 0.01
-    rows = [model.pair(*pair, ENDLESS, None) for pair in PAIRS]
+    rows = [model.pair(*sides(*pair), ENDLESS, None) for pair in PAIRS]
     np.testing.assert_allclose(model.run(rows)[:, 0], wanted, atol=CLOSE)
     np.testing.assert_allclose([model.run([row])[0, 0] for row in rows], wanted, atol=CLOSE)
 
@@ -142,21 +156,21 @@ def test_a_cross_encoder_s_own_activation_is_used(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path / "made", "bert", **told)
     wanted = CrossEncoder(str(folder), device="cpu").predict(PAIRS)
     model = opened(folder)
-    found = model.run([model.pair(*pair, ENDLESS, None) for pair in PAIRS])[:, 0]
+    found = model.run([model.pair(*sides(*pair), ENDLESS, None) for pair in PAIRS])[:, 0]
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     assert np.abs(found).max() > 1 or found.min() < 0  # no sigmoid
 
 
 def test_of_a_pair_that_is_too_long_the_document_is_cut(tmp_path: Path) -> None:
     model = opened(write_classifier(tmp_path / "made", "bert"), max_tokens=32)
-    row = model.pair("query", "d" * 100, Length(32), None)
-    whole = model.pair("query", "d" * 24, ENDLESS, None)
+    row = model.pair(*sides("query", "d" * 100), Length(32), None)
+    whole = model.pair(*sides("query", "d" * 24), ENDLESS, None)
     assert row == whole
     assert len(row.token_ids) == 32
     with pytest.raises(ContextLengthError):
-        model.pair("query", "d" * 100, ENDLESS, None)
+        model.pair(*sides("query", "d" * 100), ENDLESS, None)
     with pytest.raises(RequestError, match="no room for a document"):
-        model.pair("q" * 40, "d", Length(32), None)
+        model.pair(*sides("q" * 40, "d"), Length(32), None)
 
 
 def yes_no_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -185,9 +199,9 @@ def test_a_language_model_judges_by_how_much_surer_it_is_of_yes(tmp_path: Path) 
             logits = network(ids).logits[0, -1, tokenizer.convert_tokens_to_ids(["no", "yes"])]
         wanted.append(torch.softmax(logits, 0)[1].item())
     assert np.ptp(wanted) > 0.01
-    rows = [model.pair(*pair, ENDLESS, "Judge.") for pair in PAIRS]
+    rows = [model.pair(*sides(*pair), ENDLESS, "Judge.") for pair in PAIRS]
     np.testing.assert_allclose(model.run(rows)[:, 0], wanted, atol=CLOSE)
-    cut = model.pair("lamp", "d" * 900, Length(500), None)
+    cut = model.pair(*sides("lamp", "d" * 900), Length(500), None)
     assert len(cut.token_ids) == 500
     assert tokenizer.decode(cut.token_ids).endswith(SUFFIX)
 

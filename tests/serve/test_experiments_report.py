@@ -14,8 +14,9 @@ from rich.console import Console
 from serve.errors import ConfigError, DataError, NotFoundError
 from serve.experiments.assignment import Experiment, Variant
 from serve.experiments.difference import difference_interval
+from serve.experiments.records import Exposure
 from serve.experiments.report import ExperimentReport, render, report, runs_table
-from serve.experiments.store import Exposure, Store, runs
+from serve.experiments.store import Store, runs
 from serve.tables import show
 
 ARMS = Experiment("tickets", "s", (Variant("attn", "tickets-attn"), Variant("all", "tickets-all")))

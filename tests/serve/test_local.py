@@ -252,10 +252,15 @@ def test_after_its_end_it_says_so_and_whoever_waited_is_told(model_folder):
     model.close()
 
 
-def test_a_program_that_closes_nothing_ends_by_itself(model_folder):
+def test_a_program_that_closes_nothing_ends_by_itself_and_one_without_experiments_imports_no_sql(
+    model_folder,
+):
     script = (
-        f"import lathe\nmodel = lathe.load({str(model_folder)!r})\n"
-        "stream = model.stream('hi', max_tokens=1900, ignore_eos=True)\nprint(repr(next(stream)))"
+        "import sys, lathe\nfrom serve.local import ending\n"
+        "ending.TIMEOUT_S = 3600.0  # whoever waits for a thread that does not end is seen\n"
+        f"model = lathe.load({str(model_folder)!r})\n"
+        "stream = model.stream('hi', max_tokens=1900, ignore_eos=True)\nprint(repr(next(stream)))\n"
+        "assert 'sqlalchemy' not in sys.modules"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False

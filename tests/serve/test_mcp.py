@@ -12,8 +12,10 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 from tiny import QWEN3
+from waiting import until
 
 from serve.api.server import serving
 from serve.config import ServeConfig
@@ -23,6 +25,7 @@ from serve.mcp.servers import McpServers
 from serve.runtime import Runtime
 
 PROGRAM = Path(__file__).parents[1] / "support" / "mcp_server.py"
+RAW = PROGRAM.with_name("mcp_raw.py")
 OVER_STREAMS = McpServerConfig(command=sys.executable, args=(str(PROGRAM),))
 CONFIG = {**QWEN3, "max_position_embeddings": 16384}
 MESSAGES = [{"role": "user", "content": "What is two and three?"}]
@@ -123,6 +126,54 @@ def test_a_server_that_ended_is_started_again():
     servers.close()
 
 
+def test_a_program_that_ended_while_nobody_asked_is_started_again():
+    servers = McpServers({"one": OVER_STREAMS}, timeout_s=20)
+    known = set(psutil.Process().children())
+    assert len(asyncio.run(servers.tools("one"))) == 6
+    for program in set(psutil.Process().children()) - known:
+        program.kill()
+    until(servers._servers["one"]._line.lost.is_set)
+    assert asyncio.run(servers.call("one", "add", {"a": 1, "b": 2})) == "the sum is 3"
+    servers.close()
+
+
+def test_a_session_that_an_address_knows_no_more_is_begun_anew_and_cuts_no_call_off(free_ports):
+    port = free_ports()
+    servers = McpServers({"raw": McpServerConfig(url=f"http://127.0.0.1:{port}/mcp")}, timeout_s=20)
+
+    async def talk() -> None:
+        assert len(await servers.tools("raw")) == 4
+        held = asyncio.ensure_future(servers.call("raw", "hold", {}))
+        await servers.call("raw", "forget", {})
+        with pytest.raises(ToolServerError, match="gone"):
+            await servers.call("raw", "grow", {})
+        assert await servers.call("raw", "grow", {}) == "5"
+        assert len(await servers.tools("raw")) == 5
+        assert not held.done()
+        await servers.call("raw", "release", {})
+        assert await held == "5"
+        assert await servers.call("raw", "grow", {}) == "6"
+
+    with subprocess.Popen([sys.executable, str(RAW), str(port)], stderr=subprocess.DEVNULL) as program:
+        try:
+            wait_for(port)
+            asyncio.run(talk())
+        finally:
+            servers.close()
+            program.kill()
+
+
+def test_tools_that_have_changed_are_listed_anew():
+    async def talk() -> None:
+        for count in (4, 5, 6):
+            assert len(await servers.tools("raw")) == count
+            await servers.call("raw", "grow", {})
+
+    servers = McpServers({"raw": McpServerConfig(command=sys.executable, args=(str(RAW),))}, timeout_s=20)
+    asyncio.run(talk())
+    servers.close()
+
+
 def test_a_name_that_the_configuration_has_not_is_refused(servers):
     with pytest.raises(RequestError, match="found no MCP server 'sh'; there are streams, web"):
         asyncio.run(servers.tools("sh"))
@@ -135,7 +186,14 @@ def test_a_name_that_the_configuration_has_not_is_refused(servers):
         ("{}", "mcpServers: Field required"),
         ('{"mcpServers": {"a": {}}}', "expected either command or url"),
         ('{"mcpServers": {"a": {"command": "x", "url": "http://x"}}}', "expected either command or url"),
-        ('{"mcpServers": {"a": {"command": "x", "shell": true}}}', "mcpServers.a.shell"),
+        (
+            '{"mcpServers": {"a": {"command": "x", "shell": true}}}',
+            "mcpServers.a.shell: unknown key; there are com",
+        ),
+        ('{"mcpServers": {"a": {"command": "x", "autoApprove": []}}}', "allowed_tools"),
+        ('{"mcpServers": {"a": {"url": "http://x", "type": "sse"}}}', "type: found 'sse'; expected http or"),
+        ('{"mcpServers": {"a": {"command": "x", "type": "http"}}}', "expected stdio beside command"),
+        ('{"servers": {}}', "servers: unknown key; there are mcpServers"),
         ('{"mcpServers": {"a": {"url": "file:///etc"}}}', "mcpServers.a.url"),
         ('{"mcpServers": {"a": {"command": "x", "headers": {"k": "v"}}}}', "headers are an address's"),
     ],

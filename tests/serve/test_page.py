@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,6 +51,18 @@ def seeing() -> Iterator[str]:
 @pytest.fixture
 def opened(open_page):
     return open_page
+
+
+@pytest.fixture(scope="module")
+def drawn(browser, served) -> Iterator[Callable[[str], str]]:
+    """drawn(Markdown) → HTML of what the page makes of it; one page for all, since opening it takes half a second."""
+    opened = Opened(browser.new_page(), served)
+    yield lambda text: opened.page.evaluate(
+        "async text => (await import('./markdown.js')).nodesOf(text).map(each => each.outerHTML).join('')",
+        text,
+    )
+    opened.page.context.close()
+    assert opened.faults == opened.elsewhere == []
 
 
 # Over HTTP, without a browser.
@@ -298,12 +310,8 @@ def test_any_markdown_in_any_cuts_is_drawn_as_the_whole_of_it_by_safe_nodes_alon
         ("The answer is\n42. And more", "<p>The answer is\n42. And more</p>"),
     ],
 )
-def test_markdown_is_drawn_as_people_write_it(text, html, opened, served):
-    shown = opened(served).page.evaluate(
-        "async text => (await import('./markdown.js')).nodesOf(text).map(each => each.outerHTML).join('')",
-        text,
-    )
-    assert html in shown
+def test_markdown_is_drawn_as_people_write_it(text, html, drawn):
+    assert html in drawn(text)
 
 
 def test_long_answers_stay_quick_to_draw(opened, served):

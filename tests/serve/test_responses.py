@@ -279,6 +279,28 @@ def test_a_chain_of_responses_is_the_conversation_written_out(client):
     assert chat.choices[0].message.content == third.output_text
 
 
+def test_input_tokens_are_those_of_the_response_that_is_asked_next(client):
+    first = ask(client, instructions="Be brief.", input="Hello")
+    tool = {"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": False}
+    for body in (
+        {"input": "Hello"},
+        {"input": "Hello", "instructions": "Be brief.", "reasoning": {"effort": "high"}, "tools": [tool]},
+        {"input": "More", "previous_response_id": first.id, "instructions": "Be long."},
+        {"input": [{"role": "user", "content": "Hello"}, *first.output]},
+    ):
+        told = client.responses.input_tokens.count(model="m", **body)
+        assert told.object == "response.input_tokens"
+        assert told.input_tokens == ask(client, **body).usage.input_tokens
+    assert client.responses.input_tokens.count(input="Hello").input_tokens > 0
+    assert client.responses.input_tokens.count(input="x" * 1500).input_tokens > 1500
+    with pytest.raises(openai.BadRequestError, match=r"input: found none"):
+        client.responses.input_tokens.count(model="m")
+    with pytest.raises(openai.NotFoundError, match="nobody"):
+        client.responses.input_tokens.count(model="nobody", input="Hello")
+    with pytest.raises(openai.BadRequestError, match="personality"):
+        client.responses.input_tokens.count(model="m", input="Hello", personality="friendly")
+
+
 def test_a_second_turn_finds_what_the_first_computed(model_folder):
     extras = {"logit_bias": ASCII, "ignore_eos": True}
     with _own(model_folder) as (_, url), openai.OpenAI(base_url=f"{url}/v1", api_key="x") as client:

@@ -33,7 +33,7 @@ TEMPLATE = (
     "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content }}"
     "{% for call in m.tool_calls or [] %}<tool_call>\n"
     '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
-    "{% endfor %}<|im_end|>\n{% endfor %}{{ reasoning_effort }}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{{ reasoning_effort }}{{ verbosity }}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 STRICT = (
@@ -329,6 +329,7 @@ SAME: dict[str, tuple[dict, list[dict]]] = {
         ],
     ),
     "an effort": ({"input": "Hello", "reasoning": {"effort": "high"}}, [user("Hello")]),
+    "a verbosity": ({"input": "Hello", "text": {"verbosity": "high"}}, [user("Hello")]),
 }
 
 
@@ -336,8 +337,11 @@ SAME: dict[str, tuple[dict, list[dict]]] = {
 def test_a_conversation_of_items_is_the_chat_of_its_messages(http, how):
     fields, messages = SAME[how]
     answer = ask(http, **fields)
-    effort = fields.get("reasoning", {}).get("effort")
-    expected = chat(http, messages, **({"reasoning_effort": effort} if effort else {}))
+    wishes = {
+        "reasoning_effort": fields.get("reasoning", {}).get("effort"),
+        "verbosity": fields.get("text", {}).get("verbosity"),
+    }
+    expected = chat(http, messages, **wishes)
     assert text_of(answer) == expected["choices"][0]["message"]["content"]
     assert answer["usage"]["input_tokens"] == expected["usage"]["prompt_tokens"]
     assert len(set(text_of(answer))) > 6
@@ -602,6 +606,11 @@ def test_tools_of_the_servers_own_mcp_servers_are_run_and_told_as_items(make_mod
         assert (ran["name"], ran["server_label"], ran["output"]) == ("add", "sums", "the sum is 3")
         assert json.loads(ran["arguments"]) == {"a": 1, "b": 2}
         assert whole["tools"][0]["server_label"] == "sums"
+        count = http.post("/v1/responses/input_tokens", json={"model": "m", "input": "So.", "tools": [tool]})
+        chat_body = {"messages": [user("So.")], "tools": [tool]}
+        counts = [count.json()["input_tokens"], http.post("/tokenize", json=chat_body).json()["count"]]
+        offered = ask(http, input="So.", tools=[{**tool, "allowed_tools": []}])["usage"]["input_tokens"]
+        assert counts[0] == counts[1] > offered
         going_on = ask(http, input="And?", previous_response_id=whole["id"], tools=[tool])
         assert going_on["usage"]["input_tokens_details"]["cached_tokens"] > 100
 

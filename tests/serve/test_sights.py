@@ -28,6 +28,8 @@ nothing of all that."""
 NUM_TOKENS = 8
 TEXT = tuple(range(40, 60))
 MORE = tuple(range(90, 101))
+NOT_DRAWN = tuple((token, -100.0) for token in range(30))
+"""Special tokens: a conversation that goes on from an answer with a placeholder would lack a picture."""
 
 
 class Desk:
@@ -44,7 +46,7 @@ class Desk:
         return Engine(load(str(self.folder), name=self.family), EngineLimits(**bounds))
 
     def request(self, id: str, *parts, max_tokens: int = NUM_TOKENS, **fields) -> Request:
-        sampling = Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        sampling = Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, logit_bias=NOT_DRAWN)
         return Request(id, self.eyes.prompt(*parts), sampling, **fields)
 
     def check(self, request: Request, token_ids: Sequence[int]) -> None:

@@ -6,10 +6,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from cores import all_of_them
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -23,12 +24,15 @@ WAIT_MS = 60_000
 @contextmanager
 def launched() -> Iterator[Browser]:
     """A browser; a skipped test where there is none."""
-    with sync_playwright() as playwright:
+    with ExitStack() as stack:
+        with all_of_them():
+            playwright = stack.enter_context(sync_playwright())
         own = Path(playwright.chromium.executable_path)
         found = str(own) if own.exists() else next(filter(None, map(shutil.which, BROWSERS)), None)
         if found is None:
             pytest.skip("no Chromium: `playwright install chromium`, or a package of the system's")
-        browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
+        with all_of_them():
+            browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
         yield browser
         browser.close()
 

@@ -102,7 +102,10 @@ QWEN_PARTS = {
     "video": "<|vision_start|><|video_pad|><|vision_end|>",
     "other_tokens": QWEN_TOKENS,
     "projector": ("merger.mlp.2", "linear_fc2"),
+    "embeds_std": 0.4,
+    "louder": {"q_norm": 3, "q_proj": 6},
 }
+"""Attention that is sharp, and more than the token itself: four tokens of a picture are few among a prompt's."""
 
 
 def _qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
@@ -486,6 +489,8 @@ FAMILIES: dict[str, Family] = {
             "global_image_token": "<global-img>",
         },
         other_tokens=IDEFICS_TOKENS,
+        embeds_std=0.4,
+        louder={"q_proj": 6},
         files=_idefics_files("SmolVLM"),
         projector=("modality_projection",),
         projector_gain=2.0,

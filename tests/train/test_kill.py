@@ -49,6 +49,7 @@ samples: {rows: 1, max_tokens: 4, temperature: 1.0}
 SCRIPT = """
 import io, json, os, random, select, signal, sys, time, traceback
 from pathlib import Path
+import matplotlib.backends.backend_agg, matplotlib.figure, matplotlib.ticker, tensorboardX  # when they are used
 from rich.console import Console
 from train.recipe.recipe import load_recipe
 from train.run import run

@@ -14,9 +14,8 @@ from serve.api.messages.writer import PING, MessagesWriter
 from serve.api.opening import Words
 from serve.api.state import StateDep
 from serve.api.streaming import EVENT_STREAM, Responder
-from serve.api.targets import held_target
 from serve.api.tenant import TenantDep
-from serve.api.turn import begin_turn, prompt_of
+from serve.api.turn import begin_turn, prompt_alone
 
 router = APIRouter(route_class=JsonRoute, responses=RESPONSES)
 OPENING = Words(keep_alive=PING, error=lambda body: b"event: error\ndata: " + body + b"\n\n")
@@ -41,10 +40,8 @@ async def create_message(body: MessagesBody, http: Request, state: StateDep, ten
 async def count_tokens(body: CountBody, http: Request, state: StateDep) -> dict[str, int]:
     """How many tokens the prompt of these messages has, with the template's own, pictures and tools."""
     translated = chat_of(body)
-    chat = translated.chat
     with translated.named_as_sent():
-        async with held_target(state, chat.model, chat.user or "", http) as target:
-            asked = await prompt_of(target, chat, http)
+        asked = await prompt_alone(state, http, translated.chat)
     return {"input_tokens": len(asked.prompt.token_ids)}
 
 

@@ -102,8 +102,7 @@ async def embed_one(body: OllamaEmbedBody, http: Request, state: StateDep) -> di
 @router.get("/api/tags")
 async def tags(state: StateDep) -> dict[str, Any]:
     """Every model that may be asked for, adapters too; to a key those that it may ask for."""
-    found = await anyio.to_thread.run_sync(listing.tags, state.bases)
-    return {"models": [each for each in found if may_ask(each["name"])]}
+    return {"models": await anyio.to_thread.run_sync(listing.tags, state.bases)}
 
 
 @router.get("/api/ps")

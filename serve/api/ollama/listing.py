@@ -9,6 +9,7 @@ from typing import Any
 
 from serve.api.bases import Bases
 from serve.api.models import Listing
+from serve.api.permission import name_to_ask_by
 from serve.api.services import Services
 from serve.errors import LatheError
 from serve.model.loading import read_config
@@ -18,8 +19,10 @@ NEVER = "0001-01-01T00:00:00Z"
 
 
 def tags(bases: Bases) -> list[dict[str, Any]]:
-    """Every model, adapters too."""
-    return [_entry(bases, card) for card in Listing(bases).cards()]
+    """Every model, adapters too; to a request's key those that it may ask for."""
+    cards = Listing(bases).cards()
+    named = ((name_to_ask_by(card["id"], card.get("aliases", ())), card) for card in cards)
+    return [{**_entry(bases, card), "name": name, "model": name} for name, card in named if name is not None]
 
 
 def running(bases: Bases) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from serve.api.constraints import ObjectFormat, Schema, TextFormat
 from serve.api.responses.items import Item
 from serve.api.responses.tools import AllowedChoice, Choice, NamedChoice, Toolbox, ToolEntry, toolbox
-from serve.api.schemas import MAX_LOGPROBS, TemplatedBody
+from serve.api.schemas import MAX_LOGPROBS, Label, TemplatedBody
 from serve.api.strict import Body, Neutral
 from serve.config import ContextOverflow
 from serve.constraints.spec import ConstraintSpec
@@ -40,6 +40,7 @@ _ELSEWHERE = {
     "messages": "input",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
+    "verbosity": "text.verbosity",
     "functions": "tools",
     "function_call": "tool_choice",
     "logprobs": f"include: [{LOGPROBS!r}]",
@@ -63,7 +64,7 @@ class TextOptions(Body):
 
     format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
-    """A hint."""
+    """A variable of the template; a hint where the template does not read it."""
 
     @property
     def response_format(self) -> dict[str, Any] | None:
@@ -229,3 +230,12 @@ class ResponsesBody(TemplatedBody):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.top_logprobs or LOGPROBS in (self.include or ()) else None
+
+
+class InputTokensBody(ResponsesBody):
+    """POST /v1/responses/input_tokens: any body of /v1/responses."""
+
+    neutral: ClassVar[Neutral] = {**ResponsesBody.neutral, "personality": (None,)}
+
+    model: Label = Field("", min_length=0)
+    """The base, if left out."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import TypeAdapter, ValidationError
@@ -16,10 +16,11 @@ from serve.api.responses.store import ResponseStore
 from serve.api.schemas import ChatBody, TemplatedBody
 from serve.api.state import AppState
 from serve.api.turn import Turn as Begun
-from serve.api.turn import begin_turn
+from serve.api.turn import begin_turn, prompt_alone
 from serve.errors import ContextLengthError, RequestError
 
 ENDPOINT = "responses"
+Given = TypeVar("Given")
 OVERFLOW = {"auto": "truncate", "disabled": "error"}
 """What `truncation` says, in a chat's words."""
 _NOT_A_CHATS = frozenset(
@@ -36,7 +37,7 @@ _NAMES = (
     ("reasoning_effort", "reasoning.effort"),
 )
 """Names in a chat's body, and in a response's."""
-_PARAMS = {"messages": "input", "prompt": "input", "logprobs": "top_logprobs"}
+_PARAMS = {"messages": "input", "prompt": "input", "logprobs": "top_logprobs", "verbosity": "text"}
 
 
 async def begin(
@@ -47,24 +48,43 @@ async def begin(
     *,
     id: str,
     history: Iterable[dict[str, Any]],
-    store: ResponseStore,
 ) -> Begun | None:
     """The answer under way; None if the client has left before. RequestError as begin_turn.
 
     history  the items of what the response goes on from
-    store    where items that are referred to stand
     """
+
+    async def begun(chat: ChatBody) -> Begun | None:
+        return await begin_turn(state, http, chat, tenant, id=id, endpoint=ENDPOINT)
+
+    return await _of_chat(body, _turns(state, body, tenant, history), begun)
+
+
+async def num_input_tokens(
+    state: AppState, http: Request, body: ResponsesBody, tenant: str, history: Iterable[dict[str, Any]]
+) -> int:
+    """Tokens of the prompt that the body's response would have, before anything is left out of it."""
+
+    async def counted(chat: ChatBody) -> int:
+        return len((await prompt_alone(state, http, chat)).prompt.token_ids)
+
+    named = body.model_copy(update={"model": body.model or state.bases.first.name})
+    return await _of_chat(named, _turns(state, body, tenant, history), counted)
+
+
+def _turns(
+    state: AppState, body: ResponsesBody, tenant: str, history: Iterable[dict[str, Any]]
+) -> Sequence[Turn]:
     before = [Placed(item, "previous_response_id") for item in _ITEMS.validate_python([*history])]
-    turns = turns_of(body.instructions, [*before, *_own(body, tenant, store)])
-    return await _begin_either(state, http, body, tenant, id, turns)
+    return turns_of(body.instructions, [*before, *_own(body, tenant, state.responses.store)])
 
 
-async def _begin_either(
-    state: AppState, http: Request, body: ResponsesBody, tenant: str, id: str, turns: Sequence[Turn]
-) -> Begun | None:
-    """With the turns as they are, or else as any template takes them."""
+async def _of_chat(
+    body: ResponsesBody, turns: Sequence[Turn], made: Callable[[ChatBody], Awaitable[Given]]
+) -> Given:
+    """What is made of the chat, with the turns as they are, or else as any template takes them."""
     try:
-        return await _begin(state, http, body, tenant, id, turns)
+        return await _made(body, turns, made)
     except ContextLengthError:
         raise
     except RequestError as error:
@@ -72,18 +92,18 @@ async def _begin_either(
         if other is None:
             raise
         try:
-            return await _begin(state, http, body, tenant, id, other)
+            return await _made(body, other, made)
         except ContextLengthError:
             raise
         except RequestError:
             raise error from None
 
 
-async def _begin(
-    state: AppState, http: Request, body: ResponsesBody, tenant: str, id: str, turns: Sequence[Turn]
-) -> Begun | None:
+async def _made(
+    body: ResponsesBody, turns: Sequence[Turn], made: Callable[[ChatBody], Awaitable[Given]]
+) -> Given:
     try:
-        return await begin_turn(state, http, chat_body(body, turns), tenant, id=id, endpoint=ENDPOINT)
+        return await made(chat_body(body, turns))
     except RequestError as error:
         raise renamed(error, turns, body) from None
 
@@ -107,6 +127,8 @@ def chat_body(body: ResponsesBody, turns: Sequence[Turn]) -> ChatBody:
         fields["context_overflow"] = body.context_overflow
     if effort is not None:
         fields["reasoning_effort"] = "xhigh" if effort == "max" else effort
+    if body.text is not None and body.text.verbosity is not None:
+        fields["verbosity"] = body.text.verbosity
     if body.num_logprobs is not None:
         fields |= {"logprobs": True, "top_logprobs": body.num_logprobs}
     try:

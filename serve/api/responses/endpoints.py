@@ -11,8 +11,8 @@ from serve.api.body import JsonRoute
 from serve.api.leaving import CLIENT_CLOSED_REQUEST, ClientGoneError
 from serve.api.opening import Words
 from serve.api.responses.background import in_background
-from serve.api.responses.body import ResponsesBody
-from serve.api.responses.chat import begin
+from serve.api.responses.body import InputTokensBody, ResponsesBody
+from serve.api.responses.chat import begin, num_input_tokens
 from serve.api.responses.output import item_id
 from serve.api.responses.store import Entry, Items
 from serve.api.responses.writer import ResponseWriter, refused
@@ -51,7 +51,7 @@ async def create_response(body: ResponsesBody, http: Request, state: StateDep, t
 
     async def begun(http: Request) -> ResponseWriter:
         history = previous.history if previous is not None else ()
-        turn = await begin(state, http, body, tenant, id=id, history=history, store=state.responses.store)
+        turn = await begin(state, http, body, tenant, id=id, history=history)
         if turn is None:
             raise ClientGoneError
         return ResponseWriter(turn, body, keep, closed)
@@ -72,6 +72,18 @@ async def create_response(body: ResponsesBody, http: Request, state: StateDep, t
         return await responder.whole()
     state.responses.running[tenant, id] = writer
     return await responder.stream()
+
+
+@router.post("/v1/responses/input_tokens")
+async def count_input_tokens(
+    body: InputTokensBody, http: Request, state: StateDep, tenant: TenantDep
+) -> dict[str, Any]:
+    """How many tokens the prompt of such a response has, with the template's own, pictures, tools and what it goes
+    on from."""
+    previous = _previous(state, tenant, body.previous_response_id)
+    history = previous.history if previous is not None else ()
+    count = await num_input_tokens(state, http, body, tenant, history)
+    return {"object": "response.input_tokens", "input_tokens": count}
 
 
 @router.get("/v1/responses/{response_id}")
