@@ -12,8 +12,9 @@ from serve.errors import RequestError
 
 MAX_TENANT_CHARS = 128
 HEADERS = {"X-Tenant": "Whose prefixes are shared.", "X-APC-Tenant": "mlx-vlm's name of it."}
+_NAME = {"type": "string", "pattern": f"^[!-~]{{1,{MAX_TENANT_CHARS}}}$"}
 PARAMETERS = [
-    {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": meaning}
+    {"name": name, "in": "header", "required": False, "schema": _NAME, "description": meaning}
     for name, meaning in HEADERS.items()
 ]
 """As the OpenAPI description has them."""
