@@ -27,7 +27,8 @@ class LogitsChange(NamedTuple):
     allowed: np.ndarray | None = None
     """[ceil(V / 32)] uint32; token t may come if bit t % 32 of word t // 32 is set, as llguidance packs it."""
     forced: int | None = None
-    """This token and no other, whatever its logit."""
+    """This token and no other, whatever its logit; not while others do not allow it, as in the midst of a character's
+    bytes."""
 
     def allows(self, token_id: int) -> bool:
         """Whether that token may come."""
@@ -44,11 +45,12 @@ class LogitsChange(NamedTuple):
         """Both: what either does not allow does not come. One of them changes tokens at most, and one forces."""
         assert self.tokens is None or other.tokens is None, "two edits of tokens' logits"
         masks = [mask for mask in (self.allowed, other.allowed) if mask is not None]
-        return LogitsChange(
+        both = LogitsChange(
             other.tokens if self.tokens is None else self.tokens,
             reduce(np.bitwise_and, masks) if masks else None,
-            other.forced if self.forced is None else self.forced,
         )
+        forced = other.forced if self.forced is None else self.forced
+        return both._replace(forced=forced) if forced is None or both.allows(forced) else both
 
 
 class LogitsEdit(Protocol):

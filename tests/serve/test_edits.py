@@ -192,6 +192,20 @@ def test_a_mask_lets_through_what_its_bits_say_and_no_other(size):
     assert (np.asarray(edited(mx.zeros((1, size)), {0: both})) == -np.inf).all()
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_token_is_forced_where_the_mask_lets_it_through_and_waits_where_not(is_first):
+    """A thought's end inside a character was forced on a grammar that then could not go on: a 500."""
+    bits = np.zeros(64, dtype=bool)
+    bits[[3, 40]] = True
+    mask = LogitsChange(allowed=np.packbits(bits, bitorder="little").view(np.uint32))
+    for token, comes in ((40, {40}), (41, {3, 40})):
+        force = LogitsChange(forced=token)
+        both = force.then(mask) if is_first else mask.then(force)
+        found = np.asarray(edited(mx.zeros((1, 64)), {0: both}))[0]
+        assert set(np.flatnonzero(found == 0).tolist()) == comes
+        assert {each for each in range(64) if both.allows(each)} == comes
+
+
 def test_where_nothing_may_come_nothing_is_drawn():
     nothing = LogitsChange(allowed=np.zeros(-(-V // 32), dtype=np.uint32))
     for row in (Sampling(temperature=0.0), Sampling(), Sampling(top_k=3), Sampling(top_p=0.5)):
