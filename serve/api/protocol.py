@@ -170,10 +170,15 @@ class HeadHolder:
         else:
             self._transport.write(data)
 
-    def close(self) -> None:
+    def let_go(self) -> None:
         """Of a response that ends behind its head, that is all."""
         self.is_holding = False
-        self.write(b"")
+        if self._held:
+            self.write(b"")
+
+    def close(self) -> None:
+        """Nothing follows."""
+        self.let_go()
         self._transport.close()
 
     def __getattr__(self, name: str) -> Any:
@@ -196,6 +201,8 @@ def _set_up(cycle: RequestResponseCycle) -> None:
             cycle.expected_content_length = len(message.get("body", b""))
         await write(message)  # type: ignore[arg-type]
         transport.is_holding = False
+        if cycle.response_complete:  # HEAD's has no body
+            transport.let_go()
 
     cycle.send = send  # type: ignore[method-assign, assignment]
 

@@ -116,6 +116,12 @@ def narrowed(description: dict) -> dict:
     for name, fields in kept(text).items():
         told = parts[name]["properties"]
         parts[name]["properties"] = {key: fields[key] or told[key] for key in fields}
+    for name in ("ResponsesBody", "InputTokensBody"):
+        parts[name]["required"] = ["model", "input"]
+    for operation in chain(*(path.values() for path in description["paths"].values())):
+        for header in operation.get("parameters", ()):
+            if header["name"] in ("X-Tenant", "X-APC-Tenant"):  # two tenants are a 400
+                header["schema"] = {"enum": ["t"]}
     parts["CompletionBody"]["properties"]["prompt"] = text
     parts["ChatBody"]["properties"]["messages"] |= {"maxItems": 2}
     parts["Message"]["required"] = ["role", "content"]
