@@ -127,6 +127,7 @@ class Engine:
         self._rules: dict[str, FinishRule] = {}
         self._by_id: dict[str, SequenceState] = {}
         self._flights: deque[Flight] = deque()  # steps that have been started and not read
+        self._events: list[Event] = []  # what the step that runs has found so far
         self._eos = frozenset(model.tokenizer.eos_token_ids)
         self._newline = self.token_bytes.ids_of("\n")  # XTC spares it
         self._deadlines: list[tuple[float, str]] = []  # a heap; those that have ended stay until they come up
@@ -293,29 +294,33 @@ class Engine:
         `recover` says whose it was.
         """
         self.registry.residency.catch_up()
-        events = self._expire()
-        drafts = self._drafts(events)
+        self._expire()
+        drafts = self._drafts()
         plan = self._planned(drafts)
         if not plan.is_empty:
             flight = self._start(plan)
             self._flights.append(flight)
             self._num_steps += 1
-            events += self._see(flight)
-        events += self._refuse()
+            self._see(flight)
+        self._refuse()
         is_last = plan.is_empty or not self.scheduler.has_work or plan.width > 1
         while self._flights and (len(self._flights) > self._ahead or is_last):
-            events += self._land(self._flights.popleft())
+            self._land(self._flights.popleft())
             is_last |= not self.scheduler.has_work
+        return self._take_events()
+
+    def _take_events(self) -> list[Event]:
+        events, self._events = self._events, []
         return events
 
-    def _drafts(self, events: list[Event]) -> dict[SequenceState, Sequence[int]]:
+    def _drafts(self) -> dict[SequenceState, Sequence[int]]:
         """Guesses for the next step, most often none. What they follow must be known: steps that are not read are
-        read first, and their events added."""
+        read first."""
         count = self.guesses.num_wanted(self.scheduler.decoding)
         if not count:
             return {}
         while self._flights:
-            events += self._land(self._flights.popleft())
+            self._land(self._flights.popleft())
         decoding = self.scheduler.decoding
         ends = {one.request.id: self._rules[one.request.id].ends for one in decoding}
         return self.guesses.propose(decoding, ends, count)
@@ -329,28 +334,25 @@ class Engine:
                 assert self.prefixes is not None
                 self.prefixes.release(restore.prefix)
 
-    def _expire(self) -> list[Event]:
+    def _expire(self) -> None:
         """Whose deadline has passed, ends here, whether it has a row or waits for one."""
         late: list[SequenceState] = []
         while self.sleep_s == 0:
             late.append(self._by_id.pop(heapq.heappop(self._deadlines)[1]))
         self._by_id |= {sequence.request.id: sequence for sequence in late}
-        events = [self._ended(sequence, _late(sequence)) for sequence in late]
+        self._events += [self._ended(sequence, _late(sequence)) for sequence in late]
         if late:
             self._forget(late)
-        return events
 
-    def _refuse(self) -> list[Event]:
+    def _refuse(self) -> None:
         """Whose adapter cannot come, ends here: each with its own error."""
         failed = self.scheduler.take_failed()
-        events = [self._ended(sequence, error) for sequence, error in failed]
+        self._events += [self._ended(sequence, error) for sequence, error in failed]
         if failed:
             self._forget([sequence for sequence, _ in failed])
-        return events
 
-    def _see(self, flight: Flight) -> list[Event]:
+    def _see(self, flight: Flight) -> None:
         """What a started step encodes is at hand for the next; whose picture could not be, ends here."""
-        events: list[Event] = []
         for one in flight.encoded:
             assert self.features is not None
             if self._by_id.get(one.encode.sequence.request.id) is not one.encode.sequence:
@@ -358,13 +360,11 @@ class Engine:
             if one.error is None:
                 self.features.begin(one.encode, one.features)
             else:
-                events.append(self._blind(one.encode.sequence, one.encode.number, repr(one.error)))
-        return events
+                self._blind(one.encode.sequence, one.encode.number, repr(one.error))
 
-    def _settle(self, flight: Flight) -> list[Event]:
+    def _settle(self, flight: Flight) -> None:
         """What a step has encoded is kept; whose picture is not made of numbers, ends here."""
         assert self.features is not None
-        events: list[Event] = []
         for one in flight.encoded:
             if one.error is not None:
                 continue
@@ -375,24 +375,20 @@ class Engine:
                 continue
             for sequence, number in self.features.fail(key):
                 if self._by_id.get(sequence.request.id) is sequence:
-                    events.append(self._blind(sequence, number, "what it becomes are not numbers"))
+                    self._blind(sequence, number, "what it becomes are not numbers")
         flight.encoded.clear()
         for sequence in {chunk.sequence for chunk in flight.plan.chunks} if flight.plan.num_prefilled else ():
             if self._by_id.get(sequence.request.id) is sequence:
                 self.features.take_in(sequence, sequence.num_cached_tokens)
-        return events
 
-    def _blind(self, sequence: SequenceState, number: int, reason: str) -> Event:
+    def _blind(self, sequence: SequenceState, number: int, reason: str) -> None:
         """The end of a row whose picture cannot be encoded."""
         media = sequence.request.prompt.media
-        event = self._ended(
-            sequence,
-            GenerationError(
-                f"{media[number].kind} {number + 1} of {len(media)} in the prompt cannot be encoded: {reason}"
-            ),
+        error = GenerationError(
+            f"{media[number].kind} {number + 1} of {len(media)} in the prompt cannot be encoded: {reason}"
         )
+        self._events.append(self._ended(sequence, error))
         self._forget([sequence], is_sound=False)
-        return event
 
     def make_room(self) -> None:
         """Where adapters have come or gone, prefixes and coming rows have what these leave. Between two steps."""
@@ -424,8 +420,8 @@ class Engine:
         if self.prefixes is not None:
             self.prefixes.bound(num_bytes)
 
-    def _land(self, flight: Flight) -> list[Event]:
-        """The events of a step that was started."""
+    def _land(self, flight: Flight) -> None:
+        """Read a step that was started."""
         drawn = self._runner.read(flight)
         for scores in flight.scores:
             known = scores.sequence.prompt_logprobs  # of tokens 1, 2, …
@@ -435,7 +431,8 @@ class Engine:
         self.guesses.note(flight.plan, drawn, self._note_time(flight))
         self.scheduler.commit(flight.plan, drawn)
         self._num_prompt_tokens += flight.plan.num_prefilled
-        blind = self._settle(flight) if self.features is not None else []
+        if self.features is not None:
+            self._settle(flight)
         if flight.captured:
             for one in drawn:
                 one.sequence.is_sound &= one.is_sound
@@ -443,13 +440,13 @@ class Engine:
         # A step ahead, a row may have run a token too many: its sequence has ended meanwhile.
         alive = self._by_id
         events = [self._event(one) for one in drawn if alive.get(one.sequence.request.id) is one.sequence]
+        self._events += events
         ended = [event for event in events if event.finish is not None]
         if ended:
             self._forget([alive[event.request_id] for event in ended if event.finish != "error"])
             self._forget(
                 [alive[event.request_id] for event in ended if event.finish == "error"], is_sound=False
             )
-        return events + blind
 
     def _note_time(self, flight: Flight) -> float | None:
         """How long the step took that was read a moment ago, unless it also copied rows or encoded pictures. Returns
@@ -465,7 +462,8 @@ class Engine:
     def recover(self, error: BaseException) -> list[Event]:
         """End every row that a failed step may have left in any state, and go on with an empty batch.
 
-        Returns their final events. Requests that still wait for a row are untouched.
+        Returns what the step had found before it failed, then their final events. Requests that still wait for a row
+        are untouched.
         """
         failure = GenerationError(f"a step of the engine has failed: {error!r}")
         self._flights.clear()
@@ -474,7 +472,9 @@ class Engine:
             self._drop(sequence)
         self._runner.reset()
         self._kv_bytes = 0
-        return [self._ended(sequence, failure) for sequence in lost]
+        found = self._take_events()
+        ended = {event.request_id for event in found if event.finish is not None}
+        return found + [self._ended(each, failure) for each in lost if each.request.id not in ended]
 
     def stats(self) -> EngineStats:
         """A snapshot; counters are of the engine's life."""

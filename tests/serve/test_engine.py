@@ -441,3 +441,29 @@ def test_a_deadline_that_has_passed_is_refused_before_anything_is_queued(model, 
     with pytest.raises(DeadlineError, match="before it was queued"):
         engine.check(request)
     engine.check(replace(request, deadline_s=time.monotonic() + 60))
+
+
+def test_what_a_failed_step_had_read_before_it_failed_is_told(model, make_engine, make_request):
+    """Where rows guess, the step in flight is read before the next is begun: the end of an answer in it was lost when
+    that one then failed, and its client waited for ever."""
+    engine = make_engine(model, max_rows=4)
+    for name, max_tokens in (("short", 3), ("long", 40)):
+        engine.add(engine.check(make_request(name, max_tokens=max_tokens)))
+    finals: list[tuple[str, str | None]] = []
+
+    def hear(events) -> None:
+        finals.extend((event.request_id, event.finish) for event in events if event.finish is not None)
+
+    while not finals and not any(one.is_spent for one in engine.scheduler.decoding):
+        hear(engine.step())
+    engine.guesses.num_wanted = lambda decoding: 1
+
+    def fail(plan):
+        raise RuntimeError("injected")
+
+    engine._runner.start = fail
+    with pytest.raises(RuntimeError, match="injected"):
+        hear(engine.step())
+    hear(engine.recover(RuntimeError("injected")))
+    assert finals == [("short", "length"), ("long", "error")]
+    assert not engine.has_work
