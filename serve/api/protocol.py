@@ -13,6 +13,9 @@ from typing import Any
 from starlette.types import ASGIApp, Message
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from serve.api.targets import ARRIVING
+from serve.engine.arrivals import ARRIVALS
+
 logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 2**16
@@ -42,6 +45,7 @@ class Connection(HttpToolsProtocol):
             logger.warning("%d connections are open, and one more is closed at once", self.max_connections)
             transport.abort()
             return
+        ARRIVALS.begin(self)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -58,6 +62,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A head begins."""
         super().on_message_begin()
+        ARRIVALS.begin(self)
         self._is_in_head = True
         self._num_head_bytes = 0
 
@@ -86,6 +91,7 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Between two requests uvicorn's own clock runs; a head that has begun to come behind this one has ours."""
         super().on_response_complete()
+        ARRIVALS.end(self)
         if self._is_in_head and self._head_due is None:
             self._await_head()
 
@@ -111,6 +117,7 @@ class Connection(HttpToolsProtocol):
         """It is gone."""
         self._stop_head_clock()
         self._stop_write_clock()
+        ARRIVALS.end(self)
         super().connection_lost(exc)
         if (cycle := self._running) is not None and not cycle.response_complete:
             cycle.disconnected = True
@@ -122,6 +129,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         self._running = cycle
+        cycle.scope[ARRIVING] = self  # type: ignore[literal-required]
         _set_up(cycle)
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
 

@@ -18,6 +18,7 @@ from serve.api.opening import withdraw
 from serve.api.permission import check_model
 from serve.api.services import Services
 from serve.api.state import AppState, held_base
+from serve.engine.arrivals import ARRIVALS
 from serve.errors import NotFoundError, OverloadedError, RequestError
 from serve.experiments.assignment import Variant, assign
 from serve.experiments.records import Run
@@ -29,6 +30,8 @@ MAX_LOOKUPS = 3
 """Of one name: between being found and being held it may have been unloaded."""
 TURNS_TO_BEGIN = 3
 """Of the event loop, in which what has come is read, and its request begins."""
+ARRIVING = "lathe.arriving"
+"""In a request's scope: by what `ARRIVALS` knows it."""
 MAX_NAMES = 50
 """That an answer lists."""
 
@@ -118,6 +121,8 @@ async def held_target(
         assignment = None if arm is None else Assignment(*arm, unit)
         try:
             with services.runtime.worker.expecting():
+                if http is not None:  # from here on it is known who is asked
+                    ARRIVALS.end(http.scope.get(ARRIVING))
                 yield Target(model, services, version, assignment, lease)
             if http is not None:
                 await withdraw(http)

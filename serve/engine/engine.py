@@ -49,6 +49,9 @@ from serve.model.token_bytes import TokenBytes
 logger = logging.getLogger(__name__)
 
 NO_DRAFTERS: Mapping[str, Drafter] = MappingProxyType({})
+LITTLE_COPIED = 4
+"""Tokens of rows that are copied in a step, for each that it computes of prompts: to copy one takes a hundredth of
+what it takes to compute one."""
 MAX_GATHER_S = 0.05
 """However long the prompts are that wait: it is what bursts are made ready in."""
 
@@ -449,11 +452,14 @@ class Engine:
             )
 
     def _note_time(self, flight: Flight) -> float | None:
-        """How long the step took that was read a moment ago, unless it also copied rows or encoded pictures. Returns
-        it where nothing of a prompt was computed either."""
+        """How long the step took that was read a moment ago, unless it also encoded pictures, or copied more of rows
+        than is little beside the prompts that it computed. Returns it where nothing of a prompt was computed either.
+        """
         now, plan = time.perf_counter(), flight.plan
         duration_s, self._landed_s = now - max(flight.began_s, self._landed_s), now
-        if plan.encodes or plan.moves or plan.restores or plan.departures or not plan.chunks:
+        num_copied = sum(each.prefix.num_tokens for each in plan.restores)
+        num_copied += sum(each.stop - each.start for each in plan.departures)
+        if plan.encodes or plan.moves or not plan.chunks or num_copied > LITTLE_COPIED * plan.num_padded:
             return None
         if plan.width == 1:
             self.pace.note(plan.num_single, plan.num_padded, duration_s)

@@ -16,11 +16,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from serve import device
 from serve.adapters.versions.version import AdapterVersion
+from serve.engine.arrivals import ARRIVALS
 from serve.engine.engine import Engine
 from serve.engine.request import EngineStats, Event, Request
 from serve.errors import (
@@ -40,6 +41,8 @@ IDLE_S = 10.0
 FIRST_TOKEN_S = 0.002
 """How long a step that has brought answers' first tokens leaves the interpreter's lock to whoever sends them. The
 next step's graph would else be built first, which holds it for milliseconds."""
+LOOK_S = 0.001
+"""How often whoever waits for others looks whether they still come."""
 TURNS_TO_SEND = 2
 """Of an asyncio loop, after which a first token has been sent."""
 NUM_LOADERS = 4
@@ -116,7 +119,6 @@ class Worker:
         finally:
             with self._lock:
                 del self._coming[one]
-            self._commands.put(_nothing)
 
     @property
     def is_idle(self) -> bool:
@@ -250,16 +252,16 @@ class Worker:
     def _gather(self) -> None:
         """Where nobody runs, wait a moment for those that are about to come."""
         start_s = time.monotonic()
-        while self._coming and self._can_step() and not self._stopping:
+        while (self._coming or ARRIVALS) and self._can_step() and not self._stopping:
+            gather_s = self.engine.gather_s
             with self._lock:
                 youngest_s = max(self._coming.values(), default=-math.inf)
-            left_s = min(start_s, youngest_s) + self.engine.gather_s - time.monotonic()
+            until_s = max(youngest_s + gather_s, ARRIVALS.until_s)
+            left_s = min(start_s + gather_s, until_s) - time.monotonic()
             if left_s <= 0:
                 break
-            try:
-                self._commands.get(timeout=left_s)()
-            except queue.Empty:
-                break
+            with suppress(queue.Empty):
+                self._commands.get(timeout=min(left_s, LOOK_S))()
         self._do_commands(wait=False)  # who comes no more has come before
 
     def _step(self) -> list[Event]:
@@ -373,10 +375,6 @@ class Worker:
             self._num_of_tenant[opened.tenant] -= 1
             if not self._num_of_tenant[opened.tenant]:
                 del self._num_of_tenant[opened.tenant]
-
-
-def _nothing() -> None:
-    """Wakes whoever waits for commands."""
 
 
 def _put_all(batch: list[tuple[Sink, Event]], sent: threading.Event | None) -> None:

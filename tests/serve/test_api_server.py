@@ -25,6 +25,7 @@ from serve.api.server import Server, bind, make_server, run, serving, url_of
 from serve.api.targets import Assignment, Target
 from serve.bench import wire
 from serve.config import ServeConfig
+from serve.engine.arrivals import ARRIVALS
 from serve.errors import ConfigError
 from serve.experiments.assignment import Experiment, Variant
 from serve.experiments.records import Run
@@ -264,6 +265,39 @@ def test_short_chats_that_have_come_at_once_are_computed_in_one_step(start, monk
         server.should_exit = True
         thread.join()
     assert len(plans[0].chunks) == NUM_AT_ONCE
+
+
+def test_who_has_connected_and_says_nothing_yet_is_waited_for_a_moment(start, monkeypatch):
+    """A client of many requests opens its connections first; llhttp has not read the others when one begins."""
+    runtime = start(prefix_cache_gib=0)
+    monkeypatch.setattr("serve.engine.engine.MAX_GATHER_S", 60.0)
+    monkeypatch.setattr("serve.engine.arrivals.COMING_S", 60.0)
+    for _ in range(2):
+        runtime.engine.pace.note(0, 100, 1000.0)
+    plans, schedule = [], runtime.engine.scheduler.schedule
+    runtime.engine.scheduler.schedule = lambda *given: plans.append(schedule(*given)) or plans[-1]
+    content = json.dumps({"model": "lively", "prompt": "hello there", "max_tokens": 2}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    request = head + b"content-length: %d\r\n\r\n" % len(content) + content
+    with serving(runtime) as url:
+        address = ("127.0.0.1", httpx.URL(url).port)
+        with socket.create_connection(address) as one, socket.create_connection(address) as other:
+            other.settimeout(60)
+            one.settimeout(60)
+            with socket.create_connection(address):
+                while len(ARRIVALS) < 3:
+                    pass
+            one.sendall(request)
+            while not runtime.engine.scheduler.waiting:
+                pass
+            time.sleep(0.2)
+            assert not plans, "it has begun alone"
+            other.sendall(request)
+            for each in (one, other):
+                assert each.recv(2**16).startswith(b"HTTP/1.1 200 ")
+        assert len(plans[0].chunks) == 2
+        while ARRIVALS:
+            pass
 
 
 def leave(server: Server, listener: socket.socket, head: bytes, content: bytes) -> None:

@@ -110,6 +110,18 @@ def test_an_idle_engine_waits_for_who_is_about_to_come_and_computes_all_prompts_
     assert [len(plan.chunks) for plan in plans[:2]] == [2, 2], "one began later than the other"
 
 
+def test_how_long_prompts_take_is_learned_where_their_beginning_is_known_too(worker, make_request):
+    """Chats begin alike: each copies some tokens, which was taken for a step that says nothing."""
+    for number in range(3):
+        sink: queue.SimpleQueue = queue.SimpleQueue()
+        worker.submit(make_request(str(number), f"alike {number} " + "words " * 8, max_tokens=3), sink.put)
+        assert collect(sink)[1] == "length"
+        if number == 0:
+            worker.engine.pace._prefill.clear()
+    assert worker.stats().prefixes.num_hits >= 2
+    assert worker.engine.pace.prompts_s(10) is not None
+
+
 def test_nobody_is_held_up_beside_running_rows_nor_for_longer_than_a_moment(gathering, make_request):
     worker = gathering(60.0)
     running: queue.SimpleQueue = queue.SimpleQueue()
