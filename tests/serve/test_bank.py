@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from tiny import QWEN3
 
 from serve.adapters.bank.bank import Bank, BankedLinear
+from serve.adapters.bank.costs import ON_CPU
 from serve.adapters.bank.group import LinearGroup
+from serve.adapters.bank.slots import RowSlots
 from serve.adapters.bank.stack import Stack
 from serve.adapters.fitting.fit import balanced
 from serve.adapters.fitting.update import LowRank
@@ -277,3 +280,44 @@ def test_rows_of_the_base_stay_so_when_the_same_rows_run_more_tokens_than_before
             apart = mx.abs(found - wanted).max(axis=(1, 2))
             assert apart[::2].max().item() < 1e-4, f"{num_rows} rows of each, {num_tokens} tokens"
             assert apart[1::2].min().item() > 0.1
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 80])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biased"])
+def test_products_that_begin_with_updates_are_the_products_plus_them(num_tokens, has_bias):
+    rng = np.random.default_rng(num_tokens)
+
+    def draw(*shape: int) -> mx.array:
+        return mx.array(rng.normal(size=shape), dtype=mx.float32)
+
+    layers = {
+        name: nn.Linear(24, outputs, bias=has_bias) for name, outputs in (("q_proj", 32), ("k_proj", 16))
+    }
+    group = LinearGroup(layers, mx.float32)
+    updates = [
+        {
+            name: LowRank(a=draw(24, rank), b=draw(rank, linear.weight.shape[0]))
+            for name, linear in layers.items()
+        }
+        for rank in (4, 16)
+    ]
+    for slot, update in enumerate(updates, start=1):
+        group.install(slot, update)
+    rows = RowSlots(ON_CPU)
+    slots = [0, 2, 1, 0, 2, 1, 1]
+    rows.set(slots)
+    x = draw(len(slots), num_tokens, 24)
+    for index, (name, linear) in enumerate(layers.items()):
+        y = np.array(BankedLinear(linear, rows, group, index)(x))
+        own = np.array(linear(x))
+        for row, slot in enumerate(slots):
+            if slot == 0:
+                np.testing.assert_array_equal(y[row], own[row])
+                continue
+            update = updates[slot - 1][name]
+            added = (
+                np.array(x[row], np.float64) @ np.array(update.a, np.float64) @ np.array(update.b, np.float64)
+            )
+            np.testing.assert_allclose(y[row], own[row] + added, rtol=1e-4, atol=1e-4)
+    (plan,) = rows.composition.plans[group].values()
+    assert plan._x is None, "the input is let go after the last layer that reads it"

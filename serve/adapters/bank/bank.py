@@ -56,12 +56,21 @@ class BankedLinear(Banked):
     def __call__(self, x: mx.array) -> mx.array:
         """[B, ..., D] → [B, ..., O]; rows may be flattened together with their tokens."""
         linear = self["linear"]
-        y = linear(x)
         composition = self._rows.composition
         if composition is None:
-            return y
+            return linear(x)
         plan = _plan(self._group, composition, x)
-        return plan.changed(self._index, x, y, linear.get("bias"))
+        if x.dtype == mx.float32 and _is_plain(linear):
+            y = plan.begun(self._index, x, linear.weight, linear.get("bias"))
+            if y is not None:
+                return y
+        return plan.changed(self._index, x, linear(x), linear.get("bias"))
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether its product may begin with something else than zeros: measured on CPU, where it saves a fifth of what
+    mixed prompts cost."""
+    return type(linear) is nn.Linear and linear.weight.dtype == mx.float32 and device.backend() == "cpu"
 
 
 def _plan(group: Group, composition: Composition, x: mx.array) -> Plan:

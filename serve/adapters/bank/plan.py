@@ -5,6 +5,7 @@ Whatever the form, a row's output is y + x A B of its own adapter: `costs.py` sa
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -107,15 +108,37 @@ class GroupPlan:
         elif isinstance(change.sources[0].share, One):
             changed = self._with_one(change.sources[0], x, y)
         else:
-            changed = y + self._delta(change, x, y)
+            changed = y + self._delta(change, x, y.shape, y.dtype)
+        return self._finished(change, changed)
+
+    def begun(self, index: int, x: mx.array, weight: mx.array, own_bias: mx.array | None) -> mx.array | None:
+        """What `changed` gives of the product x Wᵀ, which begins with the rows' updates and adds to them: there is no
+        pass over the output to add them afterwards. None: this layer's are no such updates.
+
+        weight  [O, D], of float32, as x
+        """
+        change = self._changes[index]
+        if change is None or change.steps or change.gain is not None or not change.sources:
+            return None
+        if isinstance(change.sources[0].share, One):
+            return None  # its own product adds to the layer's
+        shape = (*x.shape[:-1], weight.shape[0])
+        start = self._delta(change, x, shape, x.dtype).reshape(-1, shape[-1])
+        if own_bias is not None:
+            start = start + own_bias
+        y = mx.addmm(start, x.reshape(-1, x.shape[-1]), weight.T).reshape(shape)
+        return self._finished(change, y)
+
+    def _finished(self, change: Change, y: mx.array) -> mx.array:
+        """With biases; what is kept for the group's other layers is let go where this is the last of them."""
         if change.bias is not None:
             biases, entries = change.bias
-            changed = (self._by_row(changed) + biases[entries][:, None]).reshape(y.shape)
+            y = (self._by_row(y) + biases[entries][:, None]).reshape(y.shape)
         if change.reads_low:
             self._num_left -= 1
             if self._num_left == 0:
                 self.forget()
-        return changed
+        return y
 
     def _with_one(self, source: Source, x: mx.array, y: mx.array) -> mx.array:
         """y + x A B where all rows have the same entry."""
@@ -127,23 +150,24 @@ class GroupPlan:
     def _lengthened(self, change: Change, x: mx.array, y: mx.array, own_bias: mx.array | None) -> mx.array:
         assert change.gain is not None
         gains, entries = change.gain
-        delta = self._delta(change, x, y) if change.sources else mx.zeros_like(y)
+        delta = self._delta(change, x, y.shape, y.dtype) if change.sources else mx.zeros_like(y)
         plain = y if own_bias is None else y - own_bias
         # m/‖W'‖ − 1 is stored, not m/‖W'‖: near 1 that keeps its digits in half precision, and the base's is 0.
         longer = gains[entries][:, None] * self._by_row(plain + delta)
         return y + (delta + longer.reshape(y.shape))
 
-    def _delta(self, change: Change, x: mx.array, y: mx.array) -> mx.array:
-        """x A B of each row, as y."""
+    def _delta(self, change: Change, x: mx.array, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        """x A B of each row: of the layer's output's shape and dtype."""
         parts = [self._update(source, x) for source in change.sources]
         update = parts[0]
         if change.positions is not None:
-            rows = [part.reshape(-1, y.size // (self._num_rows * y.shape[-1]), y.shape[-1]) for part in parts]
+            num_tokens = math.prod(shape[:-1]) // self._num_rows
+            rows = [part.reshape(-1, num_tokens, shape[-1]) for part in parts]
             if change.has_idle:
                 rows.append(mx.zeros((1, *rows[0].shape[1:]), dtype=update.dtype))
             update = mx.take(rows[0] if len(rows) == 1 else mx.concatenate(rows), change.positions, axis=0)
-        update = update if update.dtype == y.dtype else update.astype(y.dtype)
-        return update.reshape(y.shape)
+        update = update if update.dtype == dtype else update.astype(dtype)
+        return update.reshape(shape)
 
     def _update(self, source: Source, x: mx.array) -> mx.array:
         """x A B of a source's rows, in its own order: [M, …, O]."""

@@ -75,6 +75,9 @@ class Plan(Protocol):
     def changed(self, index: int, x: mx.array, y: mx.array, own_bias: mx.array | None) -> mx.array:
         """A layer's output with its rows' updates."""
 
+    def begun(self, index: int, x: mx.array, weight: mx.array, own_bias: mx.array | None) -> mx.array | None:
+        """That output of the input alone, where it is cheaper made so."""
+
 
 class Composition:
     """Rows and their slots, with arrays that are made once and live as long as the composition does."""
