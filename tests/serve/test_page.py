@@ -13,6 +13,7 @@ import httpx
 import pytest
 from opened_page import WAIT_MS, Opened
 from playwright.sync_api import expect
+from tiny import QWEN3
 
 import lathe
 from serve.api.page import FILES, FOLDER
@@ -363,8 +364,10 @@ def test_thoughts_are_folded_above_the_answer(opened, model_folder):
     runtime.close()
 
 
-def test_stop_ends_the_answer_and_keeps_what_came(opened, model_folder):
-    runtime = Runtime.start(ServeConfig(model=str(model_folder), name="base", max_rows=1, max_waiting=0))
+def test_stop_ends_the_answer_and_keeps_what_came(opened, make_model):
+    # Its answer takes long enough for a slow page to stop it.
+    folder = make_model("talkative", {**QWEN3, "max_position_embeddings": 1 << 16})
+    runtime = Runtime.start(ServeConfig(model=str(folder), name="base", max_rows=1, max_waiting=0))
     with serving(runtime) as url:
         page = opened(url)
         page.page.fill("#other", '{"ignore_eos": true}')
