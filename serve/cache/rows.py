@@ -25,6 +25,7 @@ from serve.cache.segment import Segment, total_tokens
 from serve.cache.spans import Span, SpanPart
 from serve.cache.states import StateRows
 from serve.errors import RequestError
+from serve.model import rotary
 
 __all__ = ["BatchRows", "Span", "SpanPart"]
 
@@ -183,6 +184,7 @@ class BatchRows:
 
     def set_span(self, span: Span) -> None:
         """The coming forward reads and writes there."""
+        rotary.share(span.offset)
         for layer in self._layers:
             layer.span = span
         for run in span.runs:
@@ -285,6 +287,7 @@ class BatchRows:
             layer.resize({})
         for state_layer in self._recurrent.values():
             state_layer.clear()
+        rotary.share(None)
         self._num_written, self._num_in_state = {}, {}
 
 

@@ -19,6 +19,7 @@ from mlx_lm.models.cache import KVCache
 
 from serve.errors import ModelError
 from serve.model import activations as activations  # SiLU for CPU
+from serve.model import rotary as rotary  # so too
 from serve.model.weights import LINEAR
 
 BACKBONE_NAMES = ("model", "transformer", "backbone")
