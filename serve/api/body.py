@@ -21,6 +21,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from serve.api.coding import coding_of, unpacked
 from serve.api.direct import direct_of
 from serve.api.exchange import current
 from serve.api.leaving import CLIENT_CLOSED_REQUEST as CLIENT_CLOSED_REQUEST
@@ -58,10 +59,13 @@ class JsonRoute(APIRoute):
 
         async def checked(request: Request) -> Response:
             _check_content_type(request.headers.get("content-type"))
+            coding, config = coding_of(request.headers), request.app.state.belongings.config
             try:
-                raw = await _read(request, request.app.state.belongings.config)
+                raw = await _read(request, config)
             except ClientDisconnect:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
+            if coding is not None:
+                raw = await _unpacked(raw, coding, config)
             value = parse(raw)
             note_prompt(request, value)
             if may_stream:  # elsewhere `stream` asks for nothing
@@ -164,6 +168,14 @@ async def _read(request: Request, config: ServeConfig) -> bytes:
             {"Connection": "close"},
         ) from None
     return bytes(raw)
+
+
+async def _unpacked(raw: bytes, coding: str, config: ServeConfig) -> bytes:
+    limit = int(config.max_body_mib * 2**20)
+    body = await unpacked(raw, coding, limit)
+    if len(body) > limit:
+        raise _too_large("more, unpacked", config)
+    return body
 
 
 def _check_inside(value: Any, *, has_escapes: bool) -> None:

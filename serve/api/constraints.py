@@ -27,9 +27,16 @@ class TextFormat(Body):
 
 
 class ObjectFormat(Body):
-    """A JSON object, of any properties."""
+    """A JSON object, of any properties; or JSON of a schema, in the words of llama.cpp, Together and Fireworks."""
 
     type: Literal["json_object"]
+    schema_: Schema | None = Field(None, alias="schema")
+
+    def spec(self, place: str) -> ConstraintSpec:
+        """What an answer keeps to."""
+        if self.schema_ is None:
+            return ConstraintSpec.of_schema({"type": "object"}, place)
+        return ConstraintSpec.of_schema(self.schema_, f"{place}.schema")
 
 
 class NamedSchema(Body):
@@ -111,7 +118,7 @@ class ConstrainedBody(Body):
         """Of each field that is there and asks for something."""
         wanted = self.response_format
         if isinstance(wanted, ObjectFormat):
-            yield ConstraintSpec.of_schema({"type": "object"}, "response_format")
+            yield wanted.spec("response_format")
         if isinstance(wanted, SchemaFormat):
             yield ConstraintSpec.of_schema(wanted.json_schema.schema_, "response_format.json_schema.schema")
         if self.structured_outputs is not None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+from serve.api.message_bodies import Message
 from serve.api.overflow import ROOM_SHARE, Shortened, summed_up, transcript, truncated
-from serve.api.schemas import ChatBody, Message
+from serve.api.schemas import ChatBody
 from serve.api.summaries import AROUND
 from serve.api.targets import Target
 from serve.errors import ContextLengthError

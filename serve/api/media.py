@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from serve.api.message_bodies import Message
 from serve.api.parts import LOW_DETAIL_PIXELS, Shown
-from serve.api.schemas import Message
 from serve.errors import ContextLengthError, OverloadedError, RequestError, StoppedError
 from serve.media.parts import MediaPart, media_part
 from serve.media.processor import Processed

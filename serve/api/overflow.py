@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from serve.api.parts import TextPart
-from serve.api.schemas import ChatBody, Message
+from serve.api.message_bodies import Message
+from serve.api.parts import WORDS, TextPart
+from serve.api.schemas import ChatBody
 
 NUM_KEPT = 6
 """Messages at the end that are never summed up."""
@@ -77,7 +78,7 @@ def _said(message: Message) -> str:
     content = message.content
     parts = [content] if isinstance(content, str) else []
     if isinstance(content, list):
-        parts = [part.text if isinstance(part, TextPart) else f"[{part.kind}]" for part in content]
+        parts = [part.text if isinstance(part, WORDS) else f"[{part.kind}]" for part in content]
     parts += [f"[calls {call.function.name} with {call.function.arguments}]" for call in message.calls]
     return "\n".join(parts)
 

@@ -34,11 +34,29 @@ def _no_others(*own: str) -> Neutral:
 class TextPart(Body):
     """A piece of a message."""
 
-    hints = frozenset({"cache_control"})
+    hints = frozenset({"cache_control", "prompt_cache_breakpoint"})
     neutral: ClassVar[Neutral] = _no_others("text")
 
     type: Literal["text"]
     text: str
+
+
+class RefusalPart(Body):
+    """The words by which an assistant refused, in its own turn."""
+
+    neutral: ClassVar[Neutral] = _no_others("refusal")
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """The words."""
+        return self.refusal
+
+
+WORDS = (TextPart, RefusalPart)
+"""Parts that are text."""
 
 
 class _Shown(Body):
@@ -201,5 +219,5 @@ class InputAudioPart(_Shown):
 
 
 Shown = ImageUrlPart | InputImagePart | ImagePart | VideoUrlPart | VideoPart | InputAudioPart
-Part = Annotated[TextPart | Shown, Field(discriminator="type")]
+Part = Annotated[TextPart | RefusalPart | Shown, Field(discriminator="type")]
 """By its `type`."""

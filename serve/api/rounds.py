@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from serve.api.answer import Piece, RanCall
-from serve.api.schemas import ChatBody, Message
+from serve.api.message_bodies import Message
+from serve.api.schemas import ChatBody
 from serve.api.tool_bodies import McpEntry, ToolBody
 from serve.api.turn import Turn
 from serve.errors import DeadlineError, RequestError, ToolServerError

@@ -10,7 +10,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
-from serve.api.schemas import Message
+from serve.api.message_bodies import Message
 
 MAX_KEPT = 256
 TASK = (

@@ -18,9 +18,10 @@ from serve.api.fitting import Fitting
 from serve.api.generation import Generation, build_requests, logprob_writers, new_id
 from serve.api.leaving import ClientGoneError, has_left, unless_gone
 from serve.api.logprobs import LogprobWriter
+from serve.api.message_bodies import Message
 from serve.api.opening import expect_long
 from serve.api.prompts import Bounds
-from serve.api.schemas import WISHES, ChatBody, Message
+from serve.api.schemas import WISHES, ChatBody
 from serve.api.services import Services
 from serve.api.state import AppState
 from serve.api.targets import Target, held_target, let_others_begin

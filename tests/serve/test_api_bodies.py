@@ -675,9 +675,8 @@ def test_what_the_template_reads_of_a_message_reaches_it(http):
 @pytest.mark.parametrize(
     ("turn", "told"),
     [
-        ({"role": "assistant", "content": None}, "messages.0.content: found null"),
-        ({"role": "assistant"}, "messages.0.content: found null"),
-        ({"role": "user", "content": None}, "messages.0.content: found null"),
+        ({"role": "system", "content": None}, "messages.0.content: found null"),
+        ({"role": "user"}, "messages.0.content: found null"),
         (
             {"role": "user", "content": "x", "tool_calls": [CALL]},
             "messages.0.tool_calls: found in a turn of 'user'",

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
-from typing import Any
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
 
 import anthropic
 import httpx
 import pytest
+import zstandard
+from anthropic.types.beta import BetaContentBlockParam
+from openai.types.chat import ChatCompletionContentPartParam, ChatCompletionMessageParam
+from openai.types.responses.response_input_item_param import ResponseInputItemParam
 from tiny import QWEN3, running
+from typing_extensions import get_type_hints, is_typeddict
 
 from serve.api.app import create_app
+from serve.api.message_bodies import Message
+from serve.api.messages.blocks import Block
+from serve.api.parts import Part
+from serve.api.responses.items import Item, PassedItem
+from serve.api.strict import Body
 
 ASKED = {"role": "user", "content": "Hi"}
 SHORT = {"max_tokens": 3, "temperature": 0, "ignore_eos": True}
@@ -126,3 +140,180 @@ def test_a_base_url_that_ends_in_a_slash_is_told(url, path, meant):
     answer = httpx.get(f"{url}{path}")
     assert answer.status_code == 404
     assert f"but there is {meant}: the client's base_url ends in a slash" in answer.json()["error"]["message"]
+
+
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "zstd": zstandard.ZstdCompressor(level=3).compress,
+}
+ASKS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"model": "m", "messages": [ASKED], **SHORT},
+    "/v1/responses": {"model": "m", "input": "Hi", "max_output_tokens": 3, "temperature": 0},
+    "/v1/messages/count_tokens": {"model": "m", "messages": [ASKED]},
+    "/tokenize": {"model": "m", "prompt": "Hi"},
+}
+
+
+def packed_post(http: httpx.Client, path: str, raw: bytes, coding: str) -> httpx.Response:
+    headers = {"content-type": b"application/json", "content-encoding": coding.encode("latin-1")}
+    return http.post(path, content=raw, headers=headers)
+
+
+@pytest.mark.parametrize("path", ASKS)
+@pytest.mark.parametrize("coding", PACKED)
+def test_a_packed_body_is_read_as_the_plain_one(http, path, coding):
+    """Codex packs long requests by zstd; gateways told of a syntax error at the first byte."""
+    plain = packed_post(http, path, json.dumps(ASKS[path]).encode(), "identity")
+    packed = packed_post(http, path, PACKED[coding](json.dumps(ASKS[path]).encode()), coding.upper())
+    assert packed.status_code == plain.status_code == 200
+    for told in ("choices", "input_tokens", "tokens", "status"):
+        assert packed.json().get(told) == plain.json().get(told), told
+
+
+@pytest.mark.parametrize("coding", PACKED)
+def test_what_unpacks_to_too_much_or_to_nothing_is_told_as_that(http, coding):
+    """A bomb costs no more than the longest body, and what is cut or no such packing is the client's mistake."""
+    body = json.dumps(ASKS["/v1/chat/completions"]).encode()
+    packed = PACKED[coding](body)
+    for raw, status, told in [
+        (PACKED[coding](b" " * (200 * 2**20)), 413, "more, unpacked; at most 16 MiB"),
+        (PACKED[coding](b" " * (16 * 2**20)), 400, "the body is not JSON: it is empty"),
+        (body, 400, f"the body is not {coding}, as its Content-Encoding says"),
+        (packed[: len(packed) // 2], 400, "the body is not"),
+        (packed + b"{}", 400, "the body is not"),
+        (b"", 400, "the body is not"),
+    ]:
+        answer = packed_post(http, "/v1/chat/completions", raw, coding)
+        assert (answer.status_code, told in answer.json()["error"]["message"]) == (status, True), answer.text
+    for unknown in ("br", f"{coding}, {coding}", "gzip, zstd", "\xff"):
+        answer = packed_post(http, "/v1/chat/completions", packed, unknown)
+        assert (answer.status_code, answer.headers["accept-encoding"]) == (415, "gzip, x-gzip, deflate, zstd")
+        assert answer.json()["error"]["message"].startswith("Content-Encoding: found ")
+
+
+def test_a_turn_without_words_goes_back_as_one_of_none(http):
+    """An answer that was cut inside its thought has none, and n8n's tools give null; a 400 ends the talk for good."""
+
+    def tokens(*turns: dict[str, Any]) -> int:
+        body = {"model": "m", "messages": [ASKED, *turns, ASKED], **SHORT}
+        return (
+            http.post("/v1/chat/completions", json=body).raise_for_status().json()["usage"]["prompt_tokens"]
+        )
+
+    empty = {"role": "assistant", "content": ""}
+    for odd in (
+        {"role": "assistant"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "assistant", "content": None, "tool_calls": None, "refusal": None},
+        {"role": "assistant", "content": []},
+    ):
+        assert tokens(odd) == tokens(empty), odd
+    thought = {"reasoning_content": "Hm."}
+    assert tokens({"role": "assistant", "content": None, **thought}) == tokens({**empty, **thought})
+    refused = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    assert tokens(refused) == tokens({**empty, "content": "No."})
+    call = {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]}
+    nothing, silent = ({"role": "tool", "tool_call_id": "c", **said} for said in ({}, {"content": ""}))
+    assert tokens(call, nothing) == tokens(call, {**nothing, "content": None}) == tokens(call, silent)
+    body = {"model": "m", "messages": [{"role": "user", "content": refused["content"]}], **SHORT}
+    assert "an assistant refuses" in http.post("/v1/chat/completions", json=body).json()["error"]["message"]
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+def test_json_of_a_schema_is_asked_for_in_llama_cpps_words_too(http, api):
+    """llama.cpp, Together and Fireworks have the schema beside json_object, and litellm rewrites OpenAI's to that."""
+    schema = {"type": "object", "properties": {"ok": {"enum": ["yes", "no"]}}, "required": ["ok"]}
+    schema["additionalProperties"] = False
+    wanted = {"type": "json_object", "schema": schema}
+
+    def ask(wanted: dict[str, Any]) -> httpx.Response:
+        if api == "chat":
+            asked = {
+                "model": "m",
+                "messages": [ASKED],
+                "seed": 1,
+                "max_tokens": 60,
+                "response_format": wanted,
+            }
+            return http.post("/v1/chat/completions", json=asked)
+        asked = {
+            "model": "m",
+            "input": "Hi",
+            "seed": 1,
+            "max_output_tokens": 60,
+            "text": {"format": wanted},
+        }
+        return http.post("/v1/responses", json=asked)
+
+    told = ask(wanted).raise_for_status().json()
+    said = (
+        told["choices"][0]["message"]["content"]
+        if api == "chat"
+        else told["output"][-1]["content"][0]["text"]
+    )
+    assert json.loads(said)["ok"] in ("yes", "no")
+    error = ask({**wanted, "schema": {"not": {}}}).json()["error"]["message"]
+    assert error.startswith("response_format.schema" if api == "chat" else "text.format.schema"), error
+
+
+def members(annotation: Any, is_one: Callable[[Any], bool]) -> Iterator[Any]:
+    """What a union is made of, whatever it is wrapped in."""
+    if is_one(annotation):
+        yield annotation
+    for inner in () if is_one(annotation) else get_args(annotation):
+        yield from members(inner, is_one)
+
+
+def words(annotation: Any) -> set[str]:
+    return set(members(annotation, lambda each: isinstance(each, str)))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "by", "refused"),
+    [
+        (ChatCompletionMessageParam, Message, "role", set()),
+        (ChatCompletionContentPartParam, Part, "type", {"file"}),
+        (
+            BetaContentBlockParam,
+            Block,
+            "type",
+            {
+                "compaction",
+                "container_upload",
+                "fallback",
+                "mcp_tool_listing",
+                "tool_addition",
+                "tool_removal",
+            },
+        ),
+        (
+            ResponseInputItemParam,
+            Item,
+            "type",
+            {
+                *("additional_tools", "code_interpreter_call", "compaction", "compaction_trigger"),
+                *("computer_call", "computer_call_output", "configuration_update", "file_search_call"),
+                *("image_generation_call", "mcp_approval_request", "mcp_approval_response"),
+                *("program", "program_output"),
+            },
+        ),
+    ],
+    ids=["messages", "parts", "blocks", "items"],
+)
+def test_all_that_official_clients_can_say_in_a_turn_is_known_here(theirs, ours, by, refused):
+    """Their types are the oracle: what they write is a hint at least, or of a kind that is refused by name."""
+    known: dict[str, set[str]] = {}
+    for body in members(ours, lambda each: isinstance(each, type) and issubclass(each, Body)):
+        fields = {*body.model_fields, *body.neutral, *body.hints}
+        for kind in words(body.model_fields[by].annotation):
+            known.setdefault(kind, set()).update(["*"] if body is PassedItem else fields)
+    unknown: set[str] = set()
+    for typed in members(theirs, is_typeddict):
+        hints = get_type_hints(typed, include_extras=True)
+        for kind in words(hints.get(by)):
+            if kind not in known:
+                unknown.add(kind)
+            elif "*" not in known[kind]:
+                assert set(hints) <= known[kind], (kind, set(hints) - known[kind])
+    assert unknown == refused

@@ -190,6 +190,72 @@ def test_thoughts_nobody_here_can_read_are_left_out():
     assert found[1] == {"role": "assistant", "content": "b"}
 
 
+def test_what_anthropics_server_ran_is_told_as_calls_and_results_between_the_words():
+    def used(id: str, kind: str = "server_tool_use", **more: Any) -> dict[str, Any]:
+        return {
+            "type": kind,
+            "id": id,
+            "name": "find",
+            "input": {"q": id},
+            "caller": {"type": "direct"},
+            **more,
+        }
+
+    def came(id: str, kind: str, content: Any, **more: Any) -> dict[str, Any]:
+        return {"type": kind, "tool_use_id": id, "content": content, **more}
+
+    def call(id: str) -> dict[str, Any]:
+        return {"id": id, "type": "function", "function": {"name": "find", "arguments": {"q": id}}}
+
+    page = {
+        "type": "web_search_result",
+        "title": "T",
+        "url": "u",
+        "encrypted_content": "xx",
+        "page_age": None,
+    }
+    pdf = {"type": "document", "source": PDF["source"]}
+    found = turns(
+        user("a"),
+        answer(
+            {**THOUGHT},
+            text("I look. "),
+            used("1"),
+            used("2", "mcp_tool_use", server_name="s"),
+            came("1", "web_search_tool_result", [page]),
+            came("2", "mcp_tool_result", [text("no"), text("way")], is_error=True),
+            text("So "),
+            text("far."),
+            used("3"),
+            came("3", "web_fetch_tool_result", {"type": "web_fetch_result", "url": "u", "content": pdf}),
+            text("Done.", citations=[{"type": "web_search_result_location"}]),
+        ),
+        user("b"),
+    )
+
+    def spoken(content: str, **more: Any) -> dict[str, Any]:
+        return {"role": "assistant", "content": content, **more}
+
+    def told(id: str, content: str) -> dict[str, Any]:
+        return {"role": "tool", "tool_call_id": id, "name": "find", "content": content}
+
+    source = '{"type": "base64", "media_type": "application/pdf"}'
+    assert found[1:-1] == [
+        spoken("I look. ", reasoning_content="Hm.", tool_calls=[call("1"), call("2")]),
+        told("1", '[{"type": "web_search_result", "title": "T", "url": "u"}]'),
+        told("2", "Error: no\n\nway"),
+        spoken("So far.", tool_calls=[call("3")]),
+        told(
+            "3",
+            f'{{"type": "web_fetch_result", "url": "u", "content": {{"type": "document", "source": {source}}}}}',
+        ),
+        spoken("Done."),
+    ]
+    ends = turns(user("a"), answer(used("1"), came("1", "web_search_tool_result", "x")))
+    assert [turn["role"] for turn in ends] == ["user", "assistant", "tool"]
+    assert "the last turn calls tools" in refusal(user("a"), answer(used("1")))
+
+
 def test_a_last_turn_of_the_assistant_is_gone_on_from():
     chat = chat_of(body(user("a"), answer("The answer is ("))).chat
     assert chat.continue_final_message is True

@@ -12,8 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
+from serve.api.message_bodies import Message
 from serve.api.overflow import NUM_KEPT, SUMMARY, SYSTEM, droppable, summed_up, transcript, truncated
-from serve.api.schemas import ChatBody, Message
+from serve.api.schemas import ChatBody
 from serve.api.server import serving
 from serve.api.summaries import Summaries
 from serve.config import ServeConfig

@@ -1,15 +1,16 @@
 """What a message's content may be made of, in Anthropic's words. Nothing is fetched or decoded here.
 
-What only their server can read or do (files, PDFs, results of its own tools) is refused by name.
+What only their server can read or do (files, PDFs, compaction) is refused by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from serve.api.messages.hosted import HostedResultBlock, HostedUseBlock
 from serve.api.strict import Body, Neutral
 from serve.errors import RequestError
 
@@ -195,11 +196,16 @@ Block = Annotated[
     | SearchResultBlock
     | ToolResultBlock
     | ToolUseBlock
+    | HostedUseBlock
+    | HostedResultBlock
     | ThinkingBlock
     | RedactedThinkingBlock,
     Field(discriminator="type"),
 ]
 Blocks = Annotated[list[Block], Field(fail_fast=True)]
+HOSTED = tuple(get_args(HostedUseBlock.model_fields["type"].annotation)) + tuple(
+    get_args(HostedResultBlock.model_fields["type"].annotation)
+)
 SystemText = str | Annotated[list[TextBlock], Field(fail_fast=True)]
 
 
@@ -209,7 +215,7 @@ class AnthropicMessage(Body):
     hints = frozenset({"output_config"})
     of_role: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "user": ("text", "image", "document", "search_result", "tool_result"),
-        "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
+        "assistant": ("text", "thinking", "redacted_thinking", "tool_use", *HOSTED),
         "system": ("text",),
     }
     """Types of blocks."""

@@ -15,8 +15,6 @@ from serve.api.schemas import ChatBody, GenerationBody
 from serve.api.strict import made_of
 from serve.errors import RequestError
 
-EFFORTS = {"max": "xhigh"}
-"""Words that OpenAI has not."""
 EXTRAS = ("mm_processor_kwargs", "chat_template_kwargs")
 """A chat's fields that are taken as they are, beside those of every body."""
 OWN = ("stop", "max_tokens", "n", "model", "user", "stream")
@@ -115,6 +113,6 @@ def _thinking(body: PromptBody) -> dict[str, Any]:
         found["include_reasoning"] = False
     effort = body.output_config.effort if body.output_config else None
     if effort is not None:
-        found["reasoning_effort"] = EFFORTS.get(effort, effort)
+        found["reasoning_effort"] = effort
     said = body.chat_template_kwargs or {}
     return {name: value for name, value in found.items() if name not in said}

@@ -1,8 +1,9 @@
 """Messages in Anthropic's words → the turns of a chat in OpenAI's.
 
-Turns of one role that follow each other become one. Results of tools become turns of their own, pictures in them
-stand in the user's turn after them, and what the system says later on is said in the user's turn where it stands,
-since many templates take a system's turn at the beginning only.
+Turns of one role that follow each other become one. Results of tools become turns of their own, also where their own
+server ran them in the midst of an answer; pictures in them stand in the user's turn after them, and what the system
+says later on is said in the user's turn where it stands, since many templates take a system's turn at the beginning
+only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from serve.api.messages.blocks import (
     ToolResultBlock,
     ToolUseBlock,
 )
+from serve.api.messages.hosted import HostedResultBlock, HostedUseBlock
 
+CALLS = (ToolUseBlock, HostedUseBlock)
 AT = "at"
 """Under which a turn, or a part of media, says where in the body it was said."""
 BILLING = "x-anthropic-billing-header:"
@@ -85,10 +88,10 @@ def _turns(messages: Sequence[AnthropicMessage]) -> Iterator[dict[str, Any]]:
     """What comes after the system's turn."""
     rest = list(_after_system(messages))
     blocks = (block for _, message in rest for block in message.blocks)
-    names = {block.id: block.name for block in blocks if isinstance(block, ToolUseBlock)}
+    names = {block.id: block.name for block in blocks if isinstance(block, CALLS)}
     for is_answer, run in groupby(rest, lambda each: each[1].role == "assistant"):
         turn = _Turn([*run])
-        yield from _answer(turn) if is_answer else _asked(turn, names)
+        yield from _answer(turn, names) if is_answer else _asked(turn, names)
 
 
 def _after_system(messages: Sequence[AnthropicMessage]) -> Iterator[tuple[int, AnthropicMessage]]:
@@ -102,25 +105,51 @@ def _after_system(messages: Sequence[AnthropicMessage]) -> Iterator[tuple[int, A
             yield i, message
 
 
-def _answer(turn: _Turn) -> Iterator[dict[str, Any]]:
-    """An assistant's turn. Blocks of text in one message are one text: they may have been cut anywhere."""
-    said = [
-        "".join(block.text for block in message.blocks if isinstance(block, TextBlock))
-        for _, message in turn.messages
+def _answer(turn: _Turn, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """An assistant's turn. What came of calls that its server ran stands between what was said before and after."""
+    said: list[_Said] = []
+    has_results = False
+    for each in turn.blocks:
+        block = each.block
+        if not isinstance(block, HostedResultBlock):
+            said.append(each)
+            continue
+        if said:
+            yield {**_spoken(said), AT: turn.at}
+        said, has_results = [], True
+        yield _told(block, _failed(block.text) if block.is_error else block.text, names, each.at)
+    if said or not has_results:
+        yield {**_spoken(said), AT: turn.at}
+
+
+def _spoken(said: Sequence[_Said]) -> dict[str, Any]:
+    """What was thought, said and called. Blocks of text in one message are one: they may have been cut anywhere."""
+    texts = [
+        "".join(each.block.text for each in of_message if isinstance(each.block, TextBlock))
+        for _, of_message in groupby(said, lambda each: each.at.partition(".content.")[0])
     ]
-    blocks = [block for _, block in turn.blocks]
+    blocks = [block for _, block in said]
     thoughts = [block.thinking for block in blocks if isinstance(block, ThinkingBlock) and block.thinking]
     calls = [
         {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": block.input}}
         for block in blocks
-        if isinstance(block, ToolUseBlock)
+        if isinstance(block, CALLS)
     ]
-    found: dict[str, Any] = {"role": "assistant", "content": BETWEEN.join(text for text in said if text)}
+    found: dict[str, Any] = {"role": "assistant", "content": BETWEEN.join(text for text in texts if text)}
     if thoughts:
         found["reasoning_content"] = BETWEEN.join(thoughts)
     if calls:
         found["tool_calls"] = calls
-    yield {**found, AT: turn.at}
+    return found
+
+
+def _told(
+    block: ToolResultBlock | HostedResultBlock, said: str, names: Mapping[str, str], at: str
+) -> dict[str, Any]:
+    """The turn of a tool."""
+    id = block.tool_use_id
+    named = {"name": names[id]} if id in names else {}
+    return {"role": "tool", "tool_call_id": id, "content": said, **named, AT: at}
 
 
 def _asked(turn: _Turn, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -135,8 +164,7 @@ def _asked(turn: _Turn, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         has_results = True
         said, pictures = _result(block, at)
         shown += pictures
-        named = {"name": names[block.tool_use_id]} if block.tool_use_id in names else {}
-        yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": said, **named, AT: at}
+        yield _told(block, said, names, at)
     parts = list(_joined([*shown, *asked]))
     if parts or not has_results:
         is_text = all(part["type"] == "text" for part in parts)
@@ -172,9 +200,12 @@ def _result(block: ToolResultBlock, at: str) -> tuple[str, list[dict[str, Any]]]
     pictures = [part for part in parts if part["type"] != "text"]
     texts = [part["text"] if part["type"] == "text" else PICTURE_BELOW for part in parts]
     said = BETWEEN.join(text for text in texts if text)
-    if block.is_error and not said.lower().startswith(("error", "<tool_use_error>")):
-        said = FAILED + said
-    return said, pictures
+    return _failed(said) if block.is_error else said, pictures
+
+
+def _failed(said: str) -> str:
+    """The same, which says that it is an error."""
+    return said if said.lower().startswith(("error", "<tool_use_error>")) else FAILED + said
 
 
 def _joined(parts: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -33,7 +33,7 @@ def chat_of(body: OllamaChatBody | OllamaGenerateBody, model: str) -> ChatBody:
     if body.think is not None:
         fields["enable_thinking"] = bool(body.think)
     if isinstance(body.think, str):
-        fields["reasoning_effort"] = "xhigh" if body.think == "max" else body.think
+        fields["reasoning_effort"] = body.think
     if isinstance(body, OllamaChatBody) and body.tools:
         fields["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
     if body.logprobs:
@@ -99,7 +99,7 @@ def _drawing(body: OllamaChatBody | OllamaGenerateBody) -> dict[str, Any]:
         if options.repeat_last_n is not None and options.repeat_last_n > 0:
             fields["repetition_context_size"] = options.repeat_last_n
     if body.format == "json":
-        fields["response_format"] = ObjectFormat(type="json_object")
+        fields["response_format"] = ObjectFormat(type="json_object", schema=None)
     elif isinstance(body.format, Mapping):
         fields["response_format"] = {
             "type": "json_schema",

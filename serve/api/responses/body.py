@@ -70,7 +70,7 @@ class TextOptions(Body):
     def response_format(self) -> dict[str, Any] | None:
         """As a chat's body has it."""
         if not isinstance(self.format, SchemaFormat):
-            return None if self.format is None else self.format.model_dump()
+            return None if self.format is None else self.format.model_dump(by_alias=True, exclude_none=True)
         named = self.format.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)
         return {"type": "json_schema", "json_schema": named}
 
@@ -197,7 +197,7 @@ class ResponsesBody(TemplatedBody):
     def specs(self) -> Iterator[ConstraintSpec]:
         wanted = self.text.format if self.text is not None else None
         if isinstance(wanted, ObjectFormat):
-            yield ConstraintSpec.of_schema({"type": "object"}, "text.format")
+            yield wanted.spec("text.format")
         if isinstance(wanted, SchemaFormat):
             yield ConstraintSpec.of_schema(wanted.schema_, "text.format.schema")
         yield from super().specs

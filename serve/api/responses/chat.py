@@ -126,7 +126,7 @@ def chat_body(body: ResponsesBody, turns: Sequence[Turn]) -> ChatBody:
     elif body.context_overflow is not None:
         fields["context_overflow"] = body.context_overflow
     if effort is not None:
-        fields["reasoning_effort"] = "xhigh" if effort == "max" else effort
+        fields["reasoning_effort"] = effort
     if body.text is not None and body.text.verbosity is not None:
         fields["verbosity"] = body.text.verbosity
     if body.num_logprobs is not None:

@@ -23,6 +23,7 @@ from serve.api.responses.items import (
     InputText,
     McpCallItem,
     MessageItem,
+    PassedItem,
     ReasoningItem,
     Refusal,
     ShellOutputItem,
@@ -31,6 +32,7 @@ from serve.api.strict import Body
 
 SYSTEMS = ("system", "developer")
 CALLS = (FunctionCallItem, CustomToolCallItem, ActionItem)
+RESULTS = (CallOutputItem, ShellOutputItem)
 _WORDS = (InputText, TextPart, Refusal, InputFile)
 
 
@@ -80,9 +82,37 @@ def turns_of(instructions: str | None, items: Iterable[Placed]) -> list[Turn]:
     turns: list[Turn] = []
     if instructions:
         turns.append(Turn("system", "instructions", instructions, ["instructions"]))
-    for placed in items:
+    for placed in _paired(list(items)):
         _add(turns, placed)
     return turns
+
+
+def _paired(items: Sequence[Placed]) -> Iterator[Placed]:
+    """The items, results behind the calls that they are of: Codex's hooks write a developer's message between them,
+    and templates know a result by the turn that it follows."""
+    behind: dict[str, int] = {}
+    moved: dict[int, list[Placed]] = {}
+    for number, placed in enumerate(items):
+        item = placed.item
+        if isinstance(item, CALLS):
+            behind[item.call_id] = _end_of_turn(items, number)
+        elif isinstance(item, RESULTS) and number > behind.get(item.of_call, number):
+            moved.setdefault(behind[item.of_call], []).append(placed)
+    taken = {id(placed) for late in moved.values() for placed in late}
+    for number, placed in enumerate(items):
+        yield from moved.get(number, ())
+        if id(placed) not in taken:
+            yield placed
+
+
+def _end_of_turn(items: Sequence[Placed], number: int) -> int:
+    """Where what an assistant says or calls, and what comes of it, is over."""
+    for end, placed in enumerate(items[number:], number):
+        item = placed.item
+        is_said = isinstance(item, MessageItem) and item.role == "assistant"
+        if not is_said and not isinstance(item, (*CALLS, *RESULTS, McpCallItem, PassedItem)):
+            return end
+    return len(items)
 
 
 def adapted(turns: Sequence[Turn]) -> list[Turn] | None:
@@ -123,7 +153,7 @@ def _add(turns: list[Turn], placed: Placed) -> None:
 def _add_message(turns: list[Turn], item: MessageItem, place: str) -> None:
     content, part_places = _content(item.content, f"{place}.content")
     if item.role == "assistant":
-        turn = _assistant(turns, place, is_new=_is_told(turns))
+        turn = _assistant(turns, place, is_new=_is_told(turns) and turns[-1].has_words)
         turn.content, turn.part_places, turn.has_words = content, part_places, True
         return
     turn = Turn(item.role, place, content, part_places)
