@@ -18,13 +18,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from serve.argument_text import readable
 from serve.errors import NotFoundError, RequestError, StorageError
 from serve.remote import served_parents
 from serve.remote_adapters import RemoteAdapters
 from serve.remote_answer import CHAT, RemoteAnswer, Thought
 
 Message = Mapping[str, Any]
-HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 ADDRESS = re.compile(r"(https?://|data:)", re.IGNORECASE)
 MAX_FILE_MIB = 64
 
@@ -55,7 +55,7 @@ class _Turn:
         if not self.pictures:
             return _message("user", self.text)
         shown = [{"type": "image_url", "image_url": {"url": url}} for url in self.pictures]
-        return {"role": "user", "content": [*shown, {"type": "text", "text": _encodable(self.text)}]}
+        return {"role": "user", "content": [*shown, {"type": "text", "text": readable(self.text)}]}
 
 
 class Conversation:
@@ -170,7 +170,7 @@ class Conversation:
 
     def _answering(self, messages: Sequence[Message]) -> RemoteAnswer:
         speaker = self._speaker
-        body = {"model": _encodable(self.model), "messages": messages, **speaker.sampling}
+        body = {"model": readable(self.model), "messages": messages, **speaker.sampling}
         return RemoteAnswer(speaker.url, CHAT, body, speaker.api_key)
 
 
@@ -211,7 +211,7 @@ def _answer(pieces: Sequence[str]) -> Message:
     said = "".join(piece for piece in pieces if not isinstance(piece, Thought))
     thought = "".join(piece for piece in pieces if isinstance(piece, Thought))
     message = _message("assistant", said)
-    return {**message, "reasoning_content": _encodable(thought)} if thought else message
+    return {**message, "reasoning_content": readable(thought)} if thought else message
 
 
 def _opening(system: str | None) -> tuple[Message, ...]:
@@ -219,9 +219,4 @@ def _opening(system: str | None) -> tuple[Message, ...]:
 
 
 def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": _encodable(content)}
-
-
-def _encodable(text: str) -> str:
-    """`text` with U+FFFD for halves of surrogate pairs: that is how Python reads bytes that are not UTF-8."""
-    return HALF_OF_A_PAIR.sub("\N{REPLACEMENT CHARACTER}", text)
+    return {"role": role, "content": readable(content)}

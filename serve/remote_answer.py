@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from serve.argument_text import readable
 from serve.errors import StoppedError
 from serve.remote import EventData, connect, failure, refusal, trouble
 
@@ -88,7 +89,8 @@ class RemoteAnswer:
         """Until the first piece, from when iterating began."""
         self.total_s: float | None = None
         self._reader = AnswerReader(url)
-        self._url, self._path, self._body, self._api_key = url, path, {**body, "stream": True}, api_key
+        self._url, self._path, self._api_key = url, path, api_key
+        self._body = readable({**body, "stream": True})
 
     @property
     def finish(self) -> str | None:

@@ -396,7 +396,7 @@ class ChatBody(TemplatedBody, ToolsBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    neutral: ClassVar[Neutral] = {**UNCONSTRAINED, "suffix": (None,)}
+    neutral: ClassVar[Neutral] = {**UNCONSTRAINED, "suffix": (None, "")}
 
     prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

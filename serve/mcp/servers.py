@@ -265,17 +265,40 @@ async def _listed(client: Any) -> list[Tool]:
 
 
 def _text_of(result: Any) -> str:
-    """What a model reads of a result."""
-    parts = []
-    for block in result.content:
-        text = getattr(block, "text", None)
-        if text is None and block.type == "resource":
-            text = getattr(block.resource, "text", None)
-        parts.append(text if isinstance(text, str) else f"[{block.type}]")
-    if not parts and result.structured_content is not None:
-        parts = [json.dumps(result.structured_content, ensure_ascii=False)]
+    """What a model reads of a result: its texts; where there are none, or it failed, what it says as data too."""
+    told = [_told(block) for block in result.content]
+    parts = [
+        f"[{block.type}]" if text is None else text for block, text in zip(result.content, told, strict=True)
+    ]
+    data = result.structured_content
+    if (
+        data is not None
+        and (result.is_error or not any(told))
+        and not any(_is_json_of(text, data) for text in told)
+    ):
+        parts = [part for part in parts if part] + [json.dumps(data, ensure_ascii=False)]
     text = "\n".join(parts)
     return f"Error: {text}" if result.is_error else text
+
+
+def _told(block: Any) -> str | None:
+    """The words of a part; of a link what is known of what it leads to. None: it has none."""
+    if block.type == "resource_link":
+        return "\n".join(
+            each for each in (block.title or block.name, str(block.uri), block.description) if each
+        )
+    if block.type == "resource":
+        text = getattr(block.resource, "text", None)
+        return f"[resource {block.resource.uri}]" if text is None else text
+    text = getattr(block, "text", None)
+    return text if isinstance(text, str) else None
+
+
+def _is_json_of(text: str | None, data: Any) -> bool:
+    try:
+        return bool(json.loads(text or "") == data)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _is_end(error: Exception) -> bool:

@@ -25,6 +25,7 @@ from serve.api.messages.blocks import Block
 from serve.api.parts import Part
 from serve.api.responses.items import Item, PassedItem
 from serve.api.strict import Body
+from serve.remote_answer import RemoteAnswer
 
 ASKED = {"role": "user", "content": "Hi"}
 SHORT = {"max_tokens": 3, "temperature": 0, "ignore_eos": True}
@@ -142,6 +143,40 @@ def test_a_base_url_that_ends_in_a_slash_is_told(url, path, meant):
     assert f"but there is {meant}: the client's base_url ends in a slash" in answer.json()["error"]["message"]
 
 
+def test_an_empty_suffix_asks_for_nothing(http):
+    """Completion plugins send one suffix field always; it is empty at the end of a file."""
+    body = {"model": "m", "prompt": "Hi", **SHORT}
+    plain, ended = (http.post("/v1/completions", json={**body, **end}) for end in ({}, {"suffix": ""}))
+    assert ended.json()["choices"] == plain.json()["choices"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("caf\udcc3\udca9", "café"),
+        ("caf\udce9 \udcff!", "caf\ufffd \ufffd!"),
+        ("é \udce2\udc98\udc83", "é ☃"),
+        ("\ud83d x \ude00", "\ufffd x \ufffd"),
+    ],
+    ids=["ascii locale", "latin-1", "both", "halves"],
+)
+def test_bytes_of_arguments_that_the_locale_cannot_read_are_sent_as_text(url, typed, meant):
+    """shell_gpt 667: arguments and pipes of other encodings ended in a traceback of the client's."""
+
+    def said(text: str) -> tuple[str, Any]:
+        body = {
+            "model": "m",
+            "messages": [{"role": "user", "content": [{"type": "text", "text": text}]}],
+            **SHORT,
+        }
+        answer = RemoteAnswer(
+            url, "/v1/chat/completions", {**body, "stream_options": {"include_usage": True}}
+        )
+        return "".join(answer), (answer.usage or {})["prompt_tokens"]
+
+    assert said(typed) == said(meant)
+
+
 PACKED: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "deflate": zlib.compress,
@@ -177,7 +212,7 @@ def test_what_unpacks_to_too_much_or_to_nothing_is_told_as_that(http, coding):
     body = json.dumps(ASKS["/v1/chat/completions"]).encode()
     packed = PACKED[coding](body)
     for raw, status, told in [
-        (PACKED[coding](b" " * (200 * 2**20)), 413, "more, unpacked; at most 16 MiB"),
+        (PACKED[coding](b" " * (40 * 2**20)), 413, "more, unpacked; at most 16 MiB"),
         (PACKED[coding](b" " * (16 * 2**20)), 400, "the body is not JSON: it is empty"),
         (body, 400, f"the body is not {coding}, as its Content-Encoding says"),
         (packed[: len(packed) // 2], 400, "the body is not"),

@@ -87,6 +87,23 @@ def test_tools_are_listed_and_called(servers, name):
     asyncio.run(talk())
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("link", "notes\nfile:///notes.md\nOf May."),
+        ("file", "# Notes"),
+        ("packed", "[resource file:///notes.md]"),
+        ("data", '{"total": 36}'),
+        ("picture", '[image]\n{"total": 36}'),
+        ("both", '{ "total": 36 }'),
+        ("refused", 'Error: ask a human\n{"code": "NEEDS_HUMAN"}'),
+    ],
+)
+def test_whatever_a_tool_gives_is_told(servers, kind, told):
+    """llama.cpp 26410, claude-code 86032 and others: links, files and data beside texts were lost on the model."""
+    assert asyncio.run(servers.call("streams", "odd", {"kind": kind})) == told
+
+
 def test_a_server_gets_nothing_of_this_processs_environment_but_what_all_need(servers, monkeypatch):
     monkeypatch.setenv("A_SECRET_OF_OURS", "x")
     names = asyncio.run(servers.call("streams", "secrets", {})).split(",")
@@ -129,7 +146,7 @@ def test_a_server_that_ended_is_started_again():
 def test_a_program_that_ended_while_nobody_asked_is_started_again():
     servers = McpServers({"one": OVER_STREAMS}, timeout_s=20)
     known = set(psutil.Process().children())
-    assert len(asyncio.run(servers.tools("one"))) == 6
+    assert len(asyncio.run(servers.tools("one"))) == 7
     for program in set(psutil.Process().children()) - known:
         program.kill()
     until(servers._servers["one"]._line.lost.is_set)

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 
+import mcp_types as types
 from mcp.server.mcpserver import MCPServer
 
 server = MCPServer("tests")
@@ -40,6 +41,49 @@ def much(count: int) -> str:
 def secrets() -> str:
     """What this process knows of its environment."""
     return ",".join(sorted(os.environ))
+
+
+FILE = "file:///notes.md"
+RESULTS = {
+    "link": {
+        "content": [types.ResourceLink(type="resource_link", name="notes", uri=FILE, description="Of May.")]
+    },
+    "file": {
+        "content": [
+            types.EmbeddedResource(
+                type="resource", resource=types.TextResourceContents(uri=FILE, text="# Notes")
+            )
+        ]
+    },
+    "packed": {
+        "content": [
+            types.EmbeddedResource(
+                type="resource", resource=types.BlobResourceContents(uri=FILE, blob="AAAA")
+            )
+        ]
+    },
+    "data": {"content": [], "structured_content": {"total": 36}},
+    "picture": {
+        "content": [types.ImageContent(type="image", data="AAAA", mime_type="image/png")],
+        "structured_content": {"total": 36},
+    },
+    "both": {
+        "content": [types.TextContent(type="text", text='{ "total": 36 }')],
+        "structured_content": {"total": 36},
+    },
+    "refused": {
+        "content": [types.TextContent(type="text", text="ask a human")],
+        "structured_content": {"code": "NEEDS_HUMAN"},
+        "is_error": True,
+    },
+}
+"""What a tool may give beside plain text."""
+
+
+@server.tool()
+def odd(kind: str) -> types.CallToolResult:
+    """Give one of RESULTS."""
+    return types.CallToolResult(**RESULTS[kind])
 
 
 @server.tool()
