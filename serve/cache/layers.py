@@ -280,10 +280,12 @@ class LayerRows:
         """Copies of a row's positions [start, stop), [H, stop - start, width] a part, lazily."""
         store = self.stores[place.bucket]
         places = [p % store.capacity for p in (start, stop - 1)]
-        row = [part[place.row] for part in store.parts]
-        if places[0] <= places[1]:
-            return tuple(mx.contiguous(part[:, places[0] : places[1] + 1]) for part in row)
-        return tuple(mx.concatenate([part[:, places[0] :], part[:, : places[1] + 1]], axis=1) for part in row)
+        row, first, stop = place.row, places[0], places[1] + 1
+        if first < stop:
+            return tuple(mx.contiguous(part[row, :, first:stop]) for part in store.parts)
+        return tuple(
+            mx.concatenate([part[row, :, first:], part[row, :, :stop]], axis=1) for part in store.parts
+        )
 
     def put(self, place: Place, stretches: Sequence[Stretch]) -> None:
         """Overwrite a row: zeros where no stretch is."""

@@ -221,7 +221,8 @@ class BatchRows:
     def take(self, place: Place, state_row: int, start: int, stop: int) -> Segment:
         """Positions [start, stop) of a row, as they are stored, and the state behind them if the row holds no more.
 
-        The copies are under way when it returns: the next forward may be built.
+        The copies must be under way before the next forward is built: one that is still pending when the row is
+        written next would keep its buffer from being donated.
         """
         full, window = {}, {}
         first = start
@@ -239,7 +240,7 @@ class BatchRows:
         has_state = self._num_in_state.get(state_row) == stop
         state = {index: states.take(state_row) for index, states in self._recurrent.items() if has_state}
         has_windows = any(layer.shape.window is not None for layer in self._attending.values())
-        segment = Segment(
+        return Segment(
             place.bucket.precision,
             stop - start,
             full,
@@ -248,9 +249,6 @@ class BatchRows:
             num_window_tokens=stop - first if has_windows else stop - start,
             keeps_state=bool(self._recurrent),
         )
-        # A copy that is still pending when the row is written next would keep its buffer from being donated.
-        mx.async_eval(list(segment.arrays().values()))
-        return segment
 
     def put(self, place: Place, state_row: int, segments: Sequence[Segment], num_positions: int) -> None:
         """A new row that holds [0, num_positions) of the segments, which follow each other; all else is zeros.

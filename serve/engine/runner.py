@@ -183,10 +183,13 @@ class Runner:
 
     def capture(self, captures: Sequence[Capture]) -> list[Captured]:
         """Copies of rows as they are now; what is started afterwards does not change them."""
-        return [
+        captured = [
             Captured(each, self.rows.take(each.place, each.state_row, each.start, each.stop))
             for each in captures
         ]
+        if captured:
+            mx.async_eval([list(each.segment.arrays().values()) for each in captured])
+        return captured
 
     def clear(self) -> None:
         """Give the rows' memory back; none is in use."""
