@@ -327,8 +327,8 @@ def words(annotation: Any) -> set[str]:
             Item,
             "type",
             {
-                *("additional_tools", "code_interpreter_call", "compaction", "compaction_trigger"),
-                *("computer_call", "computer_call_output", "configuration_update", "file_search_call"),
+                *("additional_tools", "compaction", "compaction_trigger"),
+                *("computer_call", "computer_call_output", "configuration_update"),
                 *("image_generation_call", "mcp_approval_request", "mcp_approval_response"),
                 *("program", "program_output"),
             },

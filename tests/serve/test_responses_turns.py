@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -71,3 +72,24 @@ def test_words_behind_a_call_are_of_its_turn():
     """Two turns of an assistant's in a row are an error of many templates, and no model wrote them."""
     assert turns(call("a"), WORDS, came("a")) == [("assistant", "So.a"), ("tool", "of a")]
     assert turns(WORDS, call("a"), WORDS, came("a"))[0] == ("assistant", "So.a")
+
+
+def test_what_openais_server_ran_is_told_where_its_result_is():
+    """Only who asks by `include` has results; a call without one is passed over, as other servers' traces are."""
+    ran = {
+        "type": "code_interpreter_call",
+        "id": "x",
+        "code": "1+1",
+        "container_id": "c",
+        "status": "completed",
+    }
+    sought = {"type": "file_search_call", "id": "y", "queries": ["q"], "status": "completed"}
+    logs = '[{"type": "logs", "logs": "2"}]'
+    assert turns({**ran, "outputs": json.loads(logs)}, WORDS) == [
+        ("assistant", "x"),
+        ("tool", logs),
+        ("assistant", "So."),
+    ]
+    found = {**sought, "results": [{"text": "T", "score": 0.5}]}
+    assert turns(found)[1] == ("tool", '[{"text": "T", "score": 0.5}]')
+    assert turns({**ran, "outputs": None}, sought, WORDS) == [("assistant", "So.")]

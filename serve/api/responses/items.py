@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -250,6 +251,39 @@ class McpCallItem(_Given):
     error: Any = None
 
 
+class HostedCallItem(_Given):
+    """A call that OpenAI's server ran, and what came of it, where its client had asked to be told."""
+
+    hints = _GIVEN | {"container_id"}
+
+    type: Literal["code_interpreter_call", "file_search_call"]
+    id: str = Field(min_length=1)
+    code: str | None = None
+    outputs: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    queries: list[str] | None = None
+    results: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+
+    @property
+    def name(self) -> str:
+        """The tool's."""
+        return self.type.removesuffix("_call")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What it was asked."""
+        return (
+            {"code": self.code or ""}
+            if self.type == "code_interpreter_call"
+            else {"queries": self.queries or []}
+        )
+
+    @property
+    def result(self) -> str | None:
+        """As JSON; None where nothing is told, so that the call tells a model nothing."""
+        found = self.outputs if self.type == "code_interpreter_call" else self.results
+        return None if found is None else json.dumps(found, ensure_ascii=False)
+
+
 class _CallOutput(Body):
     """What came of a call."""
 
@@ -333,6 +367,8 @@ KINDS: dict[str, str] = {
     "shell_call": "action item",
     "apply_patch_call": "action item",
     "mcp_call": "mcp_call item",
+    "code_interpreter_call": "hosted_call item",
+    "file_search_call": "hosted_call item",
     "function_call_output": "output item",
     "custom_tool_call_output": "output item",
     "local_shell_call_output": "output item",
@@ -364,6 +400,7 @@ Item = Annotated[
     | Annotated[CustomToolCallItem, Tag("custom_tool_call item")]
     | Annotated[ActionItem, Tag("action item")]
     | Annotated[McpCallItem, Tag("mcp_call item")]
+    | Annotated[HostedCallItem, Tag("hosted_call item")]
     | Annotated[CallOutputItem, Tag("output item")]
     | Annotated[ShellOutputItem, Tag("shell_output item")]
     | Annotated[ItemReference, Tag("item_reference item")]

@@ -19,6 +19,7 @@ from serve.api.responses.items import (
     Contents,
     CustomToolCallItem,
     FunctionCallItem,
+    HostedCallItem,
     InputFile,
     InputText,
     McpCallItem,
@@ -110,7 +111,7 @@ def _end_of_turn(items: Sequence[Placed], number: int) -> int:
     for end, placed in enumerate(items[number:], number):
         item = placed.item
         is_said = isinstance(item, MessageItem) and item.role == "assistant"
-        if not is_said and not isinstance(item, (*CALLS, *RESULTS, McpCallItem, PassedItem)):
+        if not is_said and not isinstance(item, (*CALLS, *RESULTS, HostedCallItem, McpCallItem, PassedItem)):
             return end
     return len(items)
 
@@ -143,6 +144,9 @@ def _add(turns: list[Turn], placed: Placed) -> None:
         _assistant(turns, place).calls.append(_call(item.id, item.name, item.arguments))
         result = item.output if item.error is None else json.dumps(item.error)
         turns.append(Turn("tool", place, result or "", [place], call_id=item.id))
+    elif isinstance(item, HostedCallItem) and item.result is not None:
+        _assistant(turns, place).calls.append(_call(item.id, item.name, item.arguments))
+        turns.append(Turn("tool", place, item.result, [place], call_id=item.id))
     elif isinstance(item, ShellOutputItem):
         turns.append(Turn("tool", place, json.dumps(item.output), [place], call_id=item.of_call))
     elif isinstance(item, CallOutputItem):
