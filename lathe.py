@@ -169,8 +169,11 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _foreseen() -> type[LatheError]:
     """The root of the error tree, imported only once something was raised."""
-    from serve.errors import LatheError
-
+    try:
+        from serve.errors import LatheError
+    except OSError as error:  # nothing of Lathe can be imported: LATHE_BLAS names what is no library
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     return LatheError
 
 

@@ -1,30 +1,25 @@
 """What machine this is, and what MLX needs before it is imported there.
 
-`prepare()` runs on import of `serve`. It acts on CPU-only Linux alone: the mlx-cpu wheel links the reference
-BLAS, and an OpenBLAS loaded first with RTLD_GLOBAL answers `cblas_sgemm` in its place.
-This module must not import mlx at its top.
+`prepare()` runs on import of `serve`. It acts on CPU-only Linux alone. This module must not import mlx at its top.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
-import importlib.util
 import os
 import platform
 import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-BLAS_SYMBOL = "cblas_sgemm"
+from serve import blas
+
 TF32_EPS = 2.0**-10
 
 # Of <malloc.h>.
@@ -33,17 +28,6 @@ NEVER = -1
 GROWTH_BYTES = 64 << 20
 MMAP_BYTES = (1 << 30, 32 << 20)
 """Larger blocks are mapped one by one. Tried in this order: a glibc before 2.35 takes no more than the last."""
-
-
-class _DlInfo(ctypes.Structure):
-    """`Dl_info` of <dlfcn.h>."""
-
-    _fields_ = (
-        ("dli_fname", ctypes.c_char_p),
-        ("dli_fbase", ctypes.c_void_p),
-        ("dli_sname", ctypes.c_char_p),
-        ("dli_saddr", ctypes.c_void_p),
-    )
 
 
 @dataclass(frozen=True)
@@ -68,15 +52,12 @@ def prepare() -> Path | None:
     Safe to call again. Once libmlx has resolved its BLAS a later call cannot change it, so `serve` calls
     this before anything in Lathe imports mlx.
     """
-    if not needs_openblas():
+    if not blas.is_needed():
         return None
     # mx.compile on CPU runs g++ for each fused kernel: seconds per model, and no faster afterwards.
     os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
     keep_freed_memory()
-    library = find_openblas()
-    if library is not None:
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    return library
+    return blas.load()
 
 
 @cache
@@ -89,7 +70,7 @@ def keep_freed_memory() -> bool:
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     is_tuned = "glibc.malloc" in tunables or any(name.startswith("MALLOC_") for name in os.environ)
-    if is_tuned or not needs_openblas():
+    if is_tuned or not blas.is_needed():
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -135,76 +116,6 @@ def give_back_all_memory(*, thaws: bool = False) -> None:
         gc.collect()
     mx.clear_cache()
     give_back_freed_memory()
-
-
-@cache
-def needs_openblas() -> bool:
-    """True on Linux with MLX's CPU backend and no CUDA backend installed."""
-    return sys.platform.startswith("linux") and not _has_cuda_backend()
-
-
-def _has_cuda_backend() -> bool:
-    spec = importlib.util.find_spec("mlx")
-    roots = list(spec.submodule_search_locations or []) if spec else []
-    return any((Path(root) / "lib" / "libmlx.so").exists() and _is_cuda_wheel(Path(root)) for root in roots)
-
-
-def _is_cuda_wheel(root: Path) -> bool:
-    names = {(d.metadata["Name"] or "").lower() for d in metadata.distributions(path=[str(root.parent)])}
-    return any(name.startswith("mlx-cuda") for name in names)
-
-
-@cache
-def find_openblas() -> Path | None:
-    """The first OpenBLAS there is, and that opens: a 32-bit one, or half of an installation, does not."""
-    return first_that_opens(openblas_files())
-
-
-def openblas_files(root: Path = Path("/")) -> list[Path]:
-    """Every OpenBLAS with unprefixed symbols, the best first.
-
-    The system's under `root`, the one of many threads before that of one; then opencv-python's own (a dependency of
-    mlx-vlm), which is of 2021: a decode step of 32 adapters takes a sixth less with a system's of 2022.
-    """
-    folders = [root / "usr/local/lib", root / "usr/lib64", root / "usr/lib"]
-    if multiarch := sysconfig.get_config_var("MULTIARCH"):
-        folders.insert(1, root / "usr/lib" / multiarch)
-    found = [folder / name for name in ("libopenblasp.so.0", "libopenblas.so.0") for folder in folders]
-    spec = importlib.util.find_spec("cv2")
-    if spec is not None and spec.origin is not None:
-        site = Path(spec.origin).parent.parent
-        for inside in ("opencv_python.libs", "opencv_python_headless.libs"):
-            found += sorted((site / inside).glob("libopenblas*.so*"))
-    return [path for path in found if path.exists()]
-
-
-def first_that_opens(libraries: Iterable[Path]) -> Path | None:
-    """None where none of these does. Its symbols stay its own."""
-    for path in libraries:
-        with contextlib.suppress(OSError):
-            ctypes.CDLL(str(path))
-            return path
-    return None
-
-
-def blas_library() -> str:
-    """The file that answers `cblas_sgemm` in this process, once mlx is loaded."""
-    if sys.platform == "darwin":
-        return "Accelerate"
-    import mlx.core as mx
-
-    mx.eval(mx.ones((2, 2)) @ mx.ones((2, 2)))
-    process = ctypes.CDLL(None)
-    try:
-        address = ctypes.cast(getattr(process, BLAS_SYMBOL), ctypes.c_void_p)
-    except AttributeError:
-        return "reference BLAS inside the mlx wheel"
-    info = _DlInfo()
-    libdl = ctypes.CDLL(None)
-    libdl.dladdr.argtypes = [ctypes.c_void_p, ctypes.POINTER(_DlInfo)]
-    if not libdl.dladdr(address, ctypes.byref(info)) or not info.dli_fname:
-        return "unknown"
-    return str(info.dli_fname.decode())
 
 
 def backend() -> str:
@@ -311,7 +222,7 @@ def describe() -> Device:
         memory_bytes=int(psutil.virtual_memory().total),
         gpu_memory_bytes=int(gpu_memory) if gpu_memory else None,
         mlx_version=metadata.version("mlx"),
-        blas=blas_library() if kind == "cpu" else "not used",
+        blas=blas.answering() if kind == "cpu" else "not used",
         dtype_policy="float32, quantized weights dequantized at load" if kind == "cpu" else "as stored",
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from serve import device, hardware
+from serve import blas, device, hardware
 from serve.tables import Table, words
 from serve.tables import show as show_tables
 
@@ -81,7 +81,7 @@ def diagnose(embedded_model: Path) -> Diagnosis:
     """Measure this machine. `embedded_model` is the folder the demo uses."""
     described = device.describe()
     rate = device.matmul_gflops(FAST_SIZE)
-    reference = _reference_gflops() if device.needs_openblas() else None
+    reference = _reference_gflops() if blas.is_needed() else None
     packages = {name: _version(name) for name in PACKAGES}
     has_model = (embedded_model / "config.json").exists() and any(embedded_model.glob("*.safetensors"))
     findings = [*_blas_findings(rate), *_kernel_findings(), *_package_findings(packages)]
@@ -112,9 +112,10 @@ def _reference_gflops() -> float | None:
 
 
 def _blas_findings(rate: float) -> list[Finding]:
-    if not device.needs_openblas():
+    if not blas.is_needed():
         return []
-    if device.find_openblas() is None:
+    library = blas.find()
+    if library is None:
         return [
             Finding(
                 "no OpenBLAS found: matmul runs on the reference BLAS, about 60 times slower",
@@ -124,9 +125,9 @@ def _blas_findings(rate: float) -> list[Finding]:
     if rate < SLOW_BLAS_GFLOPS:
         return [
             Finding(
-                f"OpenBLAS was found, yet matmul reaches {rate:.1f} GFLOP/s",
+                f"{library.name} was found, yet matmul reaches {rate:.1f} GFLOP/s",
                 "something imported mlx before serve; import serve first, or set LD_PRELOAD to "
-                f"{device.find_openblas()}",
+                f"{blas.preloaded(library)}",
             )
         ]
     return []

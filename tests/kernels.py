@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # tests/ holds a folder `serve` too
 
-from serve.device import find_openblas, needs_openblas  # noqa: E402
+from serve import blas  # noqa: E402
 
 KERNELS = ("Haswell", "Zen", "Sandybridge", "Nehalem")
 THREADS = (1, 2)
@@ -50,9 +50,19 @@ TRAIN += ("optim", "packing", "quantize", "rollouts", "trainer")
 LAWS = [f"tests/serve/test_{name}.py" for name in SERVE] + [f"tests/train/test_{name}.py" for name in TRAIN]
 
 
+def openblas() -> Path | None:
+    """The one that computes here, or would without MKL."""
+    return (
+        blas.first_that_opens(path for path in blas.files() if not blas.is_mkl(path))
+        if blas.is_needed()
+        else None
+    )
+
+
 def run(kernel: str, threads: int, words: list[str]) -> int:
     """pytest's exit status under one kernel."""
     environment = {**os.environ, "OPENBLAS_CORETYPE": kernel, "OPENBLAS_NUM_THREADS": str(threads)}
+    environment[blas.CHOICE] = str(openblas())
     command = [sys.executable, "-m", "pytest", "-m", "not large", "-n", "2", "--dist", "loadfile"]
     start_s = time.monotonic()
     status = subprocess.run([*command, *words], cwd=ROOT, env=environment, check=False).returncode
@@ -71,7 +81,7 @@ def main() -> int:
     parser.add_argument("--threads", nargs="+", type=int, default=THREADS)
     parser.add_argument("words", nargs="*", help="what pytest runs instead of the laws")
     asked = parser.parse_args()
-    if not needs_openblas() or find_openblas() is None:
+    if openblas() is None:
         print("no OpenBLAS computes here: there are no other kernels to choose from")
         return 2
     words = [CHECK, *(asked.words or LAWS)]

@@ -58,6 +58,8 @@ class Comparison:
     requests_per_client: int = 2
     size: str = "29M"
     """Of the random model: one of `standin.SIZES`."""
+    rank: int = 16
+    """Of each adapter, on all linear layers."""
     only: tuple[str, ...] = tuple(KEYS)
     """Who takes part: keys of `contest.KEYS`. vllm-mlx is left out where it is not installed."""
     time_limit_s: float | None = None
@@ -168,7 +170,7 @@ def run(
     paths: Mapping[str, Path] = {}
     if {FEW_MIXED, MANY_MIXED, ONE, UNUSED} & set(labels):
         progress(f"writing {MANY} adapters")
-        paths = standin.write_adapters(adapters, MANY, size)
+        paths = standin.write_adapters(adapters, MANY, size, ranks=(comparison.rank,))
     mx.clear_cache()
     work = Work(comparison.num_prompt_tokens, comparison.max_tokens)
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve import device
+from serve import blas
 from serve.bench.process import ServerProcess
 
 PYTHON = (sys.executable, "-P", "-m")
@@ -114,8 +114,8 @@ def _own_blas() -> dict[str, str]:
 def _same_blas() -> dict[str, str]:
     """The same, loaded for a server that does not."""
     library = _blas()
-    return {"MLX_DISABLE_COMPILE": "1", "LD_PRELOAD": str(library)} if library else {}
+    return {"MLX_DISABLE_COMPILE": "1", "LD_PRELOAD": blas.preloaded(library)} if library else {}
 
 
 def _blas() -> Path | None:
-    return device.find_openblas() if device.needs_openblas() else None
+    return blas.find() if blas.is_needed() else None

@@ -46,6 +46,7 @@ def bench_compare(
         float | None, typer.Option(help="Seconds of all rounds; what would not end in time is not begun.")
     ] = None,
     size: ModelSize = "29M",
+    rank: Annotated[int, typer.Option(min=1, help="Of each adapter, on all linear layers.")] = 16,
     vllm_mlx: Annotated[
         str | None,
         typer.Option(
@@ -72,6 +73,7 @@ def bench_compare(
         requests_per_client=requests,
         only=_chosen(only, tuple(contest.KEYS), "--only"),
         time_limit_s=time_limit,
+        rank=rank,
     )
     check_writable(json_file)
     check_writable(png, "--png")

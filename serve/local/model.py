@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from serve import device
+from serve import blas
 from serve.api.app import create_app
 from serve.api.bases import Bases
 from serve.config import load_config
@@ -237,7 +237,7 @@ def _numbered(number: int, response: Response) -> dict[str, Any]:
 
 def _warn_of_slow_blas() -> None:
     """What imports mlx before Lathe is imported leaves it the reference BLAS."""
-    if device.needs_openblas() and device.find_openblas() and "openblas" not in device.blas_library().lower():
+    if blas.is_needed() and not blas.is_answering():
         warnings.warn(
             "mlx was imported before serve, so matmul runs on the reference BLAS, about 60 times slower: "
             "`import serve` first",

@@ -227,7 +227,7 @@ def test_many_adapters_on_disk_are_served_through_few_slots_without_a_failure(ru
 def test_bench_compare_measures_all_in_turns_with_the_same_prompts(run_bench, tmp_path):
     told = run_bench(
         "bench compare --size tiny --only lathe,bare,mlx_lm,mixed8 --concurrency 1,3 --rounds 2 "
-        f"--max-tokens 6 --png {tmp_path}/picture.png"
+        f"--max-tokens 6 --rank 3 --png {tmp_path}/picture.png --folder {tmp_path}/kept"
     )
     labels = {"lathe", "bare loop", "mlx_lm.server", "lathe, 8 adapters mixed"}
     assert {(each["label"], each["concurrency"]) for each in told["results"]} == {
@@ -253,6 +253,8 @@ def test_bench_compare_measures_all_in_turns_with_the_same_prompts(run_bench, tm
     assert asked["lathe, 8 adapters mixed"] == {f"adapter-{number}" for number in range(8)}
     assert asked["lathe"] == {"model"}
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((tmp_path / "kept/adapters/adapter-31/adapter_config.json").read_text())
+    assert config["lora_parameters"]["rank"] == told["settings"]["rank"] == 3
 
 
 class Runner:

@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 import yaml
 
-from serve import device
+from serve import blas, device
 from serve.bench import standin
 from serve.errors import ConfigError, StoppedError
 from serve.model.loading import load_tokenizer, resolve
@@ -320,10 +320,10 @@ def _run_once(name: str, recipe: Path, folder: Path, bench: TrainBench) -> Run:
 
 def environment(*, preload: bool) -> dict[str, str]:
     """The same BLAS for all: Lathe loads it itself, mlx_lm has it loaded for it."""
-    library = device.find_openblas() if device.needs_openblas() else None
+    library = blas.find() if blas.is_needed() else None
     if library is None:
         return {}
-    return {"MLX_DISABLE_COMPILE": "1", **({"LD_PRELOAD": str(library)} if preload else {})}
+    return {"MLX_DISABLE_COMPILE": "1", **({"LD_PRELOAD": blas.preloaded(library)} if preload else {})}
 
 
 def lathe_steps(recipe: Path, adapter: Path) -> tuple[tuple[Step, ...], int, list[tuple[int, ...]]]:
