@@ -196,6 +196,11 @@ class Runtime:
         """Of the weights, and of what rows, caches and adapters may take beside them."""
         return self.weight_bytes + self.engine.memory.total
 
+    @property
+    def used_bytes(self) -> int:
+        """Of the weights, and of what rows, caches and adapters take beside them now."""
+        return self.weight_bytes + self.engine.stats().memory.used_bytes
+
     def close(self, reason: str = "the server is shutting down") -> None:
         """Stop the engine's thread, whose open requests end with an error that says why, and finish writing."""
         if self.watch is not None:

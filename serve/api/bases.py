@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+
+from huggingface_hub import is_offline_mode
 
 from serve import device
 from serve.adapters.registry.resolver import may_find
@@ -22,7 +24,7 @@ from serve.api.services import Services
 from serve.config import ModelConfig, ServeConfig
 from serve.embed.models import load_text_models
 from serve.engine.limits import SHARE_OF_FREE_MEMORY
-from serve.errors import ModelLoadError, StoppedError
+from serve.errors import ConfigError, LatheError, ModelLoadError, NotFoundError, StoppedError
 from serve.experiments.served import ServedExperiments
 from serve.model.loading import expected_bytes, found_here, read_config
 from serve.pool.member import Terms
@@ -85,6 +87,7 @@ class Bases:
             own = config.of_model(block) if number else config.of_first_model
             bases._add(Base(own.base_name, own, own.aliases))
             pool.add(own.base_name, Terms(own.pinned, own.idle_unload_s))
+        loader.check([block.base_name for block in config.models])
         pool.start()
         try:
             for block in config.blocks:
@@ -233,6 +236,25 @@ class _Loader:
         own = base.config.memory_budget_gib
         rows = 0 if self._share_bytes is None else rows_of_share(self._share_bytes, weights)
         return weights + (rows if own is None else int(own * 2**30))
+
+    def check(self, names: Sequence[str]) -> None:
+        """ConfigError for those of `models` that can be seen not to be there, or to be no models, before anybody
+        asks. What may still be downloaded is not looked for."""
+        problems = []
+        for number, name in enumerate(names):
+            base = self.bases.find(name)
+            assert base is not None
+            try:
+                self.look(name)
+                if is_offline_mode() and found_here(base.config.model) is None:
+                    raise NotFoundError(
+                        f"no model {base.config.model!r}: not a folder here, nor in the hub's cache, and "
+                        f"HF_HUB_OFFLINE says not to ask the hub"
+                    )
+            except LatheError as error:
+                problems.append(f"models.{number}: {error}")
+        if problems:
+            raise ConfigError("\n".join(problems))
 
     def load(self, name: str) -> Services:
         base = self.bases.find(name)

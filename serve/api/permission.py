@@ -1,4 +1,4 @@
-"""Which models the key of a request may ask for, by their names alone: before anything is looked up or loaded."""
+"""What the key of a request may ask for, by names alone: before anything is looked up, loaded or connected."""
 
 from __future__ import annotations
 
@@ -48,6 +48,17 @@ def check_model(bases: Bases, model: str) -> None:
         base = bases.find(name)  # an alias stands for what it is an alias of
         if not _allows(key, name) and not (base is not None and key.allows(base.name)):
             raise _forbidden(key, name, "" if name == model else f" ({model!a:.200} adds it)")
+
+
+def check_tools_of(server: str) -> None:
+    """ForbiddenError where the request's key may not have tools of that MCP server run."""
+    exchange = current()
+    key = exchange.key if exchange else None
+    if key is not None and not key.allows_tools_of(server):
+        may = ", ".join(key.mcp_servers or ()) or "none"
+        raise ForbiddenError(
+            f"key {key.name!r} may not use tools of MCP server {server!a:.200}; it may use those of {may}"
+        )
 
 
 def _names_in(bases: Bases, model: str) -> Sequence[str]:

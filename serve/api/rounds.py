@@ -15,6 +15,7 @@ from typing import Any
 
 from serve.api.answer import Piece, RanCall
 from serve.api.message_bodies import Message
+from serve.api.permission import check_tools_of
 from serve.api.schemas import ChatBody
 from serve.api.tool_bodies import McpEntry, ToolBody
 from serve.api.turn import Turn
@@ -39,11 +40,14 @@ class Offer:
 
 
 async def offered(servers: McpServers, body: ChatBody) -> Offer:
-    """What a body's entries of servers come to. RequestError names one that cannot be served; ToolServerError."""
+    """What a body's entries of servers come to. RequestError names one that cannot be served; ForbiddenError one that
+    the request's key may not use; ToolServerError."""
     if (body.n or 1) > 1:
         raise RequestError(
             f"n: found {body.n} beside tools of MCP servers; each answer is a talk of its own", "n"
         )
+    for entry in body.mcp:
+        check_tools_of(entry.server_label)
     listed = await asyncio.gather(*(servers.tools(entry.server_label) for entry in body.mcp))
     entries: list[Any] = [entry for entry in body.tools or () if isinstance(entry, ToolBody)]
     taken = {entry.function.name for entry in entries}

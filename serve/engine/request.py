@@ -228,6 +228,12 @@ class MemoryUse:
     """Of drafters beside the rows: a draft model's own rows, prefixes and adapters, and texts that are looked up."""
     budget_bytes: int = 0
 
+    @property
+    def used_bytes(self) -> int:
+        """Of everything, in device and host memory."""
+        held = (self.kv_bytes, self.prefix_bytes, self.feature_bytes, self.adapter_bytes)
+        return sum(held) + self.adapter_host_bytes + self.drafter_bytes
+
 
 @dataclass(frozen=True)
 class EngineStats:

@@ -39,6 +39,8 @@ class KeyConfig(Strict):
     """The same over 24 hours; a restart forgets what was used."""
     adapters: tuple[str, ...] | None = Field(None, min_length=1)
     """What `model` may be: adapters, the base, experiments, by names or patterns (`support-*`). All, if left out."""
+    mcp_servers: tuple[str, ...] | None = None
+    """Whose tools its requests may have this server run, by names or patterns; `[]`: nobody's. All, if left out."""
     admin: bool = False
     """May load, unload, roll back, pin and reset, and see everybody's requests."""
 
@@ -58,6 +60,7 @@ class KeyConfig(Strict):
             self.tenant or (ANY_TENANT if self.admin else self.name),
             self.admin,
             self.adapters,
+            self.mcp_servers,
             Limits(self.name, allowance),
         )
 
@@ -112,4 +115,4 @@ def read_keys(path: Path) -> list[Key]:
 def the_one_key(text: str) -> Key:
     """A single key that may do everything, in whosever name a header says."""
     digest = hashlib.sha256(text.encode()).digest()
-    return Key("api_key", digest, ANY_TENANT, True, None, Limits("api_key", Allowance()))
+    return Key("api_key", digest, ANY_TENANT, True, None, None, Limits("api_key", Allowance()))

@@ -23,11 +23,17 @@ class Key:
     is_admin: bool
     models: tuple[str, ...] | None
     """Names and patterns of what it may ask for; None: everything."""
+    mcp_servers: tuple[str, ...] | None
+    """Of the MCP servers whose tools its requests may have run; None: everyone's."""
     limits: Limits
 
     def allows(self, model: str) -> bool:
         """Whether it may ask for a model, an adapter or an experiment of that name, without a version."""
-        return self.models is None or any(fnmatchcase(model, pattern) for pattern in self.models)
+        return _matches(self.models, model)
+
+    def allows_tools_of(self, server: str) -> bool:
+        """Whether its requests may have tools of an MCP server run."""
+        return _matches(self.mcp_servers, server)
 
     def tenant_for(self, named: str) -> str:
         """Whose a request is that names a tenant in a header ("": none). ForbiddenError where that is another's."""
@@ -36,3 +42,7 @@ class Key:
         if named and named != self.tenant:
             raise ForbiddenError(f"X-Tenant: found {named}, but key {self.name!r} is tenant {self.tenant!r}")
         return self.tenant
+
+
+def _matches(patterns: tuple[str, ...] | None, name: str) -> bool:
+    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)

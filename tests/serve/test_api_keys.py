@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import socket
 import time
@@ -42,6 +43,8 @@ def keys_file(tmp_path_factory) -> Path:
         "{name: proxy, key: sk-proxy, tenant: '*'}",
         "{name: narrow, key: sk-narrow, adapters: ['one*']}",
         "{name: aliased, key: sk-aliased, adapters: [gpt-4o]}",
+        "{name: tooled, key: sk-tooled, mcp_servers: ['shop-*']}",
+        "{name: untooled, key: sk-untooled, mcp_servers: []}",
         "{name: few, key: sk-few, requests_per_minute: 3}",
         "{name: tokens, key: sk-tokens, tokens_per_minute: 40}",
         "{name: both, key: sk-both, requests_per_minute: 100, tokens_per_day: 5000}",
@@ -52,13 +55,19 @@ def keys_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runtime(model_folder, keys_file) -> Iterator[Runtime]:
+def runtime(model_folder, keys_file, tmp_path_factory) -> Iterator[Runtime]:
+    servers = tmp_path_factory.mktemp("mcp") / "servers.json"
+    # Nobody listens there: whoever may ask them is told so, by a 424.
+    servers.write_text(
+        json.dumps({"mcpServers": {name: {"url": "http://127.0.0.1:9/mcp"} for name in ("shop-1", "files")}})
+    )
     started = Runtime.start(
         ServeConfig(
             model=str(model_folder),
             name="lively",
             aliases=("gpt-4", "gpt-4o"),
             api_keys=keys_file,
+            mcp_servers=servers,
             allowed_origins=("https://a.example",),
         )
     )
@@ -93,6 +102,31 @@ def routes(runtime: Runtime) -> list[tuple[str, str]]:
         for method in methods
     ]
     return [*described, *(("GET", route.path) for route in app.routes if hasattr(route, "path"))]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/tokenize"])
+@pytest.mark.parametrize(
+    ("key", "label", "status"),
+    [
+        ("sk-plain", "files", 424),
+        ("sk-tooled", "shop-1", 424),
+        ("sk-tooled", "files", 403),
+        ("sk-untooled", "shop-1", 403),
+        ("sk-untooled", "nobody", 403),  # what there is, is not told either
+    ],
+)
+def test_a_key_has_tools_of_its_mcp_servers_run_and_of_no_others(ask, path, key, label, status):
+    tool = {"type": "mcp", "server_label": label, "require_approval": "never"}
+    words = [{"role": "user", "content": "hello"}]
+    body = {
+        "model": "lively",
+        "tools": [tool],
+        ("input" if path.endswith("responses") else "messages"): words,
+    }
+    answer = ask(key, path, "POST", json=body)
+    assert answer.status_code == status, answer.text
+    if status == 403:
+        assert f"may not use tools of MCP server '{label}'" in answer.json()["error"]["message"]
 
 
 def test_every_path_needs_a_key_but_those_that_say_whether_the_server_is_well(runtime, ask):

@@ -21,7 +21,7 @@ from tiny import QWEN3
 from serve.api.bases import Bases
 from serve.api.server import serving
 from serve.config import ServeConfig
-from serve.errors import ModelError
+from serve.errors import ConfigError, ModelError
 from serve.experiments.store import Store
 from serve.model.loading import expected_bytes, load
 from serve.runtime import Runtime
@@ -256,6 +256,25 @@ def test_models_are_loaded_and_unloaded_over_http_and_health_and_metrics_say_so(
         for name in ("ant", "bee"):
             http.post("/v1/models/unload", json={"model": name})
         assert ask(http, "bee") == alone["bee"]
+
+
+def test_models_that_cannot_be_there_are_told_at_the_start_all_of_them(folders, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    others = [
+        {"model": str(tmp_path / "nowhere"), "name": "a"},
+        {"model": str(folders["bee"]), "name": "b"},
+        {"model": str(tmp_path / "empty"), "name": "c"},
+        {"model": "nobody-at-all/nothing", "name": "d"},
+    ]
+    config = ServeConfig(model=str(folders["ant"]), name="ant", models=others)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError) as refused:
+        Bases.start(config)
+    told = str(refused.value).splitlines()
+    assert [line.partition(":")[0] for line in told] == ["models.0", "models.2", "models.3"]
+    assert [
+        word in line for word, line in zip(("nowhere", "empty", "HF_HUB_OFFLINE"), told, strict=True)
+    ] == [True] * 3
 
 
 def test_an_experiment_may_compare_two_bases(folders, alone, tmp_path):

@@ -70,6 +70,11 @@ class Change(NamedTuple):
     steps: tuple[Step, ...] = ()
     """In place of sources, where kernels do."""
 
+    @property
+    def is_sum(self) -> bool:
+        """The updates are computed by themselves, and are added to the layer's product, or it to them."""
+        return bool(self.sources) and self.gain is None and not isinstance(self.sources[0].share, One)
+
 
 class GroupPlan:
     """Of one group, one composition, and one number of tokens a row."""
@@ -103,12 +108,12 @@ class GroupPlan:
                 changed = fused.updated(changed, x, *step)
         elif change.gain is not None:
             changed = self._lengthened(change, x, y, own_bias)
-        elif not change.sources:
-            changed = y
-        elif isinstance(change.sources[0].share, One):
+        elif change.is_sum:
+            changed = y + self._delta(change, x, y.shape, y.dtype)
+        elif change.sources:
             changed = self._with_one(change.sources[0], x, y)
         else:
-            changed = y + self._delta(change, x, y.shape, y.dtype)
+            changed = y
         return self._finished(change, changed)
 
     def begun(self, index: int, x: mx.array, weight: mx.array, own_bias: mx.array | None) -> mx.array | None:
@@ -118,10 +123,8 @@ class GroupPlan:
         weight  [O, D], of float32, as x
         """
         change = self._changes[index]
-        if change is None or change.steps or change.gain is not None or not change.sources:
+        if change is None or not change.is_sum:
             return None
-        if isinstance(change.sources[0].share, One):
-            return None  # its own product adds to the layer's
         shape = (*x.shape[:-1], weight.shape[0])
         start = self._delta(change, x, shape, x.dtype).reshape(-1, shape[-1])
         if own_bias is not None:

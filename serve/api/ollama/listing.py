@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from serve import device
 from serve.api.bases import Bases
 from serve.api.models import Listing
 from serve.api.permission import name_to_ask_by
@@ -31,8 +32,9 @@ def running(bases: Bases) -> list[dict[str, Any]]:
     standings = {each.name: each for each in bases.pool.standings()}
     for card in Listing(bases).cards():
         if card["id"] in loaded:
-            size = loaded[card["id"]].runtime.num_bytes
-            entry = {**_entry(bases, card), "size": size, "size_vram": size}
+            size = loaded[card["id"]].runtime.used_bytes
+            on_gpu = 0 if device.backend() == "cpu" else size
+            entry = {**_entry(bases, card), "size": size, "size_vram": on_gpu}
             entry["expires_at"] = _expiry(standings[card["id"]].idle_s)
             entries.append({**entry, "context_length": card["max_model_len"]})
     return entries
