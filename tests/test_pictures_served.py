@@ -8,6 +8,7 @@ import io
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,11 @@ def client(runs):
     adapters = [{"name": name, "path": str(folder / name)} for name in TASKS]
     runtime = Runtime.start(ServeConfig(model=str(MODEL), adapters=adapters))
     with (
+        closing(runtime),
         serving(runtime) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as opened,
     ):
         yield opened
-    runtime.close()
 
 
 @pytest.fixture(scope="module")
