@@ -176,9 +176,9 @@ def test_which_of_several_plain_pictures_is_second_at_once_and_one_a_turn(client
     served = answers(client, [("shapes", messages) for messages in asked])
     differing = [pair for pair in zip(served, wanted, strict=True) if pair[0] != pair[1]]
     assert len(differing) <= 0.1 * len(asked), differing
-    alone = [answer_offline(offline["shapes"], messages) for messages in asked]
+    alone = [answer_offline(offline["shapes"], messages) for messages in asked[: 4 * number]]  # of two seeds
     assert [
-        pair for pair in zip(served, alone, strict=True) if pair[0] != pair[1][0] and pair[1][1] > CLEAR
+        pair for pair in zip(served, alone, strict=False) if pair[0] != pair[1][0] and pair[1][1] > CLEAR
     ] == []
 
 
