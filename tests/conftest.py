@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import pickle
 import random
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ import serve as serve  # before mlx: it brings a real BLAS
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
+import transformers
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
@@ -38,6 +40,7 @@ from sighted import Alone
 from tiny import QWEN3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.import_utils import create_import_structure_from_path
 from vlm_families import Reference, write_random_lora, write_vlm
 
 from serve.adapters.formats.config import AdapterConfig
@@ -136,6 +139,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Of what comes with the tests hardly anything goes again: to look for it takes as long as all the rest."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.set_threshold(10_000)
+        gc.enable()
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, three special ones: enough for any text, no training."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -199,13 +213,18 @@ def write_model(
 
 
 @pytest.fixture(scope="session", autouse=True)
-def children_have_what_users_have() -> Iterator[None]:
-    """Processes that tests start find this checkout and no torch: see tests/children. The tests' own keeps it."""
+def children_have_what_users_have(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Processes that tests start find this checkout and no torch, and know the names of transformers' models: see
+    tests/children. The tests' own keeps it."""
     path = os.pathsep.join([str(Path(__file__).parent / "children"), str(Path(__file__).parents[1])])
     if inherited := os.environ.get("PYTHONPATH"):
         path += os.pathsep + inherited
+    names = tmp_path_factory.mktemp("names") / "transformers.pickle"
+    found = create_import_structure_from_path(Path(transformers.__file__).parent / "models")
+    names.write_bytes(pickle.dumps(found))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
+        patch.setenv("TEST_NAMES", str(names))
         yield
 
 

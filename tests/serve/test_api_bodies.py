@@ -3,6 +3,7 @@
 import itertools
 import json
 import socket
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -548,7 +549,7 @@ def test_a_body_that_is_too_large_is_413_and_one_that_does_not_come_is_408(folde
     runtime = Runtime.start(
         ServeConfig(model=str(folder), name="lively", max_body_mib=0.1, body_timeout_s=0.3)
     )
-    with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
+    with closing(runtime), serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
         pieces = (b" " * 65536 for _ in range(1600))  # 100 MB, without saying so before
         for content in (b" " * 200_000, pieces):
             answer = http.post(
@@ -563,7 +564,6 @@ def test_a_body_that_is_too_large_is_413_and_one_that_does_not_come_is_408(folde
                 assert told in slow.recv(1000).split(b"\r\n")[0]
         small = {"model": "lively", "prompt": "x", "max_tokens": 1}
         assert http.post("/v1/completions", json=small).status_code == 200
-    runtime.close()
 
 
 def test_no_path_of_an_adapter_is_worse_than_a_4xx(http, quiet, tmp_path):
@@ -604,45 +604,50 @@ HINTED = {
 
 def test_hints_change_nothing_and_stand_in_the_readme(http, model_folder):
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="plain"))
-    readme = (ROOT / "README.md").read_text()
-    with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as plain:
+    with closing(runtime):
+        readme = (ROOT / "README.md").read_text()
+        with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as plain:
 
-        def ask(turn: dict, **fields) -> Any:
-            body = {
-                "model": "plain",
-                "messages": [turn, turn],
-                "max_tokens": 6,
-                "seed": 1,
-                "ignore_eos": True,
+            def ask(turn: dict, **fields) -> Any:
+                body = {
+                    "model": "plain",
+                    "messages": [turn, turn],
+                    "max_tokens": 6,
+                    "seed": 1,
+                    "ignore_eos": True,
+                }
+                answer = plain.post("/v1/chat/completions", json={**body, **fields})
+                assert answer.status_code == 200, answer.text
+                return answer.json()["choices"]
+
+            turn = {"role": "assistant", "content": "Hi"}
+            asked = ask(turn)
+            for name, value in {
+                **HINTED,
+                "reasoning_effort": "high",
+                "verbosity": "high",
+                "top_logprobs": 0,
+            }.items():
+                assert ask(turn, **{name: value}) == asked
+            assert ask(turn, max_tokens=6.0, seed=1.0, top_k=0.0, n=1.0) == asked
+            turns = {
+                "name": "bob",
+                "reasoning_content": "hm",
+                "reasoning": "hm",
+                "reasoning_details": [{"x": 1}],
             }
-            answer = plain.post("/v1/chat/completions", json={**body, **fields})
-            assert answer.status_code == 200, answer.text
-            return answer.json()["choices"]
-
-        turn = {"role": "assistant", "content": "Hi"}
-        asked = ask(turn)
-        for name, value in {
-            **HINTED,
-            "reasoning_effort": "high",
-            "verbosity": "high",
-            "top_logprobs": 0,
-        }.items():
-            assert ask(turn, **{name: value}) == asked
-        assert ask(turn, max_tokens=6.0, seed=1.0, top_k=0.0, n=1.0) == asked
-        turns = {"name": "bob", "reasoning_content": "hm", "reasoning": "hm", "reasoning_details": [{"x": 1}]}
-        turns |= {
-            "refusal": "no",
-            "annotations": [{}],
-            "cache_control": {"type": "ephemeral"},
-            "tool_calls": [],
-        }
-        for name, value in turns.items():
-            assert ask({**turn, name: value}) == asked
-        part = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
-        assert ask({**turn, "content": [part]}) == asked
-        for name in [*HINTED, *turns, "reasoning_effort", "verbosity"]:
-            assert f"`{name}`" in readme
-    runtime.close()
+            turns |= {
+                "refusal": "no",
+                "annotations": [{}],
+                "cache_control": {"type": "ephemeral"},
+                "tool_calls": [],
+            }
+            for name, value in turns.items():
+                assert ask({**turn, name: value}) == asked
+            part = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
+            assert ask({**turn, "content": [part]}) == asked
+            for name in [*HINTED, *turns, "reasoning_effort", "verbosity"]:
+                assert f"`{name}`" in readme
 
 
 def test_what_the_template_reads_of_a_message_reaches_it(http):
@@ -697,7 +702,7 @@ def test_a_turn_that_says_something_else_than_its_role_may_is_400(http, turn, to
 
 def test_a_history_with_tools_is_told_in_words_where_the_template_would_drop_it(model_folder):
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="plain"))
-    with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as plain:
+    with closing(runtime), serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as plain:
 
         def num_tokens(*turns: dict) -> int:
             messages = [{"role": "user", "content": "x"}, *turns]
@@ -712,7 +717,6 @@ def test_a_history_with_tools_is_told_in_words_where_the_template_would_drop_it(
         # It writes any role and its content.
         result = {"role": "tool", "content": "seen", "tool_call_id": "c1"}
         assert num_tokens(calling, result) == num_tokens(calling, {"role": "tool", "content": "seen"})
-    runtime.close()
 
 
 @pytest.mark.parametrize("name", ["reasoning_effort", "verbosity"])

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -185,10 +186,9 @@ def test_a_request_is_served_as_by_a_server_whose_default_it_asks_for(client, mo
     runtime = Runtime.start(
         ServeConfig(model=str(model_folder), name="lively", prefill_chunk_tokens=64, kv_bits=3.5)
     )
-    with serving(runtime) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x") as other:
+    with closing(runtime), serving(runtime) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x") as other:
         plain = [complete(client, **asked), complete(other, **asked, kv_bits=16)]
         small = [complete(client, **asked, kv_bits=3.5), complete(other, **asked)]
-    runtime.close()
     for one, two in (plain, small):
         assert one.choices[0].text == two.choices[0].text
         assert one.choices[0].logprobs.token_logprobs == two.choices[0].logprobs.token_logprobs
@@ -355,21 +355,23 @@ def test_a_reset_forgets_ones_own_prefixes_or_without_a_tenant_all(http, client,
 
 def test_beyond_loopback_nobody_resets_what_others_keep(model_folder):
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="lively", host="0.0.0.0"))
-    with serving(runtime) as url:
+    with closing(runtime), serving(runtime) as url:
         refused = httpx.post(f"{url}/v1/cache/reset")
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden")
         assert httpx.post(f"{url}/v1/cache/reset", headers={"X-Tenant": "me"}).status_code == 200
-    runtime.close()
 
 
 def test_a_cache_of_nothing_finds_nothing_and_says_so(model_folder):
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="lively", prefix_cache_gib=0))
-    with serving(runtime) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x") as client:
+    with (
+        closing(runtime),
+        serving(runtime) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="x") as client,
+    ):
         assert [cached(complete(client).usage) for _ in range(2)] == [0, 0]
         stats = httpx.get(f"{url}/v1/cache/stats").json()
         assert (stats["enabled"], stats["prefix_bytes"], stats["num_queries"]) == (False, 0, 0)
         assert httpx.post(f"{url}/v1/cache/reset").status_code == 200
-    runtime.close()
 
 
 def test_a_folder_of_prefixes_is_found_by_the_next_server(model_folder, tmp_path):
@@ -379,11 +381,14 @@ def test_a_folder_of_prefixes_is_found_by_the_next_server(model_folder, tmp_path
     texts = []
     for expected in (0, len(PROMPT) - 1):
         runtime = Runtime.start(config)
-        with serving(runtime) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x") as client:
+        with (
+            closing(runtime),
+            serving(runtime) as url,
+            openai.OpenAI(base_url=f"{url}/v1", api_key="x") as client,
+        ):
             answer = complete(client, max_tokens=12)
             texts.append(answer.choices[0].text)
             assert cached(answer.usage) == expected
-        runtime.close()
     assert texts[0] == texts[1]
     assert len(set(texts[0])) > 3
 
@@ -430,7 +435,7 @@ def test_one_budget_holds_whatever_comes_while_nothing_runs(model_folder, make_a
             adapter_budget_gib=3 / 1024,
         )
     )
-    with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
+    with closing(runtime), serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
 
         def used() -> dict[str, int]:
             stats = http.get("/v1/cache/stats").json()
@@ -450,7 +455,6 @@ def test_one_budget_holds_whatever_comes_while_nothing_runs(model_folder, make_a
             assert answer.status_code == (200 if rank == 64 else 507), "one makes room for another, if it can"
             assert wait_for(lambda: used()["num_evicted"] > 0)
         assert used()["prefix_bytes"] < full["prefix_bytes"] - 2**20
-    runtime.close()
 
 
 def test_what_a_scheme_needs_is_not_imported_on_the_loop_that_serves_everyone(model_folder):

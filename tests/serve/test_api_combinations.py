@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack, closing
 from typing import Any
 
 import httpx
@@ -36,24 +37,22 @@ def merged(make_adapter, tmp_path_factory):
 @pytest.fixture
 def start(model_folder, make_adapter):
     """start(**keys of the configuration) → a client of a server with adapters a and b."""
-    opened: list[Any] = []
+    adapters = [{"name": "a", "path": str(make_adapter(1))}, {"name": "b", "path": str(make_adapter(2))}]
+    with ExitStack() as opened:
 
-    def start(**keys: Any) -> httpx.Client:
-        adapters = [{"name": "a", "path": str(make_adapter(1))}, {"name": "b", "path": str(make_adapter(2))}]
-        config = ServeConfig(**{"model": str(model_folder), "name": "lively", "adapters": adapters, **keys})
-        runtime = Runtime.start(config)
-        server = serving(runtime)
-        client = httpx.Client(base_url=server.__enter__(), timeout=60)
-        opened.append((runtime, server, client))
-        return client
+        def start(**keys: Any) -> httpx.Client:
+            config = {"model": str(model_folder), "name": "lively", "adapters": adapters, **keys}
+            runtime = opened.enter_context(closing(Runtime.start(ServeConfig(**config))))
+            opened.callback(check_nothing_is_held, runtime)
+            url = opened.enter_context(serving(runtime))
+            return opened.enter_context(httpx.Client(base_url=url, timeout=60))
 
-    yield start
-    for runtime, server, client in opened:
-        client.close()
-        server.__exit__(None, None, None)
-        runtime.engine.registry.check_integrity()
-        assert all(runtime.registry.num_pins(version) == 0 for version in runtime.registry.versions())
-        runtime.close()
+        yield start
+
+
+def check_nothing_is_held(runtime: Runtime) -> None:
+    runtime.engine.registry.check_integrity()
+    assert all(runtime.registry.num_pins(version) == 0 for version in runtime.registry.versions())
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import httpx
@@ -32,9 +32,8 @@ def start(folder: Any, **config: Any) -> Runtime:
 
 @contextmanager
 def browsing(runtime: Runtime):
-    with serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
+    with closing(runtime), serving(runtime) as url, httpx.Client(base_url=url, timeout=60) as http:
         yield http
-    runtime.close()
 
 
 @pytest.fixture(scope="module")

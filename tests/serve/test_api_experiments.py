@@ -2,6 +2,7 @@
 
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import httpx
 import openai
@@ -201,7 +202,6 @@ def test_a_store_that_cannot_be_written_does_not_cost_the_answer(ask, http, runt
 
 def test_feedback_without_experiments_is_404(model_folder):
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="lively"))
-    with serving(runtime) as url, httpx.Client(base_url=url) as http:
+    with closing(runtime), serving(runtime) as url, httpx.Client(base_url=url) as http:
         answer = http.post("/v1/feedback", json={"id": "a", "name": "b", "value": 0})
-    runtime.close()
     assert answer.status_code == 404

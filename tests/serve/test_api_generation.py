@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import httpx
 import openai
@@ -21,9 +22,8 @@ def url(model_folder, make_adapter):
     adapters = [{"name": f"a{i}", "path": make_adapter(i)} for i in (1, 2)]
     config = ServeConfig(model=str(model_folder), name="lively", adapters=adapters, max_rows=8, max_waiting=4)
     runtime = Runtime.start(config)
-    with serving(runtime) as found:
+    with closing(runtime), serving(runtime) as found:
         yield found
-    runtime.close()
 
 
 def chat(client, **changes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from contextlib import closing
 from typing import Any
 
 import anthropic
@@ -45,9 +46,8 @@ def text(words: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def url(vlm_folder):
     runtime = Runtime.start(ServeConfig(model=str(vlm_folder("qwen2_vl")), name="sees", max_rows=4))
-    with serving(runtime) as opened:
+    with closing(runtime), serving(runtime) as opened:
         yield opened
-    runtime.close()
 
 
 def chat(url: str, *messages: dict[str, Any]) -> tuple[str, int]:

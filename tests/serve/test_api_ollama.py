@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import httpx
@@ -58,9 +59,8 @@ def folder(make_model):
 @pytest.fixture(scope="module")
 def url(folder) -> Iterator[str]:
     runtime = Runtime.start(ServeConfig(model=str(folder), name="m", max_rows=8, default_max_tokens=40))
-    with serving(runtime) as url:
+    with closing(runtime), serving(runtime) as url:
         yield url
-    runtime.close()
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_a_raw_prompt_takes_no_template(llama):
 
 def test_a_stream_that_waits_says_so_in_lines_that_bring_nothing(folder):
     runtime = Runtime.start(ServeConfig(model=str(folder), name="m", max_rows=1, stream_keep_alive_s=0.01))
-    with serving(runtime) as url:
+    with closing(runtime), serving(runtime) as url:
         body = {"model": "m", "prompt": "x", "max_tokens": 1500, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as first:
             busy = first.iter_lines()
@@ -253,30 +253,29 @@ def test_a_stream_that_waits_says_so_in_lines_that_bring_nothing(folder):
             first.close()
             said = "".join(part.message.content for part in waiting)
         assert said == llama.chat(**asked()).message.content
-    runtime.close()
 
 
 def test_texts_become_the_vectors_of_openais_endpoint(model_folder, tmp_path):
     write_embedder(tmp_path / "tiny", "bert")
     blocks = [{"name": "tiny", "model": str(tmp_path / "tiny")}]
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="m", embedding_models=blocks))
-    texts = ["The lamp arrived broken.", "a", "word " * 2000]
-    with serving(runtime) as url:
-        llama = ollama.Client(host=url)
-        found = llama.embed(model="tiny:latest", input=texts)
-        body = {"model": "tiny", "input": texts, "truncate_prompt_tokens": -1}
-        expected = httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).json()
-        assert [list(vector) for vector in found.embeddings] == [
-            each["embedding"] for each in expected["data"]
-        ]
-        assert found.prompt_eval_count == expected["usage"]["prompt_tokens"]
-        one = llama.embeddings(model="tiny", prompt=texts[0])
-        # A row of another batch is rounded otherwise.
-        assert one.embedding == pytest.approx(expected["data"][0]["embedding"], abs=1e-5)
-        with pytest.raises(ollama.ResponseError) as caught:
-            llama.embed(model="tiny", input=texts[2], truncate=False)
-        assert caught.value.status_code == 400
-        listed = {model.model: model.details.family for model in llama.list().models}
-        assert listed == {"m": "qwen3", "tiny": "bert"}
-        assert llama.show("tiny").capabilities == ["embedding"]
-    runtime.close()
+    with closing(runtime):
+        texts = ["The lamp arrived broken.", "a", "word " * 2000]
+        with serving(runtime) as url:
+            llama = ollama.Client(host=url)
+            found = llama.embed(model="tiny:latest", input=texts)
+            body = {"model": "tiny", "input": texts, "truncate_prompt_tokens": -1}
+            expected = httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).json()
+            assert [list(vector) for vector in found.embeddings] == [
+                each["embedding"] for each in expected["data"]
+            ]
+            assert found.prompt_eval_count == expected["usage"]["prompt_tokens"]
+            one = llama.embeddings(model="tiny", prompt=texts[0])
+            # A row of another batch is rounded otherwise.
+            assert one.embedding == pytest.approx(expected["data"][0]["embedding"], abs=1e-5)
+            with pytest.raises(ollama.ResponseError) as caught:
+                llama.embed(model="tiny", input=texts[2], truncate=False)
+            assert caught.value.status_code == 400
+            listed = {model.model: model.details.family for model in llama.list().models}
+            assert listed == {"m": "qwen3", "tiny": "bert"}
+            assert llama.show("tiny").capabilities == ["embedding"]

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 
 import anyio
@@ -38,8 +39,8 @@ def runtime(model_folder, tmp_path_factory):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     config = ServeConfig(model=str(folder), name="m", max_render_s=LIMIT_S, max_context=CONTEXT)
     runtime = Runtime.start(config)
-    yield runtime
-    runtime.close()
+    with closing(runtime):
+        yield runtime
 
 
 @pytest.fixture(scope="module")

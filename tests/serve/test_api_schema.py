@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -99,11 +100,10 @@ def url(model_folder, tmp_path_factory):
             embedding_models=[{"name": "tiny", "model": str(encoder), "dimensions": True}],
         )
     )
-    with serving(runtime) as url:
+    with closing(runtime), serving(runtime) as url:
         yield url
         assert runtime.worker.failure is None
         assert not runtime.engine.has_work
-    runtime.close()
 
 
 def narrowed(description: dict) -> dict:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import h11
@@ -39,15 +39,13 @@ LONG = {"model": "lively", "prompt": "hello there", "max_tokens": 900, "ignore_e
 @pytest.fixture
 def start(model_folder):
     """start(**config) → a Runtime, closed at the end."""
-    started = []
+    with ExitStack() as started:
 
-    def begin(**fields) -> Runtime:
-        started.append(Runtime.start(ServeConfig(model=str(model_folder), name="lively", **fields)))
-        return started[-1]
+        def begin(**fields) -> Runtime:
+            config = ServeConfig(model=str(model_folder), name="lively", **fields)
+            return started.enter_context(closing(Runtime.start(config)))
 
-    yield begin
-    for runtime in started:
-        runtime.close()
+        yield begin
 
 
 @contextmanager

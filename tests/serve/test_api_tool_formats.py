@@ -66,7 +66,7 @@ def asked(**fields) -> dict:
     return {"model": "m", "messages": MESSAGES, "tools": [WEATHER, NOW], **random, **fields}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.large)])
 def test_a_call_that_must_be_made_is_made_and_streamed_as_it_is_told_whole(client, seed):
     named = {"type": "function", "function": {"name": "get_weather"}}
     for choice in (named, "required"):

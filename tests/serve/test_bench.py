@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -238,9 +239,8 @@ def test_clients_are_as_many_as_asked_for_and_no_more():
 def url(model_folder, make_adapter):
     adapters = [{"name": f"a{i}", "path": make_adapter(i)} for i in (1, 2)]
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="lively", adapters=adapters))
-    with serving(runtime) as found:
+    with closing(runtime), serving(runtime) as found:
         yield found
-    runtime.close()
 
 
 def test_a_real_server_is_measured_with_prompts_of_the_asked_length(url, model_folder):

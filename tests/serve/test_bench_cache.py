@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from contextlib import closing
 from itertools import count
 
 import pytest
@@ -53,9 +54,8 @@ def answer(*arrivals_s: float, prompt: int = 10, cached: int = 0, error: str | N
 @pytest.fixture(scope="module")
 def url(model_folder):
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="lively"))
-    with serving(runtime) as found:
+    with closing(runtime), serving(runtime) as found:
         yield found
-    runtime.close()
 
 
 @pytest.fixture(scope="module")

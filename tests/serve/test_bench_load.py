@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections import Counter
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice, pairwise
 from pathlib import Path
@@ -396,9 +397,8 @@ def test_an_endless_supply_ends_with_the_time_limit(recording):
 def url(model_folder, make_adapter):
     adapters = [{"name": f"a{i}", "path": make_adapter(i)} for i in (1, 2, 3)]
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="lively", adapters=adapters))
-    with serving(runtime) as found:
+    with closing(runtime), serving(runtime) as found:
         yield found
-    runtime.close()
 
 
 def run(words: str, out) -> dict:
@@ -497,7 +497,7 @@ def test_pictures_and_clips_stand_before_the_words_and_come_round_when_all_were_
 
 def test_a_server_that_sees_is_asked_with_pictures_and_clips(tmp_path):
     runtime = Runtime.start(ServeConfig(model=str(ROOT / "data" / "shapes"), name="shapes"))
-    with serving(runtime) as url:
+    with closing(runtime), serving(runtime) as url:
         words = ["bench", "serve", "--url", url, "--concurrency", "2", "--requests", "4", "--max-tokens", "3"]
         shown = [
             "--images",
@@ -513,7 +513,6 @@ def test_a_server_that_sees_is_asked_with_pictures_and_clips(tmp_path):
         ]
         with pytest.raises(SystemExit) as stop:
             lathe.main([*words, *shown, "--prompt-tokens", "16", "--json", str(tmp_path / "n.json")])
-    runtime.close()
     assert not stop.value.code
     numbers = json.loads((tmp_path / "n.json").read_text())
     assert numbers["settings"]["workload"]["shown"]["num_images"] == 1

@@ -123,6 +123,19 @@ def test_mkl_comes_before_a_systems_openblas_that_before_opencvs_and_many_thread
     assert blas.files(tmp_path, environments) == [new, oneapi, many, one, *opencvs]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="on Linux alone")
+@pytest.mark.parametrize(
+    ("beside", "is_needed"), [((), True), (("mlx_cpu",), True), (("mlx_cpu", "mlx_cuda_13"), False)]
+)
+def test_a_cuda_backend_is_known_by_its_wheels_folder(tmp_path, beside, is_needed):
+    for name in ("mlx/lib", *(f"{each}-0.32.4.dist-info" for each in beside)):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("mlx/__init__.py", "mlx/lib/libmlx.so"):
+        (tmp_path / name).touch()
+    first = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+    assert told(f"{first}from serve import blas; print(blas.is_needed())") == str(is_needed)
+
+
 @needs_openblas
 def test_a_library_that_does_not_open_is_passed_by(tmp_path):
     broken = tmp_path / "libopenblas.so.0"

@@ -469,9 +469,8 @@ def endless_folder(model_folder, tmp_path_factory) -> Path:
 def one_row(endless_folder) -> Iterator[str]:
     """A server with a single row: an answer begins only when the one before it has left the engine."""
     runtime = Runtime.start(ServeConfig(model=str(endless_folder), name="endless", max_rows=1))
-    with serving(runtime) as url:
+    with closing(runtime), serving(runtime) as url:
         yield url
-    runtime.close()
 
 
 ENDLESS = 2**17 - 2**12

@@ -8,7 +8,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import httpx
@@ -29,18 +29,14 @@ HEAD = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
 @pytest.fixture
 def start(model_folder) -> Iterator:
     """start(**config) → runtime and URL, ended at the end."""
-    opened = []
+    with ExitStack() as opened:
 
-    def begin(**fields):
-        runtime = Runtime.start(ServeConfig(model=str(model_folder), name="lively", **fields))
-        context = serving(runtime)
-        opened.append((context, runtime))
-        return runtime, context.__enter__()
+        def begin(**fields):
+            config = ServeConfig(model=str(model_folder), name="lively", **fields)
+            runtime = opened.enter_context(closing(Runtime.start(config)))
+            return runtime, opened.enter_context(serving(runtime))
 
-    yield begin
-    for context, runtime in opened:
-        context.__exit__(None, None, None)
-        runtime.close()
+        yield begin
 
 
 def connect(url: str, **options) -> socket.socket:

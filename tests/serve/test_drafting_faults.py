@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -43,9 +43,8 @@ def served(folder: str, **config: Any):
     """A server that checks every guess, whatever it costs."""
     made = ServeConfig.model_validate({"model": folder, "name": "lively", "max_rows": 8, **config})
     runtime = Runtime.around(load(folder, name="lively"), made, Eager(6))
-    with serving(runtime) as url, httpx.Client(base_url=url, timeout=120) as http:
+    with closing(runtime), serving(runtime) as url, httpx.Client(base_url=url, timeout=120) as http:
         yield http
-    runtime.close()
 
 
 def ask(http: httpx.Client, path: str = "/v1/completions", **fields: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from drafting import Fitful, Foreteller
+from either_way import either_way
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 from mlx_vlm import turboquant
 
@@ -396,8 +397,7 @@ def test_rows_of_every_family_match_its_own_cache(family, make_request):
             assert (mx.max(row) - row[token]).item() < 1e-3
 
 
-@pytest.mark.parametrize("family", RECURRENT, indirect=True)
-@pytest.mark.parametrize("ahead", [False, True], ids=["in step", "one ahead"])
+@pytest.mark.parametrize(("family", "ahead"), either_way(RECURRENT), indirect=["family"])
 def test_drafts_change_no_token_of_families_that_keep_a_state(family, ahead, make_request, assert_drawn):
     """Rows with and without guesses, right, wrong and in part right, that come and go, beside prompts in chunks."""
     samplings = [{}, {"temperature": 1.0, "seed": 3}]

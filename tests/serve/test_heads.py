@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from drafting import Eager
+from either_way import either_way
 from heads import (
     DEEP,
     DEEPSEEK_V3,
@@ -321,8 +322,7 @@ def test_scratch_stays_in_its_row_where_that_ends(name, kind_of, in_company, mak
     assert cut > 2
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["in step", "one ahead"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "ahead"), either_way(KINDS))
 def test_answers_are_the_targets_whatever_is_guessed(name, ahead, in_company, assert_drawn):
     company = in_company(name, ahead=ahead)
     answers = run(company, company.requests)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -360,12 +361,12 @@ def test_a_request_names_a_configured_server_and_nothing_else(client, tool, stat
 def test_a_server_without_a_file_runs_nothing(model_folder):
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="m"))
     with (
+        closing(runtime),
         serving(runtime) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as plain,
         pytest.raises(openai.BadRequestError, match="none is configured"),
     ):
         plain.chat.completions.create(**asked(tool_choice="auto"))
-    runtime.close()
 
 
 def test_a_client_that_leaves_while_a_tool_runs_leaves_nothing_and_hurts_nobody(client):

@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -36,17 +36,15 @@ def served(model_folder, make_adapter) -> Iterator[str]:
         {"name": name, "path": str(make_adapter(seed))} for name, seed in (("first", 1), ("second", 2))
     ]
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="base", adapters=adapters))
-    with serving(runtime) as url:
+    with closing(runtime), serving(runtime) as url:
         yield url
-    runtime.close()
 
 
 @pytest.fixture(scope="module")
 def seeing() -> Iterator[str]:
     runtime = Runtime.start(ServeConfig(model=str(ROOT / "data/shapes"), name="shapes"))
-    with serving(runtime) as url:
+    with closing(runtime), serving(runtime) as url:
         yield url
-    runtime.close()
 
 
 @pytest.fixture
@@ -103,13 +101,12 @@ def test_no_file_of_the_page_has_a_way_to_make_html_of_text(name):
 
 def test_a_server_may_have_no_page(model_folder):
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="base", ui=False))
-    with serving(runtime) as url:
+    with closing(runtime), serving(runtime) as url:
         assert (
             httpx.get(f"{url}/ui/", timeout=60).status_code
             == httpx.get(f"{url}/ui", timeout=60).status_code
             == 404
         )
-    runtime.close()
 
 
 # In the browser.
@@ -341,7 +338,7 @@ def test_thoughts_are_folded_above_the_answer(opened, model_folder):
         thinking_start_token="<think>", thinking_end_token="</think>",
     )  # fmt: skip
     runtime = Runtime.start(config)
-    with serving(runtime) as url:
+    with closing(runtime), serving(runtime) as url:
         page = opened(url)
         page.page.fill("[data-field=thinking_budget]", "9")
         page.answers("So be it.")
@@ -361,14 +358,13 @@ def test_thoughts_are_folded_above_the_answer(opened, model_folder):
         )
         assert page.page.evaluate(AT_END)
         assert page.asked[1]["messages"][1]["reasoning_content"]
-    runtime.close()
 
 
 def test_stop_ends_the_answer_and_keeps_what_came(opened, make_model):
     # Its answer takes long enough for a slow page to stop it.
     folder = make_model("talkative", {**QWEN3, "max_position_embeddings": 1 << 16})
     runtime = Runtime.start(ServeConfig(model=str(folder), name="base", max_rows=1, max_waiting=0))
-    with serving(runtime) as url:
+    with closing(runtime), serving(runtime) as url:
         page = opened(url)
         page.page.fill("#other", '{"ignore_eos": true}')
         for number, end in enumerate(
@@ -388,14 +384,13 @@ def test_stop_ends_the_answer_and_keeps_what_came(opened, make_model):
                     if (status := http.post(f"{url}/v1/chat/completions", json=body).status_code) == 200:
                         break
                 assert status == 200
-    runtime.close()
 
 
 def test_stop_ends_a_thought_too(opened, model_folder):
     config = ServeConfig(model=str(model_folder), name="base", reasoning_parser="deepseek_r1", max_rows=1)
     config = config.model_copy(update={"thinking_start_token": "<think>", "thinking_end_token": "</think>"})
     runtime = Runtime.start(config)
-    with serving(runtime) as url:
+    with closing(runtime), serving(runtime) as url:
         page = opened(url)
         page.page.fill("#other", '{"ignore_eos": true}')
         page.say("hi")
@@ -410,7 +405,6 @@ def test_stop_ends_a_thought_too(opened, model_folder):
         # An answer that is a thought alone is a turn all the same.
         roles = [message["role"] for message in page.asked[1]["messages"]]
         assert roles == ["user", "assistant", "user"]
-    runtime.close()
 
 
 def test_turns_are_edited_asked_again_and_deleted(opened, served):
@@ -646,7 +640,7 @@ def test_an_answer_that_breaks_off_is_kept_with_the_reason(events, said, opened,
 def test_a_server_that_wants_a_key_is_given_one_and_it_is_forgotten_with_the_tab(opened, model_folder):
     config = ServeConfig(model=str(model_folder), name="base", api_key="a-long-secret-of-ours")
     runtime = Runtime.start(config)
-    with serving(runtime) as url:
+    with closing(runtime), serving(runtime) as url:
         page = opened(url)
         expect(page.page.locator("#model")).to_have_text("needs a key")
         assert page.page.evaluate("document.activeElement.id") == "key"
@@ -664,4 +658,3 @@ def test_a_server_that_wants_a_key_is_given_one_and_it_is_forgotten_with_the_tab
         page.page.check("#keep-key")
         assert page.page.evaluate("localStorage['lathe.key']") == '"a-long-secret-of-ours"'
         page.faults = [fault for fault in page.faults if "401" not in fault]
-    runtime.close()

@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -69,9 +69,8 @@ def test_what_is_no_address_is_named_with_one_that_is(typed):
 @pytest.fixture(scope="module")
 def url(model_folder) -> Iterator[str]:
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="lively"))
-    with serving(runtime) as found:
+    with closing(runtime), serving(runtime) as found:
         yield found
-    runtime.close()
 
 
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import httpx
 import openai
@@ -56,9 +56,9 @@ def runtime(make_model, make_adapter_of) -> Iterator[Runtime]:
         adapters=[{"name": "a1", "path": make_adapter_of(folder, 1)}],
     )
     runtime = Runtime.start(config)
-    yield runtime
-    assert runtime.worker.failure is None
-    runtime.close()
+    with closing(runtime):
+        yield runtime
+        assert runtime.worker.failure is None
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,10 @@ def shown(seed: int, size: int = 56) -> str:
 @pytest.fixture(scope="module")
 def url(vlm_folder: Callable[[str], Path]) -> Iterator[str]:
     runtime = Runtime.start(ServeConfig(model=str(vlm_folder("qwen2_vl")), name="sees"))
-    with serving(runtime) as found:
-        yield found
-    assert runtime.worker.failure is None
-    runtime.close()
+    with closing(runtime):
+        with serving(runtime) as found:
+            yield found
+        assert runtime.worker.failure is None
 
 
 def seen(client: openai.OpenAI, items: list[dict], **changes) -> list[float]:

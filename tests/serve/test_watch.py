@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from itertools import pairwise
 from pathlib import Path
 
@@ -498,16 +499,15 @@ def test_an_empty_folder_and_a_missing_one_stand_for_nothing(tmp_path):
 @pytest.fixture
 def serve(model_folder):
     """serve(**config) → a Runtime that looks every 10 ms, closed at the end."""
-    started = []
+    with ExitStack() as started:
 
-    def begin(**fields: object) -> Runtime:
-        config = ServeConfig(model=str(model_folder), name="lively", adapter_watch_interval_s=0.01, **fields)
-        started.append(Runtime.start(config))
-        return started[-1]
+        def begin(**fields: object) -> Runtime:
+            config = ServeConfig(
+                model=str(model_folder), name="lively", adapter_watch_interval_s=0.01, **fields
+            )
+            return started.enter_context(closing(Runtime.start(config)))
 
-    yield begin
-    for runtime in started:
-        runtime.close()
+        yield begin
 
 
 def wait_for(http: httpx.Client, fact: Callable[[dict], bool], timeout_s: float = 120) -> dict:

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -79,10 +79,10 @@ def train(words) -> Callable[..., str]:
 def served(model_folder) -> Iterator[tuple[Runtime, str]]:
     """A server of the model that is trained on, and its address."""
     runtime = Runtime.start(ServeConfig(model=str(model_folder), name="lively"))
-    with serving(runtime) as url:
-        yield runtime, url
-    runtime.engine.registry.check_integrity()
-    runtime.close()
+    with closing(runtime):
+        with serving(runtime) as url:
+            yield runtime, url
+        runtime.engine.registry.check_integrity()
 
 
 def test_a_demo_whose_server_took_no_checkpoint_says_so(served):
