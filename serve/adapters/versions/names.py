@@ -14,6 +14,8 @@ def label_problem(name: str) -> str | None:
     """The same where a version may be named: log lines, headers and metrics take one line of printable text."""
     if not name:
         return "a name is not empty"
+    if name in (".", ".."):
+        return "clients take that for a place in an address"
     if len(name) > LONGEST_NAME:
         return f"a name has at most {LONGEST_NAME} characters"
     if not name.isprintable():  # line breaks, control characters, half surrogate pairs, invisible characters
