@@ -176,6 +176,8 @@ FLAGS_GIVEN = {
     "models_budget_gib": 4.0,
     "idle_unload_s": 9.0,
     "context_overflow": "truncate",
+    "adapter_dir": [Path("a"), Path("b")],
+    "max_adapters": 3,
     "adapter_watch": [Path("w")],
     "memory_budget_gib": 3.0,
     "prefix_cache_gib": 0.5,
