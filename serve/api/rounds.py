@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from serve.api.answer import Piece, RanCall
@@ -54,13 +55,21 @@ async def offered(servers: McpServers, body: ChatBody) -> Offer:
     owners: dict[str, tuple[str, str]] = {}
     for entry, tools in zip(body.mcp, listed, strict=True):
         for tool in _allowed(entry, tools):
-            name = tool.name if tool.name not in taken else f"{entry.server_label}__{tool.name}"
+            name = _free_name(entry.server_label, tool.name, taken)
             taken.add(name)
             owners[name] = (entry.server_label, tool.name)
             entries.append(_entry(name, tool))
     told = body.model_copy(update={"tools": entries})
     told.check_choice()
     return Offer(told, owners)
+
+
+def _free_name(server: str, tool: str, taken: Container[str]) -> str:
+    """What a function is called: as the tool, if nothing else is."""
+    name = tool if tool not in taken else f"{server}__{tool}"
+    return next(
+        each for number in count(1) if (each := name if number == 1 else f"{name}_{number}") not in taken
+    )
 
 
 def _allowed(entry: McpEntry, tools: Sequence[Tool]) -> list[Tool]:

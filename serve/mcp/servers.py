@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,6 +25,10 @@ MAX_MESSAGE_BYTES = 8 << 20
 CLOSE_S = 5.0
 CONNECTION_CLOSED = -32000
 """As the mcp package tells of it."""
+
+
+class _ForgottenError(Exception):
+    """The server knows the session no more, and has not done what it was asked."""
 
 
 class McpServers:
@@ -131,7 +135,7 @@ class _Server:
         line = await self._connected()
         if self._tools is None or line.changed.is_set():
             line.changed.clear()
-            self._tools = await self._within(line, _listed(line.client.result()), "listing its tools")
+            self._tools = await self._asked(_listed, "listing its tools")
         return self._tools
 
     async def call(self, tool: str, arguments: Mapping[str, Any]) -> str:
@@ -139,9 +143,9 @@ class _Server:
             raise ToolServerError(f"MCP server {self._name!r} has {MAX_PENDING} calls to answer already")
         self._num_pending += 1
         try:
-            line = await self._connected()
-            asking = line.client.result().call_tool(tool, dict(arguments))
-            result = await self._within(line, asking, f"calling {tool!r:.200}")
+            result = await self._asked(
+                lambda client: client.call_tool(tool, dict(arguments)), f"calling {tool!r:.200}"
+            )
         finally:
             self._num_pending -= 1
         return _text_of(result)
@@ -151,6 +155,18 @@ class _Server:
             self._drop(self._line)
         if self._leaving:
             await asyncio.wait(self._leaving, timeout=CLOSE_S)
+
+    async def _asked(self, ask: Callable[[Any], Awaitable[Any]], doing: str) -> Any:
+        """A question's answer; asked once more, in a new session, where the server had forgotten the last one."""
+        line = await self._connected()
+        try:
+            return await self._within(line, ask(line.client.result()), doing)
+        except _ForgottenError:
+            line = await self._connected()
+        try:
+            return await self._within(line, ask(line.client.result()), doing)
+        except _ForgottenError:
+            raise ToolServerError(f"MCP server {self._name!r}: {doing} failed: it keeps no session") from None
 
     async def _connected(self) -> _Line:
         line = self._line
@@ -203,6 +219,8 @@ class _Server:
                 f"MCP server {self._name!r}: {doing} takes more than {self._timeout_s:g} s"
             ) from None
         except Exception as error:  # foreign code, over a wire
+            if _is_forgotten(error):
+                raise _ForgottenError from None
             if _is_end(error):
                 self._drop(line)
             reason = self._told(error)
@@ -301,11 +319,22 @@ def _is_json_of(text: str | None, data: Any) -> bool:
         return False
 
 
-def _is_end(error: Exception) -> bool:
-    """Whether the connection is of no more use; else the server itself said no, and goes on."""
+def _is_forgotten(error: Exception) -> bool:
     from mcp import MCPError
 
-    return not isinstance(error, MCPError) or error.error.code == CONNECTION_CLOSED
+    from serve.mcp.bounded import FORGOTTEN
+
+    return isinstance(error, MCPError) and error.message == FORGOTTEN
+
+
+def _is_end(error: Exception) -> bool:
+    """Whether the connection is of no more use; else the server itself said no, or its answer is none by the protocol
+    or by the tool's own schema, and it goes on."""
+    from mcp import MCPError
+
+    if isinstance(error, MCPError):
+        return error.error.code == CONNECTION_CLOSED
+    return not isinstance(error, (ValueError, RuntimeError))
 
 
 def _reason(error: BaseException) -> str:

@@ -177,6 +177,7 @@ def test_a_key_is_taken_from_either_header_and_in_any_case_of_the_scheme(url, as
         {"Authorization": "Bearer sk-plain"},
         {"Authorization": "bearer   sk-plain"},
         {"x-api-key": "sk-plain"},
+        {"api-key": "sk-plain"},
         {"Authorization": "Bearer sk-wrong", "x-api-key": "sk-plain"},
         {"Authorization": "Basic x", "X-API-KEY": "sk-hashed"},
     ):

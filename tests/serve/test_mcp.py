@@ -155,21 +155,23 @@ def test_a_program_that_ended_while_nobody_asked_is_started_again():
 
 
 def test_a_session_that_an_address_knows_no_more_is_begun_anew_and_cuts_no_call_off(free_ports):
+    """What meets it is asked again, once; a call that runs in the old one ends there."""
     port = free_ports()
     servers = McpServers({"raw": McpServerConfig(url=f"http://127.0.0.1:{port}/mcp")}, timeout_s=20)
 
     async def talk() -> None:
-        assert len(await servers.tools("raw")) == 4
+        assert len(await servers.tools("raw")) == 6
         held = asyncio.ensure_future(servers.call("raw", "hold", {}))
-        await servers.call("raw", "forget", {})
-        with pytest.raises(ToolServerError, match="gone"):
-            await servers.call("raw", "grow", {})
-        assert await servers.call("raw", "grow", {}) == "5"
-        assert len(await servers.tools("raw")) == 5
+        for grown in ("7", "8"):
+            await servers.call("raw", "forget", {})
+            assert await servers.call("raw", "grow", {}) == grown
+        assert len(await servers.tools("raw")) == 8
         assert not held.done()
         await servers.call("raw", "release", {})
-        assert await held == "5"
-        assert await servers.call("raw", "grow", {}) == "6"
+        assert await held == "8"
+        await servers.call("raw", "lock", {})
+        with pytest.raises(ToolServerError, match="calling 'grow' failed: it keeps no session"):
+            await servers.call("raw", "grow", {})
 
     with subprocess.Popen([sys.executable, str(RAW), str(port)], stderr=subprocess.DEVNULL) as program:
         try:
@@ -180,9 +182,23 @@ def test_a_session_that_an_address_knows_no_more_is_begun_anew_and_cuts_no_call_
             program.kill()
 
 
+def test_an_answer_that_is_none_ends_no_connection():
+    """A server's own state would be gone with it."""
+
+    async def talk() -> None:
+        await servers.call("raw", "grow", {})
+        with pytest.raises(ToolServerError, match="CallToolResult"):
+            await servers.call("raw", "odd", {})
+        assert await servers.call("raw", "grow", {}) == "8"
+
+    servers = McpServers({"raw": McpServerConfig(command=sys.executable, args=(str(RAW),))}, timeout_s=20)
+    asyncio.run(talk())
+    servers.close()
+
+
 def test_tools_that_have_changed_are_listed_anew():
     async def talk() -> None:
-        for count in (4, 5, 6):
+        for count in (6, 7, 8):
             assert len(await servers.tools("raw")) == count
             await servers.call("raw", "grow", {})
 

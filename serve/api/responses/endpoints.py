@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from serve.api import paging
 from serve.api.body import JsonRoute
 from serve.api.leaving import CLIENT_CLOSED_REQUEST, ClientGoneError
 from serve.api.opening import Words
@@ -141,19 +142,7 @@ async def list_input_items(
     items = _kept(state, tenant, response_id).input
     if order == "desc":
         items.reverse()
-    if after is not None:
-        ids = [item["id"] for item in items]
-        if after not in ids:
-            raise RequestError(f"after: there is no item {after!a:.120} among this response's input", "after")
-        items = items[ids.index(after) + 1 :]
-    page = items[:limit]
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
-        "has_more": len(items) > limit,
-    }
+    return paging.page(paging.after(items, after, "after"), limit)
 
 
 def _check_background(body: ResponsesBody) -> None:
