@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -22,6 +22,7 @@ from serve.api.tool_bodies import McpEntry, ToolBody
 from serve.api.turn import Turn
 from serve.errors import DeadlineError, RequestError, ToolServerError
 from serve.mcp.servers import McpServers
+from serve.sight import kinds_of
 from serve.tools.call import Call, CallPiece, add_pieces
 from serve.tools.tool import Tool
 
@@ -163,7 +164,8 @@ class RoundsTurn(Turn):
         if not isinstance(arguments, dict):
             return replace(ran, output="Error: the arguments are no JSON object")
         try:
-            return replace(ran, output=await self._servers.call(server, tool, arguments))
+            given = await self._servers.call(server, tool, arguments)
+            return replace(ran, output=str(given), pictures=given.pictures)
         except ToolServerError as error:
             return replace(ran, output=f"Error: {error}")
 
@@ -184,18 +186,41 @@ class RoundsTurn(Turn):
             {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": done.output}
             for call, done in zip(self._calls, ran, strict=True)
         ]
-        told = [*self._body.messages, *map(Message.model_validate, [said, *results])]
-        self._body = self._body.model_copy(
-            update={
-                "messages": told,
-                "tool_choice": "auto" if self._num_left > 0 else "none",
-                "continue_final_message": None,
-            }
-        )
-        turn = await self._begin(self._body)
+        shown = [*self._shown(ran)]
+        try:
+            turn = await self._begun([said, *results, *shown])
+        except RequestError:
+            if not shown:
+                raise
+            turn = await self._begun([said, *results])  # what cannot be shown is told of, and no more
         turn.generation.go_on_from(self.generation)
         self.generation.close()
         self.num_prompt_tokens += turn.num_prompt_tokens
         self.generation, self.logprobs, self.tools = turn.generation, turn.logprobs, turn.tools
         self._readers.clear()
         self._open()
+
+    def _shown(self, ran: Sequence[RanCall]) -> Iterator[dict[str, Any]]:
+        """A turn with the pictures that tools gave, as in Messages; none for a model that sees none."""
+        if "image" not in kinds_of(self.target.services.runtime.sight):
+            return
+        parts: list[dict[str, Any]] = []
+        for done in ran:
+            if done.pictures:
+                parts.append({"type": "text", "text": f"What {done.name} shows:"})
+                parts += ({"type": "image_url", "image_url": {"url": url}} for url in done.pictures)
+        if parts:
+            yield {"role": "user", "content": parts}
+
+    async def _begun(self, more: Sequence[dict[str, Any]]) -> Turn:
+        """The next round under way, with more said; it is what the one after it goes on from."""
+        body = self._body.model_copy(
+            update={
+                "messages": [*self._body.messages, *map(Message.model_validate, more)],
+                "tool_choice": "auto" if self._num_left > 0 else "none",
+                "continue_final_message": None,
+            }
+        )
+        turn = await self._begin(body)
+        self._body = body
+        return turn

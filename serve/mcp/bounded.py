@@ -3,6 +3,7 @@ standard streams, or HTTP. What is more ends the connection, or the response, be
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -24,8 +25,9 @@ from mcp_types import CONNECTION_CLOSED, jsonrpc_message_adapter
 from serve.mcp.config import McpServerConfig
 
 SESSION = "mcp-session-id"
-FORGOTTEN = f"the session is forgotten ({uuid4().hex})"
-"""The error of a question that a server has refused because it does not know the session. No server can say it."""
+FORGOTTEN = f"the session is forgotten ({uuid4().hex}): "
+"""How the error of a question begins that a server has refused because it does not know the session; the question's
+method follows. No server can say it."""
 NO_SESSION = re.compile(
     rb"(no valid|invalid|unknown|expired|missing) session|session (id )?(not found|unknown|invalid|expired)",
     re.I,
@@ -179,7 +181,8 @@ class _Bounded(httpx2.AsyncBaseTransport):
 
     def _forgotten(self, request: httpx2.Request) -> httpx2.Response:
         self._lose()
-        error = {"code": CONNECTION_CLOSED, "message": FORGOTTEN}
+        method = json.loads(request.content).get("method", "")
+        error = {"code": CONNECTION_CLOSED, "message": f"{FORGOTTEN}{method}"}
         return httpx2.Response(404, json={"jsonrpc": "2.0", "id": None, "error": error}, request=request)
 
     async def aclose(self) -> None:

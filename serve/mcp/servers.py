@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from serve.tools.tool import Tool
 T = TypeVar("T")
 MAX_TOOLS = 512
 MAX_PAGES = 32
+PICTURE = re.compile(r"image/[a-z0-9.+-]+", re.I)
 MAX_PENDING = 64
 """Calls of one server at a time."""
 MAX_MESSAGE_BYTES = 8 << 20
@@ -28,7 +30,19 @@ CONNECTION_CLOSED = -32000
 
 
 class _ForgottenError(Exception):
-    """The server knows the session no more, and has not done what it was asked."""
+    """The server knows the session no more, and has refused this question of it."""
+
+
+class Given(str):
+    """What a call gave, in words."""
+
+    pictures: tuple[str, ...]
+    """What it shows, as data URIs."""
+
+    def __new__(cls, text: str, pictures: Iterable[str] = ()) -> Given:
+        made = super().__new__(cls, text)
+        made.pictures = tuple(pictures)
+        return made
 
 
 class McpServers:
@@ -58,13 +72,14 @@ class McpServers:
         server = self._server(name)
         return await self._on_thread(server.tools())
 
-    async def call(self, name: str, tool: str, arguments: Mapping[str, Any]) -> str:
-        """What a call gives, as text. ToolServerError where the server gives nothing."""
+    async def call(self, name: str, tool: str, arguments: Mapping[str, Any]) -> Given:
+        """What a call gives. ToolServerError where the server gives nothing."""
         server = self._server(name)
-        text = await self._on_thread(server.call(tool, arguments))
-        if len(text) > self._max_result_chars:
-            text = f"{text[: self._max_result_chars]}\n[cut off: {len(text):,} characters]"
-        return text
+        given = await self._on_thread(server.call(tool, arguments))
+        if len(given) > self._max_result_chars:
+            text = f"{given[: self._max_result_chars]}\n[cut off: {len(given):,} characters]"
+            return Given(text, given.pictures)
+        return given
 
     def close(self) -> None:
         """End what runs. For good."""
@@ -135,20 +150,20 @@ class _Server:
         line = await self._connected()
         if self._tools is None or line.changed.is_set():
             line.changed.clear()
-            self._tools = await self._asked(_listed, "listing its tools")
+            self._tools = await self._asked("tools/list", _listed, "listing its tools")
         return self._tools
 
-    async def call(self, tool: str, arguments: Mapping[str, Any]) -> str:
+    async def call(self, tool: str, arguments: Mapping[str, Any]) -> Given:
         if self._num_pending >= MAX_PENDING:
             raise ToolServerError(f"MCP server {self._name!r} has {MAX_PENDING} calls to answer already")
         self._num_pending += 1
         try:
             result = await self._asked(
-                lambda client: client.call_tool(tool, dict(arguments)), f"calling {tool!r:.200}"
+                "tools/call", lambda client: client.call_tool(tool, dict(arguments)), f"calling {tool!r:.200}"
             )
         finally:
             self._num_pending -= 1
-        return _text_of(result)
+        return Given(_text_of(result), _pictures_of(result))
 
     async def close(self) -> None:
         if self._line is not None:
@@ -156,17 +171,18 @@ class _Server:
         if self._leaving:
             await asyncio.wait(self._leaving, timeout=CLOSE_S)
 
-    async def _asked(self, ask: Callable[[Any], Awaitable[Any]], doing: str) -> Any:
+    async def _asked(
+        self, method: str, ask: Callable[[Any], Awaitable[Any]], doing: str, *, is_again: bool = False
+    ) -> Any:
         """A question's answer; asked once more, in a new session, where the server had forgotten the last one."""
         line = await self._connected()
         try:
             return await self._within(line, ask(line.client.result()), doing)
-        except _ForgottenError:
-            line = await self._connected()
-        try:
-            return await self._within(line, ask(line.client.result()), doing)
-        except _ForgottenError:
-            raise ToolServerError(f"MCP server {self._name!r}: {doing} failed: it keeps no session") from None
+        except _ForgottenError as error:
+            # What the mcp package asks behind a call, when it has been done, is no reason to do it again.
+            if not is_again and str(error) == method:
+                return await self._asked(method, ask, doing, is_again=True)
+        raise ToolServerError(f"MCP server {self._name!r}: {doing} failed: it has forgotten its session")
 
     async def _connected(self) -> _Line:
         line = self._line
@@ -219,8 +235,8 @@ class _Server:
                 f"MCP server {self._name!r}: {doing} takes more than {self._timeout_s:g} s"
             ) from None
         except Exception as error:  # foreign code, over a wire
-            if _is_forgotten(error):
-                raise _ForgottenError from None
+            if (method := _forgotten(error)) is not None:
+                raise _ForgottenError(method) from None
             if _is_end(error):
                 self._drop(line)
             reason = self._told(error)
@@ -299,6 +315,12 @@ def _text_of(result: Any) -> str:
     return f"Error: {text}" if result.is_error else text
 
 
+def _pictures_of(result: Any) -> Iterator[str]:
+    for block in result.content:
+        if block.type == "image" and PICTURE.fullmatch(block.mime_type):
+            yield f"data:{block.mime_type};base64,{block.data}"
+
+
 def _told(block: Any) -> str | None:
     """The words of a part; of a link what is known of what it leads to. None: it has none."""
     if block.type == "resource_link":
@@ -319,12 +341,14 @@ def _is_json_of(text: str | None, data: Any) -> bool:
         return False
 
 
-def _is_forgotten(error: Exception) -> bool:
+def _forgotten(error: Exception) -> str | None:
+    """The method of a question that was refused with its session."""
     from mcp import MCPError
 
     from serve.mcp.bounded import FORGOTTEN
 
-    return isinstance(error, MCPError) and error.message == FORGOTTEN
+    is_so = isinstance(error, MCPError) and error.message.startswith(FORGOTTEN)
+    return str(error).removeprefix(FORGOTTEN) if is_so else None
 
 
 def _is_end(error: Exception) -> bool:

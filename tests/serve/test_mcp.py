@@ -14,9 +14,10 @@ import httpx
 import openai
 import psutil
 import pytest
-from tiny import QWEN3
+from tiny import QWEN3, running
 from waiting import until
 
+import lathe
 from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.errors import ConfigError, RequestError, ToolServerError
@@ -146,7 +147,7 @@ def test_a_server_that_ended_is_started_again():
 def test_a_program_that_ended_while_nobody_asked_is_started_again():
     servers = McpServers({"one": OVER_STREAMS}, timeout_s=20)
     known = set(psutil.Process().children())
-    assert len(asyncio.run(servers.tools("one"))) == 7
+    assert len(asyncio.run(servers.tools("one"))) == 8
     for program in set(psutil.Process().children()) - known:
         program.kill()
     until(servers._servers["one"]._line.lost.is_set)
@@ -160,17 +161,21 @@ def test_a_session_that_an_address_knows_no_more_is_begun_anew_and_cuts_no_call_
     servers = McpServers({"raw": McpServerConfig(url=f"http://127.0.0.1:{port}/mcp")}, timeout_s=20)
 
     async def talk() -> None:
-        assert len(await servers.tools("raw")) == 6
+        assert len(await servers.tools("raw")) == 7
         held = asyncio.ensure_future(servers.call("raw", "hold", {}))
-        for grown in ("7", "8"):
+        for grown in ("8", "9"):
             await servers.call("raw", "forget", {})
             assert await servers.call("raw", "grow", {}) == grown
-        assert len(await servers.tools("raw")) == 8
+        assert len(await servers.tools("raw")) == 9
         assert not held.done()
         await servers.call("raw", "release", {})
-        assert await held == "8"
+        assert await held == "9"
+        await servers.call("raw", "forget", {})
+        with pytest.raises(ToolServerError, match="calling 'vanish' failed: it has forgotten its session"):
+            await servers.call("raw", "vanish", {})
+        assert await servers.call("raw", "grow", {}) == "11", "what was done is not done again"
         await servers.call("raw", "lock", {})
-        with pytest.raises(ToolServerError, match="calling 'grow' failed: it keeps no session"):
+        with pytest.raises(ToolServerError, match="calling 'grow' failed: it has forgotten its session"):
             await servers.call("raw", "grow", {})
 
     with subprocess.Popen([sys.executable, str(RAW), str(port)], stderr=subprocess.DEVNULL) as program:
@@ -189,7 +194,7 @@ def test_an_answer_that_is_none_ends_no_connection():
         await servers.call("raw", "grow", {})
         with pytest.raises(ToolServerError, match="CallToolResult"):
             await servers.call("raw", "odd", {})
-        assert await servers.call("raw", "grow", {}) == "8"
+        assert await servers.call("raw", "grow", {}) == "9"
 
     servers = McpServers({"raw": McpServerConfig(command=sys.executable, args=(str(RAW),))}, timeout_s=20)
     asyncio.run(talk())
@@ -198,7 +203,7 @@ def test_an_answer_that_is_none_ends_no_connection():
 
 def test_tools_that_have_changed_are_listed_anew():
     async def talk() -> None:
-        for count in (6, 7, 8):
+        for count in (7, 8, 9):
             assert len(await servers.tools("raw")) == count
             await servers.call("raw", "grow", {})
 
@@ -322,6 +327,32 @@ def said(text: str, **fields) -> dict:
     return asked(
         tool_choice="auto", max_tokens=300, extra_body={"structured_outputs": {"choice": [text]}}, **fields
     )
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    path = tmp_path_factory.mktemp("seeing") / "servers.json"
+    path.write_text(json.dumps({"mcpServers": {"one": {"command": sys.executable, "args": [str(PROGRAM)]}}}))
+    keys = {"tool_call_parser": "hermes", "mcp_servers": path, "mcp_max_rounds": 1}
+    with (
+        running(Path(lathe.__file__).parent / "data/shapes", **keys) as (_, url),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as opened,
+    ):
+        yield opened
+
+
+def test_pictures_of_a_tool_are_shown_to_a_model_that_sees_and_none_hurts_one_that_cannot(client, seeing):
+    """The answers are the same words, so what differs is what the model was shown."""
+
+    def asks(to, side: int) -> tuple[str, int]:
+        call = f'<tool_call>\n{{"name": "draw", "arguments": {{"side": {side}}}}}\n</tool_call>'
+        answer = to.chat.completions.create(**said(call, tools=[entry(allowed_tools=["draw"])]))
+        return answer.choices[0].message.mcp_calls[0]["output"], answer.usage.prompt_tokens
+
+    blind, square, none = asks(client, 8), asks(seeing, 8), asks(seeing, 0)
+    assert blind[0] == square[0] == none[0] == "[image]"
+    assert asks(client, 0)[1] == blind[1]
+    assert square[1] > none[1] + 10
 
 
 def test_rounds_are_bounded(client):

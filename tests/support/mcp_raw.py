@@ -11,7 +11,7 @@ from threading import Event
 from typing import Any
 from uuid import uuid4
 
-tools = ["grow", "forget", "hold", "release", "lock", "odd"]
+tools = ["grow", "forget", "hold", "release", "vanish", "lock", "odd"]
 held, released, locked = Event(), Event(), Event()
 sessions: set[str] = set()
 
@@ -43,6 +43,9 @@ def answer(asked: dict[str, Any], notify: Callable[[dict[str, Any]], None]) -> d
                     released.wait(60)
                 case "release":
                     released.set()
+                case "vanish":  # it has been done, and nothing more is known
+                    tools.append(f"tool-{len(tools)}")
+                    sessions.clear()
                 case "lock":  # and no new session lasts
                     locked.set()
                     sessions.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import sys
 import time
@@ -78,6 +80,18 @@ RESULTS = {
     },
 }
 """What a tool may give beside plain text."""
+
+
+@server.tool()
+def draw(side: int) -> types.CallToolResult:
+    """Show a square; of no side, what is no picture."""
+    from PIL import Image
+
+    written = io.BytesIO()
+    if side:
+        Image.new("RGB", (side, side), "red").save(written, "PNG")
+    data = base64.b64encode(written.getvalue() or b"none").decode()
+    return types.CallToolResult(content=[types.ImageContent(type="image", data=data, mime_type="image/png")])
 
 
 @server.tool()
