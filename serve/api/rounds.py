@@ -20,7 +20,7 @@ from serve.api.permission import check_tools_of
 from serve.api.schemas import ChatBody
 from serve.api.tool_bodies import McpEntry, ToolBody
 from serve.api.turn import Turn
-from serve.errors import DeadlineError, RequestError, ToolServerError
+from serve.errors import ContextLengthError, DeadlineError, RequestError, ToolServerError
 from serve.mcp.servers import McpServers
 from serve.sight import kinds_of
 from serve.tools.call import Call, CallPiece, add_pieces
@@ -127,7 +127,10 @@ class RoundsTurn(Turn):
         if piece.finish != "tool_calls" or self._numbers or not self._calls:
             return row, piece
         ran = await self._run(self._calls)
-        await self._go_on(ran)
+        try:
+            await self._go_on(ran)
+        except ContextLengthError:  # what has been run is told, not lost
+            return row, piece._replace(finish="length", stop_reason=None, ran=ran)
         return row, piece._replace(finish=None, stop_reason=None, ran=ran)
 
     def _own(self, pieces: Sequence[CallPiece]) -> list[CallPiece]:

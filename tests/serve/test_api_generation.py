@@ -316,6 +316,13 @@ def test_who_names_no_model_is_answered_by_the_first(http, path, unnamed):
     assert (answer.status_code, answer.json().get("model")) == (200, "lively"), answer.text
 
 
+def test_what_goes_on_from_a_response_and_names_no_model_has_that_ones(http):
+    body = {"input": "Hi", "max_output_tokens": 3}
+    first = http.post("/v1/responses", json={**body, "model": "a1"}).json()
+    then = http.post("/v1/responses", json={**body, "previous_response_id": first["id"]}).json()
+    assert then["model"] == first["model"] == "a1"
+
+
 def test_every_event_of_a_stream_is_one_json_line_and_the_last_is_done(http):
     body = {"model": "lively", "messages": MESSAGES, "max_tokens": 3, "stream": True}
     answer = http.post("/v1/chat/completions", json=body)

@@ -361,6 +361,21 @@ def test_rounds_are_bounded(client):
     assert message.content == CALL, "the last answer is text"
 
 
+def test_a_talk_that_has_no_room_for_what_a_tool_gave_ends_there_and_tells_what_was_run(client):
+    """What was done would else be lost on the client."""
+    call = '<tool_call>\n{"name": "much", "arguments": {"count": 60000}}\n</tool_call>'
+    fields = said(call, tools=[entry(allowed_tools=["much"])])
+    choice = client.chat.completions.create(**fields).choices[0]
+    assert (choice.finish_reason, choice.message.mcp_calls[0]["output"]) == ("length", "x" * 60000)
+    *_, before, last = client.chat.completions.create(stream=True, **fields)
+    assert last.choices[0].finish_reason == "length" or before.choices[0].finish_reason == "length"
+    response = client.responses.create(
+        model="m", input="x", max_output_tokens=300, tools=fields["tools"], extra_body=fields["extra_body"]
+    )
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert [item.type for item in response.output if item.type == "mcp_call"] == ["mcp_call"]
+
+
 def test_calls_of_the_clients_own_tools_are_the_clients(client):
     own = {"type": "function", "function": {"name": "mine"}}
     both = CALL + '\n<tool_call>\n{"name": "mine", "arguments": {"x": 1}}\n</tool_call>'

@@ -41,6 +41,7 @@ async def create_response(body: ResponsesBody, http: Request, state: StateDep, t
     """OpenAI's responses, and a chat's extras beside them. Kept for a while, unless `store` is false; with
     `background` made while nobody waits."""
     previous = _previous(state, tenant, body.previous_response_id)
+    body = _named(body, previous)
     id = item_id("resp")
     asked = _asked(state, tenant, (await http.json()).get("input")) if body.is_kept else []
 
@@ -83,7 +84,7 @@ async def count_input_tokens(
     on from."""
     previous = _previous(state, tenant, body.previous_response_id)
     history = previous.history if previous is not None else ()
-    count = await num_input_tokens(state, http, body, tenant, history)
+    count = await num_input_tokens(state, http, _named(body, previous), tenant, history)
     return {"object": "response.input_tokens", "input_tokens": count}
 
 
@@ -170,6 +171,13 @@ def _previous(state: AppState, tenant: str, id: str | None) -> Entry | None:
         error.code = "previous_response_not_found"
         raise error
     return entry
+
+
+def _named(body: ResponsesBody, previous: Entry | None) -> ResponsesBody:
+    """The same; one that names no model goes on with the one before's."""
+    if body.model or previous is None:
+        return body
+    return body.model_copy(update={"model": previous.response["model"]})
 
 
 def _kept(state: AppState, tenant: str, id: str) -> Entry:
