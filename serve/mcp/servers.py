@@ -317,8 +317,11 @@ def _text_of(result: Any) -> str:
 
 def _pictures_of(result: Any) -> Iterator[str]:
     for block in result.content:
-        if block.type == "image" and PICTURE.fullmatch(block.mime_type):
-            yield f"data:{block.mime_type};base64,{block.data}"
+        holder = block.resource if block.type == "resource" else block
+        data = getattr(holder, "blob" if block.type == "resource" else "data", None)
+        kind = getattr(holder, "mime_type", None)
+        if data and kind and PICTURE.fullmatch(kind):
+            yield f"data:{kind};base64,{data}"
 
 
 def _told(block: Any) -> str | None:

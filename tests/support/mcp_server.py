@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import time
+from typing import Any
 
 import mcp_types as types
 from mcp.server.mcpserver import MCPServer
@@ -83,7 +84,7 @@ RESULTS = {
 
 
 @server.tool()
-def draw(side: int) -> types.CallToolResult:
+def draw(side: int, packed: bool = False) -> types.CallToolResult:
     """Show a square; of no side, what is no picture."""
     from PIL import Image
 
@@ -91,7 +92,11 @@ def draw(side: int) -> types.CallToolResult:
     if side:
         Image.new("RGB", (side, side), "red").save(written, "PNG")
     data = base64.b64encode(written.getvalue() or b"none").decode()
-    return types.CallToolResult(content=[types.ImageContent(type="image", data=data, mime_type="image/png")])
+    shown: Any = types.ImageContent(type="image", data=data, mime_type="image/png")
+    if packed:
+        inside = types.BlobResourceContents(uri=FILE, blob=data, mime_type="image/png")
+        shown = types.EmbeddedResource(type="resource", resource=inside)
+    return types.CallToolResult(content=[shown])
 
 
 @server.tool()
