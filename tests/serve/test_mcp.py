@@ -18,6 +18,8 @@ from tiny import QWEN3, running
 from waiting import until
 
 import lathe
+from serve.api.rounds import offered
+from serve.api.schemas import ChatBody
 from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.errors import ConfigError, RequestError, ToolServerError
@@ -158,7 +160,8 @@ def test_a_program_that_ended_while_nobody_asked_is_started_again():
 def test_a_session_that_an_address_knows_no_more_is_begun_anew_and_cuts_no_call_off(free_ports):
     """What meets it is asked again, once; a call that runs in the old one ends there."""
     port = free_ports()
-    servers = McpServers({"raw": McpServerConfig(url=f"http://127.0.0.1:{port}/mcp")}, timeout_s=20)
+    config = {"raw": McpServerConfig(url=f"http://127.0.0.1:{port}/mcp")}
+    servers, fresh = (McpServers(config, timeout_s=20) for _ in range(2))
 
     async def talk() -> None:
         assert len(await servers.tools("raw")) == 7
@@ -170,9 +173,8 @@ def test_a_session_that_an_address_knows_no_more_is_begun_anew_and_cuts_no_call_
         assert not held.done()
         await servers.call("raw", "release", {})
         assert await held == "9"
-        await servers.call("raw", "forget", {})
         with pytest.raises(ToolServerError, match="calling 'vanish' failed: it has forgotten its session"):
-            await servers.call("raw", "vanish", {})
+            await fresh.call("raw", "vanish", {})
         assert await servers.call("raw", "grow", {}) == "11", "what was done is not done again"
         await servers.call("raw", "lock", {})
         with pytest.raises(ToolServerError, match="calling 'grow' failed: it has forgotten its session"):
@@ -184,6 +186,7 @@ def test_a_session_that_an_address_knows_no_more_is_begun_anew_and_cuts_no_call_
             asyncio.run(talk())
         finally:
             servers.close()
+            fresh.close()
             program.kill()
 
 
@@ -210,6 +213,18 @@ def test_tools_that_have_changed_are_listed_anew():
     servers = McpServers({"raw": McpServerConfig(command=sys.executable, args=(str(RAW),))}, timeout_s=20)
     asyncio.run(talk())
     servers.close()
+
+
+def test_no_two_tools_are_offered_by_one_name(servers):
+    own = {"type": "function", "function": {"name": "streams__add"}}
+    tools = [
+        own,
+        *(entry(label, allowed_tools=["add"]) for label in ("web", "streams", "streams", "streams")),
+    ]
+    offer = asyncio.run(offered(servers, ChatBody(messages=MESSAGES, tools=tools)))
+    names = ["streams__add", "add", "streams__add_2", "streams__add_3", "streams__add_4"]
+    assert [tool.function.name for tool in offer.body.tools] == names
+    assert offer.owners == {name: ("web" if name == "add" else "streams", "add") for name in names[1:]}
 
 
 def test_a_name_that_the_configuration_has_not_is_refused(servers):
