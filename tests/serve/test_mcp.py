@@ -259,6 +259,30 @@ def test_a_file_that_is_wrong_is_told_of(tmp_path, content, told):
     assert told in str(error.value)
 
 
+def test_a_file_may_name_what_the_environment_has(tmp_path):
+    """qwen-code 11499, claude-code 916 and others: secrets stood in files, or `Bearer ${TOKEN}` was sent as it is."""
+    path = tmp_path / "mcp.json"
+    path.write_text(
+        """{"mcpServers": {
+        "web": {"url": "${BASE:-http://localhost:1}/mcp", "headers": {"Authorization": "Bearer ${TOKEN}"}},
+        "own": {"command": "${env:TOOL}", "args": ["-k", "$TOKEN ${TOKEN}${EMPTY:-none}"],
+            "env": {"KEY": "${TOKEN}"}},
+        "off": {"command": "${MISSING}", "disabled": true}}}"""
+    )
+    environ = {"TOKEN": "s3cret", "TOOL": "tool", "EMPTY": ""}
+    found = read_servers(path, environ)
+    assert (found["web"].url, found["web"].headers) == (
+        "http://localhost:1/mcp",
+        {"Authorization": "Bearer s3cret"},
+    )
+    own = found["own"]
+    assert (own.command, own.args, own.env) == ("tool", ("-k", "$TOKEN s3cretnone"), {"KEY": "s3cret"})
+    with pytest.raises(ConfigError) as error:
+        read_servers(path, {"TOOL": "tool"})
+    for place in ("web.headers.Authorization", "own.args.1", "own.env.KEY"):
+        assert f"mcpServers.{place}: environment variable TOKEN is not set" in str(error.value)
+
+
 def test_servers_that_are_disabled_are_none(tmp_path):
     path = tmp_path / "mcp.json"
     path.write_text(

@@ -14,6 +14,7 @@ import pytest
 from opened_page import WAIT_MS, Opened
 from playwright.sync_api import expect
 from tiny import QWEN3
+from waiting import until
 
 import lathe
 from serve.api.page import FILES, FOLDER
@@ -565,7 +566,7 @@ def test_no_width_makes_the_page_scroll_sideways_and_everything_can_be_read(them
     for width in (320, 390, 600, 821, 1280, 1900):
         page.page.set_viewport_size({"width": width, "height": 700})
         assert page.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, width
-        expect(page.page.locator("#to-end")).to_be_hidden()
+        until(lambda: page.page.evaluate(AT_END))
         for place in ("#send", "#model", "#toggle-settings", ".message.assistant .body > .text"):
             box = page.page.locator(place).bounding_box()
             assert box is not None
