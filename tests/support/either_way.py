@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
+ParameterSet = type(pytest.param())
 
-def either_way(cases: Iterable[Any]) -> Iterator[Any]:
-    """Parameters (case, ahead). Whether a step is prepared while the one before it runs is the engine's affair, and
-    what a case is that of a drafter or family, so neither way goes untried."""
+
+def either_way(cases: Iterable[Any]) -> list[Any]:
+    """Parameters (case, ahead). Whether a step is prepared while the one before it runs is the engine's affair, what
+    is guessed or kept is the case's; so every case runs, and both ways do."""
+    made = []
     for number, case in enumerate(cases):
-        values, marks = (case.values, case.marks) if isinstance(case, type(pytest.param())) else ((case,), ())
+        values, marks = (case.values, case.marks) if isinstance(case, ParameterSet) else ((case,), ())
         for ahead in (False, True):
-            is_here = ahead == bool(number % 2)
+            left_out = [] if ahead == bool(number % 2) else [pytest.mark.large]
             name = f"{'one ahead' if ahead else 'in step'}-{values[0]}"
-            yield pytest.param(
-                *values, ahead, id=name, marks=[*marks, *([] if is_here else [pytest.mark.large])]
-            )
+            made.append(pytest.param(*values, ahead, id=name, marks=[*marks, *left_out]))
+    return made
