@@ -10,6 +10,7 @@ that Lathe foresees with status 1; Ctrl-C with 130, SIGTERM with 143.
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import signal
 import sys
@@ -98,6 +99,9 @@ class FrontDoor(TyperGroup):
             formatter.write_dl([(name, said) for name, (_, said) in COMMANDS.items()])
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk that has no room."""
+
 app = typer.Typer(
     name="lathe",
     cls=FrontDoor,
@@ -134,6 +138,7 @@ def command() -> None:
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line, or `words` in its place. Ends by SystemExit."""
     signal.signal(signal.SIGTERM, _terminate)
+    _open_what_is_closed()
     _never_fail_to_print()
     try:
         app(words)
@@ -143,6 +148,10 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except _foreseen() as error:
         sys.exit(_tell(error))
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        sys.exit(_tell_full(error))
 
 
 def _leave(status: int) -> None:
@@ -150,10 +159,27 @@ def _leave(status: int) -> None:
     ("terminate called without an active exception")."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            status = status or _tell_full(error)
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
     os._exit(status)
+
+
+def _tell_full(error: OSError) -> int:
+    """Nothing more can be written; the exit status."""
+    print(f"error: {error.filename or 'what was being written'}: {error.strerror}", file=sys.stderr)
+    return 1
+
+
+def _open_what_is_closed() -> None:
+    """A standard stream that whoever started this process has closed is as /dev/null."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open as long as the process is
 
 
 def _never_fail_to_print() -> None:

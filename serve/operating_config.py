@@ -14,7 +14,7 @@ from pydantic import Field, SecretStr
 
 from serve.settings import Strict
 
-ORIGIN = re.compile(r"https?://[^/\s*]+\Z")
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+\Z")
 
 
 class OperatingConfig(Strict):
@@ -30,7 +30,8 @@ class OperatingConfig(Strict):
     """Where there are keys, /metrics needs an admin's, since its labels name everybody's adapters; true: it needs
     none."""
     allowed_origins: tuple[str, ...] = ()
-    """Web pages that may ask from a browser, by their origins (https://chat.example), or `*` for all; none but the
+    """Web pages, extensions and programs that may ask from a browser, by their origins (https://chat.example,
+    app://obsidian.md) or patterns of them (chrome-extension://*, https://*.example), or `*` for all; none but the
     server's own, if left out."""
     allowed_hosts: tuple[str, ...] | None = None
     """Names by which the server may be asked for (Host), `*` for any. If left out, any, but on loopback without keys
@@ -82,7 +83,8 @@ class OperatingConfig(Strict):
             if origin != "*" and not ORIGIN.match(origin):
                 yield (
                     f"allowed_origins.{index}",
-                    f"found {origin!a:.80}; expected an origin like https://chat.example, without a path, or *",
+                    f"found {origin!a:.80}; expected an origin like https://chat.example, without a path, a "
+                    "pattern like chrome-extension://*, or *",
                 )
         if self.api_key is not None and (expected := key_problem(self.api_key.get_secret_value())):
             yield "api_key", f"it cannot be a key; {expected}"

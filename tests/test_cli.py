@@ -176,6 +176,8 @@ FLAGS_GIVEN = {
     "models_budget_gib": 4.0,
     "idle_unload_s": 9.0,
     "context_overflow": "truncate",
+    "adapter_dir": [Path("a"), Path("b")],
+    "max_adapters": 3,
     "adapter_watch": [Path("w")],
     "memory_budget_gib": 3.0,
     "prefix_cache_gib": 0.5,
@@ -318,6 +320,8 @@ BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\nite
         ("generate --url http://127.0.0.1:1 -p hello", ("http://127.0.0.1:1", "lathe serve")),
         ("generate -p hello", ("MODEL, --url",)),
         ("generate {tmp}/no-such-model -p hello", ("no-such-model",)),
+        ("generate {tmp}/m --prompt=", ("--prompt", "found none")),
+        ("generate {tmp}/m", ("--prompt", "found none")),
         ("generate {tmp}/m -p hello --field =3", ("--field", "NAME=VALUE")),
         ("generate {tmp}/m -p hello --chat-template-config []", ("--chat-template-config", "JSON object")),
         ("generate {tmp}/m -p hello --image {tmp}/none.png", ("none.png", "cannot be read")),
@@ -367,7 +371,8 @@ BROKEN_RECIPE = "model: nowhere/at-all/here\nlerning_rate: 1e-4\ndata: rows\nite
         ("no-such-command", ("no-such-command",)),
     ],
 )
-def test_bad_input_ends_with_status_2_and_one_clear_message(words, said, tmp_path, capsys):
+def test_bad_input_ends_with_status_2_and_one_clear_message(words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # as where whoever starts it has closed it
     (tmp_path / "broken.yaml").write_text(BROKEN_RECIPE)
     with pytest.raises(SystemExit) as stop:
         lathe.main([word.format(tmp=tmp_path) for word in words.split()])
@@ -578,3 +583,14 @@ def test_in_a_terminal_the_question_is_asked(answer, status, left, experiment_st
     store = Store(experiment_store, create=False)
     assert len(store.runs("tickets")[0].outcomes) == left
     store.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+@pytest.mark.parametrize("words", [["runs"], ["ab", "--help"]])
+def test_a_disk_that_is_full_is_told_in_a_line_and_by_the_status(words, tmp_path):
+    command = [sys.executable, "-P", "-m", "lathe", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "error: what was being written: No space left on device\n")

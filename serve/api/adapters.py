@@ -23,6 +23,7 @@ from serve.api.bases import Base
 from serve.api.body import JsonRoute
 from serve.api.errors import openai_error
 from serve.api.schemas import LoadAdapterBody, PinAdapterBody, RollbackBody, UnloadAdapterBody
+from serve.api.services import Services
 from serve.api.state import AppState, StateDep, held_base
 from serve.config import ServeConfig
 from serve.errors import AdapterError, ForbiddenError, NotFoundError, RequestError
@@ -42,7 +43,8 @@ async def load_lora_adapter(body: LoadAdapterBody, http: Request, state: StateDe
     base = _base_for(state, body)
     try:
         async with held_base(state, base, http) as lease:
-            version = await run_in_threadpool(_load, lease.loaded.runtime, body)
+            runtime = lease.loaded.runtime
+            version = await lease.loaded.load(lambda: _load(runtime, body))
     except NotFoundError as error:
         return openai_error(404, str(error), code="not_found", param="lora_path")
     modules = f"\n{version.id} adapts {version.num_modules} modules, {_ranks(version)}."
@@ -56,8 +58,8 @@ async def unload_lora_adapter(body: UnloadAdapterBody, http: Request, state: Sta
     if not body.lora_name:
         raise RequestError("'lora_name' needs to be provided to unload a LoRA adapter.", "lora_name")
     try:
-        async with _held_of(state, body.lora_name, http) as runtime:
-            await run_in_threadpool(runtime.registry.unload, body.lora_name)
+        async with _held_of(state, body.lora_name, http) as services:
+            await run_in_threadpool(services.runtime.registry.unload, body.lora_name)
     except NotFoundError:
         message = f"The lora adapter '{body.lora_name}' cannot be found."
         return openai_error(404, message, code="not_found", param="lora_name")
@@ -74,39 +76,42 @@ async def list_adapters(state: StateDep) -> dict[str, Any]:
 @router.post("/v1/adapters/{name:path}/rollback")
 async def roll_back(name: str, body: RollbackBody, http: Request, state: StateDep) -> dict[str, Any]:
     """Give new requests an earlier version again; the one before, if none is named."""
-    async with _held_of(state, name, http) as runtime:
-        await run_in_threadpool(runtime.registry.rollback, name, body.version)
+    async with _held_of(state, name, http) as services:
+        runtime = services.runtime
+        await services.change(lambda: runtime.registry.rollback(name, body.version))
         return await run_in_threadpool(adapter_card, runtime, name)
 
 
 @router.post("/v1/adapters/{name:path}/pin")
 async def pin(name: str, body: PinAdapterBody, http: Request, state: StateDep) -> dict[str, Any]:
     """Keep a slot for whatever version the name stands for."""
-    async with _held_of(state, name, http) as runtime:
-        await run_in_threadpool(runtime.registry.pin, name)
+    async with _held_of(state, name, http) as services:
+        runtime = services.runtime
+        await services.change(lambda: runtime.registry.pin(name))
         return await run_in_threadpool(adapter_card, runtime, name)
 
 
 @router.post("/v1/adapters/{name:path}/unpin")
 async def unpin(name: str, body: PinAdapterBody, http: Request, state: StateDep) -> dict[str, Any]:
     """Let it give way again to adapters that are asked for."""
-    async with _held_of(state, name, http) as runtime:
-        await run_in_threadpool(runtime.registry.unpin, name)
+    async with _held_of(state, name, http) as services:
+        runtime = services.runtime
+        await services.change(lambda: runtime.registry.unpin(name))
         return await run_in_threadpool(adapter_card, runtime, name)
 
 
 @router.get("/v1/adapters/{name:path}")
 async def show_adapter(name: str, http: Request, state: StateDep) -> dict[str, Any]:
     """One of them, and its manifest: what it was made for, how it is asked, where its answers end."""
-    async with _held_of(state, name, http) as runtime:
-        return await run_in_threadpool(adapter_card, runtime, name)
+    async with _held_of(state, name, http) as services:
+        return await run_in_threadpool(adapter_card, services.runtime, name)
 
 
 @asynccontextmanager
-async def _held_of(state: AppState, name: str, http: Request) -> AsyncIterator[Runtime]:
-    """The runtime that knows an adapter, held; the first's, which then says so, where none does."""
+async def _held_of(state: AppState, name: str, http: Request) -> AsyncIterator[Services]:
+    """What knows an adapter, held; the first, which then says so, where nothing does."""
     async with held_base(state, state.bases.of_adapter(name), http) as lease:
-        yield lease.loaded.runtime
+        yield lease.loaded
 
 
 def _base_for(state: AppState, body: LoadAdapterBody) -> Base:

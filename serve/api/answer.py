@@ -23,6 +23,8 @@ class RanCall:
     """Of the tool, as the server calls it."""
     arguments: str
     output: str
+    pictures: tuple[str, ...] = ()
+    """What it showed, as data URIs."""
 
 
 class Piece(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -62,9 +63,11 @@ def create_app(served: Runtime | Bases) -> FastAPI:
     app.add_middleware(Openings, state=state, words=OPENINGS)
     app.add_middleware(Guard, state=state)
     if state.config.allowed_origins:
+        patterns = [each for each in state.config.allowed_origins if "*" in each and each != "*"]
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=state.config.allowed_origins,
+            allow_origins=[each for each in state.config.allowed_origins if each not in patterns],
+            allow_origin_regex="|".join(re.escape(each).replace(r"\*", "[^/]*") for each in patterns) or None,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,

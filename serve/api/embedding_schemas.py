@@ -246,8 +246,6 @@ class TokenizeChatBody(ChatBody):
         "chat_template": (None,),
     }
 
-    model: Label = Field("", min_length=0)
-    """The base, if left out."""
     return_token_strs: bool | None = None
 
 

@@ -164,14 +164,15 @@ def current_key() -> Key | None:
 
 
 def _presented(request: Request) -> Iterator[str]:
-    """What may be a key: OpenAI's clients and Anthropic's have their own places for it, and some send both."""
+    """What may be a key: OpenAI's clients, Anthropic's and Azure's have their places for it, and some send two."""
     for value in request.headers.getlist("authorization"):
         scheme, _, text = value.partition(" ")
         if scheme.lower() == "bearer" and text.strip():
             yield text.strip()
-    for value in request.headers.getlist("x-api-key"):
-        if value.strip():
-            yield value.strip()
+    for header in ("x-api-key", "api-key"):
+        for value in request.headers.getlist(header):
+            if value.strip():
+                yield value.strip()
 
 
 def _name_of(host: str) -> str:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 
 from serve.adapters.versions.version import AdapterVersion
+from serve.api import paging
 from serve.api.admin import ADMIN
 from serve.api.bases import Base, Bases
 from serve.api.body import JsonRoute
@@ -29,16 +30,21 @@ router = APIRouter(route_class=JsonRoute)
 
 
 @router.get("/v1/models")
-async def list_models(state: StateDep) -> dict[str, Any]:
+async def list_models(
+    state: StateDep,
+    limit: Annotated[int | None, Query(ge=1, le=1000)] = None,
+    after_id: str | None = None,
+    before_id: str | None = None,
+) -> dict[str, Any]:
     """As vLLM lists them: an adapter's `parent` is its base, its `root` the folder it came from. A bounded number of
     those that nobody has asked for yet stand behind them, without a version. A base's `status` says whether it is in
     memory; one that is not is loaded by the request that asks for it. A key sees what it may ask for, by a name that
-    it may ask by. Anthropic's clients read the same: there is one page."""
+    it may ask by. Anthropic's clients read the same, and its pages where one is asked for."""
     cards = await anyio.to_thread.run_sync(Listing(state.bases).cards)
     named = ((name_to_ask_by(card["id"], card.get("aliases", ())), card) for card in cards)
     cards = [in_both_words({**card, "id": name}) for name, card in named if name is not None]
-    ends = {"first_id": cards[0]["id"] if cards else None, "last_id": cards[-1]["id"] if cards else None}
-    return {"object": "list", "data": cards, "has_more": False, **ends}
+    asked = paging.before(paging.after(cards, after_id, "after_id"), before_id, "before_id")
+    return paging.page(asked, limit, is_last=before_id is not None)
 
 
 @router.get("/v1/models/{model:path}")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from serve.api.answer import Piece, RanCall
@@ -19,8 +20,9 @@ from serve.api.permission import check_tools_of
 from serve.api.schemas import ChatBody
 from serve.api.tool_bodies import McpEntry, ToolBody
 from serve.api.turn import Turn
-from serve.errors import DeadlineError, RequestError, ToolServerError
+from serve.errors import ContextLengthError, DeadlineError, RequestError, ToolServerError
 from serve.mcp.servers import McpServers
+from serve.sight import kinds_of
 from serve.tools.call import Call, CallPiece, add_pieces
 from serve.tools.tool import Tool
 
@@ -54,13 +56,21 @@ async def offered(servers: McpServers, body: ChatBody) -> Offer:
     owners: dict[str, tuple[str, str]] = {}
     for entry, tools in zip(body.mcp, listed, strict=True):
         for tool in _allowed(entry, tools):
-            name = tool.name if tool.name not in taken else f"{entry.server_label}__{tool.name}"
+            name = _free_name(entry.server_label, tool.name, taken)
             taken.add(name)
             owners[name] = (entry.server_label, tool.name)
             entries.append(_entry(name, tool))
     told = body.model_copy(update={"tools": entries})
     told.check_choice()
     return Offer(told, owners)
+
+
+def _free_name(server: str, tool: str, taken: Container[str]) -> str:
+    """What a function is called: as the tool, if nothing else is."""
+    name = tool if tool not in taken else f"{server}__{tool}"
+    return next(
+        each for number in count(1) if (each := name if number == 1 else f"{name}_{number}") not in taken
+    )
 
 
 def _allowed(entry: McpEntry, tools: Sequence[Tool]) -> list[Tool]:
@@ -117,7 +127,10 @@ class RoundsTurn(Turn):
         if piece.finish != "tool_calls" or self._numbers or not self._calls:
             return row, piece
         ran = await self._run(self._calls)
-        await self._go_on(ran)
+        try:
+            await self._go_on(ran)
+        except ContextLengthError:  # what has been run is told, not lost
+            return row, piece._replace(finish="length", stop_reason=None, ran=ran)
         return row, piece._replace(finish=None, stop_reason=None, ran=ran)
 
     def _own(self, pieces: Sequence[CallPiece]) -> list[CallPiece]:
@@ -154,7 +167,8 @@ class RoundsTurn(Turn):
         if not isinstance(arguments, dict):
             return replace(ran, output="Error: the arguments are no JSON object")
         try:
-            return replace(ran, output=await self._servers.call(server, tool, arguments))
+            given = await self._servers.call(server, tool, arguments)
+            return replace(ran, output=str(given), pictures=given.pictures)
         except ToolServerError as error:
             return replace(ran, output=f"Error: {error}")
 
@@ -175,18 +189,41 @@ class RoundsTurn(Turn):
             {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": done.output}
             for call, done in zip(self._calls, ran, strict=True)
         ]
-        told = [*self._body.messages, *map(Message.model_validate, [said, *results])]
-        self._body = self._body.model_copy(
-            update={
-                "messages": told,
-                "tool_choice": "auto" if self._num_left > 0 else "none",
-                "continue_final_message": None,
-            }
-        )
-        turn = await self._begin(self._body)
+        shown = [*self._shown(ran)]
+        try:
+            turn = await self._begun([said, *results, *shown])
+        except RequestError:
+            if not shown:
+                raise
+            turn = await self._begun([said, *results])  # what cannot be shown is told of, and no more
         turn.generation.go_on_from(self.generation)
         self.generation.close()
         self.num_prompt_tokens += turn.num_prompt_tokens
         self.generation, self.logprobs, self.tools = turn.generation, turn.logprobs, turn.tools
         self._readers.clear()
         self._open()
+
+    def _shown(self, ran: Sequence[RanCall]) -> Iterator[dict[str, Any]]:
+        """A turn with the pictures that tools gave, as in Messages; none for a model that sees none."""
+        if "image" not in kinds_of(self.target.services.runtime.sight):
+            return
+        parts: list[dict[str, Any]] = []
+        for done in ran:
+            if done.pictures:
+                parts.append({"type": "text", "text": f"What {done.name} shows:"})
+                parts += ({"type": "image_url", "image_url": {"url": url}} for url in done.pictures)
+        if parts:
+            yield {"role": "user", "content": parts}
+
+    async def _begun(self, more: Sequence[dict[str, Any]]) -> Turn:
+        """The next round under way, with more said; it is what the one after it goes on from."""
+        body = self._body.model_copy(
+            update={
+                "messages": [*self._body.messages, *map(Message.model_validate, more)],
+                "tool_choice": "auto" if self._num_left > 0 else "none",
+                "continue_final_message": None,
+            }
+        )
+        turn = await self._begin(body)
+        self._body = body
+        return turn

@@ -96,7 +96,8 @@ class GenerationBody(SamplingBody, ConstrainedBody):
         }
     )
 
-    model: Label = Field(min_length=1)
+    model: Label | None = None
+    """The server's own, the first of several, if left out or empty: mlx_lm.server and vLLM take such bodies."""
     seed: Seed | None = None
     stop: str | Strings | None = None
     max_tokens: int | None = Field(None, ge=1)

@@ -19,6 +19,10 @@ from serve.runtime import Runtime
 T = TypeVar("T")
 LOOKUPS = 8
 """Names of models that are looked up at a time."""
+LOADS = 2
+"""Adapters that are read at a time since somebody says so: more at once are there no sooner, and hold streams up."""
+CHANGES = 8
+"""Rollbacks and pins under way at a time, which wait for loads of their names."""
 
 
 class Services:
@@ -31,6 +35,9 @@ class Services:
         self._tokenizing = anyio.CapacityLimiter(1)
         # Where a slow disk or the hub keeps all of them busy, requests for known names go on.
         self._looking_up = anyio.CapacityLimiter(LOOKUPS)
+        # None of these is of the threads that everybody's requests share.
+        self._loading = anyio.CapacityLimiter(LOADS)
+        self._changing = anyio.CapacityLimiter(CHANGES)
         self.prompts = Prompts(runtime)
         self.media = MediaDesk(runtime)
         self.summaries = Summaries()
@@ -46,6 +53,14 @@ class Services:
     async def look_up(self, work: Callable[[], T]) -> T:
         """Find or read adapters, on one of the threads for that."""
         return await anyio.to_thread.run_sync(work, limiter=self._looking_up)
+
+    async def load(self, work: Callable[[], T]) -> T:
+        """Read an adapter that an operator names, when it is its turn."""
+        return await anyio.to_thread.run_sync(work, limiter=self._loading)
+
+    async def change(self, work: Callable[[], T]) -> T:
+        """Change what a name stands for, or keeps: waits for whoever makes a version of it."""
+        return await anyio.to_thread.run_sync(work, limiter=self._changing)
 
     async def tokenize(self, work: Callable[[], T], *, num_chars: float = math.inf) -> T:
         """Run the tokenizer's work on a thread, when it is its turn; of few characters here, if that is now."""

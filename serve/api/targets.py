@@ -89,19 +89,20 @@ class Target:
 @asynccontextmanager
 async def held_target(
     state: AppState,
-    model: str,
+    model: str | None,
     unit: str,
     http: Request | None = None,
     deadline_s: float | None = None,
 ) -> AsyncIterator[Target]:
     """What `model` stands for now; its base, brought where it is not in memory, and an adapter's version are held
-    inside the block.
+    inside the block. Nothing stands for the first base.
 
     http  the request that waits for it: its stream gets comments meanwhile; ClientGoneError once its client has left
     deadline_s  until when it waits for a model to be loaded, by time.monotonic; DeadlineError then
     A name that nobody has loaded is looked up where the configuration allows it, off the event loop. NotFoundError,
     ForbiddenError, OverloadedError, and what loading raises.
     """
+    model = model or state.bases.first.name
     check_model(state.bases, model)
     if model in state.texts.models:
         raise RequestError(

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 STDIN, STDOUT = "-", Path("-")
+NO_PROMPT = "found none; give --prompt TEXT, or pipe it in"
 
 
 @app.command()
@@ -133,6 +134,8 @@ def generate(
     if chat_template_config is not None:
         drawing["chat_template_kwargs"] = _json_object(chat_template_config, "--chat-template-config")
     asked = _prompt(prompt)
+    if not (asked.strip() or image or video or audio or (ignore_chat_template and prompt == "")):
+        raise typer.BadParameter(NO_PROMPT, param_hint="--prompt")
     if ignore_chat_template:
         _refuse_of_chats(
             {
@@ -214,7 +217,7 @@ def _prompt(typed: str | None) -> str:
     if typed is not None and typed != STDIN:
         return typed
     if typed is None and sys.stdin.isatty():
-        raise typer.BadParameter("found none; give --prompt TEXT, or pipe it in", param_hint="--prompt")
+        raise typer.BadParameter(NO_PROMPT, param_hint="--prompt")
     return sys.stdin.buffer.read().decode(errors="replace").removesuffix("\n")
 
 

@@ -50,6 +50,7 @@ EmbeddingModels = Annotated[
 KEYS_OF = {
     "alias": "aliases",
     "model_dir": "model_dirs",
+    "adapter_dir": "adapter_dirs",
     "allowed_media_root": "allowed_media_roots",
     "allow_private_hosts": "media_limits.allow_private_hosts",
     "allowed_origin": "allowed_origins",
@@ -101,6 +102,13 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    adapter_dir: Annotated[
+        list[Path] | None,
+        typer.Option(help="Requests may name any adapter in this folder; repeatable."),
+    ] = None,
+    max_adapters: Annotated[
+        int | None, typer.Option(help="Adapters on the device at once; names may be many more.")
+    ] = None,
     adapter_watch: Annotated[
         list[Path] | None,
         typer.Option(help="Load what appears in this folder, a run's or one of adapters; repeatable."),

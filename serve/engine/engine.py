@@ -29,9 +29,10 @@ from serve.engine.limits import MemoryBudget
 from serve.engine.pace import Pace
 from serve.engine.plan import Drawn, Plan, SequenceState
 from serve.engine.prefixes import SequencePrefixes
+from serve.engine.prompt_chunks import Budget
 from serve.engine.request import EngineStats, Event, MemoryUse, Progress, Request
 from serve.engine.runner import Captured, Flight, Runner
-from serve.engine.scheduler import Budget, Scheduler
+from serve.engine.scheduler import Scheduler
 from serve.engine.sights import Sights
 from serve.errors import (
     ConfigError,

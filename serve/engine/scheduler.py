@@ -26,32 +26,23 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from types import MappingProxyType
-from typing import Protocol
 
-from serve.cache.capacity import Bucket, RowCost, positions_capacity
-from serve.cache.features import FeatureKey
+from serve.cache.capacity import Bucket, positions_capacity
 from serve.engine.pace import Pace
 from serve.engine.placement import Arrangement, Tenant, arrange, least_bytes
-from serve.engine.plan import Capture, Chunk, Drawn, Encode, Found, Plan, Restore, SequenceState
+from serve.engine.plan import Capture, Chunk, Drawn, Plan, Restore, SequenceState
+from serve.engine.prompt_chunks import Budget, Prefill, PromptChunks
+from serve.engine.providers import Adapters, Features, NoAdapters, NoFeatures, NoPrefixes, Prefixes
 from serve.engine.shares import Shares
 from serve.errors import LatheError
 
 ANSWER_HEADROOM_TOKENS = 256
 """Positions beyond its present ones that a row claims: a row that asks for 32,000 tokens keeps nobody out."""
 
-MAX_SCORES = 1 << 23
-"""Tokens of a forward times the positions that they look back on, of each head: backends without a kernel for it hold
-all of them at once. Up to LEAST_CHUNK tokens are computed in any case."""
-LEAST_CHUNK = 256
-ALONE_TOKENS = 64
-"""A chunk that would be computed in a step of its own costs about so many tokens more: what padding may take."""
 MAX_OVERTAKEN = 32
 """So many are admitted before the one that has waited longest, for their priority is earlier; then it is its turn."""
-MAX_SKIPPED = 4
-"""Prompts that do not fit beside a step's others and are passed in it by those behind them."""
 
 NO_DRAFTS: Mapping[SequenceState, Sequence[int]] = MappingProxyType({})
 
@@ -61,106 +52,6 @@ _by_arrival = attrgetter("arrival")
 def _by_priority(sequence: SequenceState) -> tuple[int, int]:
     """The largest is the first to give its row back."""
     return sequence.request.priority, sequence.arrival
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The scheduler's bounds."""
-
-    max_rows: int
-    prefill_chunk_tokens: int
-    """Tokens of prompts in one step, padding included."""
-    max_bytes: int
-    """Memory of all rows together, their buffers' rounding included."""
-    row_cost: RowCost
-    row_chunk_tokens: int | None = None
-    """Of one prompt among them; None: all."""
-    encode_patches: int = 1024
-
-    @property
-    def is_recurrent(self) -> bool:
-        """Rows keep a state that takes in every token of a forward, padding too."""
-        return self.row_cost.state_bytes > 0
-
-
-class Prefixes(Protocol):
-    """What the scheduler asks of a prefix cache."""
-
-    def find(self, sequence: SequenceState) -> Found | None:
-        """The longest prefix of its tokens, but for the last, that a row can be given; kept until released."""
-
-    def release(self, prefix: Found) -> None:
-        """A prefix will not be asked for again."""
-
-    def num_known(self, sequence: SequenceState, stop: int) -> int:
-        """How many of its first `stop` tokens need no capture."""
-
-
-class Features(Protocol):
-    """What the scheduler asks of what towers have made of pictures."""
-
-    def hold(self, sequence: SequenceState, number: int) -> bool:
-        """Whether the features of one of its prompt's media are at hand, or will be when the step in flight has run.
-
-        If so, they are kept for it, and its number is in `sequence.held`.
-        """
-
-    def relax(self, sequence: SequenceState) -> None:
-        """It has no row now: what can be encoded again need not be kept for it."""
-
-
-class Adapters(Protocol):
-    """What the scheduler asks of the adapters' places on the device."""
-
-    def hold(self, sequence: SequenceState) -> bool:
-        """Whether its adapter has a slot, or it needs none. If so, that is kept for it until `let_go`, and
-        `sequence.slot` is it. Otherwise it is on its way; it is asked for again after `Scheduler.wake`, or when a
-        row has been given up.
-
-        Raises LatheError where it cannot come; the sequence ends with that.
-        """
-
-    def let_go(self, sequence: SequenceState) -> None:
-        """It has no row now. Called once for each `hold` that was true."""
-
-
-class NoAdapters:
-    """Where all requests are the base's."""
-
-    def hold(self, sequence: SequenceState) -> bool:
-        """It needs no slot."""
-        assert sequence.request.adapter is None, "nobody is there to give adapters slots"
-        sequence.slot = 0
-        return True
-
-    def let_go(self, sequence: SequenceState) -> None:
-        """Nothing was held."""
-
-
-class NoFeatures:
-    """Where no prompt has media."""
-
-    def hold(self, sequence: SequenceState, number: int) -> bool:
-        """Nothing is ever at hand."""
-        return False
-
-    def relax(self, sequence: SequenceState) -> None:
-        """Nothing is kept."""
-
-
-class NoPrefixes:
-    """A cache that never hits."""
-
-    def find(self, sequence: SequenceState) -> Found | None:
-        """Nothing."""
-        return None
-
-    def release(self, prefix: Found) -> None:
-        """Nothing was found."""
-
-    def num_known(self, sequence: SequenceState, stop: int) -> int:
-        """No token is worth keeping."""
-        return stop
 
 
 class Scheduler:
@@ -184,6 +75,7 @@ class Scheduler:
         self.num_preempted = 0
         self._prefixes = prefixes or NoPrefixes()
         self._features = features or NoFeatures()
+        self._prompts = PromptChunks(budget, self._prefixes, self._features)
         self._adapters = adapters or NoAdapters()
         self._pace = pace
         self._shares = shares if shares is not None and shares.is_used else None
@@ -300,19 +192,17 @@ class Scheduler:
         self._preempt_for_memory()
         self._admit()
         while True:
-            restores, prefill, encodes = self._prefill_chunks()
-            arrangement = self._arranged(prefill)
+            prefill = self._prefill()
+            arrangement = self._arranged(prefill.chunks)
             if arrangement.num_bytes <= self._max_bytes or len(arrangement.places) < 2:
                 break
-            self._release(restores)
+            self._release(prefill.restores)
             self._preempt([max(self.running, key=_by_priority)])
-        return self._take_effect(restores, prefill, encodes, arrangement, drafts)
+        return self._take_effect(prefill, arrangement, drafts)
 
     def _take_effect(
         self,
-        restores: list[Restore],
-        prefill: list[Chunk],
-        encodes: Encodes,
+        prefill: Prefill,
         arrangement: Arrangement[SequenceState],
         drafts: Mapping[SequenceState, Sequence[int]],
     ) -> Plan:
@@ -320,7 +210,7 @@ class Scheduler:
         self._capacities = dict(arrangement.capacities)
         for state_row, (sequence, place) in enumerate(arrangement.places.items()):
             sequence.place, sequence.state_row = place, state_row
-        of = {chunk.sequence: chunk for chunk in prefill}
+        of = {chunk.sequence: chunk for chunk in prefill.chunks}
         order = list(arrangement.places)
         chunks = [
             of.get(sequence) or _decode(sequence, drafts.get(sequence, ()))
@@ -330,15 +220,15 @@ class Scheduler:
         self._is_drafted = width > 1
         is_drafted = any(chunk.draft for chunk in chunks)
         chunks += [of[sequence] for sequence in order[arrangement.num_single :] if sequence in of]
-        for chunk in prefill:
+        for chunk in prefill.chunks:
             if chunk.sequence.num_restored_tokens is None:
                 chunk.sequence.num_restored_tokens = chunk.start
-        captures = tuple(capture for chunk in prefill for capture in self._capture_of(chunk))
-        for chunk in prefill:
+        captures = tuple(capture for chunk in prefill.chunks for capture in self._capture_of(chunk))
+        for chunk in prefill.chunks:
             self._num_prefilled[chunk.sequence.group] += chunk.num_tokens
             if chunk.draws:
                 self.prefilling.remove(chunk.sequence)
-        for encode in encodes.planned:
+        for encode in prefill.encodes:
             self._num_prefilled[encode.sequence.group] += encode.media.num_patches
         self.decoding = [chunk.sequence for chunk in chunks if chunk.draws]
         self._num_repeats_left = min(map(_repeats_left, chunks), default=0)
@@ -348,11 +238,11 @@ class Scheduler:
         departures, self._departures = tuple(self._departures), []
         return Plan(
             departures=departures,
-            encodes=tuple(encodes.planned),
+            encodes=tuple(prefill.encodes),
             capacities=arrangement.capacities,
             moves=arrangement.moves,
             state_moves=arrangement.state_moves,
-            restores=tuple(restores),
+            restores=tuple(prefill.restores),
             chunks=tuple(chunks),
             num_single=arrangement.num_single,
             width=width,
@@ -361,7 +251,7 @@ class Scheduler:
             composition=self._composition_of(chunks[: arrangement.num_single], len(order)),
             num_state_rows=len(order),
             num_bytes=arrangement.num_bytes,
-            num_prefilled=sum(chunk.num_tokens for chunk in prefill),
+            num_prefilled=sum(chunk.num_tokens for chunk in prefill.chunks),
         )
 
     def commit(self, plan: Plan, drawn: Iterable[Drawn]) -> None:
@@ -497,7 +387,7 @@ class Scheduler:
         for s in self.prefilling:
             chunk = of.get(s)
             bucket = self._bucket(s, chunk.start, s.num_tokens) if chunk else self._present(s)
-            is_single = chunk is not None and self._is_single(chunk)
+            is_single = chunk is not None and self._prompts.is_single(chunk, is_guessing=self._is_guessing)
             tenants.append(Tenant(s, bucket, is_single, s.num_planned_tokens, s.place, s.state_row))
         return arrange(tenants, self._capacities, self._max_bytes, self.budget.row_cost)
 
@@ -643,98 +533,17 @@ class Scheduler:
         for restore in restores:
             self._prefixes.release(restore.prefix)
 
-    # Prefill
-
-    def _prefill_chunks(self) -> tuple[list[Restore], list[Chunk], Encodes]:
-        """Chunks of this step, the prefixes before them, and what is encoded for those to come.
-
-        Rows are padded to the longest, and padding counts. A prefix is looked for when its row's turn has come, so
-        that it may be what a neighbour has just computed. A row whose next token is a picture's that is not encoded
-        waits, and lets others pass.
-        In one step all chunks of recurrent rows have one length, and either all of them begin a sequence or none
-        does: nothing may be padded there, and a row that begins has no state yet.
-        """
+    def _prefill(self) -> Prefill:
+        """What this step computes of prompts, by whose turn it is."""
         order = self.prefilling
         if self._num_plans % 2:
             order = sorted(order, key=lambda sequence: self._num_prefilled[sequence.group])
         elif self._num_plans % 4:
             order = sorted(order, key=_by_priority)
-        restores: list[Restore] = []
-        chunks: list[Chunk] = []
-        padded = Padded(self._max_prefill())  # those of the second forward
-        encodes = Encodes(self.budget.encode_patches)
-        num_skipped = 0
-        for sequence in order:
-            if padded.is_full or num_skipped > MAX_SKIPPED:
-                break
-            is_first = sequence.num_planned_tokens == 0 and not sequence.is_scoring
-            prefix = self._prefixes.find(sequence) if is_first else None
-            start = prefix.num_tokens if prefix else sequence.num_planned_tokens
-            reach = self._reach(sequence, start, padded.max_tokens)
-            stop = self._sighted(sequence, start, reach, encodes)
-            chunk = self._next_chunk(sequence, start, stop, padded) if stop > start else None
-            if chunk is None:
-                if prefix is not None:
-                    self._prefixes.release(prefix)
-                num_skipped += stop > start
-                continue
-            if prefix is not None:
-                restores.append(Restore(sequence, prefix))
-            chunks.append(chunk)
-            if not self._is_single(chunk):
-                padded.chunks.append(chunk)
-        return restores, chunks, encodes
-
-    def _max_prefill(self) -> int:
-        """Tokens of prompts that this step may hold, padding included."""
-        hard = self.budget.prefill_chunk_tokens
-        return min(hard, self._pace.max_tokens) if self._pace is not None and self.decoding else hard
-
-    def _reach(self, sequence: SequenceState, start: int, max_tokens: int) -> int:
-        """Where the chunk that begins at `start` ends, if it is alone in its step and all pictures are encoded."""
-        most = min(max_tokens, self.budget.row_chunk_tokens or max_tokens)
-        most = min(most, max(MAX_SCORES // sequence.num_tokens, LEAST_CHUNK))
-        stop = min(sequence.num_tokens, start + most)
-        for end in (sequence.quantize_after, sequence.num_shared_tokens):
-            if start < end:
-                stop = min(stop, end)
-        prompt = sequence.request.prompt
-        stop = prompt.whole(stop)
-        return stop if stop > start else prompt.block_stop(start)
-
-    def _sighted(self, sequence: SequenceState, start: int, stop: int, encodes: Encodes) -> int:
-        """Before which of tokens [start, stop) features are missing. They are asked for; `stop` if none are."""
-        if start >= sequence.num_sighted_tokens:
-            return stop
-        prompt, end = sequence.request.prompt, stop
-        for number, media in enumerate(prompt.media):
-            first = media.first_in(start, stop)
-            if first is None or number in sequence.held or self._features.hold(sequence, number):
-                continue
-            encodes.ask(sequence, number)
-            end = min(end, first)
-        return prompt.whole(end)
-
-    def _next_chunk(self, sequence: SequenceState, start: int, stop: int, padded: Padded) -> Chunk | None:
-        """The chunk, or as much of it as can be beside the others; None where nothing can."""
-        chunk = _chunk(sequence, start, stop - start)
-        if not padded.chunks or self._is_single(chunk):
-            return chunk
-        if self.budget.is_recurrent:
-            first = padded.chunks[0]
-            width = first.num_tokens
-            is_cut = sequence.request.prompt.whole(start + width) < start + width
-            if chunk.num_tokens < width or chunk.begins != first.begins or is_cut:
-                return None
-            chunk = _chunk(sequence, start, width)
-        return chunk if padded.takes(chunk) else None
-
-    def _is_single(self, chunk: Chunk) -> bool:
-        """Whether it runs beside decoding rows. A recurrent row that begins may not, for it has no state yet; nor may
-        one go on where those guess, for it would be padded, and never come on."""
-        return chunk.num_tokens == 1 and not (
-            (chunk.begins or self._is_guessing) and self.budget.is_recurrent
-        )
+        most = self.budget.prefill_chunk_tokens
+        if self._pace is not None and self.decoding:
+            most = min(most, self._pace.max_tokens)
+        return self._prompts.make(order, most, is_guessing=self._is_guessing)
 
     def _composition_of(self, singles: Sequence[Chunk], num_rows: int) -> int:
         now: list[object] = [(one.sequence, one.sequence.place) for one in singles]
@@ -744,50 +553,6 @@ class Scheduler:
             self._last_singles = now
             self._composition += 1
         return self._composition
-
-
-class Padded:
-    """The chunks of one forward, padded to the longest of them."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self.chunks: list[Chunk] = []
-
-    @property
-    def width(self) -> int:
-        """Of the forward as it is."""
-        return max((chunk.num_tokens for chunk in self.chunks), default=0)
-
-    @property
-    def is_full(self) -> bool:
-        """No further chunk has room, however short."""
-        return self.width * (len(self.chunks) + 1) > self.max_tokens
-
-    def takes(self, chunk: Chunk) -> bool:
-        """Whether one more has room, and would not cost more here than in a step of its own."""
-        before, width = self.width, max(self.width, chunk.num_tokens)
-        num_tokens = width * (len(self.chunks) + 1)
-        longest = max(chunk.stop, *(one.stop for one in self.chunks))
-        is_dear = num_tokens - before * len(self.chunks) > 2 * chunk.num_tokens + ALONE_TOKENS
-        return num_tokens <= min(self.max_tokens, max(MAX_SCORES // longest, LEAST_CHUNK)) and not is_dear
-
-
-class Encodes:
-    """What one step encodes: as much as the budget of patches has room for, or one picture of any size."""
-
-    def __init__(self, max_patches: int) -> None:
-        self.planned: list[Encode] = []
-        self._num_patches_left = max_patches
-        self._keys: set[FeatureKey] = set()
-
-    def ask(self, sequence: SequenceState, number: int) -> None:
-        """Plan it, if there is room for it, and nobody else has asked for the same."""
-        key, num_patches = sequence.feature_key(number), sequence.request.prompt.media[number].num_patches
-        if key in self._keys or (self.planned and num_patches > self._num_patches_left):
-            return
-        self._keys.add(key)
-        self._num_patches_left -= num_patches
-        self.planned.append(Encode(sequence, number))
 
 
 def _decode(sequence: SequenceState, draft: Sequence[int]) -> Chunk:
@@ -811,8 +576,3 @@ def _repeats_left(chunk: Chunk) -> int:
     if stop <= sequence.quantize_after:
         end = min(end, sequence.quantize_after)
     return min(end, sequence.max_total_tokens - 1) - stop
-
-
-def _chunk(sequence: SequenceState, start: int, num_tokens: int) -> Chunk:
-    stop = start + num_tokens
-    return Chunk(sequence, start, stop, begins=start == 0, draws=stop == sequence.num_tokens)

@@ -3,10 +3,13 @@ standard streams, or HTTP. What is more ends the connection, or the response, be
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any
+from uuid import uuid4
 
 import anyio
 import httpx2
@@ -17,11 +20,19 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.os.posix.utilities import terminate_posix_process_tree
 from mcp.shared._httpx_utils import MCP_DEFAULT_SSE_READ_TIMEOUT, MCP_DEFAULT_TIMEOUT
 from mcp.shared.message import SessionMessage
-from mcp_types import jsonrpc_message_adapter
+from mcp_types import CONNECTION_CLOSED, jsonrpc_message_adapter
 
 from serve.mcp.config import McpServerConfig
 
 SESSION = "mcp-session-id"
+FORGOTTEN = f"the session is forgotten ({uuid4().hex}): "
+"""How the error of a question begins that a server has refused because it does not know the session; the question's
+method follows. No server can say it."""
+NO_SESSION = re.compile(
+    rb"(no valid|invalid|unknown|expired|missing) session|session (id )?(not found|unknown|invalid|expired)",
+    re.I,
+)
+"""What many servers say of it beside 400, where the protocol has 404."""
 EXIT_S = 1.0
 """For a program to end by itself once nobody speaks to it any more, and once it was told to end."""
 
@@ -154,15 +165,25 @@ class _Bounded(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         response = await self._inner.handle_async_request(request)
-        if response.status_code == 404 and SESSION in request.headers:  # as the protocol has it
-            self._lose()
+        has_session = request.method == "POST" and SESSION in request.headers
+        if has_session and response.status_code == 404:  # as the protocol has it
+            await response.aclose()
+            return self._forgotten(request)
         if response.headers.get("content-encoding", "identity") != "identity":
             await response.aclose()
             raise httpx2.DecodingError("the response is compressed, which was not asked for")
         if not response.headers.get("content-type", "").startswith("text/event-stream"):
             assert isinstance(response.stream, httpx2.AsyncByteStream)
             response.stream = _Counted(response.stream, self._max_bytes)
+            if has_session and response.status_code == 400 and NO_SESSION.search(await response.aread()):
+                return self._forgotten(request)
         return response
+
+    def _forgotten(self, request: httpx2.Request) -> httpx2.Response:
+        self._lose()
+        method = json.loads(request.content).get("method", "")
+        error = {"code": CONNECTION_CLOSED, "message": f"{FORGOTTEN}{method}"}
+        return httpx2.Response(404, json={"jsonrpc": "2.0", "id": None, "error": error}, request=request)
 
     async def aclose(self) -> None:
         await self._inner.aclose()

@@ -7,8 +7,11 @@ an address.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -19,6 +22,8 @@ APPROVALS = ("autoApprove", "alwaysAllow")
 """Keys of other clients: tools that run without anybody being asked."""
 
 
+VARIABLE = re.compile(r"\$\{(?:env:)?([A-Za-z_]\w*)(?::-([^}]*))?\}")
+"""Of this process's environment, as Claude Code and others have it; `${env:NAME}` is VS Code's word."""
 TYPES = {"stdio": ("stdio",), "http": ("http", "streamable-http", "streamableHttp", "streamable_http")}
 """What other clients call the two transports. An older one, sse, is not spoken."""
 
@@ -62,18 +67,45 @@ class McpFile(Strict):
     mcpServers: Mapping[str, McpServerConfig]
 
 
-def read_servers(path: Path) -> dict[str, McpServerConfig]:
+def read_servers(path: Path, environ: Mapping[str, str] = os.environ) -> dict[str, McpServerConfig]:
     """The servers of a file that are not disabled, by name. ConfigError names the file and what is wrong in it."""
+    problems: list[str] = []
     try:
-        found = McpFile.model_validate(json.loads(path.read_text()))
+        written = json.loads(path.read_text())
+        found = McpFile.model_validate(_filled(written, environ, (), problems))
     except OSError as error:
         raise ConfigError(f"mcp_servers: {path} cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        problems = "; ".join(_told(each["loc"], each["type"], each["msg"]) for each in error.errors())
-        raise ConfigError(f"mcp_servers: {path}: {problems}") from None
+        problems += (_told(each["loc"], each["type"], each["msg"]) for each in error.errors())
     except ValueError as error:
         raise ConfigError(f"mcp_servers: {path} is no JSON: {error}") from None
+    if problems:
+        raise ConfigError(f"mcp_servers: {path}: {'; '.join(problems)}")
     return {name: server for name, server in found.mcpServers.items() if not server.disabled}
+
+
+def _filled(value: Any, environ: Mapping[str, str], place: tuple[str, ...], problems: list[str]) -> Any:
+    """A file's part with what its variables stand for; a server that is disabled as it is."""
+    if isinstance(value, dict):
+        is_off = len(place) == 2 and value.get("disabled") is True
+        return {
+            key: inner if is_off else _filled(inner, environ, (*place, key), problems)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [_filled(inner, environ, (*place, str(at)), problems) for at, inner in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def stands_for(found: re.Match[str]) -> str:
+        name, default = found.groups()
+        if name not in environ and default is None:
+            problems.append(
+                f"{'.'.join(place)}: environment variable {name} is not set; set it, or write ${{{name}:-DEFAULT}}"
+            )
+        return environ.get(name) or default or ""
+
+    return VARIABLE.sub(stands_for, value)
 
 
 def _told(place: Sequence[int | str], kind: str, message: str) -> str:

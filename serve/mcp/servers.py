@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from serve.tools.tool import Tool
 T = TypeVar("T")
 MAX_TOOLS = 512
 MAX_PAGES = 32
+PICTURE = re.compile(r"image/[a-z0-9.+-]+", re.I)
 MAX_PENDING = 64
 """Calls of one server at a time."""
 MAX_MESSAGE_BYTES = 8 << 20
@@ -25,6 +27,22 @@ MAX_MESSAGE_BYTES = 8 << 20
 CLOSE_S = 5.0
 CONNECTION_CLOSED = -32000
 """As the mcp package tells of it."""
+
+
+class _ForgottenError(Exception):
+    """The server knows the session no more, and has refused this question of it."""
+
+
+class Given(str):
+    """What a call gave, in words."""
+
+    pictures: tuple[str, ...]
+    """What it shows, as data URIs."""
+
+    def __new__(cls, text: str, pictures: Iterable[str] = ()) -> Given:
+        made = super().__new__(cls, text)
+        made.pictures = tuple(pictures)
+        return made
 
 
 class McpServers:
@@ -54,13 +72,14 @@ class McpServers:
         server = self._server(name)
         return await self._on_thread(server.tools())
 
-    async def call(self, name: str, tool: str, arguments: Mapping[str, Any]) -> str:
-        """What a call gives, as text. ToolServerError where the server gives nothing."""
+    async def call(self, name: str, tool: str, arguments: Mapping[str, Any]) -> Given:
+        """What a call gives. ToolServerError where the server gives nothing."""
         server = self._server(name)
-        text = await self._on_thread(server.call(tool, arguments))
-        if len(text) > self._max_result_chars:
-            text = f"{text[: self._max_result_chars]}\n[cut off: {len(text):,} characters]"
-        return text
+        given = await self._on_thread(server.call(tool, arguments))
+        if len(given) > self._max_result_chars:
+            text = f"{given[: self._max_result_chars]}\n[cut off: {len(given):,} characters]"
+            return Given(text, given.pictures)
+        return given
 
     def close(self) -> None:
         """End what runs. For good."""
@@ -131,26 +150,39 @@ class _Server:
         line = await self._connected()
         if self._tools is None or line.changed.is_set():
             line.changed.clear()
-            self._tools = await self._within(line, _listed(line.client.result()), "listing its tools")
+            self._tools = await self._asked("tools/list", _listed, "listing its tools")
         return self._tools
 
-    async def call(self, tool: str, arguments: Mapping[str, Any]) -> str:
+    async def call(self, tool: str, arguments: Mapping[str, Any]) -> Given:
         if self._num_pending >= MAX_PENDING:
             raise ToolServerError(f"MCP server {self._name!r} has {MAX_PENDING} calls to answer already")
         self._num_pending += 1
         try:
-            line = await self._connected()
-            asking = line.client.result().call_tool(tool, dict(arguments))
-            result = await self._within(line, asking, f"calling {tool!r:.200}")
+            result = await self._asked(
+                "tools/call", lambda client: client.call_tool(tool, dict(arguments)), f"calling {tool!r:.200}"
+            )
         finally:
             self._num_pending -= 1
-        return _text_of(result)
+        return Given(_text_of(result), _pictures_of(result))
 
     async def close(self) -> None:
         if self._line is not None:
             self._drop(self._line)
         if self._leaving:
             await asyncio.wait(self._leaving, timeout=CLOSE_S)
+
+    async def _asked(
+        self, method: str, ask: Callable[[Any], Awaitable[Any]], doing: str, *, is_again: bool = False
+    ) -> Any:
+        """A question's answer; asked once more, in a new session, where the server had forgotten the last one."""
+        line = await self._connected()
+        try:
+            return await self._within(line, ask(line.client.result()), doing)
+        except _ForgottenError as error:
+            # What the mcp package asks behind a call, when it has been done, is no reason to do it again.
+            if not is_again and str(error) == method:
+                return await self._asked(method, ask, doing, is_again=True)
+        raise ToolServerError(f"MCP server {self._name!r}: {doing} failed: it has forgotten its session")
 
     async def _connected(self) -> _Line:
         line = self._line
@@ -203,6 +235,8 @@ class _Server:
                 f"MCP server {self._name!r}: {doing} takes more than {self._timeout_s:g} s"
             ) from None
         except Exception as error:  # foreign code, over a wire
+            if (method := _forgotten(error)) is not None:
+                raise _ForgottenError(method) from None
             if _is_end(error):
                 self._drop(line)
             reason = self._told(error)
@@ -281,6 +315,15 @@ def _text_of(result: Any) -> str:
     return f"Error: {text}" if result.is_error else text
 
 
+def _pictures_of(result: Any) -> Iterator[str]:
+    for block in result.content:
+        holder = block.resource if block.type == "resource" else block
+        data = getattr(holder, "blob" if block.type == "resource" else "data", None)
+        kind = getattr(holder, "mime_type", None)
+        if data and kind and PICTURE.fullmatch(kind):
+            yield f"data:{kind};base64,{data}"
+
+
 def _told(block: Any) -> str | None:
     """The words of a part; of a link what is known of what it leads to. None: it has none."""
     if block.type == "resource_link":
@@ -301,11 +344,24 @@ def _is_json_of(text: str | None, data: Any) -> bool:
         return False
 
 
-def _is_end(error: Exception) -> bool:
-    """Whether the connection is of no more use; else the server itself said no, and goes on."""
+def _forgotten(error: Exception) -> str | None:
+    """The method of a question that was refused with its session."""
     from mcp import MCPError
 
-    return not isinstance(error, MCPError) or error.error.code == CONNECTION_CLOSED
+    from serve.mcp.bounded import FORGOTTEN
+
+    is_so = isinstance(error, MCPError) and error.message.startswith(FORGOTTEN)
+    return str(error).removeprefix(FORGOTTEN) if is_so else None
+
+
+def _is_end(error: Exception) -> bool:
+    """Whether the connection is of no more use; else the server itself said no, or its answer is none by the protocol
+    or by the tool's own schema, and it goes on."""
+    from mcp import MCPError
+
+    if isinstance(error, MCPError):
+        return error.error.code == CONNECTION_CLOSED
+    return not isinstance(error, (ValueError, RuntimeError))
 
 
 def _reason(error: BaseException) -> str:

@@ -12,6 +12,7 @@ export class Refused extends Error {
 
 function headers(more = {}) {
   const key = apiKey();
+  if (/[^\x21-\x7e]/.test(key)) throw new Refused("The API key holds characters that no key has.", 401);
   return key ? { ...more, Authorization: `Bearer ${key}` } : more;
 }
 

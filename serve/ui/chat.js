@@ -3,7 +3,7 @@
 
 import { chat, Refused } from "./api.js";
 import { copied, element, MarkdownView } from "./markdown.js";
-import { remember, remembered } from "./store.js";
+import { rememberedHere, rememberHere } from "./store.js";
 
 const NEAR_THE_END = 80;
 const FEWEST_FOR_A_RATE = 8;
@@ -21,7 +21,7 @@ export class Talk {
     this.request = request;
     this.onState = onState;
     this.onRefused = onRefused;
-    this.messages = remembered("chat", []).filter(isMessage);
+    this.messages = rememberedHere("chat", []).filter(isMessage);
     this.abort = null;
     this.underWay = null;
     this.editing = null;
@@ -29,7 +29,10 @@ export class Talk {
     this.views = new WeakMap();
     this.log.addEventListener("scroll", () => this.showToEnd());
     this.toEnd.addEventListener("click", () => this.scrollToEnd());
+    addEventListener("beforeunload", () => this.stop());
     addEventListener("pagehide", () => this.underWay && this.keep());
+    // A keyboard on the screen takes half of the talk's height.
+    new ResizeObserver(() => this.wasAtEnd && this.scrollToEnd()).observe(this.log);
     this.draw();
     this.scrollToEnd();
   }
@@ -142,9 +145,9 @@ export class Talk {
   // An answer under way is kept as far as it came, as one that was stopped.
   keep() {
     const kept = this.messages.map((each) => (each === this.underWay ? { ...each, stopped: true } : each));
-    if (remember("chat", kept)) return;
+    if (rememberHere("chat", kept)) return;
     // Pictures are what is large.
-    remember("chat", kept.map((each) => ({ ...each, pictures: [] })));
+    rememberHere("chat", kept.map((each) => ({ ...each, pictures: [] })));
   }
 
   // Nodes of messages that are as they were stay, with what is selected, opened or scrolled in them.
@@ -252,7 +255,7 @@ export class Talk {
   }
 
   showToEnd() {
-    this.toEnd.hidden = this.isAtEnd();
+    this.toEnd.hidden = this.wasAtEnd = this.isAtEnd();
   }
 }
 

@@ -8,6 +8,8 @@ const RULE = /^ {0,3}([-*_])(\s*\1){2,}\s*$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(\s+|$)/;
 const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+const MATH = /^ {0,3}(\\\[|\$\$)/;
+const MAX_MATH_LINES = 200;
 const MAX_DEPTH = 12;
 
 export function element(name, props = {}, ...children) {
@@ -46,6 +48,8 @@ function endOfBlock(lines, at) {
     return lines.length;
   }
   if (HEADING.test(lines[at]) || RULE.test(lines[at])) return at + 1;
+  const math = endOfMath(lines, at);
+  if (math) return math;
   if (QUOTE.test(lines[at])) {
     let end = at + 1;
     while (end < lines.length && lines[end].trim() && (QUOTE.test(lines[end]) || !begins(lines, end))) end += 1;
@@ -62,6 +66,19 @@ function endOfBlock(lines, at) {
   return end;
 }
 
+// A formula is shown as it is written, since in Markdown its stars and underscores would be marks. 0: there is none.
+function endOfMath(lines, at) {
+  const opened = MATH.exec(lines[at]);
+  if (!opened) return 0;
+  const close = opened[1] === "$$" ? "$$" : "\\]";
+  const last = Math.min(lines.length, at + MAX_MATH_LINES);
+  for (let end = at; end < last; end++) {
+    const rest = end === at ? lines[end].slice(opened[0].length) : lines[end];
+    if (rest.includes(close)) return rest.trimEnd().endsWith(close) ? end + 1 : 0;
+  }
+  return 0;
+}
+
 function closes(line, fence) {
   const bare = line.trim();
   return bare.length >= fence.length && bare === fence[0].repeat(bare.length);
@@ -70,6 +87,7 @@ function closes(line, fence) {
 function begins(lines, at) {
   const line = lines[at];
   return FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || isTable(lines, at)
+    || endOfMath(lines, at) > 0
     || (ITEM.test(line) && !/^\s*\d+[.)]\s/.test(line)) || /^\s*1[.)]\s/.test(line);
 }
 
@@ -129,6 +147,7 @@ export function nodeOf(source, depth = 0) {
   const heading = HEADING.exec(lines[0]);
   if (heading) return element(`h${heading[1].length}`, {}, ...inline(heading[2]));
   if (RULE.test(lines[0])) return element("hr");
+  if (endOfMath(lines, 0)) return element("div", { class: "math" }, source);
   if (QUOTE.test(lines[0])) {
     return element("blockquote", {}, ...nodesOf(lines.map((line) => line.replace(QUOTE, "")).join("\n"), depth + 1));
   }
@@ -212,7 +231,9 @@ function table(lines) {
 const WEAK_STAR = /^\*(?=[^\s*])((?:[^*]|\*\*[^*]+\*\*)*?[^\s*])\*(?!\*)/;
 const WEAK_LINE = /^_(?=[^\s_])((?:[^_]|_(?=\w))*?[^\s_])_(?!\w)/;
 // Where a thing of a line may begin. Letters, digits and spaces cannot, which keeps long lines quick.
-const SPECIAL = /[\\`*_~[!<\n]|https?:\/\//g;
+const SPECIAL = /[\\`*_~[!<\n$]|https?:\/\//g;
+// Pandoc's rule, which leaves prices alone; and two dollars.
+const DOLLARS = /^(?:\$\$[^$]+\$\$|\$(?=[^\s$])[^$\n]*[^\s$\\]\$(?!\d))/;
 
 export function inline(text, depth = 0) {
   const nodes = [];
@@ -253,10 +274,16 @@ function span(text, at, depth) {
     case "\\": {
       const next = text[at + 1];
       if (next === "\n") return { node: element("br"), end: at + 2 };
+      const close = next === "(" ? rest.indexOf("\\)", 2) : -1;
+      if (close > 0) return formula(rest.slice(0, close + 2), at);
       return next && /[!-/:-@[-`{-~]/.test(next) ? { node: next, end: at + 2 } : null;
     }
     case "\n":
       return text.slice(0, at).endsWith("  ") ? { node: element("br"), end: at + 1 } : { node: "\n", end: at + 1 };
+    case "$": {
+      const found = DOLLARS.exec(rest);
+      return found ? formula(found[0], at) : null;
+    }
     case "`": {
       const marks = /^`+/.exec(rest)[0];
       const end = closing(text, at + marks.length, marks);
@@ -296,6 +323,10 @@ function span(text, at, depth) {
       return found ? { node: link(found[0], [found[0]]), end: at + found[0].length } : null;
     }
   }
+}
+
+function formula(written, at) {
+  return { node: element("code", { class: "math" }, written), end: at + written.length };
 }
 
 function closing(text, from, marks) {

@@ -28,6 +28,16 @@ export function remember(name, value, storage = "localStorage") {
   }
 }
 
+// A tab's own, which it finds again when it is loaded anew; another tab begins with what was last kept in any.
+export function rememberedHere(name, otherwise) {
+  const mine = remembered(name, otherwise, "sessionStorage");
+  return mine === otherwise ? remembered(name, otherwise) : mine;
+}
+
+export function rememberHere(name, value) {
+  return ["sessionStorage", "localStorage"].map((storage) => remember(name, value, storage)).every(Boolean);
+}
+
 export function apiKey() {
   return remembered("key", "", "sessionStorage") || remembered("key", "");
 }

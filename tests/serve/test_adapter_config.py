@@ -7,6 +7,7 @@ import os
 import struct
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -35,22 +36,30 @@ WRONG = {
     "keys": [8, "q_proj", {"a": 1}, True, [], [""], [3], [None], ["\ud800"], [["q_proj"]]],
     "init_lora_weights": ["gaussian", "", True, 1, ["pissa"], "pissa_niter_0", "pissa_niter_", "olora"],
     "use_rslora": [True, 1, "yes"],
-    "use_dora": [True],
+    "use_dora": [True, "yes"],
     "rank_pattern": [{"q_proj": 4}],
     "alpha_pattern": [{"q_proj": 4}],
-    "lora_alpha": [16],
-    "r": [8],
+    "lora_alpha": [17, "16", HUGE],
+    "r": [4, True, "8"],
+    "num_layers": ["2", 2.5],
     "target_modules": [["q_proj"], "all-linear"],
     "of_a_later_version": [1, "x", [0]],
     "line\nbreak": [1],
 }
 WRONG_AT_THE_TOP = {
     "fine_tune_type": ["vera", "", None, 1, ["lora"], {}],
-    "num_layers": ["2", 2.0, None, True, -2, [2], 2**31],
+    "num_layers": ["2", 2.0, True, -2, [2], 2**31],
     "lora_parameters": [None, [], "x", 3, {}, {"rank": 8}, {"scale": 2.0}, {"rank": 8, "alpha": None}],
-    "rank": [8],
-    "alpha": [16],
-    "scale": [2.0],
+    "peft_type": ["IA3", None, 3],
+    "rank": [4, True, "8"],
+    "r": [16, 8.5],
+    "alpha": [17, "16"],
+    "lora_alpha": [32, HUGE, float("nan")],
+    "scale": [2.5, "2.0"],
+    "init_lora_weights": ["pissa", "gaussian", 1.5],
+    "target_modules": [3, [3]],
+    "unsloth_mlx_lora_module_ranks": [[8], {"a": 0}, {"a": "8"}],
+    "unsloth_mlx_lora_module_scales": [2.0, {"a": 0}, {"a": True}],
     "use_rslora": [True],
     "use_dora": [True],
     "rank_pattern": [{"q_proj": 4}],
@@ -140,8 +149,53 @@ def test_a_whole_config_in_another_tools_layout_is_refused():
         parsed({"rank": 8, "alpha": 16, "dropout": 0.0})
     assert "rank is 8" in str(caught.value)
     assert "lora_parameters is missing" in str(caught.value)
-    with pytest.raises(AdapterError, match=r"lora_alpha is 16.*\n.*r is 8"):
-        parsed({"r": 8, "lora_alpha": 16, "lora_parameters": {"rank": 8, "scale": 20.0}})
+    with pytest.raises(
+        AdapterError, match=r"lora_alpha is 16.* make an alpha of 160\n.*r is 4.*rank is 8 there"
+    ):
+        parsed({"r": 4, "lora_alpha": 16, "lora_parameters": {"rank": 8, "scale": 20.0}})
+
+
+ELSEWHERE = {
+    "Unsloth's": {
+        "peft_type": "LORA",
+        "rank": 8,
+        "scale": 2.0,
+        "dropout": 0.0,
+        "base_quantization": {"a": 1},
+    },
+    "Unsloth's without a kind": {"peft_type": "LORA", "fine_tune_type": None, "num_layers": None, "rank": 8},
+    "both words": {
+        "peft_type": "LORA",
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj"],
+        "use_dora": False,
+    },
+    "rsLoRA's": {"use_rslora": True, "r": 8, "lora_alpha": 2.0 * 8**0.5, "init_lora_weights": True},
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_is_said_once_more_in_other_words_is_read(name):
+    told = {key: value for key, value in {**GOOD, **ELSEWHERE[name]}.items() if value is not None}
+    config = parsed(told)
+    assert (config.fine_tune_type, config.rank, config.scale) == ("lora", 8, 2.0)
+
+
+def test_ranks_and_scales_by_module_are_unsloths():
+    told = {"unsloth_mlx_lora_module_ranks": {"model.layers.0.a": 4, "model.layers.1.a": 8}}
+    config = parsed({**GOOD, **told, "unsloth_mlx_lora_module_scales": {"model.layers.0.a": 5}})
+    assert [config.rank_of(f"base_model.model.layers.{n}.a") for n in (0, 1, 2)] == [4, 8, 8]
+    assert [config.scale_of(f"layers.{n}.a") for n in (0, 1, 2)] == [5, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_what_mlx_lm_lora_writes_is_read(kind):
+    train = pytest.importorskip("mlx_lm_lora.train", reason="pip install '.[dev]'")
+    given = SimpleNamespace(train_type=kind, num_layers=-1, lora_parameters={"rank": 4, "scale": 3.0})
+    inside = train.build_lora_config(given)  # what its from_pretrained writes, beside num_layers
+    config = parsed({"lora_parameters": inside, "num_layers": inside["num_layers"]})
+    assert (config.fine_tune_type, config.rank, config.scale, config.num_layers) == (kind, 4, 3.0, -1)
 
 
 def test_what_mlx_lm_writes_is_read_and_options_that_are_off_ask_nothing():

@@ -312,7 +312,7 @@ def test_a_loaded_name_is_kept_unless_replacing_and_bad_names_are_refused(model,
     registry.load("a", make_adapter(1))
     with pytest.raises(AdapterError, match="'a' has already been loaded"):
         registry.load("a", make_adapter(2))
-    for name in ("", "a@2", "lively", *ODD_NAMES):
+    for name in ("", "a@2", "lively", ".", "..", *ODD_NAMES):
         with pytest.raises(AdapterError, match="cannot be called") as caught:
             registry.load(name, make_adapter(1))
         assert str(caught.value).isprintable()

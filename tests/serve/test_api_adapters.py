@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import httpx
@@ -146,6 +147,26 @@ def test_a_running_stream_goes_on_while_an_adapter_loads(post, client, make_adap
         load.join()
     assert text == alone
     assert {model.id for model in client.models.list()} == {"lively", "x1", "x2", "x3"}
+
+
+def test_loads_that_wait_keep_no_thread_from_anybody_else(post, http, client, make_adapter, runtime):
+    """More of them than the threads that all requests share: forty, as Starlette has them."""
+    folder = str(make_adapter(1))
+    with ThreadPoolExecutor(48) as asking, httpx.Client(base_url=http.base_url, timeout=60) as other:
+        with runtime.registry._turn("a"):  # somebody makes a version of it, from a slow disk
+            loads = [
+                asking.submit(post, "load", lora_name="a", lora_path=folder, load_inplace=True)
+                for _ in range(48)
+            ]
+            while runtime.registry._busy["a"].num_waiting < 2:
+                other.get("/health", timeout=5)
+            for _ in range(20):  # those on their way have come meanwhile
+                assert other.get("/v1/models", timeout=5).status_code == 200
+            asked = {**LONG, "max_tokens": 2}
+            assert client.completions.create(model="lively", timeout=5, **asked).choices[0].text
+            assert not any(load.done() for load in loads)
+        assert {load.result().status_code for load in loads} == {200}
+    assert runtime.registry.resolve("a").number == 48
 
 
 def test_the_only_adapter_there_may_be_is_replaced_again_and_again_under_its_streams(

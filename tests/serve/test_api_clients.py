@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import anthropic
 import numpy as np
 import openai
 import pytest
@@ -255,6 +256,21 @@ def test_langchain_embeds(url: str, client: openai.OpenAI) -> None:
     wanted = [each.embedding for each in client.embeddings.create(model="tiny", input=texts).data]
     np.testing.assert_allclose(embeddings.embed_documents(texts), wanted, atol=1e-6)
     np.testing.assert_allclose(embeddings.embed_query(texts[0]), wanted[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
+def test_anthropics_client_pages_through_the_models_forwards_and_backwards(
+    limit: int, url: str, client: openai.OpenAI
+) -> None:
+    names = [model.id for model in client.models.list()]
+    assert len(names) == 3
+    with anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key="x", max_retries=0) as claude:
+        assert [model.id for model in claude.models.list(limit=limit)] == names
+        pages = claude.models.list(limit=limit, before_id=names[-1]).iter_pages()
+        assert [model.id for page in reversed(list(pages)) for model in page.data] == names[:-1]
+        for wrong in ({"limit": 0}, {"limit": 1001}, {"after_id": "gone"}, {"before_id": "gone"}):
+            with pytest.raises(anthropic.BadRequestError, match=next(iter(wrong))):
+                claude.models.list(**wrong)
 
 
 def test_pictures_reach_the_model_through_every_client(

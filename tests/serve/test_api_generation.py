@@ -296,13 +296,31 @@ def test_too_long_has_openais_code_and_no_body_no_model_no_json_are_400(client, 
     error = refused(lambda: chat(client, messages=long))
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
     assert "maximum context length is 1024 tokens" in error["message"]  # litellm knows it by these words
-    for content, told in ((b"{", "not JSON"), (b"{}", "model: missing"), (b"[]", "the body")):
+    for content, told in ((b"{", "not JSON"), (b"{}", "messages: missing"), (b"[]", "the body")):
         answer = http.post(
             "/v1/chat/completions", content=content, headers={"content-type": "application/json"}
         )
         assert answer.status_code == 400
         assert told in answer.json()["error"]["message"]
     assert http.get("/v1/nothing").json()["error"]["code"] == "not_found"
+
+
+@pytest.mark.parametrize("unnamed", [{}, {"model": ""}, {"model": None}])
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses", "messages"])
+def test_who_names_no_model_is_answered_by_the_first(http, path, unnamed):
+    """As mlx_lm.server's and vLLM's examples ask; Codex leaves it out of what goes on."""
+    asked = {"responses": "input", "completions": "prompt"}.get(path, "messages")
+    limit = "max_output_tokens" if path == "responses" else "max_tokens"
+    body = {asked: MESSAGES if asked == "messages" else "Hi", limit: 3, **unnamed}
+    answer = http.post(f"/v1/{path}", json=body)
+    assert (answer.status_code, answer.json().get("model")) == (200, "lively"), answer.text
+
+
+def test_what_goes_on_from_a_response_and_names_no_model_has_that_ones(http):
+    body = {"input": "Hi", "max_output_tokens": 3}
+    first = http.post("/v1/responses", json={**body, "model": "a1"}).json()
+    then = http.post("/v1/responses", json={**body, "previous_response_id": first["id"]}).json()
+    assert then["model"] == first["model"] == "a1"
 
 
 def test_every_event_of_a_stream_is_one_json_line_and_the_last_is_done(http):

@@ -68,7 +68,12 @@ def runtime(model_folder, keys_file, tmp_path_factory) -> Iterator[Runtime]:
             aliases=("gpt-4", "gpt-4o"),
             api_keys=keys_file,
             mcp_servers=servers,
-            allowed_origins=("https://a.example",),
+            allowed_origins=(
+                "https://a.example",
+                "app://notes.md",
+                "chrome-extension://*",
+                "https://*.c.example",
+            ),
         )
     )
     yield started
@@ -177,6 +182,7 @@ def test_a_key_is_taken_from_either_header_and_in_any_case_of_the_scheme(url, as
         {"Authorization": "Bearer sk-plain"},
         {"Authorization": "bearer   sk-plain"},
         {"x-api-key": "sk-plain"},
+        {"api-key": "sk-plain"},
         {"Authorization": "Bearer sk-wrong", "x-api-key": "sk-plain"},
         {"Authorization": "Basic x", "X-API-KEY": "sk-hashed"},
     ):
@@ -374,7 +380,16 @@ def test_status_shows_a_key_its_own_and_an_admin_everybodys(url, ask):
 
 def test_a_page_of_an_allowed_origin_may_ask_and_reads_refusals_and_others_may_not(ask):
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-    for origin, is_allowed in (("https://a.example", True), ("https://b.example", False)):
+    allowed = ("https://a.example", "app://notes.md", "chrome-extension://abcd", "https://x.c.example")
+    others = (
+        "https://b.example",
+        "http://a.example",
+        "https://c.example",
+        "https://x.c.example.org",
+        "https://x.c.example:8000",
+        "null",
+    )
+    for origin, is_allowed in [*((each, True) for each in allowed), *((each, False) for each in others)]:
         preflight = ask(None, "/v1/completions", "OPTIONS", headers={"Origin": origin, **asked})
         assert (preflight.status_code == 200) is is_allowed, "it has no key yet"
         refusal = ask(None, "/v1/models", headers={"Origin": origin})

@@ -387,7 +387,7 @@ BAD: dict[str, tuple[Change, int, str]] = {
         "one of them was expected",
     ),
     "PEFT's config over mlx-lm's tensors": (
-        config(peft_type="LORA"),
+        text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}'),
         400,
         "is in PEFT's layout, which goes with adapter_model.safetensors",
     ),

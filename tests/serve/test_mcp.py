@@ -15,9 +15,12 @@ import httpx
 import openai
 import psutil
 import pytest
-from tiny import QWEN3
+from tiny import QWEN3, running
 from waiting import until
 
+import lathe
+from serve.api.rounds import offered
+from serve.api.schemas import ChatBody
 from serve.api.server import serving
 from serve.config import ServeConfig
 from serve.errors import ConfigError, RequestError, ToolServerError
@@ -147,7 +150,7 @@ def test_a_server_that_ended_is_started_again():
 def test_a_program_that_ended_while_nobody_asked_is_started_again():
     servers = McpServers({"one": OVER_STREAMS}, timeout_s=20)
     known = set(psutil.Process().children())
-    assert len(asyncio.run(servers.tools("one"))) == 7
+    assert len(asyncio.run(servers.tools("one"))) == 8
     for program in set(psutil.Process().children()) - known:
         program.kill()
     until(servers._servers["one"]._line.lost.is_set)
@@ -156,21 +159,27 @@ def test_a_program_that_ended_while_nobody_asked_is_started_again():
 
 
 def test_a_session_that_an_address_knows_no_more_is_begun_anew_and_cuts_no_call_off(free_ports):
+    """What meets it is asked again, once; a call that runs in the old one ends there."""
     port = free_ports()
-    servers = McpServers({"raw": McpServerConfig(url=f"http://127.0.0.1:{port}/mcp")}, timeout_s=20)
+    config = {"raw": McpServerConfig(url=f"http://127.0.0.1:{port}/mcp")}
+    servers, fresh = (McpServers(config, timeout_s=20) for _ in range(2))
 
     async def talk() -> None:
-        assert len(await servers.tools("raw")) == 4
+        assert len(await servers.tools("raw")) == 7
         held = asyncio.ensure_future(servers.call("raw", "hold", {}))
-        await servers.call("raw", "forget", {})
-        with pytest.raises(ToolServerError, match="gone"):
-            await servers.call("raw", "grow", {})
-        assert await servers.call("raw", "grow", {}) == "5"
-        assert len(await servers.tools("raw")) == 5
+        for grown in ("8", "9"):
+            await servers.call("raw", "forget", {})
+            assert await servers.call("raw", "grow", {}) == grown
+        assert len(await servers.tools("raw")) == 9
         assert not held.done()
         await servers.call("raw", "release", {})
-        assert await held == "5"
-        assert await servers.call("raw", "grow", {}) == "6"
+        assert await held == "9"
+        with pytest.raises(ToolServerError, match="calling 'vanish' failed: it has forgotten its session"):
+            await fresh.call("raw", "vanish", {})
+        assert await servers.call("raw", "grow", {}) == "11", "what was done is not done again"
+        await servers.call("raw", "lock", {})
+        with pytest.raises(ToolServerError, match="calling 'grow' failed: it has forgotten its session"):
+            await servers.call("raw", "grow", {})
 
     with subprocess.Popen([sys.executable, str(RAW), str(port)], stderr=subprocess.DEVNULL) as program:
         try:
@@ -178,18 +187,45 @@ def test_a_session_that_an_address_knows_no_more_is_begun_anew_and_cuts_no_call_
             asyncio.run(talk())
         finally:
             servers.close()
+            fresh.close()
             program.kill()
+
+
+def test_an_answer_that_is_none_ends_no_connection():
+    """A server's own state would be gone with it."""
+
+    async def talk() -> None:
+        await servers.call("raw", "grow", {})
+        with pytest.raises(ToolServerError, match="CallToolResult"):
+            await servers.call("raw", "odd", {})
+        assert await servers.call("raw", "grow", {}) == "9"
+
+    servers = McpServers({"raw": McpServerConfig(command=sys.executable, args=(str(RAW),))}, timeout_s=20)
+    asyncio.run(talk())
+    servers.close()
 
 
 def test_tools_that_have_changed_are_listed_anew():
     async def talk() -> None:
-        for count in (4, 5, 6):
+        for count in (7, 8, 9):
             assert len(await servers.tools("raw")) == count
             await servers.call("raw", "grow", {})
 
     servers = McpServers({"raw": McpServerConfig(command=sys.executable, args=(str(RAW),))}, timeout_s=20)
     asyncio.run(talk())
     servers.close()
+
+
+def test_no_two_tools_are_offered_by_one_name(servers):
+    own = {"type": "function", "function": {"name": "streams__add"}}
+    tools = [
+        own,
+        *(entry(label, allowed_tools=["add"]) for label in ("web", "streams", "streams", "streams")),
+    ]
+    offer = asyncio.run(offered(servers, ChatBody(messages=MESSAGES, tools=tools)))
+    names = ["streams__add", "add", "streams__add_2", "streams__add_3", "streams__add_4"]
+    assert [tool.function.name for tool in offer.body.tools] == names
+    assert offer.owners == {name: ("web" if name == "add" else "streams", "add") for name in names[1:]}
 
 
 def test_a_name_that_the_configuration_has_not_is_refused(servers):
@@ -222,6 +258,30 @@ def test_a_file_that_is_wrong_is_told_of(tmp_path, content, told):
     with pytest.raises(ConfigError, match="mcp_servers: ") as error:
         read_servers(path)
     assert told in str(error.value)
+
+
+def test_a_file_may_name_what_the_environment_has(tmp_path):
+    """qwen-code 11499, claude-code 916 and others: secrets stood in files, or `Bearer ${TOKEN}` was sent as it is."""
+    path = tmp_path / "mcp.json"
+    path.write_text(
+        """{"mcpServers": {
+        "web": {"url": "${BASE:-http://localhost:1}/mcp", "headers": {"Authorization": "Bearer ${TOKEN}"}},
+        "own": {"command": "${env:TOOL}", "args": ["-k", "$TOKEN ${TOKEN}${EMPTY:-none}"],
+            "env": {"KEY": "${TOKEN}"}},
+        "off": {"command": "${MISSING}", "disabled": true}}}"""
+    )
+    environ = {"TOKEN": "s3cret", "TOOL": "tool", "EMPTY": ""}
+    found = read_servers(path, environ)
+    assert (found["web"].url, found["web"].headers) == (
+        "http://localhost:1/mcp",
+        {"Authorization": "Bearer s3cret"},
+    )
+    own = found["own"]
+    assert (own.command, own.args, own.env) == ("tool", ("-k", "$TOKEN s3cretnone"), {"KEY": "s3cret"})
+    with pytest.raises(ConfigError) as error:
+        read_servers(path, {"TOOL": "tool"})
+    for place in ("web.headers.Authorization", "own.args.1", "own.env.KEY"):
+        assert f"mcpServers.{place}: environment variable TOKEN is not set" in str(error.value)
 
 
 def test_servers_that_are_disabled_are_none(tmp_path):
@@ -309,10 +369,67 @@ def said(text: str, **fields) -> dict:
     )
 
 
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    path = tmp_path_factory.mktemp("seeing") / "servers.json"
+    path.write_text(json.dumps({"mcpServers": {"one": {"command": sys.executable, "args": [str(PROGRAM)]}}}))
+    keys = {"tool_call_parser": "hermes", "mcp_servers": path, "mcp_max_rounds": 1}
+    with (
+        running(Path(lathe.__file__).parent / "data/shapes", **keys) as (_, url),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as opened,
+    ):
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told", "num_shown"),
+    [
+        ({"side": 8}, "[image]", 1),
+        ({"side": 16, "packed": True}, "[resource file:///notes.md]", 1),
+        ({"side": 0}, "[image]", 0),
+    ],
+)
+def test_pictures_of_a_tool_are_shown_to_a_model_that_sees(client, seeing, arguments, told, num_shown):
+    """mlx-serve 309, copilot-cli 4536 and others: they were told of, and nobody saw them. What is no picture hurts no
+    answer, and none hurts a model that sees nothing."""
+    call = json.dumps({"name": "draw", "arguments": arguments})
+    fields = said(f"<tool_call>\n{call}\n</tool_call>", tools=[entry(allowed_tools=["draw"])])
+    before = num_pictures(seeing)
+    for to in (client, seeing):
+        message = to.chat.completions.create(**fields).choices[0].message
+        assert message.mcp_calls[0]["output"] == told
+    assert num_pictures(seeing) - before == num_shown
+
+
+def num_pictures(of: openai.OpenAI) -> float:
+    """That its model was shown."""
+    text = httpx.get(f"{str(of.base_url).removesuffix('/v1/')}/metrics", timeout=60).text
+    return sum(
+        float(line.split()[-1])
+        for line in text.splitlines()
+        if line.startswith("lathe_feature_queries_total")
+    )
+
+
 def test_rounds_are_bounded(client):
     message = client.chat.completions.create(**said(CALL)).choices[0].message
     assert [each["output"] for each in message.mcp_calls] == ["the sum is 3"] * 3
     assert message.content == CALL, "the last answer is text"
+
+
+def test_a_talk_that_has_no_room_for_what_a_tool_gave_ends_there_and_tells_what_was_run(client):
+    """What was done would else be lost on the client."""
+    call = '<tool_call>\n{"name": "much", "arguments": {"count": 60000}}\n</tool_call>'
+    fields = said(call, tools=[entry(allowed_tools=["much"])])
+    choice = client.chat.completions.create(**fields).choices[0]
+    assert (choice.finish_reason, choice.message.mcp_calls[0]["output"]) == ("length", "x" * 60000)
+    *_, before, last = client.chat.completions.create(stream=True, **fields)
+    assert last.choices[0].finish_reason == "length" or before.choices[0].finish_reason == "length"
+    response = client.responses.create(
+        model="m", input="x", max_output_tokens=300, tools=fields["tools"], extra_body=fields["extra_body"]
+    )
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert [item.type for item in response.output if item.type == "mcp_call"] == ["mcp_call"]
 
 
 def test_calls_of_the_clients_own_tools_are_the_clients(client):

@@ -10,7 +10,8 @@ from dry_engine import BUDGET, decode, run, sequence
 
 from serve.engine.pace import FIRST_TOKENS, GAP_FORWARDS, LEAST_TOKENS, Pace
 from serve.engine.plan import Plan
-from serve.engine.scheduler import Budget, Scheduler
+from serve.engine.prompt_chunks import Budget
+from serve.engine.scheduler import Scheduler
 
 
 def machine_of(fixed_s: float, row_s: float, token_s: float) -> Callable[[int, int], float]:

@@ -14,6 +14,7 @@ import pytest
 from opened_page import WAIT_MS, Opened
 from playwright.sync_api import expect
 from tiny import QWEN3
+from waiting import until
 
 import lathe
 from serve.api.page import FILES, FOLDER
@@ -215,6 +216,7 @@ MARKS = (
         "http://x.y/z?q=(1)",
         "<http://a>",
     ),
+    *("\\[", "\\]", "\\(", "\\)", "$", "$$", "\\[\n", "\n\\]\n", "$$\n"),
     *("word", "wörter ", "日本", "🙂", "&amp;", "- [x] ", "\t", "\x00", " "),
 )
 ALLOWED = {
@@ -306,6 +308,15 @@ def test_any_markdown_in_any_cuts_is_drawn_as_the_whole_of_it_by_safe_nodes_alon
         ("|a|\n|-|\n|- x<br>- y<br/>z|", "<td>- x<br>- y<br>z</td>"),
         ('```python\nfoo = "\\(bar\\)" # not **bold**\n```', '<code>foo = "\\(bar\\)" # not **bold**</code>'),
         ("The answer is\n42. And more", "<p>The answer is\n42. And more</p>"),
+        ("so \\(a_1 * b_1 * c\\) is", '<p>so <code class="math">\\(a_1 * b_1 * c\\)</code> is</p>'),
+        ("with $x_1 * y * z_1$, $$a * b * c$$", ">$x_1 * y * z_1$</code>, <code"),
+        ("*from* $5 to $10 *a* day", "<em>from</em> $5 to $10 <em>a</em> day</p>"),
+        (
+            "we get\n\\[\na * b * c\n= d_1\n\n- e_1\n\\]\nso",
+            '<div class="math">\\[\na * b * c\n= d_1\n\n- e_1\n\\]</div><p>so',
+        ),
+        ("$$\nx * y * z\n$$", '<div class="math">$$\nx * y * z\n$$</div>'),
+        ("\\[x\\] is *escaped*", "<p>[x] is <em>escaped</em></p>"),
     ],
 )
 def test_markdown_is_drawn_as_people_write_it(text, html, drawn):
@@ -316,6 +327,10 @@ def test_long_answers_stay_quick_to_draw(opened, served):
     """Marks that open and never close, by the thousand: each look for a partner is bounded."""
     page = opened(served).page
     for text in (
+        "$a " * 20_000,
+        "$$\n" * 9_999,
+        "\\[\n" * 9_999,
+        "\\(" * 20_000,
         "**a " * 20_000,
         "[" * 20_000,
         "*" * 20_000,
@@ -535,7 +550,7 @@ def test_no_width_makes_the_page_scroll_sideways_and_everything_can_be_read(them
         + "long" * 80
         + "\n\n|a|b|\n|-|-|\n|"
         + "wide" * 60
-        + "|x|\n\n```\n"
+        + "|word|\n\n```\n"
         + "code " * 90
         + "\n```"
     )
@@ -545,6 +560,7 @@ def test_no_width_makes_the_page_scroll_sideways_and_everything_can_be_read(them
     for width in (320, 390, 600, 821, 1280, 1900):
         page.page.set_viewport_size({"width": width, "height": 700})
         assert page.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, width
+        until(lambda: page.page.evaluate(AT_END))
         for place in ("#send", "#model", "#toggle-settings", ".message.assistant .body > .text"):
             box = page.page.locator(place).bounding_box()
             assert box is not None
@@ -648,6 +664,9 @@ def test_a_server_that_wants_a_key_is_given_one_and_it_is_forgotten_with_the_tab
         page.page.press("#key", "Tab")
         page.say("hi")
         expect(page.page.locator(".message .error")).to_have_text("No model is picked.")
+        page.page.fill("#key", "a-long-secret…")
+        page.page.press("#key", "Tab")
+        expect(page.page.locator("#about")).to_have_text("The API key holds characters that no key has.")
         page.page.fill("#key", "a-long-secret-of-ours")
         page.page.press("#key", "Tab")
         expect(page.page.locator("#model")).to_have_value("base")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from opened_page import WAIT_MS
+from opened_page import WAIT_MS, Opened
 from playwright.sync_api import expect
 from tiny import running
 
@@ -67,6 +67,25 @@ def test_a_reload_amid_an_answer_keeps_the_question_and_what_came(open_page, ser
     page.page.wait_for_selector("#model option", state="attached")
     assert "hi" in page.page.locator(".message.user").inner_text().split()
     assert text.inner_text()
+    expect(page.page.locator(".usage")).to_have_text("stopped")
+    expect(page.page.locator(".error:visible")).to_have_count(0)
     page.answers("whole")
     page.page.locator(".message.assistant").get_by_role("button", name="Retry").click()
     expect(text).to_have_text("whole", timeout=WAIT_MS)
+
+
+def test_each_tab_finds_its_own_talk_again_and_a_new_one_begins_with_the_last(open_page, served):
+    """One key of the browser's storage for all tabs: the last to write took the others' talks from them."""
+    page = open_page(served)
+    page.answers("one")
+    page.say("in the first")
+    page.ended()
+    other = Opened(page.page.context.new_page(), served)
+    assert other.ended() == "one"
+    other.page.click("#new-chat")
+    other.say("in the second")
+    other.ended()
+    for tab, said in ((page, "in the first"), (other, "in the second")):
+        tab.page.reload()
+        expect(tab.page.locator(".message.user .body")).to_have_text(said)
+    assert other.faults == []

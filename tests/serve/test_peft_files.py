@@ -47,7 +47,8 @@ class Case:
     """How many layers here it is of."""
     changed: Callable[[Any], None] = lambda model: None
     """What training would have moved, beside A, B and m."""
-    config: Mapping[str, Any] = field(default_factory=dict)
+    saved: Mapping[str, Any] = field(default_factory=dict)
+    """How it is saved."""
 
 
 def shaken(*ends: str) -> Callable[[Any], None]:
@@ -115,6 +116,16 @@ CASES: dict[str, Case] = {
     ),
     "a whole head": Case(
         "qwen3", {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]}, 9, shaken(f"lm_head.{HEAD}")
+    ),
+    "a whole head, named by how it ends": Case(
+        "qwen3", {"target_modules": ["q_proj"], "modules_to_save": ["head"]}, 3, shaken(f"lm_head.{HEAD}")
+    ),
+    "a whole head, saved with the embeddings": Case(
+        "qwen3",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        3,
+        shaken(f"lm_head.{HEAD}"),
+        {"save_embedding_layers": True},
     ),
     "a layer that trained whole": Case(
         "qwen3",
@@ -221,7 +232,7 @@ def make(case: Case, folder: Path) -> Made:
             elif "magnitude" in name:
                 parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
     case.changed(model)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **case.saved)
     return Made(folder, read_back(case.family, folder), base)
 
 
@@ -352,15 +363,24 @@ def test_an_expert_that_was_left_out_stays_as_it_is(network, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["", "base_model.model.", "base_model.model.base_model.model.", "_orig_mod."]
+    ("prefix", "inside"),
+    [
+        *((prefix, "") for prefix in ("", "base_model.model.base_model.model.", "_orig_mod.", "module.")),
+        ("thinker.base_model.model.", ""),
+        ("base_model.model.", "_checkpoint_wrapped_module."),
+        ("_orig_mod.base_model.model.", "_orig_mod._fsdp_wrapped_module."),
+    ],
 )
 @pytest.mark.parametrize("name", ["patterns with rsLoRA", "experts", "a whole head", "DoRA on a tied head"])
-def test_whatever_stands_before_the_names_they_mean_the_same(prefix, name, made, network, tmp_path):
+def test_whatever_stands_around_the_names_they_mean_the_same(prefix, inside, name, made, network, tmp_path):
     case, there = CASES[name], made(name)
     plain = updates_of(read_adapter(there.folder), network(case.family))
     shutil.copytree(there.folder, tmp_path / "x")
     tensors = load_file(there.folder / TENSORS)
-    renamed = {prefix + key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+    plainly = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+    renamed = {
+        prefix + key.replace("layers.1.", f"layers.1.{inside}"): value for key, value in plainly.items()
+    }
     save_file(renamed, tmp_path / "x" / TENSORS)
     same(updates_of(read_adapter(tmp_path / "x"), network(case.family)), plain)
 
@@ -721,6 +741,74 @@ def test_a_layer_that_is_one_there_and_three_here_is_cut_by_its_outputs(network,
     tensors[f"{layer}.self_attn.qkv_proj.lora_B.weight"] = torch.randn(63, 3)
     with pytest.raises(AdapterError, match=r"64 outputs were expected, for q_proj, k_proj, v_proj here"):
         updates_of(read_adapter(write_peft(tmp_path / "x", tensors, **config)), network("qwen3"))
+
+
+SPLIT = {"q_proj": (32, 0), "k_proj": (16, 32), "v_proj": (16, 48), "gate_proj": (48, 0), "up_proj": (48, 48)}
+"""Outputs of what is one layer in phi3, and where they begin there."""
+
+
+@pytest.mark.parametrize("prefix", ["model", "language_model.model"])
+@pytest.mark.parametrize("leaves", ["qkv", "qv", "k", "qkvgu", "vu"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_layers_that_are_one_here_get_the_updates_of_each_side_by_side(
+    kind, leaves, prefix, network, tmp_path
+):
+    """As Llama's form of a Phi has them."""
+    torch.manual_seed(6)
+    modules = {leaf: "mlp" if leaf[0] in "gu" else "self_attn" for leaf in SPLIT if leaf[0] in leaves}
+    tensors, wanted = {}, {}
+    weights = {
+        path: np.array(dense_weight(layer)) for path, layer in adaptable_modules(network("phi3")).items()
+    }
+    for number, (leaf, block) in enumerate(modules.items()):
+        outputs, start = SPLIT[leaf]
+        rank, alpha = 2 + number, 5 + number
+        a, b = torch.randn(rank, 32), torch.randn(outputs, rank)
+        path = f"{prefix}.layers.1.{block}.{leaf}"
+        tensors |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+        whole = f"model.layers.1.{block}.{'qkv_proj' if block == 'self_attn' else 'gate_up_proj'}"
+        new = wanted.setdefault(whole, weights[whole].astype(np.float64))
+        rows = slice(start, start + outputs)
+        new[rows] += (b @ a).numpy() * alpha / rank
+        if kind == "dora":
+            length = torch.rand(outputs) + 0.5
+            tensors[f"{path}.lora_magnitude_vector"] = length
+            new[rows] *= length.numpy()[:, None] / np.linalg.norm(new[rows], axis=1, keepdims=True)
+    patterns = {
+        "rank_pattern": {leaf: 2 + number for number, leaf in enumerate(modules)},
+        "alpha_pattern": {leaf: 5 + number for number, leaf in enumerate(modules)},
+    }
+    folder = write_peft(
+        tmp_path / "x", tensors, target_modules=[*modules], use_dora=kind == "dora", **patterns
+    )
+    if kind == "dora" and leaves not in ("qkv", "qkvgu"):
+        with pytest.raises(AdapterError, match=r"is one layer here, and there is no m of"):
+            updates_of(read_adapter(folder), network("phi3"))
+        return
+    updates = updates_of(read_adapter(folder), network("phi3"))
+    changed = adaptable_modules(merged(fresh("phi3"), updates))
+    assert updates.keys() == wanted.keys()
+    for path, weight in wanted.items():
+        assert np.abs(np.array(changed[path].weight) - weight).max() < 1e-4, path
+
+
+def test_leaves_that_do_not_make_the_layer_up_are_refused(network, tmp_path):
+    for sizes in (
+        {"q_proj": 33},
+        {"q_proj": 32, "k_proj": 16, "v_proj": 8},
+        {"gate_proj": 40},
+        {"k_proj": 32},
+    ):
+        tensors = {}
+        for leaf, outputs in sizes.items():
+            path = f"model.layers.0.{'mlp' if leaf == 'gate_proj' else 'self_attn'}.{leaf}"
+            tensors |= {
+                f"{path}.lora_A.weight": torch.randn(3, 32),
+                f"{path}.lora_B.weight": torch.randn(outputs, 3),
+            }
+        folder = write_peft(tmp_path / "x", tensors, target_modules=[*sizes])
+        with pytest.raises(AdapterError, match=r"do not make up|were expected"):
+            updates_of(read_adapter(folder), network("phi3"))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

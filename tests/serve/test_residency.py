@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -805,3 +806,37 @@ def test_a_slot_that_is_given_away_while_its_names_next_version_is_installed_is_
     asked.finish()
     assert (len(asked.tokens["x"]), len(asked.tokens["y"]), asked.errors) == (3, 3, {})
     registry.check_integrity()
+
+
+def test_an_adapter_is_copied_by_whoever_loads_it_and_not_between_two_steps(make_engine, make_adapter):
+    """However large it is: what runs for a load on the engine's thread is what the bank takes at a time."""
+    registry, inside = make_engine().registry, []
+
+    def run(function: Callable[[], None]) -> None:
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        function()
+        inside.append(tracemalloc.get_traced_memory()[1] - before)
+
+    registry.run = run
+    tracemalloc.start()
+    try:
+        version = registry.load("a", make_adapter(1, rank=64))
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept > version.num_bytes > 100_000, "NumPy's copy is seen"
+    assert max(inside) < version.num_bytes / 2
+
+
+def test_however_many_leave_between_two_steps_memory_is_given_back_once(make_engine, make_one):
+    registry, posted = make_engine(max_adapters=8).registry, []
+    registry.post = posted.append
+    for number in range(8):
+        registry.load(f"a{number}", make_one(number))
+    for number in range(8):
+        registry.unload(f"a{number}")
+    assert len(posted) == 1
+    while posted:
+        posted.pop()()
+    assert registry.residency._bank.num_bytes == 0

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from serve.adapters.bank.bank import Bank
 from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE
 from serve.adapters.registry.registry import Registry
-from serve.adapters.registry.resolver import MAX_LISTED, Resolver
+from serve.adapters.registry.resolver import MAX_LISTED, MAX_LOOKED_AT, Resolver
 from serve.config import load_config
 from serve.errors import AdapterError, ConfigError, ForbiddenError, NotFoundError, OverloadedError
 
@@ -171,7 +172,25 @@ def test_a_bounded_number_of_names_is_listed(make_resolver, tmp_path):
         (tmp_path / f"{number:05}").mkdir()
         (tmp_path / f"{number:05}" / CONFIG_FILE).touch()
     (tmp_path / "no adapter").mkdir()
-    assert make_resolver([tmp_path / "nowhere", tmp_path]).listed() == [f"{n:05}" for n in range(MAX_LISTED)]
+    listed = make_resolver([tmp_path / "nowhere", tmp_path]).listed()
+    assert len(listed) == MAX_LISTED
+    assert listed == sorted({*listed})
+    assert {*listed} < {f"{number:05}" for number in range(MAX_LISTED + 5)}
+
+
+def test_a_folder_of_very_many_is_not_read_to_its_end(make_resolver, tmp_path):
+    """To be listed, that is: whoever asks for one of them by name gets it."""
+    (tmp_path / "last").mkdir()
+    for number in range(MAX_LOOKED_AT + 2):
+        (tmp_path / "last" / f"no adapter {number}").touch()
+    resolver, start_s = make_resolver([tmp_path / "last"]), time.thread_time()
+    assert resolver.listed() == []
+    once_s = time.thread_time() - start_s
+    for number in range(MAX_LOOKED_AT + 2, 5 * MAX_LOOKED_AT):
+        (tmp_path / "last" / f"no adapter {number}").touch()
+    start_s = time.thread_time()
+    assert resolver.listed() == []
+    assert time.thread_time() - start_s < 2 * once_s
 
 
 def test_an_arm_of_an_experiment_is_looked_up_too(served, model_folder, shelf, tmp_path):

@@ -14,8 +14,10 @@ from serve.cache.capacity import Bucket, LayerShape, Place, RowCost
 from serve.cache.features import FeatureKey
 from serve.cache.precision import PLAIN
 from serve.engine.plan import Capture, Chunk, Drawn, Plan, SequenceState
+from serve.engine.prompt_chunks import Budget
+from serve.engine.providers import NoPrefixes
 from serve.engine.request import Request, Sampling
-from serve.engine.scheduler import Budget, NoPrefixes, Scheduler
+from serve.engine.scheduler import Scheduler
 from serve.engine.shares import Shares
 from serve.errors import AdapterError, LatheError
 from serve.model.prompt import Media, Prompt

@@ -1,5 +1,5 @@
 """An MCP server without the mcp package, over its standard streams, or over HTTP on a port. A call makes its tools
-more, or its sessions none."""
+more, or its sessions none, or its answer one that the protocol does not know."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from threading import Event
 from typing import Any
 from uuid import uuid4
 
-tools = ["grow", "forget", "hold", "release"]
-held, released = Event(), Event()
+tools = ["grow", "forget", "hold", "release", "vanish", "lock", "odd"]
+held, released, locked = Event(), Event(), Event()
 sessions: set[str] = set()
 
 
@@ -43,7 +43,14 @@ def answer(asked: dict[str, Any], notify: Callable[[dict[str, Any]], None]) -> d
                     released.wait(60)
                 case "release":
                     released.set()
-            told["result"] = {"content": [{"type": "text", "text": str(len(tools))}]}
+                case "vanish":  # it has been done, and nothing more is known
+                    tools.append(f"tool-{len(tools)}")
+                    sessions.clear()
+                case "lock":  # and no new session lasts
+                    locked.set()
+                    sessions.clear()
+            kind = "widget" if asked["params"]["name"] == "odd" else "text"
+            told["result"] = {"content": [{"type": kind, "text": str(len(tools))}]}
         case _:
             told["error"] = {"code": -32601, "message": "not here"}
     return told
@@ -65,12 +72,12 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
         is_first = asked["method"] == "initialize"
         session = uuid4().hex if is_first else self.headers.get("mcp-session-id", "")
-        if is_first:
+        if is_first and not locked.is_set():
             sessions.add(session)
-        if session not in sessions:
-            return self.tell(
-                404, {"jsonrpc": "2.0", "id": None, "error": {"code": -32001, "message": "gone"}}
-            )
+        if not is_first and session not in sessions:
+            error = {"code": -32000, "message": "Bad Request: No valid session ID provided"}
+            status = 404 if len(tools) % 2 else 400  # as the protocol has it, and as many servers do
+            return self.tell(status, {"jsonrpc": "2.0", "id": None, "error": error})
         told = answer(asked, lambda _: None)
         return self.tell(202 if told is None else 200, told, session)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import sys
 import time
+from typing import Any
 
 import mcp_types as types
 from mcp.server.mcpserver import MCPServer
@@ -78,6 +81,22 @@ RESULTS = {
     },
 }
 """What a tool may give beside plain text."""
+
+
+@server.tool()
+def draw(side: int, packed: bool = False) -> types.CallToolResult:
+    """Show a square; of no side, what is no picture."""
+    from PIL import Image
+
+    written = io.BytesIO()
+    if side:
+        Image.new("RGB", (side, side), "red").save(written, "PNG")
+    data = base64.b64encode(written.getvalue() or b"none").decode()
+    shown: Any = types.ImageContent(type="image", data=data, mime_type="image/png")
+    if packed:
+        inside = types.BlobResourceContents(uri=FILE, blob=data, mime_type="image/png")
+        shown = types.EmbeddedResource(type="resource", resource=inside)
+    return types.CallToolResult(content=[shown])
 
 
 @server.tool()

@@ -14,7 +14,8 @@ from typing import TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from serve.adapters.fitting.paths import adaptable_modules, own_paths
+from serve.adapters.fitting.joined import LEAVES, LOW, beside, outputs_of, placed, wholes_of
+from serve.adapters.fitting.paths import adaptable_modules, finder
 from serve.adapters.formats.config import AdapterConfig
 from serve.adapters.formats.header import TensorSpec
 from serve.errors import AdapterError
@@ -86,10 +87,10 @@ def own_layout(
         by_module.setdefault(module, {})[part] = name
     shapes = {name: tuple(value.shape) for name, value in named.items()}
     layout = _Layout(network, config, shapes)
-    paths = own_paths(by_module, network)
     for module, parts in by_module.items():
-        layout.place(module, paths[module], parts)
+        layout.place(module, layout.find(module), parts)
     layout.stack_singles()
+    layout.join_leaves()
     made = {name: recipe.of(named) for name, recipe in layout.recipes.items()}
     return made, layout.own_config()
 
@@ -101,6 +102,7 @@ class _Layout:
         self.recipes: dict[str, _Recipe] = {}
         self._family = type(network.text).__module__.split(".")[2:3]
         self._modules = adaptable_modules(network)
+        self.find = finder(network)
         self._stacks = _stacks_by_layer(self._modules)
         self._config = config
         self._shapes = shapes
@@ -108,6 +110,10 @@ class _Layout:
         """By own path, the modules of the file that it comes from."""
         self._singles: dict[str, dict[int, Parts]] = {}
         """By own path of a stack: experts that were adapted one by one."""
+        self._leaves: dict[str, dict[str, tuple[str, Parts]]] = {}
+        """By own path of a layer that is several there: their modules, by leaf."""
+        self._ranks: dict[str, int] = {}
+        """Of those, by own path."""
 
     def place(self, module: str, own: str, parts: Parts) -> None:
         """Find a place for one module of the file; `own` is its path here if it has one."""
@@ -121,17 +127,24 @@ class _Layout:
             self._unpack(module, stacks, parts)
         elif own not in self._modules and (pieces := self._pieces_of(own)):
             self._split(module, pieces, parts)
+        elif own not in self._modules and (whole := self._whole_of(own)):
+            leaf = own.rpartition(".")[2]
+            leaves = self._leaves.setdefault(whole, {})
+            if leaf in leaves:
+                raise AdapterError(f"two modules are the same layer: {leaves[leaf][0]} and {module}")
+            leaves[leaf] = module, parts
         else:
             self._keep(own, module, parts)
 
     def own_config(self) -> AdapterConfig:
         """The config, its ranks and scales by own paths."""
         config = self._config
-        if not config.ranks and not config.scales:
+        if not config.ranks and not config.scales and not self._ranks:
             return config
         ranks = {
             path: max(config.rank_of(source) for source in sources) for path, sources in self._sources.items()
         }
+        ranks |= self._ranks
         scales = {path: config.scale_of(sources[0]) for path, sources in self._sources.items()}
         return replace(
             config,
@@ -155,6 +168,57 @@ class _Layout:
             for part in dict.fromkeys(part for parts in by_number.values() for part in parts):
                 recipes[part] = self._stacked(part, by_number, num_experts)
             self._add(path, modules[min(modules)], recipes, tuple(modules.values()))
+
+    def join_leaves(self) -> None:
+        """Layers that are one here, of those that they are there: of the parts that come, the ranks together."""
+        for path, leaves in self._leaves.items():
+            order = [leaf for leaf in LEAVES[path.rpartition(".")[2]][0] if leaf in leaves]
+            modules = [leaves[leaf][0] for leaf in order]
+            by_part: dict[str, dict[str, str]] = {}
+            for leaf in order:
+                for part, name in leaves[leaf][1].items():
+                    by_part.setdefault(part, {})[leaf] = name
+            low = [leaf for leaf in order if any(leaf in by_part.get(part, {}) for part in LOW)]
+            self._check_leaves(low, leaves)
+            total = linear_shape(self._modules[path])[1]
+            known = {leaf: self._outputs(leaves[leaf][1]) for leaf in order}
+            slices = outputs_of(path, known, total)
+            scales = {leaf: self._config.scale_of(leaves[leaf][0]) for leaf in order}
+            recipes = {}
+            for part, names in by_part.items():
+                if part in ("lora_b", "lora_bias"):
+                    factors = [scales[leaf] / scales[order[0]] for leaf in names]
+                    made = placed([slices[leaf] for leaf in names], total, factors)
+                else:
+                    made = beside(path, part, list(names))
+                recipes[part] = _Recipe(tuple(names.values()), made)
+            self._add(path, modules[0], recipes, tuple(modules))
+            if low:
+                self._ranks[path] = sum(self._config.rank_of(leaves[leaf][0]) for leaf in low)
+
+    def _check_leaves(self, low: Sequence[str], leaves: Mapping[str, tuple[str, Parts]]) -> None:
+        """Before they are one: each has both factors, and the rank that the config says."""
+        for module, parts in (leaves[leaf] for leaf in low):
+            if missing := [part for part in LOW if part not in parts]:
+                raise AdapterError(f"{module}: {', '.join(missing)} is missing")
+            a, b, rank = *(self._shapes[parts[part]] for part in LOW), self._config.rank_of(module)
+            if len(a) != 2 or len(b) != 2 or (a[1], b[0]) != (rank, rank):
+                raise AdapterError(
+                    f"{module}: A is {a} and B {b}; rank {rank} was expected, as the config says"
+                )
+
+    def _outputs(self, parts: Parts) -> int:
+        """How many outputs a module of the file has."""
+        name = next((parts[part] for part in OF_OUTPUTS if part in parts), None)
+        shape = self._shapes[name] if name else ()
+        return shape[-1 if name == parts.get("lora_b") else 0] if shape else 0
+
+    def _whole_of(self, path: str) -> str | None:
+        """The layer here that is one with others there."""
+        found = map(self.find, wholes_of(path))
+        return next(
+            (p for p in found if p in self._modules and not isinstance(self._modules[p], EXPERTS)), None
+        )
 
     def _add(
         self, path: str, module: str, recipes: Mapping[str, _Recipe], sources: tuple[str, ...] = ()
@@ -230,7 +294,7 @@ class _Layout:
         """The layers that a fused layer of transformers is here, in the order of its outputs."""
         parent, _, leaf = path.rpartition(".")
         for around in dict.fromkeys((parent, parent.replace("shared_mlp", "mlp"))):
-            names = tuple(f"{around}.{piece}" for piece in FUSED.get(leaf, ()))
+            names = tuple(self.find(f"{around}.{piece}") for piece in FUSED.get(leaf, ()))
             if names and all(name in self._modules for name in names):
                 return names
         return ()

@@ -7,7 +7,7 @@ comparison; a name that means two layers is neither's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import mlx.nn as nn
 
@@ -23,16 +23,23 @@ LEFT_OUT = ("vision_model",)
 
 def own_paths(paths: Iterable[str], network: Network) -> dict[str, str]:
     """Each path → the model's own one for the layer it means; itself where it means none."""
+    find = finder(network)
+    return {path: find(path) for path in paths}
+
+
+def finder(network: Network) -> Callable[[str], str]:
+    """The same, path by path."""
     own = adaptable_modules(network)
     by_end: dict[str, list[str]] = {}
     for path in own:
         for end in {without_containers(path), _with_one_name(path)}:
             by_end.setdefault(end, []).append(path)
-    found = {}
-    for path in paths:
+
+    def find(path: str) -> str:
         meant = by_end.get(without_containers(path)) or by_end.get(_with_one_name(path), [])
-        found[path] = meant[0] if path not in own and len(meant) == 1 else path
-    return found
+        return meant[0] if path not in own and len(meant) == 1 else path
+
+    return find
 
 
 def adaptable_modules(network: Network) -> dict[str, nn.Module]:

@@ -1,7 +1,8 @@
 """`adapter_config.json` ↔ AdapterConfig. mlx-lm's keys and our lineage; every problem by its key, all at once.
 
 A key that changes what the tensors mean is used or refused. mlx-lm writes all its training settings beside them, so
-other keys at the top are left alone, while `lora_parameters` holds nothing that is not read.
+other keys at the top are left alone, while `lora_parameters` holds nothing that is not read. What is said twice, see
+`repeated`.
 """
 
 from __future__ import annotations
@@ -16,16 +17,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from serve.adapters.formats.lineage import Lineage, parse_lineage
+from serve.adapters.formats.repeated import SAME, by_module, check_beside, check_inside, says_dora
 from serve.adapters.formats.tensors import without_containers
 from serve.adapters.formats.values import (
     are_names,
-    asks_nothing,
     is_count,
     is_number,
     parse_object,
     raise_problems,
     shown,
-    shown_key,
 )
 from serve.errors import AdapterError
 
@@ -37,29 +37,9 @@ Sides = Literal["own", "peft", "unsaid"]
 PEFT_MARK = "peft_type"
 """The key by which PEFT's configs are known."""
 PARAMETERS = ("rank", "scale", "alpha", "dropout", "keys", "init_lora_weights")
-"""What `lora_parameters` may hold."""
-ELSEWHERE = frozenset(
-    (
-        *(name for name in PARAMETERS if name != "dropout"),
-        *("r", "lora_alpha", "lora_scale", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
-        *("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform"),
-        *("layers_pattern", "layer_replication", "fan_in_fan_out", "bias", "lora_bias"),
-        *("trainable_token_indices", "alora_invocation_tokens", "loftq_config", "eva_config", "corda_config"),
-    )
-)
-"""Keys that say at the top, in other tools' layouts, what the tensors mean."""
-INSTEAD = {
-    "use_rslora": "write scale, which is alpha / sqrt(rank) there",
-    "use_dora": "fine_tune_type says that",
-    "r": "rank is its name here",
-    "lora_alpha": "alpha is its name here",
-    "lora_scale": "scale is its name here",
-    "target_modules": "keys is its name here",
-}
+"""What `lora_parameters` holds."""
 STRENGTH = "scale, the factor on B(Ax), or alpha, which is scale * rank"
 INIT = re.compile(r"default|pissa|pissa_niter_[1-9]\d*")
-SAME = 1e-6
-"""How far scale and alpha / rank may be apart, relatively, and still be the same number."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +110,15 @@ def config_json(config: AdapterConfig) -> dict[str, Any]:
     return raw
 
 
+def is_pefts(raw: Mapping[str, Any]) -> bool:
+    """Whether that is PEFT's config. Some who write mlx-lm's say `peft_type` in it too."""
+    return PEFT_MARK in raw and "lora_parameters" not in raw
+
+
 def parse_config(text: str, path: Path) -> AdapterConfig:
     """The config written in `text`, in mlx-lm's layout. AdapterError names `path` and every key that is wrong."""
     raw = parse_object(text, path)
-    if PEFT_MARK in raw:
+    if is_pefts(raw):
         raise AdapterError(f"{path}: is PEFT's ({shown(raw[PEFT_MARK])}), mlx-lm's layout was expected")
     return config_of(raw, path)
 
@@ -147,33 +132,29 @@ def config_of(raw: Mapping[str, Any], path: Path) -> AdapterConfig:
 
 
 def _config(raw: Mapping[str, Any], problems: list[str]) -> AdapterConfig:
-    kind = raw.get("fine_tune_type", "lora")
+    kind = raw.get("fine_tune_type", "dora" if says_dora(raw) else "lora")
     if not isinstance(kind, str) or kind not in get_args(FineTuneType):
         problems.append(f"fine_tune_type is {shown(kind)}; this version reads lora, dora and full")
-    num_layers = raw.get("num_layers", -1)
-    if not is_count(num_layers, -1):
+    if raw.get(PEFT_MARK, "LORA") != "LORA":
+        problems.append(f"{PEFT_MARK} is {shown(raw[PEFT_MARK])}; LORA was expected beside lora_parameters")
+    num_layers = raw.get("num_layers")
+    if num_layers is not None and not is_count(num_layers, -1):
         problems.append(f"num_layers is {shown(num_layers)}; a whole number was expected, -1 for all")
-    for name in sorted(ELSEWHERE & raw.keys()):
-        if not asks_nothing(raw[name]):
-            said = INSTEAD.get(name, "lora_parameters is where this version reads what an adapter is")
-            problems.append(f"{name} is {shown(raw[name])}, beside lora_parameters: {said}")
-    parameters = {} if kind == "full" else _parameters(raw.get("lora_parameters"), problems)
+    parameters = {} if kind == "full" else _parameters(raw.get("lora_parameters"), str(kind), problems)
+    rank, scale = parameters.get("rank"), parameters.get("scale", 0.0)
+    check_beside(raw, str(kind), rank, scale, parameters.get("init_lora_weights", "default"), problems)
     lineage = None if raw.get("lineage") is None else parse_lineage(raw["lineage"], problems)
-    return AdapterConfig(fine_tune_type=kind, num_layers=num_layers, lineage=lineage, **parameters)
+    numbers = -1 if num_layers is None else num_layers
+    parameters |= by_module(raw, problems)
+    return AdapterConfig(fine_tune_type=kind, num_layers=numbers, lineage=lineage, **parameters)
 
 
-def _parameters(raw: Any, problems: list[str]) -> dict[str, Any]:
+def _parameters(raw: Any, kind: str, problems: list[str]) -> dict[str, Any]:
     """The fields of AdapterConfig that `lora_parameters` holds."""
     if not isinstance(raw, dict):
         found = "missing" if raw is None else shown(raw)
         problems.append(f"lora_parameters is {found}; an object with rank and {STRENGTH}, was expected")
         return {}
-    for name in sorted(raw.keys() - set(PARAMETERS)):
-        if not asks_nothing(raw[name]):
-            known = f"this version reads {', '.join(PARAMETERS)}"
-            problems.append(
-                f"lora_parameters.{shown_key(name)} is {shown(raw[name])}; {INSTEAD.get(name, known)}"
-            )
     rank, dropout = raw.get("rank"), raw.get("dropout", 0.0)
     keys, init = raw.get("keys"), raw.get("init_lora_weights")
     if not is_count(rank, 1):
@@ -190,9 +171,11 @@ def _parameters(raw: Any, problems: list[str]) -> dict[str, Any]:
         problems.append(
             f"lora_parameters.init_lora_weights is {shown(init)}; default, pissa or pissa_niter_N was expected"
         )
+    scale = _scale(raw, rank, problems)
+    check_inside(raw, PARAMETERS, kind, rank, scale, problems)
     return {
         "rank": rank,
-        "scale": _scale(raw, rank, problems),
+        "scale": scale,
         "dropout": dropout,
         "keys": tuple(keys) if isinstance(keys, list) else (),
         "init_lora_weights": init or "default",

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from serve.adapters.formats.config import PEFT_MARK, AdapterConfig, Layout, config_of
+from serve.adapters.formats.config import PEFT_MARK, AdapterConfig, Layout, config_of, is_pefts
 from serve.adapters.formats.header import TensorSpec, read_header, read_specs
 from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE, load_tensors, read_text
 from serve.adapters.formats.peft.reading import Piece, arrange, parse_peft
@@ -50,6 +50,8 @@ class AdapterFiles:
     specs: Mapping[str, TensorSpec]
     pieces: Mapping[str, Piece]
     """By our name of a tensor: what in the file it is made of."""
+    twice: Mapping[str, str] = field(default_factory=dict)
+    """Tensors of the file that are not needed → the ones that they have to be; "" where that is no matter."""
 
     @property
     def sources(self) -> dict[str, str]:
@@ -63,12 +65,15 @@ class AdapterFiles:
     def read_raw(self) -> dict[str, mx.array]:
         """The tensors as the file has them, likewise checked."""
         raw = load_tensors(self.tensors_path, self.config.lineage)
-        if raw.keys() != set(self.sources.values()):
+        if raw.keys() != {*self.sources.values(), *self.twice}:
             raise AdapterError(f"{self.tensors_path}: holds other tensors than a moment ago; it was replaced")
         return raw
 
     def arranged(self, raw: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Tensors as the file has them → in our form, evaluated."""
+        """Tensors as the file has them → in our form, evaluated. AdapterError where two that should be one differ."""
+        for name, other in self.twice.items():
+            if other and not bool(mx.array_equal(raw[name], raw[other])):
+                raise AdapterError(f"{self.tensors_path}: {name} and {other} are one, and differ")
         tensors = {name: piece.made(raw[piece.raw]) for name, piece in self.pieces.items()}
         mx.eval(tensors)
         return tensors
@@ -84,19 +89,19 @@ def read_adapter(path: Path) -> AdapterFiles:
         config_path, raw = tensors_path, _config_inside(tensors_path)
     else:
         raw = parse_object(read_text(config_path), config_path)
-    is_peft = PEFT_MARK in raw
+    is_peft = is_pefts(raw)
     _check_one_layout(tensors_path, config_path, is_peft)
     if is_peft:
         peft = parse_peft(raw, config_path)
         specs = _some(tensors_path)
-        pieces, config = arrange(specs, peft, tensors_path)
+        pieces, config, twice = arrange(specs, peft, tensors_path)
     else:
         config = config_of(raw, config_path)
         specs = _some(tensors_path)
-        pieces = {name: Piece(name, "") for name in specs}
+        pieces, twice = {name: Piece(name, "") for name in specs}, {}
     made = {name: _spec(piece, specs[piece.raw]) for name, piece in pieces.items()}
     kind: Layout = "peft" if is_peft else "mlx-lm"
-    return AdapterFiles(path, tensors_path, config_path, kind, config, raw, made, pieces)
+    return AdapterFiles(path, tensors_path, config_path, kind, config, raw, made, pieces, twice)
 
 
 def _some(path: Path) -> dict[str, TensorSpec]:

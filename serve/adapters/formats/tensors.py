@@ -19,17 +19,24 @@ RANK_AXES = {2: (1, 0), 3: (1, 2)}
 """By the number of axes, which one of lora_a and of lora_b is the rank's."""
 
 CONTAINERS = frozenset(
-    ("base_model", "model", "language_model", "text_model", "thinker", "transformer", "backbone", "_orig_mod")
+    ("base_model", "model", "language_model", "text_model", "thinker", "transformer", "backbone", "module")
 )
 """Parts of names that say what a layer is inside of, and not which it is."""
+WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+"""What torch puts around the modules that it compiles, shards and recomputes, be it in the middle of a name."""
 
 
 def without_containers(path: str) -> str:
     """`base_model.model.model.layers.0.mlp.up_proj` → `layers.0.mlp.up_proj`."""
-    parts = path.split(".")
+    parts = without_wrappers(path).split(".")
     while len(parts) > 1 and parts[0] in CONTAINERS:
         parts.pop(0)
     return ".".join(parts)
+
+
+def without_wrappers(path: str) -> str:
+    """`model.layers.0._orig_mod.mlp.up_proj` → `model.layers.0.mlp.up_proj`."""
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
 def check_distinct(source: str, names: Mapping[str, str]) -> None:

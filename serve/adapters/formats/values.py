@@ -60,6 +60,11 @@ def are_names(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(is_text(name) and name for name in value)
 
 
+def is_names_or_text(value: Any) -> bool:
+    """A list of names, or one expression for all of them."""
+    return are_names(value) or (is_text(value) and bool(value))
+
+
 def is_text(value: Any) -> bool:
     """Text that can be written anywhere: half a surrogate pair cannot."""
     return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)

@@ -23,7 +23,7 @@ from serve.adapters.registry.known import Known, Name, ShownName, ShownVersion
 from serve.adapters.residency.contents import Contents
 from serve.adapters.residency.residency import Residency, Run
 from serve.adapters.residency.shelf import num_bytes_of
-from serve.adapters.versions.names import name_problem
+from serve.adapters.versions.names import new_name_problem
 from serve.adapters.versions.source import Content, Fitting, FolderSource, Outline, Source
 from serve.adapters.versions.version import AdapterVersion
 from serve.errors import AdapterError, NotFoundError
@@ -617,7 +617,7 @@ class Registry:
             self.contents.drop(version)
 
     def _check_name(self, name: str, replace: bool) -> None:
-        expected = name_problem(name) or ("a name is not the base's" if name == self._model.name else None)
+        expected = new_name_problem(name, self._model.name)
         if expected:
             raise AdapterError(f"an adapter cannot be called {name!a:.80}: {expected}")
         with self._lock:

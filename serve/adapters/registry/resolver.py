@@ -6,9 +6,10 @@ come. Blocks: never asked on an event loop.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
 from serve.adapters.formats.files import PEFT_TENSORS_FILE, SUFFIX, find_files
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 FILES = (CONFIG_FILE, TENSORS_FILE, PEFT_TENSORS_FILE)
 """Of an adapter's repository, all that is fetched."""
 MAX_LISTED = 1000
+MAX_LOOKED_AT = 10 * MAX_LISTED
+"""Entries of one folder: each may be asked for, but whoever lists them does not wait for hundreds of thousands."""
 HUB_RETRY_AFTER_S = 10.0
 
 
@@ -72,10 +75,7 @@ class Resolver:
         """Names in the folders that a request may ask for: a bounded number, those of one level."""
         found: dict[str, None] = {}
         for folder in self._folders:
-            for name in _names(folder):
-                if len(found) >= MAX_LISTED:
-                    return list(found)
-                found[name] = None
+            found.update(dict.fromkeys(sorted(_names(folder, MAX_LISTED - len(found)))))
         return list(found)
 
     def _fetched(self, name: str) -> str:
@@ -145,14 +145,17 @@ def _check_inside(folder: Path, name: str, path: Path) -> None:
             )
 
 
-def _names(folder: Path) -> Iterator[str]:
-    """Adapters in one folder, as they are asked for."""
+def _names(folder: Path, most: int) -> list[str]:
+    """Adapters in one folder, as they are asked for, in any order: of a hundred thousand no more is read."""
+    found: list[str] = []
     try:
-        entries = sorted(os.listdir(folder))
+        with os.scandir(folder) as entries:
+            for entry in itertools.islice(entries, MAX_LOOKED_AT):
+                if len(found) >= most:
+                    break
+                asked = entry.name.removesuffix(SUFFIX)
+                if name_problem(asked) is None and _is_adapter(folder / entry.name):
+                    found.append(asked)
     except OSError as error:
         logger.warning("%s, of adapter_dirs, cannot be read: %s", folder, error)
-        return
-    for name in entries:
-        asked = name.removesuffix(SUFFIX)
-        if name_problem(asked) is None and _is_adapter(folder / name):
-            yield asked
+    return found

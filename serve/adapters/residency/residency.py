@@ -21,7 +21,7 @@ from serve.adapters.bank.bank import Bank
 from serve.adapters.fitting.update import LowRank, Size
 from serve.adapters.residency.contents import Contents
 from serve.adapters.residency.seats import Seat, Seats, Standing
-from serve.adapters.residency.shelf import num_bytes_of
+from serve.adapters.residency.shelf import num_bytes_of, packed_of
 from serve.adapters.versions.version import AdapterVersion
 from serve.errors import AdapterGoneError, AdapterMemoryError, LatheError, StoppedError
 
@@ -95,7 +95,9 @@ class Residency:
         self._installing = (
             threading.Lock()
         )  # one install at a time; held while parts wait for the engine's thread
+        self._tidying = threading.Lock()  # likewise; never taken by the engine's thread
         self._lock = threading.Lock()  # guards everything below; held for dictionary work alone
+        self._is_tidy_due = False
         self._has_changed = threading.Condition(self._lock)
         self._reserved = 0  # bytes that reads under way may take
         self._seats = Seats(max_slots, self._freed)
@@ -132,6 +134,8 @@ class Residency:
     def use_loaders(self, start: Callable[[Callable[[], None]], object], wake: Callable[[], None]) -> None:
         """From here on `start` has work done on another thread, and the engine's thread is woken by `wake`."""
         self.start, self.wake = start, wake
+        with self._lock:
+            self._is_tidy_due = False  # until now nobody was there to do it
         pending, self._pending = self._pending, []
         for work in pending:
             start(work)
@@ -164,8 +168,9 @@ class Residency:
         """Keep a version's content on the shelf. Room for it is part of what was reserved for reading it."""
         shelf, num_bytes = self._contents.shelf, num_bytes_of(updates)
         shelf.make_room(self._shelf_bound() - num_bytes)
+        packed = packed_of(updates)
         # Where rows share this memory, what is left to them is found anew right after.
-        self._run(lambda: shelf.put(version.effect_hash, updates))
+        self._run(lambda: shelf.put_packed(version.effect_hash, packed))
 
     @contextmanager
     def at_hand(self, version: AdapterVersion) -> Iterator[None]:
@@ -228,7 +233,7 @@ class Residency:
         with self._lock:
             was_there = self._seats.leave(version)
         if was_there:
-            self._post(self.tidy)
+            self._tidy_soon()
             self._assign()
 
     def forget(self, version: AdapterVersion) -> None:
@@ -312,7 +317,7 @@ class Residency:
         with self._lock:
             made = self._seats.assign()
         if made.has_left:
-            self._post(self.tidy)
+            self._tidy_soon()
         for seat in made.given:
             self.start(lambda seat=seat: self._bring(seat))  # type: ignore[misc]
         if made.has_reopened:
@@ -397,7 +402,7 @@ class Residency:
             self._seats.settle(seat)
             is_wanted = self._seats.is_wanted
         if seat.is_left:
-            self._post(self.tidy)
+            self._tidy_soon()
         if is_wanted:
             self._assign()
         self.wake()
@@ -406,7 +411,7 @@ class Residency:
         """Its bytes have no room."""
         with self._lock:
             self._seats.lack_bytes(seat)
-        self._post(self.tidy)
+        self._tidy_soon()
         self._assign()
 
     def _fail(self, seat: Seat, error: LatheError) -> None:
@@ -414,7 +419,7 @@ class Residency:
         with self._lock:
             for sequence in self._seats.fail(seat, str(error)):
                 self._errors[sequence] = error
-        self._post(self.tidy)
+        self._tidy_soon()
         if isinstance(error, AdapterGoneError):
             self.lose(seat.version)
         self._assign()
@@ -423,7 +428,7 @@ class Residency:
     def _unseat(self, seat: Seat) -> None:
         with self._lock:
             self._seats.unseat(seat)
-        self._post(self.tidy)
+        self._tidy_soon()
 
     # Bytes
 
@@ -490,14 +495,25 @@ class Residency:
 
     def tidy(self) -> None:
         """Between two steps: give back what has left, about as much as may be copied there; the rest soon."""
+        with self._lock:
+            self._is_tidy_due = False
         if self._bank.tidy():
-            self._post(self.tidy)
+            self._tidy_soon()
+
+    def _tidy_soon(self) -> None:
+        """Once before the next step, however many versions leave until then."""
+        with self._lock:
+            if self._is_tidy_due:
+                return
+            self._is_tidy_due = True
+        self._post(self.tidy)
 
     def _tidy_all(self) -> None:
-        """As much at a time as a running stream may be held up."""
+        """As much at a time as a running stream may be held up, whoever else needs it too."""
         is_more = [True]
-        while is_more[0]:
-            self._run(lambda: is_more.__setitem__(0, self._bank.tidy()))
+        with self._tidying:
+            while is_more[0]:
+                self._run(lambda: is_more.__setitem__(0, self._bank.tidy()))
 
     def _later(self, work: Callable[[], None]) -> None:
         self._pending.append(work)

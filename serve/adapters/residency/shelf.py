@@ -57,6 +57,14 @@ def num_bytes_of(updates: Mapping[str, LowRank]) -> int:
     return sum(value.nbytes for update in updates.values() for value in _arrays(update).values())
 
 
+def packed_of(updates: Mapping[str, LowRank]) -> Packed:
+    """Copies outside MLX. On the thread that made the arrays: hundreds of megabytes take a while."""
+    return {
+        path: {name: _kept(value) for name, value in _arrays(update).items()}
+        for path, update in updates.items()
+    }
+
+
 class Shelf:
     """Updates by key.
 
@@ -121,14 +129,16 @@ class Shelf:
 
     def put(self, key: str, updates: Mapping[str, LowRank]) -> None:
         """Keep it in memory; whoever is bound makes room before. The caller's arrays stay the caller's."""
-        packed = {
-            path: {name: _kept(value) for name, value in _arrays(update).items()}
-            for path, update in updates.items()
-        }
+        self.put_packed(key, packed_of(updates))
+
+    def put_packed(self, key: str, packed: Packed) -> None:
+        """The same of what is packed already: nothing is copied any more."""
         with self._lock:
             if key not in self._packed:
                 self._packed[key] = packed
-                self._sizes[key] = num_bytes_of(updates)
+                self._sizes[key] = sum(
+                    kept.bits.nbytes for parts in packed.values() for kept in parts.values()
+                )
                 self._num_bytes += self._sizes[key]
                 self.num_changes += 1
             self._packed.move_to_end(key)

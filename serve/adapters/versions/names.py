@@ -10,6 +10,13 @@ def name_problem(name: str) -> str | None:
     return "'@' separates a name from its version" if "@" in name else label_problem(name)
 
 
+def new_name_problem(name: str, base: str) -> str | None:
+    """The same of an adapter that is loaded under it, beside a base of that name."""
+    if name in (".", ".."):
+        return "in an address that means another place"
+    return name_problem(name) or ("a name is not the base's" if name == base else None)
+
+
 def label_problem(name: str) -> str | None:
     """The same where a version may be named: log lines, headers and metrics take one line of printable text."""
     if not name:

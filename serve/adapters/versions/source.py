@@ -7,6 +7,7 @@ version's only if its effect hash is still the same.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from serve.adapters.fitting.fit import check_fit, fit
 from serve.adapters.fitting.own import own_layout
 from serve.adapters.fitting.update import LowRank, Size
 from serve.adapters.formats import manifest
-from serve.adapters.formats.files import find_files, located, read_adapter
+from serve.adapters.formats.files import AdapterFiles, find_files, located, read_adapter
 from serve.adapters.formats.header import specs_of
 from serve.adapters.formats.lineage import Lineage
 from serve.errors import AdapterError, NotFoundError
@@ -33,6 +34,8 @@ class Fitting:
     max_rank: int
     squared_norms: dict[str, mx.array] = field(default_factory=dict)
     """Of the base's rows, by module path; filled as they are needed."""
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    """Held by whoever computes: of several adapters read at once, one takes the time of what runs."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,20 @@ class FolderSource:
 
     def read(self, name: str, fitting: Fitting) -> Content:
         marks = self._marks_now()
-        files, network = read_adapter(self._path), fitting.network
-        tensors = files.read()
+        files = read_adapter(self._path)
+        tensors = files.read()  # from a slow disk, maybe
+        with fitting.turn:
+            return self._fitted(name, files, tensors, marks, fitting)
+
+    def _fitted(
+        self,
+        name: str,
+        files: AdapterFiles,
+        tensors: dict[str, mx.array],
+        marks: tuple[object, ...] | None,
+        fitting: Fitting,
+    ) -> Content:
+        network = fitting.network
         # Of what was read, not of the header looked at before: the file may have been replaced meanwhile.
         check_fit(name, specs_of(tensors), files.config, network, max_rank=fitting.max_rank)
         updates = fit(name, tensors, files.config, network, squared_norms=fitting.squared_norms)

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from serve.api.constraints import ObjectFormat, Schema, TextFormat
 from serve.api.responses.items import Item
 from serve.api.responses.tools import AllowedChoice, Choice, NamedChoice, Toolbox, ToolEntry, toolbox
-from serve.api.schemas import MAX_LOGPROBS, Label, TemplatedBody
+from serve.api.schemas import MAX_LOGPROBS, TemplatedBody
 from serve.api.strict import Body, Neutral
 from serve.config import ContextOverflow
 from serve.constraints.spec import ConstraintSpec
@@ -236,6 +236,3 @@ class InputTokensBody(ResponsesBody):
     """POST /v1/responses/input_tokens: any body of /v1/responses."""
 
     neutral: ClassVar[Neutral] = {**ResponsesBody.neutral, "personality": (None,)}
-
-    model: Label = Field("", min_length=0)
-    """The base, if left out."""

@@ -68,8 +68,7 @@ async def num_input_tokens(
     async def counted(chat: ChatBody) -> int:
         return len((await prompt_alone(state, http, chat)).prompt.token_ids)
 
-    named = body.model_copy(update={"model": body.model or state.bases.first.name})
-    return await _of_chat(named, _turns(state, body, tenant, history), counted)
+    return await _of_chat(body, _turns(state, body, tenant, history), counted)
 
 
 def _turns(

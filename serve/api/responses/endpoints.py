@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from serve.api import paging
 from serve.api.body import JsonRoute
 from serve.api.leaving import CLIENT_CLOSED_REQUEST, ClientGoneError
 from serve.api.opening import Words
@@ -40,6 +41,7 @@ async def create_response(body: ResponsesBody, http: Request, state: StateDep, t
     """OpenAI's responses, and a chat's extras beside them. Kept for a while, unless `store` is false; with
     `background` made while nobody waits."""
     previous = _previous(state, tenant, body.previous_response_id)
+    body = _named(body, previous)
     id = item_id("resp")
     asked = _asked(state, tenant, (await http.json()).get("input")) if body.is_kept else []
 
@@ -82,7 +84,7 @@ async def count_input_tokens(
     on from."""
     previous = _previous(state, tenant, body.previous_response_id)
     history = previous.history if previous is not None else ()
-    count = await num_input_tokens(state, http, body, tenant, history)
+    count = await num_input_tokens(state, http, _named(body, previous), tenant, history)
     return {"object": "response.input_tokens", "input_tokens": count}
 
 
@@ -141,19 +143,7 @@ async def list_input_items(
     items = _kept(state, tenant, response_id).input
     if order == "desc":
         items.reverse()
-    if after is not None:
-        ids = [item["id"] for item in items]
-        if after not in ids:
-            raise RequestError(f"after: there is no item {after!a:.120} among this response's input", "after")
-        items = items[ids.index(after) + 1 :]
-    page = items[:limit]
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
-        "has_more": len(items) > limit,
-    }
+    return paging.page(paging.after(items, after, "after"), limit)
 
 
 def _check_background(body: ResponsesBody) -> None:
@@ -181,6 +171,13 @@ def _previous(state: AppState, tenant: str, id: str | None) -> Entry | None:
         error.code = "previous_response_not_found"
         raise error
     return entry
+
+
+def _named(body: ResponsesBody, previous: Entry | None) -> ResponsesBody:
+    """The same; one that names no model goes on with the one before's."""
+    if body.model or previous is None:
+        return body
+    return body.model_copy(update={"model": previous.response["model"]})
 
 
 def _kept(state: AppState, tenant: str, id: str) -> Entry:

@@ -20,6 +20,7 @@ from serve.adapters.formats.config import PEFT_MARK, AdapterConfig
 from serve.adapters.formats.header import TensorSpec
 from serve.adapters.formats.lineage import Lineage, parse_lineage
 from serve.adapters.formats.peft.patterns import Targets, is_expression, pattern_of
+from serve.adapters.formats.tensors import without_wrappers
 from serve.adapters.formats.values import (
     are_names,
     asks_nothing,
@@ -72,6 +73,11 @@ _SUFFIXES = (
     (re.compile(r"(.+)\.base_layer\.()bias"), "bias"),
     (re.compile(r"(.+)\.()weight"), "weight"),
     (re.compile(r"(.+)\.()bias"), "bias"),
+)
+
+
+INSIDE_WRAPPER = re.compile(
+    r"(?P<module>.+)\.(?P<inside>modules_to_save|original_module)(?:\.[^.]+)?\.(?P<leaf>weight|bias)"
 )
 
 
@@ -163,14 +169,16 @@ def parse_peft(raw: Mapping[str, Any], path: Path) -> PeftConfig:
 
 def arrange(
     specs: Mapping[str, TensorSpec], peft: PeftConfig, path: Path
-) -> tuple[dict[str, Piece], AdapterConfig]:
-    """What each tensor is: our name → the piece of the file it is made of; and the config in our words.
+) -> tuple[dict[str, Piece], AdapterConfig, dict[str, str]]:
+    """What each tensor is: our name → the piece of the file it is made of; the config in our words; and what is there
+    twice, by which other tensor it has to be.
 
     path  of the file of tensors, for messages
     AdapterError names every tensor that has no meaning here, and every pattern that means no tensor.
     """
     problems: list[str] = []
-    names = {raw: _parsed(raw, problems) for raw in specs}
+    twice = _twice(specs)
+    names = {raw: _parsed(raw, problems) for raw in specs if raw not in twice}
     known = {raw: parsed for raw, parsed in names.items() if parsed is not None}
     adapters = {parsed.adapter for parsed in known.values() if parsed.adapter}
     if len(adapters) > 1:
@@ -214,7 +222,19 @@ def arrange(
         scales={path: factor for path, factor in scales.items() if factor != scale},
         sides="peft" if peft.knows_sides else "unsaid",
     )
-    return pieces, config
+    return pieces, config, twice
+
+
+def _twice(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Where the embeddings are saved too, PEFT writes modules that trained whole as they stand in its wrapper once
+    more, and what they replace; the latter is nobody's ("")."""
+    found = {}
+    for raw in specs:
+        owner = INSIDE_WRAPPER.fullmatch(raw)
+        plain = f"{owner['module']}.{owner['leaf']}" if owner else ""
+        if owner and plain in specs and specs[plain].shape == specs[raw].shape:
+            found[raw] = plain if owner["inside"] == "modules_to_save" else ""
+    return found
 
 
 @dataclass(frozen=True)
@@ -244,7 +264,7 @@ def _parsed(raw: str, problems: list[str]) -> _Parsed | None:
     for suffix, part in _SUFFIXES:
         found = suffix.fullmatch(raw)
         if found:
-            module, depth = found[1].removeprefix(PREFIX), 0
+            module, depth = without_wrappers(found[1]).removeprefix(PREFIX), 0
             while module.endswith(BASE_LAYER):
                 module, depth = module.removesuffix(BASE_LAYER), depth + 1
             return _Parsed(module, part, depth, found[2] or "")
@@ -315,10 +335,19 @@ def _check_patterns(peft: PeftConfig, keys: set[str], problems: list[str]) -> No
 
 def _check_saved(peft: PeftConfig, parsed: Iterable[_Parsed], problems: list[str]) -> None:
     whole = [each.module for each in parsed if not each.is_update]
+    # As PEFT has it, a module is saved if its name ends so, be it in the middle of a word.
+    owners = {owner for module in whole for owner in _owners(module)}
     for saved in peft.targets.save:
         match = peft.targets.matcher.match
-        if not any(match(rf"(^|.*\.){saved}($|\..*)", module) for module in whole):
+        is_there = any(owner.endswith(saved) for owner in owners)
+        if not is_there and not any(match(rf"(^|.*\.){saved}($|\..*)", module) for module in whole):
             problems.append(f"modules_to_save names {saved}, and no tensor is of it")
+
+
+def _owners(module: str) -> Iterable[str]:
+    """`a.b.c` → `a`, `a.b`, `a.b.c`."""
+    parts = module.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
 
 
 def _check_init(init: Any, problems: list[str]) -> None:

@@ -18,7 +18,7 @@ from serve.adapters.formats.config import AdapterConfig
 from serve.adapters.formats.layouts import FolderContents
 from serve.adapters.formats.peft.experts import StackUpdate, packed
 from serve.adapters.formats.peft.reading import PREFIX
-from serve.adapters.formats.tensors import check_distinct, paths_of, rank_in
+from serve.adapters.formats.tensors import check_distinct, paths_of, rank_in, without_wrappers
 from serve.errors import AdapterError
 from serve.model.network import BACKBONE_NAMES
 
@@ -28,8 +28,8 @@ INSIDE = "language_model"
 HEADS = ("lm_head", "output", "embed_out")
 SIDES_KNOWN = "0.19.0"
 """The first PEFT that took a parameter's last axis for the inputs, as this does."""
-WRAPPERS = re.compile(rf"^(?:{re.escape(PREFIX)}|_orig_mod\.)+")
-"""What PEFT and torch.compile put before the names of a model that they wrap."""
+WRAPPERS = re.compile(rf"^(?:{re.escape(PREFIX)}|module\.)+")
+"""What PEFT and torch put before the names of a model that they wrap."""
 ULPS = 4
 
 
@@ -85,7 +85,7 @@ def their_name(name: str) -> str:
 def our_names(names: Iterable[str]) -> dict[str, str]:
     """The inverse: Hugging Face's names of modules, or of tensors of them → mlx-lm's."""
     start = f"model.{INSIDE}."
-    plain = {name: WRAPPERS.sub("", name) for name in names}
+    plain = {name: WRAPPERS.sub("", without_wrappers(name)) for name in names}
     is_inside = any(name.startswith(start) for name in plain.values())
     made = {}
     for theirs, name in plain.items():
