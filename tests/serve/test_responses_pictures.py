@@ -20,6 +20,8 @@ from serve.runtime import Runtime
 NEAR = 5e-3
 """Of log-probabilities: products of other shapes round otherwise."""
 APART = 0.05
+SAYS_A_WORD = {"ignore_eos": True, "logit_bias": {"70": 50}}
+"""An answer of no words is no turn of the history."""
 LOOK = {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"}
 
 
@@ -42,18 +44,14 @@ def url(vlm_folder: Callable[[str], Path]) -> Iterator[str]:
 def seen(client: openai.OpenAI, items: list[dict], **changes) -> list[float]:
     """Log-probabilities of the five likeliest first tokens."""
     fields = {"model": "sees", "input": items, "max_output_tokens": 1, "top_logprobs": 5, "temperature": 0}
-    answer = client.responses.create(
-        **fields, **changes, extra_body={"ignore_eos": True, "logit_bias": {"70": 50}}
-    )
+    answer = client.responses.create(**fields, **changes, extra_body=SAYS_A_WORD)
     [entry] = answer.output[0].content[0].logprobs
     return sorted((each.logprob for each in entry.top_logprobs), reverse=True)
 
 
 def seen_by_chat(client: openai.OpenAI, messages: list[dict]) -> list[float]:
     fields = {"model": "sees", "messages": messages, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
-    answer = client.chat.completions.create(
-        **fields, temperature=0, extra_body={"ignore_eos": True, "logit_bias": {"70": 50}}
-    )
+    answer = client.chat.completions.create(**fields, temperature=0, extra_body=SAYS_A_WORD)
     [entry] = answer.choices[0].logprobs.content
     return sorted((each.logprob for each in entry.top_logprobs), reverse=True)
 
@@ -98,10 +96,9 @@ def test_a_tools_picture_is_seen(client):
 
 
 def test_a_second_turn_finds_the_picture_of_the_first(client):
-    first = client.responses.create(model="sees", input=[asking(shown(3, 112))], max_output_tokens=1)
-    second = client.responses.create(
-        model="sees", input="And now?", previous_response_id=first.id, max_output_tokens=1
-    )
+    said = {"model": "sees", "max_output_tokens": 1, "extra_body": SAYS_A_WORD}
+    first = client.responses.create(input=[asking(shown(3, 112))], **said)
+    second = client.responses.create(input="And now?", previous_response_id=first.id, **said)
     assert second.usage.input_tokens_details.cached_tokens >= first.usage.input_tokens - 1
     kept = client.responses.input_items.list(first.id).data[0]
     assert kept.content[1].image_url == shown(3, 112)
