@@ -375,10 +375,14 @@ def test_thoughts_are_folded_above_the_answer(opened, model_folder):
         assert page.asked[1]["messages"][1]["reasoning_content"]
 
 
-def test_stop_ends_the_answer_and_keeps_what_came(opened, make_model):
-    # Its answer takes long enough for a slow page to stop it.
-    folder = make_model("talkative", {**QWEN3, "max_position_embeddings": 1 << 16})
-    runtime = Runtime.start(ServeConfig(model=str(folder), name="base", max_rows=1, max_waiting=0))
+@pytest.fixture
+def talkative(make_model):
+    """A model whose answer takes long enough for a slow page to stop it."""
+    return str(make_model("talkative", {**QWEN3, "max_position_embeddings": 1 << 16}))
+
+
+def test_stop_ends_the_answer_and_keeps_what_came(opened, talkative):
+    runtime = Runtime.start(ServeConfig(model=talkative, name="base", max_rows=1, max_waiting=0))
     with closing(runtime), serving(runtime) as url:
         page = opened(url)
         page.page.fill("#other", '{"ignore_eos": true}')
@@ -401,8 +405,8 @@ def test_stop_ends_the_answer_and_keeps_what_came(opened, make_model):
                 assert status == 200
 
 
-def test_stop_ends_a_thought_too(opened, model_folder):
-    config = ServeConfig(model=str(model_folder), name="base", reasoning_parser="deepseek_r1", max_rows=1)
+def test_stop_ends_a_thought_too(opened, talkative):
+    config = ServeConfig(model=talkative, name="base", reasoning_parser="deepseek_r1", max_rows=1)
     config = config.model_copy(update={"thinking_start_token": "<think>", "thinking_end_token": "</think>"})
     runtime = Runtime.start(config)
     with closing(runtime), serving(runtime) as url:
