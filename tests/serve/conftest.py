@@ -19,6 +19,7 @@ import mlx.nn as nn
 import openai
 from mlx_lm.models.cache import make_prompt_cache
 from sighted import Alone, Eyes
+from tiny import QWEN3
 
 from serve.adapters.formats.config import AdapterConfig
 from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter
@@ -337,6 +338,12 @@ def browser() -> Iterator[Any]:
 
     with launched() as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def talkative(make_model: Callable[..., Path]) -> Path:
+    """A model whose answer takes long enough for a slow page to do something meanwhile."""
+    return make_model("talkative", {**QWEN3, "max_position_embeddings": 1 << 16})
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import httpx
 import pytest
 from opened_page import WAIT_MS, Opened
 from playwright.sync_api import expect
-from tiny import QWEN3
 from waiting import until
 
 import lathe
@@ -375,14 +374,8 @@ def test_thoughts_are_folded_above_the_answer(opened, model_folder):
         assert page.asked[1]["messages"][1]["reasoning_content"]
 
 
-@pytest.fixture
-def talkative(make_model):
-    """A model whose answer takes long enough for a slow page to stop it."""
-    return str(make_model("talkative", {**QWEN3, "max_position_embeddings": 1 << 16}))
-
-
 def test_stop_ends_the_answer_and_keeps_what_came(opened, talkative):
-    runtime = Runtime.start(ServeConfig(model=talkative, name="base", max_rows=1, max_waiting=0))
+    runtime = Runtime.start(ServeConfig(model=str(talkative), name="base", max_rows=1, max_waiting=0))
     with closing(runtime), serving(runtime) as url:
         page = opened(url)
         page.page.fill("#other", '{"ignore_eos": true}')
@@ -406,7 +399,7 @@ def test_stop_ends_the_answer_and_keeps_what_came(opened, talkative):
 
 
 def test_stop_ends_a_thought_too(opened, talkative):
-    config = ServeConfig(model=talkative, name="base", reasoning_parser="deepseek_r1", max_rows=1)
+    config = ServeConfig(model=str(talkative), name="base", reasoning_parser="deepseek_r1", max_rows=1)
     config = config.model_copy(update={"thinking_start_token": "<think>", "thinking_end_token": "</think>"})
     runtime = Runtime.start(config)
     with closing(runtime), serving(runtime) as url:

@@ -57,9 +57,15 @@ def test_what_another_version_left_in_the_browser_does_not_break_the_page(open_p
     assert page.ended() == "fine"
 
 
-def test_a_reload_amid_an_answer_keeps_the_question_and_what_came(open_page, served):
-    page = open_page(served)
-    page.page.fill("#other", json.dumps({"ignore_eos": True, "max_tokens": 900}))
+@pytest.fixture
+def long_winded(talkative):
+    with running(talkative) as (_, url):
+        yield url
+
+
+def test_a_reload_amid_an_answer_keeps_the_question_and_what_came(open_page, long_winded):
+    page = open_page(long_winded)
+    page.page.fill("#other", json.dumps({"ignore_eos": True}))
     page.say("hi")
     text = page.page.locator(".message.assistant .body > .text")
     expect(text).not_to_have_text("", timeout=WAIT_MS)
