@@ -37,6 +37,8 @@ GENERATING = (
     "POST /api/chat",
     "POST /api/generate",
 )
+OWN_TIMEOUT = 504
+"""What a request of a `timeout` that has passed is answered."""
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Findings:
             return
         recorder = event.recorder
         failed = [check.failure_info for check in chain(*recorder.checks.values()) if check.failure_info]
+        failed = [info for info in failed if getattr(info.failure, "status_code", None) != OWN_TIMEOUT]
         self.failures += [f"{recorder.label}: {info.failure}\n{info.code_sample}" for info in failed]
         for interaction in recorder.interactions.values():
             response = interaction.response
@@ -63,7 +66,12 @@ class Findings:
                 self.failures.append(f"{recorder.label}: no response to {interaction.request}")
                 continue
             self.statuses.setdefault(recorder.label, Counter())[response.status_code] += 1
-            if response.status_code >= 400 and interaction.request.method != "HEAD":
+            if response.status_code == OWN_TIMEOUT:
+                asked = json.loads(interaction.request.body or b"{}")
+                assert "timeout" in asked, (
+                    f"{recorder.label}: {response.status_code}, and nobody asked for it"
+                )
+            elif response.status_code >= 400 and interaction.request.method != "HEAD":
                 self._check_error(recorder.label, response.content)
 
     def _check_error(self, label: str, content: bytes | None) -> None:
