@@ -6,7 +6,7 @@ Streams go on meanwhile.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 
 from serve.adapters.formats.files import find_files, located
+from serve.adapters.registry.registry import Registry
 from serve.adapters.versions.version import AdapterVersion
 from serve.api.adapter_cards import adapter_card, listing
 from serve.api.admin import ADMIN
@@ -76,28 +77,19 @@ async def list_adapters(state: StateDep) -> dict[str, Any]:
 @router.post("/v1/adapters/{name:path}/rollback")
 async def roll_back(name: str, body: RollbackBody, http: Request, state: StateDep) -> dict[str, Any]:
     """Give new requests an earlier version again; the one before, if none is named."""
-    async with _held_of(state, name, http) as services:
-        runtime = services.runtime
-        await services.change(lambda: runtime.registry.rollback(name, body.version))
-        return await run_in_threadpool(adapter_card, runtime, name)
+    return await _changed(state, name, http, lambda registry: registry.rollback(name, body.version))
 
 
 @router.post("/v1/adapters/{name:path}/pin")
 async def pin(name: str, body: PinAdapterBody, http: Request, state: StateDep) -> dict[str, Any]:
     """Keep a slot for whatever version the name stands for."""
-    async with _held_of(state, name, http) as services:
-        runtime = services.runtime
-        await services.change(lambda: runtime.registry.pin(name))
-        return await run_in_threadpool(adapter_card, runtime, name)
+    return await _changed(state, name, http, lambda registry: registry.pin(name))
 
 
 @router.post("/v1/adapters/{name:path}/unpin")
 async def unpin(name: str, body: PinAdapterBody, http: Request, state: StateDep) -> dict[str, Any]:
     """Let it give way again to adapters that are asked for."""
-    async with _held_of(state, name, http) as services:
-        runtime = services.runtime
-        await services.change(lambda: runtime.registry.unpin(name))
-        return await run_in_threadpool(adapter_card, runtime, name)
+    return await _changed(state, name, http, lambda registry: registry.unpin(name))
 
 
 @router.get("/v1/adapters/{name:path}")
@@ -105,6 +97,16 @@ async def show_adapter(name: str, http: Request, state: StateDep) -> dict[str, A
     """One of them, and its manifest: what it was made for, how it is asked, where its answers end."""
     async with _held_of(state, name, http) as services:
         return await run_in_threadpool(adapter_card, services.runtime, name)
+
+
+async def _changed(
+    state: AppState, name: str, http: Request, change: Callable[[Registry], object]
+) -> dict[str, Any]:
+    """What an adapter is once `change` has been made to it."""
+    async with _held_of(state, name, http) as services:
+        runtime = services.runtime
+        await services.change(lambda: change(runtime.registry))
+        return await run_in_threadpool(adapter_card, runtime, name)
 
 
 @asynccontextmanager

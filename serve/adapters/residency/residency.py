@@ -170,7 +170,7 @@ class Residency:
         shelf.make_room(self._shelf_bound() - num_bytes)
         packed = packed_of(updates)
         # Where rows share this memory, what is left to them is found anew right after.
-        self._run(lambda: shelf.put_packed(version.effect_hash, packed))
+        self._run(lambda: shelf.put(version.effect_hash, packed))
 
     @contextmanager
     def at_hand(self, version: AdapterVersion) -> Iterator[None]:

@@ -127,12 +127,8 @@ class Shelf:
             if not self._holds[key]:
                 del self._holds[key]
 
-    def put(self, key: str, updates: Mapping[str, LowRank]) -> None:
-        """Keep it in memory; whoever is bound makes room before. The caller's arrays stay the caller's."""
-        self.put_packed(key, packed_of(updates))
-
-    def put_packed(self, key: str, packed: Packed) -> None:
-        """The same of what is packed already: nothing is copied any more."""
+    def put(self, key: str, packed: Packed) -> None:
+        """Keep it in memory; whoever is bound makes room before. Nothing is copied any more."""
         with self._lock:
             if key not in self._packed:
                 self._packed[key] = packed
