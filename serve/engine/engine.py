@@ -555,8 +555,9 @@ class Engine:
             )
         if not is_sound:
             whose = f"adapter {request.adapter.id!r}" if request.adapter else f"model {self.model.name!r}"
-            what = "that are not numbers" if sequence.edit is None else "by which nothing that may come can"
-            return self._ended(sequence, GenerationError(f"{whose} gave logits {what}; nothing can be drawn"))
+            return self._ended(
+                sequence, GenerationError(f"{whose} gave logits that are not numbers; nothing can be drawn")
+            )
         try:
             step = self._rules[request.id].push(token_ids)
         except Exception as error:  # one row's text is one row's trouble, whatever it is

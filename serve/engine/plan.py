@@ -295,7 +295,7 @@ class Drawn(NamedTuple):
     is_sound: bool = True
     """False: no token could be drawn, for the logits held NaN or +inf, or nothing that may come."""
     error: Exception | None = None
-    """What its edit raised; it is not sound then."""
+    """What its edit raised, or that it left nothing to draw; it is not sound then."""
     num_drafted: int = 0
     """Guesses that were checked; those before the last of `token_ids` were right."""
     is_back: bool = False

@@ -31,12 +31,17 @@ from serve.engine.request import TokenLogprob
 from serve.engine.sampler import Draws, Logprobs
 from serve.engine.scores import Scores, num_scored, scores_of
 from serve.engine.sights import NOTHING, Inputs, Sights, blocks_of
+from serve.errors import RequestError
 from serve.model.network import Network
 from serve.model.vision import Features
 
 logger = logging.getLogger(__name__)
 
 PAD_TOKEN = 0
+NOTHING_MAY_COME = (
+    "the request's constraints leave no token that may come next: of what its grammar takes here, min_tokens keeps "
+    "all from coming (ends, and stop_token_ids)"
+)
 
 
 class Captured(NamedTuple):
@@ -72,7 +77,7 @@ class Flight:
     scores: list[Scores] = field(default_factory=list)
     """Of prompts, in the order of their tokens."""
     errors: dict[int, Exception] = field(default_factory=dict)
-    """What edits raised, by index in the batch."""
+    """What edits raised, or that they left nothing to draw, by index in the batch."""
     captured: list[Captured] = field(default_factory=list)
     encoded: list[Encoded] = field(default_factory=list)
 
@@ -518,6 +523,9 @@ def _read(flight: Flight, draws: Draws) -> list[Drawn]:
     details = {} if draws.logprobs is None else _details(flight.sequences, draws.logprobs)
     token_ids: list[int] = np.asarray(draws.token_ids).tolist()
     sound: list[bool] = np.asarray(draws.is_sound).tolist()
+    if draws.may_come is not None:
+        for row in np.flatnonzero(np.asarray(draws.is_sound) & ~np.asarray(draws.may_come)).tolist():
+            flight.errors.setdefault(row, RequestError(NOTHING_MAY_COME))
     if flight.plan.width > 1:
         return _verified(flight, token_ids, sound, details)
     if not details and all(sound) and not flight.errors:

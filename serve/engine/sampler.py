@@ -55,10 +55,18 @@ class Draws:
     is_sound: mx.array
     """[B] bool: a row's logits hold neither NaN nor +inf, and what was drawn has a probability."""
     logprobs: Logprobs | None
+    may_come: mx.array | None = None
+    """[B] bool: what was drawn has a probability after the row's changes, too; None: no row was changed."""
 
     def arrays(self) -> list[mx.array]:
         """What must be evaluated before it is read."""
-        return [self.token_ids, self.is_sound, *(self.logprobs.arrays() if self.logprobs else ())]
+        of_changes = () if self.may_come is None else (self.may_come,)
+        return [
+            self.token_ids,
+            self.is_sound,
+            *of_changes,
+            *(self.logprobs.arrays() if self.logprobs else ()),
+        ]
 
 
 @dataclass(frozen=True)
@@ -106,10 +114,10 @@ class Sampler:
         """
         changed = edited(logits, changes)
         token_ids = self.tokens(changed, counters)
-        is_sound = self.is_sound(logits, token_ids)
-        if changes:  # of what may come, perhaps nothing can
-            is_sound = is_sound & (mx.take_along_axis(changed, token_ids[:, None], axis=-1)[:, 0] > -mx.inf)
-        return Draws(token_ids, is_sound, self.logprobs(logits, token_ids))
+        may_come = None
+        if changes:
+            may_come = mx.take_along_axis(changed, token_ids[:, None], axis=-1)[:, 0] > -mx.inf
+        return Draws(token_ids, self.is_sound(logits, token_ids), self.logprobs(logits, token_ids), may_come)
 
     def tokens(self, logits: mx.array, counters: Sequence[int]) -> mx.array:
         """[B] ids drawn from logits [B, V] that are changed already."""

@@ -181,6 +181,46 @@ def test_what_cannot_be_kept_to_is_a_400_that_names_the_place_before_and_after_g
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"guided_regex": "x{9}", "stop_token_ids": [90], "min_tokens": 2}, ""),
+        ({"guided_regex": "abcx{9}", "stop_token_ids": [90], "min_tokens": 9}, "abc"),
+        (
+            {
+                "guided_regex": "abcx{9}",
+                "stop_token_ids": [90],
+                "min_tokens": 9,
+                "drafter": "ngram",
+                "temperature": 0,
+            },
+            "abc",
+        ),
+    ],
+)
+def test_constraints_that_leave_nothing_to_draw_are_the_requests_own_fault(http, path, fields, said):
+    """Whole, and in a stream behind what has come; others go on."""
+    asked = body(path, **fields)
+    with ThreadPoolExecutor(2) as pool:
+        good = pool.submit(http.post, path, json=body(path, guided_regex="[a-f]{20}"))
+        answer = http.post(path, json=asked)
+        streamed = http.post(path, json=asked | {"stream": True})
+        assert re.fullmatch("[a-f]{20}", text_of(good.result().json()["choices"][0]))
+    assert answer.status_code == 400, answer.text
+    assert "min_tokens keeps all from coming" in answer.json()["error"]["message"]
+    *pieces, last = [
+        json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")
+    ] or [streamed.json()]
+    assert last["error"] == answer.json()["error"]
+    texts = [
+        choice.get("text") or choice.get("delta", {}).get("content")
+        for each in pieces
+        for choice in each["choices"]
+    ]
+    assert "".join(filter(None, texts)) == said
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
     ("fields", "param", "told"),
     [
         ({"response_format": {"type": "structural_tag"}}, "response_format", "json_schema"),

@@ -135,7 +135,7 @@ def test_what_was_set_aside_here_is_looked_through_as_a_model_leaves_and_set_asi
     before = gc.get_freeze_count()
     del model
     device.give_back_all_memory(thaws=True)
-    assert gc.get_freeze_count() >= before - 1, "a program's own"
+    assert gc.get_freeze_count() > before / 2, "a program's own"
     assert left() is not None
     device.set_aside()
     device.give_back_all_memory(thaws=True)

@@ -209,8 +209,13 @@ def test_a_token_is_forced_where_the_mask_lets_it_through_and_waits_where_not(is
 def test_where_nothing_may_come_nothing_is_drawn():
     nothing = LogitsChange(allowed=np.zeros(-(-V // 32), dtype=np.uint32))
     for row in (Sampling(temperature=0.0), Sampling(), Sampling(top_k=3), Sampling(top_p=0.5)):
-        draws = Sampler([row, row]).draw(mx.zeros((2, V)), [0, 0], {1: nothing})
-        assert draws.is_sound.tolist() == [True, False]
+        for broken in (0.0, mx.nan):
+            draws = Sampler([row, row, row]).draw(
+                mx.array([[0.0], [0.0], [broken]]) * mx.ones(V), [0, 0, 0], {1: nothing}
+            )
+            assert draws.may_come is not None
+            assert draws.may_come.tolist()[:2] == [True, False]
+            assert draws.is_sound.tolist() == [True, True, broken == 0.0]
 
 
 class Counting:
@@ -364,6 +369,8 @@ def test_the_edges_of_penalties_leave_something_to_draw(changes):
     for settings in ({"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.5}):
         draws = Sampler([Sampling(**settings)]).draw(mx.random.normal((1, V)), [0], {0: change})
         assert draws.is_sound.tolist() == [True]
+        assert draws.may_come is not None
+        assert draws.may_come.tolist() == [True]
         assert np.isfinite(
             np.asarray(
                 Sampler([Sampling(**settings)]).probabilities(
