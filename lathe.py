@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import gc
 import os
 import signal
 import sys
@@ -99,6 +100,9 @@ class FrontDoor(TyperGroup):
             formatter.write_dl([(name, said) for name, (_, said) in COMMANDS.items()])
 
 
+YOUNG_OBJECTS = 10_000
+"""So many new ones start a collection, not 700: of what packages bring hardly anything goes again, and to look for it
+was a tenth of a start."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a disk that has no room."""
 
@@ -129,6 +133,7 @@ def load(
 
 def command() -> None:
     """The `lathe` script: `main`, and an end of the process that MLX cannot spoil."""
+    gc.set_threshold(YOUNG_OBJECTS)
     try:
         main()
     except SystemExit as end:

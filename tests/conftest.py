@@ -256,6 +256,13 @@ def own_randomness() -> None:
 
 
 @pytest.fixture(scope="session")
+def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all processes that test find what test_demo.py has trained, name by name, once it has."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "demo-runs"
+
+
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A lively random qwen3."""
     return write_model(tmp_path_factory.mktemp("models") / "lively", QWEN3)

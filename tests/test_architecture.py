@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from train.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*ROOT.glob("serve/**/*.py"), *ROOT.glob("train/**/*.py")])
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in SOURCES
+}
 YAML_FILES = sorted([*ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("configs/**/*.yaml")])
 MAY_TOUCH_ENVIRONMENT = {"serve/blas.py", "serve/device.py", "serve/mcp/config.py"}
 """The last one what a file of its names, and nothing else."""
@@ -35,10 +39,17 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@cache
+def nodes(path: Path) -> list[ast.Import | ast.ImportFrom | ast.Attribute]:
+    """What a file imports and the attributes it names, wherever in the file: parsed once for all laws."""
+    kinds = (ast.Import, ast.ImportFrom, ast.Attribute)
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+
+
 def imported(path: Path) -> set[str]:
     """Top-level names of everything a file imports, wherever in the file."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -50,13 +61,12 @@ def imported(path: Path) -> set[str]:
 def modules_imported(path: Path) -> set[str]:
     """Full names of the modules of ours that a file imports, wherever in the file, for types alone or not."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    files = {".".join(source.relative_to(ROOT).with_suffix("").parts) for source in SOURCES}
-    return names & {name.removesuffix(".__init__") for name in files}
+    return names & MODULES
 
 
 def steps(folder: str, rooms: tuple[str, ...]) -> list[tuple[str, str, str, str]]:
@@ -115,14 +125,14 @@ def test_gather_mm_is_called_where_its_lanes_are_filled_and_nowhere_else():
     calls = {
         name_of(path)
         for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes(path)
         if isinstance(node, ast.Attribute) and node.attr == "gather_mm"
     }
     assert calls == {"serve/adapters/layers/lora.py"}
 
 
 def environment_reads(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         is_os = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os"
         if is_os and node.attr in ("environ", "getenv", "putenv", "environb"):
             yield f"{name_of(path)}:{node.lineno}"

@@ -23,12 +23,13 @@ LEAST_AGREEMENT = 0.99
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(tmp_path_factory, demo_runs):
     """One run from another working directory: what it wrote, what it printed."""
     where = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-P", "-m", "lathe", "demo", "--json", "demo.json"]
     done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    demo_runs.symlink_to(where / "runs" / "demo")
     return where, json.loads((where / "demo.json").read_text()), done.stdout
 
 

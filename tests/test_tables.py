@@ -637,6 +637,7 @@ def test_tables_are_drawn_by_the_one_helper_and_every_one_is_above():
 
 
 def builds_a_table(path: Path) -> bool:
+    if not any(name.startswith("serve.tables") for name in names_used(path)):
+        return False
     calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
-    is_ours = any(name.startswith("serve.tables") for name in names_used(path))
-    return is_ours and any(getattr(call, "id", getattr(call, "attr", "")) == "Table" for call in calls)
+    return any(getattr(call, "id", getattr(call, "attr", "")) == "Table" for call in calls)

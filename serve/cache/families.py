@@ -6,11 +6,15 @@ stands in it after a few tokens, and by comparing a small batch with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import is_dataclass
 from itertools import combinations
+from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import CacheList
 
@@ -37,8 +41,15 @@ MAX_ERROR_SHARE = 0.01
 """How far a row may be from its own cache, as a share of what tells two histories apart."""
 MAX_ERROR_SHARE_HALF = 0.1
 """The same in half precision and in TF32, where another batch shape rounds otherwise."""
-MODES = ((False, 1), (True, 1), (True, 2))
-"""What the layers of a family may need, best first: (plain arrays, axes of its scores before the tokens)."""
+Mode = tuple[bool, int]
+"""What the layers of a family need: (plain arrays, axes of its scores before the tokens)."""
+MODES: tuple[Mode, ...] = ((False, 1), (True, 1), (True, 2))
+"""Best first."""
+MAX_PROVEN = 32
+PLAIN_VALUES = (bool, int, float, str, bytes, NoneType, FunctionType, BuiltinFunctionType)
+_proven: OrderedDict[Hashable, Mode] = OrderedDict()
+"""By build what it needs, of the last MAX_PROVEN: a proof is of code, and that of a model that comes again, or of the
+next one of its family and sizes, is the same. (Weights that are no numbers are refused at load.)"""
 
 
 def make_rows(network: Network, *, prefill_chunk_tokens: int) -> BatchRows:
@@ -112,21 +123,65 @@ def _sample(vocab_size: int) -> list[int]:
 
 
 def _prove(network: Network, rows: BatchRows) -> None:
-    """Raise ModelError unless rows equal the family's own cache. Leaves the rows empty.
+    """Raise ModelError unless rows of such a build equal the family's own cache. Leaves the rows empty."""
+    with evaluating(network):
+        build = _build(network, rows)
+        mode = _proven.get(build) or _needed(network, rows)
+        _set(rows, mode)
+        _proven[build] = mode
+        while len(_proven) > MAX_PROVEN:
+            _proven.popitem(last=False)
+
+
+def _build(network: Network, rows: BatchRows) -> Hashable:
+    """All that a family's code reads but for the numbers in its arrays: classes, settings, shapes and types."""
+    modules = tuple(
+        (path, type(module), tuple((name, _plain(value)) for name, value in _attributes(module)))
+        for path, module in network.text.named_modules()
+    )
+    layers = tuple((layer.shape, layer.ring) for layer in rows.attending)
+    caches = tuple(type(cache) for cache in network.make_cache())
+    return modules, layers, caches, device.multiplies_in_single(network.parameters_dtype()), device.backend()
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    return [*vars(module).items(), *module.items()]
+
+
+def _plain(value: Any) -> Hashable:
+    """Of an attribute what can be compared."""
+    if isinstance(value, PLAIN_VALUES):
+        return value
+    if isinstance(value, mx.array):
+        return value.shape, str(value.dtype)
+    if isinstance(value, list | tuple):
+        return type(value), tuple(map(_plain, value))
+    if isinstance(value, dict) and not isinstance(value, nn.Module):  # modules stand by themselves
+        return tuple((key, _plain(each)) for key, each in value.items())
+    if is_dataclass(value) and not isinstance(value, type):
+        return repr(value)
+    return (type(value),)
+
+
+def _set(rows: BatchRows, mode: Mode) -> None:
+    for layer in rows.attending:
+        layer.is_dense, layer.num_head_axes = mode
+
+
+def _needed(network: Network, rows: BatchRows) -> Mode:
+    """The first mode in which rows equal the family's own cache. ModelError where none does.
 
     Three histories run in one batch as requests do: beginning together and later, in two buckets, in chunks and one
     token at a time, in any order, some rows waiting, rows changing places. Then all take the same tokens, so what
     comes out differs by what their rows hold alone; each must be its own cache's.
     """
-    with evaluating(network):
-        problems = []
-        for is_dense, num_head_axes in MODES if rows.attending else MODES[:1]:
-            for layer in rows.attending:
-                layer.is_dense, layer.num_head_axes = is_dense, num_head_axes
-            problem = _problem(network, rows)
-            if problem is None:
-                return
-            problems.append(problem)
+    problems = []
+    for mode in MODES if rows.attending else MODES[:1]:
+        _set(rows, mode)
+        problem = _problem(network, rows)
+        if problem is None:
+            return mode
+        problems.append(problem)
     # What was computed says more than what was refused: a mask of the wrong rank, an object in place of an array.
     reason = next((text for text, is_number in problems if is_number), problems[-1][0])
     raise ModelError(f"{_family(network)}: its rows cannot be batched: {reason}")

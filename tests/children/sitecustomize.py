@@ -17,9 +17,13 @@ class KnowsNames(SourceFileLoader):
         super().exec_module(module)
         find = module.create_import_structure_from_path
         models = os.path.join(os.path.dirname(os.path.dirname(module.__file__)), "models")
+        asked = {
+            models,
+            os.path.join(models, "__init__.py"),
+        }  # by transformers itself, and by its models' package
 
         def known(path):
-            if str(path) != models:
+            if str(path) not in asked:
                 return find(path)
             import pickle
 

@@ -586,13 +586,48 @@ def test_a_row_restored_from_segments_goes_on_as_the_one_that_was_never_taken(fa
 
 
 def test_families_whose_code_looks_into_keys_get_plain_arrays_and_no_others_do(family):
-    rows = make_rows(family.network, prefill_chunk_tokens=16)
-    rows.prove()
-    is_dense = {layer.is_dense for layer in rows.attending}
-    assert is_dense <= {family.name in {"gemma2", "kimi_linear"}}
+    for _ in range(2):  # proven, and known from then on
+        rows = make_rows(family.network, prefill_chunk_tokens=16)
+        rows.prove()
+        is_dense = {layer.is_dense for layer in rows.attending}
+        assert is_dense <= {family.name in {"gemma2", "kimi_linear"}}
+
+
+def test_a_network_of_a_build_that_is_proven_runs_no_token_for_it_and_any_other_does(model_folder):
+    forwards = []
+
+    class Counting(type(load(str(model_folder)).network.backbone)):
+        def __call__(self, *inputs, **options):
+            forwards.append(inputs)
+            return super().__call__(*inputs, **options)
+
+    def num_forwards(change=lambda network: None, chunk=16):
+        network = load(str(model_folder)).network
+        network.backbone.__class__ = Counting
+        change(network)
+        rows = make_rows(network, prefill_chunk_tokens=chunk)
+        forwards.clear()
+        rows.prove()
+        return len(forwards)
+
+    def half(network):
+        network.module.set_dtype(mx.bfloat16)
+
+    def shorter(network):
+        del network.module.layers[1:]
+
+    def another_base(network):
+        network.backbone.layers[0].self_attn.rope.base = 500.0
+
+    assert num_forwards() > 10
+    for change in (half, shorter, another_base):
+        assert num_forwards(change) > 10
+        assert num_forwards(change) == num_forwards() == 0
 
 
 def test_a_family_whose_rows_see_each_other_is_refused_at_start(model):
+    make_rows(model.network, prefill_chunk_tokens=16).prove()
+
     class Mixing(type(model.network.backbone)):
         def __call__(self, inputs, cache=None, input_embeddings=None):
             hidden = super().__call__(inputs, cache, input_embeddings)
