@@ -37,6 +37,10 @@ FEW = {
     "others_rows": {"train": 80, "valid": 4},
 }
 """Of the pre-training chats; their pictures take a millisecond each to paint."""
+HANDFUL = {
+    **{name: dict.fromkeys(sizes, 8) for name, sizes in FEW.items()},
+    "task_rows": dict.fromkeys(SPLITS, 8),
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +84,13 @@ def same(one: Path, other: Path) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(pictures(one), pictures(other), strict=True))
 
 
-def test_a_seed_gives_the_same_words_and_pixels_and_another_seed_others(made, tmp_path):
-    write_all(tmp_path / "again", SEED, **FEW)
-    write_all(tmp_path / "other", SEED + 1, **FEW)
-    for path in sorted(made.rglob("*.jsonl")):
-        name = path.relative_to(made)
+def test_a_seed_gives_the_same_words_and_pixels_and_another_seed_others(tmp_path):
+    for name, seed in (("once", SEED), ("again", SEED), ("other", SEED + 1)):
+        write_all(tmp_path / name, seed, **HANDFUL)
+    paths = sorted((tmp_path / "once").rglob("*.jsonl"))
+    assert len(paths) == 2 * len(SPLITS) + sum(map(len, FEW.values()))
+    for path in paths:
+        name = path.relative_to(tmp_path / "once")
         assert same(path, tmp_path / "again" / name)
         assert not same(path, tmp_path / "other" / name)
 

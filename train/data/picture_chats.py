@@ -166,12 +166,13 @@ def write_all(
     base_rows: Mapping[str, int] = BASE_ROWS,
     several_rows: Mapping[str, int] = SEVERAL_ROWS,
     others_rows: Mapping[str, int] = OTHERS_ROWS,
+    task_rows: Mapping[str, int] = TASK_ROWS,
 ) -> None:
     """Write a folder each task and each stage's rows under `out`, a file each split; no picture is shared."""
     seen: set[str] = set()
     tasks = {
-        "bins": (TASK_ROWS, bins_row),
-        "moves": (TASK_ROWS, moves_row),
+        "bins": (task_rows, bins_row),
+        "moves": (task_rows, moves_row),
         "single": (single_rows, single_row),
         "words": (words_rows, words_row),
         "base": (base_rows, base_row),
