@@ -416,10 +416,24 @@ def make_request() -> Callable[..., Request]:
     return make
 
 
+EDITING = ("logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens")
+UNEDITED = Sampling()
+
+
+def _has_edits(request: Request) -> bool:
+    """Whether anything of it changes logits. Where nothing does, mlx-lm's processor of a penalty of 1 would take as
+    long as all else here."""
+    asked = request.sampling
+    has_settings = any(getattr(asked, name) != getattr(UNEDITED, name) for name in EDITING)
+    return has_settings or request.thinking is not None or request.grammar is not None
+
+
 def _edited(logits: mx.array, request: Request, answer: Sequence[int]) -> mx.array:
     """Logits [N, V] of the token after `answer` as the request's penalties have them, by mlx-lm's own processors; as
     its budget has them, of an answer that begins inside a thought; and as its grammar has them, from the answer's
     beginning on."""
+    if not _has_edits(request):
+        return logits
     asked, everything = request.sampling, 1 << 30
     reaches: dict[bool, dict[str, Any]] = {True: {"logit_bias": dict(asked.logit_bias)}, False: {}}
     reaches[True]["repetition_penalty"] = asked.repetition_penalty
@@ -574,8 +588,11 @@ def _could_be_stored(request: Request, token_ids: Sequence[int], module: nn.Modu
 def _assert_drawn(request: Request, token_ids: Sequence[int], module: nn.Module) -> None:
     count, is_plain = len(token_ids), request.precision is None or request.precision.is_plain
     logits = _logits(request, token_ids, module, [0.0])[0]
-    changed = [_edited(logits[number][None], request, token_ids[:number]) for number in range(count)]
-    expected = Sampler([request.sampling] * count).tokens(mx.concatenate(changed), range(count)).tolist()
+    changed = logits
+    if _has_edits(request):
+        rows = [_edited(logits[number][None], request, token_ids[:number]) for number in range(count)]
+        changed = mx.concatenate(rows)
+    expected = Sampler([request.sampling] * count).tokens(changed, range(count)).tolist()
     for number, (found, wanted) in enumerate(zip(token_ids, expected, strict=True)):
         is_drawn = (
             found == wanted

@@ -121,7 +121,8 @@ def _add(curves: dict[str, Points], row: dict[str, Any]) -> None:
 def picture(history: History, title: str, rates: Sequence[float] = ()) -> bytes:
     """A PNG of `figure_of`."""
     stream = io.BytesIO()
-    figure_of(history, title, rates).savefig(stream, format="png")
+    # savefig would draw it twice, the first time for its layout, which the second time works out too.
+    figure_of(history, title, rates).canvas.print_png(stream)
     return stream.getvalue()
 
 
