@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,35 @@ def launched(
     """`with launched(*command)`: in two processes, as a user starts them. Standard input stays open: mlx.launch
     reads it."""
     return partial(_launched, free_ports)
+
+
+@pytest.fixture(scope="module")
+def said_by_two(free_ports: Callable[[int], int], folder: Path) -> Callable[..., str]:
+    """said_by_two(*command) → what two processes of a ring printed until both had ended, each told what mlx.launch
+    tells it. That one spins all the while on a pipe that takes input, which is as much work again as theirs."""
+
+    def run_both(*command: str) -> str:
+        hosts, first = folder / "hosts.json", free_ports(2)
+        hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(2)]))
+        told = {**os.environ, "MLX_HOSTFILE": str(hosts), "OPENBLAS_NUM_THREADS": "1"}
+        with (folder / "said").open("w+") as said, ExitStack() as stack:
+            ranks = [
+                stack.enter_context(
+                    subprocess.Popen(
+                        command, env={**told, "MLX_RANK": str(rank)}, stdout=said, stderr=subprocess.STDOUT
+                    )
+                )
+                for rank in range(2)
+            ]
+            try:
+                for each in ranks:
+                    each.wait(TIMEOUT_S)
+            finally:
+                for each in ranks:
+                    each.kill()
+            return (folder / "said").read_text()
+
+    return run_both
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +187,7 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def pair_of_runs(make_recipe, folder, launched, model_folder) -> Callable[[str], tuple[Path, Path, str]]:
+def pair_of_runs(make_recipe, folder, said_by_two, model_folder) -> Callable[[str], tuple[Path, Path, str]]:
     """pair_of_runs(kind) → the run of two processes, the one of one, and what the two printed.
 
     All kinds are trained in one launch, by `lathe train`'s own code: starting two processes costs more than training.
@@ -182,8 +212,7 @@ def pair_of_runs(make_recipe, folder, launched, model_folder) -> Callable[[str],
         "for path in sys.argv[1:]:\n    run(load_recipe(path))\n    print('END OF RUN', flush=True)\n"
     )
     paths = [str(recipe(kind, 2)) for kind in KINDS]
-    with launched(sys.executable, str(script), *paths) as process:
-        said, _ = process.communicate(timeout=TIMEOUT_S)
+    said = said_by_two(sys.executable, str(script), *paths)
 
     def runs(kind: str) -> tuple[Path, Path, str]:
         one = recipe(kind, 1)
@@ -346,11 +375,10 @@ except TrainingError as error:
 """
 
 
-def test_sums_shares_and_losses_of_processes(tmp_path, launched):
+def test_sums_shares_and_losses_of_processes(tmp_path, said_by_two):
     script = tmp_path / "laws.py"
     script.write_text(LAWS)
-    with launched(sys.executable, str(script)) as process:
-        said, _ = process.communicate(timeout=TIMEOUT_S)
+    said = said_by_two(sys.executable, str(script))
     assert said.count("laws hold") == 2, said
     assert "loss named" in said, said
 
