@@ -140,7 +140,27 @@ def test_the_factor_is_scale_or_alpha_over_rank_and_never_a_default():
     with pytest.raises(
         AdapterError, match="scale is 20 and alpha / rank is 2; they are the same factor, keep one"
     ):
-        parsed(inside(scale=20.0, alpha=16))
+        parsed({"lora_parameters": {"rank": 8, "scale": 20.0, "alpha": 16}})
+
+
+# What mlx_lm.lora of some versions wrote, of its defaults, and the factor that its LoRALinear had (tuner/lora.py).
+OF_MLX_LM = {
+    "0.12.1": ({"lora_layers": 16}, 16, 20.0),
+    "0.13.0 or 0.18.2": ({"lora_layers": 16, "use_dora": False}, 16, None),
+    "either, the same": ({"lora_layers": 16, "use_dora": False}, 8, 10.0),
+    "0.19.0 to 0.22.1": ({"num_layers": 16, "fine_tune_type": "lora"}, 16, 10.0),
+}
+
+
+@pytest.mark.parametrize(("beside", "alpha", "factor"), OF_MLX_LM.values(), ids=list(OF_MLX_LM))
+def test_a_config_of_an_old_mlx_lm_means_what_that_version_did_or_is_refused(beside, alpha, factor):
+    parameters = {"rank": 8, "alpha": alpha, "dropout": 0.0, "scale": 10.0}
+    raw = {"model": "m", "seed": 0, **beside, "lora_parameters": parameters}
+    if factor is not None:
+        assert parsed(raw).scale == factor
+        return
+    with pytest.raises(AdapterError, match=r"multiplied by scale \* alpha / rank, 20, .* by scale, 10, and"):
+        parsed(raw)
 
 
 def test_a_whole_config_in_another_tools_layout_is_refused():
