@@ -164,9 +164,11 @@ def test_a_load_that_fails_answers_everybody_by_name_and_the_next_request_tries_
         assert (standing.num_loads, standing.num_failed, standing.problem) == (1, 2, None)
 
 
-@pytest.mark.parametrize("problem", [ModelError("its weights are not whole"), RuntimeError("a fault of ours")])
+@pytest.mark.parametrize(
+    "problem", [ModelError("its weights are not whole"), RuntimeError("a fault of ours")]
+)
 def test_a_load_that_fails_is_told_once(caplog, problem):
-    """By whom it is raised to, where that is who starts a server; else in the log. A traceback is in the log alone."""
+    """By whom it is raised to, where that is who starts a server, else in the log; a traceback in the log alone."""
     with open_shop() as shop:
         shop.failing["a"] = problem
         with pytest.raises(ModelLoadError):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from serve.adapters.fitting.fit import check_fit, fit
 from serve.adapters.formats.lineage import Lineage
 from serve.adapters.tools.factors import Core, Factors
 from serve.adapters.tools.opened import Opened, open_adapter
 from serve.errors import AdapterError
-from serve.model.loading import LoadedModel
 from serve.tables import Table, numbers
+
+if TYPE_CHECKING:
+    from serve.model.loading import LoadedModel
 
 ANY_RANK = 2**31 - 1
 NOT_SHOWN = ("metrics", "chat_template", "chat_template_kwargs", "quantize", "stop_ids")
@@ -84,6 +85,8 @@ def inspect(path: Path, model: LoadedModel | None = None) -> Inspection:
 
 def _against(opened: Opened, model: LoadedModel) -> list[str]:
     """What the server would say."""
+    from serve.adapters.fitting.fit import check_fit, fit  # with mlx-lm and transformers, a second
+
     problems = []
     lineage = opened.config.lineage
     if lineage is not None and lineage.base_fingerprint not in ("", model.fingerprint):
