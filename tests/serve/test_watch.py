@@ -365,6 +365,10 @@ def test_names_that_cannot_be_are_told(start, put, tmp_path):
     assert "base's" in problems[str(setting.folder / "lively")]
     assert problems[str(setting.folder / "a")] == ""
     assert "watched under that name too" in problems[str(tmp_path / "more" / "a")]
+    os.replace(setting.folder / "a", tmp_path / "more" / "a.new")  # the name is free again
+    shutil.rmtree(tmp_path / "more" / "a")
+    os.replace(put("a", 4), tmp_path / "more" / "a")
+    assert [*setting.settle(), *setting.settle()] == ["a.new@1", "a@2"]
 
 
 def test_no_link_leads_out_of_where_the_server_may_read(start, put, tmp_path):
