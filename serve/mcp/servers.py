@@ -88,7 +88,7 @@ class McpServers:
         ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         try:
             ending.result(CLOSE_S + 1)
-        except Exception:  # what a server's end raises is nobody's
+        except TimeoutError:
             ending.cancel()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_S)
