@@ -17,9 +17,11 @@ from serve.adapters.formats.config import PARAMETERS, AdapterConfig, config_json
 from serve.adapters.formats.header import read_specs
 from serve.adapters.formats.lineage import Lineage
 from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE, read_config, read_tensors
+from serve.adapters.formats.named import naming_notes
 from serve.errors import AdapterError
 
 PATH = Path("adapter_config.json")
+PATHS = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
 GOOD = {
     "fine_tune_type": "lora",
     "num_layers": 2,
@@ -228,6 +230,42 @@ def test_what_mlx_lm_writes_is_read_and_options_that_are_off_ask_nothing():
     )
     full = parsed({**written, "fine_tune_type": "full", "lora_parameters": None})
     assert full.fine_tune_type == "full"
+
+
+NAMED = {
+    "mlx-lm's": ({"lora_parameters": {"keys": ["self_attn.q_proj", "mlp.up_proj"]}}, []),
+    "mlx-vlm's": (
+        {"lora_parameters": {"keys": [f"language_model.{path}" for path in PATHS]}},
+        [],
+    ),
+    "Unsloth's": ({"lora_parameters": {}, "target_modules": ["q_proj", "up_proj"]}, []),
+    "for all": ({"target_modules": "all-linear"}, []),
+    "an expression": ({"target_modules": ".*of_another_library.*"}, []),
+    "with a parameter": ({"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj"]}, []),
+    "too many": (
+        {"lora_parameters": {"keys": ["q_proj", "up_proj", "mlp.down_proj"]}, "keys": ["proj"]},
+        [
+            "lora_parameters.keys names mlp.down_proj, of which",
+            "keys names proj, of which there",
+            "keys leaves model.layers.0.self_attn.q_proj, model.layers.1.mlp.up_proj out",
+        ],
+    ),
+    "too few": (
+        {"target_modules": ["up_proj"]},
+        ["target_modules leaves model.layers.0.self_attn.q_proj out"],
+    ),
+    "many": (
+        {"target_modules": [*"abcdefgh", "q_proj", "up_proj"]},
+        ["names a, b, c, d, e and 3 more, of which"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("raw", "told"), NAMED.values(), ids=list(NAMED))
+def test_modules_that_are_named_and_modules_that_have_tensors_are_compared(raw, told):
+    notes = naming_notes(raw, PATHS)
+    assert len(notes) == len(told)
+    assert all(words in note for words, note in zip(told, notes, strict=True)), notes
 
 
 def test_every_config_that_can_be_written_is_read_back_equal():

@@ -135,7 +135,9 @@ def test_what_appears_is_loaded_what_is_replaced_is_a_new_version_and_what_goes_
     put("b", 2)
     (setting.folder / "notes").mkdir()
     (setting.folder / "readme.txt").write_text("no folder")
+    (setting.folder / "b" / "added_tokens.json").write_text('{"<mine>": 9999}')
     assert sorted(setting.look()) == ["a@1", "b@1"]
+    assert "'<mine>' (9999)" in caplog.text, "the copy has what its own tokenizer adds"
     assert setting.settle() == []
     put("a", 3)
     assert setting.look() == ["a@2"]
