@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 import lathe
 from serve.commands import serving
-from serve.config import ServeConfig, load_config
+from serve.config import ServeConfig
+from serve.config_file import load_config
 from serve.errors import ConfigError
 from serve.experiments.assignment import Experiment, Variant
 from serve.experiments.records import Exposure

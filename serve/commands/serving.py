@@ -334,7 +334,7 @@ def _serve_config(
     also: Sequence[str] = (),
 ) -> ServeConfig:
     """The configuration that `lathe serve` was asked for: a file's, or one made of words."""
-    from serve.config import load_config
+    from serve.config_file import load_config
 
     changes: dict[str, Any] = {"host": host, "port": port}
     if adapters:
