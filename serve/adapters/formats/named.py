@@ -21,8 +21,8 @@ def naming_notes(raw: Mapping[str, Any], paths: Collection[str]) -> tuple[str, .
     ends = {end for path in paths for end in _ends(path)}
     notes = []
     for key, names in _lists(raw):
-        others = raw.get("target_parameters")  # of PEFT's, beside its modules
-        known = [*names, *others] if are_names(others) else names
+        others: Any = raw.get("target_parameters")  # of PEFT's, beside its modules
+        known = [*names, *(others if are_names(others) else ())]
         wanted = {each for name in known for each in (name, without_containers(name))}
         missing = [name for name in names if name not in ends and without_containers(name) not in ends]
         left_out = [path for path in paths if wanted.isdisjoint(_ends(path))]
