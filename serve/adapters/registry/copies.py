@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import json
 import os
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from serve.adapters.formats.own_tokens import ADDED_FILE, added_tokens
 from serve.adapters.formats.published import Published, signature_of
 from serve.errors import StorageError
 
@@ -52,6 +54,8 @@ class Copies:
             target.mkdir(parents=True)
             for file, *_ in found.signature:
                 _copy(found.folder / file, target / file)
+            if tokens := added_tokens(found.folder):  # and not the whole tokenizer
+                (target / ADDED_FILE).write_text(json.dumps(tokens))
             is_of_one_moment = signature_of(found.folder) == found.signature
         except FileNotFoundError:
             pass
