@@ -51,7 +51,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": (
         "train.commands",
         "Do the whole job once, on the embedded model: train two adapters, serve, compare, export; "
-        "about two minutes.",
+        "about a minute.",
     ),
     "doctor": (
         "serve.commands.serving",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,7 +40,7 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@cache
+@functools.cache
 def nodes(path: Path) -> list[ast.Import | ast.ImportFrom | ast.Attribute]:
     """What a file imports and the attributes it names, wherever in the file: parsed once for all laws."""
     kinds = (ast.Import, ast.ImportFrom, ast.Attribute)

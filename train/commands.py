@@ -142,7 +142,7 @@ def demo(
     ] = False,
     folder: Annotated[Path, typer.Option(help="Where to write; emptied first.")] = Path("runs/demo"),
 ) -> None:
-    """Do the whole job once, on the embedded model: train two adapters, serve, compare, export; about two minutes."""
+    """Do the whole job once, on the embedded model: train two adapters, serve, compare, export; about a minute."""
     from train.demo import run
 
     save_json(json_file, run(HOME, folder, new_console(), keep=keep))
