@@ -22,6 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from serve.adapters.fitting.update import LowRank
+from serve.beside import evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def as_banked(updates: Mapping[str, LowRank], dtype: mx.Dtype) -> dict[str, LowR
         path: _of_arrays({name: value.astype(dtype) for name, value in _arrays(update).items()})
         for path, update in updates.items()
     }
-    mx.eval([list(_arrays(update).values()) for update in made.values()])
+    evaluate([_arrays(update) for update in made.values()])
     return made
 
 
@@ -148,9 +149,7 @@ class Shelf:
             file = self._files.get(key)
         if packed is not None:
             made = {path: _of_arrays(_arrays_of(parts)) for path, parts in packed.items()}
-            mx.eval(
-                [list(_arrays(update).values()) for update in made.values()]
-            )  # on the thread that made them
+            evaluate([_arrays(update) for update in made.values()])  # on the thread that made them
             return made
         return _read(file[0]) if file is not None else None
 
@@ -241,7 +240,7 @@ class Shelf:
 def _read(path: Path) -> dict[str, LowRank] | None:
     try:
         named = cast(dict[str, mx.array], mx.load(str(path)))
-        mx.eval(named)
+        evaluate(named)
     except (OSError, RuntimeError) as error:
         logger.warning("an adapter that was kept in a file cannot be read: %s", error)
         return None
