@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from serve.adapters.formats.published import Published, signature_of
@@ -63,6 +63,10 @@ class Copies:
         self._made.setdefault(name, []).append(target)
         return target
 
+    def has_known(self, name: str) -> bool:
+        """Whether any version that was made of a copy under that name can still be asked for."""
+        return any(self._is_known(name, each) for each in self._made.get(name, ()))
+
     def drop(self, name: str, copy: Path) -> None:
         """Remove a copy."""
         self._made[name].remove(copy)
@@ -72,6 +76,15 @@ class Copies:
         """Remove those of a name whose versions are forgotten."""
         for copy in [each for each in self._made[name] if not self._is_known(name, each)]:
             self.drop(name, copy)
+
+    def sweep(self) -> Iterator[None]:
+        """Remove those of names that were unloaded, a name at each turn."""
+        for name, made in list(self._made.items()):
+            if made and not self._is_known(name, made[-1]):
+                self.trim(name)
+            if not self._made[name]:
+                del self._made[name]
+            yield
 
     def close(self) -> None:
         """Remove all of them."""
