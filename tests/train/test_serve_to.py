@@ -17,6 +17,7 @@ import httpx
 import mlx.core as mx
 import pytest
 from rich.console import Console
+from waiting import until
 
 import lathe
 from serve.adapters.formats.manifest import read_config, read_tensors
@@ -218,7 +219,7 @@ def test_a_key_is_sent_and_asked_for(train, words, monkeypatch):
 
 
 def refused(body: dict) -> tuple[int, str]:
-    return 400, '{"error": {"message": "this base is another one"}}'
+    return 403, '{"error": {"message": "it is under none of my folders"}}'
 
 
 def failing(body: dict) -> tuple[int, str]:
@@ -232,7 +233,7 @@ def moved(body: dict) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (refused, "it answered 400: this base is another one"),
+        (refused, "it answered 403: it is under none of my folders; 0 of 4"),
         (failing, "it answered 503: no"),
         (moved, "404: xxx"),
     ],
@@ -274,6 +275,16 @@ def test_a_server_that_comes_up_later_gets_the_newest(tmp_path, free_ports):
             assert server.take_notes() == [], "told once"
             assert " serves " in server.finish(tmp_path / "out")[-1]
     assert [Path(body["lora_path"]).name for body in loads.bodies] == ["step-2", "out"]
+
+
+@pytest.mark.parametrize("status", [404, 429, 503])
+def test_what_may_pass_is_asked_for_again(tmp_path, status):
+    loads = Loads(lambda body: (status, "not now") if len(loads.bodies) == 1 else (200, ""))
+    with loads.serving() as url, ServeTo(url, "mine") as server:
+        server.tell(tmp_path / "step-1")
+        until(lambda: len(loads.bodies) == 2)
+        assert f"it answered {status}: not now" in server.take_notes()[0]
+    assert {Path(body["lora_path"]).name for body in loads.bodies} == {"step-1"}
 
 
 def test_training_waits_for_no_answer_and_the_newest_is_told_next(train, tmp_path):
