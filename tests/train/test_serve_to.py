@@ -278,13 +278,19 @@ def test_a_server_that_comes_up_later_gets_the_newest(tmp_path, free_ports):
 
 
 @pytest.mark.parametrize("status", [404, 429, 503])
-def test_what_may_pass_is_asked_for_again(tmp_path, status):
-    loads = Loads(lambda body: (status, "not now") if len(loads.bodies) == 1 else (200, ""))
+def test_what_may_pass_is_told_once_and_asked_for_again(tmp_path, status):
+    def answer(body: dict) -> tuple[int, str]:
+        return (status, f"nothing at {body['lora_path']}") if len(loads.bodies) < 3 else (200, "")
+
+    loads = Loads(answer)
     with loads.serving() as url, ServeTo(url, "mine") as server:
-        server.tell(tmp_path / "step-1")
-        until(lambda: len(loads.bodies) == 2)
-        assert f"it answered {status}: not now" in server.take_notes()[0]
-    assert {Path(body["lora_path"]).name for body in loads.bodies} == {"step-1"}
+        for number in (1, 2):
+            server.tell(tmp_path / f"step-{number}")
+            until(lambda number=number: len(loads.bodies) == number)
+        until(lambda: len(loads.bodies) == 3)
+        [note] = server.take_notes()
+    assert f"it answered {status}: nothing at {tmp_path}" in note
+    assert [Path(body["lora_path"]).name for body in loads.bodies] == ["step-1", "step-2", "step-2"]
 
 
 def test_training_waits_for_no_answer_and_the_newest_is_told_next(train, tmp_path):

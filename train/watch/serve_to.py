@@ -124,9 +124,12 @@ class ServeTo:
         self._refusal = refusal
         if refusal is None:
             self._num_loaded += 1
+            return
+        # The same is told once, whichever checkpoint it was said of.
+        reason = refusal.reason.replace(str(folder), "")
         # An older one may be refused because the run has deleted it.
-        elif is_newest and refusal.reason not in self._told and not self._is_ending:
-            self._told.add(refusal.reason)
+        if is_newest and reason not in self._told and not self._is_ending:
+            self._told.add(reason)
             self._notes.append(
                 f"{self._url} has not loaded {folder.name}: {refusal.reason}; training goes on"
             )
