@@ -102,7 +102,8 @@ class Storm:
             is_right = set(error) == {"message", "type", "param", "code"} and error["message"]
         except (ValueError, LookupError, TypeError):
             is_right = False
-        is_named = status < 500 or (is_right and error["code"] in ("overloaded", "generation_failed"))
+        named = ("overloaded", "generation_failed", "deadline_exceeded")  # the last by a `timeout` of its own
+        is_named = status < 500 or (is_right and error["code"] in named)
         if not is_right or not is_named or "internal" in str(content):
             self.faults.append(f"{path}: {status} {content[:300]!r}")
 
