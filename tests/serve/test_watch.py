@@ -27,7 +27,7 @@ from serve.adapters.formats.manifest import (
     write_adapter,
 )
 from serve.adapters.formats.published import CHECKPOINTS, STATE_FILE, Published, published_in
-from serve.adapters.registry.copies import ABANDONED_S, PREFIX, Copies, clear_abandoned
+from serve.adapters.registry.copies import Copies
 from serve.adapters.registry.watch import FIRST_AGAIN_S, STILL_S
 from serve.adapters.tools.writing import convert
 from serve.api.server import serving
@@ -451,21 +451,6 @@ def test_a_copy_is_of_one_moment_or_not_there(put, tmp_path):
         assert list(copies.folder.glob("a/*")) == []
         found = published_in(folder) or found
     copies.close()
-
-
-def test_copies_of_a_server_that_was_killed_are_cleared_by_the_next_and_no_others(tmp_path):
-    ours = Copies(lambda name, path: False)
-    dead = ours.folder.with_name(f"{PREFIX}dead-{os.getpid()}")
-    young = ours.folder.with_name(f"{PREFIX}young-{os.getpid()}")
-    for folder in (dead, young):
-        (folder / "a").mkdir(parents=True)
-    long_ago = time.time() - ABANDONED_S - 1
-    for folder in (dead, ours.folder):
-        os.utime(folder, (long_ago, long_ago))
-    clear_abandoned()
-    assert (dead.exists(), young.exists(), ours.folder.exists()) == (False, True, True)
-    shutil.rmtree(young)
-    ours.close()
 
 
 def at(step: int | None, seconds: int, word: str = "") -> Published:
