@@ -1,5 +1,5 @@
-"""A temporary folder of this process: locked while it is in use, and removed at the end. What a process that was killed
-has left is cleared by the next one that makes such a folder."""
+"""A temporary folder of this process: locked while it is in use, and removed at the end. What a process has left that
+was killed is cleared by the next one that makes such a folder."""
 
 from __future__ import annotations
 
