@@ -276,7 +276,7 @@ def _image(conversation: Conversation, picture: str, console: Console) -> None:
 
 def _model(conversation: Conversation, name: str, console: Console) -> None:
     if name:
-        conversation.model = name
+        conversation.choose(name)
         _tell(console, f"(now {name})")
     else:
         _tell_names(conversation, [*conversation.served()], console)

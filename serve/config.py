@@ -1,11 +1,11 @@
-"""The serving configuration: each knob once, its meaning under it. YAML or a model path in, ServeConfig out."""
+"""The serving configuration: each knob once, its meaning under it, and which contradict one another."""
 
 from __future__ import annotations
 
 import ipaddress
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from serve.adapters.versions.names import label_problem, name_problem
 from serve.cache.precision import KvPrecision, KvScheme, precision
 from serve.drafter_config import ELSEWHERE as DRAFTERS_ELSEWHERE
-from serve.drafter_config import DrafterConfig, HeadsDrafter, ModelDrafter, NoDrafter
+from serve.drafter_config import DrafterConfig, NoDrafter
 from serve.embed.config import EmbeddingModelConfig
 from serve.errors import ConfigError, RequestError
 from serve.experiments.assignment import Experiment, Variant
@@ -22,7 +22,7 @@ from serve.media_config import MediaConfig, MediaLimitsConfig
 from serve.model.quantization import Quantization
 from serve.model.thoughts import MAX_MARK_CHARS, Parser
 from serve.operating_config import OperatingConfig
-from serve.settings import Problems, Strict, load_yaml
+from serve.settings import Problems, Strict
 from serve.tools.formats import NAMES as TOOL_PARSERS
 
 Weight = Annotated[float, Field(gt=0, lt=math.inf)]
@@ -495,7 +495,7 @@ class ServeConfig(ModelSettings, OperatingConfig):
     def of_model(self, block: ModelConfig) -> ServeConfig:
         """What a server of this model alone would be told. What the block leaves out is the server's, but for what
         only one model can have. ConfigError."""
-        return _checked(self._fields_of(block))
+        return checked(self._fields_of(block))
 
     @property
     def of_first_model(self) -> ServeConfig:
@@ -597,40 +597,8 @@ class ServeConfig(ModelSettings, OperatingConfig):
             yield f"experiments.{i}.name", experiment.name, f"experiments.{i}"
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), **changes: Any) -> ServeConfig:
-    """Read a serving YAML, or make a configuration around a model.
-
-    path       a file ending in .yaml or .yml, else a model folder or hub name
-    overrides  `key=value`, as --set gives them
-    changes    fields from the command line (host=, port=, adapters=[{name, path}], …); None leaves a field
-               alone, adapters are added to the file's
-    Relative paths in the file resolve against the file's folder. Raises ConfigError that lists all problems.
-    """
-    if str(path).endswith((".yaml", ".yml")):
-        config = load_yaml(Path(path), ServeConfig, overrides, foreign=ELSEWHERE)
-        config = _resolve_paths(config, Path(path).absolute().parent)
-    else:
-        written = [*overrides, f"model={_quoted(str(path))}"]
-        config = load_yaml("\n", ServeConfig, written, foreign=ELSEWHERE)
-    changed = {key: value for key, value in changes.items() if value is not None}
-    if not changed:
-        return config
-    added = tuple(AdapterConfig.model_validate(adapter) for adapter in changed.pop("adapters", ()))
-    models = tuple(ModelConfig.model_validate(model) for model in changed.pop("models", ()))
-    embedding = tuple(
-        EmbeddingModelConfig.model_validate(each) for each in changed.pop("embedding_models", ())
-    )
-    merged = {
-        **dict(config),
-        **changed,
-        "adapters": (*config.adapters, *added),
-        "models": (*config.models, *models),
-        "embedding_models": (*config.embedding_models, *embedding),
-    }
-    return _checked(merged)
-
-
-def _checked(fields: dict[str, Any]) -> ServeConfig:
+def checked(fields: dict[str, Any]) -> ServeConfig:
+    """Of these fields, by name. ConfigError lists all problems."""
     try:
         return ServeConfig.model_validate(fields)
     except ValidationError as error:
@@ -642,56 +610,3 @@ def _line(problem: Any) -> str:
     if isinstance(cause, Problems):
         return str(cause)
     return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _resolve_paths(config: ServeConfig, folder: Path) -> ServeConfig:
-    """Paths that the file wrote, relative to it. What it left out (a hub name, the default store) stays."""
-    changes = _resolved(config, folder)
-    changes["models"] = tuple(block.model_copy(update=_resolved(block, folder)) for block in config.models)
-    changes["embedding_models"] = tuple(
-        each.model_copy(update={"model": _model_under(folder, each.model)})
-        for each in config.embedding_models
-    )
-    if "store" in config.model_fields_set and config.store.startswith(SQLITE_PREFIX):
-        changes["store"] = SQLITE_PREFIX + str(_under(folder, Path(config.store[len(SQLITE_PREFIX) :])))
-    return config.model_copy(update=changes)
-
-
-def _resolved(settings: ModelSettings, folder: Path) -> dict[str, Any]:
-    """The same of one model's; what it does not write is not there."""
-    changes: dict[str, Any] = {"model": _model_under(folder, settings.model)}
-    if settings.adapters:
-        changes["adapters"] = tuple(
-            adapter.model_copy(update={"path": _under(folder, adapter.path)}) for adapter in settings.adapters
-        )
-    for key, value in settings:
-        if isinstance(value, Path):
-            changes[key] = _under(folder, value)
-        elif isinstance(value, tuple) and value and all(isinstance(each, Path) for each in value):
-            changes[key] = tuple(_under(folder, each) for each in value)
-    if isinstance(settings.drafter, ModelDrafter | HeadsDrafter):
-        changes["drafter"] = _drafter_under(folder, settings.drafter)
-    return changes
-
-
-def _under(folder: Path, path: Path) -> Path:
-    return (folder / path.expanduser()).resolve()
-
-
-def _model_under(folder: Path, model: str) -> str:
-    """A model's folder, relative to the file's; a hub name stays."""
-    path = Path(model).expanduser()
-    return str(_under(folder, path)) if model.startswith((".", "~")) or (folder / path).is_dir() else model
-
-
-def _drafter_under(folder: Path, drafter: ModelDrafter | HeadsDrafter) -> ModelDrafter | HeadsDrafter:
-    changes: dict[str, Any] = {}
-    if drafter.model is not None:
-        changes["model"] = _model_under(folder, drafter.model)
-    if isinstance(drafter, ModelDrafter) and drafter.adapters:
-        changes["adapters"] = {name: _under(folder, path) for name, path in drafter.adapters.items()}
-    return drafter.model_copy(update=changes)

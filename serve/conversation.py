@@ -20,7 +20,7 @@ from typing import Any
 
 from serve.argument_text import readable
 from serve.errors import NotFoundError, RequestError, StorageError
-from serve.remote import served_parents
+from serve.remote import choose_model, served_card, served_parents
 from serve.remote_adapters import RemoteAdapters
 from serve.remote_answer import CHAT, RemoteAnswer, Thought
 
@@ -94,16 +94,26 @@ class Conversation:
         """The server's models, and which of them each stands on, if any. Raises ConfigError."""
         return served_parents(self._speaker.url, self._speaker.api_key)
 
+    def choose(self, model: str) -> None:
+        """Let another model or adapter answer from here on. NotFoundError."""
+        self.model = choose_model(self._speaker.url, model, self._speaker.api_key)
+
     def switch(self, adapter: str | None) -> None:
         """Let another adapter answer from here on, or the base of the one that does (None). NotFoundError."""
-        served = self.served()
         if adapter is None:
-            self.model = served.get(self.model.partition("@")[0]) or self.model
-        elif served.get(adapter.partition("@")[0]):
+            self.model = self._parent(self.model) or self.model
+        elif self._parent(adapter):
             self.model = adapter
         else:
-            known = [name for name, parent in served.items() if parent]
+            known = [name for name, parent in self.served().items() if parent]
             raise NotFoundError(f"no adapter {adapter!r} is loaded; found: {', '.join(known) or 'none'}")
+
+    def _parent(self, model: str) -> str | None:
+        """What it stands on; None: nothing, or there is no such model."""
+        try:
+            return served_card(self._speaker.url, model, self._speaker.api_key).get("parent")
+        except NotFoundError:
+            return None
 
     def load(self, name: str, path: str) -> None:
         """Load an adapter into the server, over an earlier one of that name, and switch to it."""

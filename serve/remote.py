@@ -10,9 +10,11 @@ import json
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
+from serve.argument_text import readable
 from serve.errors import (
     ConfigError,
     LatheError,
@@ -107,13 +109,7 @@ def served_models(url: str, api_key: str | None = None) -> list[str]:
 
 def _listed(url: str, api_key: str | None) -> list[dict[str, Any]]:
     """What /v1/models lists, each with an id. Raises ConfigError."""
-    try:
-        with connect(url, api_key) as http:
-            listed = http.get("/v1/models", timeout=MODELS_TIMEOUT_S)
-    except httpx.HTTPError as error:
-        raise ConfigError(
-            f"{url}: no server answers there ({trouble(error)}); start one with `lathe serve MODEL`"
-        ) from error
+    listed = _got(url, "/v1/models", api_key)
     if listed.status_code in (401, 403):
         raise ConfigError(
             f"{url} answered {listed.status_code}: {message_of(listed.text)}; give its key with --api-key "
@@ -133,6 +129,16 @@ def _listed(url: str, api_key: str | None) -> list[dict[str, Any]]:
         ) from None
 
 
+def _got(url: str, path: str, api_key: str | None) -> httpx.Response:
+    try:
+        with connect(url, api_key) as http:
+            return http.get(path, timeout=MODELS_TIMEOUT_S)
+    except httpx.HTTPError as error:
+        raise ConfigError(
+            f"{url}: no server answers there ({trouble(error)}); start one with `lathe serve MODEL`"
+        ) from error
+
+
 def served_adapters(url: str, api_key: str | None = None) -> list[str]:
     """Those of its models that say they stand on another one, in its order. Raises ConfigError."""
     return [name for name, parent in served_parents(url, api_key).items() if parent]
@@ -145,14 +151,31 @@ def served_parents(url: str, api_key: str | None = None) -> dict[str, str | None
 
 def choose_model(url: str, model: str | None, api_key: str | None = None) -> str:
     """`model` if the server has it, its first one if none is asked for. Raises NotFoundError naming all."""
-    known = served_models(url, api_key)
-    if model is None and known:
+    if model is None:
+        known = served_models(url, api_key)
+        if not known:
+            raise NotFoundError(f"{url} has no model; it has: none")
         return known[0]
-    # name@version and other spellings may be served without being listed.
-    if model is not None and model.split("@")[0] in known:
-        return model
-    wanted = "no model" if model is None else f"no model {model!r}"
-    raise NotFoundError(f"{url} has {wanted}; it has: {', '.join(known) or 'none'}")
+    served_card(url, model, api_key)
+    return model
+
+
+def served_card(url: str, model: str, api_key: str | None = None) -> dict[str, Any]:
+    """What the server tells of a model that it has, listed or not: `name@version`, an alias, a sum of adapters.
+    Raises NotFoundError naming all that it lists."""
+    listed = _listed(url, api_key)
+    for entry in listed:
+        if entry["id"] == model:
+            return entry
+    answer = _got(url, f"/v1/models/{quote(readable(model), safe='')}", api_key)
+    try:
+        card = answer.json()
+        if answer.status_code == 200 and isinstance(card["id"], str):
+            return dict(card)
+    except (ValueError, LookupError, TypeError):  # it tells of no single model
+        pass
+    known = ", ".join(str(entry["id"]) for entry in listed)
+    raise NotFoundError(f"{url} has no model {model!r}; it has: {known or 'none'}")
 
 
 def trouble(error: httpx.HTTPError) -> str:

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from serve import errors
-from serve.config import load_config
+from serve.config_file import load_config
+from train.data import cache
 from train.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,6 +213,13 @@ def test_every_file_opens_by_saying_what_it_is(path):
         said = ast.get_docstring(tree)
         assert said
         assert len(said.splitlines()) <= 30
+
+
+def test_whatever_writes_prompts_is_part_of_what_tokenized_rows_are_called_by():
+    hashed = {module.__name__ for module in cache.CODE}
+    writers = modules_imported(ROOT / "serve/model/template.py") - {"serve.errors"}
+    assert "serve.model.turns" in writers
+    assert writers <= hashed
 
 
 def test_readmes_tree_has_a_line_for_every_file_and_none_for_files_that_are_gone():

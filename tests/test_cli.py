@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 import lathe
 from serve.commands import serving
-from serve.config import ServeConfig, load_config
+from serve.config import ServeConfig
+from serve.config_file import load_config
 from serve.errors import ConfigError
 from serve.experiments.assignment import Experiment, Variant
 from serve.experiments.records import Exposure
@@ -138,6 +139,34 @@ def test_no_commands_help_loads_mlx():
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "['serve', 'train']"
+
+
+def test_what_needs_no_model_waits_for_no_model_library(make_adapter, tmp_path):
+    """mlx-lm and transformers take a second and more."""
+    adapter, missing = str(make_adapter(1)), str(tmp_path / "missing.yaml")
+    commands = {
+        ("runs",): 0,
+        ("adapters", "inspect", adapter): 0,
+        ("adapters", "diff", adapter, adapter): 0,
+        ("ab", "report", "x", "--store", f"sqlite:///{tmp_path}/none.db"): 2,
+        ("train", missing): 2,
+        ("serve", missing): 2,
+        ("chat", missing): 2,
+        ("generate", missing, "-p", "x"): 2,
+    }
+    script = (
+        "import sys, lathe\n"
+        f"for command, status in {commands!r}.items():\n"
+        "    try:\n        lathe.main(command)\n"
+        "    except SystemExit as stop:\n        assert (stop.code or 0) == status, (command, stop.code)\n"
+        "    print('loaded', command[:2], {'mlx_lm', 'mlx_vlm', 'transformers', 'fastapi'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    told = [line for line in done.stdout.splitlines() if line.startswith("loaded")]
+    assert [line for line in told if not line.endswith(" set()")] == [], done.stderr
+    assert len(told) == len(commands), done.stderr
 
 
 def test_the_flags_of_serve_are_keys_of_its_configuration():

@@ -36,11 +36,13 @@ def train(
 ) -> None:
     """Train an adapter, or the whole model, from a recipe."""
     from train.recipe.recipe import load_recipe
-    from train.run import run
 
     keys = overrides_of({"serve_to": serve_to})
+    checked = load_recipe(recipe, [*keys, *(overrides or ())])
+    from train.run import run  # seconds, which a recipe that is wrong need not wait for
+
     summary = run(
-        load_recipe(recipe, [*keys, *(overrides or ())]),
+        checked,
         dry_run=dry_run,
         resume=resume,
         overwrite=overwrite,

@@ -13,11 +13,11 @@ from serve.errors import StorageError
 from serve.model.loading import LoadedModel
 from serve.settings import dump
 from train.foresee.preflight import Preflight
-from train.loop import checkpoint
 from train.loop.checkpoint import Checkpoint
 from train.loop.keeper import Keeper
 from train.loop.optim import rates_of, schedule_of
 from train.loop.trainer import TrainState
+from train.loop.whole import write_whole
 from train.recipe.recipe import Recipe
 from train.watch import summary
 from train.watch.curve import LearningCurve
@@ -121,6 +121,6 @@ def _write_recipe(recipe: Recipe, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         written = recipe.model_copy(update={"adapter_path": str(home_of(folder))})
-        checkpoint.write_whole(folder / RECIPE_FILE, dump(written))
+        write_whole(folder / RECIPE_FILE, dump(written))
     except OSError as error:
         raise StorageError(f"adapter_path: {folder} cannot be written: {error}") from error

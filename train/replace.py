@@ -16,6 +16,7 @@ from pathlib import Path
 from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE
 from serve.errors import StorageError
 from train.loop import checkpoint
+from train.loop.whole import sync
 from train.watch import curve, metrics, record, summary
 from train.watch.record import NEXT
 
@@ -88,7 +89,7 @@ def _move_out(ended: Path, folder: Path) -> None:
         if (ended / name).exists():
             os.replace(ended / name, folder / name)
     ended.rmdir()
-    checkpoint.sync(folder)
+    sync(folder)
 
 
 def _remove(path: Path) -> None:

@@ -18,6 +18,7 @@ from train import replace
 from train.loop import checkpoint
 from train.loop.checkpoint import Checkpoint
 from train.loop.distributed import Ranks
+from train.loop.whole import write_whole
 from train.recipe.recipe import Recipe
 from train.watch import curve, metrics, record, summary
 
@@ -207,7 +208,7 @@ def _bring_metrics(saved: Checkpoint, folder: Path) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_whole(folder / metrics.FILE, source.read_bytes()[: saved.metrics_bytes])
+        write_whole(folder / metrics.FILE, source.read_bytes()[: saved.metrics_bytes])
     except OSError as error:
         raise StorageError(f"{folder / metrics.FILE}: {error}") from error
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 
+from serve.adapters.registry.resolver import may_find
+from serve.adapters.sums.expression import parse_expression
 from serve.adapters.versions.version import AdapterVersion
 from serve.api import paging
 from serve.api.admin import ADMIN
@@ -49,7 +51,8 @@ async def list_models(
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, state: StateDep) -> dict[str, Any]:
-    """One of them; `name@version` too, while that version is known."""
+    """One of them, and whatever else a request may ask for now: `name@version` while that version is known, a sum
+    of adapters, what a folder of adapters or models holds."""
     check_model(state.bases, model)
     return in_both_words(await anyio.to_thread.run_sync(Listing(state.bases).card, model))
 
@@ -113,7 +116,26 @@ class Listing:
         for card in self._found():
             if card["id"] == model:
                 return card
+        for base in self._bases.all():
+            if self._answers(base, model):
+                return self._card(base, model)
         raise NotFoundError(f"model {model!r} is not served here")
+
+    def _answers(self, base: Base, model: str) -> bool:
+        """Whether every adapter of a name, or of a sum, is known there or would be looked up."""
+        services = self._loaded.get(base.name)
+
+        def is_there(name: str) -> bool:
+            if services is None and name.partition("@")[0] in self._bases.kept_paths(base):
+                return True
+            if services is not None:
+                with suppress(NotFoundError):
+                    services.runtime.registry.resolve(name)
+                    return True
+            return may_find(name, base.config.adapter_dirs, base.config.adapter_hub)
+
+        terms = parse_expression(model, is_there)
+        return all(map(is_there, [model] if terms is None else [term.name for term in terms]))
 
     def _known(self) -> list[dict[str, Any]]:
         bases = [base for base in self._bases.all() if not base.is_found or base.name in self._loaded]

@@ -237,12 +237,13 @@ def serve(
     overrides: Overrides = None,
 ) -> None:
     """Serve a model and any number of adapters over an OpenAI-compatible API."""
-    from serve.api.server import run
-
     # What was typed is read as a whole, so no flag can be taken and forgotten.
     keys = keys_given(context.params)
     words = [*keys, *(overrides or [])]
-    run(_serve_config(model, adapter or [], host, port, words, embedding_model or [], also or []))
+    config = _serve_config(model, adapter or [], host, port, words, embedding_model or [], also or [])
+    from serve.api.server import run  # seconds, which a configuration that is wrong need not wait for
+
+    run(config)
 
 
 @app.command()
@@ -333,7 +334,7 @@ def _serve_config(
     also: Sequence[str] = (),
 ) -> ServeConfig:
     """The configuration that `lathe serve` was asked for: a file's, or one made of words."""
-    from serve.config import load_config
+    from serve.config_file import load_config
 
     changes: dict[str, Any] = {"host": host, "port": port}
     if adapters:
@@ -392,10 +393,11 @@ def server_for(
     if url is not None:
         yield url
         return
+    config = _serve_config(str(model), adapters, None, None, [*overrides])
     from serve.api.bases import Bases
     from serve.api.server import serving
 
-    bases = Bases.start(_serve_config(str(model), adapters, None, None, [*overrides]))
+    bases = Bases.start(config)
     try:
         with serving(bases) as served_url:
             yield served_url

@@ -18,6 +18,7 @@ from serve.cache.capacity import MAX_REMEMBERED
 from serve.cache.precision import KvPrecision
 from serve.cache.stats import FeatureStats, PrefixStats
 from serve.constraints.after_thoughts import grammar_edit
+from serve.engine.budget import Budget
 from serve.engine.drafts import Drafter, Reader
 from serve.engine.edits import make_edit
 from serve.engine.features import SequenceFeatures
@@ -29,7 +30,6 @@ from serve.engine.limits import MemoryBudget
 from serve.engine.pace import Pace
 from serve.engine.plan import Drawn, Plan, SequenceState
 from serve.engine.prefixes import SequencePrefixes
-from serve.engine.prompt_chunks import Budget
 from serve.engine.request import EngineStats, Event, MemoryUse, Progress, Request
 from serve.engine.runner import Captured, Flight, Runner
 from serve.engine.scheduler import Scheduler

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from serve.cache.capacity import RowCost
 from serve.cache.features import FeatureKey
+from serve.engine.budget import Budget
 from serve.engine.plan import Chunk, Encode, Restore, SequenceState
 from serve.engine.providers import Features, Prefixes
 
@@ -19,26 +18,6 @@ ALONE_TOKENS = 64
 """A chunk that would be computed in a step of its own costs about so many tokens more: what padding may take."""
 MAX_SKIPPED = 4
 """Prompts that do not fit beside a step's others and are passed in it by those behind them."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The scheduler's bounds."""
-
-    max_rows: int
-    prefill_chunk_tokens: int
-    """Tokens of prompts in one step, padding included."""
-    max_bytes: int
-    """Memory of all rows together, their buffers' rounding included."""
-    row_cost: RowCost
-    row_chunk_tokens: int | None = None
-    """Of one prompt among them; None: all."""
-    encode_patches: int = 1024
-
-    @property
-    def is_recurrent(self) -> bool:
-        """Rows keep a state that takes in every token of a forward, padding too."""
-        return self.row_cost.state_bytes > 0
 
 
 class Prefill(NamedTuple):

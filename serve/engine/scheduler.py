@@ -30,10 +30,11 @@ from operator import attrgetter
 from types import MappingProxyType
 
 from serve.cache.capacity import Bucket, positions_capacity
+from serve.engine.budget import Budget
 from serve.engine.pace import Pace
 from serve.engine.placement import Arrangement, Tenant, arrange, least_bytes
 from serve.engine.plan import Capture, Chunk, Drawn, Plan, Restore, SequenceState
-from serve.engine.prompt_chunks import Budget, Prefill, PromptChunks
+from serve.engine.prompt_chunks import Prefill, PromptChunks
 from serve.engine.providers import Adapters, Features, NoAdapters, NoFeatures, NoPrefixes, Prefixes
 from serve.engine.shares import Shares
 from serve.errors import LatheError

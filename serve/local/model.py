@@ -22,7 +22,7 @@ import numpy as np
 from serve import blas
 from serve.api.app import create_app
 from serve.api.bases import Bases
-from serve.config import load_config
+from serve.config_file import load_config
 from serve.errors import LatheError, RequestError
 from serve.local.app_call import AppCaller, Response
 from serve.local.ending import wait_for_ended

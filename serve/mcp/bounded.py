@@ -1,5 +1,6 @@
 """What carries messages to and from an MCP server, and takes none of more bytes than it may have: over a program's
-standard streams, or HTTP. What is more ends the connection, or the response, before it is held."""
+standard streams, or HTTP. What is more ends the connection, or the response, before it is held. Whoever asked is told
+what the mcp package would call a closed connection: an address that refuses, a status, a program's end."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.os.posix.utilities import terminate_posix_process_tree
 from mcp.shared._httpx_utils import MCP_DEFAULT_SSE_READ_TIMEOUT, MCP_DEFAULT_TIMEOUT
 from mcp.shared.message import SessionMessage
-from mcp_types import CONNECTION_CLOSED, jsonrpc_message_adapter
+from mcp_types import CONNECTION_CLOSED, INTERNAL_ERROR, jsonrpc_message_adapter
 
 from serve.mcp.config import McpServerConfig
 
@@ -67,7 +68,11 @@ async def over_streams(
                 except anyio.DelimiterNotFound:
                     tell(f"it sent a message of more than {max_bytes:,} bytes")
                     return
-                except (anyio.IncompleteRead, anyio.ClosedResourceError, anyio.BrokenResourceError):
+                except (anyio.IncompleteRead, anyio.BrokenResourceError):
+                    with anyio.move_on_after(EXIT_S):
+                        tell(f"its program ended, with status {await process.wait()}")
+                    return
+                except anyio.ClosedResourceError:
                     return
                 try:
                     await to_client.send(_parsed(line))
@@ -148,7 +153,7 @@ def over_http(
 def http_client(config: McpServerConfig, max_bytes: int, lose: Callable[[], None]) -> httpx2.AsyncClient:
     """A client of one address. Responses that are no streams of events are as long as a message at most.
 
-    lose  called when the server knows the session no more
+    lose  called when the server knows the session no more, or does not answer
     """
     return httpx2.AsyncClient(
         headers={**config.headers, "Accept-Encoding": "identity"},
@@ -164,29 +169,73 @@ class _Bounded(httpx2.AsyncBaseTransport):
         self._inner, self._max_bytes, self._lose = inner, max_bytes, lose
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        if request.method != "POST":  # it asks nothing
+            return await self._counted(request)
+        try:
+            return await self._told(request, await self._counted(request))
+        except (httpx2.HTTPError, httpx2.StreamError) as error:
+            if isinstance(error, httpx2.TransportError):
+                self._lose()
+            reason = f"{_address(request)}: {type(error).__name__}: {error}"
+            return _refusal(request, 502, INTERNAL_ERROR, reason)
+
+    async def _counted(self, request: httpx2.Request) -> httpx2.Response:
         response = await self._inner.handle_async_request(request)
-        has_session = request.method == "POST" and SESSION in request.headers
-        if has_session and response.status_code == 404:  # as the protocol has it
-            await response.aclose()
-            return self._forgotten(request)
         if response.headers.get("content-encoding", "identity") != "identity":
             await response.aclose()
             raise httpx2.DecodingError("the response is compressed, which was not asked for")
-        if not response.headers.get("content-type", "").startswith("text/event-stream"):
+        if not _has_events(response):
             assert isinstance(response.stream, httpx2.AsyncByteStream)
             response.stream = _Counted(response.stream, self._max_bytes)
-            if has_session and response.status_code == 400 and NO_SESSION.search(await response.aread()):
-                return self._forgotten(request)
+        return response
+
+    async def _told(self, request: httpx2.Request, response: httpx2.Response) -> httpx2.Response:
+        """A message's response: read, unless it is a stream; one that says no, in the protocol's words."""
+        has_session = SESSION in request.headers
+        if has_session and response.status_code == 404:  # as the protocol has it
+            await response.aclose()
+            return self._forgotten(request)
+        if _has_events(response):
+            return response
+        body = await response.aread()
+        if has_session and response.status_code == 400 and NO_SESSION.search(body):
+            return self._forgotten(request)
+        if response.status_code >= 400 and not _is_message(body):
+            reason = f"{_address(request)} answered {response.status_code} {response.reason_phrase}".rstrip()
+            return _refusal(request, response.status_code, INTERNAL_ERROR, reason)
         return response
 
     def _forgotten(self, request: httpx2.Request) -> httpx2.Response:
         self._lose()
         method = json.loads(request.content).get("method", "")
-        error = {"code": CONNECTION_CLOSED, "message": f"{FORGOTTEN}{method}"}
-        return httpx2.Response(404, json={"jsonrpc": "2.0", "id": None, "error": error}, request=request)
+        return _refusal(request, 404, CONNECTION_CLOSED, f"{FORGOTTEN}{method}")
 
     async def aclose(self) -> None:
         await self._inner.aclose()
+
+
+def _has_events(response: httpx2.Response) -> bool:
+    is_one = response.headers.get("content-type", "").startswith("text/event-stream")
+    return is_one and response.status_code < 400
+
+
+def _is_message(body: bytes) -> bool:
+    try:
+        jsonrpc_message_adapter.validate_json(body, by_name=False)
+    except ValueError:
+        return False
+    return True
+
+
+def _address(request: httpx2.Request) -> str:
+    """Without path and query, which may hold a key."""
+    return f"{request.url.scheme}://{request.url.netloc.decode()}"
+
+
+def _refusal(request: httpx2.Request, status: int, code: int, message: str) -> httpx2.Response:
+    """The protocol's error: the mcp package hands it to who asked, and to nobody else."""
+    error = {"code": code, "message": message}
+    return httpx2.Response(status, json={"jsonrpc": "2.0", "id": None, "error": error}, request=request)
 
 
 class _Counted(httpx2.AsyncByteStream):

@@ -88,7 +88,7 @@ class McpServers:
         ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         try:
             ending.result(CLOSE_S + 1)
-        except Exception:  # what a server's end raises is nobody's
+        except TimeoutError:
             ending.cancel()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_S)
@@ -127,6 +127,8 @@ class _Line:
     """It has ended by itself: nothing more is to be asked of it."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """It has other tools than were listed."""
+    reason: str = ""
+    """Why it has ended, where that is known."""
     num_pending: int = 0
     """Questions that it has not answered."""
     task: asyncio.Task[None] | None = None
@@ -143,8 +145,6 @@ class _Server:
         """Connections that are about to end, and what was started for them."""
         self._num_pending = 0
         """Calls."""
-        self._reason = ""
-        """Why the connection has ended, where that is known."""
 
     async def tools(self) -> list[Tool]:
         line = await self._connected()
@@ -201,25 +201,17 @@ class _Server:
     async def _live(self, line: _Line) -> None:
         """The whole life of a connection, in one task, as its scopes demand."""
         try:
-            async with _client(self._config, line, self._hear) as client:
+            async with _client(self._config, line) as client:
                 if not line.client.done():
                     line.client.set_result(client)
                 await line.closing.wait()
         except BaseException as error:
             if not line.client.done():
-                reason = self._told(error)
+                reason = line.reason or _reason(error)
                 line.client.set_exception(ToolServerError(f"MCP server {self._name!r}: {reason}"))
                 line.client.exception()  # whoever waited may have left
             if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)):
                 raise
-
-    def _hear(self, reason: str) -> None:
-        self._reason = reason
-
-    def _told(self, error: BaseException) -> str:
-        """Why, as far as is known."""
-        reason, self._reason = self._reason or _reason(error), ""
-        return reason
 
     async def _within(self, line: _Line, work: Any, doing: str) -> Any:
         """ToolServerError where it takes too long or fails; then the next question connects anew."""
@@ -239,7 +231,7 @@ class _Server:
                 raise _ForgottenError(method) from None
             if _is_end(error):
                 self._drop(line)
-            reason = self._told(error)
+            reason = line.reason or _reason(error)
             raise ToolServerError(f"MCP server {self._name!r}: {doing} failed: {reason}") from None
         finally:
             line.num_pending -= 1
@@ -258,13 +250,13 @@ class _Server:
         if line.client.done():
             asyncio.get_running_loop().call_later(CLOSE_S, line.task.cancel)
         else:
-            self._hear("it was given up while it connected")
+            line.reason = "it was given up while it connected"
             line.task.cancel()  # nothing else is heard by then
 
 
 @asynccontextmanager
-async def _client(config: McpServerConfig, line: _Line, tell: Callable[[str], None]) -> AsyncIterator[Any]:
-    """The mcp package's client; imported here, for it takes a second. tell: why a connection has ended."""
+async def _client(config: McpServerConfig, line: _Line) -> AsyncIterator[Any]:
+    """The mcp package's client; imported here, for it takes a second."""
     from mcp import Client
     from mcp_types import ToolListChangedNotification
 
@@ -273,6 +265,9 @@ async def _client(config: McpServerConfig, line: _Line, tell: Callable[[str], No
     async def hear(message: object) -> None:
         if isinstance(message, ToolListChangedNotification):
             line.changed.set()
+
+    def tell(reason: str) -> None:
+        line.reason = reason
 
     if config.url is not None:
         async with (
@@ -368,4 +363,5 @@ def _reason(error: BaseException) -> str:
     """The innermost of what went wrong."""
     while isinstance(error, BaseExceptionGroup) and error.exceptions:
         error = error.exceptions[0]
-    return f"{type(error).__name__}: {error}"[:400]
+    name = type(error).__name__
+    return (str(error) if name == "MCPError" else f"{name}: {error}")[:400]

@@ -1,9 +1,12 @@
-"""What one picture, clip or sound becomes in a prompt's text: placeholders as its family's processor writes them."""
+"""What pictures, clips and sounds become in a prompt's text: placeholders as their family's processor writes them."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from serve.errors import RequestError
 from serve.model.prompt import MediaKind
 
 
@@ -22,3 +25,23 @@ class Expansion:
     placeholder: str
     text: str
     glue: str = "\n"
+
+
+def expanded(raw: str, media: Sequence[Expansion]) -> str:
+    """What a template wrote, each marker in it replaced by what its item becomes.
+
+    Words under the veil hold no marker, so every one that is found is the template's own.
+    """
+    if not media:
+        return raw
+    markers = sorted({item.marker for item in media}, key=len, reverse=True)
+    pieces = re.split(f"({'|'.join(map(re.escape, markers))})", raw)
+    written = pieces[1::2]
+    if written != [item.marker for item in media]:
+        raise RequestError(
+            f"messages: the chat template writes {len(written)} places for the {len(media)} pictures, clips and "
+            "sounds of these messages, or in another order; it may know them in user turns alone",
+            "messages",
+        )
+    pieces[1::2] = [item.text for item in media]
+    return "".join(pieces)

@@ -221,3 +221,26 @@ def _kind(value: Any) -> str:
         return "nothing"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
     return f"{names.get(type(value), 'an object')} ({json.dumps(value, default=str)[:40]})"
+
+
+def dealt(
+    messages: Sequence[Mapping[str, Any]], media: Sequence[Expansion]
+) -> tuple[tuple[Expansion, ...], ...]:
+    """Of each message, what it shows. RequestError if parts and media are not the same, in number and kind."""
+    rest = list(media)
+    dealt = []
+    for number, message in enumerate(messages):
+        kinds = shown_by(message["content"])
+        items, rest = rest[: len(kinds)], rest[len(kinds) :]
+        if [item.kind for item in items] != kinds:
+            raise RequestError(
+                f"messages.{number}.content: found parts of {', '.join(kinds)}; got media of "
+                f"{', '.join(item.kind for item in items) or 'none'}",
+                f"messages.{number}.content",
+            )
+        dealt.append(tuple(items))
+    if rest:
+        raise RequestError(
+            f"messages: got {len(rest)} more pictures, clips or sounds than parts that show them", "messages"
+        )
+    return tuple(dealt)

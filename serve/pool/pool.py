@@ -84,8 +84,10 @@ class Lease(Generic[T]):
 class Waiter(Generic[T]):
     """Somebody's turn to get a lease. Whoever has it either takes the lease or leaves."""
 
-    def __init__(self, pool: Pool[T], member: Member[T], asked_s: float) -> None:
+    def __init__(self, pool: Pool[T], member: Member[T], asked_s: float, *, tells: bool = False) -> None:
+        """tells: why there is no lease is told by whoever waits, and not logged too."""
         self.asked_s = asked_s
+        self.tells = tells
         self.future: Future[Lease[T]] = Future()
         self._pool = pool
         self._member = member
@@ -170,8 +172,8 @@ class Pool(Generic[T]):
 
     # Who uses a model
 
-    def ask(self, name: str) -> Waiter[T]:
-        """A turn to use a model, which is served at once where it is loaded.
+    def ask(self, name: str, *, tells: bool = False) -> Waiter[T]:
+        """A turn to use a model, which is served at once where it is loaded. tells: as Waiter has it.
 
         NotFoundError; OverloadedError where too many wait; StoppedError.
         """
@@ -192,7 +194,7 @@ class Pool(Generic[T]):
                 raise OverloadedError(
                     f"{MAX_WAITERS} requests wait for model {name!r} to be loaded", FULL_RETRY_AFTER_S
                 )
-            waiter = Waiter(self, member, self._clock())
+            waiter = Waiter(self, member, self._clock(), tells=tells)
             member.waiters.append(waiter)
             if member.state == "ready" and not member.is_broken:
                 self._serve(member)
@@ -201,8 +203,8 @@ class Pool(Generic[T]):
             return waiter
 
     def lease(self, name: str) -> Lease[T]:
-        """As `ask`, and waits. Not for an event loop."""
-        return self.ask(name).future.result()
+        """As `ask`, and waits; why it cannot be loaded is raised, and not logged too. Not for an event loop."""
+        return self.ask(name, tells=True).future.result()
 
     def lease_if_loaded(self, name: str) -> Lease[T] | None:
         """A lease on a model that takes requests; None where it does not, and then it is not brought."""
@@ -413,13 +415,19 @@ class Pool(Generic[T]):
             work(step.member)
         except LatheError as problem:
             error = ModelLoadError(f"model {step.member.name!r} cannot be loaded: {problem}", _bare(problem))
+            if not self._is_told(step.member):
+                logger.warning("%s", error)
         except BaseException as problem:  # whatever it is, everybody who waits must hear of it
             logger.exception("model %r cannot be loaded", step.member.name)
             error = ModelLoadError(f"model {step.member.name!r} cannot be loaded: {problem!r}")
         else:
             return
-        logger.warning("%s", error)
         self._fail(step.member, error)
+
+    def _is_told(self, member: Member[T]) -> bool:
+        """Somebody who waits for it tells why it cannot be loaded."""
+        with self._changed:
+            return any(waiter.tells for waiter in member.waiters)
 
     def _see(self, member: Member[T]) -> None:
         num_bytes = self._look(member.name)

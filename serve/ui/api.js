@@ -1,5 +1,6 @@
 // The server's API, on the page's own address. Errors are Refused, with the server's words.
 
+import { stringify } from "./numbers.js";
 import { apiKey } from "./store.js";
 
 export class Refused extends Error {
@@ -66,7 +67,7 @@ export async function* chat(body, signal) {
   const response = await ask("v1/chat/completions", {
     method: "POST",
     headers: headers({ "Content-Type": "application/json" }),
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+    body: stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
     signal,
   });
   if (!response.ok) throw await refusal(response);

@@ -3,6 +3,7 @@
 import { models, Refused } from "./api.js";
 import { Talk } from "./chat.js";
 import { element } from "./markdown.js";
+import { parse, whole } from "./numbers.js";
 import { Pictures } from "./pictures.js";
 import { apiKey, keepApiKey, remember, remembered } from "./store.js";
 
@@ -57,9 +58,9 @@ function request() {
   if (told) {
     let parsed;
     try {
-      parsed = JSON.parse(told);
+      parsed = parse(told);
     } catch (error) {
-      throw new Refused(`Other fields are no JSON: ${error.message}`);
+      throw new Refused(`Other fields are no JSON that can be sent: ${error.message}`);
     }
     if (parsed === null || typeof parsed !== "object" || Array.isArray(parsed)) {
       throw new Refused('Other fields are an object, like {"stop": ["END"]}.');
@@ -70,7 +71,7 @@ function request() {
     const name = field.closest("label").firstChild.textContent.trim();
     if (field.validity.badInput || !field.validity.valid) throw new Refused(`${name}: ${field.validationMessage}`);
     if (field.value === "") continue;
-    body[field.dataset.field] = field.tagName === "SELECT" ? field.value === "true" : Number(field.value);
+    body[field.dataset.field] = field.tagName === "SELECT" ? field.value === "true" : whole(field.value);
   }
   return { ...body, model: picker.value, system: system.value.trim() };
 }

@@ -3,6 +3,7 @@
 
 import { chat, Refused } from "./api.js";
 import { copied, element, MarkdownView } from "./markdown.js";
+import { parse, stringify } from "./numbers.js";
 import { rememberedHere, rememberHere } from "./store.js";
 
 const NEAR_THE_END = 80;
@@ -332,7 +333,7 @@ class AnswerView {
 
 function pretty(json) {
   try {
-    return JSON.stringify(JSON.parse(json), null, 2);
+    return stringify(parse(json), 2);
   } catch {
     return json;
   }

@@ -17,9 +17,11 @@ from serve.adapters.formats.config import PARAMETERS, AdapterConfig, config_json
 from serve.adapters.formats.header import read_specs
 from serve.adapters.formats.lineage import Lineage
 from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE, read_config, read_tensors
+from serve.adapters.formats.named import naming_notes
 from serve.errors import AdapterError
 
 PATH = Path("adapter_config.json")
+PATHS = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
 GOOD = {
     "fine_tune_type": "lora",
     "num_layers": 2,
@@ -140,7 +142,27 @@ def test_the_factor_is_scale_or_alpha_over_rank_and_never_a_default():
     with pytest.raises(
         AdapterError, match="scale is 20 and alpha / rank is 2; they are the same factor, keep one"
     ):
-        parsed(inside(scale=20.0, alpha=16))
+        parsed({"lora_parameters": {"rank": 8, "scale": 20.0, "alpha": 16}})
+
+
+# What mlx_lm.lora of some versions wrote, of its defaults, and the factor that its LoRALinear had (tuner/lora.py).
+OF_MLX_LM = {
+    "0.12.1": ({"lora_layers": 16}, 16, 20.0),
+    "0.13.0 or 0.18.2": ({"lora_layers": 16, "use_dora": False}, 16, None),
+    "either, the same": ({"lora_layers": 16, "use_dora": False}, 8, 10.0),
+    "0.19.0 to 0.22.1": ({"num_layers": 16, "fine_tune_type": "lora"}, 16, 10.0),
+}
+
+
+@pytest.mark.parametrize(("beside", "alpha", "factor"), OF_MLX_LM.values(), ids=list(OF_MLX_LM))
+def test_a_config_of_an_old_mlx_lm_means_what_that_version_did_or_is_refused(beside, alpha, factor):
+    parameters = {"rank": 8, "alpha": alpha, "dropout": 0.0, "scale": 10.0}
+    raw = {"model": "m", "seed": 0, **beside, "lora_parameters": parameters}
+    if factor is not None:
+        assert parsed(raw).scale == factor
+        return
+    with pytest.raises(AdapterError, match=r"multiplied by scale \* alpha / rank, 20, .* by scale, 10, and"):
+        parsed(raw)
 
 
 def test_a_whole_config_in_another_tools_layout_is_refused():
@@ -208,6 +230,42 @@ def test_what_mlx_lm_writes_is_read_and_options_that_are_off_ask_nothing():
     )
     full = parsed({**written, "fine_tune_type": "full", "lora_parameters": None})
     assert full.fine_tune_type == "full"
+
+
+NAMED = {
+    "mlx-lm's": ({"lora_parameters": {"keys": ["self_attn.q_proj", "mlp.up_proj"]}}, []),
+    "mlx-vlm's": (
+        {"lora_parameters": {"keys": [f"language_model.{path}" for path in PATHS]}},
+        [],
+    ),
+    "Unsloth's": ({"lora_parameters": {}, "target_modules": ["q_proj", "up_proj"]}, []),
+    "for all": ({"target_modules": "all-linear"}, []),
+    "an expression": ({"target_modules": ".*of_another_library.*"}, []),
+    "with a parameter": ({"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj"]}, []),
+    "too many": (
+        {"lora_parameters": {"keys": ["q_proj", "up_proj", "mlp.down_proj"]}, "keys": ["proj"]},
+        [
+            "lora_parameters.keys names mlp.down_proj, of which",
+            "keys names proj, of which there",
+            "keys leaves model.layers.0.self_attn.q_proj, model.layers.1.mlp.up_proj out",
+        ],
+    ),
+    "too few": (
+        {"target_modules": ["up_proj"]},
+        ["target_modules leaves model.layers.0.self_attn.q_proj out"],
+    ),
+    "many": (
+        {"target_modules": [*"abcdefgh", "q_proj", "up_proj"]},
+        ["names a, b, c, d, e and 3 more, of which"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("raw", "told"), NAMED.values(), ids=list(NAMED))
+def test_modules_that_are_named_and_modules_that_have_tensors_are_compared(raw, told):
+    notes = naming_notes(raw, PATHS)
+    assert len(notes) == len(told)
+    assert all(words in note for words, note in zip(told, notes, strict=True)), notes
 
 
 def test_every_config_that_can_be_written_is_read_back_equal():

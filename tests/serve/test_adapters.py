@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from serve.adapters.formats.config import AdapterConfig
 from serve.adapters.formats.lineage import Lineage
@@ -26,6 +26,7 @@ from serve.adapters.formats.manifest import (
     read_tensors,
     write_adapter,
 )
+from serve.adapters.tools.inspection import inspect
 from serve.beside import PIECE_BYTES, evaluate, pieces
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
@@ -216,6 +217,62 @@ def test_an_adapter_of_another_tokenizer_is_refused_unless_allowed(model, with_l
         Engine(model).registry.load("a", both)
     assert "another tokenizer" in str(caught.value)
     assert "other weights than these" in str(caught.value)
+
+
+def own_tokenizer(kind: str, model_folder: Path, folder: Path) -> None:
+    """A tokenizer that knows two tokens more, left in `folder` as libraries do."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<mine>"], special_tokens=True)
+    tokenizer.add_tokens(["<yours>"])
+    if kind == "the tokenizers library's":
+        tokenizer.save_pretrained(folder)
+    elif kind == "transformers' before 5":
+        decoder = {str(size): {"content": "<mine>"}, str(size + 1): {"content": "<yours>"}}
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    else:
+        (folder / "added_tokens.json").write_text(json.dumps({"<mine>": size, "<yours>": size + 1}))
+
+
+@pytest.mark.parametrize("kind", ["the tokenizers library's", "transformers' before 5", "a slow one's"])
+def test_tokens_that_the_base_lacks_are_told_and_refused_beside_an_adapted_head(
+    kind, model, model_folder, make_adapter, tmp_path, caplog
+):
+    registry = Engine(model).registry
+    folder = copy_of(make_adapter(1), tmp_path / "own")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    assert registry.load("same", folder).notes == ()
+    own_tokenizer(kind, model_folder, folder)
+    (note,) = registry.load("a", folder).notes
+    size = len(model.tokenizer.get_vocab())
+    assert f"lacks: '<mine>' ({size}), '<yours>' ({size + 1}): prompts" in note
+    assert note in caplog.text
+    rows, width = model.network.module.model.embed_tokens.weight.shape
+    head = {"lm_head.lora_a": mx.ones((width, 4)), "lm_head.lora_b": mx.ones((4, rows)) / 100}
+    write_adapter(folder, read_tensors(folder) | head, AdapterConfig("lora", -1, 4, 2.0))
+    with pytest.raises(AdapterError, match=r"adapts the head, and has .*<mine>.*allow_other_base"):
+        registry.load("b", folder)
+    assert Engine(model, EngineLimits(allow_other_base=True)).registry.load("b", folder).notes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"added_tokens": [{"id": "x"}, 3, {"content": "a"}]', "\0" * 99]
+)
+def test_a_tokenizer_beside_an_adapter_that_is_none_harms_nobody(text, model, make_adapter, tmp_path):
+    folder = copy_of(make_adapter(1), tmp_path / "own")
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+        (folder / name).write_text(text)
+    assert Engine(model).registry.load("a", folder).notes == ()
+
+
+def test_a_module_that_is_named_and_has_no_tensors_is_told_by_name(model, make_adapter, tmp_path):
+    folder = copy_of(make_adapter(1, keys=["self_attn.q_proj"]), tmp_path / "named")
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    config["lora_parameters"]["keys"].append("self_attn.v_proj")
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    told = "lora_parameters.keys names self_attn.v_proj, of which there are no tensors"
+    assert Engine(model).registry.load("a", folder).notes == (f"adapter 'a': {told}",)
+    assert inspect(folder).notes == (told,)
 
 
 def test_another_chat_template_is_told_in_the_log_and_to_whoever_loads(model, with_lineage, caplog):

@@ -88,7 +88,7 @@ def test_sigterm_ends_the_server_after_its_streams_and_its_writes(model_folder, 
     config = tmp_path / "c.yaml"
     fields = {"model": str(model_folder), "name": "lively", "port": 0, "experiments": [experiment]}
     config.write_text(json.dumps({**fields, "store": "sqlite:///e.sqlite"}))
-    code = "import sys; from serve.config import load_config; from serve.api.server import run; "
+    code = "import sys; from serve.config_file import load_config; from serve.api.server import run; "
     command = [sys.executable, "-c", f"{code}run(load_config(sys.argv[1]))", str(config)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         line = process.stdout.readline()

@@ -52,7 +52,7 @@ def with_value(value: float) -> Callable[[mx.array], mx.array]:
 
 
 def config(**changes: Any) -> Change:
-    """Keys of the config; of lora_parameters where the name begins with it."""
+    """Keys of the config; of lora_parameters where the name begins with it; ... for one that is not there."""
 
     def bad(folder: Path) -> None:
         raw = json.loads((folder / CONFIG_FILE).read_text())
@@ -60,6 +60,8 @@ def config(**changes: Any) -> Change:
             outer, _, inner = key.partition("__")
             if inner:
                 raw[outer][inner] = value
+            elif value is ...:
+                del raw[outer]
             else:
                 raw[outer] = value
         (folder / CONFIG_FILE).write_text(json.dumps(raw))
@@ -371,7 +373,7 @@ BAD: dict[str, tuple[Change, int, str]] = {
     "scale as text": (config(lora_parameters__scale="2"), 400, "lora_parameters.scale is '2'"),
     "a huge scale": (config(lora_parameters__scale=10**400), 400, "lora_parameters.scale is"),
     "alpha as text": (config(lora_parameters__alpha="16"), 400, "lora_parameters.alpha is '16'"),
-    "two factors": (config(lora_parameters__alpha=16), 400, "keep one"),
+    "two factors": (config(fine_tune_type=..., lora_parameters__alpha=16), 400, "keep one"),
     "rank as text": (
         config(lora_parameters__rank="4"),
         400,

@@ -633,7 +633,8 @@ def test_an_adapter_answers_from_the_moment_it_is_named(model_folder, make_adapt
             speaker = Speaker(url, "base", sampling={"max_tokens": 12, "temperature": 0})
             talk = Conversation(speaker)
             lines = f"""hi|/adapter|/adapter mine|/reset|hi|/adapter gone|/reset|hi|/adapter other = {make_adapter(2)}
-            |/reset|hi|/model|/adapter mine@1|/reset|hi|/adapter none|/reset|hi|/model gone|hi|/model base|hi|/exit"""
+            |/reset|hi|/model|/adapter mine@1|/reset|hi|/adapter none|/reset|hi|/model other|/model gone|/reset|hi
+            |/model mine@9|/adapter mine@9|/model mine:0.5+other@1|/adapter a + b|/model base|/reset|hi|/exit"""
             typed = iter(line.strip() for line in lines.split("|"))
             at_terminal(talk, lambda: next(typed), Console(file=out, force_terminal=True, width=500))
             alone = {}
@@ -645,8 +646,13 @@ def test_an_adapter_answers_from_the_moment_it_is_named(model_folder, make_adapt
     assert len(set(alone.values())) == 3
     answers = re.findall("|".join(re.escape(text.translate(CONTROLS)) for text in alone.values()), shown)
     by_text = {text.translate(CONTROLS): name for name, text in alone.items()}
-    assert [by_text[text] for text in answers[:6]] == ["base", "mine", "mine", "other", "mine", "base"]
-    for told in ("(mine)", "'gone' is loaded; found: mine", "(base, mine, other (answers))", "(now mine@1)"):
+    answered = ["base", "mine", "mine", "other", "mine", "base", "other", "base"]
+    assert [by_text[text] for text in answers] == answered
+    for told in (
+        "(mine)", "'gone' is loaded; found: mine", "(base, mine, other (answers))", "(now mine@1)",
+        f"{url} has no model 'gone'; it has: base, mine, other", "no model 'mine@9'", "no adapter 'mine@9'",
+        "(now mine:0.5+other@1)", "no adapter 'a + b'",
+    ):  # fmt: skip
         assert told in shown
     assert (talk.model, talk.num_asked) == ("base", 8)
 

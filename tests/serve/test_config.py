@@ -7,7 +7,8 @@ import pytest
 from mlx_vlm.turboquant import resolve_kv_bits, turboquant_enabled
 
 from serve.cache.precision import PLAIN, KvPrecision
-from serve.config import ServeConfig, load_config
+from serve.config import ServeConfig
+from serve.config_file import load_config
 from serve.errors import ConfigError
 from serve.media_config import MediaLimitsConfig
 from serve.settings import dump, load_yaml

@@ -64,7 +64,9 @@ def servers(http_address):
         "streams": OVER_STREAMS,
         "web": McpServerConfig(url=http_address),
         "gone": McpServerConfig(url="http://127.0.0.1:9/mcp"),
+        "elsewhere": McpServerConfig(url=f"{http_address}/elsewhere?key=secret"),
         "nothing": McpServerConfig(command="/does/not/exist"),
+        "ends": McpServerConfig(command=sys.executable, args=("-c", "raise SystemExit(3)")),
         "mute": McpServerConfig(command=sys.executable, args=("-c", "import sys; sys.stdin.read()")),
     }
     opened = McpServers(config, timeout_s=20, max_result_chars=1000)
@@ -115,12 +117,20 @@ def test_a_server_gets_nothing_of_this_processs_environment_but_what_all_need(se
     assert "A_SECRET_OF_OURS" not in names
 
 
-@pytest.mark.parametrize("name", ["gone", "nothing"])
-def test_a_server_that_is_not_there_is_an_error_of_who_asked_alone(servers, name):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gone", "http://127.0.0.1:9: ConnectError: .*connect.*"),
+        ("elsewhere", r"http://127.0.0.1:\d+ answered 404 Not Found"),
+        ("nothing", "FileNotFoundError: .*/does/not/exist.*"),
+        ("ends", "its program ended, with status 3"),
+    ],
+)
+def test_a_server_that_is_not_there_is_an_error_of_who_asked_alone_and_says_why(servers, name, reason):
     async def talk() -> None:
         failing = asyncio.ensure_future(servers.tools(name))
         assert await servers.call("streams", "add", {"a": 1, "b": 2}) == "the sum is 3"
-        with pytest.raises(ToolServerError, match=name):
+        with pytest.raises(ToolServerError, match=f"^MCP server '{name}': {reason}$"):
             await failing
 
     asyncio.run(talk())

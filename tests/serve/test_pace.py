@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 from dry_engine import BUDGET, decode, run, sequence
 
+from serve.engine.budget import Budget
 from serve.engine.pace import FIRST_TOKENS, GAP_FORWARDS, LEAST_TOKENS, Pace
 from serve.engine.plan import Plan
-from serve.engine.prompt_chunks import Budget
 from serve.engine.scheduler import Scheduler
 
 

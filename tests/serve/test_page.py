@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from opened_page import WAIT_MS, Opened
-from playwright.sync_api import expect
+from playwright.sync_api import Page, expect
 from waiting import until
 
 import lathe
@@ -24,6 +24,8 @@ from serve.runtime import Runtime
 pytestmark = pytest.mark.long
 
 ROOT = Path(lathe.__file__).parent
+SEED = str(2**62 + 1)
+"""JavaScript's own numbers are 2^62 and 2^62 + 512 there."""
 EVIL = (
     "**bold** <img src=http://127.0.0.1:1/x onerror=alert(1)> <script>alert(2)</script> [a](javascript:alert(3)) "
     "![b](http://127.0.0.1:1/y.png) [c](https://example.org/z)\n\n```html\n<b>&amp;</b>\n```"
@@ -53,15 +55,21 @@ def opened(open_page):
 
 
 @pytest.fixture(scope="module")
-def drawn(browser, served) -> Iterator[Callable[[str], str]]:
-    """drawn(Markdown) → HTML of what the page makes of it; one page for all, since opening it takes half a second."""
+def drawn_page(browser, served) -> Iterator[Page]:
+    """One page for all that ask its modules, since opening it takes half a second."""
     opened = Opened(browser.new_page(), served)
-    yield lambda text: opened.page.evaluate(
+    yield opened.page
+    opened.page.context.close()
+    assert opened.faults == opened.elsewhere == []
+
+
+@pytest.fixture(scope="module")
+def drawn(drawn_page) -> Callable[[str], str]:
+    """drawn(Markdown) → HTML of what the page makes of it."""
+    return lambda text: drawn_page.evaluate(
         "async text => (await import('./markdown.js')).nodesOf(text).map(each => each.outerHTML).join('')",
         text,
     )
-    opened.page.context.close()
-    assert opened.faults == opened.elsewhere == []
 
 
 # Over HTTP, without a browser.
@@ -118,7 +126,7 @@ def test_the_adapter_that_is_picked_answers_with_what_the_settings_say(opened, s
     assert groups == ["on base"]
     page.page.select_option("#model", "second")
     page.page.fill("#system", "Be brief.")
-    for name, value in (("temperature", "0"), ("max_tokens", "12"), ("top_k", "5"), ("seed", "7")):
+    for name, value in (("temperature", "0"), ("max_tokens", "12"), ("top_k", "5"), ("seed", SEED)):
         page.page.fill(f"[data-field={name}]", value)
     page.page.select_option("[data-field=enable_thinking]", "false")
     page.page.fill("#other", '{"user": "maria"}')
@@ -138,7 +146,7 @@ def test_the_adapter_that_is_picked_answers_with_what_the_settings_say(opened, s
         "temperature": 0,
         "max_tokens": 12,
         "top_k": 5,
-        "seed": 7,
+        "seed": int(SEED),
     }
     body = {**page.asked[0], "stream": False, "stream_options": None}
     alone = httpx.post(f"{served}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]
@@ -147,6 +155,15 @@ def test_the_adapter_that_is_picked_answers_with_what_the_settings_say(opened, s
     assert len(text) > 3
     assert page.page.locator(".message.assistant .who").inner_text() == "second"
     assert "12 tokens" in page.page.locator(".usage").inner_text()
+
+
+def test_numbers_keep_all_of_their_digits(drawn_page):
+    text = f'{{"seed": {SEED}, "in": [-{SEED}, 7, -0, 0.1, 1.50, 1e400, "{SEED}", "1\\"2"], "{SEED}": {{}}}}'
+    again = drawn_page.evaluate(
+        "async text => { const {parse, stringify} = await import('./numbers.js'); return stringify(parse(text), 2) }",
+        text,
+    )
+    assert repr(json.loads(again)) == repr(json.loads(text))
 
 
 def test_nothing_that_a_model_writes_is_html(opened, served):
@@ -622,7 +639,7 @@ def test_calls_of_tools_are_shown_with_their_arguments(opened, served):
     events = (
         call(id="c1", type="function", function={"name": "weather", "arguments": ""}),
         call(function={"arguments": '{"city": '}),
-        call(function={"arguments": '"Oslo"}'}),
+        call(function={"arguments": f'"Oslo", "order": {SEED}}}'}),
         delta("tool_calls"),
         "[DONE]",
     )
@@ -631,7 +648,7 @@ def test_calls_of_tools_are_shown_with_their_arguments(opened, served):
         page.ended()
     shown = page.page.locator("details.call")
     assert shown.locator("summary").inner_text() == "Calls weather"
-    assert json.loads(shown.locator("code").inner_text()) == {"city": "Oslo"}
+    assert json.loads(shown.locator("code").inner_text()) == {"city": "Oslo", "order": int(SEED)}
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,23 @@ def test_a_load_that_fails_answers_everybody_by_name_and_the_next_request_tries_
         assert (standing.num_loads, standing.num_failed, standing.problem) == (1, 2, None)
 
 
+@pytest.mark.parametrize(
+    "problem", [ModelError("its weights are not whole"), RuntimeError("a fault of ours")]
+)
+def test_a_load_that_fails_is_told_once(caplog, problem):
+    """By whom it is raised to, where that is who starts a server, else in the log; a traceback in the log alone."""
+    with open_shop() as shop:
+        shop.failing["a"] = problem
+        with pytest.raises(ModelLoadError):
+            shop.pool.lease("a")
+        assert [record.exc_info is not None for record in caplog.records] == (
+            [] if isinstance(problem, ModelError) else [True]
+        )
+        caplog.clear()
+        assert isinstance(shop.pool.ask("a").future.exception(30), ModelLoadError)
+        assert len(caplog.records) == 1, "who asks over HTTP is told, and so is who runs the server"
+
+
 def test_nobody_leaves_for_a_model_that_is_not_there():
     with open_shop() as shop:
         shop.missing.add("b")

@@ -33,7 +33,7 @@ def served(
         **fields,
     }
     config.write_text(json.dumps(settings))
-    code = "import sys; from serve.config import load_config; from serve.api.server import run; "
+    code = "import sys; from serve.config_file import load_config; from serve.api.server import run; "
     command = [sys.executable, "-c", f"{code}run(load_config(sys.argv[1]))", str(config)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:

@@ -18,7 +18,7 @@ from serve.adapters.bank.bank import Bank
 from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE
 from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.resolver import MAX_LISTED, MAX_LOOKED_AT, Resolver
-from serve.config import load_config
+from serve.config_file import load_config
 from serve.errors import AdapterError, ConfigError, ForbiddenError, NotFoundError, OverloadedError
 
 ASK = {"prompt": "hello there", "max_tokens": 8, "temperature": 0, "ignore_eos": True}

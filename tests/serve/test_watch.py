@@ -89,7 +89,9 @@ def test_what_appears_is_loaded_what_is_replaced_is_a_new_version_and_what_goes_
     put("b", 2)
     (setting.folder / "notes").mkdir()
     (setting.folder / "readme.txt").write_text("no folder")
+    (setting.folder / "b" / "added_tokens.json").write_text('{"<mine>": 9999}')
     assert sorted(setting.look()) == ["a@1", "b@1"]
+    assert "'<mine>' (9999)" in caplog.text, "the copy has what its own tokenizer adds"
     assert setting.settle() == []
     put("a", 3)
     assert setting.look() == ["a@2"]
@@ -366,8 +368,8 @@ def test_names_that_cannot_be_are_told(start, put, tmp_path):
     assert "base's" in problems[str(setting.folder / "lively")]
     assert problems[str(setting.folder / "a")] == ""
     assert "watched under that name too" in problems[str(tmp_path / "more" / "a")]
-    shutil.rmtree(tmp_path / "watched" / "a")
-    assert [*setting.look(), *setting.look()] == ["a@2"], "the other is gone"
+    os.replace(setting.folder / "a", tmp_path / "more" / "a.new")  # the name is free again
+    assert sorted([*setting.settle(), *setting.settle()]) == ["a.new@1", "a@2"]
     assert setting.of("a").problem == ""
 
 

@@ -13,8 +13,8 @@ from serve.adapters.versions.version import AdapterVersion
 from serve.cache.capacity import Bucket, LayerShape, Place, RowCost
 from serve.cache.features import FeatureKey
 from serve.cache.precision import PLAIN
+from serve.engine.budget import Budget
 from serve.engine.plan import Capture, Chunk, Drawn, Plan, SequenceState
-from serve.engine.prompt_chunks import Budget
 from serve.engine.providers import NoPrefixes
 from serve.engine.request import Request, Sampling
 from serve.engine.scheduler import Scheduler

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mlx.core as mx
-
-from serve.adapters.formats.header import check_whole
-from serve.adapters.formats.manifest import TENSORS_FILE, content_hash, read_tensors
+from serve.adapters.formats.manifest import TENSORS_FILE, content_hash, load_tensors, read_tensors
 from serve.errors import AdapterError
 from serve.model.network import Network
 from train.adapters.adapt import Adapted, set_tensors
@@ -37,15 +34,6 @@ def hash_of(path: Path) -> str:
     if config is not None and config.lineage is not None and config.lineage.content_hash:
         return config.lineage.content_hash
     return content_hash(load_tensors(path / TENSORS_FILE if path.is_dir() else path))
-
-
-def load_tensors(path: Path) -> dict[str, mx.array]:
-    """A safetensors file, checked for truncation."""
-    check_whole(path)
-    tensors = mx.load(str(path))
-    assert isinstance(tensors, dict), "a safetensors file is a dict of tensors"
-    mx.eval(tensors)
-    return tensors
 
 
 def _is_adapter(path: Path) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from serve.adapters.formats.lineage import Lineage
 from serve.errors import ModelError
 from serve.model.loading import LoadedModel
-from train.loop import checkpoint
+from train.loop.whole import sync
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILE = "tokenizer_config.json"
@@ -85,4 +85,4 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Non
 
 def _write(path: Path, text: str) -> None:
     path.write_bytes(text.encode())
-    checkpoint.sync(path)
+    sync(path)

@@ -33,7 +33,7 @@ from train.after.chat_files import chat_notes, write_chat_files
 from train.after.fidelity import Rows, compare, eyes_of, features_apart, held_out
 from train.after.folder import WEIGHTS_FILES, Written, write_model
 from train.after.folder import Form as Form
-from train.loop import checkpoint
+from train.loop.whole import write_synced
 
 FIDELITY_FILE = "fidelity.json"
 MOST_APART = 0.75
@@ -131,9 +131,7 @@ def export(
                 seconds=time.perf_counter() - start_s,
                 **agreement,
             )
-            checkpoint.write_synced(
-                partial / FIDELITY_FILE, json.dumps(dataclasses.asdict(report), indent=2) + "\n"
-            )
+            write_synced(partial / FIDELITY_FILE, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
             place.publish(partial, out)
         except OSError as error:
             raise StorageError(f"{out}: the export could not be written: {error}") from error

@@ -23,7 +23,7 @@ from serve.model.loading import DTYPES, LOAD_ERRORS, LoadedModel, cast
 from serve.model.network import Network
 from serve.model.towers import load_with_towers
 from serve.model.weights import QUANTIZED
-from train.loop import checkpoint
+from train.loop.whole import sync
 
 WEIGHTS_FILES = "model*.safetensors"
 COPIED = ("*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "*.json")
@@ -97,7 +97,7 @@ def write_model(folder: Path, model: LoadedModel, form: Form) -> Written:
     mlx_lm_utils.save_config(saved, folder / "config.json", keep_vision_config=model.network.has_towers)
     for file in folder.glob(WEIGHTS_FILES):
         check_whole(file)
-        checkpoint.sync(file)
+        sync(file)
     if model.network.has_towers:
         _check_read_back(folder, module)
     towers: Literal["plain", "quantized"] = "quantized" if form.quantize_vision else "plain"

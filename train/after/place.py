@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from serve.errors import ConfigError, StorageError
-from train.loop import checkpoint
+from train.loop.whole import sync
 
 PARTIAL, REPLACED = ".lathe-export-", ".lathe-replaced-"
 
@@ -50,7 +50,7 @@ def publish(partial: Path, out: Path) -> None:
     if out.exists():
         os.replace(out, old)
     os.replace(partial, out)
-    checkpoint.sync(out.parent)
+    sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -33,6 +33,7 @@ from serve.model import (
     spans,
     template_rules,
     texts,
+    turns,
     words,
 )
 from serve.model import template as template_module
@@ -48,6 +49,13 @@ from train.data.rules import TokenRules
 from train.data.tokens import Outcome, TokenizedExample
 
 FORMAT = 5
+CODE = (
+    *(media_reader, looking, row_media, coordinates),
+    *(processor, pictures, clips, sounds, expansion, clip_steps),
+    *(tokens_module, rules_module, template_module, template_rules),
+    *(messages, jinja, renderer, retold, words, forms, spans, texts, turns),
+)
+"""Modules whose source is part of what a file is called by."""
 LIBRARIES = ("tokenizers", "transformers", "mlx-lm", "mlx-vlm", "pillow")
 MAX_DEFAULT_BYTES = 10 * 10**9
 """Of the default folder; the files longest unused go first."""
@@ -163,13 +171,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _code_hash() -> str:
-    modules = (
-        *(media_reader, looking, row_media, coordinates),
-        *(processor, pictures, clips, sounds, expansion, clip_steps),
-        *(tokens_module, rules_module, template_module, template_rules),
-        *(messages, jinja, renderer, retold, words, forms, spans, texts),
-    )
-    return hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in modules)).hexdigest()
+    return hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in CODE)).hexdigest()
 
 
 def _checksum(tensors: dict[str, np.ndarray], said: Any) -> str:

@@ -26,17 +26,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from serve.adapters.formats.config import AdapterConfig
 from serve.adapters.formats.header import check_whole
-from serve.adapters.formats.manifest import read_config, read_tensors, write_adapter
+from serve.adapters.formats.manifest import load_tensors, read_config, read_tensors, write_adapter
 from serve.adapters.formats.published import CHECKPOINTS
 from serve.adapters.formats.published import STATE_FILE as STATE_FILE
 from serve.errors import AdapterError, NotFoundError, StorageError, TrainingError
-from train.adapters.warm_start import load_tensors
 from train.loop.trainer import TrainState
+from train.loop.whole import NEW, OLD, publish, sync, write_synced
 
 FOLDER = CHECKPOINTS
 OPTIMIZER_FILE = "optimizer.safetensors"
-NEW, OLD = ".new-", ".old-"
-"""Prefixes of what is not yet in its place, and of what has left it."""
 FORMAT = 1
 
 
@@ -223,45 +221,6 @@ def _fill(target: Any, source: Any) -> None:
             target[key] = value
         else:
             _fill(target[key], value)
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Rename a finished folder into its place; an older folder there gives way only then."""
-    old = final.with_name(f"{OLD}{final.name}")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(final, old)
-    os.replace(partial, final)
-    sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a file and wait until it is on disk."""
-    path.write_text(text)
-    sync(path)
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: a reader, and a kill, finds the old one or the new one. OSError as it comes."""
-    partial = path.with_name(f"{NEW}{path.name}")
-    try:
-        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _save_tensors(path: Path, tensors: dict[str, mx.array]) -> None:

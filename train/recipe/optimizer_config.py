@@ -50,6 +50,11 @@ class Schedule(Strict):
         return self
 
 
+def peak_of(schedule: Schedule | None) -> float | None:
+    """The highest rate that it names; None where it names none."""
+    return schedule.arguments[0] if schedule is not None and schedule.arguments else None
+
+
 class AdamConfig(Strict):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)

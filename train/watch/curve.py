@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.errors import StorageError
-from train.loop import checkpoint
+from train.loop.whole import write_whole
 from train.watch.metrics import rows_of
 from train.watch.panels import Line, Panel, panels_of
 
@@ -94,7 +94,7 @@ class LearningCurve:
         if history.train_loss or history.valid_loss:
             try:
                 content = picture(history, self._title, self._rates)
-                checkpoint.write_whole(self._folder / FILE, content)
+                write_whole(self._folder / FILE, content)
             except OSError as error:
                 raise StorageError(f"{self._folder / FILE}: {error}") from error
         end_s = time.perf_counter()

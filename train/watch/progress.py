@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from train.loop.trainer import Report
+if TYPE_CHECKING:
+    from train.loop.trainer import Report
 
 
 class RunProgress:

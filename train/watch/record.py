@@ -20,7 +20,7 @@ import psutil
 
 from serve.adapters.formats.published import RECORD_FILE
 from serve.errors import ConfigError, LatheError, StorageError
-from train.loop import checkpoint
+from train.loop.whole import write_whole
 
 FILE = RECORD_FILE
 NEXT = "next"
@@ -89,7 +89,7 @@ def write(record: RunRecord, folder: Path) -> None:
     """Replace run.json in one step."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_whole(folder / FILE, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+        write_whole(folder / FILE, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
     except OSError as error:
         raise StorageError(f"{folder / FILE}: {error}") from error
 

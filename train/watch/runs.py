@@ -17,16 +17,16 @@ from rich.text import Text
 
 from serve.adapters.formats.header import read_specs
 from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE
+from serve.adapters.formats.published import CHECKPOINTS
 from serve.errors import AdapterError, NotFoundError
 from serve.tables import Table, numbers, words
-from train.loop import checkpoint
 from train.recipe.objectives import OBJECTIVES
 from train.watch import curve, metrics, record, summary
 from train.watch.progress import duration
 
 DEFAULT_FOLDERS = ("runs", "adapters")
 MAX_DEPTH = 5
-INSIDE_A_RUN = frozenset({checkpoint.FOLDER, metrics.TENSORBOARD_FOLDER, "wandb"})
+INSIDE_A_RUN = frozenset({CHECKPOINTS, metrics.TENSORBOARD_FOLDER, "wandb"})
 HASH_LETTERS = 8
 
 

@@ -6,13 +6,15 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from serve.adapters.formats.published import SUMMARY_FILE
 from serve.errors import StorageError
-from train.loop import checkpoint
-from train.loop.trainer import TrainState, peak_memory_bytes
+from train.loop.whole import write_whole
 from train.watch.record import home_of
+
+if TYPE_CHECKING:
+    from train.loop.trainer import TrainState
 
 FILE = SUMMARY_FILE
 ENDED = ("finished", "stopped_early")
@@ -67,6 +69,9 @@ def of_run(
     **measured: Any,
 ) -> RunSummary:
     """The summary of a run that ended at `state`. `metric` names a measure of it, `measured` are more fields."""
+    # With mlx-lm, which whoever reads a summary has no use for.
+    from train.loop.trainer import peak_memory_bytes
+
     status: Literal["finished", "stopped_early", "interrupted"] = "finished"
     if state.iteration < num_iterations:
         status = "stopped_early" if caught is None else "interrupted"
@@ -98,7 +103,7 @@ def write(summary: RunSummary, folder: Path) -> None:
     """Replace summary.json in one step."""
     path = folder / FILE
     try:
-        checkpoint.write_whole(path, json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+        write_whole(path, json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
     except OSError as error:
         raise StorageError(f"{path}: {error}") from error
 

@@ -140,7 +140,7 @@ def _config(raw: Mapping[str, Any], problems: list[str]) -> AdapterConfig:
     num_layers = raw.get("num_layers")
     if num_layers is not None and not is_count(num_layers, -1):
         problems.append(f"num_layers is {shown(num_layers)}; a whole number was expected, -1 for all")
-    parameters = {} if kind == "full" else _parameters(raw.get("lora_parameters"), str(kind), problems)
+    parameters = {} if kind == "full" else _parameters(raw, str(kind), problems)
     rank, scale = parameters.get("rank"), parameters.get("scale", 0.0)
     check_beside(raw, str(kind), rank, scale, parameters.get("init_lora_weights", "default"), problems)
     lineage = None if raw.get("lineage") is None else parse_lineage(raw["lineage"], problems)
@@ -149,8 +149,9 @@ def _config(raw: Mapping[str, Any], problems: list[str]) -> AdapterConfig:
     return AdapterConfig(fine_tune_type=kind, num_layers=numbers, lineage=lineage, **parameters)
 
 
-def _parameters(raw: Any, kind: str, problems: list[str]) -> dict[str, Any]:
+def _parameters(config: Mapping[str, Any], kind: str, problems: list[str]) -> dict[str, Any]:
     """The fields of AdapterConfig that `lora_parameters` holds."""
+    raw = config.get("lora_parameters")
     if not isinstance(raw, dict):
         found = "missing" if raw is None else shown(raw)
         problems.append(f"lora_parameters is {found}; an object with rank and {STRENGTH}, was expected")
@@ -171,7 +172,7 @@ def _parameters(raw: Any, kind: str, problems: list[str]) -> dict[str, Any]:
         problems.append(
             f"lora_parameters.init_lora_weights is {shown(init)}; default, pissa or pissa_niter_N was expected"
         )
-    scale = _scale(raw, rank, problems)
+    scale = _scale(raw, rank, config, problems)
     check_inside(raw, PARAMETERS, kind, rank, scale, problems)
     return {
         "rank": rank,
@@ -182,7 +183,7 @@ def _parameters(raw: Any, kind: str, problems: list[str]) -> dict[str, Any]:
     }
 
 
-def _scale(raw: Mapping[str, Any], rank: int | None, problems: list[str]) -> float:
+def _scale(raw: Mapping[str, Any], rank: int | None, config: Mapping[str, Any], problems: list[str]) -> float:
     """The factor on B(Ax). mlx-lm writes `scale`; `alpha` is PEFT's word, and its alpha / rank is the factor."""
     written = {name: raw[name] for name in ("scale", "alpha") if raw.get(name) is not None}
     if not written:
@@ -192,10 +193,29 @@ def _scale(raw: Mapping[str, Any], rank: int | None, problems: list[str]) -> flo
         problems.append(f"lora_parameters.{name} is {shown(written[name])}; a number above 0 was expected")
     if not written or wrong or rank is None:
         return 0.0
-    by_alpha = float(written["alpha"]) / rank if "alpha" in written else None
-    scale = float(written["scale"]) if "scale" in written else by_alpha
-    assert scale is not None
-    if by_alpha is not None and not math.isclose(scale, by_alpha, rel_tol=SAME):
+    if len(written) == 2:
+        return _scale_of_both(float(written["scale"]), float(written["alpha"]) / rank, config, problems)
+    return float(written["scale"]) if "scale" in written else float(written["alpha"]) / rank
+
+
+def _scale_of_both(scale: float, by_alpha: float, config: Mapping[str, Any], problems: list[str]) -> float:
+    """The factor, of a file that has both, as mlx-lm wrote them before 0.22.5: up to 0.14.1 it multiplied by
+    scale * alpha / rank, then by scale alone (tuner/lora.py). Keys tell who wrote a file: lora_layers is of versions
+    before 0.19, and without use_dora of those before 0.13; fine_tune_type is of 0.19 and later. Others mean one
+    factor by both."""
+    both = scale * by_alpha
+    if "fine_tune_type" in config:
+        return scale
+    if "lora_layers" in config and "use_dora" not in config:
+        return both
+    if "lora_layers" in config:
+        if not math.isclose(scale, both, rel_tol=SAME):
+            problems.append(
+                f"lora_parameters has scale and alpha: mlx-lm up to 0.14.1 multiplied by scale * alpha / rank, "
+                f"{both:g}, and 0.14.2 to 0.18 by scale, {scale:g}, and the file does not tell which wrote it; write "
+                "the factor as scale, without alpha"
+            )
+    elif not math.isclose(scale, by_alpha, rel_tol=SAME):
         problems.append(
             f"lora_parameters.scale is {scale:g} and alpha / rank is {by_alpha:g}; they are the same factor, keep one"
         )

@@ -7,10 +7,12 @@ to. Owns a temporary folder.
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from serve.adapters.formats.own_tokens import ADDED_FILE, added_tokens
 from serve.adapters.formats.published import Published, signature_of
 from serve.errors import StorageError
 from serve.own_folder import OwnFolder, clear_abandoned
@@ -45,6 +47,8 @@ class Copies:
             target.mkdir(parents=True)
             for file, *_ in found.signature:
                 _copy(found.folder / file, target / file)
+            if tokens := added_tokens(found.folder):  # and not the whole tokenizer
+                (target / ADDED_FILE).write_text(json.dumps(tokens))
             is_of_one_moment = signature_of(found.folder) == found.signature
         except FileNotFoundError:
             pass

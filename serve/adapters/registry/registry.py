@@ -149,7 +149,7 @@ class Registry:
             if not is_combined:
                 self._check_name(name, replace)
             outline = source.look(name, self._fitting)
-            admitted = self._admission.check(name, outline.lineage)
+            admitted = self._admission.check(name, outline)
             self.residency.check_alone(name, outline.sizes, outline.num_values)
             before = self._current(name)
             with ExitStack() as stack:
@@ -222,8 +222,8 @@ class Registry:
         """What `earlier` gave of another registry of this base. Nothing is read before it is asked for."""
         with self._turn(name):
             for version, source in earlier:
-                admitted = self._admission.check(name, version.lineage)
-                known = Known(replace(version, notes=admitted.notes, template=admitted.template), source)
+                template = self._admission.own_template(name, version.lineage)
+                known = Known(replace(version, template=template), source)
                 with self._lock:
                     entry = self._entry(name)
                     if known.version.id in self._known:

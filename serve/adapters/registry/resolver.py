@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from serve.adapters.formats.files import PEFT_TENSORS_FILE, SUFFIX, find_files
 from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE
+from serve.adapters.formats.own_tokens import TOKENIZER_FILES
 from serve.adapters.registry.registry import Registry
 from serve.adapters.versions.names import name_problem
 from serve.adapters.versions.source import FolderSource
@@ -22,7 +23,7 @@ from serve.errors import ForbiddenError, NotFoundError, OverloadedError
 
 logger = logging.getLogger(__name__)
 
-FILES = (CONFIG_FILE, TENSORS_FILE, PEFT_TENSORS_FILE)
+FILES = (CONFIG_FILE, TENSORS_FILE, PEFT_TENSORS_FILE, *TOKENIZER_FILES)
 """Of an adapter's repository, all that is fetched."""
 MAX_LISTED = 1000
 MAX_LOOKED_AT = 10 * MAX_LISTED

@@ -122,6 +122,8 @@ class AdapterWatch:
         self._thread = threading.Thread(target=self._run, name="lathe-watch", daemon=True)
         self._lock = threading.Lock()  # guards what follows, which the watching thread alone changes
         self._followed: dict[Path, _Followed] = {}
+        self._loaded: dict[str, list[_Followed]] = {}
+        """By name, those of which something was loaded: one, unless another has gone and left its name."""
         self._troubles: dict[Path, str] = {}
 
     def start(self) -> None:
@@ -254,7 +256,10 @@ class AdapterWatch:
         with self._lock:
             followed.last, followed.content, followed.problem = found, content, ""
             followed.again_s, followed.wait_s = None, FIRST_AGAIN_S
-            followed.version = version.id if version else followed.version
+            if version is not None:
+                if not followed.version:
+                    self._loaded.setdefault(followed.name, []).append(followed)
+                followed.version = version.id
         if version is not None:
             self._copies.trim(followed.name)
             logger.info("loaded %s from %s", version.id, readable(str(found.folder)))
@@ -270,8 +275,8 @@ class AdapterWatch:
 
     def _rival_of(self, followed: _Followed) -> _Followed | None:
         """Another folder of that name, which was loaded and is there."""
-        for other in self._followed.values():
-            if other is not followed and other.name == followed.name and other.is_there and other.version:
+        for other in self._loaded.get(followed.name, ()):
+            if other is not followed and other.is_there:
                 return other
         return None
 

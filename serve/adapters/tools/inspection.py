@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from serve.adapters.fitting.fit import check_fit, fit
 from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.named import naming_notes
+from serve.adapters.formats.tensors import paths_of
 from serve.adapters.tools.factors import Core, Factors
 from serve.adapters.tools.opened import Opened, open_adapter
 from serve.errors import AdapterError
-from serve.model.loading import LoadedModel
 from serve.tables import Table, numbers
+
+if TYPE_CHECKING:
+    from serve.model.loading import LoadedModel
 
 ANY_RANK = 2**31 - 1
 NOT_SHOWN = ("metrics", "chat_template", "chat_template_kwargs", "quantize", "stop_ids")
@@ -38,7 +41,8 @@ class Module:
 
 @dataclass(frozen=True)
 class Inspection:
-    """`problems`: what keeps it from being served, each on a line of its own."""
+    """`problems`: what keeps it from being served, each on a line of its own. `notes`: what it says of itself and is
+    not so, and changes nothing."""
 
     path: str
     format: str
@@ -50,6 +54,7 @@ class Inspection:
     num_bytes: int
     lineage: Lineage | None
     problems: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -79,11 +84,14 @@ def inspect(path: Path, model: LoadedModel | None = None) -> Inspection:
         num_bytes=sum(tensor.nbytes for tensor in tensors),
         lineage=opened.config.lineage,
         problems=tuple(problems),
+        notes=naming_notes(opened.files.raw, paths_of(opened.files.specs)),
     )
 
 
 def _against(opened: Opened, model: LoadedModel) -> list[str]:
     """What the server would say."""
+    from serve.adapters.fitting.fit import check_fit, fit  # with mlx-lm and transformers, a second
+
     problems = []
     lineage = opened.config.lineage
     if lineage is not None and lineage.base_fingerprint not in ("", model.fingerprint):
@@ -126,7 +134,7 @@ def tables(found: Inspection) -> list[Table | str]:
             f"{each.norm:.4g}",
         )
         drawn.add(each.path, *cells, each.dtype)
-    return [_headline(found), *_said(found.lineage), drawn]
+    return [_headline(found), *_said(found.lineage), *found.notes, drawn]
 
 
 def _headline(found: Inspection) -> str:

@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from serve.adapters.fitting.own import own_layout
 from serve.adapters.formats.config import AdapterConfig
 from serve.adapters.formats.files import AdapterFiles, read_adapter
 from serve.adapters.formats.tensors import check_distinct, others_of, without_containers
 from serve.adapters.tools.factors import Factors, factors_of
 from serve.errors import AdapterError
-from serve.model.network import Network
+
+if TYPE_CHECKING:
+    from serve.model.network import Network
 
 
 @dataclass(frozen=True)
@@ -67,5 +69,7 @@ def open_adapter(path: Path, network: Network | None = None) -> Opened:
         )
     tensors, config = files.read(), files.config
     if network is not None:
+        from serve.adapters.fitting.own import own_layout  # with mlx-lm and transformers, a second
+
         tensors, config = own_layout(tensors, config, network)
     return Opened(files, tensors, config)

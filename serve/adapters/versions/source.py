@@ -22,6 +22,9 @@ from serve.adapters.formats import manifest
 from serve.adapters.formats.files import AdapterFiles, find_files, located, read_adapter
 from serve.adapters.formats.header import specs_of
 from serve.adapters.formats.lineage import Lineage
+from serve.adapters.formats.named import naming_notes
+from serve.adapters.formats.own_tokens import added_tokens
+from serve.adapters.formats.tensors import paths_of
 from serve.errors import AdapterError, NotFoundError
 from serve.model.network import Network
 
@@ -50,6 +53,10 @@ class Outline:
     format: str = "mlx-lm"
     parts: tuple[str, ...] = ()
     """Ids of the versions that it adds, if it does."""
+    notes: tuple[str, ...] = ()
+    """What of its config does not fit its tensors, and changes nothing of what it does."""
+    added_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Text → id: of the tokenizer beside it, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,11 @@ class FolderSource:
         files = read_adapter(self._path)
         sizes = check_fit(name, files.specs, files.config, fitting.network, max_rank=fitting.max_rank)
         num_values = sum(spec.num_values for spec in files.specs.values())
-        return Outline(sizes, num_values, files.config.lineage, files.format)
+        tokens = added_tokens(self._path) if self._path.is_dir() else {}
+        notes = naming_notes(files.raw, paths_of(files.specs))
+        return Outline(
+            sizes, num_values, files.config.lineage, files.format, notes=notes, added_tokens=tokens
+        )
 
     def read(self, name: str, fitting: Fitting) -> Content:
         marks = self._marks_now()
