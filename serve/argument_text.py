@@ -1,4 +1,4 @@
-"""What was typed, or came by a pipe, as text that can be sent."""
+"""What was typed, came by a pipe or is a file's name, as text that can be sent."""
 
 from __future__ import annotations
 

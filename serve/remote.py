@@ -30,6 +30,8 @@ CONNECT_TIMEOUT_S = 15.0
 MODELS_TIMEOUT_S = 30.0
 ENDING = re.compile(r"(/v1(/(chat/)?completions|/models)?)?/*$")
 """What may stand behind the base of an address: nothing, /v1, or one of the endpoints."""
+NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
+"""OpenSSL's words for an answer that is none of TLS, by its version."""
 QUOTED_CHARACTERS = 200
 """How much of an answer that is not understood a message quotes."""
 
@@ -180,6 +182,8 @@ def trouble(error: httpx.HTTPError) -> str:
     """What went wrong on the way, in words."""
     if isinstance(error, httpx.TimeoutException):
         return "it did not answer in time"
+    if any(reason in str(error) for reason in NO_TLS):
+        return f"what answers there does not speak TLS; is it http, not https? ({error})"
     if isinstance(error, httpx.ReadError | httpx.WriteError | httpx.RemoteProtocolError):
         return f"the connection broke: {str(error) or type(error).__name__}"
     return str(error) or type(error).__name__

@@ -222,9 +222,9 @@ def _watch_of(config: ServeConfig, registry: Registry, experiments: Mapping[str,
         return registry.load(name, path, replace=True)
 
     def is_known(name: str, path: Path) -> bool:
-        shown = registry.find(name)
-        known = [each.version for each in shown.versions] if shown else []
-        return any(each.path == str(path) for each in (*known, *registry.versions()))
+        shown, place = registry.find(name), str(path)
+        is_of_name = shown is not None and any(each.version.path == place for each in shown.versions)
+        return is_of_name or any(each.path == place for each in registry.versions())
 
     return AdapterWatch(
         config.adapter_watch,

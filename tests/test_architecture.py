@@ -132,6 +132,18 @@ def test_gather_mm_is_called_where_its_lanes_are_filled_and_nowhere_else():
     assert calls == {"serve/adapters/layers/lora.py"}
 
 
+def test_adapters_are_evaluated_in_pieces_but_in_the_bank():
+    """Elsewhere that is done beside a running engine; see serve/beside.py."""
+    calls = {
+        path.parent.name
+        for path in SOURCES
+        if path.is_relative_to(ROOT / "serve/adapters")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("eval", "async_eval")
+    }
+    assert calls == {"bank"}
+
+
 def environment_reads(path: Path) -> Iterator[str]:
     for node in nodes(path):
         is_os = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os"

@@ -223,7 +223,7 @@ async def _of_name(services: Services, name: str) -> AdapterVersion:
         try:
             return runtime.registry.acquire(name)
         except NotFoundError:
-            if not runtime.resolver.looks_up:
+            if not runtime.resolver.looks_up(name):
                 raise
         await services.look_up(lambda: runtime.resolver.find(name))
     return runtime.registry.acquire(name)

@@ -9,6 +9,7 @@ from fastapi import APIRouter
 
 from serve.api.admin import ADMIN
 from serve.api.state import StateDep
+from serve.argument_text import readable
 
 router = APIRouter(dependencies=[ADMIN])
 
@@ -24,10 +25,13 @@ async def adapter_watch(state: StateDep) -> dict[str, Any]:
     ]
     watched = [each for watch in watches for each in watch.watched()]
     watched.sort(key=lambda each: (not each.problem, each.name))
-    return {
-        "object": "list",
-        "interval_s": state.config.adapter_watch_interval_s if watches else None,
-        "folders": folders,
-        "num_problems": sum(bool(each.problem) for each in watched),
-        "data": [asdict(each) for each in watched],
-    }
+    # Names of files need be no text.
+    return readable(
+        {
+            "object": "list",
+            "interval_s": state.config.adapter_watch_interval_s if watches else None,
+            "folders": folders,
+            "num_problems": sum(bool(each.problem) for each in watched),
+            "data": [asdict(each) for each in watched],
+        }
+    )

@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as mlx_lm_load_tokenizer
 
 from serve import device
+from serve.beside import evaluate
 from serve.errors import ModelError, NotFoundError
 from serve.model.family_template import template_beside
 from serve.model.network import Network
@@ -203,7 +204,7 @@ def _finish(
     notes: list[str],
 ) -> LoadedModel:
     module.eval()
-    mx.eval(module.parameters())
+    evaluate(module.parameters())
     network = Network(module)
     network.check()
     vision = None

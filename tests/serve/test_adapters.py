@@ -27,6 +27,7 @@ from serve.adapters.formats.manifest import (
     write_adapter,
 )
 from serve.adapters.tools.inspection import inspect
+from serve.beside import PIECE_BYTES, evaluate, pieces
 from serve.engine.engine import Engine, EngineLimits
 from serve.engine.generate import generate
 from serve.errors import AdapterError, NotFoundError
@@ -401,3 +402,14 @@ def test_loads_and_releases_from_many_threads_lose_no_slot(model, make_adapter):
         thread.join()
     registry.check_integrity()
     assert sorted(version.id for version in registry.versions()) == ["n0@8", "n1@8", "n2@8"]
+
+
+def test_what_is_made_beside_an_engine_is_evaluated_a_few_megabytes_at_a_time():
+    counts = [10, *[PIECE_BYTES // 16] * 9, PIECE_BYTES, 10, 10]
+    arrays = [mx.ones(count) + number for number, count in enumerate(counts)]
+    cut = list(pieces(arrays))
+    assert [id(array) for piece in cut for array in piece] == [id(array) for array in arrays]
+    assert all(len(piece) == 1 or sum(each.nbytes for each in piece) <= PIECE_BYTES for piece in cut)
+    assert len(cut) == 5, "and no fewer together than may be"
+    evaluate({"a": arrays, "b": [{"c": arrays[0]}, None]})
+    assert list(pieces([])) == []

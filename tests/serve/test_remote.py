@@ -187,6 +187,12 @@ def test_what_speaks_no_http_ends_a_command_with_one_message(greeting, words, ca
     assert "no server answers there" in capsys.readouterr().err
 
 
+def test_https_to_what_speaks_http_says_so(capsys):
+    with talking(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n") as url, pytest.raises(SystemExit):
+        lathe.main(["chat", "--url", url.replace("http", "https")])
+    assert "is it http, not https?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:{}/v1", "https://127.0.0.1:{}", "no-such-host.invalid:{}"])
 @pytest.mark.parametrize("command", ["chat", "bench serve", "bench serve --model m"])
 def test_a_server_that_is_down_is_named_as_it_was_typed(url, command, capsys):

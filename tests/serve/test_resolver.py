@@ -72,6 +72,8 @@ def test_a_name_that_is_nowhere_is_a_404_until_it_is_there(served, model_folder,
         assert http.get("/v1/models/later").status_code == 404
         shutil.copytree(make_one(5), shelf / "later")
         assert answer(http, "later")
+        unknown = http.post("/v1/completions", json={**ASK, "model": "later@2"}).json()
+        assert "has no version 2; there are 1" in unknown["error"]["message"]
         unloaded = http.post("/v1/unload_lora_adapter", json={"lora_name": "later"})
         assert unloaded.status_code == 200
         shutil.rmtree(shelf / "later")
@@ -312,5 +314,6 @@ def test_adapters_of_allowed_owners_come_from_the_hub_and_nothing_else_of_them(m
 
 
 def test_without_folders_and_owners_nothing_is_looked_up(make_resolver):
-    assert not make_resolver().looks_up
-    assert make_resolver((), ["me"]).looks_up
+    assert not make_resolver().looks_up("me/one")
+    assert make_resolver((), ["me"]).looks_up("me/one")
+    assert not make_resolver((), ["me"]).looks_up("me/one@2")

@@ -17,6 +17,7 @@ import httpx
 import mlx.core as mx
 import pytest
 from rich.console import Console
+from waiting import until
 
 import lathe
 from serve.adapters.formats.manifest import read_config, read_tensors
@@ -218,7 +219,7 @@ def test_a_key_is_sent_and_asked_for(train, words, monkeypatch):
 
 
 def refused(body: dict) -> tuple[int, str]:
-    return 400, '{"error": {"message": "this base is another one"}}'
+    return 403, '{"error": {"message": "it is under none of my folders"}}'
 
 
 def failing(body: dict) -> tuple[int, str]:
@@ -232,7 +233,7 @@ def moved(body: dict) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (refused, "it answered 400: this base is another one"),
+        (refused, "it answered 403: it is under none of my folders; 0 of 4"),
         (failing, "it answered 503: no"),
         (moved, "404: xxx"),
     ],
@@ -274,6 +275,22 @@ def test_a_server_that_comes_up_later_gets_the_newest(tmp_path, free_ports):
             assert server.take_notes() == [], "told once"
             assert " serves " in server.finish(tmp_path / "out")[-1]
     assert [Path(body["lora_path"]).name for body in loads.bodies] == ["step-2", "out"]
+
+
+@pytest.mark.parametrize("status", [404, 429, 503])
+def test_what_may_pass_is_told_once_and_asked_for_again(tmp_path, status):
+    def answer(body: dict) -> tuple[int, str]:
+        return (status, f"nothing at {body['lora_path']}") if len(loads.bodies) < 3 else (200, "")
+
+    loads = Loads(answer)
+    with loads.serving() as url, ServeTo(url, "mine") as server:
+        for number in (1, 2):
+            server.tell(tmp_path / f"step-{number}")
+            until(lambda number=number: len(loads.bodies) == number)
+        until(lambda: len(loads.bodies) == 3)
+        [note] = server.take_notes()
+    assert f"it answered {status}: nothing at {tmp_path}" in note
+    assert [Path(body["lora_path"]).name for body in loads.bodies] == ["step-1", "step-2", "step-2"]
 
 
 def test_training_waits_for_no_answer_and_the_newest_is_told_next(train, tmp_path):

@@ -27,6 +27,9 @@ LAST_ANSWER_S = 30.0
 FIRST_AGAIN_S, LAST_AGAIN_S = 1.0, 30.0
 """When a server that did not answer is asked again: twice as late each time."""
 MOST_ANSWER_BYTES = 1 << 16
+PASSING = (404, 408, 425, 429)
+"""Refusals that the same question may not meet again, beside a server's own trouble: folders that another machine has
+written are seen there a while later."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,12 @@ class ServeTo:
         self._refusal = refusal
         if refusal is None:
             self._num_loaded += 1
+            return
+        # The same is told once, whichever checkpoint it was said of.
+        reason = refusal.reason.replace(str(folder), "")
         # An older one may be refused because the run has deleted it.
-        elif is_newest and refusal.reason not in self._told and not self._is_ending:
-            self._told.add(refusal.reason)
+        if is_newest and reason not in self._told and not self._is_ending:
+            self._told.add(reason)
             self._notes.append(
                 f"{self._url} has not loaded {folder.name}: {refusal.reason}; training goes on"
             )
@@ -159,8 +165,10 @@ def _refusal_in(response: httpx.Response) -> _Refusal | None:
     if response.has_redirect_location:
         return _Refusal(f"it sends on to {response.headers['Location']}; name that address", False)
     said = message_of(_beginning(response)) or "nothing"
-    key = "; give its key with --api-key or LATHE_API_KEY" if response.status_code in (401, 403) else ""
-    return _Refusal(f"it answered {response.status_code}: {said}{key}", response.status_code >= 500)
+    # A 403 says what it misses: a folder that the server may read, or a key of more rights.
+    key = "; give its key with --api-key or LATHE_API_KEY" if response.status_code == 401 else ""
+    may_pass = response.status_code >= 500 or response.status_code in PASSING
+    return _Refusal(f"it answered {response.status_code}: {said}{key}", may_pass)
 
 
 def _beginning(response: httpx.Response) -> str:

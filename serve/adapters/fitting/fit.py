@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +18,7 @@ from serve.adapters.formats.config import AdapterConfig
 from serve.adapters.formats.header import FLOATS, TensorSpec
 from serve.adapters.formats.tensors import without_containers
 from serve.adapters.layers.dora import adapted_norms
+from serve.beside import evaluate, pieces
 from serve.errors import AdapterError
 from serve.model.network import Network
 from serve.model.weights import EXPERTS, QUANTIZED, dense_weight, linear_shape, squared_row_norms
@@ -109,7 +110,7 @@ def fit(
     if problems:
         raise _unfit(name, problems, config)
     # An array is evaluated on the thread that made it: MLX's streams are per thread.
-    mx.eval([list(update.arrays().values()) for update in updates.values()])
+    evaluate([update.arrays() for update in updates.values()])
     return updates
 
 
@@ -203,15 +204,17 @@ def _is_finite(value: mx.array) -> bool:
     return all(_are_finite([value]))
 
 
-def _are_finite(values: Collection[mx.array]) -> list[bool]:
-    """Of each, evaluated together: an evaluation of its own takes longer than looking at a small adapter's tensor.
+def _are_finite(values: Iterable[mx.array]) -> list[bool]:
+    """Of each. 0 · x is 0 of every number and of nothing else, and is found ten times as fast as by isfinite."""
+    return [total == 0 for total in _numbers(values, lambda value: mx.sum(value * 0))]
 
-    0 · x is 0 of every number and of nothing else, and is found ten times as fast as by isfinite.
-    """
-    if not values:
-        return []
-    sums = mx.stack([mx.sum(value * 0) for value in values])
-    return cast(list[bool], (sums == 0).tolist())
+
+def _numbers(values: Iterable[mx.array], number_of: Callable[[mx.array], mx.array]) -> list[float]:
+    """A number of each, several evaluated together: one evaluation takes longer than to look at a small tensor."""
+    found: list[float] = []
+    for piece in pieces(values):
+        found += cast(list[float], mx.stack([number_of(value) for value in piece]).tolist())
+    return found
 
 
 def _update(
@@ -304,8 +307,7 @@ def check_ranges(
     }
     values = [value.astype(dtype) for value in named.values()]
     finite = dict(zip(named, _are_finite(values), strict=True))
-    largest: Any = mx.stack([mx.abs(value).max() for value in named.values()]).tolist() if named else []
-    largest_of = dict(zip(named, largest, strict=True))
+    largest_of = dict(zip(named, _numbers(named.values(), lambda value: mx.abs(value).max()), strict=True))
     for path, update in updates.items():
         before = len(problems)
         for part in update.arrays():

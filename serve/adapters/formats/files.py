@@ -24,6 +24,7 @@ from serve.adapters.formats.header import TensorSpec, read_header, read_specs
 from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE, load_tensors, read_text
 from serve.adapters.formats.peft.reading import Piece, arrange, parse_peft
 from serve.adapters.formats.values import parse_object
+from serve.beside import evaluate
 from serve.errors import AdapterError, NotFoundError
 
 PEFT_TENSORS_FILE = "adapter_model.safetensors"
@@ -75,7 +76,7 @@ class AdapterFiles:
             if other and not bool(mx.array_equal(raw[name], raw[other])):
                 raise AdapterError(f"{self.tensors_path}: {name} and {other} are one, and differ")
         tensors = {name: piece.made(raw[piece.raw]) for name, piece in self.pieces.items()}
-        mx.eval(tensors)
+        evaluate(tensors)
         return tensors
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from serve.adapters.formats.config import AdapterConfig, config_json, parse_config
 from serve.adapters.formats.header import check_is_file, check_whole
 from serve.adapters.formats.lineage import Lineage
+from serve.beside import evaluate
 from serve.errors import AdapterError, NotFoundError, StorageError
 
 TENSORS_FILE = "adapters.safetensors"
@@ -58,7 +59,7 @@ def load_tensors(path: Path, lineage: Lineage | None = None) -> dict[str, mx.arr
     check_whole(path)
     try:
         tensors = cast(dict[str, mx.array], mx.load(str(path)))
-        mx.eval(tensors)
+        evaluate(tensors)
     except RuntimeError as error:
         raise AdapterError(f"{path}: {error}") from error
     if not tensors:

@@ -52,10 +52,9 @@ class Resolver:
         self._hub = frozenset(hub)
         self._endpoint, self._cache = endpoint, cache
 
-    @property
-    def looks_up(self) -> bool:
-        """Whether a name that is not known may be found somewhere."""
-        return bool(self._folders or self._hub)
+    def looks_up(self, name: str) -> bool:
+        """Whether a name that is not known may be found somewhere. No version is: what is found is a name's first."""
+        return bool(self._folders or self._hub) and name_problem(name) is None
 
     def find(self, name: str) -> AdapterVersion:
         """Load what `name` means, unless it is loaded already.

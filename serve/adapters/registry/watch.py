@@ -4,8 +4,9 @@ A watched folder is a run's or an adapter's, known by its own name, or holds suc
 They are looked at again and again (`os.scandir`, `os.stat`), since what a system tells of changes reaches across
 no network. An adapter is taken when it is whole: a checkpoint is renamed into its place, and the content hash in a
 manifest gives half a pair of files away; without one, files must have stayed the same for `STILL_S`. It is copied, so
-that a version outlives its checkpoint. The newest wins; an older one never follows a newer one. What cannot be loaded
-is told once and tried again when it changes. A folder that goes leaves its name: somebody unloads it.
+that a version outlives its checkpoint. The newest wins; an older one never follows a newer one, unless another folder
+has taken its place. What cannot be loaded is told once and tried again when it changes. A folder that goes leaves its
+name: somebody unloads it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from serve.adapters.formats.published import Published, Signature, published_in,
 from serve.adapters.registry.copies import Copies
 from serve.adapters.versions.names import name_problem
 from serve.adapters.versions.version import AdapterVersion
+from serve.argument_text import readable
 from serve.errors import AdapterError, AdapterMemoryError, ForbiddenError, LatheError
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ class _Followed:
     top: Path
     """The watched folder that it is, or is in."""
     folder: Path
+    place: str
+    """Where it is, links followed."""
     seen: Signature | None = None
     """Of its files at the last look; they are so since `since_s`."""
     since_s: float = 0.0
@@ -59,6 +63,8 @@ class _Followed:
     """The last one that was made."""
     version: str = ""
     problem: str = ""
+    has_rival: bool = False
+    """It is not loaded because another one is called so."""
     again_s: float | None = None
     """When it is tried again although it has not changed."""
     wait_s: float = FIRST_AGAIN_S
@@ -175,6 +181,7 @@ class AdapterWatch:
             self._note_trouble(top, trouble)
             if trouble in ("", "is not there"):
                 self._note_gone(top)
+        yield from self._copies.sweep()
 
     def _look_into(self, top: Path) -> Iterator[None]:
         if stands_for_itself(top):
@@ -194,14 +201,9 @@ class AdapterWatch:
             found = published_in(folder)
         except OSError as error:
             trouble = error
-        followed = self._followed.get(folder)
         if found is None and trouble is None:
             return
-        if followed is None:
-            followed = _Followed(top, folder)
-            with self._lock:
-                self._followed[folder] = followed
-        followed.look, followed.is_there = self._number, True
+        followed = self._of(top, folder)
         if found is None:
             self._refuse(followed, None, trouble)
             return
@@ -210,6 +212,7 @@ class AdapterWatch:
             followed.seen, followed.since_s = found.signature, now_s
         is_still = now_s - followed.since_s >= STILL_S
         is_due = followed.again_s is not None and now_s >= followed.again_s
+        is_due |= followed.has_rival and self._rival_of(followed) is None
         if not is_due and not found.is_newer(followed.last):
             return
         try:
@@ -217,6 +220,21 @@ class AdapterWatch:
         except Exception as error:  # one folder's trouble is that folder's
             if is_still:  # else it may be half written
                 self._refuse(followed, found, error)
+
+    def _of(self, top: Path, folder: Path) -> _Followed:
+        """How far that folder, which is there, has been followed; another one in its place is followed anew."""
+        place = os.path.realpath(folder)
+        followed = self._followed.get(folder)
+        if followed is None:
+            followed = _Followed(top, folder, place)
+            with self._lock:
+                self._followed[folder] = followed
+        elif not followed.is_there or place != followed.place:
+            followed.place, followed.last = place, None
+            if not self._copies.has_known(followed.name):  # it was unloaded
+                followed.content = ""
+        followed.look, followed.is_there = self._number, True
+        return followed
 
     def _take(self, followed: _Followed, found: Published, is_still: bool) -> None:
         """Load it, if it is whole. Raises what is wrong with it."""
@@ -244,15 +262,23 @@ class AdapterWatch:
                 followed.version = version.id
         if version is not None:
             self._copies.trim(followed.name)
-            logger.info("loaded %s from %s", version.id, found.folder)
+            logger.info("loaded %s from %s", version.id, readable(str(found.folder)))
 
     def _check_name(self, followed: _Followed) -> None:
         expected = name_problem(followed.name)
         if expected:
             raise AdapterError(f"an adapter cannot be called {followed.name!a:.80}: {expected}")
+        rival = self._rival_of(followed)
+        followed.has_rival = rival is not None
+        if rival is not None:
+            raise AdapterError(f"{rival.folder} is watched under that name too; rename one of them")
+
+    def _rival_of(self, followed: _Followed) -> _Followed | None:
+        """Another folder of that name, which was loaded and is there."""
         for other in self._loaded.get(followed.name, ()):
             if other is not followed and other.is_there:
-                raise AdapterError(f"{other.folder} is watched under that name too; rename one of them")
+                return other
+        return None
 
     def _check_place(self, found: Published) -> None:
         """Before its files are read. ForbiddenError, AdapterMemoryError."""
@@ -267,15 +293,15 @@ class AdapterWatch:
 
     def _refuse(self, followed: _Followed, found: Published | None, error: Exception | None) -> None:
         """Tell it once, and leave it until it changes; what may pass by itself is tried again later."""
-        message = str(error) or repr(error)
+        message = readable(str(error) or repr(error))
         if followed.copy is not None and found is not None:
-            message = message.replace(str(followed.copy), str(found.folder))
+            message = message.replace(str(followed.copy), readable(str(found.folder)))
         if message != followed.problem:
             is_ours = isinstance(error, LatheError | OSError)
             logger.warning(
                 "watched adapter %r, %s, is not loaded: %s",
-                followed.name,
-                found.folder if found else followed.folder,
+                readable(followed.name),
+                readable(str(found.folder if found else followed.folder)),
                 message,
                 exc_info=None if is_ours else error,
             )
@@ -289,7 +315,7 @@ class AdapterWatch:
 
     def _note_trouble(self, top: Path, trouble: str) -> None:
         if trouble and self._troubles.get(top) != trouble:
-            logger.warning("watched folder %s %s", top, trouble)
+            logger.warning("watched folder %s %s", readable(str(top)), readable(trouble))
         with self._lock:
             self._troubles.pop(top, None)
             if trouble:
@@ -312,7 +338,7 @@ class AdapterWatch:
             logger.warning(
                 "%d watched adapters are gone from %s, %s first; what was loaded stays until it is unloaded",
                 len(loaded),
-                top,
+                readable(str(top)),
                 loaded[0].name,
             )
 

@@ -489,7 +489,7 @@ class Residency:
         unpin = f", unpin one of {pinned}" if pinned else ""
         return AdapterMemoryError(
             f"adapter {name!r} of rank {rank} needs {_mib(needed)} of memory for adapters while it is loaded; "
-            f"adapter_budget_gib allows {_mib(self.max_bytes)}, and {count} versions take {_mib(taken)} now. "
+            f"adapter_budget_gib allows {_mib(self.max_bytes)}, and {count} versions take {_mib(taken)} now."
             f" Unload one{waiting}{unpin}, load one of a lower rank, or raise adapter_budget_gib"
         )
 

@@ -10,8 +10,6 @@ import dataclasses
 import hashlib
 import logging
 import os
-import shutil
-import tempfile
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -22,11 +20,15 @@ import mlx.core as mx
 import numpy as np
 
 from serve.adapters.fitting.update import LowRank
+from serve.beside import evaluate
+from serve.own_folder import OwnFolder, clear_abandoned
 
 logger = logging.getLogger(__name__)
 
 FIELDS = tuple(each.name for each in dataclasses.fields(LowRank))
 BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+PREFIX = "lathe-adapters-"
+"""Of the folder of its files."""
 SEPARATOR = "|"
 """In a file's names, between a module's path and a field: no path has it."""
 
@@ -48,7 +50,7 @@ def as_banked(updates: Mapping[str, LowRank], dtype: mx.Dtype) -> dict[str, LowR
         path: _of_arrays({name: value.astype(dtype) for name, value in _arrays(update).items()})
         for path, update in updates.items()
     }
-    mx.eval([list(_arrays(update).values()) for update in made.values()])
+    evaluate([_arrays(update) for update in made.values()])
     return made
 
 
@@ -85,7 +87,7 @@ class Shelf:
         self._num_bytes = 0
         self._holds: Counter[str] = Counter()
         self._files: OrderedDict[str, tuple[Path, int]] = OrderedDict()  # the oldest first
-        self._folder: Path | None = None
+        self._own: OwnFolder | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -148,9 +150,7 @@ class Shelf:
             file = self._files.get(key)
         if packed is not None:
             made = {path: _of_arrays(_arrays_of(parts)) for path, parts in packed.items()}
-            mx.eval(
-                [list(_arrays(update).values()) for update in made.values()]
-            )  # on the thread that made them
+            evaluate([_arrays(update) for update in made.values()])  # on the thread that made them
             return made
         return _read(file[0]) if file is not None else None
 
@@ -182,10 +182,10 @@ class Shelf:
     def close(self) -> None:
         """Delete all files."""
         with self._lock:
-            folder, self._folder = self._folder, None
+            own, self._own = self._own, None
             self._files.clear()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        if own is not None:
+            own.close()
 
     def check_integrity(self) -> None:
         """The account is what is there."""
@@ -209,12 +209,17 @@ class Shelf:
         num_bytes = num_bytes_of(updates)
         if num_bytes > self._max_file_bytes:
             return False
+        if self._own is None:
+            clear_abandoned(PREFIX)
         with self._lock:
             if key in self._files:
                 return True
-            if self._folder is None:
-                self._folder = Path(tempfile.mkdtemp(prefix="lathe-adapters-"))
-            path = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+            try:
+                self._own = self._own or OwnFolder(PREFIX)
+            except OSError as error:
+                logger.warning("no temporary folder for adapters that leave memory: %s", error)
+                return False
+            path = self._own.path / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
         named = {
             f"{module}{SEPARATOR}{name}": value
             for module, update in updates.items()
@@ -241,7 +246,7 @@ class Shelf:
 def _read(path: Path) -> dict[str, LowRank] | None:
     try:
         named = cast(dict[str, mx.array], mx.load(str(path)))
-        mx.eval(named)
+        evaluate(named)
     except (OSError, RuntimeError) as error:
         logger.warning("an adapter that was kept in a file cannot be read: %s", error)
         return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from serve.adapters.fitting.update import LowRank
+from serve.beside import evaluate
 from serve.errors import AdapterError
 
 LEAST_LENGTH = 1e-3
@@ -44,7 +45,7 @@ def combine(updates: Sequence[Mapping[str, LowRank]], weights: Sequence[float]) 
             combined[path] = made
     if problems:
         raise AdapterError("\n  ".join(["these adapters do not add up:", *problems]))
-    mx.eval([list(update.arrays().values()) for update in combined.values()])
+    evaluate([update.arrays() for update in combined.values()])
     return combined
 
 
