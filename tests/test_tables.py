@@ -400,7 +400,7 @@ def extracted() -> Case:
 
 def inspected() -> Case:
     module = inspection.Module(LONGER, 12_345_678, 7_654_321, 128, 1024, 1234.5, "bfloat16", 98.76, False)
-    found = inspection.Inspection(LONG, "peft", "lora", (module,), (), 123_456_789, 2**40, None, ())
+    found = inspection.Inspection(LONG, "peft", "lora", (module,), (), 123_456_789, 2**40, None, (), ())
     must = [LONGER, LONG, "128", "12345678", "7654321", "1024", "1234.5", "98.76", "bfloat16", "123,456,789"]
     return lambda console: show(console, *inspection.tables(found)), must
 
