@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import is_dataclass
 from itertools import combinations
-from types import BuiltinFunctionType, FunctionType, NoneType
+from types import FunctionType, NoneType
 from typing import Any
 
 import mlx.core as mx
@@ -46,7 +46,7 @@ Mode = tuple[bool, int]
 MODES: tuple[Mode, ...] = ((False, 1), (True, 1), (True, 2))
 """Best first."""
 MAX_PROVEN = 32
-PLAIN_VALUES = (bool, int, float, str, bytes, NoneType, FunctionType, BuiltinFunctionType)
+PLAIN_VALUES = (bool, int, float, str, bytes, NoneType)
 _proven: OrderedDict[Hashable, Mode] = OrderedDict()
 """By build what it needs, of the last MAX_PROVEN: a proof is of code, and that of a model that comes again, or of the
 next one of its family and sizes, is the same. (Weights that are no numbers are refused at load.)"""
@@ -152,6 +152,8 @@ def _plain(value: Any) -> Hashable:
     """Of an attribute what can be compared."""
     if isinstance(value, PLAIN_VALUES):
         return value
+    if isinstance(value, FunctionType):
+        return value.__code__  # the function itself may hold its network
     if isinstance(value, mx.array):
         return value.shape, str(value.dtype)
     if isinstance(value, list | tuple):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any
@@ -623,6 +625,16 @@ def test_a_network_of_a_build_that_is_proven_runs_no_token_for_it_and_any_other_
     for change in (half, shorter, another_base):
         assert num_forwards(change) > 10
         assert num_forwards(change) == num_forwards() == 0
+
+
+def test_what_is_known_of_a_build_keeps_no_network_of_it(model_folder):
+    network = load(str(model_folder)).network
+    network.backbone.own = lambda network=network: network
+    make_rows(network, prefill_chunk_tokens=16).prove()
+    left = weakref.ref(network.module)
+    del network
+    gc.collect()
+    assert left() is None
 
 
 def test_a_family_whose_rows_see_each_other_is_refused_at_start(model):
