@@ -116,7 +116,7 @@ class _Bench:
         body = json.dumps(body_of(next(self._chats), self._setting.hostile_tokens))
         words = [*PYTHON, "serve.bench.hostile_child", kind, self._server.url, KEY, body]
         child = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
         )
         assert child.stdin is not None, "a pipe"
         assert child.stdout is not None, "a pipe"

@@ -64,7 +64,7 @@ class LineProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                start_new_session=True,
+                process_group=0,
             )
 
     @property

@@ -55,6 +55,10 @@ def tail_of(log: Path) -> str:
 class ServerProcess:
     """A context manager: inside it the server answers /health with 200; after it the process is gone.
 
+    It is of the session of whoever asks it: Linux shares the processors among sessions (autogroup), and one that does
+    next to nothing, as a client, waits up to 100 ms beside one that keeps them all busy, and for the server, so it
+    seems.
+
     command  its words may hold {port}
     env      added to the environment it inherits
     log      where its output goes; the end of it is quoted if it does not start
@@ -85,7 +89,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                process_group=0,
             )
 
     def wait_ready(self, timeout_s: float = START_S) -> None:
