@@ -15,8 +15,8 @@ from pathlib import Path
 
 from serve.adapters.formats.manifest import CONFIG_FILE, TENSORS_FILE
 from serve.errors import StorageError
+from serve.synced import sync
 from train.loop import checkpoint
-from train.loop.whole import sync
 from train.watch import curve, metrics, record, summary
 from train.watch.record import NEXT
 

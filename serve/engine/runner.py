@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 PAD_TOKEN = 0
 NOTHING_MAY_COME = (
-    "the request's constraints leave no token that may come next: of what its grammar takes here, min_tokens keeps "
-    "all from coming (ends, and stop_token_ids)"
+    "the request's constraints leave no token that may come next: all that its grammar takes here is kept from "
+    "coming, as min_tokens keeps ends and stop_token_ids"
 )
 
 

@@ -206,7 +206,7 @@ def test_constraints_that_leave_nothing_to_draw_are_the_requests_own_fault(http,
         streamed = http.post(path, json=asked | {"stream": True})
         assert re.fullmatch("[a-f]{20}", text_of(good.result().json()["choices"][0]))
     assert answer.status_code == 400, answer.text
-    assert "min_tokens keeps all from coming" in answer.json()["error"]["message"]
+    assert "as min_tokens keeps ends and stop_token_ids" in answer.json()["error"]["message"]
     *pieces, last = [
         json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")
     ] or [streamed.json()]

@@ -11,7 +11,7 @@ from typing import Any
 from serve.adapters.formats.lineage import Lineage
 from serve.errors import ModelError
 from serve.model.loading import LoadedModel
-from train.loop.whole import sync
+from serve.synced import sync
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILE = "tokenizer_config.json"

@@ -23,7 +23,7 @@ from serve.model.loading import DTYPES, LOAD_ERRORS, LoadedModel, cast
 from serve.model.network import Network
 from serve.model.towers import load_with_towers
 from serve.model.weights import QUANTIZED
-from train.loop.whole import sync
+from serve.synced import sync
 
 WEIGHTS_FILES = "model*.safetensors"
 COPIED = ("*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "*.json")

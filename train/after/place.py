@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from serve.errors import ConfigError, StorageError
-from train.loop.whole import sync
+from serve.synced import sync
 
 PARTIAL, REPLACED = ".lathe-export-", ".lathe-replaced-"
 

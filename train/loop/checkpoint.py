@@ -30,8 +30,9 @@ from serve.adapters.formats.manifest import load_tensors, read_config, read_tens
 from serve.adapters.formats.published import CHECKPOINTS
 from serve.adapters.formats.published import STATE_FILE as STATE_FILE
 from serve.errors import AdapterError, NotFoundError, StorageError, TrainingError
+from serve.synced import sync
 from train.loop.trainer import TrainState
-from train.loop.whole import NEW, OLD, publish, sync, write_synced
+from train.loop.whole import NEW, OLD, publish, write_synced
 
 FOLDER = CHECKPOINTS
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from serve.synced import sync
+
 NEW, OLD = ".new-", ".old-"
 """Prefixes of what is not yet in its place, and of what has left it."""
 
@@ -38,12 +40,3 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

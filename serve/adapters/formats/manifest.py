@@ -22,6 +22,7 @@ from serve.adapters.formats.header import check_is_file, check_whole
 from serve.adapters.formats.lineage import Lineage
 from serve.beside import evaluate
 from serve.errors import AdapterError, NotFoundError, StorageError
+from serve.synced import sync
 
 TENSORS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -121,20 +122,12 @@ def write_files(
         check_whole(new_tensors)
         new_config.write_text(json.dumps(settings, indent=2) + "\n")
         for path in (new_tensors, new_config):
-            _sync(path)
+            sync(path)
         # The config first: between the two, its content hash gives away the tensors that are not its own.
         os.replace(new_config, folder / CONFIG_FILE)
         os.replace(new_tensors, folder / tensors_file)
-        _sync(folder)
+        sync(folder)
     except (OSError, RuntimeError, AdapterError) as error:
         for path in (new_tensors, new_config):
             path.unlink(missing_ok=True)
         raise StorageError(f"{folder}: the adapter could not be saved: {error}") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
